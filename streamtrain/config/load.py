@@ -1,0 +1,157 @@
+"""YAML files with ``extends``, ``a.b=value`` overrides, and errors that name the key and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from streamtrain.config.tree import Config
+from streamtrain.errors import ConfigError
+
+RESOLVED_NAME = "config.yaml"
+
+
+def preset_folders() -> list[Path]:
+    """Folders that hold the recipes: of a checkout, and of an installed package."""
+    package = Path(__file__).resolve().parent.parent
+    return [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
+
+
+def find_config(name: str, beside: Path | None = None) -> Path:
+    """Path of the recipe ``name``: as given, beside the file that extends it, or among the presets.
+
+    Raises:
+        ConfigError: if there is no such file; the message lists the presets.
+    """
+    folders = [Path(), *([beside] if beside else []), *preset_folders()]
+    for folder in folders:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    presets = sorted({path.name for folder in preset_folders() for path in folder.glob("*.yaml")})
+    raise ConfigError(f"no config {name!r}; give a path, or one of the presets {', '.join(presets)}")
+
+
+def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file merged over the file(s) it ``extends``.
+
+    Raises:
+        ConfigError: for a file that is not YAML, not a mapping, or extends itself.
+    """
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold sections (run:, data:, ...), not a {type(raw).__name__}")
+    parents = raw.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = merge(merged, read_raw(find_config(str(parent), path.parent), (*seen, path.resolve())))
+    return merge(merged, raw)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``: mappings merge key by key, anything else replaces."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """The nested mapping of one ``a.b=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: if there is no ``=`` or no key.
+    """
+    path, separator, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {text!r} is not YAML: {' '.join(str(error).split())}") from None
+    for key in reversed(keys):
+        nested = {key: nested}
+    return nested
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of recipe ``name`` with ``overrides`` applied, merged raw and validated once.
+
+    Raises:
+        ConfigError: one line that names each faulty key.
+    """
+    raw = read_raw(find_config(name))
+    for override in overrides:
+        raw = merge(raw, parse_override(override))
+    return build(raw)
+
+
+def build(raw: dict[str, Any]) -> Config:
+    """Validate a raw mapping; errors become one line."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error))) from None
+
+
+def read_resolved(run_dir: str | Path) -> Config:
+    """The configuration a run folder was started with.
+
+    Raises:
+        ConfigError: if the folder holds none.
+    """
+    path = Path(run_dir) / RESOLVED_NAME
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no {RESOLVED_NAME}")
+    return build(read_raw(path))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """One phrase a fault: the key, what is wrong, and what was given."""
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = _nearest(key)
+            yield f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
+            continue
+        message = fault["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
+        yield f"{key}: {message}{value}" if key else message
+
+
+def _nearest(wrong: str) -> str | None:
+    """The known key most like ``wrong``: a sibling first, else the same last name in another section."""
+    known = list(_keys(Config))
+    parent, _, name = wrong.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
+    for candidates in (difflib.get_close_matches(name, siblings, 1, 0.6), elsewhere):
+        if candidates:
+            return siblings.get(candidates[0], candidates[0])
+    close = difflib.get_close_matches(wrong, known, 1, 0.6)
+    return close[0] if close else None
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key below ``model``."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

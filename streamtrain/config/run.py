@@ -1,0 +1,19 @@
+"""Where a run lives, how long it is, and which checkpoints it keeps."""
+
+from __future__ import annotations
+
+from streamtrain.config.section import NonNegative, Positive, Section
+
+
+class RunConfig(Section):
+    """``run``: affects results only through ``seed`` and ``steps`` (schedules end at ``steps``)."""
+
+    dir: str = "runs/default"
+    steps: Positive = 1000
+    seed: NonNegative = 0
+    # checkpoints; 0 means never
+    checkpoint_every: NonNegative = 500
+    # the newest so many stay; 0 keeps all
+    keep_last: NonNegative = 2
+    # beyond those, every checkpoint whose step is a multiple of this stays; 0 keeps none
+    keep_every: NonNegative = 0

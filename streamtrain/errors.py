@@ -1,0 +1,15 @@
+"""Errors a user can mend; command lines print them as one line and no traceback."""
+
+from __future__ import annotations
+
+
+class StreamtrainError(ValueError):
+    """Something in the input, the configuration or the run folder that the user can put right."""
+
+
+class ConfigError(StreamtrainError):
+    """A configuration that cannot be used: the message names the key and what would be right."""
+
+
+class CheckpointError(StreamtrainError):
+    """A checkpoint that is missing, damaged or belongs to another run."""
