@@ -1,0 +1,88 @@
+"""The demo set: the same for the same seed, and told apart by structure only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+from demo_images import CLASSES, draw  # noqa: E402
+from make_demo_images import make_demo_images, write_images  # noqa: E402
+
+
+def make(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / "make_demo_images.py"), "--out", str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "set"
+    assert make_demo_images(out, 600, 96, 0, 2, progress=False)
+    return out
+
+
+def pixels(folder: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images as float32 [N, side * side * 3] and class numbers [N], in order of their numbers."""
+    files = sorted(folder.glob("*/*.jpg"), key=lambda file: file.stem)
+    images = [np.asarray(Image.open(file).resize((side, side), Image.Resampling.BOX), np.float32) for file in files]
+    names = list(CLASSES)
+    return np.stack(images).reshape(len(files), -1) / 255, np.array([names.index(file.parent.name) for file in files])
+
+
+def test_ten_balanced_classes_of_varied_sizes(demo: Path) -> None:
+    counts = {folder.name: len(list(folder.glob("*.jpg"))) for folder in demo.iterdir() if folder.is_dir()}
+    assert counts == dict.fromkeys(CLASSES, 60)
+    sizes = {Image.open(file).size for file in demo.glob("*/*.jpg")}
+    assert len(sizes) > 50 and all(80 <= side <= 112 for size in sizes for side in size)
+
+
+def test_mean_colour_does_not_tell_classes_apart(demo: Path) -> None:
+    colours, labels = pixels(demo, 1)
+    train = np.arange(len(labels)) < 400
+    means = np.stack([colours[train & (labels == label)].mean(0) for label in range(len(CLASSES))])
+    nearest = np.linalg.norm(colours[~train, None] - means, axis=-1).argmin(1)
+    assert (nearest == labels[~train]).mean() < 0.2
+
+
+def test_raw_pixels_hardly_tell_classes_apart(demo: Path) -> None:
+    images, labels = pixels(demo, 32)
+    images -= images.mean(1, keepdims=True)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    nearest = np.argsort(-images[400:] @ images[:400].T, axis=1)[:, :20]
+    votes = np.apply_along_axis(np.bincount, 1, labels[:400][nearest], minlength=len(CLASSES))
+    assert (votes.argmax(1) == labels[400:]).mean() < 0.3
+
+
+def test_same_seed_same_bytes_in_any_split(demo: Path, tmp_path: Path) -> None:
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+    write_images(tmp_path, 0, 96, range(37, 43))
+    for file in tmp_path.glob("*/*.jpg"):
+        assert file.read_bytes() == (demo / file.parent.name / file.name).read_bytes()
+    assert not np.array_equal(*(draw("striped_disc", np.random.default_rng([seed, 0]), 64, 64) for seed in (0, 1)))
+
+
+def test_a_finished_set_is_reused_and_another_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    (tmp_path / "set.partial").mkdir()  # what a killed run leaves behind
+    first = make(out, "--count", "20", "--size", "32", "--workers", "1")
+    assert first.returncode == 0 and first.stdout.startswith("drew 20 images"), first.stderr
+    assert not (tmp_path / "set.partial").exists()
+    stamp = next(out.glob("*/*.jpg")).stat().st_mtime_ns
+    again = make(out, "--count", "20", "--size", "32")
+    assert again.returncode == 0 and again.stdout.startswith("found 20 images")
+    assert next(out.glob("*/*.jpg")).stat().st_mtime_ns == stamp
+    other = make(out, "--count", "30", "--size", "32")
+    assert other.returncode == 2 and other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
+    mine = make(tmp_path / "mine", "--count", "20")
+    assert mine.returncode == 2 and "not a demo set" in mine.stderr
+    assert (tmp_path / "mine" / "photo.jpg").exists()
