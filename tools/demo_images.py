@@ -1,9 +1,9 @@
 """How the demo images are drawn: ten classes that differ in shape and texture, and in nothing else.
 
-Every image shows one to three objects of its class on a cluttered ground. Colours, positions, sizes, rotations,
-ground, clutter, light and noise come from one law for all classes, so neither the mean colour nor the raw pixels tell
-the classes apart: what tells them apart is structure. Shapes are signed distances and textures are functions of the
-object's own coordinates, so that an image can be drawn at any size. NumPy and Pillow only.
+Every image shows one to three objects of its class on a cluttered ground. Colours, positions, sizes,
+rotations, ground, clutter, light and noise come from one law for all classes, so neither the mean colour nor the
+raw pixels tell the classes apart: what tells them apart is structure. Shapes are signed distances and textures
+are functions of the object's own coordinates, so that an image can be drawn at any size. NumPy and Pillow only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 Field = np.ndarray  # float32 [height, width]
 Colour = np.ndarray  # float32 [3], in 0..1
 
-# ---------------------------------------------------------------- shapes: signed distance, negative inside, size about 1
+# ---------------------------------------- shapes: signed distance, negative inside, size about 1
 
 
 def disc(x: Field, y: Field) -> Field:
@@ -76,7 +76,7 @@ def leaf(x: Field, y: Field) -> Field:
     return np.maximum(np.hypot(x - 0.6, y), np.hypot(x + 0.6, y)) - 1.15
 
 
-# -------------------------------------------------- textures: 0..1 in the object's coordinates, one period about 1 unit
+# ------------------- textures: 0..1 in the object's coordinates; one period is about 1 unit
 
 
 def _soften(wave: Field) -> Field:
@@ -150,7 +150,7 @@ CLASSES: dict[str, tuple[Callable[[Field, Field], Field], Callable[[Field, Field
     "marbled_leaf": (leaf, marble),
 }
 
-# -------------------------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------- drawing
 
 
 def _colour(rng: np.random.Generator) -> Colour:
@@ -159,14 +159,14 @@ def _colour(rng: np.random.Generator) -> Colour:
     )
 
 
-def _two_colours(rng: np.random.Generator, *apart_from: Colour) -> tuple[Colour, Colour]:
+def _two_colours(rng: np.random.Generator, ground: Colour) -> tuple[Colour, Colour]:
     """Two colours that differ clearly in lightness, in random order, the pair not lost on the ground."""
     luma = np.array([0.299, 0.587, 0.114], np.float32)
     best, best_score = (_colour(rng), _colour(rng)), -1.0
     for _ in range(8):
         first, second = _colour(rng), _colour(rng)
         contrast = min(abs(float(luma @ (first - second))), 0.45)
-        distance = min((float(np.abs((first + second) / 2 - other).mean()) for other in apart_from), default=0.3)
+        distance = float(np.abs((first + second) / 2 - ground).mean())
         score = contrast + 0.7 * min(distance, 0.3)
         if score > best_score:
             best, best_score = (first, second), score
@@ -179,7 +179,7 @@ def _smooth_noise(rng: np.random.Generator, cells: int, width: int, height: int)
 
 
 def _ground(rng: np.random.Generator, x: Field, y: Field) -> tuple[np.ndarray, Colour]:
-    """A tilted gradient with soft clouds and a few plain bits of clutter: image [H, W, 3] and its mean colour."""
+    """A tilted gradient with clouds and a few plain bits of clutter: image [H, W, 3] and its mean colour."""
     height, width = x.shape
     first, second = _colour(rng), _colour(rng)
     angle = rng.uniform(0, 2 * np.pi)
@@ -202,7 +202,7 @@ def _ground(rng: np.random.Generator, x: Field, y: Field) -> tuple[np.ndarray, C
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centre and size of each object: several objects are smaller, and kept apart as far as eight draws allow."""
+    """Centre and size of each object; several are smaller, and kept apart as far as eight draws allow."""
     largest = {1: 0.8, 2: 0.58, 3: 0.46}[count]
     placed: list[tuple[float, float, float]] = []
     for _ in range(count):
@@ -210,11 +210,17 @@ def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, flo
         reach = max(1.05 - size, 0.25)
         draws = rng.uniform(-reach, reach, (8, 2))
         gaps = [
-            min((np.hypot(cx - px, cy - py) - size - ps for px, py, ps in placed), default=1.0) for cx, cy in draws
+            min((np.hypot(cx - px, cy - py) - size - other for px, py, other in placed), default=1.0)
+            for cx, cy in draws
         ]
         chosen = int(np.argmax(np.asarray(gaps) > 0)) if max(gaps) > 0 else int(np.argmax(gaps))
         placed.append((float(draws[chosen][0]), float(draws[chosen][1]), float(size)))
     return placed
+
+
+def _turned(x: Field, y: Field, turn: float, stretch: float) -> tuple[Field, Field]:
+    cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+    return (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
 
 
 def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -226,19 +232,16 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     image, mean = _ground(rng, x, y)
     light = rng.uniform(0, 2 * np.pi)
     fills = _two_colours(rng, mean)
-    period = rng.uniform(0.14, 0.24)  # of a texture, in image coordinates: structure has the same scale in all classes
+    # Of the texture, in image coordinates: structure has the same scale in all classes, whatever the object's.
+    period = rng.uniform(0.14, 0.24)
     for cx, cy, size in _place(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
-        cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-
-        def local(dx: float, dy: float) -> tuple[Field, Field]:
-            px, py = x - (cx + dx), y - (cy + dy)
-            return (px * cos + py * sin) * stretch, (py * cos - px * sin) / stretch  # noqa: B023
-
-        shadow_x, shadow_y = local(0.05 * np.cos(light + np.pi), 0.05 * np.sin(light + np.pi))
-        shadow = np.clip(0.5 - shape(shadow_x / size, shadow_y / size) * size / 0.12, 0, 1)
+        shadow_u, shadow_v = _turned(
+            x - cx + 0.05 * np.cos(light), y - cy + 0.05 * np.sin(light), turn, stretch
+        )
+        shadow = np.clip(0.5 - shape(shadow_u / size, shadow_v / size) * size / 0.12, 0, 1)
         image *= (1 - 0.45 * shadow)[..., None]
-        u, v = local(0, 0)
+        u, v = _turned(x - cx, y - cy, turn, stretch)
         distance = shape(u / size, v / size) * size
         shift = rng.uniform(-0.5, 0.5, 2) if texture is not rays else (0.0, 0.0)
         pattern = texture(u / period + shift[0], v / period + shift[1])

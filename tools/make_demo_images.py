@@ -26,7 +26,7 @@ RECORD = ".demo.json"  # hidden, so that whatever reads the folder's images pass
 
 
 def write_images(folder: Path, seed: int, size: int, indices: range) -> int:
-    """Draw and write the images ``indices``; each depends on (seed, size, index) alone. Returns their number."""
+    """Draw and write images ``indices``; each depends on (seed, size, index) alone. Returns how many."""
     names = list(CLASSES)
     for index in indices:
         rng = np.random.default_rng([seed, index])
@@ -38,11 +38,13 @@ def write_images(folder: Path, seed: int, size: int, indices: range) -> int:
     return len(indices)
 
 
-def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True) -> bool:
+def make_demo_images(
+    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True
+) -> bool:
     """Write the set at ``out``, or find it finished there; True if it was drawn now.
 
-    The images are drawn in a folder beside ``out`` that takes its name when all are there, so a finished name is a
-    finished set. Raises ValueError when ``out`` holds something else.
+    The images are drawn in a folder beside ``out`` that takes its name when all are there, so a finished name
+    is a finished set. Raises ValueError when ``out`` holds something else.
     """
     wanted = {"version": VERSION, "count": count, "size": size, "seed": seed}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -51,7 +53,7 @@ def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, 
             raise ValueError(f"{out} exists and is not a demo set: choose another --out, or remove it")
         found = json.loads(record.read_text())
         if found != wanted:
-            raise ValueError(f"{out} holds another demo set ({found}, wanted {wanted}): remove it, or choose another --out")
+            raise ValueError(f"{out} holds another demo set ({found}): remove it, or choose another --out")
         return False
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,17 +79,20 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2400, help="images in all (default 2400)")
     parser.add_argument("--size", type=int, default=112, help="about this many pixels a side (default 112)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     arguments = parser.parse_args()
+    out, workers = arguments.out, arguments.workers
     try:
-        if arguments.count < len(CLASSES) or arguments.size < 32 or arguments.workers < 1:
-            raise ValueError(f"--count must be at least {len(CLASSES)}, --size at least 32, --workers at least 1")
-        new = make_demo_images(arguments.out, arguments.count, arguments.size, arguments.seed, arguments.workers)
+        if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
+            raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
+        new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     word = "drew" if new else "found"
-    print(f"{word} {arguments.count} images of {len(CLASSES)} classes in {arguments.out}")
+    print(f"{word} {arguments.count} images of {len(CLASSES)} classes in {out}")
     return 0
 
 

@@ -31,9 +31,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pixels(folder: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Images as float32 [N, side * side * 3] and class numbers [N], in order of their numbers."""
     files = sorted(folder.glob("*/*.jpg"), key=lambda file: file.stem)
-    images = [np.asarray(Image.open(file).resize((side, side), Image.Resampling.BOX), np.float32) for file in files]
+    images = [Image.open(file).resize((side, side), Image.Resampling.BOX) for file in files]
     names = list(CLASSES)
-    return np.stack(images).reshape(len(files), -1) / 255, np.array([names.index(file.parent.name) for file in files])
+    labels = np.array([names.index(file.parent.name) for file in files])
+    return np.stack([np.asarray(image, np.float32) / 255 for image in images]).reshape(len(files), -1), labels
 
 
 def test_ten_balanced_classes_of_varied_sizes(demo: Path) -> None:
@@ -66,7 +67,8 @@ def test_same_seed_same_bytes_in_any_split(demo: Path, tmp_path: Path) -> None:
     write_images(tmp_path, 0, 96, range(37, 43))
     for file in tmp_path.glob("*/*.jpg"):
         assert file.read_bytes() == (demo / file.parent.name / file.name).read_bytes()
-    assert not np.array_equal(*(draw("striped_disc", np.random.default_rng([seed, 0]), 64, 64) for seed in (0, 1)))
+    first, second = (draw("striped_disc", np.random.default_rng([seed, 0]), 64, 64) for seed in (0, 1))
+    assert not np.array_equal(first, second)
 
 
 def test_a_finished_set_is_reused_and_another_is_refused(tmp_path: Path) -> None:
