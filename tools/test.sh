@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check: ruff, mypy, pytest. Arguments go to pytest: tools/test.sh -k order
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tools/setup_env.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+mypy
+exec python -m pytest "$@"
