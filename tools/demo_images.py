@@ -1,9 +1,10 @@
 """How the demo images are drawn: ten classes that differ in shape and texture, and in nothing else.
 
 Every image shows one to three objects of its class on a cluttered ground. Colours, positions, sizes,
-rotations, ground, clutter, light and noise come from one law for all classes, so neither the mean colour nor the
-raw pixels tell the classes apart: what tells them apart is structure. Shapes are signed distances and textures
-are functions of the object's own coordinates, so that an image can be drawn at any size. NumPy and Pillow only.
+rotations, ground, clutter, light and noise come from one law for all classes, so neither the mean colour
+nor the raw pixels tell the classes apart: what tells them apart is structure. Shapes are signed
+distances and textures are functions of the object's own coordinates, so that an image can be drawn at
+any size. NumPy and Pillow only.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     image, mean = _ground(rng, x, y)
     light = rng.uniform(0, 2 * np.pi)
     fills = _two_colours(rng, mean)
-    # Of the texture, in image coordinates: structure has the same scale in all classes, whatever the object's.
+    # Of the texture, in image coordinates: structure has the same scale in all classes.
     period = rng.uniform(0.14, 0.24)
     for cx, cy, size in _place(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)

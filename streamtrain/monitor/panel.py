@@ -1,0 +1,73 @@
+"""One picture of what the network is fed: global views with their masks, and local views, a row a sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GAP = 6  # pixels between crops, and twice that between rows and around
+PAPER = 245  # grey of the ground
+VEIL = np.array([28, 30, 46], np.float32)  # what a masked patch is covered with
+VEIL_SHARE = 0.82
+LEGIBLE = 128  # smaller global crops are magnified, each pixel to a square, up to this side
+
+
+def crops_panel(
+    global_crops: Tensor, local_crops: Tensor, grid_mask: Tensor, batch_size: int, samples: int
+) -> np.ndarray:
+    """Draw the first ``samples`` samples of a micro-batch.
+
+    Args:
+        global_crops: uint8 [V * B, H, W, 3], view-major.
+        local_crops: uint8 [L * B, h, w, 3], view-major; L may be 0.
+        grid_mask: bool [V * B, T], the masked patches of each global crop, row by row of a square grid.
+        batch_size: B.
+        samples: rows to draw; at most B are.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    rows = min(samples, batch_size)
+    veiled = [
+        [draw_mask(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
+        for crops, masks in zip(
+            _first(global_crops, batch_size, rows), _first(grid_mask, batch_size, rows), strict=True
+        )
+    ]
+    local = _first(local_crops, batch_size, rows)
+    high, wide = int(global_crops.shape[1]), int(global_crops.shape[2])
+    small = int(local_crops.shape[1]) if len(local_crops) else high
+    # Local views keep their true size; as many stand in a column as fit beside a global view.
+    column = max((high + GAP) // (small + GAP), 1)
+    columns = -(-local.shape[1] // column)
+    width = len(veiled[0]) * (wide + GAP) + columns * (int(local_crops.shape[2]) + GAP) + 3 * GAP
+    row_height = max(high, column * (small + GAP) - GAP)
+    panel = np.full((rows * (row_height + 2 * GAP) + 2 * GAP, width, 3), PAPER, np.uint8)
+    for row in range(rows):
+        top, left = 2 * GAP + row * (row_height + 2 * GAP), 2 * GAP
+        for crop in veiled[row]:
+            panel[top : top + high, left : left + wide] = crop
+            left += wide + GAP
+        for index, crop in enumerate(local[row]):
+            y = top + (index % column) * (small + GAP)
+            x = left + (index // column) * (crop.shape[1] + GAP)
+            panel[y : y + small, x : x + crop.shape[1]] = crop
+    zoom = max(LEGIBLE // high, 1)
+    return panel.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def draw_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Cover the masked patches of one crop, uint8 [H, W, 3], mask bool [T] of a square grid."""
+    side = round(len(mask) ** 0.5)
+    assert side * side == len(mask) and crop.shape[0] % side == 0, (crop.shape, len(mask))
+    patch = crop.shape[0] // side
+    covered = np.kron(mask.reshape(side, side), np.ones((patch, patch), bool))[..., None]
+    return np.where(covered, crop * (1 - VEIL_SHARE) + VEIL * VEIL_SHARE, crop).astype(np.uint8)
+
+
+def _first(crops: Tensor, batch_size: int, rows: int) -> np.ndarray:
+    """The first ``rows`` samples of a view-major tensor, sample first: [rows, views, ...]."""
+    views = len(crops) // batch_size
+    by_view = crops.reshape(views, batch_size, *crops.shape[1:])[:, :rows]
+    return torch.movedim(by_view, 1, 0).cpu().numpy()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from streamtrain.config.monitor import MonitorConfig
+from streamtrain.monitor.metrics import read_metrics
+from streamtrain.monitor.monitor import Monitor
+from streamtrain.monitor.progress import Progress
+from streamtrain.monitor.usage import StepClock, memory_scalars
+
+
+def run_steps(folder: Path, start: int, stop: int, loss: float) -> None:
+    config = MonitorConfig(progress=False)
+    monitor = Monitor(folder, config, rank=0, steps=10, start_step=start)
+    for step in range(start + 1, stop + 1):
+        monitor.log(step, step * 8, {"loss/total": loss, "optim/lr": 0.1})
+    monitor.panel(stop, np.zeros((8, 12, 3), np.uint8))
+    monitor.text("run/config", "seed: 0")
+    monitor.close()
+
+
+def test_a_resumed_run_reads_as_one(tmp_path: Path) -> None:
+    run_steps(tmp_path, 0, 6, 1.0)
+    time.sleep(1.1)  # event files are named by the second
+    run_steps(tmp_path, 4, 8, 2.0)
+    losses = [record["loss/total"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses == [1.0] * 4 + [2.0] * 4
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/total")] == [
+        (step, 1.0 if step <= 4 else 2.0) for step in range(1, 9)
+    ]
+    assert events.Images("data/crops")[-1].step == 8
+    assert (events.Images("data/crops")[-1].width, events.Images("data/crops")[-1].height) == (12, 8)
+
+
+def test_off_rank_0_nothing_is_written(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, MonitorConfig(), rank=1, steps=10, start_step=0)
+    monitor.log(1, 8, {"loss/total": 1.0})
+    monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
+    monitor.text("run/config", "")
+    monitor.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_tensorboard_only_the_log_is_written(tmp_path: Path) -> None:
+    config = MonitorConfig(tensorboard=False, progress=False)
+    monitor = Monitor(tmp_path, config, rank=0, steps=2, start_step=0)
+    monitor.log(1, 8, {"loss/total": 1.0})
+    monitor.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_progress_in_a_log_file_is_lines_few_and_far_between() -> None:
+    stream = io.StringIO()
+    progress = Progress(200, 100, stream)
+    for step in range(101, 201):
+        progress.update(step, {"loss/total": 2.5, "speed/images_per_second": 31.25})
+    progress.close()
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("step 101/200: loss 2.5000, 31.2 images/s, ")
+    assert last == "step 200/200: loss 2.5000, 31.2 images/s, 00:00 to go"
+    assert "\r" not in stream.getvalue()
+
+
+def test_progress_on_a_terminal_is_one_bar() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    progress = Progress(4, 1, stream)
+    for step in (2, 3, 4):
+        progress.update(step, {"loss/total": 2.5})
+    progress.close()
+    last = stream.getvalue().split("\r")[-1]
+    assert "4/4" in last and "loss 2.5000" in last
+
+
+def test_memory_and_clock_report_under_their_tags() -> None:
+    memory = memory_scalars(torch.device("cpu"))
+    assert set(memory) == {"memory/rss_bytes", "memory/peak_rss_bytes"}
+    # The kernel keeps the two counts apart and only loosely in step.
+    assert 1e7 < memory["memory/rss_bytes"] <= 1.05 * memory["memory/peak_rss_bytes"] < 1e12
+    clock = StepClock(wait_seconds=5.0)
+    time.sleep(0.05)
+    scalars = clock.tick(10, wait_seconds=5.02)
+    assert set(scalars) == {"speed/images_per_second", "speed/step_seconds", "data/wait_share"}
+    assert 0.05 <= scalars["speed/step_seconds"] < 1.0
+    assert np.isclose(scalars["speed/images_per_second"] * scalars["speed/step_seconds"], 10)
+    assert np.isclose(scalars["data/wait_share"] * scalars["speed/step_seconds"], 0.02)
