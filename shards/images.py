@@ -1,0 +1,148 @@
+"""What Pillow says about an image's bytes: its size from the header, and whether it decodes to the last row."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+from shards.errors import ShardError
+
+DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs: a quarter of 2^31 bytes over 3 channels
+MAX_SIDE = 65_535  # what the index's 16-bit width and height hold
+DEFAULT_QUALITY = 95
+
+# Formats that both Pillow and DALI decode, by Pillow's name, with the extension that they get in a shard. The modes are
+# those that DALI decodes to the same picture; an image of a known format in another mode is transcoded.
+_KEPT_FORMATS = {
+    "JPEG": ("jpg", {"L", "RGB", "CMYK"}),
+    "MPO": ("jpg", {"L", "RGB", "CMYK"}),  # a JPEG with more pictures appended; decoders show the first
+    "PNG": ("png", {"L", "LA", "P", "RGB", "RGBA"}),
+    "WEBP": ("webp", {"RGB", "RGBA"}),
+    "TIFF": ("tif", {"L", "RGB"}),
+}
+_ORIENTATION_TAG = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image that is known to decode, as it goes into a shard."""
+
+    payload: bytes
+    extension: str
+    width: int
+    height: int
+
+
+def read_size(payload: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as displayed, that is with the EXIF orientation applied, from the header alone.
+
+    Raises:
+        ShardError: no known image format, with the reason.
+    """
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            return _displayed_size(image)
+    except Exception as error:  # Pillow's plug-ins raise nearly everything on broken headers
+        raise ShardError(_reason(error)) from error
+
+
+def prepare(
+    payload: bytes,
+    *,
+    max_side: int | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    quality: int = DEFAULT_QUALITY,
+    upright: bool = False,
+) -> Prepared:
+    """Decode an image in full and say what to store: the same bytes wherever DALI can decode them.
+
+    Args:
+        max_side: images with a longer side are shrunk to it and stored as JPEG.
+        max_pixels: images with more pixels are refused before they are decoded.
+        quality: of the JPEGs made by ``max_side`` and ``upright``.
+        upright: store images that carry an EXIF rotation turned, rather than leave the turning to the decoder.
+
+    Raises:
+        ShardError: not an image, truncated, broken or too large, with the reason.
+    """
+    if not payload:
+        raise ShardError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            width, height = _displayed_size(image)
+            if width * height > max_pixels:
+                raise ShardError(f"{width}x{height} is more than {max_pixels} pixels")
+            turned = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
+            if turned or (max_side is not None and max(width, height) > max_side):
+                return _encode_jpeg(image, max_side, quality)
+            image.load()
+            extension, modes = _KEPT_FORMATS.get(image.format or "", ("", set()))
+            if image.mode not in modes or (image.format != "MPO" and getattr(image, "n_frames", 1) > 1):
+                return _encode_png(image)
+    except ShardError:
+        raise
+    except Exception as error:  # as above: truncation is an OSError, broken chunks a SyntaxError or struct.error
+        raise ShardError(_reason(error)) from error
+    if max(width, height) > MAX_SIDE:
+        raise ShardError(f"{width}x{height} is longer than {MAX_SIDE} pixels on a side; pack with --max-side")
+    return Prepared(payload, extension, width, height)
+
+
+def check_decodes(payload: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    """Decode an image in full.
+
+    Raises:
+        ShardError: it does not decode to its last row, with the reason.
+    """
+    prepare(payload, max_pixels=max_pixels)
+
+
+def allow_large_images() -> None:
+    """Switch off Pillow's own pixel bound in this process, so that ``max_pixels`` alone decides."""
+    Image.MAX_IMAGE_PIXELS = None
+
+
+def _displayed_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
+
+
+def _encode_jpeg(image: Image.Image, max_side: int | None, quality: int) -> Prepared:
+    if max_side is not None:
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    upright = ImageOps.exif_transpose(image)
+    plain = upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
+    buffer = io.BytesIO()
+    plain.save(buffer, "JPEG", quality=quality)
+    return Prepared(buffer.getvalue(), "jpg", *plain.size)
+
+
+def _encode_png(image: Image.Image) -> Prepared:
+    """The first frame, upright, without loss beyond 8 bits a channel."""
+    upright = ImageOps.exif_transpose(image)
+    plain = upright if upright.mode in ("L", "RGB") else _eight_bits(upright).convert("RGB")
+    buffer = io.BytesIO()
+    plain.save(buffer, "PNG")
+    return Prepared(buffer.getvalue(), "png", *plain.size)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit and float greys scaled to 8 bits; ``convert`` alone would clip them to white."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        low, high = image.convert("F").getextrema()
+        assert isinstance(low, float) and isinstance(high, float)
+        # 16-bit files use their whole range by definition; anything else is stretched to what is there.
+        low, high = (0.0, 65535.0) if image.mode.startswith("I") and 0 <= low and high <= 65535 else (low, high)
+        scale = 255.0 / (high - low) if high > low else 0.0
+        return image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    """An error as one short line, without Pillow's object addresses."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,103 @@
+"""The description of a shard set: ``manifest.json``, which is written last and without which a set is not one.
+
+    set/ shards/000000.tar   WebDataset tars
+         index/000000.npy    one record a sample (shards/index.py)
+         index/000000.idx    DALI's index
+         manifest.json       this
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from shards.errors import ShardError
+from shards.files import write_whole
+
+VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar of a set."""
+
+    name: str  # of the file in shards/, such as 000000.tar
+    bytes: int
+    samples: int
+    sha256: str  # of the tar
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A shard set: its tars in order, and the names of its classes by label (empty where it has no labels)."""
+
+    shards: tuple[ShardEntry, ...]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Images in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits over what defines the stream: each tar's name, sample count and content, in order."""
+        content = json.dumps([[shard.name, shard.samples, shard.sha256] for shard in self.shards])
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def save(self, set_dir: Path | str) -> None:
+        """Write ``manifest.json``, whole or not at all."""
+        content = {
+            "version": VERSION,
+            "num_samples": self.num_samples,
+            "num_bytes": self.num_bytes,
+            "digest": self.digest,
+            "classes": self.classes,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_whole(Path(set_dir) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, set_dir: Path | str) -> Manifest:
+        """Read ``manifest.json`` of a set.
+
+        Raises:
+            ShardError: no such set, not finished, damaged, or of another version.
+        """
+        set_dir = Path(set_dir)
+        path = set_dir / FILE_NAME
+        if not set_dir.is_dir():
+            raise ShardError(
+                f"no shard set at {set_dir}; make one with: python tools/make_shards.py --src IMAGES --out {set_dir}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{set_dir} is not a finished shard set (it has no {FILE_NAME}); run tools/make_shards.py again"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != VERSION:
+            raise ShardError(f"{path} has version {version}, this program reads version {VERSION}; pack it again")
+        try:
+            shards = tuple(ShardEntry(**shard) for shard in content["shards"])
+            manifest = cls(shards, tuple(content["classes"]))
+            stated = content["digest"]
+        except (KeyError, TypeError) as error:
+            raise ShardError(f"{path} lacks a field ({error}); copy the set again, or pack it again") from error
+        if stated != manifest.digest:
+            raise ShardError(
+                f"{path} was edited: its digest says {stated}, its content {manifest.digest}; copy the set again"
+            )
+        return manifest
