@@ -37,7 +37,7 @@ make_venv() {
         fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
     printf 'Making .venv with %s (%s)\n' "$("$python" --version)" "$python"
     "$python" -m venv --clear .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
 }
 
 # DeepSpeed compiles its CPU helpers on first use.
@@ -70,7 +70,7 @@ show_progress() {
         if [ -t 1 ]; then
             printf '\r\033[K  %s' "${line:0:76}"
         else
-            case "$line" in Collecting* | *" kB)"*) ;; *) printf '  %s\n' "${line:0:110}" ;; esac
+            case "$line" in *started | *\ [MG]B\)* | Installing*) printf '  %s\n' "${line:0:110}" ;; esac
         fi
     done
     if [ -t 1 ]; then printf '\r\033[K'; fi
