@@ -1,4 +1,4 @@
-"""Multi-crop augmentation: sizes, scales and colours of the views (Siméoni et al. 2025; Oquab et al. 2023)."""
+"""Multi-crop: sizes, scales and colours of the views (Oquab et al. 2023; Siméoni et al. 2025)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class JitterConfig(Section):
     brightness: Probability = 0.4
     contrast: Probability = 0.4
     saturation: Probability = 0.2
-    hue: float = Field(0.1, ge=0.0, le=0.5)
+    hue: float = Field(default=0.1, ge=0.0, le=0.5)
 
 
 class BlurConfig(Section):
@@ -34,7 +34,7 @@ class SolarizeConfig(Section):
     """Inversion of all values at or above ``threshold`` on global views (the last probability repeats)."""
 
     global_probability: tuple[Probability, ...] = (0.0, 0.2)
-    threshold: int = Field(128, ge=0, le=255)
+    threshold: int = Field(default=128, ge=0, le=255)
 
 
 class CropsConfig(Section):

@@ -20,13 +20,13 @@ class OptimConfig(Section):
     """``optim``: AdamW and its parameter groups; the learning rate and weight decay are in ``schedules``."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0.0)
+    eps: float = Field(default=1e-8, gt=0.0)
     # maximum L2 norm of the gradient over all parameters; 0: no clipping
-    clip: float = Field(3.0, ge=0.0)
+    clip: float = Field(default=3.0, ge=0.0)
     # learning-rate factor from one block to the one below it
-    layer_decay: float = Field(0.9, gt=0.0, le=1.0)
+    layer_decay: float = Field(default=0.9, gt=0.0, le=1.0)
     # further learning-rate factor of the patch embedding
-    patch_embed_lr: float = Field(0.2, gt=0.0)
+    patch_embed_lr: float = Field(default=0.2, gt=0.0)
 
 
 class EngineConfig(Section):
@@ -39,6 +39,6 @@ class EngineConfig(Section):
     checkpointing: Literal["none", "block"] = "block"
     # un-sharded parameters that may be alive at once, in blocks of the backbone
     live_blocks: Positive = 3
-    reduce_bucket_bytes: int = Field(256 * 2**20, ge=2**16)
+    reduce_bucket_bytes: int = Field(default=256 * 2**20, ge=2**16)
     # torch threads of a rank on CPU; 0: the cores of this machine divided by its ranks
     cpu_threads: NonNegative = 0

@@ -1,4 +1,4 @@
-"""YAML files with ``extends``, ``a.b=value`` overrides, and errors that name the key and the nearest right one."""
+"""YAML with ``extends``, ``a.b=value`` overrides, and errors that name the key and the nearest right one."""
 
 from __future__ import annotations
 

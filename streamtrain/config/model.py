@@ -26,18 +26,18 @@ class ModelConfig(Section):
     mlp_hidden: Positive | None = None
     num_registers: NonNegative = 4
     # initial value of LayerScale
-    layerscale: float = Field(1e-5, gt=0.0)
+    layerscale: float = Field(default=1e-5, gt=0.0)
     # share of samples that skip a residual branch, the same in every block
-    drop_path: float = Field(0.3, ge=0.0, lt=1.0)
+    drop_path: float = Field(default=0.3, ge=0.0, lt=1.0)
     qkv_bias: bool = True
     # whether the key part of the query-key-value bias exists
     key_bias: bool = False
-    norm_eps: float = Field(1e-5, gt=0.0)
-    rope_base: float = Field(100.0, gt=1.0)
+    norm_eps: float = Field(default=1e-5, gt=0.0)
+    rope_base: float = Field(default=100.0, gt=1.0)
     # training-time coordinate augmentation: log-uniform in [1/x, x] for both axes, for each axis, and a shift
-    rope_rescale: float | None = Field(None, gt=1.0)
-    rope_jitter: float | None = Field(None, gt=1.0)
-    rope_shift: float | None = Field(None, gt=0.0)
+    rope_rescale: float | None = Field(default=None, gt=1.0)
+    rope_jitter: float | None = Field(default=None, gt=1.0)
+    rope_shift: float | None = Field(default=None, gt=0.0)
     # a final norm of its own for the local crops' CLS token
     untied_norms: Literal["none", "local_cls"] = "none"
 
@@ -56,8 +56,8 @@ class ModelConfig(Section):
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if (self.dim // self.num_heads) % 4:
             raise ValueError(
-                f"a head of dim / num_heads = {self.dim // self.num_heads} features cannot hold an axial RoPE; "
-                "it must be a multiple of 4"
+                f"a head of dim / num_heads = {self.dim // self.num_heads} features cannot hold an axial "
+                "RoPE; it must be a multiple of 4"
             )
         if self.key_bias and not self.qkv_bias:
             raise ValueError("key_bias needs qkv_bias")

@@ -1,4 +1,4 @@
-"""What the student is asked to match (DESIGN: Siméoni et al. 2025, sections 3 and 4)."""
+"""What the student is asked to match (Siméoni et al. 2025, sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class ObjectiveConfig(Section):
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
     sinkhorn_iterations: Positive = 3
     # of the softmax centre
-    center_momentum: float = Field(0.9, ge=0.0, lt=1.0)
-    student_temperature: float = Field(0.1, gt=0.0)
+    center_momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    student_temperature: float = Field(default=0.1, gt=0.0)
     global_loss: GlobalLossConfig = GlobalLossConfig()
     patch_loss: PatchLossConfig = PatchLossConfig()
     koleo: KoleoConfig = KoleoConfig()
 
     # affects memory and speed only: bytes of one chunk's logits, the prototypes being taken chunk by chunk
-    chunk_bytes: int = Field(64 * 2**20, ge=2**16)
+    chunk_bytes: int = Field(default=64 * 2**20, ge=2**16)

@@ -51,4 +51,4 @@ class SchedulesConfig(Section):
     momentum: Schedule = Schedule(kind="cosine", peak=0.992, end=1.0)
     teacher_temperature: Schedule = Schedule(start=0.04, peak=0.07, warmup=300)
     # lr of the prototypes is 0 for so many first steps
-    freeze_last_layer: int = Field(0, ge=0)
+    freeze_last_layer: int = Field(default=0, ge=0)

@@ -14,6 +14,7 @@ from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.config.run import RunConfig
 from streamtrain.config.schedules import SchedulesConfig
 from streamtrain.config.section import Section
+from streamtrain.errors import ConfigError
 
 
 class Config(Section):
@@ -44,12 +45,12 @@ class Config(Section):
         """``(global_batch, accumulation)`` for ``world_size`` ranks.
 
         Raises:
-            ValueError: if micro-batch x ranks does not divide the global batch.
+            ConfigError: if micro-batch x ranks does not divide the global batch.
         """
         micro = self.data.micro_batch * world_size
         total = self.data.global_batch or micro
         if total % micro:
-            raise ValueError(
+            raise ConfigError(
                 f"data.global_batch {total} is not a multiple of data.micro_batch {self.data.micro_batch} x "
                 f"{world_size} ranks = {micro}; set data.global_batch or data.micro_batch so that it is"
             )

@@ -1,0 +1,247 @@
+"""Checkpoints: one folder a step, one safetensors file a rank, real only once it is renamed into place.
+
+    checkpoints/step-000001000/rank-00000-of-00002.safetensors   fragments: master/NAME, exp_avg/NAME, ema/NAME
+                              /shared.safetensors                what all ranks hold alike (softmax centres)
+                              /state.json                        step, shapes, data position
+    checkpoints/latest                                           name of the newest whole folder
+
+A fragment is the contiguous part of a flattened parameter that a rank owns, so that the files of any
+number of ranks, laid end to end, are the parameter: any other number of ranks can read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from streamtrain.config.run import RunConfig
+from streamtrain.errors import CheckpointError
+
+VERSION = 1
+STATE_NAME = "state.json"
+SHARED_NAME = "shared.safetensors"
+_FOLDER = re.compile(r"^step-(\d{9})$")
+_KINDS = {"teacher": "ema", "student": "master"}
+
+
+class Piece(Protocol):
+    """Which values of a flattened parameter are wanted: ``[start, stop)``, padded to ``numel``."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+
+
+def folder_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` completed steps lies."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:09d}"
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """Steps of which a whole checkpoint exists, ascending."""
+    parent = Path(run_dir) / "checkpoints"
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    return sorted(int(match.group(1)) for name in names if (match := _FOLDER.match(name)))
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    shards: dict[str, torch.Tensor],
+    shared: dict[str, torch.Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    state: dict[str, Any],
+) -> Path:
+    """Write one checkpoint; every rank calls it with its own ``shards``, the rest being equal on all.
+
+    Returns the folder once it is whole on disk.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    final = folder_of(run_dir, step)
+    partial = final.with_name(f".{final.name}.partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    _write_tensors(partial / _rank_name(rank, world_size), shards)
+    if rank == 0:
+        _write_tensors(partial / SHARED_NAME, shared)
+        document = {"version": VERSION, "step": step, "world_size": world_size, "shapes": shapes, **state}
+        _write_text(partial / STATE_NAME, json.dumps(document, indent=1))
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _write_text(final.parent / ".latest.partial", final.name + "\n")
+        os.replace(final.parent / ".latest.partial", final.parent / "latest")
+        _sync_folder(final.parent)
+    dist.barrier()
+    return final
+
+
+def prune(run_dir: str | Path, config: RunConfig) -> None:
+    """Remove the checkpoints that the retention rule does not keep, and the remains of broken saves."""
+    steps = saved_steps(run_dir)
+    kept = set(steps[-config.keep_last :]) if config.keep_last else set(steps)
+    kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
+    for step in set(steps) - kept:
+        shutil.rmtree(folder_of(run_dir, step), ignore_errors=True)
+    for remains in (Path(run_dir) / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+@dataclass
+class Reader:
+    """An opened checkpoint: reads any piece of any parameter, whatever the number of ranks that wrote it."""
+
+    folder: Path
+    state: dict[str, Any]
+    _files: list[Any]
+    _shard_numel: dict[str, int]
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return int(self.state["step"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of parameter ``name``."""
+        return tuple(self.state["shapes"][name])
+
+    def read(self, key: str, piece: Piece) -> torch.Tensor:
+        """``[piece.numel]``: the values ``[start, stop)`` of ``kind/name``, padded with zeros.
+
+        Raises:
+            CheckpointError: if the checkpoint does not hold them.
+        """
+        if key not in self._shard_numel:
+            raise CheckpointError(f"{self.folder} holds no {key}: it belongs to another model or optimiser")
+        numel = self._shard_numel[key]
+        values = torch.zeros(piece.numel)
+        position = piece.start
+        while position < piece.stop:
+            file, offset = divmod(position, numel)
+            count = min(numel - offset, piece.stop - position)
+            part = self._files[file].get_slice(key)[offset : offset + count]
+            values[position - piece.start : position - piece.start + count] = part
+            position += count
+        return values
+
+    def whole(self, key: str) -> torch.Tensor:
+        """The whole parameter ``kind/name`` in its shape."""
+        shape = self.shape(key.partition("/")[2])
+        count = torch.Size(shape).numel()
+        return self.read(key, _Whole(count)).reshape(shape)
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """What all ranks hold alike."""
+        return load_file(self.folder / SHARED_NAME)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    numel: int
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.numel
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Reader]:
+    """Open a checkpoint folder for the time of the ``with`` block.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of another format.
+    """
+    with ExitStack() as stack:
+        try:
+            state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+            world_size = int(state["world_size"])
+            paths = [folder / _rank_name(rank, world_size) for rank in range(world_size)]
+            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from None
+        if state.get("version") != VERSION:
+            raise CheckpointError(
+                f"checkpoint {folder} has format {state.get('version')}, this program reads {VERSION}"
+            )
+        shard_numel = {key: files[0].get_slice(key).get_shape()[0] for key in files[0].keys()}
+        yield Reader(folder, state, files, shard_numel)
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """The newest step with a whole checkpoint, or None."""
+    steps = saved_steps(run_dir)
+    return steps[-1] if steps else None
+
+
+def read_weights(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> dict[str, torch.Tensor]:
+    """Whole fp32 parameters of a run's checkpoint, on CPU, by their names in ``Learner.state_dict()``.
+
+    Args:
+        step: completed steps; None is the newest.
+        which: ``teacher`` (the average) or ``student`` (the masters).
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
+    """
+    return dict(iterate_weights(run_dir, step, which))
+
+
+def iterate_weights(
+    run_dir: str | Path, step: int | None = None, which: str = "teacher", wanted: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As ``read_weights``, one parameter at a time; ``wanted(name)`` leaves out the others."""
+    steps = saved_steps(run_dir)
+    if not steps:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; there are {steps}")
+    with opened(folder_of(run_dir, steps[-1] if step is None else step)) as reader:
+        for name in reader.state["shapes"]:
+            if wanted is None or wanted(name):
+                yield name, reader.whole(f"{_KINDS[which]}/{name}")
+
+
+def _rank_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    _sync(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

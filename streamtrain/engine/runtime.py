@@ -1,0 +1,112 @@
+"""Where a process stands: its rank, device and number format, and the process group it joins.
+
+Nothing here imports torch before it is needed, so that a faulty configuration is told within a second.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamtrain.config.engine import EngineConfig
+from streamtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process (``deepspeed``, ``torchrun``, ``srun`` + variables, or nothing)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``; a plain ``python`` start is one rank of one."""
+        if "RANK" not in os.environ:
+            # the process group reads these; a plain start has nobody to meet, so any free port will do
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+                alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+            os.environ.update({key: str(value) for key, value in alone.items()})
+        world_size = int(os.environ["WORLD_SIZE"])
+        # DeepSpeed's launcher gives the ranks of this node as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
+        return cls(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", 0)), int(local))
+
+    @property
+    def cores(self) -> int:
+        """Cores of this process: those it may use, shared evenly with the node's other ranks."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A joined process group."""
+
+    launch: Launch
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+
+@contextmanager
+def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
+    """Join the process group, and leave it at the end of a ``with`` block that succeeded.
+
+    Raises:
+        ConfigError: if the device asked for is not there.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    if cuda and torch.cuda.device_count() < launch.local_world_size:
+        raise ConfigError(
+            f"engine.device is cuda, but this machine shows {torch.cuda.device_count()} GPU(s) for "
+            f"{launch.local_world_size} rank(s); start fewer ranks or set engine.device=cpu"
+        )
+    # DeepSpeed chooses its accelerator when it is first imported, by this variable or by guessing
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    import deepspeed
+
+    device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(config.cpu_threads or launch.cores)
+    wanted = config.dtype if config.dtype != "auto" else ("bf16" if cuda or _cpu_multiplies_bf16() else "fp32")
+    deepspeed.utils.logger.setLevel("WARNING")
+    backend = "nccl" if cuda else "gloo"
+    deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
+    yield Runtime(launch, device, torch.bfloat16 if wanted == "bf16" else torch.float32)
+    # after an error the other ranks are not at this point: leaving is then the launcher's work
+    torch.distributed.destroy_process_group()
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for bf16 products; elsewhere bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -1,0 +1,81 @@
+"""The teacher: an exponential moving average of the student's masters, shard by shard, without communication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+
+from streamtrain.engine.zero import Fragment, ShardedWeight, Student
+
+
+class Teacher:
+    """A network partitioned like the student, whose shards follow the student's fp32 masters.
+
+    The averages are kept in fp32, one flat tensor beside each of the student's; the network computes from
+    shards in its own number format, which are the same memory where that is fp32.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, leaf: type[torch.nn.Module], student: Student, settings: dict[str, Any],
+    ) -> None:
+        deepspeed.utils.set_z3_leaf_modules(module, [leaf])
+        module.requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=module, config=settings)
+        self._engine.eval()
+        self._student = student
+        self.parameters = dict(module.named_parameters())
+        self._averages = [torch.empty_like(flat) for flat in student.master_groups]
+        self._values = []
+        for average in self._averages:
+            same = self._dtype == average.dtype
+            self._values.append(average if same else torch.empty_like(average, dtype=self._dtype))
+        for name, parameter in self.parameters.items():
+            group, offset, numel = student.position(name)
+            assert parameter.ds_tensor.numel() == numel and not parameter.ds_persist, name
+            # the engine gathers from ds_tensor: let it look into the flat tensor that the update writes
+            parameter.ds_tensor.data = self._values[group].narrow(0, offset, numel)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).ds_tensor.dtype
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Any:
+        """The network's forward, each block gathered once."""
+        return self._engine(*inputs)
+
+    def weight(self, name: str) -> ShardedWeight:
+        """Handle of one parameter for those who must read it whole."""
+        return ShardedWeight(self.parameters[name])
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """``average = momentum * average + (1 - momentum) * master``, on this rank's shards only."""
+        self._release()
+        for average, value, master in zip(self._averages, self._values, self._student.master_groups, strict=True):
+            average.lerp_(master.detach(), 1.0 - momentum)
+            if value is not average:
+                value.copy_(average)
+
+    def average(self, name: str) -> torch.Tensor:
+        """``[numel]`` fp32 view of this rank's fragment of the average of parameter ``name``."""
+        group, offset, numel = self._student.position(name)
+        return self._averages[group].narrow(0, offset, numel)
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of this rank: ``{ema/name: [numel] fp32 view}``."""
+        return {f"ema/{name}": self.average(name) for name in self.parameters}
+
+    @torch.no_grad()
+    def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
+        """Set the averages from ``read(ema/name, fragment) -> [numel]``."""
+        for name in self.parameters:
+            self.average(name).copy_(read(f"ema/{name}", self._student.fragments[name]))
+        self.update(1.0)
+
+    def _release(self) -> None:
+        # a parameter that is still whole would be read in place of its shard, silently one step old
+        self._engine.optimizer.partition_all_parameters()

@@ -1,0 +1,180 @@
+"""The student under ZeRO-3: built sharded, fed micro-batches, stepped once an optimiser step.
+
+Every rank owns, of each parameter, one contiguous fragment of its flattened values (the last rank's is
+padded). ``Fragment`` says which; checkpoints, initial values and the teacher all speak in fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+from streamtrain.config.tree import Config
+from streamtrain.engine.optim import build_adamw, parameter_groups, set_rates
+from streamtrain.engine.runtime import Runtime
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of one flattened parameter: ``[start, stop)`` of its values, ``numel`` with padding."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    numel: int
+
+    @classmethod
+    def of(cls, parameter: torch.nn.Parameter, rank: int) -> Fragment:
+        """The fragment of a ZeRO-3 parameter that ``rank`` owns."""
+        numel = parameter.partition_numel()
+        start = min(rank * numel, parameter.ds_numel)
+        return cls(tuple(parameter.ds_shape), start, min(start + numel, parameter.ds_numel), numel)
+
+    def cut(self, values: torch.Tensor) -> torch.Tensor:
+        """``[numel]``: the fragment of a whole parameter's ``values``, padded with zeros."""
+        part = values.reshape(-1)[self.start : self.stop]
+        return torch.nn.functional.pad(part, (0, self.numel - part.numel()))
+
+
+class ShardedWeight:
+    """A parameter that another module may read whole, for the time of a ``with`` block.
+
+    It is passed where a tensor would be: ZeRO-3's hooks replace tensor arguments by detached copies,
+    which no longer know how to be gathered.
+    """
+
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        self._parameter = parameter
+
+    @contextmanager
+    def gathered(self) -> Iterator[torch.Tensor]:
+        """Yield the whole tensor, without gradient; it is released at the end of the block."""
+        with deepspeed.zero.GatheredParameters([self._parameter]):
+            yield self._parameter.detach()
+
+
+def engine_config(config: Config, runtime: Runtime, accumulation: int, block_numel: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; equal for student and teacher, so that they are partitioned alike.
+
+    ``block_numel`` (parameters of one backbone block) bounds what is gathered: DeepSpeed's defaults would
+    keep the whole model alive.
+    """
+    on_gpu = runtime.device.type == "cuda"
+    zero = {
+        "stage": 3,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": config.engine.reduce_bucket_bytes // runtime.dtype.itemsize,
+        "sub_group_size": 100_000_000,
+        "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": block_numel if on_gpu else 0,
+        # a small parameter kept whole on every rank would go stale in the teacher, and a block is gathered
+        # as one piece anyway
+        "stage3_param_persistence_threshold": 0,
+    }
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.data.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+    if runtime.dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def build_sharded(build: Callable[[], torch.nn.Module], settings: dict[str, Any]) -> torch.nn.Module:
+    """Construct a module so that no rank ever holds it whole; its values are undefined until written."""
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        return build()
+
+
+class Student:
+    """The student module, its optimiser and its fp32 masters, in shards."""
+
+    def __init__(
+        self, module: torch.nn.Module, leaf: type[torch.nn.Module], config: Config, runtime: Runtime,
+        settings: dict[str, Any],
+    ) -> None:
+        deepspeed.utils.set_z3_leaf_modules(module, [leaf])
+        groups = parameter_groups(module.named_parameters(), config.model.depth, config.optim)
+        optimizer = build_adamw(groups, config.optim)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings
+        )
+        self.parameters = dict(module.named_parameters())
+        self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
+
+    def accumulate(self, *inputs: Any) -> dict[str, torch.Tensor]:
+        """Forward and backward of one micro-batch; returns the losses, detached."""
+        losses = self._engine(*inputs)
+        self._engine.backward(losses["total"])
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def step(self) -> None:
+        """Call after each ``accumulate``; the last one of an optimiser step applies the update."""
+        self._engine.step()
+
+    def set_rates(self, lr: float, weight_decay: float, last_layer_frozen: bool) -> None:
+        """Rates of the coming optimiser step."""
+        set_rates(self._optimizer.optimizer.param_groups, lr, weight_decay, last_layer_frozen)
+
+    def gradient_norm(self) -> float:
+        """L2 norm of the last step's gradient, before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def master(self, name: str) -> torch.Tensor:
+        """``[numel]`` fp32 view of this rank's fragment of the master of parameter ``name``."""
+        group, offset, numel = self.position(name)
+        return self.master_groups[group].detach().narrow(0, offset, numel)
+
+    @property
+    def master_groups(self) -> list[torch.Tensor]:
+        """The flat fp32 tensors that the masters are views of."""
+        return self._optimizer.fp32_partitioned_groups_flat
+
+    def position(self, name: str) -> tuple[int, int, int]:
+        return self._optimizer.grad_position[self._optimizer.get_param_id(self.parameters[name])]
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint keeps of this rank: ``{kind/name: [numel] fp32 view}``."""
+        shards = {f"master/{name}": self.master(name) for name in self.parameters}
+        for name in self.parameters:
+            group, offset, numel = self.position(name)
+            state = self._optimizer.optimizer.state.get(self.master_groups[group], {})
+            shards |= {f"{key}/{name}": state[key].narrow(0, offset, numel) for key in MOMENTS if key in state}
+        return shards
+
+    def write(self, read: Callable[[str, Fragment], torch.Tensor], optimizer_steps: int) -> None:
+        """Set masters, moments and low-precision values from ``read(kind/name, fragment) -> [numel]``.
+
+        ``optimizer_steps`` is the number of updates the moments have seen; with 0 there are none to read.
+        """
+        state = self._optimizer.optimizer.state
+        for flat in self.master_groups if optimizer_steps else ():
+            # what AdamW itself would hold at this point, so that the next step goes on exactly
+            step = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=flat.device)
+            state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        for name, parameter in self.parameters.items():
+            fragment = self.fragments[name]
+            self.master(name).copy_(read(f"master/{name}", fragment))
+            assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, name
+            parameter.ds_tensor.data.copy_(self.master(name))
+            if optimizer_steps:
+                group, offset, numel = self.position(name)
+                for key in MOMENTS:
+                    state[self.master_groups[group]][key].narrow(0, offset, numel).copy_(
+                        read(f"{key}/{name}", fragment)
+                    )

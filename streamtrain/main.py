@@ -1,0 +1,79 @@
+"""Train: ``deepspeed streamtrain/main.py --config vits16.yaml data.shards=SET run.dir=RUN [a.b=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# A launcher that starts this file by its path puts streamtrain/ itself first on sys.path: put the checkout there.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from shards.errors import ShardError
+from streamtrain.config.load import load_config
+from streamtrain.config.tree import Config
+from streamtrain.engine.runtime import Launch
+from streamtrain.errors import ConfigError, StreamtrainError
+
+EXIT_USAGE = 2
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Train a self-supervised vision transformer from a stream of image shards.",
+        epilog="Start it with deepspeed (one rank a GPU), torchrun, or plain python for one rank. Starting the same "
+        "command again goes on from the run folder's newest checkpoint. Example: deepspeed streamtrain/main.py "
+        "--config vits16.yaml data.shards=my_set run.dir=runs/first run.steps=20000",
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="start from another run's newest checkpoint")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="check the configuration and the data, draw one panel of crops into the run folder, and exit",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
+    # DeepSpeed's launcher adds it; the rank is read from the environment
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def check(config: Config, launch: Launch) -> None:
+    """What can be told before any library is loaded and any rank waits for another."""
+    if not config.data.shards:
+        raise ConfigError("data.shards is not set; give the folder that tools/make_shards.py made")
+    config.batch_split(launch.world_size)
+
+
+def main() -> int:
+    """Exit status: 0 done, 75 or 130 stopped early and saved, 2 something to put right."""
+    arguments = parse()
+    launch = Launch.from_environment()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        check(config, launch)
+        from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
+
+        return dry_run(config) if arguments.dry_run else train(config, launch, arguments.resume)
+    except (StreamtrainError, ShardError) as error:
+        # until the ranks have met they all find the same fault, and one of them tells it
+        if launch.rank == 0 or "deepspeed" in sys.modules:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # a rank that failed leaves at once: its threads and the process group would wait for the other ranks
+    os._exit(status) if status else sys.exit(0)

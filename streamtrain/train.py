@@ -1,0 +1,237 @@
+"""The training run, top to bottom."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from shards.source import ShardSet
+from streamtrain import checkpoint
+from streamtrain.config.load import to_yaml
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.data.loader import Loader, check_state
+from streamtrain.engine.runtime import Launch, Runtime, joined
+from streamtrain.engine.teacher import Teacher
+from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
+from streamtrain.errors import CheckpointError
+from streamtrain.learner import Learner, LossWeights
+from streamtrain.model.initialise import initial_value
+from streamtrain.model.vit import Block
+from streamtrain.monitor.monitor import Monitor
+from streamtrain.monitor.panel import crops_panel
+from streamtrain.monitor.usage import StepClock, memory_scalars
+from streamtrain.objective.targets import TargetMaker
+from streamtrain.run_folder import describe_run, make_run_folder
+from streamtrain.schedules import value_at
+from streamtrain.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The scheduled values of one optimiser step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temperature: float
+    last_layer_frozen: bool
+    weights: LossWeights
+
+    @classmethod
+    def at(cls, step: int, config: Config) -> StepValues:
+        """Values of the step that follows ``step`` completed ones."""
+        schedules, objective, steps = config.schedules, config.objective, config.run.steps
+        return cls(
+            lr=value_at(schedules.lr, step, steps),
+            weight_decay=value_at(schedules.weight_decay, step, steps),
+            momentum=value_at(schedules.momentum, step, steps),
+            teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
+            last_layer_frozen=step < schedules.freeze_last_layer,
+            weights=LossWeights(
+                global_=value_at(objective.global_loss.weight, step, steps),
+                patch=value_at(objective.patch_loss.weight, step, steps),
+                koleo=value_at(objective.koleo.weight, step, steps),
+            ),
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """The values under the tags they are logged by."""
+        return {
+            "optim/lr": self.lr,
+            "optim/weight_decay": self.weight_decay,
+            "teacher/momentum": self.momentum,
+            "teacher/temperature": self.teacher_temperature,
+        }
+
+
+def train(config: Config, launch: Launch, resume_from: Path | None = None) -> int:
+    """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
+
+    Args:
+        resume_from: another run's folder to start from when this one's is new.
+
+    Returns:
+        The exit status: 0 when the run is complete, 75 or 130 when it was asked to stop early.
+
+    Raises:
+        ShardError, StreamtrainError: for what the user can put right, in one line.
+    """
+    global_batch, accumulation = config.batch_split(launch.world_size)
+    run_dir = Path(config.run.dir)
+    make_run_folder(run_dir, launch.rank)
+    shard_set = ShardSet.open(config.data.shards)
+
+    with joined(config.engine, launch) as runtime:
+        if launch.rank == 0:
+            describe_run(run_dir, config, launch.world_size)
+        student, teacher = build_networks(config, runtime, accumulation)
+        target_maker = TargetMaker(config.objective, dist.group.WORLD)
+        step = restore(config, resume_from, student, teacher, target_maker)
+        loader = Loader(
+            shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
+            start_slot=step * global_batch,
+        )
+        monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
+        stop = StopRequest(run_dir)
+        with closing(loader), closing(monitor):
+            monitor.text("config", f"```yaml\n{to_yaml(config)}```")
+            clock = StepClock()
+            while step < config.run.steps:
+                values = StepValues.at(step, config)
+                student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen)
+
+                batches = [next(loader) for _ in range(accumulation)]
+                features = [teacher(batch) for batch in batches]
+                targets = target_maker.make(
+                    features, [batch.masks for batch in batches], teacher.weights(), values.teacher_temperature
+                )
+                losses = []
+                for batch, target in zip(batches, targets, strict=True):
+                    losses.append(student.accumulate(batch, target, values.weights))
+                    student.step()
+                teacher.update(values.momentum)
+
+                step += 1
+                means, exit_code = agree(losses, stop.code(), runtime)
+                scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
+                scalars["optim/gradient_norm"] = student.gradient_norm()
+                scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
+                monitor.log(step, step * global_batch, scalars)
+                if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
+                    monitor.panel(step, panel_of(batches[0], config))
+                if due(step, config.run.checkpoint_every) or exit_code or step == config.run.steps:
+                    save(config, step, loader, student, teacher, target_maker)
+                if exit_code:
+                    stop.clear()
+                    return exit_code
+    return 0
+
+
+def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
+    """Student and teacher, sharded over all ranks; their values are undefined until written."""
+    with torch.device("meta"):
+        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
+    settings = engine_config(config, runtime, accumulation, block_numel)
+    student = Student(build_sharded(lambda: Learner(config), settings), Block, config, runtime, settings)
+    teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings)
+    return student, teacher
+
+
+def restore(
+    config: Config, resume_from: Path | None, student: Student, teacher: Teacher, target_maker: TargetMaker
+) -> int:
+    """Fill both networks from the newest checkpoint, or from the seed; returns the completed steps.
+
+    The run folder's own checkpoint comes before ``resume_from``, and both before a fresh start.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or belongs to another model.
+    """
+    source = next(
+        (folder for folder in (Path(config.run.dir), resume_from) if folder and checkpoint.saved_steps(folder)), None
+    )
+    if source is None:
+        def fresh(key: str, fragment: Fragment) -> torch.Tensor:
+            name = key.partition("/")[2]
+            return fragment.cut(initial_value(name, fragment.shape, config.model, config.run.seed))
+
+        student.write(fresh, optimizer_steps=0)
+        teacher.write(fresh)
+        return 0
+    with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
+        for name, fragment in student.fragments.items():
+            if reader.state["shapes"].get(name) != list(fragment.shape):
+                raise CheckpointError(
+                    f"{reader.folder} holds {name} as {reader.state['shapes'].get(name)}, the configuration makes "
+                    f"it {list(fragment.shape)}; use the model that the run was started with"
+                )
+        student.write(reader.read, optimizer_steps=reader.step)
+        teacher.write(reader.read)
+        target_maker.load_state_dict(reader.shared())
+        return reader.step
+
+
+def save(
+    config: Config, step: int, loader: Loader, student: Student, teacher: Teacher, target_maker: TargetMaker
+) -> None:
+    """Write the checkpoint of ``step`` completed steps and drop those that are no longer kept."""
+    global_batch, _ = config.batch_split(dist.get_world_size())
+    checkpoint.save(
+        config.run.dir,
+        step,
+        shards=student.shards() | teacher.shards(),
+        shared=target_maker.state_dict(),
+        shapes={name: fragment.shape for name, fragment in student.fragments.items()},
+        state={"data": loader.state_dict(step * global_batch)},
+    )
+    if dist.get_rank() == 0:
+        checkpoint.prune(config.run.dir, config.run)
+
+
+def agree(
+    losses: list[dict[str, torch.Tensor]], exit_code: int, runtime: Runtime
+) -> tuple[dict[str, float], int]:
+    """Losses averaged over micro-batches and ranks, and the largest exit status that any rank wants.
+
+    Both travel together: all ranks must leave at the same step, since a collective waits for everyone.
+    """
+    names = sorted(losses[0])
+    mean = torch.stack([torch.stack([loss[name].float() for name in names]) for loss in losses]).mean(0)
+    wanted = torch.zeros(runtime.world_size, device=mean.device)
+    wanted[runtime.rank] = exit_code
+    message = torch.cat([mean / runtime.world_size, wanted])
+    dist.all_reduce(message)
+    values = message.tolist()
+    return dict(zip(names, values, strict=False)), int(max(values[len(names) :]))
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after ``step``."""
+    return every > 0 and step % every == 0
+
+
+def dry_run(config: Config) -> int:
+    """Check the configuration and the data, and draw one panel of crops into the run folder."""
+    run_dir = Path(config.run.dir)
+    make_run_folder(run_dir, rank=0)
+    shard_set = ShardSet.open(config.data.shards)
+    with closing(
+        Loader(shard_set, config, rank=0, world_size=1, device=torch.device("cpu"), start_slot=0)
+    ) as loader:
+        Image.fromarray(panel_of(next(loader), config)).save(run_dir / "dry_run.png")
+    print(f"{shard_set.num_samples} samples in {config.data.shards}; crops drawn in {run_dir / 'dry_run.png'}")
+    return 0
+
+
+def panel_of(batch: Batch, config: Config) -> np.ndarray:
+    """The crops and masks of a micro-batch as one picture, uint8 [height, width, 3]."""
+    return crops_panel(
+        batch.global_crops, batch.local_crops, batch.masks.grid_mask, len(batch.slots), config.monitor.panel_samples
+    )
