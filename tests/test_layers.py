@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("streamtrain.data",), ("streamtrain.model",), ("streamtrain.objective",)),
     (("streamtrain.learner",),),
     (("streamtrain.engine",),),
-    (("streamtrain.checkpoint",),),
+    (("streamtrain.checkpoint",), ("streamtrain.run_folder",), ("streamtrain.stopping",)),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",)),
     (("streamtrain.train",),),
     (("streamtrain.main",), ("tools",)),
