@@ -4,4 +4,19 @@ from __future__ import annotations
 
 
 class ShardError(ValueError):
-    """Something is wrong with images, shards, an index or a manifest; the message is one line that says what to do."""
+    """Images, shards, an index or a manifest are at fault; the message is one line that says what to do."""
+
+
+class SampleError(ShardError):
+    """One image of a set cannot be used.
+
+    Attributes:
+        shard: the name of the tar.
+        index: the sample's number in it.
+        key: its WebDataset key.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, shard: str, index: int, key: str, reason: str) -> None:
+        super().__init__(f"shard {shard}, sample {index} (key {key!r}): {reason}")
+        self.shard, self.index, self.key, self.reason = shard, index, key, reason

@@ -10,7 +10,7 @@ _PIECE_BYTES = 1 << 20
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, make it durable, and rename it: no reader ever sees a part of it."""
+    """Write a file under a temporary name, make it durable, and rename it: no reader sees a part of it."""
     partial = partial_path(path)
     with open(partial, "wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""What Pillow says about an image's bytes: its size from the header, and whether it decodes to the last row."""
+"""What Pillow says about an image's bytes: its size from the header, and whether it decodes in full."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from PIL import Image, ImageOps
 
 from shards.errors import ShardError
 
-DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs: a quarter of 2^31 bytes over 3 channels
+DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
 MAX_SIDE = 65_535  # what the index's 16-bit width and height hold
 DEFAULT_QUALITY = 95
 
-# Formats that both Pillow and DALI decode, by Pillow's name, with the extension that they get in a shard. The modes are
-# those that DALI decodes to the same picture; an image of a known format in another mode is transcoded.
+# Formats that both Pillow and DALI decode, by Pillow's name, with the extension that they get in a shard. The
+# modes are those that DALI decodes to the same picture; an image of a known format in another mode is
+# transcoded.
 _KEPT_FORMATS = {
     "JPEG": ("jpg", {"L", "RGB", "CMYK"}),
     "MPO": ("jpg", {"L", "RGB", "CMYK"}),  # a JPEG with more pictures appended; decoders show the first
@@ -37,7 +38,7 @@ class Prepared:
 
 
 def read_size(payload: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as displayed, that is with the EXIF orientation applied, from the header alone.
+    """(width, height) in pixels as displayed (with the EXIF orientation applied), from the header.
 
     Raises:
         ShardError: no known image format, with the reason.
@@ -63,7 +64,7 @@ def prepare(
         max_side: images with a longer side are shrunk to it and stored as JPEG.
         max_pixels: images with more pixels are refused before they are decoded.
         quality: of the JPEGs made by ``max_side`` and ``upright``.
-        upright: store images that carry an EXIF rotation turned, rather than leave the turning to the decoder.
+        upright: turn images that carry an EXIF rotation, rather than leave that to the decoder.
 
     Raises:
         ShardError: not an image, truncated, broken or too large, with the reason.
@@ -84,7 +85,7 @@ def prepare(
                 return _encode_png(image)
     except ShardError:
         raise
-    except Exception as error:  # as above: truncation is an OSError, broken chunks a SyntaxError or struct.error
+    except Exception as error:  # as above: truncation is an OSError, broken chunks a SyntaxError
         raise ShardError(_reason(error)) from error
     if max(width, height) > MAX_SIDE:
         raise ShardError(f"{width}x{height} is longer than {MAX_SIDE} pixels on a side; pack with --max-side")
@@ -135,7 +136,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         low, high = image.convert("F").getextrema()
         assert isinstance(low, float) and isinstance(high, float)
         # 16-bit files use their whole range by definition; anything else is stretched to what is there.
-        low, high = (0.0, 65535.0) if image.mode.startswith("I") and 0 <= low and high <= 65535 else (low, high)
+        if image.mode.startswith("I") and low >= 0 and high <= 65535:
+            low, high = 0.0, 65535.0
         scale = 255.0 / (high - low) if high > low else 0.0
         return image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
     return image

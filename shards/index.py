@@ -1,8 +1,8 @@
 """Where each image lies in a WebDataset tar: our index (a numpy array) and DALI's, built from any tar.
 
-A sample is a run of members that share a key, the part of the name before the first dot of its last component; its image
-is the first component with one of ``IMAGE_EXTENSIONS``, its label an integer in ``.cls``. Samples without an image are
-passed over.
+A sample is a run of members that share a key, the part of the name before the first dot of its last
+component; its image is the first component with one of ``IMAGE_EXTENSIONS``, its label an integer in
+``.cls``. Samples without an image are passed over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LABEL_EXTENSION = "cls"
 NO_LABEL = -1
 UNREADABLE = 1  # flag: the image's header could not be read; its width and height are 0
 
-# One record a sample. Offset and length are the image's bytes in the tar; width and height are pixels as displayed.
+# One record a sample. Offset and length are the image's bytes in the tar; width and height are pixels as
+# displayed.
 RECORD = np.dtype(
     [
         ("offset", "<u8"),
@@ -77,7 +78,7 @@ class ShardIndex:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and extension, cut at the first dot after the last slash, as WebDataset and DALI cut it."""
+    """A member's key and extension, cut at the first dot after the last slash, as in WebDataset and DALI."""
     slash = name.rfind("/") + 1
     dot = name.find(".", slash)
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
@@ -144,7 +145,7 @@ def build(archive: BinaryIO, name: str) -> ShardIndex:
 
 
 def make_record(offset: int, payload: bytes, label: int) -> np.ndarray:
-    """The record of an image whose bytes lie at an offset of a tar; flagged where its header cannot be read."""
+    """The record of an image that lies at an offset of a tar; flagged where its header cannot be read."""
     try:
         width, height = images.read_size(payload)
         flags = 0

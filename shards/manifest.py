@@ -1,9 +1,9 @@
-"""The description of a shard set: ``manifest.json``, which is written last and without which a set is not one.
+"""The description of a shard set: ``manifest.json``, written last; without it a set is not one.
 
-    set/ shards/000000.tar   WebDataset tars
-         index/000000.npy    one record a sample (shards/index.py)
-         index/000000.idx    DALI's index
-         manifest.json       this
+set/ shards/000000.tar   WebDataset tars
+     index/000000.npy    one record a sample (shards/index.py)
+     index/000000.idx    DALI's index
+     manifest.json       this
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A shard set: its tars in order, and the names of its classes by label (empty where it has no labels)."""
+    """A shard set: its tars in order, and the names of its classes by label (empty where it has none)."""
 
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ShardError(
-                f"{set_dir} is not a finished shard set (it has no {FILE_NAME}); run tools/make_shards.py again"
+                f"{set_dir} is not a finished shard set (no {FILE_NAME}); run tools/make_shards.py again"
             ) from error
         except (OSError, ValueError) as error:
             raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error

@@ -1,17 +1,17 @@
 """Which sample stands at which slot: a pure function of (shard sizes, seed, slot).
 
-Slot s is the s-th sample ever consumed. With N samples, epoch e is exactly slots [eN, (e+1)N) and visits every sample
-once. Three shuffles, none of which needs a list of samples:
+Slot s is the s-th sample ever consumed. With N samples, epoch e is exactly slots [eN, (e+1)N) and visits
+every sample once. Three shuffles, none of which needs a list of samples:
 
 1. each epoch draws a permutation of the shards; their samples, laid end to end, form a line of N positions;
-2. the line is cut into ``lanes`` contiguous segments, and slot s reads from segment ``(s // lane_block) % lanes``, so
-   that consecutive slots come from distant places. With ``lane_block = global_batch / lanes`` a rank's contiguous part
-   of a batch reads its own lanes' shards only;
-3. a segment is cut into blocks of ``window`` shards (cut short at the segment's ends), and each block is shuffled by a
-   permutation of its own.
+2. the line is cut into ``lanes`` contiguous segments, and slot s reads from segment ``(s // lane_block) %
+   lanes``, so that consecutive slots come from distant places. With ``lane_block = global_batch / lanes`` a
+   rank's contiguous part of a batch reads its own lanes' shards only;
+3. a segment is cut into blocks of ``window`` shards (cut short at the segment's ends), and each block is
+   shuffled by a permutation of its own.
 
-Memory: two numbers a shard for each of the last few epochs, plus the permutation of one block for each lane in use
-(4 bytes a sample of the block).
+Memory: two numbers a shard for each of the last few epochs, plus the permutation of one block for each lane
+in use (4 bytes a sample of the block).
 """
 
 from __future__ import annotations
@@ -59,17 +59,16 @@ class Order:
         if self.num_samples == 0:
             raise ShardError("the shard set holds no samples; pack some images first")
         if window < 1 or lanes < 1 or lane_block < 1:
-            raise ShardError(
-                f"window ({window}), lanes ({lanes}) and lane_block ({lane_block}) must all be at least 1"
-            )
+            raise ShardError(f"window ({window}), lanes ({lanes}) and lane_block ({lane_block}) must all be at least 1")
         self.seed, self.window, self.lanes, self.lane_block = seed, window, lanes, lane_block
         self._shard_starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._shuffles: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # lane -> ((epoch, block), permutation)
+        # lane -> ((epoch, block), permutation)
+        self._shuffles: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     @property
     def parameters(self) -> dict[str, int]:
-        """What defines the order beside the shards' sizes; a saved stream must agree with it in every entry."""
+        """What defines the order beside the shards' sizes; a saved stream must agree in every entry."""
         return {"seed": self.seed, "window": self.window, "lanes": self.lanes, "lane_block": self.lane_block}
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,9 +96,9 @@ class Order:
         return epochs, shards, samples
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
-        """Who stands in at a slot whose sample cannot be used: (shard, sample), a pure function of its arguments.
+        """Who stands in at a slot whose sample cannot be used: (shard, sample), of the arguments only.
 
-        The first attempts draw from the slot's own block, whose shards are at hand; later ones from the whole set.
+        The first attempts draw from the slot's own block, whose shards are at hand; later ones from anywhere.
         """
         draw = float(randomness.generator(self.seed, randomness.SUBSTITUTE, slot, attempt).random())
         if attempt < _NEARBY_ATTEMPTS:
@@ -139,7 +138,7 @@ class Order:
     def _blocks(
         self, table: _Epoch, lanes: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each position of a lane: its block's number in the segment, and where the block begins and ends."""
+        """For each position of a lane: its block's number in the segment, and the block's begin and end."""
         first = table.first_place[lanes]
         block = (np.searchsorted(table.starts, positions, side="right") - 1 - first) // self.window
         begin_place = first + block * self.window
@@ -163,7 +162,7 @@ class Order:
         return shuffled
 
     def _block_order(self, epoch: int, lane: int, block: int, length: int) -> np.ndarray:
-        """The permutation of one block. Each lane keeps its latest: a stream moves through a lane block by block."""
+        """The permutation of one block; each lane keeps its latest, since a stream goes block by block."""
         kept = self._shuffles.get(lane)
         if kept is None or kept[0] != (epoch, block):
             order = randomness.permutation(self.seed, randomness.ORDER_BLOCK, length, epoch, lane, block)

@@ -1,10 +1,11 @@
 """Counter-based random draws: every number is a pure function of (seed, purpose, counters).
 
-All randomness of a run comes from here, so that a sample looks the same on any number of ranks, on any worker and after
-any resume. Only raw Philox words are used (numpy guarantees their stream for ever; it does not for ``Generator`` methods
-such as ``permutation``), so an order saved under one numpy is the order under the next.
+All randomness of a run comes from here, so that a sample looks the same on any number of ranks, on any worker
+and after any resume. Only raw Philox words are used (numpy guarantees their stream for ever; it does not for
+``Generator`` methods such as ``permutation``), so an order saved under one numpy is the order under the next.
 
-A purpose is a short string, one per kind of draw, so that no two kinds share numbers. The ones in use are named below.
+A purpose is a short string, one per kind of draw, so that no two kinds share numbers. The ones in use are
+named below.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _key(seed: int, purpose: str) -> np.ndarray:
 
 
 def _philox(seed: int, purpose: str, counters: tuple[int, ...]) -> np.random.Philox:
-    """A Philox stream of its own for the counters: they fill the upper three words, the draws count in the lowest."""
+    """A Philox stream of its own: the counters fill the upper three words, draws count in the lowest."""
     assert len(counters) <= 3, "Philox has room for three counters"
     words = np.zeros(4, dtype=np.uint64)
     words[1 : 1 + len(counters)] = [counter & _WORD for counter in counters]
