@@ -182,7 +182,7 @@ def opened(folder: Path) -> Iterator[Reader]:
             raise CheckpointError(
                 f"checkpoint {folder} has format {state.get('version')}, this program reads {VERSION}"
             )
-        shard_numel = {key: files[0].get_slice(key).get_shape()[0] for key in files[0].keys()}
+        shard_numel = {key: files[0].get_slice(key).get_shape()[0] for key in files[0].keys()}  # noqa: SIM118 - not a dict
         yield Reader(folder, state, files, shard_numel)
 
 

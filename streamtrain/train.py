@@ -16,7 +16,7 @@ from streamtrain import checkpoint
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.data.loader import Loader, check_state
+from streamtrain.data.loader import Loader
 from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
