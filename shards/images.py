@@ -13,16 +13,10 @@ DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bom
 MAX_SIDE = 65_535  # what the index's 16-bit width and height hold
 DEFAULT_QUALITY = 95
 
-# Formats that both Pillow and DALI decode, by Pillow's name, with the extension that they get in a shard. The
-# modes are those that DALI decodes to the same picture; an image of a known format in another mode is
-# transcoded.
-_KEPT_FORMATS = {
-    "JPEG": ("jpg", {"L", "RGB", "CMYK"}),
-    "MPO": ("jpg", {"L", "RGB", "CMYK"}),  # a JPEG with more pictures appended; decoders show the first
-    "PNG": ("png", {"L", "LA", "P", "RGB", "RGBA"}),
-    "WEBP": ("webp", {"RGB", "RGBA"}),
-    "TIFF": ("tif", {"L", "RGB"}),
-}
+# Formats that both Pillow and DALI decode to the same picture, by Pillow's name, with the extension that they get in a
+# shard. Everything else is transcoded: GIF and the rarer TIFFs stop DALI's decoder.
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif"}
+_KEPT_TIFF_MODES = ("L", "RGB")
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -80,8 +74,8 @@ def prepare(
             if turned or (max_side is not None and max(width, height) > max_side):
                 return _encode_jpeg(image, max_side, quality)
             image.load()
-            extension, modes = _KEPT_FORMATS.get(image.format or "", ("", set()))
-            if image.mode not in modes or (image.format != "MPO" and getattr(image, "n_frames", 1) > 1):
+            extension = _KEPT_FORMATS.get(image.format or "")
+            if extension is None or (extension == "tif" and image.mode not in _KEPT_TIFF_MODES):
                 return _encode_png(image)
     except ShardError:
         raise
@@ -113,34 +107,30 @@ def _displayed_size(image: Image.Image) -> tuple[int, int]:
 
 def _encode_jpeg(image: Image.Image, max_side: int | None, quality: int) -> Prepared:
     if max_side is not None:
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    upright = ImageOps.exif_transpose(image)
-    plain = upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
+        image.draft(None, (2 * max_side, 2 * max_side))  # lets the JPEG decoder do the coarse part of the shrinking
+    plain = _plain(image)
+    if max_side is not None:
+        plain.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     plain.save(buffer, "JPEG", quality=quality)
     return Prepared(buffer.getvalue(), "jpg", *plain.size)
 
 
 def _encode_png(image: Image.Image) -> Prepared:
-    """The first frame, upright, without loss beyond 8 bits a channel."""
-    upright = ImageOps.exif_transpose(image)
-    plain = upright if upright.mode in ("L", "RGB") else _eight_bits(upright).convert("RGB")
+    plain = _plain(image)
     buffer = io.BytesIO()
     plain.save(buffer, "PNG")
     return Prepared(buffer.getvalue(), "png", *plain.size)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float greys scaled to 8 bits; ``convert`` alone would clip them to white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        low, high = image.convert("F").getextrema()
-        assert isinstance(low, float) and isinstance(high, float)
-        # 16-bit files use their whole range by definition; anything else is stretched to what is there.
-        if image.mode.startswith("I") and low >= 0 and high <= 65535:
-            low, high = 0.0, 65535.0
-        scale = 255.0 / (high - low) if high > low else 0.0
-        return image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
-    return image
+def _plain(image: Image.Image) -> Image.Image:
+    """The first frame, upright, as 8-bit grey or RGB."""
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # `convert` alone clips to white
+    if image.mode in ("I", "F"):
+        raise ShardError(f"pixels of mode {image.mode} have no defined white; convert the image to 8 or 16 bits first")
+    upright = ImageOps.exif_transpose(image)
+    return upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
 
 
 def _reason(error: Exception) -> str:
