@@ -26,9 +26,9 @@ class GroupRule:
 def rule_of(name: str, num_dims: int, depth: int, config: OptimConfig) -> GroupRule:
     """The rule of one parameter, from its name and number of dimensions.
 
-    The factor is ``layer_decay`` to the power of the number of blocks above the parameter: the heads and
-    the final norm have 1, the embedding lies below all ``depth`` blocks. Vectors (biases, norms, LayerScale) do
-    not decay.
+    The factor is ``layer_decay`` to the power of the number of layers above the parameter: the heads and
+    the final norm have 1, the last block has 1 above it, the embedding all ``depth + 1``. Vectors (biases, norms,
+    LayerScale) do not decay.
     """
     block = _BLOCK.match(name)
     if block:

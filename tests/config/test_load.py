@@ -1,0 +1,113 @@
+"""Recipes, overrides, and what a user is told of a wrong key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamtrain.config.load import build, load_config, merge, parse_override, preset_folders, read_resolved, to_yaml
+from streamtrain.errors import ConfigError
+
+RECIPES = sorted(path.name for folder in preset_folders() for path in folder.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_survives_its_resolved_form(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_resolved(tmp_path) == config
+
+
+def test_overrides_are_read_as_yaml_and_exponents_without_a_dot_are_numbers() -> None:
+    config = load_config("vits16.yaml", ["schedules.lr=1e-4", "crops.global_scale=[0.5, 1]", "data.global_batch=null"])
+    assert config.schedules.lr.peak == 1e-4 and config.schedules.lr.kind == "constant"
+    assert config.crops.global_scale == (0.5, 1.0) and config.data.global_batch is None
+
+
+def test_a_recipe_is_found_with_and_without_its_ending_and_as_a_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: vits16\nrun: {steps: 7}\nmodel: {drop_path: 0.2}\n")
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.run.steps, config.model.drop_path, config.model.dim) == (7, 0.2, 384)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("run.step=3", "unknown key run.step; did you mean run.steps?"),
+        ("optim.lr=3", "unknown key optim.lr; did you mean schedules.lr?"),
+        ("schedules.lr.peek=3", "unknown key schedules.lr.peek; did you mean schedules.lr.peak?"),
+        ("schedules.lr=abc", "schedules.lr: must be a number or a schedule"),
+        ("model.preset=vitx", "unknown preset 'vitx'; there are vits16"),
+        ("crops.global_size=225", "crops.global_size 225 is not a multiple of model.patch_size 16"),
+        ("crops.global_scale=[0.9, 0.1]", "crops.global_scale"),
+        ("data.micro_batch=0", "data.micro_batch"),
+        ("data.micro_batch", "not of the form section.key=value"),
+        ("run.dir=[", "is not YAML"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("vits16.yaml", [override])
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "extends: self.yaml\n", "!!python/object/apply:os.getcwd []\n"])
+def test_a_file_that_is_no_recipe_is_told_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "self.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(tmp_path / "self.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_names_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"no config 'absent'.*vits16\.yaml"):
+        load_config("absent")
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_numbers() -> None:
+    config = load_config("vits16.yaml", ["data.micro_batch=4", "data.global_batch=12"])
+    assert config.batch_split(3) == (12, 1) and config.batch_split(1) == (12, 3)
+    with pytest.raises(ConfigError, match="12 is not a multiple of data.micro_batch 4 x 2 ranks = 8"):
+        config.batch_split(2)
+
+
+_TREES = st.recursive(
+    st.integers() | st.none() | st.lists(st.integers()),
+    lambda children: st.dictionaries(st.sampled_from("abcd"), children, max_size=4),
+    max_leaves=12,
+).filter(lambda tree: isinstance(tree, dict))
+
+
+@given(_TREES, _TREES, _TREES)
+def test_laying_over_is_associative_with_the_empty_mapping_as_unit(a: dict, b: dict, c: dict) -> None:
+    # true wherever a key keeps its kind; a mapping that replaces a value forgets what lay below it
+    assert merge(a, {}) == a == merge({}, a)
+    assert merge(a, a) == a
+    if not _kinds_clash(a, b) and not _kinds_clash(b, c) and not _kinds_clash(a, c):
+        assert merge(merge(a, b), c) == merge(a, merge(b, c))
+
+
+def _kinds_clash(a: object, b: object) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return any(_kinds_clash(a[key], b[key]) for key in a.keys() & b.keys())
+    return isinstance(a, dict) != isinstance(b, dict)
+
+
+@given(st.lists(st.sampled_from(["run", "x", "steps"]), min_size=1), st.integers())
+def test_an_override_is_the_nested_mapping_of_its_path(path: list[str], value: int) -> None:
+    nested = parse_override(f"{'.'.join(path)}={value}")
+    for key in path:
+        assert list(nested) == [key]
+        nested = nested[key]
+    assert nested == value
+
+
+def test_the_tree_is_frozen_and_yaml_stays_plain() -> None:
+    config = build({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 5  # type: ignore[misc]
+    assert yaml.safe_load(to_yaml(config))["run"]["seed"] == 0
