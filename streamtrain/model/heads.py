@@ -1,0 +1,57 @@
+"""The projection head: an MLP to a normalised bottleneck, then prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamtrain.config.model import HeadConfig
+from streamtrain.model.layers import Linear
+
+
+class Projection(nn.Module):
+    """``layers`` linears with GELU between them, then L2 normalisation."""
+
+    def __init__(self, dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        sizes = [dim, *[config.hidden] * (config.layers - 1), config.bottleneck]
+        self.layers = nn.ModuleList([Linear(a, b) for a, b in pairwise(sizes)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[num_rows, dim]`` to unit vectors ``[num_rows, bottleneck]``."""
+        for index, layer in enumerate(self.layers):
+            features = layer(F.gelu(features) if index else features)
+        # in fp32: a 16-bit norm would scale a whole row wrongly; eps bounds the gradient of a zero row
+        return F.normalize(features.float(), dim=-1, eps=1e-6).to(features.dtype)
+
+
+class Prototypes(nn.Module):
+    """The bias-free last layer."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.prototypes, config.bottleneck))
+
+    def forward(self, features: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``loss(features, weight)`` for unit vectors ``[num_rows, bottleneck]``.
+
+        The loss is evaluated in here because a sharded engine gathers the weight for this forward only.
+        """
+        return loss(features, self.weight)
+
+
+class ProjectionHead(nn.Module):
+    """Projection and prototypes of one loss."""
+
+    def __init__(self, dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.projection = Projection(dim, config)
+        self.prototypes = Prototypes(config)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[num_rows, dim]`` to the normalised bottleneck ``[num_rows, bottleneck]``."""
+        return self.projection(features)

@@ -1,0 +1,153 @@
+"""The transformer block on packed tokens, and its parts.
+
+No module here draws its own initial values: storage stays as it is until ``initialise.py`` (or a checkpoint)
+fills it, which costs nothing on a sharded or meta device and is the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamtrain.config.model import ModelConfig
+from streamtrain.model.drop_path import DropPath
+from streamtrain.model.layout import Group, Layout
+from streamtrain.model.rope import RopeTable, rotate
+
+
+class Linear(nn.Linear):
+    """A linear layer that leaves its storage untouched when built."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm that leaves its storage untouched when built."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class QueryKeyValue(Linear):
+    """One matrix for queries, keys and values; the key part of the bias is absent unless asked for.
+
+    A key bias shifts all scores of a query alike, which softmax ignores.
+    """
+
+    def __init__(self, dim: int, bias: bool, key_bias: bool) -> None:
+        super().__init__(dim, 3 * dim, bias=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(3 * dim if key_bias else 2 * dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.shape[0] < self.out_features:
+            query, value = bias.chunk(2)
+            bias = torch.cat([query, torch.zeros_like(query), value])
+        return F.linear(input, self.weight, bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each image of the packed tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = QueryKeyValue(config.dim, config.qkv_bias, config.key_bias)
+        self.proj = Linear(config.dim, config.dim)
+
+    def forward(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
+        """``[num_tokens, dim]`` to the same; projections run once, attention once a crop size."""
+        outputs = []
+        for packed, table in zip(layout.views(self.qkv(tokens)), tables, strict=True):
+            heads = packed.unflatten(-1, (3, self.num_heads, -1))
+            query, key = rotate(heads[:, :, :2], table).permute(2, 0, 3, 1, 4).unbind(0)
+            value = heads[:, :, 2].transpose(1, 2)
+            output = F.scaled_dot_product_attention(query, key, value)
+            outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.dim, config.hidden)
+        self.down = Linear(config.hidden, config.dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(tokens)))
+
+
+class SwiGlu(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, gate and up as one matrix (gate first)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.dim, 2 * config.hidden)
+        self.down = Linear(config.hidden, config.dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, up = self.gate_up(tokens).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class LayerScale(nn.Module):
+    """Adds a branch to the residual stream, scaled by one learnt factor a feature."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, tokens: Tensor, branch: Tensor, drop: DropPath | None, which: int) -> Tensor:
+        """``tokens [num_tokens, dim]`` plus ``branch``, which has the kept rows only where ``drop`` is given."""
+        if drop is None:
+            return torch.addcmul(tokens, branch, self.gamma)
+        return drop.add(tokens, branch * self.gamma, which)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on packed tokens: the unit that is gathered, checkpointed and compiled."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.scale1 = LayerScale(config.dim)
+        self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
+        self.mlp: nn.Module = SwiGlu(config) if config.mlp == "swiglu" else Mlp(config)
+        self.scale2 = LayerScale(config.dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        tables: list[RopeTable],
+        drop: DropPath | None = None,
+        chunk: int = 0,
+    ) -> Tensor:
+        """``[num_tokens, dim]`` to the same.
+
+        With ``chunk`` > 0 (only without gradients) that many images pass at a time and the result
+        **overwrites** ``tokens``, so that no more than one chunk's activations are alive.
+        """
+        if not chunk:
+            return self.transform(tokens, layout, tables, drop)
+        assert not torch.is_grad_enabled() and drop is None
+        for view, group, table in zip(layout.views(tokens), layout.groups, tables, strict=True):
+            for piece in view.split(chunk):
+                part = Layout((Group(piece.shape[0], group.grid),), layout.num_prefix)
+                flat = piece.flatten(0, 1)
+                flat.copy_(self.transform(flat, part, [table], None))
+        return tokens
+
+    def transform(self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None) -> Tensor:
+        """Both residual branches; with ``drop`` each computes its kept images only."""
+        inner = layout if drop is None else drop.layout
+        kept = tokens if drop is None else drop.select(tokens, 0)
+        tokens = self.scale1(tokens, self.attention(self.norm1(kept), inner, tables), drop, 0)
+        kept = tokens if drop is None else drop.select(tokens, 1)
+        return self.scale2(tokens, self.mlp(self.norm2(kept)), drop, 1)

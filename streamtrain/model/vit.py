@@ -1,0 +1,169 @@
+"""The vision transformer on packed tokens: all crops of a micro-batch as one ``[num_tokens, dim]`` tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from streamtrain.config.model import ModelConfig
+from streamtrain.model import drop_path
+from streamtrain.model.layers import Block, LayerNorm, Linear
+from streamtrain.model.layout import Group, Layout
+from streamtrain.model.rope import Rope
+
+
+class Features(NamedTuple):
+    """Normalised features of one crop size."""
+
+    # [images, dim]
+    cls: Tensor
+    # [images, num_registers, dim]
+    registers: Tensor
+    # [images, num_patches, dim], row-major
+    patches: Tensor
+
+
+class Embedding(nn.Module):
+    """Pixels to tokens: patches through one linear layer, beside them the CLS and register tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        # columns in the order (channel, y, x): reshaped to [dim, 3, p, p] it is the published convolution
+        self.projection = Linear(3 * config.patch_size**2, config.dim)
+        self.cls_token = nn.Parameter(torch.empty(1, config.dim))
+        self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.dim))
+        self.mask_token = nn.Parameter(torch.empty(1, config.dim))
+
+    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+        """Crops ``[images, 3, height, width]`` a size, masks bool ``[images, num_patches]`` or None, packed."""
+        patches = [self._unfold(images) for images in crops]
+        embedded = self.projection(torch.cat([piece.flatten(0, 1) for piece in patches]))
+        prefix = torch.cat([self.cls_token, self.register_tokens])
+        pieces = embedded.split([piece.shape[0] * piece.shape[1] for piece in patches])
+        tokens = []
+        for piece, images, mask in zip(pieces, crops, masks, strict=True):
+            piece = piece.unflatten(0, (images.shape[0], -1))
+            if mask is not None:
+                piece = torch.where(mask[..., None], self.mask_token, piece)
+            tokens.append(torch.cat([prefix.expand(images.shape[0], -1, -1), piece], dim=1).flatten(0, 1))
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+    def _unfold(self, images: Tensor) -> Tensor:
+        """``[images, 3, height, width]`` to ``[images, num_patches, 3 * patch_size²]``."""
+        num_images, channels, height, width = images.shape
+        size = self.patch_size
+        patches = images.reshape(num_images, channels, height // size, size, width // size, size)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return patches.to(self.projection.weight.dtype)
+
+
+class VisionTransformer(nn.Module):
+    """A DINOv3-style backbone (Siméoni et al. 2025, section 3.2). It owns no parameters of its own."""
+
+    def __init__(self, config: ModelConfig, checkpointing: str = "none") -> None:
+        """``checkpointing``: ``none``, or ``block`` to recompute each block's activations in the backward."""
+        super().__init__()
+        if checkpointing not in ("none", "block"):
+            raise ValueError(f"checkpointing must be 'none' or 'block', not {checkpointing!r}")
+        self.patch_size = config.patch_size
+        self.num_prefix = 1 + config.num_registers
+        self.drop_rate = config.drop_path
+        self.checkpointing = checkpointing
+        self.rope = Rope(config)
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
+        self.local_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.untied_norms == "local_cls" else None
+
+    def layout(self, crops: Sequence[Tensor]) -> Layout:
+        """Where the tokens of ``crops`` will lie.
+
+        Raises:
+            ValueError: if a crop is not a whole number of patches.
+        """
+        groups = []
+        for images in crops:
+            height, width = images.shape[-2:]
+            if height % self.patch_size or width % self.patch_size:
+                raise ValueError(
+                    f"images of {height} x {width} pixels are not a whole number of {self.patch_size}-pixel patches"
+                )
+            groups.append(Group(images.shape[0], (height // self.patch_size, width // self.patch_size)))
+        return Layout(tuple(groups), self.num_prefix)
+
+    def encode(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        generator: torch.Generator | None = None,
+        chunk: int = 0,
+        keep: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Packed tokens before the final norm, and copies of the stream after the blocks in ``keep``.
+
+        With a generator (training) drop-path and RoPE augmentation are drawn from it; without, there are none.
+        ``chunk`` > 0, only without gradients, bounds the images in flight within a block.
+        """
+        layout = self.layout(crops)
+        tokens = self.embedding(crops, masks)
+        tables = [self.rope.table(group.grid, tokens.device, tokens.dtype, generator) for group in layout.groups]
+        drops: list[drop_path.DropPath | None] = [None] * len(self.blocks)
+        if generator is not None and self.drop_rate > 0.0:
+            drops = [*drop_path.draw(layout, len(self.blocks), self.drop_rate, generator, tokens.device)]
+        kept = []
+        recompute = self.checkpointing == "block" and torch.is_grad_enabled()
+        for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
+            if recompute:
+                # nothing random happens inside a block, so no random state needs saving
+                tokens = checkpoint(block, tokens, layout, tables, drop, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, layout, tables, drop, chunk)
+            if index in keep:
+                kept.append(tokens.clone() if chunk else tokens)
+        return tokens, kept
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        generator: torch.Generator | None = None,
+        chunk: int = 0,
+    ) -> tuple[Features, ...]:
+        """Normalised features of each crop size; the first size is the global crops, any other local.
+
+        Where the norms are untied, the local crops' CLS and registers have their own in training (with a
+        generator) and the common one otherwise.
+        """
+        tokens, _ = self.encode(crops, masks or [None] * len(crops), generator, chunk)
+        layout = self.layout(crops)
+        features = [self._split(view) for view in layout.views(self.norm(tokens))]
+        if self.local_norm is not None and generator is not None and len(crops) > 1:
+            prefixes = [view[:, : self.num_prefix] for view in layout.views(tokens)[1:]]
+            normed = self.local_norm(torch.cat(prefixes)).split([len(prefix) for prefix in prefixes])
+            for index, prefix in enumerate(normed, start=1):
+                features[index] = Features(prefix[:, 0], prefix[:, 1:], features[index].patches)
+        return tuple(features)
+
+    def forward_features(self, images: Tensor, chunk: int = 0) -> Features:
+        """Features of ``images [images, 3, height, width]`` of any size, without masks: for evaluation."""
+        return self([images], chunk=chunk)[0]
+
+    def get_intermediate_layers(
+        self, images: Tensor, layers: int | Sequence[int] = 1, norm: bool = True
+    ) -> list[Features]:
+        """Features after the last ``layers`` blocks, or after the blocks listed, in ascending order."""
+        depth = len(self.blocks)
+        keep = range(depth - layers, depth) if isinstance(layers, int) else sorted(layers)
+        if any(not 0 <= index < depth for index in keep):
+            raise ValueError(f"layers {list(keep)} do not all lie within the {depth} blocks of this model")
+        _, kept = self.encode([images], [None], keep=keep)
+        layout = self.layout([images])
+        return [self._split(layout.views(self.norm(tokens) if norm else tokens)[0]) for tokens in kept]
+
+    def _split(self, view: Tensor) -> Features:
+        return Features(view[:, 0], view[:, 1 : self.num_prefix], view[:, self.num_prefix :])

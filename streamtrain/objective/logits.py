@@ -1,0 +1,58 @@
+"""Logits of features against prototypes, a chunk of prototypes at a time, always in fp32 (or fp64)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of logits and sums: fp64 for fp64 features, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` accumulated and returned in fp32 (fp64): 16-bit logits would round a softmax away."""
+    if left.dtype == torch.float64 or left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
+    """Prototypes of one chunk, so that its fp32 logits of ``num_rows`` take ``chunk_bytes`` at most.
+
+    A multiple of 64 (for the matrix units) and at least that.
+    """
+    fitting = chunk_bytes // (4 * max(1, num_rows))
+    return min(num_prototypes, max(64, fitting // 64 * 64))
+
+
+def chunks(num_prototypes: int, chunk: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``chunk`` prototypes."""
+    for start in range(0, num_prototypes, chunk):
+        yield slice(start, min(start + chunk, num_prototypes))
+
+
+class RowLogSumExp:
+    """Log-sum-exp of each row over chunks that come one after another."""
+
+    def __init__(self, num_rows: int, like: Tensor) -> None:
+        shape = (num_rows,)
+        self.maximum = torch.full(shape, -torch.inf, dtype=accumulator(like.dtype), device=like.device)
+        self.sum = torch.zeros_like(self.maximum)
+
+    def add(self, logits: Tensor) -> None:
+        """Take in ``logits [num_rows, chunk]``."""
+        maximum = torch.maximum(self.maximum, logits.amax(1))
+        # a row that is −inf so far must give 0, not the NaN of −inf − −inf
+        shift = maximum.nan_to_num(neginf=0.0)
+        self.sum = self.sum * (self.maximum - shift).exp() + (logits - shift[:, None]).exp_().sum(1)
+        self.maximum = maximum
+
+    def value(self) -> Tensor:
+        """``[num_rows]``; −inf for a row that was −inf throughout."""
+        return self.maximum + self.sum.log()

@@ -1,0 +1,214 @@
+"""Cross-entropy against prototype assignments without ever holding ``[N, K]`` logits."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streamtrain.objective.logits import RowLogSumExp, chunk_rows, chunks, matmul
+from streamtrain.objective.sinkhorn import Assignment
+
+
+class WeightHandle(Protocol):
+    """A way to the teacher's prototypes that hides the tensor from a sharded engine's hooks.
+
+    ZeRO-3 detaches tensor arguments of a module, also inside tuples and dicts; a parameter passed so would
+    lose what is needed to gather it.
+    """
+
+    def gathered(self) -> AbstractContextManager[Tensor]:
+        """A context within which the whole weight ``[num_prototypes, bottleneck]`` can be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """The handle of a weight that is whole anyway."""
+
+    weight: Tensor
+
+    def gathered(self) -> AbstractContextManager[Tensor]:
+        return _Opened(self.weight.detach())
+
+
+class _Opened(AbstractContextManager[Tensor]):
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __enter__(self) -> Tensor:
+        return self.weight
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class PrototypeTargets:
+    """What the student rows of one micro-batch are to match; called with ``(features, weight)``."""
+
+    # teacher bottlenecks [M, d] of this micro-batch and their assignment
+    features: Tensor
+    assignment: Assignment
+    handle: WeightHandle
+    # int64 [N, J]: teacher rows whose mean is the target of a student row; −1: none
+    pair: Tensor
+    # [N]: what each student row counts
+    row_weight: Tensor
+    student_temperature: float
+    teacher_temperature: float
+    # upper bound of one chunk's fp32 logits, student and teacher rows together
+    chunk_bytes: int
+
+    def __call__(self, student_features: Tensor, student_weight: Tensor) -> Tensor:
+        """The loss of ``student_features [N, d]`` under ``student_weight [K, d]``: scalar."""
+        num_rows = student_features.shape[0] + self.features.shape[0]
+        with self.handle.gathered() as teacher_weight:
+            return prototype_cross_entropy(
+                student_features,
+                student_weight,
+                self.features,
+                teacher_weight,
+                self.assignment,
+                self.pair,
+                self.row_weight,
+                self.student_temperature,
+                self.teacher_temperature,
+                chunk_rows(self.chunk_bytes, num_rows, student_weight.shape[0]),
+            )
+
+
+def prototype_cross_entropy(
+    student_features: Tensor,
+    student_weight: Tensor,
+    teacher_features: Tensor,
+    teacher_weight: Tensor,
+    assignment: Assignment,
+    pair: Tensor,
+    row_weight: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    chunk: int,
+) -> Tensor:
+    """``Σ_i row_weight_i · H(mean_j P[pair_ij], softmax(z_i Wᵀ / τ_s))``, differentiable in ``z`` and ``W``.
+
+    Both gradients are formed in the forward, chunk by chunk of prototypes, and only scaled in the backward,
+    so that neither logits nor targets outlive a chunk.
+
+    Args:
+        student_features: ``z [N, d]``; N may be 0.
+        student_weight: ``W [K, d]``.
+        teacher_features: ``[M, d]``.
+        teacher_weight: ``[K, d]``.
+        assignment: of the teacher rows; together with the two above it gives ``P [M, K]``.
+        pair: int64 ``[N, J]``, rows of ``P`` (−1: none); the target is the mean over those given.
+        row_weight: ``[N]``.
+        student_temperature: τ_s.
+        teacher_temperature: the one the assignment was made with.
+        chunk: prototypes a chunk.
+
+    Returns:
+        fp32 (fp64 for fp64 features) scalar.
+    """
+    # the sharded engine leaves an empty tensor where a weight is not gathered, and an empty loss would be 0
+    assert student_weight.shape[0] > 0, "the student's prototypes are not gathered here"
+    assert teacher_weight.shape == student_weight.shape, "the teacher's prototypes are not gathered here"
+    inputs = (teacher_features, teacher_weight, assignment, pair, row_weight)
+    return _PrototypeCrossEntropy.apply(
+        student_features, student_weight, *inputs, student_temperature, teacher_temperature, chunk
+    )
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_features: Tensor, student_weight: Tensor, *rest: Any) -> Tensor:
+        need_gradient = any(ctx.needs_input_grad[:2])
+        loss, gradients = _sweep(student_features, student_weight, *rest, need_gradient=need_gradient)
+        # a plain attribute, so that the backward can free them before it returns
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_output,) = grad_outputs
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "this loss keeps its gradients for one backward only"
+        return *(gradient.mul_(grad_output.to(gradient.dtype)) for gradient in gradients), *([None] * 8)
+
+
+def _sweep(
+    features: Tensor,
+    weight: Tensor,
+    teacher_features: Tensor,
+    teacher_weight: Tensor,
+    assignment: Assignment,
+    pair: Tensor,
+    row_weight: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    chunk: int,
+    *,
+    need_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Loss and both gradients: one sweep for the softmax' normaliser, one for everything else."""
+    streaming = RowLogSumExp(features.shape[0], features)
+    for part in chunks(weight.shape[0], chunk):
+        streaming.add(matmul(features, weight[part].T).div_(student_temperature))
+    log_normaliser = streaming.value()
+
+    targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature)
+    # what the target row counts in all (0 where a student row has no target), and each of its parts
+    count = (pair >= 0).sum(1)
+    target_total = (count > 0).to(log_normaliser.dtype)
+    target_scale = target_total / count.clamp_min(1)
+    row_weight = row_weight.to(log_normaliser.dtype)
+    softmax_factor = (row_weight * target_total / student_temperature)[:, None]
+    target_factor = (row_weight * target_scale / student_temperature)[:, None]
+
+    matched = torch.zeros_like(log_normaliser)
+    features_gradient = torch.zeros_like(features, dtype=log_normaliser.dtype) if need_gradient else None
+    weight_gradient = torch.empty_like(weight) if need_gradient else None
+    for part in chunks(weight.shape[0], chunk):
+        logits = matmul(features, weight[part].T).div_(student_temperature)
+        target = targets.chunk(part)
+        matched += torch.linalg.vecdot(target, logits)
+        if features_gradient is None or weight_gradient is None:
+            continue
+        difference = logits.sub_(log_normaliser[:, None]).exp_().mul_(softmax_factor)
+        difference = difference.addcmul_(target, target_factor, value=-1).to(features.dtype)
+        features_gradient += matmul(difference, weight[part])
+        weight_gradient[part] = matmul(difference.T, features).to(weight.dtype)
+    loss = (row_weight * (target_total * log_normaliser - target_scale * matched)).sum()
+    if features_gradient is None or weight_gradient is None:
+        return loss, None
+    return loss, (features_gradient.to(features.dtype), weight_gradient)
+
+
+class _Targets:
+    """Chunks of the summed target rows ``Σ_j P[pair_ij]``.
+
+    Rows of P are gathered: a dense ``[N, M]`` mixing matrix would cost ``N · M · K``, which for patches, each
+    with a target of its own, is more than the logits themselves.
+    """
+
+    def __init__(
+        self, features: Tensor, weight: Tensor, assignment: Assignment, pair: Tensor, temperature: float
+    ) -> None:
+        self.weight, self.column, self.temperature = weight, assignment.column, temperature
+        # one more row, whose P is 0, stands for "no target"
+        none = features.shape[0]
+        self.features = torch.cat([features, features.new_zeros(1, features.shape[1])])
+        self.row = torch.cat([assignment.row, assignment.row.new_full((1,), -torch.inf)])[:, None]
+        self.pair = torch.where(pair >= 0, pair, none).unbind(1)
+
+    def chunk(self, part: slice) -> Tensor:
+        """``[N, chunk]``."""
+        entries = matmul(self.features, self.weight[part].T).div_(self.temperature)
+        entries.add_(self.column[part]).add_(self.row).exp_()
+        target = entries.index_select(0, self.pair[0])
+        for pair in self.pair[1:]:
+            target += entries.index_select(0, pair)
+        return target

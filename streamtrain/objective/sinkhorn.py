@@ -1,0 +1,145 @@
+"""Teacher assignments to prototypes: Sinkhorn-Knopp, or a centred softmax (Caron et al. 2020, 2021).
+
+An assignment ``P [N, K]`` is never held; it is kept as log scalings of its columns and rows, from which any
+chunk of it follows: ``P = exp(logits / temperature + column + row[:, None])``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from streamtrain.objective.distributed import max_over_ranks, sum_over_ranks
+from streamtrain.objective.logits import RowLogSumExp, accumulator, chunks, matmul
+
+# below any sum that can occur; only keeps the logarithm finite where there is no row at all
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Log scalings of an assignment; each valid row of ``P`` sums to 1, any other is all 0."""
+
+    # [num_prototypes], the same on all ranks
+    column: Tensor
+    # [num_rows], of this rank's rows; −inf for a row that is not valid
+    row: Tensor
+
+    def rows(self, part: slice) -> Assignment:
+        """The assignment of some of the rows."""
+        return Assignment(self.column, self.row[part])
+
+
+@torch.no_grad()
+def sinkhorn(
+    features: Tensor,
+    weight: Tensor,
+    temperature: float,
+    iterations: int,
+    chunk: int,
+    group: dist.ProcessGroup | None = None,
+    valid: Tensor | None = None,
+) -> Assignment:
+    """Sinkhorn-Knopp over the rows of all ranks of ``group``, in the log domain: safe at any logit scale.
+
+    Each iteration gives every prototype the same total, then every row the total 1; it is one sweep over
+    chunks of ``chunk`` prototypes, since a chunk's column sums are final once it has been seen.
+
+    Args:
+        features: teacher bottlenecks ``[N, d]`` of this rank; N may be 0.
+        weight: prototypes ``[K, d]``.
+        temperature: the teacher's.
+        iterations: at least 1.
+        chunk: prototypes a chunk.
+        group: ranks that share the assignment; None: all.
+        valid: bool ``[N]``; rows that are False (padding) take no part. None: all do.
+    """
+    num_prototypes = weight.shape[0]
+    assert num_prototypes > 0, "the prototypes are not gathered here"
+    dtype = accumulator(features.dtype)
+    start = torch.zeros(features.shape[0], dtype=dtype, device=features.device)
+    if valid is not None:
+        start = start.masked_fill(~valid, -torch.inf)
+    total = sum_over_ranks(torch.isfinite(start).sum().to(dtype), group).clamp_min(1.0)
+    column = torch.empty(num_prototypes, dtype=dtype, device=features.device)
+    row = start
+    for iteration in range(iterations):
+        streaming = RowLogSumExp(features.shape[0], features)
+        row_sum = torch.zeros_like(start)
+        for part in chunks(num_prototypes, chunk):
+            logits = matmul(features, weight[part].T).div_(temperature)
+            if iteration == 0:
+                # exact log-sum-exp of the columns. The rows must not be shifted by their maxima first: that
+                # would start from another matrix and end at another assignment.
+                logits.add_(start[:, None])
+                column[part] = -_column_log_sum_exp(logits, group) - math.log(num_prototypes)
+                streaming.add(logits.add_(column[part]))
+            else:
+                # scaled by the iteration before, entries are at most 1 / N and no sum leaves
+                # [1 / (K N), K]: plain exponentials can neither overflow nor vanish
+                entries = logits.add_(column[part]).add_(row[:, None]).exp_()
+                factor = 1 / (num_prototypes * sum_over_ranks(entries.sum(0), group).clamp_min(TINY))
+                column[part] += factor.log()
+                row_sum += entries @ factor
+        change = streaming.value() if iteration == 0 else row_sum.clamp_min(TINY).log()
+        # change is −inf for a row that is not valid, whose scaling must stay −inf
+        row = torch.where(torch.isfinite(start), row - change - total.log(), start)
+    return Assignment(column, row + total.log())
+
+
+def _column_log_sum_exp(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[chunk]`` over the rows of all ranks; finite even without rows."""
+    if logits.shape[0]:
+        maximum = logits.amax(0)
+    else:
+        maximum = logits.new_full((logits.shape[1],), -torch.inf)
+    maximum = max_over_ranks(maximum, group).nan_to_num(neginf=0.0)
+    total = sum_over_ranks((logits - maximum).exp_().sum(0), group)
+    return maximum + total.clamp_min(TINY).log()
+
+
+@torch.no_grad()
+def centered_softmax(
+    features: Tensor,
+    weight: Tensor,
+    center: Tensor,
+    temperature: float,
+    chunk: int,
+    valid: Tensor | None = None,
+) -> Assignment:
+    """``softmax((logits − center) / temperature)`` of ``features [N, d]``, ``weight [K, d]``, ``center [K]``."""
+    assert weight.shape[0] > 0, "the prototypes are not gathered here"
+    column = -center.to(accumulator(features.dtype)) / temperature
+    streaming = RowLogSumExp(features.shape[0], features)
+    for part in chunks(weight.shape[0], chunk):
+        streaming.add(matmul(features, weight[part].T).div_(temperature).add_(column[part]))
+    row = -streaming.value()
+    if valid is not None:
+        row = row.masked_fill(~valid, -torch.inf)
+    return Assignment(column, row)
+
+
+@torch.no_grad()
+def update_center(
+    center: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    momentum: float,
+    group: dist.ProcessGroup | None = None,
+    valid: Tensor | None = None,
+) -> None:
+    """Move ``center [K]`` in place towards the mean logits of all ranks' rows.
+
+    The mean of the logits is the logits of the mean row, so that no ``[N, K]`` is formed. Without any row the
+    centre stays.
+    """
+    rows = features.to(accumulator(features.dtype))
+    kept = torch.ones_like(rows[:, 0]) if valid is None else valid.to(rows.dtype)
+    sums = sum_over_ranks(torch.cat([kept @ rows, kept.sum()[None]]), group)
+    mean = sums[:-1] / sums[-1].clamp_min(1.0)
+    move = (1.0 - momentum) * (sums[-1] > 0)
+    center.lerp_((weight.to(mean.dtype) @ mean).to(center.dtype), move.to(center.dtype))
