@@ -1,0 +1,118 @@
+"""Frozen features of labelled images, and raw pixels to compare with: decode, resize, centre crop, forward."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from streamtrain.data.batch import normalise
+from streamtrain.evaluation.images import LabelledImages
+from streamtrain.model.vit import VisionTransformer
+
+
+def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:
+    """Resize the shorter side to ``resize`` pixels (bicubic) and cut the central square: uint8 [size, size, 3]."""
+    scale = resize / min(image.size)
+    width, height = (max(round(side * scale), resize) for side in image.size)
+    left, top = (width - size) / 2 / scale, (height - size) / 2 / scale
+    box = (left, top, left + size / scale, top + size / scale)
+    box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
+    # One resampling of the wanted part only: the margin is never computed.
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def crop_batches(images: LabelledImages, resize: int, size: int, batch_size: int, workers: int) -> Iterator[Tensor]:
+    """Batches uint8 [B, size, size, 3] in order; decoded by threads, at most two batches ahead."""
+
+    def load(start: int) -> list[Future[np.ndarray]]:
+        stop = min(start + batch_size, len(images))
+        return [pool.submit(lambda i: centre_crop(images.decode(i), resize, size), i) for i in range(start, stop)]
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        ahead: deque[list[Future[np.ndarray]]] = deque()
+        try:
+            for start in range(0, len(images), batch_size):
+                ahead.append(load(start))
+                if len(ahead) > 2:
+                    yield _stack(ahead.popleft())
+            while ahead:
+                yield _stack(ahead.popleft())
+        finally:
+            for futures in ahead:
+                for future in futures:
+                    future.cancel()
+
+
+@torch.inference_mode()
+def extract_features(
+    model: VisionTransformer,
+    images: LabelledImages,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: int | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """CLS features of every image, on the model's device and in its precision.
+
+    Args:
+        model: the backbone, in eval mode.
+        images: what to look at.
+        size: side in pixels of the square that the model sees.
+        mean, std: of the channels, as in training.
+        resize: the shorter side before the centre crop; ``size`` if None, so that nothing but the longer
+            side's ends is cut off.
+
+    Returns:
+        features fp32 [N, D] and labels int64 [N], on the CPU.
+    """
+    parameter = next(model.parameters())
+    parts = []
+    for crops in _shown(images, resize or size, size, batch_size, workers, progress):
+        inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype)
+        parts.append(model.forward_features(inputs).cls.float().cpu())
+    return torch.cat(parts), torch.from_numpy(images.labels)
+
+
+def pixel_features(
+    images: LabelledImages,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: int | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The pixels themselves, normalised, as features: fp32 [N, 3 * size * size] and labels int64 [N]."""
+    batches = _shown(images, resize or size, size, batch_size, workers, progress)
+    parts = [normalise(crops, mean, std, torch.float32).flatten(1) for crops in batches]
+    return torch.cat(parts), torch.from_numpy(images.labels)
+
+
+def _shown(
+    images: LabelledImages, resize: int, size: int, batch_size: int, workers: int | None, progress: bool
+) -> Iterator[Tensor]:
+    """``crop_batches`` under a progress bar."""
+    assert resize >= size, (resize, size)
+    threads = workers or min(os.cpu_count() or 1, 16)
+    with tqdm(total=len(images), desc=f"reading {images.name}", unit="img", disable=not progress) as bar:
+        for crops in crop_batches(images, resize, size, batch_size, threads):
+            yield crops
+            bar.update(len(crops))
+
+
+def _stack(futures: list[Future[np.ndarray]]) -> Tensor:
+    return torch.from_numpy(np.stack([future.result() for future in futures]))

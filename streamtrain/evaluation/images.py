@@ -1,0 +1,142 @@
+"""Labelled images to evaluate on: a shard set with labels, or a folder of class subfolders."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from shards.randomness import permutation
+from shards.source import ShardSet
+from streamtrain.errors import StreamtrainError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """N images that can be read one by one, from any thread.
+
+    Attributes:
+        name: where they come from, for messages.
+        labels: int64 [N], positions in ``classes`` where there are names.
+        classes: the label names; may be empty.
+        read: the encoded bytes of image i, and a name for messages.
+    """
+
+    name: str
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    read: Callable[[int], tuple[bytes, str]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def decode(self, index: int) -> Image.Image:
+        """Image ``index``, upright, in RGB.
+
+        Raises:
+            StreamtrainError: if it cannot be decoded; names the image.
+        """
+        payload, name = self.read(index)
+        try:
+            with Image.open(io.BytesIO(payload)) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise StreamtrainError(f"cannot decode {name}: {error}") from None
+
+    def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
+        """The images at ``indices``."""
+        return LabelledImages(name, self.labels[indices], self.classes, lambda i: self.read(int(indices[i])))
+
+
+def open_images(path: Path) -> LabelledImages:
+    """Open a shard set or a class folder; images of a folder stand in order of class and file name.
+
+    Raises:
+        StreamtrainError: if ``path`` is neither, is empty, or has no labels.
+    """
+    if not path.is_dir():
+        raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of class subfolders")
+    images = _open_shards(path) if (path / "manifest.json").is_file() else _open_folder(path)
+    unlabelled = int((images.labels < 0).sum())
+    if unlabelled:
+        raise StreamtrainError(
+            f"{unlabelled} of the {len(images)} images of {path} have no label: evaluation needs class subfolders, "
+            "or shards packed from them (with .cls)"
+        )
+    return images
+
+
+def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """A fixed split into train and test: a fifth, drawn from the number of images alone, is test.
+
+    Raises:
+        StreamtrainError: if there are too few images to split.
+    """
+    num_test = int(len(images) * TEST_SHARE)
+    if num_test == 0:
+        raise StreamtrainError(f"{images.name} has {len(images)} images, too few to split: give --test as well")
+    order = permutation(0, "evaluation/split", len(images))
+    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
+    return images.subset(train, f"4/5 of {images.name}"), images.subset(test, f"1/5 of {images.name}")
+
+
+def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages:
+    """``test`` with its labels in the numbering of ``train``, matched by class names where both have them.
+
+    Raises:
+        StreamtrainError: if ``test`` has a class that ``train`` lacks.
+    """
+    if not train.classes or not test.classes or train.classes == test.classes:
+        missing = sorted(set(np.unique(test.labels).tolist()) - set(np.unique(train.labels).tolist()))
+        if missing:
+            raise StreamtrainError(f"{test.name} has labels that {train.name} lacks, such as {missing[0]}")
+        return test
+    number = {name: index for index, name in enumerate(train.classes)}
+    used = [test.classes[label] for label in np.unique(test.labels)]
+    unknown = [name for name in used if name not in number]
+    if unknown:
+        raise StreamtrainError(f"{test.name} has classes that {train.name} lacks, such as {unknown[0]!r}")
+    renumber = np.array([number.get(name, -1) for name in test.classes], np.int64)
+    return LabelledImages(test.name, renumber[test.labels], train.classes, test.read)
+
+
+def _open_folder(path: Path) -> LabelledImages:
+    classes = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
+        what = "images but no class subfolders" if loose else "no images in class subfolders, nor a manifest.json"
+        raise StreamtrainError(f"{path} has {what}: evaluation needs labels, one subfolder a class or a shard set")
+    return LabelledImages(
+        str(path),
+        np.array(labels, np.int64),
+        tuple(classes),
+        lambda i: (files[i].read_bytes(), str(files[i])),
+    )
+
+
+def _open_shards(path: Path) -> LabelledImages:
+    shard_set = ShardSet.open(path)
+    sizes = shard_set.sizes
+    ends = np.cumsum(sizes)
+    labels = [np.asarray(shard_set.records(shard)["label"], np.int64) for shard in range(len(sizes))]
+
+    def read(index: int) -> tuple[bytes, str]:
+        shard = int(np.searchsorted(ends, index, side="right"))
+        sample = index - int(ends[shard] - sizes[shard])
+        name = f"sample {sample} of {path}/shards/{shard_set.manifest.shards[shard].name}"
+        return shard_set.read(shard, sample), name
+
+    return LabelledImages(str(path), np.concatenate(labels), shard_set.classes, read)

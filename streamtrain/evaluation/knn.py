@@ -1,0 +1,84 @@
+"""Weighted nearest-neighbour classification of frozen features, exact and in bounded memory.
+
+The vote is that of Wu et al. 2018 (section 3.4) as used for DINO (Caron et al. 2021): cosine similarity, each of the
+k neighbours votes for its class with weight exp(similarity / temperature).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEIGHBOURS = (10, 20)
+TEMPERATURE = 0.07
+
+
+def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
+    """The ``count`` rows of ``bank`` with the largest dot product with each query, best first.
+
+    Args:
+        queries: [M, D].
+        bank: [N, D]; N >= ``count``.
+        count: neighbours wanted.
+        chunk_bytes: bytes of similarities held at a time.
+
+    Returns:
+        similarities [M, count] and rows of the bank int64 [M, count].
+    """
+    bank_rows = min(len(bank), max(count, 65_536))
+    query_rows = max(chunk_bytes // (bank_rows * queries.element_size()), 1)
+    values, indices = [], []
+    for part in queries.split(query_rows):
+        best_values = part.new_full((len(part), 0), 0.0)
+        best_indices = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+        for start in range(0, len(bank), bank_rows):
+            similarities = part @ bank[start : start + bank_rows].T
+            found_values, found = similarities.topk(min(count, similarities.shape[1]), dim=1)
+            joined = torch.cat([best_values, found_values], dim=1)
+            best_values, order = joined.topk(min(count, joined.shape[1]), dim=1)
+            best_indices = torch.cat([best_indices, found + start], dim=1).gather(1, order)
+        values.append(best_values)
+        indices.append(best_indices)
+    return torch.cat(values), torch.cat(indices)
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    chunk_bytes: int = 2**28,
+) -> dict[int, Tensor]:
+    """Predicted labels int64 [M] of ``test_features`` [M, D] for each number of neighbours.
+
+    Features need not be normalised. A number of neighbours above N counts as N.
+    """
+    bank, queries = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
+    similarities, rows = nearest(queries, bank, min(max(neighbours), len(bank)), chunk_bytes)
+    labels = train_labels[rows]
+    # The best similarity is taken out of the exponent: no overflow at any temperature, and no change of the winner.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(queries), int(train_labels.max()) + 1)
+    predictions = {}
+    for count in neighbours:
+        votes.zero_().scatter_add_(1, labels[:, :count], weights[:, :count])
+        predictions[count] = votes.argmax(1)
+    return predictions
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    chunk_bytes: int = 2**28,
+) -> dict[int, float]:
+    """Share of ``test_labels`` predicted rightly, for each number of neighbours."""
+    predictions = knn_predict(train_features, train_labels, test_features, neighbours, temperature, chunk_bytes)
+    return {count: float((guess == test_labels).double().mean()) for count, guess in predictions.items()}

@@ -1,0 +1,88 @@
+"""Linear probe on frozen features: many learning rates trained at once, the best chosen on held-out training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shards.randomness import permutation
+
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+HELD_OUT_SHARE = 0.1
+_PURPOSE = "evaluation/linear"
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """Share of the test labels predicted rightly by the probe whose learning rate did best on held-out data."""
+
+    accuracy: float
+    learning_rate: float
+
+
+def linear_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    epochs: int = 60,
+    batch_size: int = 1024,
+    seed: int = 0,
+    report: Callable[[int, int], None] | None = None,
+) -> LinearResult:
+    """Train linear classifiers on features [N, D] by SGD with momentum and a cosine to zero; test the best.
+
+    A tenth of the training data, never of the test data, chooses the learning rate. Features are
+    standardised by the training data's mean and deviation, so that one grid serves every network.
+
+    Args:
+        train_features, test_features: fp32 [N, D], [M, D].
+        train_labels, test_labels: int64 [N], [M].
+        learning_rates: the grid; its classifiers are trained together.
+        epochs, batch_size, seed: of the training.
+        report: called with (epochs done, epochs) after each.
+    """
+    mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
+    train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
+    order = torch.from_numpy(permutation(seed, _PURPOSE, len(train), 0)).to(train.device)
+    num_held = max(int(len(train) * HELD_OUT_SHARE), 1)
+    held, kept = order[:num_held], order[num_held:]
+    num_classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
+
+    weight = train.new_zeros(len(learning_rates), train.shape[1], num_classes)
+    bias = train.new_zeros(len(learning_rates), 1, num_classes)
+    state = [(value, torch.zeros_like(value)) for value in (weight, bias)]
+    rates = train.new_tensor(learning_rates).reshape(-1, 1, 1)
+    batches = -(-len(kept) // batch_size)
+    for epoch in range(epochs):
+        shuffled = kept[torch.from_numpy(permutation(seed, _PURPOSE, len(kept), epoch + 1)).to(train.device)]
+        for index, rows in enumerate(shuffled.split(batch_size)):
+            progress = (epoch * batches + index) / (epochs * batches)
+            scale = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi))).item()
+            features = train[rows]
+            # The gradient of mean cross-entropy of every classifier of the grid, in closed form.
+            error = (features @ weight + bias).softmax(-1) - F.one_hot(train_labels[rows], num_classes)
+            gradients = (features.T @ error / len(rows), error.mean(1, keepdim=True))
+            for (value, velocity), gradient in zip(state, gradients, strict=True):
+                velocity.mul_(0.9).add_(gradient)
+                value.addcmul_(velocity, rates, value=-scale)
+        if report is not None:
+            report(epoch + 1, epochs)
+
+    scores = _accuracies(train[held], train_labels[held], weight, bias)
+    best = int(scores.argmax())
+    accuracy = float(_accuracies(test, test_labels, weight[best : best + 1], bias[best : best + 1])[0])
+    return LinearResult(accuracy, learning_rates[best])
+
+
+def _accuracies(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[G] accuracies of the G classifiers, in pieces of bounded memory."""
+    right = torch.zeros(len(weight), dtype=torch.float64, device=features.device)
+    for part, wanted in zip(features.split(4096), labels.split(4096), strict=True):
+        right += ((part @ weight + bias).argmax(-1) == wanted).double().sum(-1)
+    return right / len(features)

@@ -1,0 +1,42 @@
+"""The arguments by which a tool is told which backbone to use, the same in all tools."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from streamtrain.config.load import load_config, read_resolved
+from streamtrain.errors import StreamtrainError
+from streamtrain.export.load import Backbone, load_run, load_untrained, load_weights
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, help="run folder; its newest checkpoint unless --step says another")
+    parser.add_argument("--step", type=int, help="with --run: the checkpoint of this step")
+    parser.add_argument("--student", action="store_true", help="with --run: the student, not the teacher")
+    parser.add_argument("--weights", type=Path, help="an exported folder (ours or transformers') or .safetensors")
+    parser.add_argument(
+        "--untrained", action="store_true", help="with --run or --config: the network as its seed makes it"
+    )
+    parser.add_argument("--config", help="with --untrained: a recipe, as for training")
+
+
+def load_backbone(arguments: argparse.Namespace) -> Backbone:
+    """The backbone the arguments name.
+
+    Raises:
+        StreamtrainError: if they name none, or two.
+    """
+    if arguments.untrained:
+        if (arguments.run is None) == (arguments.config is None):
+            raise StreamtrainError("--untrained needs either --run or --config")
+        return load_untrained(read_resolved(arguments.run) if arguments.run else load_config(arguments.config))
+    if arguments.config:
+        raise StreamtrainError("--config goes with --untrained only: a trained network comes from --run or --weights")
+    if (arguments.run is None) == (arguments.weights is None):
+        raise StreamtrainError("give the network: one of --run RUN, --weights W, or --untrained")
+    if arguments.weights:
+        if arguments.step is not None or arguments.student:
+            raise StreamtrainError("--step and --student choose a checkpoint of --run; --weights has none")
+        return load_weights(arguments.weights)
+    return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher")
