@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.objective.logits import chunk_rows
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
@@ -47,6 +47,28 @@ class Targets:
     patch_assignment: Assignment | None
 
 
+class TargetSettings(Protocol):
+    """The keys of the ``objective`` section that decide the targets."""
+
+    @property
+    def centering(self) -> str:
+        """``sinkhorn`` or ``softmax``."""
+        ...
+
+    @property
+    def sinkhorn_iterations(self) -> int: ...
+
+    @property
+    def center_momentum(self) -> float:
+        """Of the softmax centre."""
+        ...
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Upper bound of one chunk's fp32 logits."""
+        ...
+
+
 class TargetMaker:
     """Turns the teacher features of an optimiser step into targets.
 
@@ -55,7 +77,7 @@ class TargetMaker:
     separately.
     """
 
-    def __init__(self, config: ObjectiveConfig, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, config: TargetSettings, group: dist.ProcessGroup | None = None) -> None:
         """``group``: the ranks that share a step; None: all."""
         self.config = config
         self.group = group

@@ -1,0 +1,203 @@
+"""The packed backbone against transformers' DINOv3 and against itself under checkpointing and chunking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from streamtrain.config.model import ModelConfig
+from streamtrain.model.initialise import initialise
+from streamtrain.model.vit import VisionTransformer
+
+TINY = {"dim": 48, "depth": 3, "num_heads": 3, "patch_size": 4, "num_registers": 2, "drop_path": 0.0}
+
+
+def make(checkpointing: str = "none", **fields: object) -> VisionTransformer:
+    """A small model whose branches all matter (LayerScale near 1, no zero bias)."""
+    config = ModelConfig.model_validate({**TINY, **fields})
+    model = VisionTransformer(config, checkpointing)
+    initialise(model, config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def published(model: VisionTransformer, config: ModelConfig) -> DINOv3ViTModel:
+    """transformers' model with the same weights, mapped here independently of the export."""
+    reference = DINOv3ViTModel(
+        DINOv3ViTConfig(
+            patch_size=config.patch_size,
+            hidden_size=config.dim,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            hidden_act="silu" if config.mlp == "swiglu" else "gelu",
+            use_gated_mlp=config.mlp == "swiglu",
+            num_register_tokens=config.num_registers,
+            query_bias=config.qkv_bias,
+            key_bias=config.key_bias,
+            value_bias=config.qkv_bias,
+            layer_norm_eps=config.norm_eps,
+            rope_theta=config.rope_base,
+            layerscale_value=1.0,
+            drop_path_rate=0.0,
+            image_size=64,
+        )
+    ).eval()
+    dim = config.dim
+    ours = dict(model.named_parameters())
+    theirs = dict(reference.named_parameters())
+
+    def put(name: str, value: Tensor) -> None:
+        parameter = theirs.pop(name)
+        parameter.data.copy_(value.detach().reshape(parameter.shape))
+
+    for token in ("cls_token", "register_tokens", "mask_token"):
+        put(f"embeddings.{token}", ours[f"embedding.{token}"])
+    for kind in ("weight", "bias"):
+        put(f"embeddings.patch_embeddings.{kind}", ours[f"embedding.projection.{kind}"])
+        put(f"norm.{kind}", ours[f"norm.{kind}"])
+    for index in range(config.depth):
+        us, them = f"blocks.{index}.", f"model.layer.{index}."
+        for kind in ("weight", "bias"):
+            put(f"{them}norm1.{kind}", ours[f"{us}norm1.{kind}"])
+            put(f"{them}norm2.{kind}", ours[f"{us}norm2.{kind}"])
+            put(f"{them}attention.o_proj.{kind}", ours[f"{us}attention.proj.{kind}"])
+            put(f"{them}mlp.down_proj.{kind}", ours[f"{us}mlp.down.{kind}"])
+            if config.mlp == "swiglu":
+                gate, up = ours[f"{us}mlp.gate_up.{kind}"].split(config.hidden)
+                put(f"{them}mlp.gate_proj.{kind}", gate)
+                put(f"{them}mlp.up_proj.{kind}", up)
+            else:
+                put(f"{them}mlp.up_proj.{kind}", ours[f"{us}mlp.up.{kind}"])
+        for name, value in zip("qkv", ours[f"{us}attention.qkv.weight"].split(dim), strict=True):
+            put(f"{them}attention.{name}_proj.weight", value)
+        if config.qkv_bias:
+            names = "qkv" if config.key_bias else "qv"
+            for name, value in zip(names, ours[f"{us}attention.qkv.bias"].split(dim), strict=True):
+                put(f"{them}attention.{name}_proj.bias", value)
+        put(f"{them}layer_scale1.lambda1", ours[f"{us}scale1.gamma"])
+        put(f"{them}layer_scale2.lambda1", ours[f"{us}scale2.gamma"])
+    assert not theirs
+    return reference
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mlp": "swiglu", "mlp_hidden": 80},
+        {"mlp": "swiglu", "mlp_hidden": 80, "qkv_bias": False, "untied_norms": "local_cls"},
+        {"num_registers": 0, "key_bias": True, "norm_eps": 1e-6},
+        {"patch_size": 16, "num_registers": 4},
+    ],
+    ids=["mlp", "swiglu", "7b", "key-bias", "patch16"],
+)
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 80)])
+def test_features_equal_transformers(fields: dict[str, object], size: tuple[int, int]) -> None:
+    model = make(**fields)
+    config = ModelConfig.model_validate({**TINY, **fields})
+    pixels = images(2, 3, *size)
+    mask = images(2, size[0] * size[1] // config.patch_size**2, seed=5) > 0
+    reference = published(model, config)
+    with torch.no_grad():
+        for masks in (None, mask):
+            expected = reference(pixels, bool_masked_pos=masks).last_hidden_state
+            got = model([pixels], [masks])[0]
+            tokens = torch.cat([got.cls[:, None], got.registers, got.patches], dim=1)
+            torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_intermediate_layers_equal_transformers() -> None:
+    model = make()
+    pixels = images(2, 3, 32, 24)
+    with torch.no_grad():
+        states = published(model, ModelConfig.model_validate(TINY))(pixels, output_hidden_states=True).hidden_states
+        for index, features in zip((0, 2), model.get_intermediate_layers(pixels, [2, 0], norm=False), strict=True):
+            tokens = torch.cat([features.cls[:, None], features.registers, features.patches], dim=1)
+            torch.testing.assert_close(tokens, states[index + 1], atol=1e-5, rtol=1e-5)
+        last = model.get_intermediate_layers(pixels)[-1]
+        torch.testing.assert_close(last.patches, model.forward_features(pixels).patches)
+    with pytest.raises(ValueError, match="3 blocks"):
+        model.get_intermediate_layers(pixels, [3])
+
+
+def test_packed_crops_equal_each_crop_alone() -> None:
+    model = make()
+    crops = [images(2, 3, 32, 32), images(3, 3, 16, 24, seed=1)]
+    with torch.no_grad():
+        for together, alone in zip(model(crops), crops, strict=True):
+            for got, expected in zip(together, model.forward_features(alone), strict=True):
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_of_images_equal_the_whole(chunk: int) -> None:
+    model = make(mlp="swiglu")
+    crops = [images(4, 3, 32, 32), images(3, 3, 16, 16, seed=1)]
+    with torch.no_grad():
+        for got, expected in zip(model(crops, chunk=chunk), model(crops), strict=True):
+            torch.testing.assert_close(got.patches, expected.patches, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(got.cls, expected.cls, atol=1e-6, rtol=1e-5)
+
+
+def test_checkpointed_gradients_are_bitwise_those_of_the_plain_pass() -> None:
+    gradients = []
+    for checkpointing in ("none", "block"):
+        model = make(checkpointing, drop_path=0.4, rope_rescale=2.0, rope_shift=0.1, rope_jitter=1.5)
+        crops = [images(5, 3, 32, 32), images(4, 3, 16, 16, seed=1)]
+        features = model(crops, generator=torch.Generator().manual_seed(3))
+        sum(piece.cls.square().sum() + piece.patches.sin().sum() for piece in features).backward()
+        gradients.append([p.grad for n, p in model.named_parameters() if "mask_token" not in n])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and recomputed is not None and torch.equal(plain, recomputed)
+
+
+def test_training_pass_is_a_function_of_its_generator() -> None:
+    model = make(drop_path=0.4, rope_rescale=2.0)
+    crops = [images(4, 3, 32, 32)]
+    with torch.no_grad():
+        first, again, other, evaluated = (
+            model(crops, generator=generator)[0].cls
+            for generator in (*(torch.Generator().manual_seed(seed) for seed in (1, 1, 2)), None)
+        )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert not torch.allclose(first, evaluated)
+
+
+def test_untied_norm_serves_the_local_prefix_in_training_only() -> None:
+    model = make(untied_norms="local_cls")
+    assert model.local_norm is not None
+    crops = [images(2, 3, 32, 32), images(2, 3, 16, 16)]
+    with torch.no_grad():
+        before, evaluated = model(crops, generator=torch.Generator()), model(crops)
+        model.local_norm.bias += 1.0
+        after, evaluated_after = model(crops, generator=torch.Generator()), model(crops)
+    assert torch.equal(before[0].cls, after[0].cls) and torch.equal(before[1].patches, after[1].patches)
+    torch.testing.assert_close(after[1].cls, before[1].cls + 1.0)
+    torch.testing.assert_close(after[1].registers, before[1].registers + 1.0)
+    assert torch.equal(evaluated[1].cls, evaluated_after[1].cls)
+
+
+def test_bf16_pass_is_near_the_fp32_one() -> None:
+    model = make()
+    pixels = images(2, 3, 32, 32)
+    with torch.no_grad():
+        exact = model.forward_features(pixels).cls
+        rough = model.bfloat16().forward_features(pixels).cls
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).norm() / exact.norm() < 0.03
+
+
+def test_sizes_that_are_not_whole_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="30 x 32 pixels"):
+        make().forward_features(images(1, 3, 30, 32))
