@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("streamtrain.engine",),),
     (("streamtrain.checkpoint",), ("streamtrain.run_folder",), ("streamtrain.stopping",)),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",)),
+    (("streamtrain.networks",),),
     (("streamtrain.train",),),
     (("streamtrain.main",), ("tools",)),
 )
