@@ -19,18 +19,18 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
 from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
-from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
-from streamtrain.errors import CheckpointError
-from streamtrain.learner import Learner, LossWeights
-from streamtrain.model.initialise import initial_value
-from streamtrain.model.vit import Block
+from streamtrain.engine.zero import Student
+from streamtrain.learner import LossWeights
 from streamtrain.monitor.monitor import Monitor
 from streamtrain.monitor.panel import crops_panel
 from streamtrain.monitor.usage import StepClock, memory_scalars
-from streamtrain.objective.targets import TargetMaker
+from streamtrain.networks import build_networks, restore
+from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.run_folder import describe_run, make_run_folder
 from streamtrain.schedules import value_at
 from streamtrain.stopping import StopRequest
+
+HEADS = ("global_head", "patch_head")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class StepValues:
             teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
             last_layer_frozen=step < schedules.freeze_last_layer,
             weights=LossWeights(
-                global_=value_at(objective.global_loss.weight, step, steps),
-                patch=value_at(objective.patch_loss.weight, step, steps),
+                global_loss=value_at(objective.global_loss.weight, step, steps),
+                patch_loss=value_at(objective.patch_loss.weight, step, steps),
                 koleo=value_at(objective.koleo.weight, step, steps),
             ),
         )
@@ -92,7 +92,8 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size)
         student, teacher = build_networks(config, runtime, accumulation)
-        target_maker = TargetMaker(config.objective, dist.group.WORLD)
+        target_maker = TargetMaker(config.objective)
+        handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
         step = restore(config, resume_from, student, teacher, target_maker)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
@@ -108,10 +109,8 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen)
 
                 batches = [next(loader) for _ in range(accumulation)]
-                features = [teacher(batch) for batch in batches]
-                targets = target_maker.make(
-                    features, [batch.masks for batch in batches], teacher.weights(), values.teacher_temperature
-                )
+                features = [teacher(batch, None, values.weights) for batch in batches]
+                targets = target_maker.make(features, handles, values.teacher_temperature)
                 losses = []
                 for batch, target in zip(batches, targets, strict=True):
                     losses.append(student.accumulate(batch, target, values.weights))
@@ -132,50 +131,6 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                     stop.clear()
                     return exit_code
     return 0
-
-
-def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
-    """Student and teacher, sharded over all ranks; their values are undefined until written."""
-    with torch.device("meta"):
-        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
-    settings = engine_config(config, runtime, accumulation, block_numel)
-    student = Student(build_sharded(lambda: Learner(config), settings), Block, config, runtime, settings)
-    teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings)
-    return student, teacher
-
-
-def restore(
-    config: Config, resume_from: Path | None, student: Student, teacher: Teacher, target_maker: TargetMaker
-) -> int:
-    """Fill both networks from the newest checkpoint, or from the seed; returns the completed steps.
-
-    The run folder's own checkpoint comes before ``resume_from``, and both before a fresh start.
-
-    Raises:
-        CheckpointError: if the checkpoint is damaged or belongs to another model.
-    """
-    source = next(
-        (folder for folder in (Path(config.run.dir), resume_from) if folder and checkpoint.saved_steps(folder)), None
-    )
-    if source is None:
-        def fresh(key: str, fragment: Fragment) -> torch.Tensor:
-            name = key.partition("/")[2]
-            return fragment.cut(initial_value(name, fragment.shape, config.model, config.run.seed))
-
-        student.write(fresh, optimizer_steps=0)
-        teacher.write(fresh)
-        return 0
-    with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
-        for name, fragment in student.fragments.items():
-            if reader.state["shapes"].get(name) != list(fragment.shape):
-                raise CheckpointError(
-                    f"{reader.folder} holds {name} as {reader.state['shapes'].get(name)}, the configuration makes "
-                    f"it {list(fragment.shape)}; use the model that the run was started with"
-                )
-        student.write(reader.read, optimizer_steps=reader.step)
-        teacher.write(reader.read)
-        target_maker.load_state_dict(reader.shared())
-        return reader.step
 
 
 def save(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
         torch.set_num_threads(config.cpu_threads or launch.cores)
     wanted = config.dtype if config.dtype != "auto" else ("bf16" if cuda or _cpu_multiplies_bf16() else "fp32")
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls two collectives by names that torch is about to change, and a user can do nothing about it
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
     deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
     yield Runtime(launch, device, torch.bfloat16 if wanted == "bf16" else torch.float32)

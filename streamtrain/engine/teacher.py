@@ -47,9 +47,9 @@ class Teacher:
         """The network's forward, each block gathered once."""
         return self._engine(*inputs)
 
-    def weight(self, name: str) -> ShardedWeight:
-        """Handle of one parameter for those who must read it whole."""
-        return ShardedWeight(self.parameters[name])
+    def weight(self, name: str) -> ShardedWeight | None:
+        """Handle of one parameter for those who must read it whole; None if the network has no such one."""
+        return ShardedWeight(self.parameters[name]) if name in self.parameters else None
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

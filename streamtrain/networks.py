@@ -1,0 +1,62 @@
+"""Student and teacher as a run needs them: built in shards, filled from a checkpoint or from the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from streamtrain import checkpoint
+from streamtrain.config.tree import Config
+from streamtrain.engine.runtime import Runtime
+from streamtrain.engine.teacher import Teacher
+from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
+from streamtrain.errors import CheckpointError
+from streamtrain.learner import Learner
+from streamtrain.model.initialise import initial_value
+from streamtrain.model.layers import Block
+from streamtrain.objective.targets import TargetMaker
+
+
+def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
+    """Student and teacher, sharded over all ranks; their values are undefined until written."""
+    with torch.device("meta"):
+        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
+    settings = engine_config(config, runtime, accumulation, block_numel)
+    student = Student(build_sharded(lambda: Learner(config), settings), Block, config, runtime, settings)
+    teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings)
+    return student, teacher
+
+
+def restore(
+    config: Config, resume_from: Path | None, student: Student, teacher: Teacher, target_maker: TargetMaker
+) -> int:
+    """Fill both networks from the newest checkpoint, or from the seed; returns the completed steps.
+
+    The run folder's own checkpoint comes before ``resume_from``, and both before a fresh start.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or belongs to another model.
+    """
+    source = next(
+        (folder for folder in (Path(config.run.dir), resume_from) if folder and checkpoint.saved_steps(folder)), None
+    )
+    if source is None:
+        def fresh(key: str, fragment: Fragment) -> torch.Tensor:
+            name = key.partition("/")[2]
+            return fragment.cut(initial_value(name, fragment.shape, config.model, config.run.seed))
+
+        student.write(fresh, optimizer_steps=0)
+        teacher.write(fresh)
+        return 0
+    with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
+        for name, fragment in student.fragments.items():
+            if reader.state["shapes"].get(name) != list(fragment.shape):
+                raise CheckpointError(
+                    f"{reader.folder} holds {name} as {reader.state['shapes'].get(name)}, the configuration makes "
+                    f"it {list(fragment.shape)}; use the model that the run was started with"
+                )
+        student.write(reader.read, optimizer_steps=reader.step)
+        teacher.write(reader.read)
+        target_maker.load_state_dict(reader.shared())
+        return reader.step

@@ -1,0 +1,152 @@
+"""Five optimiser steps of the sharded pair on every rank, beside plain unsharded arithmetic; prints JSON on rank 0.
+
+Run by test_zero.py on one and two ranks: ``python -m torch.distributed.run ... sharded_step.py DTYPE``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_grad
+
+from shards.randomness import generator
+from streamtrain.config.load import build
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.data.masking import draw_masks, max_rows, rasterise
+from streamtrain.engine.runtime import Launch, joined
+from streamtrain.learner import Learner, LossWeights
+from streamtrain.model.initialise import initialise
+from streamtrain.objective.prototypes import PlainWeight
+from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.networks import build_networks, restore
+
+HEADS = ("global_head", "patch_head")
+STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
+WEIGHTS = LossWeights(1.0, 1.0, 0.1)
+TEMPERATURE, MOMENTUM = 0.05, 0.9
+
+
+def config_of(dtype: str) -> Config:
+    head = {"prototypes": 101, "hidden": 24, "bottleneck": 12}
+    return build(
+        {
+            "run": {"dir": "nowhere"},
+            "data": {"micro_batch": MICRO_BATCH},
+            "crops": {"global_size": 32, "local_size": 16, "local_count": 2},
+            "model": {"patch_size": 8, "dim": 36, "depth": 3, "num_heads": 3, "layerscale": 0.5, "drop_path": 0.0},
+            "objective": {"global_loss": {"head": head}, "patch_loss": {"head": head}},
+            "optim": {"clip": 0.5, "layer_decay": 0.8},
+            "engine": {"dtype": dtype, "device": "cpu", "cpu_threads": 1},
+        }
+    )
+
+
+def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
+    """A micro-batch of noise, the same on every rank that asks for it."""
+    draw = generator(0, "noise", step * 100 + rank * 10 + micro)
+    slots = (step * 100 + rank * 10 + micro * MICRO_BATCH) + torch.arange(MICRO_BATCH).numpy()
+    grid = (4, 4)
+    parameters = draw_masks(config.masks, 0, slots, 2, grid)
+    pixels = [
+        torch.from_numpy(draw.integers(0, 256, (count * MICRO_BATCH, size, size, 3), dtype="uint8"))
+        for count, size in ((2, 32), (2, 16))
+    ]
+    return Batch(slots, pixels[0], pixels[1], rasterise(parameters, grid, max_rows(config.masks, MICRO_BATCH, 2, 16, 1), "cpu"))
+
+
+def main() -> None:
+    config, launch = config_of(sys.argv[1]), Launch.from_environment()
+    with joined(config.engine, launch) as runtime:
+        world = range(runtime.world_size)
+        student, teacher = build_networks(config, runtime, ACCUMULATION)
+        maker = TargetMaker(config.objective)
+        restore(config, None, student, teacher, maker)
+        handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+
+        plain, plain_teacher = Learner(config), Learner(config)
+        for network in (plain, plain_teacher):
+            initialise(network, config.model, config.run.seed)
+        average = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        report = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0, "groups": len(student.master_groups)}
+        live = most_alive(student, report)
+
+        for step in range(STEPS):
+            student.set_rates(1e-3, 0.04, last_layer_frozen=False)
+            batches = [batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)]
+            targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+            losses = []
+            for micro, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+                losses.append(student.accumulate(batch, target, WEIGHTS)["total"])
+                if step == 0 and micro == ACCUMULATION - 1:
+                    everyone = [batch_of(config, 0, rank, m) for rank in world for m in range(ACCUMULATION)]
+                    expected = plain_step(config, plain, plain_teacher, everyone)
+                    for name, parameter in student.parameters.items():
+                        got, want = safe_get_full_grad(parameter), expected[name]
+                        error = float((got.double() - want).norm() / want.norm().clamp_min(1e-12))
+                        report["gradient"] = max(report["gradient"], error)
+                    mean = torch.stack(losses).mean()
+                    dist.all_reduce(mean)
+                    report["loss"] = abs(float(mean) / runtime.world_size - float(expected["loss"]))
+                student.step()
+            teacher.update(MOMENTUM)
+            for name in student.parameters:
+                average[name].lerp_(whole(student.master(name), student.fragments[name].shape), 1 - MOMENTUM)
+        live.clear()
+
+        for name, parameter in teacher.parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                kept = whole(teacher.average(name), student.fragments[name].shape)
+                report["ema"] = max(report["ema"], float((kept - average[name]).abs().max()))
+                assert torch.equal(parameter.detach(), kept.to(parameter.dtype)), name
+        moved = max(
+            float((average[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
+        )
+        if runtime.rank == 0:
+            print(json.dumps({**report, "moved": moved}), flush=True)
+
+
+def plain_step(
+    config: Config, plain: Learner, plain_teacher: Learner, batches: list[Batch]
+) -> dict[str, torch.Tensor]:
+    """Gradients (and the loss) of one optimiser step over all ranks' micro-batches, without an engine."""
+    handles = PrototypeHandles(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
+    # a maker of its own process: all rows are here, so nothing is to be reduced
+    alone = dist.new_subgroups(1)[0]
+    maker = TargetMaker(config.objective, alone)
+    targets = maker.make([plain_teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+    total = torch.stack([plain(b, t, WEIGHTS)["total"] for b, t in zip(batches, targets, strict=True)]).mean()
+    total.backward()
+    gradients = {name: p.grad.double() for name, p in plain.named_parameters() if p.grad is not None}
+    return {**gradients, "loss": total.detach()}
+
+
+def whole(fragment: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A parameter put together from every rank's fragment."""
+    pieces = [torch.empty_like(fragment) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, fragment.contiguous())
+    return torch.cat(pieces)[: torch.Size(shape).numel()].reshape(shape)
+
+
+def most_alive(student: object, report: dict[str, float]) -> list[object]:
+    """Hooks that note how many blocks' worth of student parameters are whole at once."""
+    blocks = student._engine.module.backbone.blocks
+    size = sum(p.ds_numel for p in blocks[0].parameters())
+
+    def count(*_: object) -> None:
+        alive = sum(
+            p.ds_numel for p in student.parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE
+        )
+        report["live"] = max(report["live"], alive / size)
+
+    handles = [block.register_full_backward_hook(count) for block in blocks]
+    handles += [block.register_forward_hook(count) for block in blocks]
+    return handles
+
+
+main()

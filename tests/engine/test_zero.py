@@ -1,0 +1,26 @@
+"""The sharded step equals plain arithmetic: gradients, averages, and what is alive meanwhile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+SCRIPT = Path(__file__).with_name("sharded_step.py")
+
+
+@pytest.mark.parametrize(("world_size", "dtype"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_sharded_steps_equal_unsharded_ones(world_size: int, dtype: str) -> None:
+    results = run_ranks([SCRIPT, dtype], world_size)
+    assert [code for code, _, _ in results] == [0] * world_size, results[0][2][-2000:] + results[-1][2][-2000:]
+    report = json.loads(results[0][1].splitlines()[-1])
+    # accumulation, uneven fragments, two prototype heads; clipping comes after what is compared
+    assert report["gradient"] < (1e-4 if dtype == "fp32" else 0.2)
+    assert report["loss"] < (1e-5 if dtype == "fp32" else 0.05)
+    # the average is fp32 in both number formats, and the network computes from its rounded values
+    assert report["ema"] < 1e-6
+    assert report["moved"] > 1e-4
+    # the student gathers a block for its forward and releases it before the next one
+    assert report["live"] <= 3
