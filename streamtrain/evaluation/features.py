@@ -20,11 +20,9 @@ from streamtrain.model.vit import VisionTransformer
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:
     """Resize the shorter side to ``resize`` pixels (bicubic) and cut the central square: uint8 [size, size, 3]."""
-    scale = resize / min(image.size)
-    width, height = (max(round(side * scale), resize) for side in image.size)
-    left, top = (width - size) / 2 / scale, (height - size) / 2 / scale
-    box = (left, top, left + size / scale, top + size / scale)
-    box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
+    side = size / resize * min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
     # One resampling of the wanted part only: the margin is never computed.
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 

@@ -1,0 +1,95 @@
+"""Dense features of images, and what can be seen in them: similarity to a patch, principal components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from streamtrain.data.batch import normalise
+from streamtrain.errors import StreamtrainError
+from streamtrain.model.vit import VisionTransformer
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file, upright, in RGB.
+
+    Raises:
+        StreamtrainError: if it is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise StreamtrainError(f"cannot read the image {path}: {error}") from None
+
+
+def fit_to_patches(image: Image.Image, size: int, patch_size: int) -> Image.Image:
+    """Scale to a shorter side of about ``size`` pixels, both sides whole numbers of patches."""
+    scale = size / min(image.size)
+    width, height = (max(round(side * scale / patch_size), 1) * patch_size for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@torch.inference_mode()
+def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """L2-normalised features of each patch of an image whose sides are multiples of the patch: fp32 [h, w, D]."""
+    parameter = next(model.parameters())
+    pixels = torch.from_numpy(np.array(image)).unsqueeze(0).to(parameter.device)
+    inputs = normalise(pixels, mean, std, parameter.dtype)
+    patches = model.forward_features(inputs).patches[0].float()
+    grid = (image.height // model.patch_size, image.width // model.patch_size)
+    return F.normalize(patches, dim=-1).unflatten(0, grid).cpu()
+
+
+def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[np.ndarray]:
+    """Cosine similarity of one patch of the first image to every patch of every image.
+
+    Args:
+        features: normalised, [h_i, w_i, D] for each image.
+        patch: (row, column) in the first image's grid.
+
+    Returns:
+        float32 [h_i, w_i] for each image, in -1..1.
+
+    Raises:
+        StreamtrainError: if the patch lies outside the grid.
+    """
+    height, width = features[0].shape[:2]
+    row, column = patch
+    if not (0 <= row < height and 0 <= column < width):
+        raise StreamtrainError(
+            f"patch {row},{column} lies outside the image's grid of {height} rows and {width} columns (from 0)"
+        )
+    query = features[0][row, column]
+    return [(feature @ query).numpy() for feature in features]
+
+
+def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
+    """The first ``count`` principal components of all images' patches together.
+
+    Each is scaled so that the middle 96 % of all its values fill 0..1, and is turned so that its larger
+    tail is bright: the same picture whatever sign the decomposition happened to take.
+
+    Args:
+        features: [h_i, w_i, D] for each image; at least ``count`` patches in all.
+
+    Returns:
+        float32 [h_i, w_i, count] in 0..1 for each image.
+    """
+    flat = torch.cat([feature.flatten(0, 1) for feature in features]).double()
+    centred = flat - flat.mean(0)
+    _, directions = torch.linalg.eigh(centred.T @ centred)
+    projected = centred @ directions.flip(1)[:, :count]
+    projected *= torch.where((projected**3).sum(0) < 0, -1.0, 1.0)
+    low, high = torch.quantile(projected, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
+    pieces = scaled.split([feature.shape[0] * feature.shape[1] for feature in features])
+    return [
+        piece.unflatten(0, tuple(feature.shape[:2])).numpy() for piece, feature in zip(pieces, features, strict=True)
+    ]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_backbone import class_folder, tiny_backbone
+
+from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.features import centre_crop, extract_features, pixel_features
+from streamtrain.evaluation.images import match_classes, open_images, split_images
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folder(tmp_path_factory.mktemp("images") / "set")
+
+
+def test_features_are_those_of_each_image_alone_in_order(folder: Path) -> None:
+    images = open_images(folder)
+    backbone = tiny_backbone()
+    features, labels = extract_features(backbone.model, images, size=32, mean=MEAN, std=STD, batch_size=7, workers=3)
+    assert features.shape == (20, 32) and features.dtype == torch.float32
+    assert labels.tolist() == [0] * 10 + [1] * 10
+    for index in (0, 6, 7, 19):
+        crop = torch.from_numpy(centre_crop(images.decode(index), 32, 32).copy()).permute(2, 0, 1)
+        normalised = (crop / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        with torch.no_grad():
+            alone = backbone.model.forward_features(normalised[None]).cls[0]
+        torch.testing.assert_close(features[index], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_centre_crop_takes_the_middle_square() -> None:
+    pixels = np.zeros((40, 100, 3), np.uint8)
+    pixels[:, 30:70] = 255
+    assert (centre_crop(Image.fromarray(pixels), 40, 40) == 255).all()
+    whole = centre_crop(Image.fromarray(pixels), 60, 40)  # zoomed in by half: the margins are well outside
+    assert whole.shape == (40, 40, 3) and (whole == 255).all()
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (40, 100, 3)).copy()
+    reference = Image.fromarray(ramp).resize((50, 20), Image.Resampling.BICUBIC).crop((15, 0, 35, 20))
+    np.testing.assert_allclose(centre_crop(Image.fromarray(ramp), 20, 20), np.asarray(reference), atol=1)
+
+
+def test_pixels_as_features(folder: Path) -> None:
+    features, labels = pixel_features(open_images(folder), size=16, mean=MEAN, std=STD, batch_size=6)
+    assert features.shape == (20, 3 * 16 * 16) and len(labels) == 20
+    assert features.abs().max() < 3
+
+
+def test_split_is_fixed_disjoint_and_whole(folder: Path) -> None:
+    images = open_images(folder)
+    train, test = split_images(images)
+    again, _ = split_images(open_images(folder))
+    names = [{part.read(index)[1] for index in range(len(part))} for part in (train, test, images, again)]
+    assert len(test) == 4 and not names[0] & names[1] and names[0] | names[1] == names[2]
+    assert names[3] == names[0]
+    assert all(train.classes[train.labels[i]] in train.read(i)[1] for i in range(len(train)))
+
+
+def test_classes_are_matched_by_name(folder: Path, tmp_path: Path) -> None:
+    train = open_images(folder)
+    other = open_images(class_folder(tmp_path / "other", ("down",)))
+    assert match_classes(train, other).labels.tolist() == [1] * 10
+    stranger = open_images(class_folder(tmp_path / "stranger", ("down", "sideways")))
+    with pytest.raises(StreamtrainError, match="sideways"):
+        match_classes(train, stranger)
+
+
+def test_what_cannot_be_evaluated_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
+    empty, loose = tmp_path / "empty", tmp_path / "loose"
+    empty.mkdir()
+    loose.mkdir()
+    Image.new("RGB", (8, 8)).save(loose / "a.png")
+    for path, words in ((tmp_path / "none", "not a folder"), (empty, "no images"), (loose, "no class subfolders")):
+        with pytest.raises(StreamtrainError, match=words):
+            open_images(path)
+    broken = class_folder(tmp_path / "broken", each=1)
+    (broken / "down" / "bad.jpg").write_bytes(b"no image")
+    images = open_images(broken)
+    with pytest.raises(StreamtrainError, match=r"bad\.jpg"):
+        pixel_features(images, size=8, mean=MEAN, std=STD)
+    with pytest.raises(StreamtrainError, match="too few to split"):
+        split_images(images)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamtrain.evaluation.knn import knn_accuracy, knn_predict, nearest
+
+
+def reference(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, neighbours: int, temperature: float
+) -> np.ndarray:
+    """The definition, one test row at a time in float64."""
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    predictions = []
+    for row in test / np.linalg.norm(test, axis=1, keepdims=True):
+        similarities = train @ row
+        votes = np.zeros(labels.max() + 1)
+        for index in np.argsort(-similarities)[:neighbours]:
+            votes[labels[index]] += np.exp(similarities[index] / temperature)
+        predictions.append(votes.argmax())
+    return np.array(predictions)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_train=st.integers(25, 300),
+    num_test=st.integers(1, 40),
+    classes=st.integers(1, 7),
+    chunk_bytes=st.sampled_from([1, 4000, 2**28]),
+)
+def test_equals_the_definition(seed: int, num_train: int, num_test: int, classes: int, chunk_bytes: int) -> None:
+    rng = np.random.default_rng(seed)
+    train, test = rng.normal(size=(num_train, 12)), rng.normal(size=(num_test, 12))
+    labels = rng.integers(0, classes, num_train)
+    predictions = knn_predict(
+        *map(torch.from_numpy, (train, labels, test)), neighbours=(1, 10, 20), chunk_bytes=chunk_bytes
+    )
+    for count, found in predictions.items():
+        assert np.array_equal(found.numpy(), reference(train, labels, test, count, 0.07))
+
+
+def test_neighbours_are_those_of_the_whole_matrix_whatever_the_pieces() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(200_000, 4, generator=generator)
+    queries = torch.randn(7, 4, generator=generator)
+    values, rows = nearest(queries, bank, 20, chunk_bytes=2**20)
+    expected_values, expected_rows = (queries @ bank.T).topk(20, dim=1)
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(values, expected_values)
+
+
+def test_agrees_with_scikit_learn() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(10, 64))
+    labels, test_labels = rng.integers(0, 10, 2000), rng.integers(0, 10, 500)
+    train = (centres[labels] + 1.2 * rng.normal(size=(2000, 64))).astype(np.float32)
+    test = (centres[test_labels] + 1.2 * rng.normal(size=(500, 64))).astype(np.float32)
+    classifier = neighbors.KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    ).fit(train, labels)
+    tensors = map(torch.from_numpy, (train, labels, test))
+    assert np.array_equal(knn_predict(*tensors)[20].numpy(), classifier.predict(test))
+
+
+def test_scale_of_features_does_not_count_and_fewer_samples_than_neighbours_will_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(8, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    labels, test_labels = torch.arange(8) % 2, torch.arange(6) % 2
+    small = knn_accuracy(train, labels, test, test_labels)
+    assert small == knn_accuracy(1e3 * train, labels, 1e-3 * test, test_labels)
+    assert small[10] == small[20]
+    assert knn_accuracy(train, labels, train, labels, neighbours=(1,), temperature=1e-4) == {1: 1.0}

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_backbone import tiny_backbone
+
+from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.canvas import Tile, colour_bar, compose, mark, viridis
+from streamtrain.evaluation.maps import fit_to_patches, patch_features, principal_components, similarity_maps
+
+
+def test_patch_features_lie_where_the_patches_lie() -> None:
+    backbone = tiny_backbone()
+    pixels = np.full((32, 56, 3), 90, np.uint8)
+    changed = pixels.copy()
+    changed[8:16, 40:48] = 250  # the patch at row 1, column 5
+    first, second = (
+        patch_features(backbone.model, Image.fromarray(image), backbone.config.mean, backbone.config.std)
+        for image in (pixels, changed)
+    )
+    assert first.shape == (4, 7, 32)
+    torch.testing.assert_close(first.norm(dim=-1), torch.ones(4, 7))
+    difference = (first - second).norm(dim=-1)
+    assert divmod(int(difference.argmax()), 7) == (1, 5)
+
+
+def test_any_image_becomes_whole_patches() -> None:
+    assert fit_to_patches(Image.new("RGB", (300, 200)), 64, 8).size == (96, 64)
+    assert fit_to_patches(Image.new("RGB", (10, 4000)), 32, 16).size == (32, 12800)
+    assert fit_to_patches(Image.new("RGB", (50, 50)), 8, 16).size == (16, 16)
+
+
+def test_similarity_is_cosine_and_one_at_the_patch() -> None:
+    features = [F.normalize(torch.randn(4, 6, 8), dim=-1), F.normalize(torch.randn(3, 2, 8), dim=-1)]
+    own, other = similarity_maps(features, (2, 5))
+    assert own.shape == (4, 6) and other.shape == (3, 2)
+    assert np.isclose(own[2, 5], 1.0) and own.max() <= 1.0 + 1e-6
+    assert np.isclose(other[1, 1], float(features[0][2, 5] @ features[1][1, 1]))
+    for patch in ((4, 0), (0, 6), (-1, 0)):
+        with pytest.raises(StreamtrainError, match="outside"):
+            similarity_maps(features, patch)
+
+
+def test_components_are_the_directions_of_most_variance_and_turn_no_somersaults() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.rand(200, 3, generator=generator) ** 2 * torch.tensor([9.0, 4.0, 1.0])
+    axes = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0][:3]
+    features = (hidden @ axes + 5.0).unflatten(0, (10, 20))
+    (found,) = principal_components([features])
+    assert found.shape == (10, 20, 3) and found.min() == 0.0 and found.max() == 1.0
+    for index in range(3):
+        # Middle values only, the ends being clipped; skewed to the right, so bright is more.
+        correlation = np.corrcoef(found[..., index].ravel(), hidden[:, index].numpy())[0, 1]
+        assert correlation > 0.95
+    parts = principal_components([features[:4], features[4:]])
+    np.testing.assert_allclose(np.concatenate(parts), found, atol=1e-5)
+
+
+def test_a_flat_image_has_components_all_the_same() -> None:
+    (found,) = principal_components([torch.ones(5, 5, 8)])
+    assert np.isfinite(found).all()
+
+
+def test_colours_rise_in_lightness() -> None:
+    colours = viridis(np.linspace(0, 1, 101)).astype(float)
+    lightness = colours @ [0.299, 0.587, 0.114]
+    assert (np.diff(lightness) > -1.0).all() and lightness[-1] - lightness[0] > 150
+    assert viridis(np.array([[-1.0, 2.0]])).tolist() == [[[68, 1, 84], [253, 231, 37]]]
+
+
+def test_mark_and_page() -> None:
+    marked = np.asarray(mark(Image.new("RGB", (80, 40), (0, 0, 255)), (1, 3), (2, 4)))
+    red = np.argwhere((marked == (230, 30, 40)).all(-1))
+    np.testing.assert_allclose(red.mean(0), (30, 70), atol=1.5)
+    page = compose("Title", "subtitle", [[Tile(Image.new("RGB", (60, 40), (1, 2, 3)), "a name too long " * 9)] * 2])
+    assert ((np.asarray(page) == (1, 2, 3)).all(-1)).sum() == 2 * 60 * 40
+    assert colour_bar(-0.25, 1.0, 200, "scale").size == (200, 40)

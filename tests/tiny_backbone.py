@@ -1,0 +1,56 @@
+"""A tiny network and a few labelled images, for the tests of evaluation, export and tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from streamtrain.config.load import build
+from streamtrain.config.tree import Config
+from streamtrain.export.folder import export_safetensors
+from streamtrain.export.load import Backbone, load_untrained
+
+TINY = {"patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "drop_path": 0.0}
+CROPS = {"global_size": 32, "local_size": 16}
+
+
+def tiny_config(**model: Any) -> Config:
+    """The configuration of a network of a few thousand parameters."""
+    return build({"model": {**TINY, **model}, "crops": CROPS})
+
+
+def tiny_backbone(**model: Any) -> Backbone:
+    """That network with every part alive: as trained, LayerScale and biases would start too small to see."""
+    backbone = load_untrained(tiny_config(**model))
+    generator = torch.Generator().manual_seed(0)
+    for name, value in backbone.model.named_parameters():
+        if name.endswith("gamma"):
+            value.data.uniform_(0.3, 0.7, generator=generator)
+        elif name.endswith(("bias", "token", "tokens")):
+            value.data.normal_(0, 0.2, generator=generator)
+    return backbone
+
+
+def tiny_weights(folder: Path, **model: Any) -> Path:
+    """That network as an exported folder."""
+    backbone = tiny_backbone(**model)
+    export_safetensors(backbone.model, backbone.config, folder)
+    return folder
+
+
+def class_folder(folder: Path, classes: tuple[str, ...] = ("across", "down"), each: int = 10) -> Path:
+    """Images of stripes that run across or down, 40 pixels or so a side."""
+    rng = np.random.default_rng(len(classes))
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            height, width = rng.integers(36, 48, 2)
+            rows, columns = np.mgrid[0:height, 0:width]
+            wave = np.sin((columns if label % 2 else rows) * 0.8 + rng.uniform(0, 6))
+            pixels = 128 + wave[..., None] * rng.uniform(40, 120, 3)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index:03d}.png")
+    return folder
