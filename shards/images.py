@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -95,9 +98,19 @@ def check_decodes(payload: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
     prepare(payload, max_pixels=max_pixels)
 
 
-def allow_large_images() -> None:
-    """Switch off Pillow's own pixel bound in this process, so that ``max_pixels`` alone decides."""
-    Image.MAX_IMAGE_PIXELS = None
+@contextmanager
+def tolerant_pillow() -> Iterator[None]:
+    """Within this, Pillow has no pixel bound of its own (``max_pixels`` alone decides) and prints no warnings.
+
+    For processes or moments with one thread only: both settings are the process's.
+    """
+    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
 
 
 def _displayed_size(image: Image.Image) -> tuple[int, int]:

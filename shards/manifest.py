@@ -33,10 +33,17 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A shard set: its tars in order, and the names of its classes by label (empty where it has none)."""
+    """A shard set.
+
+    Attributes:
+        shards: its tars, in order.
+        classes: class names by label; empty where labels have no names or there are none.
+        fingerprint: of the source and the options it was packed from; empty where it was not packed here.
+    """
 
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     @property
     def num_samples(self) -> int:
@@ -61,6 +68,7 @@ class Manifest:
             "num_samples": self.num_samples,
             "num_bytes": self.num_bytes,
             "digest": self.digest,
+            "fingerprint": self.fingerprint,
             "classes": self.classes,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -92,7 +100,7 @@ class Manifest:
             raise ShardError(f"{path} has version {version}, this program reads version {VERSION}; pack it again")
         try:
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
-            manifest = cls(shards, tuple(content["classes"]))
+            manifest = cls(shards, tuple(content["classes"]), content["fingerprint"])
             stated = content["digest"]
         except (KeyError, TypeError) as error:
             raise ShardError(f"{path} lacks a field ({error}); copy the set again, or pack it again") from error

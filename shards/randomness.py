@@ -18,6 +18,7 @@ ORDER_SHARDS = "order/shards"  # the permutation of the shards; counter: epoch
 ORDER_BLOCK = "order/block"  # the shuffle of one block of samples; counters: epoch, lane, block
 SUBSTITUTE = "order/substitute"  # who stands in for an unusable sample; counters: slot, attempt
 MIXTURE = "order/mixture"  # where the members of a mixture stand in its cycle; counter: cycle
+PACKING = "pack/shuffle"  # the order in which images are packed
 VIEWS = "data/views"  # crop boxes, flips, colour, blur, solarize; counter: slot
 MASKS = "data/masks"  # the rectangles of the block masks; counter: slot
 MASK_GROUPS = "data/mask_groups"  # which crops of a group are masked, and how much; counter: group

@@ -1,0 +1,317 @@
+"""Images into a shard set: decoded in full by worker processes, written by one, resumed after a kill.
+
+The set's bytes depend on the source and the options only, not on the number of workers nor on how often packing was
+interrupted. While it goes on, ``packing.jsonl`` in the set's folder says which shards are complete; ``manifest.json``,
+without which no reader takes the set, comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+
+import filelock
+import numpy as np
+from tqdm import tqdm
+
+from shards import images, randomness
+from shards.errors import ShardError
+from shards.files import write_whole
+from shards.inputs import Inputs, Item, decompress, is_compressed_tar, list_inputs, sample_key
+from shards.manifest import FILE_NAME, Manifest, ShardEntry
+from shards.parallel import ordered_map
+from shards.shard_writer import ShardWriter
+
+_FORMAT = 1  # of the shards; part of a packing's fingerprint
+_JOURNAL = "packing.jsonl"
+_LOCK = "packing.lock"
+_UNPACKED = "packing.tar"
+_REJECTED = "rejected.jsonl"
+_ITEMS_PER_TASK = 16
+_OURS = {"shards", "index", FILE_NAME, _REJECTED, _JOURNAL, _LOCK, _UNPACKED}
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What decides the bytes of a set beside its source."""
+
+    shard_bytes: int = 256_000_000  # a shard is closed before it would grow beyond this
+    max_side: int | None = None  # shrink larger images to this many pixels
+    quality: int = images.DEFAULT_QUALITY  # of the JPEGs that are made anew
+    max_pixels: int = images.DEFAULT_MAX_PIXELS  # refuse larger images
+    upright: bool = False  # turn images with an EXIF rotation, instead of leaving that to the decoder
+    shuffle: int | None = None  # a seed: pack in random order
+    dedup: bool = False  # leave out images whose bytes were packed before
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What came of a packing."""
+
+    manifest: Manifest
+    num_rejected: int  # listed in rejected.jsonl
+    num_ignored: int  # files that are no images
+
+
+@dataclass
+class _Done:
+    """How far a packing has come; each line of the journal adds to it."""
+
+    shards: list[ShardEntry] = field(default_factory=list)
+    next_position: int = 0  # of the first item that is in no complete shard
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)  # content hashes, where duplicates are left out
+
+    def add(self, later: _Done) -> None:
+        """Take in what came next."""
+        self.shards += later.shards
+        self.next_position = later.next_position
+        self.rejected += later.rejected
+        self.seen |= later.seen
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a worker says about an item: an image, or why there is none."""
+
+    image: images.Prepared | None
+    reason: str
+    content: str  # hash of the source's bytes
+
+
+def pack(src: Path, out: Path, options: PackOptions, *, workers: int = 1, progress: bool = False) -> PackReport:
+    """Pack the images of a folder, a list file or a tar into a shard set.
+
+    Packing the same again into a finished set changes nothing; into one that was interrupted, it goes on.
+
+    Args:
+        src: see ``shards.inputs``.
+        out: the set's folder; new, empty, or of the same packing.
+        workers: decoding processes; 1 decodes in this one.
+        progress: show a bar on stderr, where that is a terminal.
+
+    Raises:
+        ShardError: nothing to pack, nothing that decodes, or a folder that cannot take it; says what to do.
+    """
+    if not is_compressed_tar(src) or not src.is_file():
+        inputs = list_inputs(src)  # before anything is made
+        with _claimed(out):
+            return _pack(inputs, src, out, options, workers, progress)
+    with _claimed(out):
+        plain = out / _UNPACKED
+        try:
+            decompress(src, plain)
+            return _pack(list_inputs(plain), src, out, options, workers, progress)
+        finally:
+            plain.unlink(missing_ok=True)
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold a set's folder for one packing; make it if need be, and take it away again if nothing came of it."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        foreign = sorted({entry.name for entry in out.iterdir()} - _OURS)
+        if foreign:
+            raise ShardError(f"--out {out} holds other files, such as {foreign[0]}; choose a new folder")
+        lock = filelock.FileLock(out / _LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise ShardError(f"another make_shards is packing into {out}; wait for it or choose another --out") from error
+    except OSError as error:
+        raise ShardError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from error
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(
+            f"writing to {out} failed ({error.strerror}); mend that and run this again to go on"
+        ) from error
+    finally:
+        (out / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _pack(inputs: Inputs, src: Path, out: Path, options: PackOptions, workers: int, bar: bool) -> PackReport:
+    fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, asdict(options)]))
+    if (out / FILE_NAME).exists():
+        return _already_packed(out, fingerprint, inputs.num_ignored)
+    done = _open_journal(out, fingerprint)
+    (out / "shards").mkdir(exist_ok=True)
+    (out / "index").mkdir(exist_ok=True)
+    numbers = np.arange(len(inputs.items))  # an image's number in the source makes its key, whatever the order
+    if options.shuffle is not None:
+        numbers = randomness.permutation(options.shuffle, randomness.PACKING, len(inputs.items))
+    _write_shards(inputs.items, numbers, out, options, done, workers, bar)
+    if not done.shards:
+        _remove_unfinished(out)
+        first = done.rejected[0]
+        raise ShardError(
+            f"none of the {len(inputs.items)} images in {src} can be used; "
+            f"the first: {first['path']}: {first['reason']}"
+        )
+    lines = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected)
+    write_whole(out / _REJECTED, lines.encode())
+    manifest = Manifest(tuple(done.shards), inputs.classes, fingerprint)
+    manifest.save(out)
+    (out / _JOURNAL).unlink()
+    return PackReport(manifest, len(done.rejected), inputs.num_ignored)
+
+
+def _already_packed(out: Path, fingerprint: str, num_ignored: int) -> PackReport:
+    """The report of a finished set, if it is the very one that was asked for."""
+    manifest = Manifest.load(out)
+    if manifest.fingerprint != fingerprint:
+        raise ShardError(f"--out {out} already holds another shard set; choose a new folder, or delete that one")
+    (out / _JOURNAL).unlink(missing_ok=True)
+    num_rejected = len((out / _REJECTED).read_bytes().splitlines())
+    return PackReport(manifest, num_rejected, num_ignored)
+
+
+def _write_shards(
+    items: Sequence[Item],
+    numbers: np.ndarray,
+    out: Path,
+    options: PackOptions,
+    done: _Done,
+    workers: int,
+    bar: bool,
+) -> None:
+    """Pack the items that are in no complete shard yet, in the order of ``numbers``; note each shard in ``done``."""
+    writer: ShardWriter | None = None
+    since = _Done()  # what came after the latest complete shard
+    left = numbers[done.next_position :].tolist()
+    outcomes = _outcomes([items[number] for number in left], options, workers)
+    shown = tqdm(
+        outcomes,
+        desc="packing",
+        unit=" images",
+        total=len(numbers),
+        initial=done.next_position,
+        disable=None if bar else True,
+        smoothing=0.05,
+    )
+    try:
+        for position, (number, outcome) in enumerate(zip(left, shown, strict=True), start=done.next_position):
+            image, reason = outcome.image, outcome.reason
+            if options.dedup and image is not None:
+                if outcome.content in done.seen:
+                    image, reason = None, "the same bytes as an image before it"
+                done.seen.add(outcome.content)
+                since.seen.add(outcome.content)
+            if image is None:
+                since.rejected.append({"path": items[number].name, "reason": reason})
+                continue
+            label = items[number].label
+            if writer and writer.num_bytes + ShardWriter.bytes_for(image, label) > options.shard_bytes:
+                _close_shard(out, writer, position, since, done)
+                writer, since = None, _Done(seen={outcome.content} & since.seen)
+            writer = writer or ShardWriter(out, len(done.shards))
+            writer.add(sample_key(number, items[number].name), image, label)
+        if writer:
+            _close_shard(out, writer, len(numbers), since, done)
+            writer = None
+        else:
+            done.rejected += since.rejected
+    finally:
+        outcomes.close()
+        if writer:
+            writer.discard()
+
+
+def _close_shard(out: Path, writer: ShardWriter, position: int, since: _Done, done: _Done) -> None:
+    """Finish a shard and note it in the journal: from here on it is never packed again."""
+    since.shards, since.next_position = [writer.finish()], position
+    line = json.dumps(
+        {
+            "shard": asdict(since.shards[0]),
+            "next_position": position,
+            "rejected": since.rejected,
+            "seen": sorted(since.seen),
+        }
+    )
+    _append_durably(out / _JOURNAL, line)
+    done.add(since)
+
+
+def _open_journal(out: Path, fingerprint: str) -> _Done:
+    """What an interrupted packing of the same has done; starts a journal where there is none.
+
+    Raises:
+        ShardError: the folder holds an interrupted packing of something else.
+    """
+    path = out / _JOURNAL
+    done = _Done()
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines:
+        write_whole(path, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+        return done
+    if json.loads(lines[0])["fingerprint"] != fingerprint:
+        raise ShardError(
+            f"--out {out} holds an interrupted packing of another source or with other options; delete it or choose "
+            "a new folder"
+        )
+    whole = [lines[0]]
+    for line in lines[1:]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break  # torn by the kill
+        whole.append(line)
+        shard = ShardEntry(**entry["shard"])
+        done.add(_Done([shard], entry["next_position"], entry["rejected"], set(entry["seen"])))
+    write_whole(path, ("\n".join(whole) + "\n").encode())
+    return done
+
+
+def _append_durably(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove_unfinished(out: Path) -> None:
+    for name in ("shards", "index"):
+        shutil.rmtree(out / name)
+    (out / _JOURNAL).unlink()
+
+
+def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[_Outcome, None, None]:
+    """What becomes of each item, in order."""
+    tasks = (items[first : first + _ITEMS_PER_TASK] for first in range(0, len(items), _ITEMS_PER_TASK))
+    with closing(ordered_map(partial(_prepare, options), tasks, workers)) as results:
+        for outcomes in results:
+            yield from outcomes
+
+
+def _prepare(options: PackOptions, items: Sequence[Item]) -> list[_Outcome]:
+    with images.tolerant_pillow():
+        return [_prepare_one(item, options) for item in items]
+
+
+def _prepare_one(item: Item, options: PackOptions) -> _Outcome:
+    content = ""
+    try:
+        payload = item.read()
+        if options.dedup:
+            content = blake2b(payload, digest_size=16).hexdigest()
+        image = images.prepare(
+            payload,
+            max_side=options.max_side,
+            max_pixels=options.max_pixels,
+            quality=options.quality,
+            upright=options.upright,
+        )
+    except ShardError as error:
+        return _Outcome(None, str(error), content)
+    return _Outcome(image, "", content)
