@@ -86,9 +86,11 @@ def draw(arguments: argparse.Namespace) -> Image.Image:
     model = backbone.model.to(device)
     inputs = [fit_to_patches(image, size, config.model.patch_size) for image in originals]
     features = [patch_features(model, image, config.mean, config.std) for image in inputs]
-    shown = [image.resize(shown_size(image), Image.Resampling.BICUBIC) for image in inputs]
-    # The originals have all their detail where the page is larger than the network's input.
-    shown = [original.resize(small.size, Image.Resampling.LANCZOS) for original, small in zip(originals, shown)]
+    # From the originals, which have all their detail where the page is larger than the network's input.
+    shown = [
+        original.resize(shown_size(image), Image.Resampling.LANCZOS)
+        for original, image in zip(originals, inputs, strict=True)
+    ]
     subtitle = describe(arguments, config, [tuple(feature.shape[:2]) for feature in features])
     if arguments.kind == "pca":
         rows = pca_rows(arguments, shown, principal_components(features))
@@ -102,9 +104,9 @@ def pca_rows(arguments: argparse.Namespace, shown: list[Image.Image], components
     """Images above their components, or beside them where there is one."""
     maps = [
         Tile(enlarge(np.rint(values * 255).astype(np.uint8), image.size, arguments.smooth))
-        for image, values in zip(shown, components)
+        for image, values in zip(shown, components, strict=True)
     ]
-    images = [Tile(image, path.name) for image, path in zip(shown, arguments.image)]
+    images = [Tile(image, path.name) for image, path in zip(shown, arguments.image, strict=True)]
     return [[images[0], maps[0]]] if len(images) == 1 else [images, maps]
 
 
@@ -116,7 +118,7 @@ def similarity_rows(
     low, high = min(float(values.min()) for values in maps), 1.0
     scaled = [(values - low) / max(high - low, 1e-6) for values in maps]
     tiles = []
-    for index, (image, values, path) in enumerate(zip(shown, scaled, arguments.image)):
+    for index, (image, values, path) in enumerate(zip(shown, scaled, arguments.image, strict=True)):
         coloured = enlarge(viridis(values), image.size, arguments.smooth)
         if index == 0:
             grid = (values.shape[0], values.shape[1])
