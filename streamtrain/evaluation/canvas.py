@@ -13,27 +13,9 @@ MARGIN, GAP, CAPTION = 24, 14, 26  # pixels
 
 # Twenty evenly spaced colours of viridis (van der Walt and Smith, 2015; CC0), straight lines between them.
 _VIRIDIS = [
-    "440154",
-    "481567",
-    "482677",
-    "453781",
-    "404788",
-    "39568c",
-    "33638d",
-    "2d708e",
-    "287d8e",
-    "238a8d",
-    "1f968b",
-    "20a387",
-    "29af7f",
-    "3cbb75",
-    "55c667",
-    "73d055",
-    "95d840",
-    "b8de29",
-    "dce319",
-    "fde725",
-]
+    "440154", "481567", "482677", "453781", "404788", "39568c", "33638d", "2d708e", "287d8e", "238a8d",
+    "1f968b", "20a387", "29af7f", "3cbb75", "55c667", "73d055", "95d840", "b8de29", "dce319", "fde725",
+]  # fmt: skip
 
 
 def viridis(values: np.ndarray) -> np.ndarray:
