@@ -57,6 +57,8 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _teach(self, batch: Batch, weights: LossWeights) -> TeacherFeatures:
         """Unmasked global crops through backbone and heads; masked positions only where patches matter."""
+        if not weights.global_loss and not weights.patch_loss:
+            return TeacherFeatures(None, None, batch.masks.weight)
         crops = [self._pixels(batch.global_crops)]
         tokens, _ = self.backbone.encode(crops, [None], chunk=self.config.teacher.chunk)
         layout = self.backbone.layout(crops)
@@ -76,6 +78,7 @@ class Learner(nn.Module):
 
     def _learn(self, batch: Batch, weights: LossWeights, targets: Targets) -> dict[str, Tensor]:
         global_cls, local_cls, patches = self._student_features(batch, weights)
+        assert weights.global_loss or weights.patch_loss or weights.koleo, "all loss terms have weight 0"
         losses = {}
         if weights.global_loss:
             losses["global"] = self._global_loss(global_cls, local_cls, targets)
