@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
 def check(config: Config, launch: Launch) -> None:
     """What can be told before any library is loaded and any rank waits for another."""
     if not config.data.shards:
-        raise ConfigError("data.shards is not set; give the folder that tools/make_shards.py made")
+        raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
     config.batch_split(launch.world_size)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +30,23 @@ def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple
     return student, teacher
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a run goes on: completed steps, and the saved state of the stream (None at a fresh start)."""
+
+    step: int
+    data: dict[str, Any] | None
+
+    @property
+    def slot(self) -> int:
+        """The next slot of the stream."""
+        return self.data["next_slot"] if self.data else 0
+
+
 def restore(
     config: Config, resume_from: Path | None, student: Student, teacher: Teacher, target_maker: TargetMaker
-) -> int:
-    """Fill both networks from the newest checkpoint, or from the seed; returns the completed steps.
+) -> Position:
+    """Fill both networks from the newest checkpoint, or from the seed.
 
     The run folder's own checkpoint comes before ``resume_from``, and both before a fresh start.
 
@@ -48,7 +63,7 @@ def restore(
 
         student.write(fresh, optimizer_steps=0)
         teacher.write(fresh)
-        return 0
+        return Position(0, None)
     with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
         for name, fragment in student.fragments.items():
             if reader.state["shapes"].get(name) != list(fragment.shape):
@@ -59,4 +74,4 @@ def restore(
         student.write(reader.read, optimizer_steps=reader.step)
         teacher.write(reader.read)
         target_maker.load_state_dict(reader.shared())
-        return reader.step
+        return Position(reader.step, reader.state["data"])

@@ -5,18 +5,18 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-from shards.source import ShardSet
 from streamtrain import checkpoint
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.data.loader import Loader
+from streamtrain.data.loader import Loader, check_state, open_shard_set
 from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
@@ -86,7 +86,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
     global_batch, accumulation = config.batch_split(launch.world_size)
     run_dir = Path(config.run.dir)
     make_run_folder(run_dir, launch.rank)
-    shard_set = ShardSet.open(config.data.shards)
+    shard_set = open_shard_set(config)
 
     with joined(config.engine, launch) as runtime:
         if launch.rank == 0:
@@ -94,11 +94,15 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         student, teacher = build_networks(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
         handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
-        step = restore(config, resume_from, student, teacher, target_maker)
+        position = restore(config, resume_from, student, teacher, target_maker)
+        step, slot = position.step, position.slot
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
-            start_slot=step * global_batch,
+            start_slot=slot, lane_block=position.data and position.data["lane_block"],
+            local_world_size=launch.local_world_size,
         )
+        if position.data:
+            check_state(position.data, loader.state_dict(slot))
         monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
         stop = StopRequest(run_dir)
         with closing(loader), closing(monitor):
@@ -117,16 +121,16 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                     student.step()
                 teacher.update(values.momentum)
 
-                step += 1
+                step, slot = step + 1, slot + global_batch
                 means, exit_code = agree(losses, stop.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
                 scalars["optim/gradient_norm"] = student.gradient_norm()
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
-                monitor.log(step, step * global_batch, scalars)
+                monitor.log(step, slot, scalars)
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
                     monitor.panel(step, panel_of(batches[0], config))
                 if due(step, config.run.checkpoint_every) or exit_code or step == config.run.steps:
-                    save(config, step, loader, student, teacher, target_maker)
+                    save(config, step, loader.state_dict(slot), student, teacher, target_maker)
                 if exit_code:
                     stop.clear()
                     return exit_code
@@ -134,17 +138,16 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
 
 
 def save(
-    config: Config, step: int, loader: Loader, student: Student, teacher: Teacher, target_maker: TargetMaker
+    config: Config, step: int, data: dict[str, Any], student: Student, teacher: Teacher, target_maker: TargetMaker
 ) -> None:
     """Write the checkpoint of ``step`` completed steps and drop those that are no longer kept."""
-    global_batch, _ = config.batch_split(dist.get_world_size())
     checkpoint.save(
         config.run.dir,
         step,
         shards=student.shards() | teacher.shards(),
         shared=target_maker.state_dict(),
         shapes={name: fragment.shape for name, fragment in student.fragments.items()},
-        state={"data": loader.state_dict(step * global_batch)},
+        state={"data": data},
     )
     if dist.get_rank() == 0:
         checkpoint.prune(config.run.dir, config.run)
@@ -176,9 +179,9 @@ def dry_run(config: Config) -> int:
     """Check the configuration and the data, and draw one panel of crops into the run folder."""
     run_dir = Path(config.run.dir)
     make_run_folder(run_dir, rank=0)
-    shard_set = ShardSet.open(config.data.shards)
+    shard_set = open_shard_set(config)
     with closing(
-        Loader(shard_set, config, rank=0, world_size=1, device=torch.device("cpu"), start_slot=0)
+        Loader(shard_set, config, rank=0, world_size=1, device="cpu")
     ) as loader:
         Image.fromarray(panel_of(next(loader), config)).save(run_dir / "dry_run.png")
     print(f"{shard_set.num_samples} samples in {config.data.shards}; crops drawn in {run_dir / 'dry_run.png'}")
