@@ -1,0 +1,223 @@
+"""The stream of batches: the same samples and pixels from any start, micro-batch and number of ranks; and its end."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards.errors import SampleError, ShardError
+from streamtrain.config.data import DataConfig
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.data.loader import Loader, check_state, micro_batch_slots, open_shard_set
+from streamtrain.errors import CheckpointError, ConfigError
+
+Damage = Callable[[Path, int, int, bytes], None]
+
+
+def make(config: Config, rank: int = 0, world_size: int = 1, start_slot: int = 0, **options: int) -> Loader:
+    shard_set = open_shard_set(config)
+    return Loader(shard_set, config, rank=rank, world_size=world_size, device="cpu", start_slot=start_slot, **options)
+
+
+def with_data(config: Config, **changes: object) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    with loader:
+        return list(itertools.islice(loader, count))
+
+
+def by_slot(batches: list[Batch], config: Config) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each slot's global crops [V, ...], local crops [L, ...] and masks [V, T]."""
+    found = {}
+    for batch in batches:
+        size = len(batch.slots)
+        crops = batch.global_crops.unflatten(0, (-1, size))
+        small = batch.local_crops.unflatten(0, (config.crops.local_count, size))
+        masks = batch.masks.grid_mask.unflatten(0, (-1, size))
+        for row, slot in enumerate(batch.slots.tolist()):
+            assert slot not in found
+            found[slot] = (crops[:, row], small[:, row], masks[:, row])
+    return found
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for slot, parts in left.items():
+        assert all(torch.equal(a, b) for a, b in zip(parts, right[slot], strict=True)), slot
+
+
+def test_shapes_and_that_views_differ(config: Config) -> None:
+    batch = take(make(config), 1)[0]
+    assert batch.slots.tolist() == [0, 1, 2, 3]
+    assert batch.global_crops.shape == (8, 64, 64, 3) and batch.global_crops.dtype == torch.uint8
+    assert batch.local_crops.shape == (8, 32, 32, 3)
+    assert batch.masks.grid_mask.shape == (8, 16)
+    assert len(torch.unique(batch.global_crops.flatten(1), dim=0)) == 8
+
+
+def test_batches_keep_their_pixels_while_the_loader_goes_on(config: Config) -> None:
+    with make(config) as loader:
+        first = next(loader)
+        copy = first.global_crops.clone()
+        for _ in range(6):
+            next(loader)
+    assert torch.equal(first.global_crops, copy)
+
+
+def test_a_start_in_the_middle_repeats_the_stream_bit_by_bit(config: Config) -> None:
+    straight = by_slot(take(make(config), 9), config)  # more than an epoch of 26 samples
+    resumed = by_slot(take(make(config, start_slot=20), 4), config)
+    assert_same(resumed, {slot: parts for slot, parts in straight.items() if slot >= 20})
+
+
+def test_neither_ranks_nor_micro_batches_change_the_stream(config: Config) -> None:
+    config = with_data(config, global_batch=8, micro_batch=8)
+    one = by_slot(take(make(config), 2), config)
+    two = by_slot(
+        [batch for rank in range(2) for batch in take(make(with_data(config, micro_batch=2), rank, 2), 4)], config
+    )
+    assert_same(one, two)
+
+
+def test_every_slot_goes_to_exactly_one_rank() -> None:
+    for world_size, micro_batch in [(1, 24), (2, 4), (3, 8), (8, 3), (4, 6)]:
+        streams = [micro_batch_slots(48, 24, micro_batch, rank, world_size) for rank in range(world_size)]
+        for step in range(3):
+            taken = [next(stream) for stream in streams for _ in range(24 // world_size // micro_batch)]
+            assert np.concatenate(taken).tolist() == list(range(48 + 24 * step, 72 + 24 * step))
+
+
+def test_a_stream_is_longer_than_its_set_and_an_epoch_visits_all(config: Config) -> None:
+    with make(with_data(config, micro_batch=13)) as loader:
+        slots = [next(loader).slots for _ in range(5)]
+    assert np.array_equal(np.concatenate(slots), np.arange(65))
+
+
+def test_no_local_crops(config: Config) -> None:
+    config = config.model_copy(update={"crops": config.crops.model_copy(update={"local_count": 0})})
+    assert take(make(config), 1)[0].local_crops.shape == (0, 32, 32, 3)
+
+
+def test_waiting_is_measured_on_the_consumer_side(config: Config) -> None:
+    with make(config) as loader:
+        next(loader)
+        assert loader.seconds == loader.wait_seconds == 0
+        for _ in range(3):
+            time.sleep(0.2)
+            next(loader)
+        assert loader.seconds >= 0.6
+        assert 0 <= loader.wait_seconds <= loader.seconds - 0.59
+
+
+def test_state_names_what_differs(config: Config) -> None:
+    with make(config) as loader:
+        state = loader.state_dict(40)
+    assert state["next_slot"] == 40
+    check_state(state, state | {"next_slot": 0})
+    with pytest.raises(CheckpointError, match=r"seed was 5 and is now 6.*window was 2 and is now 3"):
+        check_state(state, state | {"seed": 6, "window": 3})
+
+
+def test_lane_block_of_a_resumed_stream_is_kept(config: Config) -> None:
+    with make(with_data(config, global_batch=32), lane_block=3) as loader:
+        assert loader.state_dict(0)["lane_block"] == 3
+    with make(with_data(config, global_batch=32)) as loader:
+        assert loader.state_dict(0)["lane_block"] == 8
+
+
+def test_an_undecodable_image_is_named(config: Config, set_path: Path, damage_sample: Damage) -> None:
+    damage_sample(set_path, 1, 2, b"this is a text file and no photograph")
+    loader = make(config)
+    with pytest.raises(SampleError, match=r"shard 000001.tar, sample 2 .*cannot be decoded"):
+        take(loader, 7)
+    with pytest.raises(SampleError):
+        next(loader)
+
+
+def test_a_changed_image_is_named(config: Config, set_path: Path) -> None:
+    shard_set = open_shard_set(config)
+    with open(shard_set.tar_path(0), "r+b") as tar:
+        tar.seek(int(shard_set.record(0, 0)["offset"]) + 100)
+        tar.write(b"XXXX")
+    with pytest.raises(SampleError, match=r"000000\.tar, sample 0"):
+        take(make(config), 7)
+
+
+def test_too_many_pixels_are_refused_before_decoding(config: Config) -> None:
+    with pytest.raises(SampleError, match=r"data\.max_pixels"):
+        take(make(with_data(config, max_pixels=4000)), 7)
+
+
+def test_a_missing_set_is_one_clear_line(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.shards"):
+        open_shard_set(with_data(config, shards=""))
+    with pytest.raises(ShardError, match="nowhere"):
+        open_shard_set(with_data(config, shards=str(tmp_path / "nowhere")))
+
+
+def threads() -> int:
+    """Threads of this process, DALI's own included."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_closing_ends_all_threads(config: Config) -> None:
+    take(make(config), 1)
+    before = threads(), threading.active_count()
+    loader = make(config)
+    next(loader)
+    assert threads() > before[0]
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before[1]
+    assert threads() <= before[0]
+
+
+def test_a_forgotten_loader_stops(config: Config) -> None:
+    loader = make(config)
+    next(loader)
+    del loader
+    gc.collect()
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+def test_the_interpreter_ends_with_a_loader_open(config: Config) -> None:
+    endings = {"": 0, "raise ValueError('end')": 1, "import sys; sys.exit(3)": 3}
+    script = (
+        "from streamtrain.config.load import build\n"
+        "from streamtrain.data.loader import Loader, open_shard_set\n"
+        f"config = build({config.model_dump(mode='json')!r})\n"
+        "loader = Loader(open_shard_set(config), config, rank=0, world_size=1, device='cpu')\n"
+        "next(loader)\n"
+    )
+    # side by side, since most of their time is imports
+    processes = [subprocess.Popen([sys.executable, "-c", script + ending], stderr=subprocess.PIPE) for ending in endings]
+    assert [process.communicate(timeout=120) and process.returncode for process in processes] == list(endings.values())
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_the_gpu_and_repeat(config: Config) -> None:
+    shard_set = open_shard_set(config)
+
+    def on_gpu(start_slot: int, count: int) -> list[Batch]:
+        return take(Loader(shard_set, config, rank=0, world_size=1, device="cuda", start_slot=start_slot), count)
+
+    straight, resumed = on_gpu(0, 6), on_gpu(8, 4)
+    assert all(batch.global_crops.is_cuda and batch.masks.index.is_cuda for batch in straight)
+    assert_same(by_slot(resumed, config), by_slot(straight[2:], config))
+
+
+def test_config_defaults_are_what_the_loader_reads() -> None:
+    assert DataConfig().prefetch >= 1 and DataConfig().reader_threads >= 1
