@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from shards.randomness import MODEL, derive_seed
+from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.model.heads import ProjectionHead
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.objective.gram import resize_patches
 from streamtrain.objective.koleo import koleo_loss
 from streamtrain.objective.patches import cosine_loss, l2_loss
 from streamtrain.objective.prototypes import PrototypeTargets
@@ -25,6 +27,22 @@ class LossWeights:
     global_loss: float = 1.0
     patch_loss: float = 1.0
     koleo: float = 0.1
+    # of the local views within the global loss
+    local_loss: float = 1.0
+    gram: float = 0.0
+
+
+@dataclass(frozen=True)
+class StudentFeatures:
+    """Normalised backbone features of a micro-batch; None where no term wants them."""
+
+    # [V * B, dim] and [L * B, dim]
+    global_cls: Tensor
+    local_cls: Tensor | None
+    # at the masks' index, [M, dim]
+    masked: Tensor | None
+    # of all global crops, [V * B, num_patches, dim]
+    patches: Tensor | None
 
 
 RECIPE_WEIGHTS = LossWeights()
@@ -50,7 +68,7 @@ class Learner(nn.Module):
 
         Returns:
             As student, fp32 scalars: ``total`` (weighted, differentiable) and, detached and unweighted, one
-            of ``global``, ``patch``, ``koleo`` for each term whose weight is not 0.
+            of ``global``, ``patch``, ``koleo``, ``gram`` for each term whose weight is not 0.
         """
         return self._teach(batch, weights) if targets is None else self._learn(batch, weights, targets)
 
@@ -77,25 +95,32 @@ class Learner(nn.Module):
         return TeacherFeatures(of_global, of_patch, batch.masks.weight)
 
     def _learn(self, batch: Batch, weights: LossWeights, targets: Targets) -> dict[str, Tensor]:
-        global_cls, local_cls, patches = self._student_features(batch, weights)
-        assert weights.global_loss or weights.patch_loss or weights.koleo, "all loss terms have weight 0"
+        features = self._student_features(batch, weights)
+        factors = {
+            "global": weights.global_loss,
+            "patch": weights.patch_loss,
+            "koleo": weights.koleo,
+            "gram": weights.gram,
+        }
+        assert any(factors.values()), "all loss terms have weight 0"
         losses = {}
         if weights.global_loss:
-            losses["global"] = self._global_loss(global_cls, local_cls, targets)
-        if weights.patch_loss:
-            assert patches is not None
-            losses["patch"] = self._patch_loss(patches, batch, targets)
+            losses["global"] = self._global_loss(features, targets, weights.local_loss)
+        if features.masked is not None:
+            losses["patch"] = self._patch_loss(features.masked, batch, targets)
         if weights.koleo:
-            views = global_cls.chunk(self.config.crops.global_count)
+            views = features.global_cls.chunk(self.config.crops.global_count)
             losses["koleo"] = torch.stack([koleo_loss(view) for view in views]).sum()
-        factors = {"global": weights.global_loss, "patch": weights.patch_loss, "koleo": weights.koleo}
+        if features.patches is not None:
+            assert targets.gram is not None, "the Gram loss has a weight but no targets"
+            losses["gram"] = targets.gram(features.patches, batch.masks.grid_mask)
         total = torch.stack([factors[name] * loss for name, loss in losses.items()]).sum()
         return {"total": total, **{name: loss.detach() for name, loss in losses.items()}}
 
-    def _student_features(self, batch: Batch, weights: LossWeights) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Normalised CLS of the (masked) global and of the local crops, and patches at masked positions."""
+    def _student_features(self, batch: Batch, weights: LossWeights) -> StudentFeatures:
+        """All crops in one pass, the global ones masked; only the rows that some term wants are normalised."""
         crops, masks = [self._pixels(batch.global_crops)], [batch.masks.grid_mask]
-        with_local = self.config.crops.local_count > 0 and weights.global_loss > 0
+        with_local = bool(self.config.crops.local_count and weights.global_loss and weights.local_loss)
         if with_local:
             crops.append(self._pixels(batch.local_crops))
         device = crops[0].device
@@ -103,33 +128,40 @@ class Learner(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         tokens, _ = self.backbone.encode(crops, [*masks, *[None] * (len(crops) - 1)], generator)
         layout = self.backbone.layout(crops)
-        rows = [layout.cls_rows(0, device)]
-        rows += [layout.patch_rows(0, batch.masks.index)] if weights.patch_loss else []
-        local_rows = [layout.cls_rows(1, device)] if with_local else []
-        untied = self.backbone.local_norm
-        if untied is None:
-            rows += local_rows
-        pieces = list(self.backbone.norm(tokens.index_select(0, torch.cat(rows))).split([len(row) for row in rows]))
-        if untied is not None and with_local:
-            pieces.append(untied(tokens.index_select(0, local_rows[0])))
-        global_cls = pieces.pop(0)
-        patches = pieces.pop(0) if weights.patch_loss else None
-        return global_cls, pieces[0] if with_local else None, patches
 
-    def _global_loss(self, global_cls: Tensor, local_cls: Tensor | None, targets: Targets) -> Tensor:
+        rows = {"global": layout.cls_rows(0, device)}
+        if weights.gram:
+            every = torch.arange(batch.masks.grid_mask.numel(), device=device)
+            rows["patches"] = layout.patch_rows(0, every)
+        elif weights.patch_loss:
+            rows["masked"] = layout.patch_rows(0, batch.masks.index)
+        untied = self.backbone.local_norm
+        if with_local and untied is None:
+            rows["local"] = layout.cls_rows(1, device)
+        pieces = self.backbone.norm(tokens.index_select(0, torch.cat(list(rows.values()))))
+        found = dict(zip(rows, pieces.split([len(row) for row in rows.values()]), strict=True))
+        if with_local and untied is not None:
+            found["local"] = untied(tokens.index_select(0, layout.cls_rows(1, device)))
+        if weights.gram and weights.patch_loss:
+            found["masked"] = found["patches"].index_select(0, batch.masks.index)
+        patches = found["patches"].unflatten(0, batch.masks.grid_mask.shape) if weights.gram else None
+        return StudentFeatures(found["global"], found.get("local"), found.get("masked"), patches)
+
+    def _global_loss(self, student: StudentFeatures, targets: Targets, local_weight: float) -> Tensor:
         crops = self.config.crops
         features = targets.features.global_features
         assert features is not None and targets.global_assignment is not None
         assert targets.handles.global_head is not None
-        batch = global_cls.shape[0] // crops.global_count
-        rows = global_cls if local_cls is None else torch.cat([global_cls, local_cls])
-        num_local = 0 if local_cls is None else crops.local_count
+        rows = student.global_cls if student.local_cls is None else torch.cat([student.global_cls, student.local_cls])
+        batch = student.global_cls.shape[0] // crops.global_count
+        views = (crops.global_count, crops.local_count, batch, rows.device)
         loss = PrototypeTargets(
             features,
             targets.global_assignment,
             targets.handles.global_head,
-            view_pairs(crops.global_count, num_local, batch, rows.device),
-            view_weights(crops.global_count, num_local, batch, rows.device),
+            # without local rows (their weight is 0) the rows of the global views remain
+            view_pairs(*views)[: len(rows)],
+            view_weights(*views, local_weight)[: len(rows)],
             self.config.objective.student_temperature,
             targets.teacher_temperature,
             self.config.objective.chunk_bytes,
@@ -162,6 +194,30 @@ class Learner(nn.Module):
         return self.patch_head.prototypes(self.patch_head(patches), loss)
 
     def _pixels(self, crops: Tensor) -> Tensor:
-        """uint8 ``[N, height, width, 3]`` to normalised ``[N, 3, height, width]`` of the model's type."""
-        config = self.config.crops
-        return normalise(crops, config.mean, config.std, self.backbone.embedding.cls_token.dtype)
+        return pixels(crops, self.config.crops, self.backbone)
+
+
+class GramTeacher(nn.Module):
+    """The frozen backbone whose patch similarities the student keeps; its names are those of a ``Learner``'s."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = VisionTransformer(config.model)
+
+    @torch.no_grad()
+    def forward(self, crops: Tensor) -> Tensor:
+        """uint8 ``[N, height, width, 3]`` to patches ``[N, num_patches, dim]`` on the global crops' grid.
+
+        The crops may be larger than the student's; their features are then resized bicubically.
+        """
+        images = pixels(crops, self.config.crops, self.backbone)
+        patches = self.backbone([images], chunk=self.config.teacher.chunk)[0].patches
+        (group,) = self.backbone.layout([images]).groups
+        side = self.config.crops.global_size // self.config.model.patch_size
+        return resize_patches(patches, group.grid, (side, side))
+
+
+def pixels(crops: Tensor, config: CropsConfig, backbone: VisionTransformer) -> Tensor:
+    """uint8 ``[N, height, width, 3]`` to normalised ``[N, 3, height, width]`` of the backbone's type."""
+    return normalise(crops, config.mean, config.std, backbone.embedding.cls_token.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
-from streamtrain.learner import RECIPE_WEIGHTS, Learner, LossWeights
+from streamtrain.learner import RECIPE_WEIGHTS, GramTeacher, Learner, LossWeights
 from streamtrain.model.initialise import initialise
+from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker, Targets
 
@@ -378,3 +380,47 @@ def test_centres_move_once_a_step_and_are_restored() -> None:
     features = [teacher(batches[0])]
     pair = [m.make(features, handles_of(teacher), TEMPERATURE)[0].patch_assignment for m in (maker, other)]
     assert pair[0] is not None and pair[1] is not None and torch.equal(pair[0].row, pair[1].row)
+
+
+def test_gram_term_sees_all_patches_of_the_masked_student() -> None:
+    config = config_of()
+    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    batch = batch_of(0)
+    gram_teacher = GramTeacher(config)
+    gram_teacher.load_state_dict({k: v for k, v in teacher.state_dict().items() if k.startswith("backbone.")})
+    wanted = gram_teacher(batch.global_crops)
+    weights = LossWeights(1.0, 1.0, 0.1, gram=2.0)
+    (targets,) = targets_of(config, teacher, [batch], weights)
+    targets = replace(targets, gram=GramTargets(wanted, "image", "keep", "all", chunk_bytes=2**16))
+    losses = student(batch, targets, weights)
+
+    pictures = pixels_of(batch.global_crops, config)
+    ours = PlainBackbone(student)(pictures, batch.masks.grid_mask)[1]
+    theirs = PlainBackbone(teacher)(pictures, None)[1]
+    ours, theirs = (x / x.norm(dim=-1, keepdim=True) for x in (ours, theirs))
+    expected = (ours @ ours.transpose(1, 2) - theirs @ theirs.transpose(1, 2)).square().mean()
+    torch.testing.assert_close(losses["gram"], expected.detach())
+    without = student(batch, targets, replace(weights, gram=0.0))
+    for name in ("global", "patch", "koleo"):
+        torch.testing.assert_close(without[name], losses[name])
+    torch.testing.assert_close(losses["total"], without["total"] + 2.0 * losses["gram"])
+
+
+def test_a_gram_teacher_of_larger_crops_keeps_to_the_grid_of_the_student() -> None:
+    config = config_of()
+    gram_teacher = GramTeacher(config)
+    initialise(gram_teacher, config.model, 0)
+    crops = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    assert gram_teacher(crops).shape == (2, 16, config.model.dim)
+
+
+def test_local_weight_scales_the_local_pairs_and_spares_their_crops_at_zero() -> None:
+    config = config_of()
+    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    batch = batch_of(0)
+    (targets,) = targets_of(config, teacher, [batch])
+    full, half, none = (student(batch, targets, LossWeights(local_loss=x))["global"] for x in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half, (full + none) / 2)
+    assert none < half
+    empty = replace(batch, local_crops=torch.zeros(0, 8, 8, 3, dtype=torch.uint8))
+    torch.testing.assert_close(student(empty, targets, LossWeights(local_loss=0.0))["global"], none)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.logits import chunk_rows
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
@@ -45,6 +46,8 @@ class Targets:
     # None where there are no features, or no head
     global_assignment: Assignment | None
     patch_assignment: Assignment | None
+    # set by the step (dataclasses.replace) where there is a Gram teacher
+    gram: GramTargets | None = None
 
 
 class TargetSettings(Protocol):
@@ -150,12 +153,15 @@ def view_pairs(num_global: int, num_local: int, batch: int, device: torch.device
     return torch.where(same, -1, rows).flatten(0, 1)
 
 
-def view_weights(num_global: int, num_local: int, batch: int, device: torch.device) -> Tensor:
+def view_weights(
+    num_global: int, num_local: int, batch: int, device: torch.device, local_weight: float = 1.0
+) -> Tensor:
     """What each student row counts, ``[(V + L) * batch]``: every pair of views the same.
 
-    The global and the local part so weigh V(V − 1) and V·L of their sum.
+    The global and the local part so weigh V(V − 1) and V·L of their sum; ``local_weight`` further scales the
+    local one.
     """
     pairs = num_global * (num_global - 1) + num_global * num_local
     of_global = torch.full((num_global * batch,), float(num_global - 1), device=device)
-    of_local = torch.full((num_local * batch,), float(num_global), device=device)
+    of_local = torch.full((num_local * batch,), local_weight * num_global, device=device)
     return torch.cat([of_global, of_local]) / (max(1, pairs) * batch)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joined_processes import run_on_ranks
 from torch import Tensor
 
-from streamtrain.objective.koleo import koleo_loss
+from streamtrain.objective.koleo import distributed_koleo_loss, koleo_loss
 
 
-def reference(features: Tensor) -> Tensor:
-    """``−mean_i log min_{j≠i} ‖x_i − x_j‖`` by an exhaustive search."""
+def reference(features: Tensor, neighbours: int = 1) -> Tensor:
+    """``−mean log ‖x_i − x_j‖`` over the nearest j of each i, by an exhaustive search."""
     unit = [row / row.dot(row).sqrt() for row in features]
-    nearest = [
-        torch.stack([(a - b).square().sum().sqrt() for j, b in enumerate(unit) if j != i]).min()
-        for i, a in enumerate(unit)
-    ]
-    return -torch.stack(nearest).log().mean()
+    nearest = []
+    for i, a in enumerate(unit):
+        distances = torch.stack([(a - b).square().sum().sqrt() for j, b in enumerate(unit) if j != i])
+        nearest.append(distances.sort().values[:neighbours])
+    return -torch.cat(nearest).log().mean()
 
 
 @settings(max_examples=20, deadline=None)
-@given(batch=st.integers(2, 9), dim=st.integers(2, 12), seed=st.integers(0, 1000))
-def test_value_and_gradient(batch: int, dim: int, seed: int) -> None:
+@given(batch=st.integers(2, 9), dim=st.integers(2, 12), neighbours=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_value_and_gradient(batch: int, dim: int, neighbours: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     features = torch.randn(batch, dim, dtype=torch.float64, generator=draw).requires_grad_()
-    got, expected = koleo_loss(features), reference(features)
+    got, expected = koleo_loss(features, neighbours), reference(features, neighbours)
     torch.testing.assert_close(got, expected)
     (gradient,) = torch.autograd.grad(got, features)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, features)[0])
@@ -40,3 +45,42 @@ def test_duplicates_and_single_samples_are_finite(batch: int, value: float, bf16
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert features.grad is not None and features.grad.isfinite().all()
     assert batch > 1 or loss == 0
+
+
+@pytest.mark.parametrize("group_size", [0, 2, 4, 8])
+def test_groups_on_one_rank(group_size: int) -> None:
+    features = _features().requires_grad_()
+    expected = torch.stack([reference(part, 2) for part in features.split(group_size or 8)]).mean()
+    got = distributed_koleo_loss(features, 2, group_size)
+    torch.testing.assert_close(got, expected)
+    (gradient,) = torch.autograd.grad(got, features)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, features)[0])
+
+
+@pytest.mark.parametrize("group_size", [3, 16])
+def test_groups_that_do_not_divide_the_samples_are_refused(group_size: int) -> None:
+    with pytest.raises(ValueError, match="do not form KoLeo groups"):
+        distributed_koleo_loss(_features(), 1, group_size)
+
+
+def test_neighbours_over_ranks(tmp_path: Path) -> None:
+    run_on_ranks(_neighbours_over_ranks, tmp_path)
+
+
+def _neighbours_over_ranks(rank: int) -> None:
+    """Averaged over ranks, loss and gradient are those of all samples in one process."""
+    for group_size in (0, 8, 4, 2):
+        everything = _features().requires_grad_()
+        expected = torch.stack([reference(part, 2) for part in everything.split(group_size or 8)]).mean()
+        wanted = torch.autograd.grad(expected, everything)[0].chunk(2)[rank]
+        mine = _features().chunk(2)[rank].clone().requires_grad_()
+        loss = distributed_koleo_loss(mine, 2, group_size)
+        (gradient,) = torch.autograd.grad(loss, mine)
+        torch.testing.assert_close(gradient / 2, wanted)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total / 2, expected.detach())
+
+
+def _features() -> Tensor:
+    return torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

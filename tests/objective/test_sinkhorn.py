@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joined_processes import run_on_ranks
 from torch import Tensor
 
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
@@ -127,18 +124,3 @@ def _share_assignment(rank: int, cases: tuple[tuple[int, int], ...]) -> None:
         center = start.clone()
         update_center(center, mine, weight, 0.8)
         torch.testing.assert_close(center, 0.8 * start + 0.2 * (features @ weight.T).mean(0))
-
-
-def run_on_ranks(work: Callable[..., None], folder: Path, *arguments: object, ranks: int = 2) -> None:
-    """Run ``work(rank, *arguments)`` in ``ranks`` processes joined by gloo."""
-    mp.spawn(_joined, (ranks, str(folder / "rendezvous"), work, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
-
-
-def _joined(rank: int, ranks: int, rendezvous: str, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-    try:
-        work(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
