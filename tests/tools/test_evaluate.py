@@ -1,0 +1,95 @@
+"""The command line on a tiny exported network, as users run it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_backbone import CROPS, TINY, class_folder, tiny_weights
+
+from shards.pack import PackOptions, pack
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
+
+
+def evaluate(cwd: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    class_folder(folder / "images", each=20)
+    tiny_weights(folder / "weights")
+    (folder / "tiny.yaml").write_text(json.dumps({"model": TINY, "crops": CROPS}))
+    return folder
+
+
+def test_knn_of_an_exported_folder_on_a_class_folder(place: Path) -> None:
+    done = evaluate(place, "knn", "--weights", "weights", "--train", "images", "--json")
+    assert done.returncode == 0, done.stderr
+    line, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert line.startswith("kNN accuracy k=10 ") and "weights" in line
+    assert result["train_images"] == 32 and result["test_images"] == 8 and result["classes"] == 2
+    assert 0 <= result["knn_20"] <= 1 and result["feature_dim"] == 32 and result["size"] == 32
+    assert all(not isinstance(value, dict | list) for value in result.values())
+    assert (
+        evaluate(place, "knn", "--weights", "weights", "--train", "images", "--json")
+        .stdout.splitlines()[-1]
+        .split("feature_seconds")[0]
+        == last.split("feature_seconds")[0]
+    )
+
+
+def test_linear_of_an_untrained_network(place: Path) -> None:
+    done = evaluate(place, "linear", "--untrained", "--config", "tiny.yaml", "--train", "images", "--test", "images")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("linear probe accuracy ") and "untrained" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_pixels_on_a_shard_set_equal_those_on_its_folder(place: Path) -> None:
+    pack(place / "images", place / "set", PackOptions())
+    results = []
+    for name in ("images", "set"):
+        done = evaluate(place, "knn", "--pixels", "--train", name, "--test", "images", "--json")
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    assert results[0]["knn_20"] == results[1]["knn_20"] and results[0]["features"] == "pixels"
+
+
+def test_a_mistake_ends_in_one_line(place: Path) -> None:
+    done = evaluate(place, "knn", "--weights", "nowhere", "--train", "images")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train", "images"], "give the network"),
+        (["--weights", "weights", "--train", "nowhere"], "not a folder"),
+        (["--weights", "images", "--train", "images"], "neither"),
+        (["--run", "weights", "--train", "images"], "not a run folder"),
+        (["--weights", "weights", "--train", "images", "--size", "30"], "not a multiple"),
+        (["--weights", "weights", "--pixels", "--train", "images"], "--pixels"),
+        (["--weights", "weights", "--step", "5", "--train", "images"], "--step"),
+        (["--untrained", "--train", "images"], "--untrained needs"),
+    ],
+)
+def test_every_mistake_is_named(
+    place: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "knn", *arguments])
+    assert importlib.import_module("evaluate").main() == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and words in printed.err
+    assert printed.out == ""

@@ -1,0 +1,157 @@
+"""make_shards and verify_shards as a user runs them: clear last words, nothing half done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from drawn_images import draw_folder
+
+from shards.errors import ShardError
+from shards.source import ShardSet
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PACK = [sys.executable, str(_ROOT / "tools" / "make_shards.py")]
+_VERIFY = [sys.executable, str(_ROOT / "tools" / "verify_shards.py")]
+
+
+def _run(command: list[str], *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=60, check=False
+    )
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_pack_verify_damage_verify(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", 20, ("cat", "dog"))
+    (tmp_path / "images" / "cat" / "text.jpg").write_text("hello")
+    packed = _run(_PACK, "--src", "images", "--out", "a/set", "--workers", 2, "--shard-size", "20KB", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    assert packed.stdout.count("\n") == 1
+    shard_set = ShardSet.open(tmp_path / "a" / "set")
+    assert f"packed 20 images in {len(shard_set.sizes)} shards" in packed.stdout
+    assert "1 rejected (see a/set/rejected.jsonl)" in packed.stdout
+    assert shard_set.digest in packed.stdout
+
+    whole = _run(_VERIFY, "a/set", "--workers", 1, cwd=tmp_path)
+    assert (whole.returncode, whole.stdout.splitlines()[-1]) == (
+        0,
+        f"read 20 images in {len(shard_set.sizes)} shards: no faults",
+    )
+    with open(shard_set.tar_path(1), "r+b") as tar:
+        tar.seek(int(shard_set.record(1, 0)["offset"]))
+        tar.write(b"damage")
+    damaged = _run(_VERIFY, "a/set", "--workers", 1, cwd=tmp_path)
+    assert damaged.returncode == 1
+    assert damaged.stdout.splitlines()[1].startswith("shards/000001.tar, sample 0 (key '")
+    assert damaged.stdout.splitlines()[-1].endswith("2 faults")
+
+
+def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.jpg").write_text("I am no image")
+    (tmp_path / "junk.tar").write_bytes(b"no tar" * 1000)
+    (tmp_path / "junk.tar.xz").write_bytes(b"no tar" * 1000)
+    (tmp_path / "junk.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "list.txt").write_text("missing.jpg\n")
+    (tmp_path / "file").write_text("")
+    cases = [
+        (["--src", "nowhere", "--out", "set"], "nowhere does not exist"),
+        (["--src", "empty", "--out", "set"], "no images in empty"),
+        (["--src", "texts", "--out", "set"], "none of the 3 images in texts can be used; the first: 0.jpg: not an im"),
+        (["--src", "junk.tar", "--out", "set"], "junk.tar is not a complete tar"),
+        (["--src", "junk.tar.xz", "--out", "set"], "junk.tar.xz is damaged"),
+        (["--src", "junk.bin", "--out", "set"], "neither a folder, a tar nor a text file"),
+        (["--src", "list.txt", "--out", "set"], "missing.jpg: No such file"),
+        (["--src", "images", "--out", "images"], "holds other files"),
+        (["--src", "images", "--out", "file"], "cannot be written to"),
+        (["--src", "images", "--out", "file/set"], "cannot be written to"),
+        (["--src", "images", "--out", "/proc/set"], "cannot be written to"),
+        (["--src", "images", "--out", "set", "--shard-size", "many"], "is not a size such as 64MB"),
+        (["--src", "images", "--out", "set", "--workers", "0"], "not a whole number above 0"),
+    ]
+    for arguments, said in cases:
+        ended = _run(_PACK, "--workers", 1, *arguments, cwd=tmp_path)
+        assert ended.returncode == 2, (arguments, ended)
+        last = ended.stderr.splitlines()[-1]
+        assert said in last and "error: " in last, (arguments, ended.stderr)
+        assert "Traceback" not in ended.stderr
+        assert not (tmp_path / "set").exists(), arguments
+    missing = _run(_VERIFY, "set", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "error: no shard set at set" in missing.stderr
+
+
+def _start_and_wait_for_shard(number: int, folder: Path, out: Path) -> subprocess.Popen[str]:
+    """Start a packing that takes a while, and wait until it has completed this shard, but not all."""
+    command = [*_PACK, "--src", str(folder), "--out", str(out), "--workers", "2", "--shard-size", "40KB"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob(f"shards/{number:06d}.tar")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    return process
+
+
+def _session_members(session: int) -> list[int]:
+    """The processes of a session that still live."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+def test_killed_packings_leave_no_set_and_no_process_and_go_on_to_the_same(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "images", 1200)
+    out, unbroken = tmp_path / "set", tmp_path / "unbroken"
+    for number, stop in enumerate((signal.SIGKILL, signal.SIGINT)):
+        process = _start_and_wait_for_shard(number, folder, out)
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)  # as a terminal does for Ctrl-C
+        else:
+            process.send_signal(stop)
+        _, said = process.communicate(timeout=30)
+        if process.returncode == 0:
+            pytest.skip("this machine packs faster than it can be interrupted")
+        assert process.returncode == (-9 if stop == signal.SIGKILL else 130), said
+        assert "Traceback" not in said
+        with pytest.raises(ShardError, match="not a finished shard set"):
+            ShardSet.open(out)
+        deadline = time.monotonic() + 20
+        while left := _session_members(process.pid):
+            assert time.monotonic() < deadline, f"workers outlive their parent: {left}"
+            time.sleep(0.05)
+        for shard in list(out.glob("shards/[0-9]*.tar"))[1:]:
+            shard.unlink()  # so that the next start has something left to do
+        journal = out / "packing.jsonl"
+        journal.write_text("\n".join(journal.read_text().splitlines()[:2]) + "\n")
+    for target in (out, unbroken):
+        ended = _run(_PACK, "--src", folder, "--out", target, "--shard-size", "40KB", "--workers", 1, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    assert _files(out) == _files(unbroken)
+
+
+def test_the_help_teaches() -> None:
+    said = _run(_PACK, "--help", cwd=_ROOT).stdout
+    for word in ("--src", "--max-side", "rejected.jsonl", "examples:", "class subfolders"):
+        assert word in said

@@ -1,0 +1,83 @@
+"""Pictures from a tiny exported network, as users make them."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_backbone import class_folder, tiny_weights
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
+
+
+def visualize(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("visualize")
+    class_folder(folder / "images", each=1)
+    Image.effect_noise((90, 60), 80).convert("RGB").save(folder / "wide.png")
+    tiny_weights(folder / "weights")
+    return folder
+
+
+def red_cross(page: np.ndarray) -> np.ndarray:
+    return np.argwhere((page == (230, 30, 40)).all(-1))
+
+
+def test_similarity_page(place: Path) -> None:
+    images = ["wide.png", "images/down/000.png"]
+    done = visualize(
+        place, "similarity", "--weights", "weights", "--image", *images, "--patch", "0,0", "3,5", "--out", "s.png"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wrote s.png")
+    page = np.asarray(Image.open(place / "s.png"))
+    assert page.shape[0] > 900 and page.shape[1] > 1800
+    assert len(red_cross(page)) > 4 * 100  # on image and map, for each patch
+
+
+def test_pca_page(place: Path) -> None:
+    done = visualize(
+        place, "pca", "--weights", "weights/model.safetensors", "--image", "wide.png", "--size", "64", "--smooth",
+        "--out", "new/p.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = np.asarray(Image.open(place / "new" / "p.png"))
+    assert page.shape[0] > 480 and page.shape[1] > 1200 and len(red_cross(page)) == 0
+    assert len(np.unique(page.reshape(-1, 3), axis=0)) > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "nowhere.png"], "cannot read the image"),
+        (["--image", "weights/config.json"], "cannot read the image"),
+        (["--image", "wide.png", "--patch", "99,0"], "outside the image's grid of 8 rows and 12 columns"),
+        (["--image", "wide.png", "--size", "3"], "less than one patch"),
+    ],
+)
+def test_every_mistake_is_named(
+    place: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    command = ["visualize.py", "similarity", "--weights", "weights", *arguments, "--out", "x.png"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert importlib.import_module("visualize").main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (place / "x.png").exists()
+
+
+def test_an_output_that_is_no_image_is_refused_before_any_work(place: Path) -> None:
+    done = visualize(place, "pca", "--weights", "nowhere", "--image", "wide.png", "--out", "x.txt")
+    assert done.returncode == 2 and "x.txt" in done.stderr and "Traceback" not in done.stderr
