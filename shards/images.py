@@ -70,9 +70,10 @@ def prepare(
         raise ShardError("the file is empty")
     try:
         with Image.open(io.BytesIO(payload)) as image:
-            width, height = _displayed_size(image)
+            width, height = image.size
             if width * height > max_pixels:
                 raise ShardError(f"{width}x{height} is more than {max_pixels} pixels")
+            width, height = _displayed_size(image)
             turned = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
             if turned or (max_side is not None and max(width, height) > max_side):
                 return _encode_jpeg(image, max_side, quality)
@@ -114,6 +115,9 @@ def tolerant_pillow() -> Iterator[None]:
 
 
 def _displayed_size(image: Image.Image) -> tuple[int, int]:
+    if image.format == "TIFF":
+        image.load()  # turns the image itself; what a TIFF says before depends on Pillow's version
+        return image.size
     width, height = image.size
     return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
 

@@ -202,20 +202,18 @@ def _write_shards(
     )
     try:
         for position, (number, outcome) in enumerate(zip(left, shown, strict=True), start=done.next_position):
-            image, reason = outcome.image, outcome.reason
-            if options.dedup and image is not None:
-                if outcome.content in done.seen:
-                    image, reason = None, "the same bytes as an image before it"
-                done.seen.add(outcome.content)
-                since.seen.add(outcome.content)
+            image, reason, label = outcome.image, outcome.reason, items[number].label
+            if options.dedup and (outcome.content in done.seen or outcome.content in since.seen):
+                image, reason = None, "the same bytes as an image before it"
             if image is None:
                 since.rejected.append({"path": items[number].name, "reason": reason})
                 continue
-            label = items[number].label
             if writer and writer.num_bytes + ShardWriter.bytes_for(image, label) > options.shard_bytes:
                 _close_shard(out, writer, position, since, done)
-                writer, since = None, _Done(seen={outcome.content} & since.seen)
+                writer, since = None, _Done()
             writer = writer or ShardWriter(out, len(done.shards))
+            if options.dedup:
+                since.seen.add(outcome.content)
             writer.add(sample_key(number, items[number].name), image, label)
         if writer:
             _close_shard(out, writer, len(numbers), since, done)

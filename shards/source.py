@@ -19,7 +19,7 @@ from shards.index import RECORD, load_index, split_name
 from shards.manifest import Manifest
 from shards.order import Order
 
-_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
+_OPEN_SHARDS = 200  # each takes two open files; the usual limit is 1024
 _SAMPLES_PER_TASK = 8
 _BATCHES_AHEAD = 16
 

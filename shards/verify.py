@@ -65,6 +65,7 @@ def verify(
         ShardError: there is no set, or its manifest cannot be read.
     """
     manifest = Manifest.load(path)
+    _open.cache_clear()  # an earlier call may have seen other files
     faults = _strangers(path, manifest)
     work = partial(_check, path, max_pixels)
     bar = tqdm(

@@ -141,7 +141,7 @@ def test_killed_packings_leave_no_set_and_no_process_and_go_on_to_the_same(tmp_p
         while left := _session_members(process.pid):
             assert time.monotonic() < deadline, f"workers outlive their parent: {left}"
             time.sleep(0.05)
-        for shard in list(out.glob("shards/[0-9]*.tar"))[1:]:
+        for shard in sorted(out.glob("shards/[0-9]*.tar"))[1:]:
             shard.unlink()  # so that the next start has something left to do
         journal = out / "packing.jsonl"
         journal.write_text("\n".join(journal.read_text().splitlines()[:2]) + "\n")
