@@ -28,9 +28,7 @@ class Monitor:
             after it is cut from ``metrics.jsonl`` and hidden in TensorBoard.
     """
 
-    def __init__(
-        self, run_dir: Path, config: MonitorConfig, *, rank: int, steps: int, start_step: int
-    ) -> None:
+    def __init__(self, run_dir: Path, config: MonitorConfig, *, rank: int, steps: int, start_step: int) -> None:
         self._metrics: MetricsLog | None = None
         self._events: EventWriter | None = None
         self._progress: Progress | None = None

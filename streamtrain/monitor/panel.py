@@ -19,8 +19,8 @@ def crops_panel(
     """Draw the first ``samples`` samples of a micro-batch.
 
     Args:
-        global_crops: uint8 [V * B, H, W, 3], view-major.
-        local_crops: uint8 [L * B, h, w, 3], view-major; L may be 0.
+        global_crops: uint8 [V * B, H, H, 3], view-major.
+        local_crops: uint8 [L * B, h, h, 3], view-major; L may be 0.
         grid_mask: bool [V * B, T], the masked patches of each global crop, row by row of a square grid.
         batch_size: B.
         samples: rows to draw; at most B are.
@@ -29,32 +29,33 @@ def crops_panel(
         uint8 [height, width, 3].
     """
     rows = min(samples, batch_size)
+    zoom = max(LEGIBLE // int(global_crops.shape[1]), 1)
+    masks = _first(grid_mask, batch_size, rows)
     veiled = [
-        [draw_mask(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
-        for crops, masks in zip(
-            _first(global_crops, batch_size, rows), _first(grid_mask, batch_size, rows), strict=True
-        )
+        [_magnify(draw_mask(crop, mask), zoom) for crop, mask in zip(crops, masks[row], strict=True)]
+        for row, crops in enumerate(_first(global_crops, batch_size, rows))
     ]
-    local = _first(local_crops, batch_size, rows)
-    high, wide = int(global_crops.shape[1]), int(global_crops.shape[2])
-    small = int(local_crops.shape[1]) if len(local_crops) else high
-    # Local views keep their true size; as many stand in a column as fit beside a global view.
-    column = max((high + GAP) // (small + GAP), 1)
-    columns = -(-local.shape[1] // column)
-    width = len(veiled[0]) * (wide + GAP) + columns * (int(local_crops.shape[2]) + GAP) + 3 * GAP
-    row_height = max(high, column * (small + GAP) - GAP)
+    local = [[_magnify(crop, zoom) for crop in crops] for crops in _first(local_crops, batch_size, rows)]
+    high, small = int(global_crops.shape[1]) * zoom, int(local_crops.shape[1]) * zoom
+    # Local views keep their true size beside the global ones; as many stand in a column as come near their height.
+    column = max(round(high / small), 1)
+    columns = -(-len(local[0]) // column)
+    width = len(veiled[0]) * (high + GAP) + columns * (small + GAP) + 3 * GAP
+    row_height = max(high, column * (small + GAP) - GAP if columns else 0)
     panel = np.full((rows * (row_height + 2 * GAP) + 2 * GAP, width, 3), PAPER, np.uint8)
     for row in range(rows):
         top, left = 2 * GAP + row * (row_height + 2 * GAP), 2 * GAP
         for crop in veiled[row]:
-            panel[top : top + high, left : left + wide] = crop
-            left += wide + GAP
+            panel[top : top + high, left : left + high] = crop
+            left += high + GAP
         for index, crop in enumerate(local[row]):
-            y = top + (index % column) * (small + GAP)
-            x = left + (index // column) * (crop.shape[1] + GAP)
-            panel[y : y + small, x : x + crop.shape[1]] = crop
-    zoom = max(LEGIBLE // high, 1)
-    return panel.repeat(zoom, axis=0).repeat(zoom, axis=1)
+            y, x = top + (index % column) * (small + GAP), left + (index // column) * (small + GAP)
+            panel[y : y + small, x : x + small] = crop
+    return panel
+
+
+def _magnify(crop: np.ndarray, zoom: int) -> np.ndarray:
+    return crop.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def draw_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
