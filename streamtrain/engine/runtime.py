@@ -97,6 +97,9 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
         torch.set_num_threads(config.cpu_threads or launch.cores)
     wanted = config.dtype if config.dtype != "auto" else ("bf16" if cuda or _cpu_multiplies_bf16() else "fp32")
     deepspeed.utils.logger.setLevel("WARNING")
+    # On CPU DeepSpeed would compile a shared-memory all-reduce at the first start. A process killed meanwhile leaves
+    # a lock file behind, at which every later start waits for ever; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls two collectives by names that torch is about to change, and a user can do nothing about it
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"

@@ -1,0 +1,178 @@
+"""The whole line in real processes: kill and resume, launchers, stopping, and what a wrong start says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn_images import draw_folder
+from ranks import ROOT, free_port, run_ranks, start_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shards.pack import PackOptions, pack
+from streamtrain import checkpoint
+
+MAIN = ROOT / "streamtrain" / "main.py"
+HEAD = "{prototypes: 64, hidden: 16, bottleneck: 8}"
+TINY = (
+    "model.patch_size=8", "model.dim=16", "model.depth=2", "model.num_heads=2", "model.drop_path=0.2",
+    "crops.global_size=32", "crops.local_size=16", "crops.local_count=2", "data.lanes=4", "data.window=2",
+    f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}",
+    "engine.cpu_threads=1", "engine.device=cpu", "data.decode_threads=1", "monitor.progress=false",
+)  # fmt: skip
+LOGGED = (
+    "loss/total", "loss/global", "loss/patch", "loss/koleo", "optim/lr", "optim/weight_decay", "optim/gradient_norm",
+    "teacher/momentum", "teacher/temperature", "speed/images_per_second", "data/wait_share", "memory/rss_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    pack(draw_folder(folder / "images", 40), folder / "shards", PackOptions(shard_bytes=8_000))
+    return folder / "shards"
+
+
+def command(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+    given = [f"data.shards={shards}", f"run.dir={run_dir}"]
+    return [str(MAIN), "--config", "vits16.yaml", *TINY, *given, *overrides]
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, Any]]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "slot"))} for r in records}
+
+
+def expect_success(results: Sequence[tuple[int, str, str]]) -> None:
+    assert [code for code, _, _ in results] == [0] * len(results), "\n".join(err[-3000:] for _, _, err in results)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "centering", "kind"), [(1, "softmax", "cosine"), (2, "sinkhorn", "ibot")]
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    shards: Path, tmp_path: Path, world_size: int, centering: str, kind: str
+) -> None:
+    # 12 steps of 8 samples pass twice over the 40 samples; the kill falls between two checkpoints
+    settings = ("run.steps=12", "run.checkpoint_every=3", "data.global_batch=8", "data.micro_batch=2",
+                f"objective.centering={centering}", f"objective.patch_loss.kind={kind}")  # fmt: skip
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    expect_success(run_ranks(command(shards, straight, *settings), world_size))
+
+    processes = start_ranks(command(shards, broken, *settings), world_size)
+    deadline = time.monotonic() + 200
+    while not ((broken / "metrics.jsonl").exists() and len(losses_so_far(broken)) >= 5):
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    assert checkpoint.latest_step(broken) in (3, 6, 9)
+    # what a kill in the middle of a write leaves behind
+    with open(broken / "metrics.jsonl", "a") as log:
+        log.write('{"step": 99, "lo')
+    expect_success(run_ranks(command(shards, broken, *settings), world_size))
+
+    assert losses(broken) == losses(straight)
+    for which in ("teacher", "student"):
+        ours, theirs = (checkpoint.read_weights(run, which=which) for run in (broken, straight))
+        assert ours.keys() == theirs.keys() and all(bool((ours[k] == theirs[k]).all()) for k in ours)
+
+
+def losses_so_far(run_dir: Path) -> list[str]:
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def launchers(world_size: int) -> dict[str, list[str]]:
+    bin_folder = Path(sys.executable).parent
+    port = str(free_port())
+    return {
+        "python": [sys.executable],
+        "deepspeed": [str(bin_folder / "deepspeed"), "--num_gpus", str(world_size), "--master_port", port],
+        "torchrun": [str(bin_folder / "torchrun"), "--nproc_per_node", str(world_size), "--master_port", port],
+    }
+
+
+@pytest.mark.parametrize(("launcher", "world_size"), [("python", 1), ("deepspeed", 2), ("torchrun", 2)])
+def test_every_launcher_trains_and_everything_is_logged(
+    shards: Path, tmp_path: Path, launcher: str, world_size: int
+) -> None:
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    words = command(shards, tmp_path / "run", "run.steps=2", "data.micro_batch=4")
+    done = subprocess.run(
+        [*launchers(world_size)[launcher], *words], env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    assert [record["slot"] for record in losses(run).values()] == [4 * world_size, 8 * world_size]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(LOGGED) <= set(tags["scalars"]) and tags["images"]
+    assert set(LOGGED) <= set(json.loads(losses_so_far(run)[-1]))
+    assert (run / "config.yaml").exists() and json.loads((run / "environment.json").read_text())["versions"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-000000002"
+
+
+def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: Path) -> None:
+    words = command(shards, tmp_path / "run", "run.steps=100000", "data.micro_batch=2", "run.checkpoint_every=0")
+    processes = start_ranks(words, 2)
+    deadline = time.monotonic() + 200
+    while not ((tmp_path / "run/metrics.jsonl").exists() and losses_so_far(tmp_path / "run")):
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=100) for process in processes] == [75, 75], processes[0].communicate()[1][-2000:]
+    last = max(losses(tmp_path / "run"))
+    assert checkpoint.latest_step(tmp_path / "run") == last
+
+
+def test_a_dry_run_draws_a_panel_and_trains_nothing(shards: Path, tmp_path: Path) -> None:
+    expect_success(run_ranks([*command(shards, tmp_path / "run"), "--dry-run"], 1))
+    assert (tmp_path / "run/dry_run.png").stat().st_size > 1000
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+WRONG_STARTS = {
+    "wrong key": (["run.step=3"], "unknown key run.step; did you mean run.steps?"),
+    "missing set": (["data.shards=absent"], "absent"),
+    "no set": (["data.shards="], "data.shards is not set"),
+    "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
+    "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(shards: Path, tmp_path: Path, world_size: int) -> None:
+    for name, (overrides, told) in WRONG_STARTS.items():
+        began = time.monotonic()
+        results = run_ranks(command(shards, tmp_path / "run", *overrides), world_size, timeout=60)
+        assert [code for code, _, _ in results] == [2] * world_size, (name, results)
+        lines = results[0][2].strip().splitlines()
+        assert lines[-1].startswith("error: ") and told in lines[-1] and "Traceback" not in results[0][2], (name, lines)
+        assert all("Traceback" not in err for _, _, err in results)
+        assert time.monotonic() - began < 45
+
+
+def test_another_model_or_set_than_the_checkpoints_is_refused(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    expect_success(run_ranks(command(shards, run, "run.steps=1", "data.micro_batch=4"), 1))
+    pack(draw_folder(tmp_path / "images", 12), tmp_path / "other", PackOptions())
+    for overrides, told in (
+        (["model.dim=32"], "use the model that the run was started with"),
+        ([f"data.shards={tmp_path / 'other'}"], "digest was"),
+        (["run.seed=4"], "seed was 0 and is now 4"),
+    ):
+        (code, _, errors), = run_ranks(command(shards, run, "run.steps=2", "data.micro_batch=4", *overrides), 1)
+        assert code == 2 and told in errors.strip().splitlines()[-1]
