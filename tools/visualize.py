@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""See what a network sees in an image.
+"""See what a network sees in an image, and how a run went.
 
 python tools/visualize.py similarity --run RUN --image X [X ...] [--patch ROW,COL ...] --out P.png
 python tools/visualize.py pca --weights W --image X [X ...] --out P.png
+python tools/visualize.py curves --run RUN [RUN ...] --out P.png
 
 similarity: cosine similarity of the patch under the red cross to every other patch, also of further images.
 pca: the first three principal components of the patch features, of all images together, as red, green and blue.
+curves: losses, evaluations and speed of one or several runs, from their metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from PIL import Image
 
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, colour_bar, compose, enlarge, mark, viridis
+from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.maps import (
     fit_to_patches,
     patch_features,
@@ -31,14 +34,20 @@ from streamtrain.evaluation.maps import (
     similarity_maps,
 )
 from streamtrain.export.folder import BackboneConfig
+from streamtrain.monitor.metrics import read_metrics
+from streamtrain.monitor.monitor import METRICS_NAME
 
+CURVES = (
+    "loss/total", "loss/global", "loss/patch", "loss/koleo", "eval/knn_20", "eval/linear", "features/rank",
+    "teacher/entropy", "optim/gradient_norm", "speed/images_per_second",
+)  # fmt: skip
 SHOWN_SIDE = 400  # shorter side in pixels of an image on the page
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
-        page = draw(arguments)
+        page = draw_curves(arguments) if arguments.kind == "curves" else draw_maps(arguments)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         page.save(arguments.out)
     except (StreamtrainError, OSError) as error:
@@ -50,17 +59,23 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("similarity", "pca"))
-    add_backbone_arguments(parser)
-    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="X")
-    parser.add_argument("--out", type=Path, required=True, metavar="P.png")
-    parser.add_argument(
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in ("similarity", "pca"):
+        of_kind = kinds.add_parser(kind)
+        add_backbone_arguments(of_kind)
+        of_kind.add_argument("--image", type=Path, nargs="+", required=True, metavar="X")
+        of_kind.add_argument("--size", type=int, help="shorter side of the input (default: twice the training's)")
+        of_kind.add_argument("--smooth", action="store_true", help="interpolate the maps between patches")
+        of_kind.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    kinds.choices["similarity"].add_argument(
         "--patch", type=patch, nargs="+", metavar="ROW,COL",
-        help="similarity: patches of the first image, a row of the page each (default: the middle one)",
+        help="patches of the first image, a row of the page each (default: the middle one)",
     )  # fmt: skip
-    parser.add_argument("--size", type=int, help="shorter side of the input in pixels (default: twice the training's)")
-    parser.add_argument("--smooth", action="store_true", help="interpolate the maps between patches")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    curves = kinds.add_parser("curves")
+    curves.add_argument("--run", type=Path, nargs="+", required=True, help="run folders, one line each")
+    curves.add_argument("--tags", nargs="+", default=CURVES, help=f"what to draw (default: {' '.join(CURVES)})")
+    for of_kind in kinds.choices.values():
+        of_kind.add_argument("--out", type=Path, required=True, metavar="P.png")
     arguments = parser.parse_args()
     if arguments.out.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--out {arguments.out} has no suffix of an image, such as .png")
@@ -72,8 +87,24 @@ def patch(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def draw(arguments: argparse.Namespace) -> Image.Image:
-    """The page that the arguments ask for."""
+def draw_curves(arguments: argparse.Namespace) -> Image.Image:
+    """A page of charts, two in a row."""
+    runs = {}
+    for run in arguments.run:
+        path = run / METRICS_NAME
+        if not path.is_file():
+            raise StreamtrainError(f"{run} is not a run folder with results: it has no {METRICS_NAME}")
+        runs[str(run)] = list(read_metrics(path))
+    charts = [Tile(chart) for chart in charts_of(runs, arguments.tags)]
+    if not charts:
+        raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}")
+    steps = max((record["step"] for records in runs.values() for record in records), default=0)
+    rows = [charts[index : index + 2] for index in range(0, len(charts), 2)]
+    return compose("Curves", f"{', '.join(run.name for run in arguments.run)} · {steps} steps", rows)
+
+
+def draw_maps(arguments: argparse.Namespace) -> Image.Image:
+    """The page of a network's maps."""
     originals = [read_image(path) for path in arguments.image]
     backbone = load_backbone(arguments)
     config = backbone.config

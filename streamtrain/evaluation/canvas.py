@@ -59,7 +59,7 @@ def colour_bar(low: float, high: float, width: int, label: str) -> Image.Image:
     bar = Image.new("RGB", (width, 40), PAPER)
     ramp = viridis(np.linspace(0, 1, width))[None].repeat(12, axis=0)
     bar.paste(Image.fromarray(ramp), (0, 0))
-    draw, font = ImageDraw.Draw(bar), _font(14)
+    draw, font = ImageDraw.Draw(bar), typeface(14)
     draw.text((0, 18), f"{low:.2f}", INK, font)
     draw.text((width, 18), f"{high:.2f}", INK, font, anchor="ra")
     draw.text((width / 2, 18), label, SOFT_INK, font, anchor="ma")
@@ -70,31 +70,32 @@ def compose(title: str, subtitle: str, rows: Sequence[Sequence[Tile]]) -> Image.
     """A titled page of rows of tiles."""
     heights = [max(tile.image.height + (CAPTION if tile.caption else 0) for tile in row) for row in rows]
     widths = [sum(tile.image.width for tile in row) + GAP * (len(row) - 1) for row in rows]
-    title_font, subtitle_font, font = _font(24), _font(15), _font(15)
-    inner = max(*widths, round(title_font.getlength(title)), round(subtitle_font.getlength(subtitle)))
+    title_font, small_font = typeface(24), typeface(15)
+    inner = max(*widths, round(title_font.getlength(title)), round(small_font.getlength(subtitle)))
     header = 38 + (24 if subtitle else 0) + 12
     page = Image.new("RGB", (inner + 2 * MARGIN, sum(heights) + GAP * (len(rows) - 1) + header + 2 * MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, MARGIN - 6), title, INK, title_font)
-    draw.text((MARGIN, MARGIN + 30), subtitle, SOFT_INK, subtitle_font)
+    draw.text((MARGIN, MARGIN + 30), subtitle, SOFT_INK, small_font)
     top = MARGIN + header
     for row, height in zip(rows, heights, strict=True):
         left = MARGIN
         for tile in row:
             page.paste(tile.image, (left, top))
-            caption = _shorten(tile.caption, tile.image.width, font)
-            draw.text((left, top + tile.image.height + 5), caption, INK, font)
+            caption = shorten(tile.caption, tile.image.width, small_font)
+            draw.text((left, top + tile.image.height + 5), caption, INK, small_font)
             left += tile.image.width + GAP
         top += height + GAP
     return page
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The typeface that Pillow carries, so that pictures look alike on every machine."""
     return ImageFont.load_default(size)
 
 
-def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """``text``, cut with an ellipsis to at most ``width`` pixels."""
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
     return text

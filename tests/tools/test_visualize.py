@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from tiny_backbone import class_folder, tiny_weights
 
+from streamtrain.monitor.metrics import MetricsLog
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
 
 
@@ -76,6 +78,25 @@ def test_every_mistake_is_named(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (place / "x.png").exists()
+
+
+def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, start in (("a", 5), ("b", 9)):
+        (place / name).mkdir()
+        log = MetricsLog(place / name / "metrics.jsonl")
+        for step in range(1, 30):
+            log.write(step, step, {"loss/total": start / step, "optim/gradient_norm": float("nan")})
+        log.close()
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    main = importlib.import_module("visualize").main
+    for runs, out, code in ((["a", "b"], "c.png", 0), (["a", "weights"], "none.png", 2)):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", "--run", *runs, "--out", out])
+        assert main() == code
+    assert "error: weights is not a run folder" in capsys.readouterr().err
+    page = np.asarray(Image.open("c.png"))
+    for colour in ((0, 114, 178), (213, 94, 0)):
+        assert (page == colour).all(-1).sum() > 300
 
 
 def test_an_output_that_is_no_image_is_refused_before_any_work(place: Path) -> None:
