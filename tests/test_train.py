@@ -69,10 +69,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     expect_success(run_ranks(command(shards, straight, *settings), world_size))
 
     processes = start_ranks(command(shards, broken, *settings), world_size)
-    deadline = time.monotonic() + 200
-    while not ((broken / "metrics.jsonl").exists() and len(losses_so_far(broken)) >= 5):
-        assert time.monotonic() < deadline and processes[0].poll() is None
-        time.sleep(0.02)
+    wait_for_steps(broken, 5, processes)
     for process in processes:
         process.kill()
     for process in processes:
@@ -90,7 +87,18 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def losses_so_far(run_dir: Path) -> list[str]:
-    return (run_dir / "metrics.jsonl").read_text().splitlines()
+    log = run_dir / "metrics.jsonl"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for_steps(run_dir: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Until so many steps are logged; a rank that ends before that fails the test with what it said."""
+    deadline = time.monotonic() + 200
+    while len(losses_so_far(run_dir)) < steps:
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, ended[0].communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def launchers(world_size: int) -> dict[str, list[str]]:
@@ -128,10 +136,7 @@ def test_every_launcher_trains_and_everything_is_logged(
 def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: Path) -> None:
     words = command(shards, tmp_path / "run", "run.steps=100000", "data.micro_batch=2", "run.checkpoint_every=0")
     processes = start_ranks(words, 2)
-    deadline = time.monotonic() + 200
-    while not ((tmp_path / "run/metrics.jsonl").exists() and losses_so_far(tmp_path / "run")):
-        assert time.monotonic() < deadline and processes[0].poll() is None
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "run", 1, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=100) for process in processes] == [75, 75], processes[0].communicate()[1][-2000:]
     last = max(losses(tmp_path / "run"))
