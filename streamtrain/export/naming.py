@@ -1,0 +1,154 @@
+"""Our parameter names and those of the published families: DINOv3's own, transformers', timm's.
+
+Only names and the cutting of tensors differ; every conversion is exact in both directions. (A key bias, which
+moves no score, has no place in most families and is left out.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from streamtrain.errors import StreamtrainError
+from streamtrain.export.families import DINOV3, HF, TIMM, Naming
+
+QKV_BIAS = "attention.qkv.bias"
+
+
+def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's state under the names of a saved ``DINOv3ViTModel``; the norm of local crops has no place there."""
+    return _export(state, HF)
+
+
+def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our backbone's state from that of a ``DINOv3ViTModel``, saved or live."""
+    return convert(state, HF)[0]
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's state under timm's names, which have no place for the mask token and the norm of local crops."""
+    return _export(state, TIMM)
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our backbone's state from that of one of timm's DINOv3 models."""
+    return convert(state, TIMM)[0]
+
+
+def from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our backbone's state from one with the names of DINOv3's own checkpoints."""
+    return convert(state, DINOV3)[0]
+
+
+def detect(state: Mapping[str, Tensor]) -> Naming | None:
+    """The family that ``state`` is named after; None for our own names.
+
+    Raises:
+        StreamtrainError: if it is none of them.
+    """
+    marks = {".layer_scale1.lambda1": HF, ".gamma_1": TIMM, ".ls1.gamma": DINOV3, ".scale1.gamma": None}
+    for mark, naming in marks.items():
+        if any(name.endswith(mark) for name in state):
+            return naming
+    raise StreamtrainError(
+        f"none of the {len(state)} tensors bears a name of a vision transformer of transformers, timm, DINOv3 or ours"
+    )
+
+
+def convert(state: Mapping[str, Tensor], naming: Naming | None) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` under our names, and what of it has none; a prefix such as ``backbone.`` is taken off."""
+    anchor = "embedding.cls_token" if naming is None else naming.fixed["embedding.cls_token"]
+    prefix = min((name for name in state if f".{name}".endswith(f".{anchor}")), key=len, default=anchor)
+    prefix = prefix.removesuffix(anchor)
+    inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    unexpected = [name for name in state if not name.startswith(prefix)]
+    if naming is None:
+        return inner, unexpected
+    # transformers' live model keeps its blocks one level deeper than its files
+    inner = {re.sub(rf"^model\.(?={re.escape(naming.block)}\d)", "", name): value for name, value in inner.items()}
+    found: dict[str, Tensor] = {}
+    for ours, theirs in _pairs(inner, naming):
+        pieces = [inner.pop(name) for name in theirs]
+        found[ours] = _inward(ours, pieces)
+    unexpected += [name for name in inner if not re.match(naming.ignored, name)]
+    return found, unexpected
+
+
+def _export(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+    """``state`` under ``naming``; tensors without a place there are left out."""
+    dim = state["embedding.cls_token"].shape[-1]
+    suffixes = naming.suffixes(swiglu="blocks.0.mlp.gate_up.weight" in state)
+    result: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in naming.fixed:
+            if not value.numel() and naming is not HF:
+                # without registers only transformers has a tensor for them
+                continue
+            result[naming.fixed[name]] = _outward(name, value, naming)
+            continue
+        block = re.match(r"blocks\.(\d+)\.(.+)", name)
+        if block is None:
+            continue
+        start, suffix = f"{naming.block}{block[1]}.", block[2]
+        if suffix == QKV_BIAS:
+            for theirs, bias in zip(naming.bias, _bias_out(value, dim, naming), strict=True):
+                if bias is not None:
+                    result[start + theirs] = bias
+        else:
+            names = suffixes[suffix]
+            for theirs, piece in zip(names, value.chunk(len(names)), strict=True):
+                result[start + theirs] = piece
+    return result
+
+
+def _bias_out(value: Tensor, dim: int, naming: Naming) -> list[Tensor | None]:
+    has_key = value.shape[0] == 3 * dim
+    if len(naming.bias) == 1:
+        return [torch.cat([value[:dim], torch.zeros_like(value[:dim]), value[-dim:]])]
+    key = value[dim:-dim] if has_key and naming is HF else None
+    return [value[:dim], key, value[-dim:]]
+
+
+def _outward(name: str, value: Tensor, naming: Naming) -> Tensor:
+    """Their shape of one of the tensors outside the blocks."""
+    if name.endswith("projection.weight"):
+        side = isqrt(value.shape[1] // 3)
+        return value.reshape(value.shape[0], 3, side, side)
+    if name.endswith(("_token", "_tokens")):
+        return value if naming is DINOV3 and name.endswith("mask_token") else value[None]
+    return value
+
+
+def _pairs(state: Mapping[str, Tensor], naming: Naming) -> Iterator[tuple[str, list[str]]]:
+    """Ours, and the names of theirs that make it up, for all that ``state`` has in full."""
+    for ours, theirs in naming.fixed.items():
+        if theirs in state:
+            yield ours, [theirs]
+    indices = sorted({int(m[1]) for m in (re.match(rf"{re.escape(naming.block)}(\d+)\.", n) for n in state) if m})
+    for index in indices:
+        start = f"{naming.block}{index}."
+        gate = start + naming.swiglu["mlp.gate_up.weight"][0]
+        for ours, parts in naming.suffixes(swiglu=gate in state).items():
+            if all(start + part in state for part in parts):
+                yield f"blocks.{index}.{ours}", [start + part for part in parts]
+        biases = [start + part for part in naming.bias if start + part in state]
+        if biases:
+            yield f"blocks.{index}.{QKV_BIAS}", biases
+
+
+def _inward(ours: str, pieces: list[Tensor]) -> Tensor:
+    """Our shape of their tensor, or tensors."""
+    value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if ours.endswith(QKV_BIAS) and len(pieces) == 1:
+        # the key part of a fused bias is masked: no score depends on it
+        query, _, rest = value.chunk(3)
+        return torch.cat([query, rest])
+    if ours == "embedding.projection.weight":
+        return value.flatten(1)
+    if ours in ("embedding.cls_token", "embedding.register_tokens", "embedding.mask_token"):
+        return value.reshape(-1, value.shape[-1])
+    return value
