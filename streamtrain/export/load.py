@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +19,8 @@ from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.export.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig
+from streamtrain.export.hf import MODEL_TYPE, backbone_config_from_hf
+from streamtrain.export.naming import from_hf
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import VisionTransformer
 
@@ -70,7 +73,7 @@ def load_untrained(config: Config) -> Backbone:
 
 
 def load_weights(path: Path) -> Backbone:
-    """The backbone of an exported folder or of our ``.safetensors`` file.
+    """The backbone of an exported folder (ours, or a DINOv3 ViT of Hugging Face) or of our ``.safetensors`` file.
 
     Raises:
         StreamtrainError: if it is none of these, or its weights and its config do not belong together.
@@ -83,6 +86,8 @@ def load_weights(path: Path) -> Backbone:
             f"{path} is neither a .safetensors file nor a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )
     document = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    if document.get("model_type") == MODEL_TYPE:
+        return _load_hf(path, document)
     config = _parse(document, path / CONFIG_NAME)
     return Backbone(fill(config.model, _tensors(path / WEIGHTS_NAME), str(path)), config)
 
@@ -118,6 +123,14 @@ def fill(config: ModelConfig, weights: Iterator[tuple[str, Tensor]], source: str
         raise StreamtrainError(f"{source} lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _load_hf(path: Path, document: dict[str, Any]) -> Backbone:
+    preprocessor = path / "preprocessor_config.json"
+    read = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else None
+    config = backbone_config_from_hf(document, read)
+    weights = from_hf(dict(_tensors(path / WEIGHTS_NAME)))
+    return Backbone(fill(config.model, iter(weights.items()), str(path)), config)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
