@@ -122,7 +122,7 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
         original.resize(shown_size(image), Image.Resampling.LANCZOS)
         for original, image in zip(originals, inputs, strict=True)
     ]
-    subtitle = describe(arguments, config, [tuple(feature.shape[:2]) for feature in features])
+    subtitle = describe(arguments, config, [(feature.shape[0], feature.shape[1]) for feature in features])
     if arguments.kind == "pca":
         rows = pca_rows(arguments, shown, principal_components(features))
         return compose("First three principal components of the patch features", subtitle, rows)
