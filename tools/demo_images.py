@@ -234,7 +234,7 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     light = rng.uniform(0, 2 * np.pi)
     fills = _two_colours(rng, mean)
     # Of the texture, in image coordinates: structure has the same scale in all classes.
-    period = rng.uniform(0.14, 0.24)
+    period = rng.uniform(0.18, 0.3)
     for cx, cy, size in _place(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
         shadow_u, shadow_v = _turned(
