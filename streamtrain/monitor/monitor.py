@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from streamtrain.config.monitor import MonitorConfig
 from streamtrain.monitor.metrics import MetricsLog, truncate_after
@@ -59,6 +60,16 @@ class Monitor:
         """Show Markdown text, such as the configuration."""
         if self._events is not None:
             self._events.text(tag, text)
+
+    def histogram(self, step: int, tag: str, values: Tensor) -> None:
+        """Show how ``values`` (any shape) are distributed."""
+        if self._events is not None:
+            self._events.histogram(tag, step, values)
+
+    def embedding(self, step: int, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:
+        """Show features [N, D] in the projector, with a name and a thumbnail (uint8 [N, side, side, 3]) each."""
+        if self._events is not None:
+            self._events.embedding("features", step, features, labels, thumbnails)
 
     def close(self) -> None:
         for part in (self._metrics, self._events, self._progress):

@@ -40,6 +40,23 @@ def test_a_resumed_run_reads_as_one(tmp_path: Path) -> None:
     assert (events.Images("data/crops")[-1].width, events.Images("data/crops")[-1].height) == (12, 8)
 
 
+def test_histograms_points_and_the_layout_of_charts(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, MonitorConfig(progress=False), rank=0, steps=2, start_step=0)
+    values = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")]])
+    monitor.histogram(1, "weights/blocks.0", values)
+    monitor.histogram(1, "weights/nothing", values[1])
+    monitor.embedding(1, torch.rand(4, 3), ["a", "b", "a", "b"], torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Histograms("weights/blocks.0")[0].histogram_value.num == 2
+    assert events.Tags()["histograms"] == ["weights/blocks.0"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    points = tmp_path / "tensorboard" / "00001" / "features"
+    assert len((points / "tensors.tsv").read_text().splitlines()) == 4
+    assert (points / "sprite.png").is_file() and (points / "metadata.tsv").read_text().split() == ["a", "b"] * 2
+
+
 def test_off_rank_0_nothing_is_written(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, MonitorConfig(), rank=1, steps=10, start_step=0)
     monitor.log(1, 8, {"loss/total": 1.0})
