@@ -7,7 +7,7 @@ arXiv:2304.07193): random resized crop on the true pixel size, flip, colour jitt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,10 @@ class ViewParameters:
     sigma: npt.NDArray[np.float32]
     solarize: npt.NDArray[np.int32]
     mirror: npt.NDArray[np.int32]
+
+    def rows(self, chosen: slice) -> ViewParameters:
+        """The parameters of some of the samples."""
+        return ViewParameters(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
 def draw_views(

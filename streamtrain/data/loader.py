@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from shards.errors import SampleError
 from shards.order import Order
@@ -30,7 +29,8 @@ from streamtrain.config.tree import Config
 from streamtrain.data.augment import ViewParameters, draw_views
 from streamtrain.data.batch import Batch
 from streamtrain.data.masking import MaskParameters, draw_masks, max_rows, rasterise
-from streamtrain.data.pipeline import ViewPipeline, undecodable
+from streamtrain.data.pipeline import CropPipeline, undecodable
+from streamtrain.data.views import CpuViews, finish
 from streamtrain.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
@@ -237,7 +237,9 @@ class _Producer:
 
     def batches(self) -> Generator[_Finished, None, None]:
         """The finished batches, in the order of the slots."""
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.Stream(self._device) if on_gpu else None
+        cpu_views = None if on_gpu else CpuViews(self._config.crops, self._threads)
         reader = self._source.batches(self._slots)
         pipeline = self._build()
         in_flight: deque[_InFlight] = deque()
@@ -247,25 +249,28 @@ class _Producer:
                     in_flight.append(self._prepare(next(reader)))
                     pipeline.feed(in_flight[-1].samples.payloads, in_flight[-1].views)
                 try:
-                    views = pipeline.views(stream)
+                    decoded = pipeline.take(stream)
                 except RuntimeError as error:
                     raise self._blame(in_flight[0].samples, error) from error
-                finished = self._assemble(in_flight.popleft(), views, stream)
-                del views
+                finished = self._assemble(in_flight.popleft(), decoded, stream, cpu_views)
+                del decoded
                 pipeline.release()
                 yield finished
         finally:
+            if cpu_views is not None:
+                cpu_views.close()
             self._source.close()
 
-    def _build(self) -> ViewPipeline:
+    def _build(self) -> CropPipeline:
         on_gpu = self._device.type == "cuda"
-        return ViewPipeline(
+        return CropPipeline(
             self._config.crops,
             self._config.data.micro_batch,
             device="gpu" if on_gpu else "cpu",
             device_id=(self._device.index or 0) if on_gpu else None,
             threads=self._threads,
             prefetch=self._config.data.prefetch,
+            cropping=on_gpu,
         )
 
     def _prepare(self, samples: Samples) -> _InFlight:
@@ -281,22 +286,31 @@ class _Producer:
             draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid),
         )
 
-    def _assemble(self, item: _InFlight, views: tuple[Any, ...], stream: torch.cuda.Stream | None) -> _Finished:
-        """Copy the views out of DALI's buffers, view-major, and rasterise the masks, all on the device."""
+    def _assemble(
+        self, item: _InFlight, decoded: list[Any], stream: torch.cuda.Stream | None, cpu_views: CpuViews | None
+    ) -> _Finished:
+        """Views and masks on the device, in memory of our own; ``decoded`` is what DALI hands out."""
         count = self._config.crops.global_count
         # stream(None) does nothing: on the CPU all of this has happened when it returns
         with torch.cuda.stream(stream):
-            batch = Batch(
-                slots=item.samples.slots,
-                global_crops=_gather(views[:count], self._config.crops.global_size, self._device),
-                local_crops=_gather(views[count:], self._config.crops.local_size, self._device),
-                masks=rasterise(item.masks, self._grid, self._mask_rows, self._device),
-            )
+            if cpu_views is not None:
+                images = [torch.from_dlpack(image) for image in decoded[0]]
+                global_crops, local_crops = cpu_views.make(images, item.views)
+            else:
+                crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
+                global_crops = finish(crops[:count], item.views, 0)
+                size = self._config.crops.local_size
+                local_crops = (
+                    finish(crops[count:], item.views, count)
+                    if self._config.crops.local_count
+                    else global_crops.new_empty(0, size, size, 3)
+                )
+            masks = rasterise(item.masks, self._grid, self._mask_rows, self._device)
             event = None
             if stream is not None:
                 event = torch.cuda.Event()
                 event.record(stream)
-        return _Finished(batch, event)
+        return _Finished(Batch(item.samples.slots, global_crops, local_crops, masks), event)
 
     def _blame(self, samples: Samples, error: RuntimeError) -> Exception:
         """The error that names the sample behind a failed batch; DALI's own, where each decodes by itself."""
@@ -310,14 +324,6 @@ class _Producer:
         shard, sample = int(samples.shards[row]), int(samples.samples[row])
         entry = self._shard_set.manifest.shards[shard]
         return SampleError(entry.name, sample, self._shard_set.key(shard, sample), reason)
-
-
-def _gather(views: tuple[Any, ...], size: int, device: torch.device) -> Tensor:
-    """DALI tensor lists [B, size, size, 3], one a view, as one tensor uint8 [views * B, size, size, 3] of our own."""
-    parts = [torch.from_dlpack(view.as_tensor()) for view in views]
-    if not parts:
-        return torch.empty(0, size, size, 3, dtype=torch.uint8, device=device)
-    return torch.cat(parts)
 
 
 def _produce(producer: _Producer, ready: queue.Queue[_Finished | BaseException], stop: threading.Event) -> None:

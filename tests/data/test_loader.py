@@ -176,12 +176,12 @@ def threads() -> int:
 def test_closing_ends_all_threads(config: Config) -> None:
     take(make(config), 1)
     before = threads(), threading.active_count()
-    loader = make(config)
-    next(loader)
-    assert threads() > before[0]
-    loader.close()
-    loader.close()
-    assert threading.active_count() == before[1]
+    for _ in range(3):
+        loader = make(config)
+        next(loader)
+        loader.close()
+        loader.close()
+        assert threading.active_count() == before[1]
     assert threads() <= before[0]
 
 
@@ -203,8 +203,8 @@ def test_the_interpreter_ends_with_a_loader_open(config: Config) -> None:
         "next(loader)\n"
     )
     # side by side, since most of their time is imports
-    processes = [subprocess.Popen([sys.executable, "-c", script + ending], stderr=subprocess.PIPE) for ending in endings]
-    assert [process.communicate(timeout=120) and process.returncode for process in processes] == list(endings.values())
+    processes = [subprocess.Popen([sys.executable, "-c", script + end], stderr=subprocess.PIPE) for end in endings]
+    assert [process.communicate(timeout=300) and process.returncode for process in processes] == list(endings.values())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,92 @@
+"""Crops become the finished views of a batch: on the GPU from DALI's crops, on the CPU from its decoded images.
+
+DALI's resampler is made for GPUs; on a CPU torch's vectorised one takes a tenth of its time for the same bicubic
+antialiased crop, which is why a CPU crops here. Everything after the crop is one code for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from streamtrain.config.crops import CropsConfig
+from streamtrain.data.appearance import adjust
+from streamtrain.data.augment import ViewParameters
+
+
+def finish(crops: Sequence[Tensor], views: ViewParameters, first: int) -> Tensor:
+    """Colour the crops of some views, uint8 [B, S, S, 3] each, starting with view ``first``: [views * B, S, S, 3]."""
+    planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
+    return torch.stack(_adjust(planes, views, first, len(crops)).unbind(1), dim=-1)
+
+
+def _adjust(planes: Tensor, views: ViewParameters, first: int, count: int) -> Tensor:
+    """``adjust`` for ``count`` views from ``first`` on; planes [count * B, 3, S, S], view-major."""
+    chosen = slice(first, first + count)
+    return adjust(
+        planes,
+        np.ascontiguousarray(views.color[:, chosen].swapaxes(0, 1)).reshape(-1, 4),
+        views.sigma[:, chosen].T.reshape(-1),
+        views.solarize[:, chosen].T.reshape(-1),
+    )
+
+
+class CpuViews:
+    """Crops and colours decoded images on a CPU, one sample a task, on a few threads."""
+
+    def __init__(self, crops: CropsConfig, threads: int) -> None:
+        self._crops = crops
+        # a sample is small: the threads work on different ones, and torch's own stay out of it
+        process_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(threads, "views", initializer=torch.set_num_threads, initargs=(1,))
+        list(self._pool.map(lambda _: None, range(threads)))
+        # the setting is each thread's own, but later threads inherit the last one made
+        torch.set_num_threads(process_threads)
+
+    def make(self, images: Sequence[Tensor], views: ViewParameters) -> tuple[Tensor, Tensor]:
+        """Views of B images uint8 [H, W, 3]: uint8 [V*B, S, S, 3] and [L*B, s, s, 3], view-major."""
+        crops = self._crops
+        groups = []
+        for first, count, size in (
+            (0, crops.global_count, crops.global_size),
+            (crops.global_count, crops.local_count, crops.local_size),
+        ):
+            out = torch.empty(count, len(images), size, size, 3, dtype=torch.uint8)
+            groups.append((first, out))
+        tasks = [self._pool.submit(_make_sample, image, views, row, groups) for row, image in enumerate(images)]
+        for task in tasks:
+            task.result()
+        return groups[0][1].flatten(0, 1), groups[1][1].flatten(0, 1)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[tuple[int, Tensor]]) -> None:
+    """All views of one image [H, W, 3] into ``out[:, row]`` of each group (first view, out [views, B, S, S, 3])."""
+    size = np.array(image.shape[:2])
+    starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
+    ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
+    one = views.rows(slice(row, row + 1))
+    for first, out in groups:
+        count, side = out.shape[0], out.shape[2]
+        planes = torch.empty(count, 3, side, side, dtype=torch.uint8)
+        for view in range(first, first + count):
+            crop(image, starts[view], ends[view], mirror=bool(views.mirror[row, view]), out=planes[view - first])
+        if count:
+            adjusted = _adjust(planes, one, first, count)
+            for channel in range(3):
+                out[:, row, ..., channel] = adjusted[:, channel]
+
+
+def crop(image: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
+    """The box from ``start`` to ``end`` (y, x in pixels) of uint8 [H, W, 3], resized to fill ``out`` [3, S, S]."""
+    box = image[start[0] : end[0], start[1] : end[1]].permute(2, 0, 1)[None]
+    resized = interpolate(box, size=out.shape[1:], mode="bicubic", antialias=True)[0]
+    out.copy_(resized.flip(2) if mirror else resized)

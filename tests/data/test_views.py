@@ -1,0 +1,58 @@
+"""The CPU's crops against Pillow's, and that a sample's pixels do not depend on its batch or on threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from streamtrain.config.crops import CropsConfig
+from streamtrain.data.augment import draw_views
+from streamtrain.data.views import CpuViews, crop, finish
+
+CROPS = CropsConfig(global_size=64, local_size=32, local_count=3)
+
+
+def images(count: int) -> list[torch.Tensor]:
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.integers(0, 256, (90 + 5 * k, 120 - 3 * k, 3), dtype=np.uint8)) for k in range(count)]
+
+
+def test_crops_are_pillows() -> None:
+    image = images(1)[0]
+    out = torch.empty(3, 40, 40, dtype=torch.uint8)
+    box = (9, 7, 54, 81)
+    expected = Image.fromarray(image.numpy()).crop(box).resize((40, 40), Image.Resampling.BICUBIC)
+    for mirror in (False, True):
+        crop(image, (7, 9), (81, 54), mirror=mirror, out=out)
+        wanted = np.asarray(expected)[:, ::-1] if mirror else np.asarray(expected)
+        # white noise: what is clipped between the two passes depends on which comes first
+        assert abs(out.permute(1, 2, 0).numpy().astype(int) - wanted).mean() < 0.5
+
+
+def test_rows_are_view_major_and_do_not_depend_on_the_batch() -> None:
+    pictures = images(5)
+    sizes = np.array([[p.shape[1], p.shape[0]] for p in pictures], np.int32)
+    views = draw_views(CROPS, 3, np.arange(5), sizes)
+    before = torch.get_num_threads()
+    workers = CpuViews(CROPS, threads=2)
+    together = workers.make(pictures, views)
+    assert together[0].shape == (10, 64, 64, 3) and together[1].shape == (15, 32, 32, 3)
+    for row, picture in enumerate(pictures):
+        alone = workers.make([picture], views.rows(slice(row, row + 1)))
+        for whole, one in zip(together, alone, strict=True):
+            assert torch.equal(whole[row::5], one)
+    workers.close()
+    assert torch.get_num_threads() == before
+
+
+def test_finish_is_the_same_colouring_for_a_whole_batch() -> None:
+    pictures = [p[:64, :64].contiguous() for p in images(4)]
+    sizes = np.full((4, 2), 64, np.int32)
+    views = draw_views(CROPS, 3, np.arange(4), sizes)
+    views.roi_start[:], views.roi_end[:], views.mirror[:] = 0, 1, 0
+    workers = CpuViews(CROPS, threads=1)
+    expected = workers.make(pictures, views)[0]
+    workers.close()
+    crops = torch.stack(pictures)
+    assert torch.equal(finish([crops, crops], views, 0), expected)

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Measurements: prints a readable table and, with --json, one flat JSON object as its last line.
+
+python tools/bench.py loader --set SET [--batch 32] [--batches 40] [--compare webdataset] [--json] [a.b=value ...]
+python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5 [--json] [a.b=value ...]
+
+Settings come from the default configuration and the overrides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shards.errors import ShardError
+from streamtrain.config.load import build, merge, parse_override
+from streamtrain.config.tree import Config
+from streamtrain.errors import StreamtrainError
+
+LEAST_BATCHES = 40
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        result = arguments.run(arguments)
+    except (StreamtrainError, ShardError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for key, value in result.items():
+        print(f"{key:32} {value:,.6g}" if isinstance(value, float) else f"{key:32} {value}")
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    add_loader(subjects)
+    add_order(subjects)
+    return parser.parse_args()
+
+
+def add_subject(subjects: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    """A subcommand with what all of them share."""
+    parser: argparse.ArgumentParser = subjects.add_parser(name, help=help_text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_loader(subjects: Any) -> None:
+    parser = add_subject(subjects, "loader", run_loader, "images a second, CPU time, memory and waiting of the loader")
+    parser.add_argument("--set", type=Path, required=True, help="shard set")
+    parser.add_argument("--batch", type=int, default=32, help="samples a batch")
+    parser.add_argument("--batches", type=int, default=LEAST_BATCHES, help=f"batches, at least {LEAST_BATCHES}")
+    parser.add_argument("--compare", choices=("webdataset",), help="the same views by webdataset and Pillow")
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="how long the consumer works on a batch")
+    parser.add_argument("--device", default="cpu", help="where the batches go: cpu or cuda")
+
+
+def run_loader(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import loader
+
+    if arguments.batches < LEAST_BATCHES:
+        raise StreamtrainError(f"--batches {arguments.batches} is too few to measure; give at least {LEAST_BATCHES}")
+    overrides = [f"data.shards={arguments.set}", f"data.micro_batch={arguments.batch}", *arguments.overrides]
+    return loader.run(
+        configured(overrides), arguments.batches, arguments.step_seconds, arguments.device, bool(arguments.compare)
+    )
+
+
+def add_order(subjects: Any) -> None:
+    parser = add_subject(subjects, "order", run_order, "time and memory to the first slot in the middle of an epoch")
+    parser.add_argument("--samples", type=float, required=True, help="samples in all, such as 1.7e9")
+    parser.add_argument("--shard-samples", type=int, default=10_000, help="samples a shard")
+    parser.add_argument("--world", type=int, default=256, help="ranks")
+    parser.add_argument("--at", type=float, default=0.5, help="where to resume, in epochs")
+
+
+def run_order(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import order
+
+    data = configured(arguments.overrides).data
+    return order.run(
+        int(arguments.samples), arguments.shard_samples, arguments.world, arguments.at,
+        data.micro_batch, data.window, data.lanes,
+    )  # fmt: skip
+
+
+def configured(overrides: list[str]) -> Config:
+    """The default configuration with ``a.b=value`` overrides."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        raw = merge(raw, parse_override(override))
+    return build(raw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""How many images the loader makes, at what cost of CPU time and memory, and against a plain loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plain_loader import batches as plain_batches
+from benchmarks.process_cost import cpu_seconds, in_fresh_process, peak_rss_bytes, settle
+from streamtrain.config.tree import Config
+from streamtrain.data.loader import Loader, open_shard_set
+
+WARM_UP = 3
+
+
+def run(config: Config, num_batches: int, step_seconds: float, device: str, compare: bool) -> dict[str, Any]:
+    """Measure ``num_batches`` micro-batches; ``step_seconds`` is how long the consumer works on each.
+
+    ``ratio`` is images per CPU-second over those of the plain loop. The two take turns, so that a busy machine
+    slows both.
+    """
+    rounds = 2 if compare else 1
+    ours, plain = [], []
+    for _ in range(rounds):
+        ours.append(in_fresh_process(measure, config, num_batches // rounds, step_seconds, device))
+        if compare:
+            plain.append(in_fresh_process(measure_plain, config, num_batches // rounds))
+    result = _merge(ours)
+    if compare:
+        other = _merge(plain)
+        result |= {f"webdataset_{key}": value for key, value in other.items()}
+        result["ratio"] = other["cpu_seconds_per_image"] / result["cpu_seconds_per_image"]
+    return result
+
+
+def measure(config: Config, num_batches: int, step_seconds: float, device: str) -> dict[str, float]:
+    """Our loader in this process. The clock starts and stops with all queues full and all threads idle."""
+    shard_set = open_shard_set(config)
+    with Loader(shard_set, config, rank=0, world_size=1, device=device) as loader:
+        for _ in range(WARM_UP):
+            next(loader)
+        settle()
+        waited, started, cpu = loader.wait_seconds, time.perf_counter(), cpu_seconds()
+        for _ in range(num_batches):
+            next(loader)
+            if step_seconds:
+                time.sleep(step_seconds)
+        waited, consumed = loader.wait_seconds - waited, time.perf_counter() - started
+        ended = settle()
+        cpu = cpu_seconds() - cpu
+    return {
+        "images": num_batches * config.data.micro_batch,
+        "seconds": max(ended - started, consumed),
+        "cpu_seconds": cpu,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "wait_share": waited / consumed,
+    }
+
+
+def measure_plain(config: Config, num_batches: int) -> dict[str, float]:
+    """The plain loop in this process."""
+    stream = plain_batches(Path(config.data.shards), config.crops, config.data.micro_batch)
+    for _ in itertools.islice(stream, WARM_UP):
+        pass
+    started, cpu = time.perf_counter(), cpu_seconds()
+    for _ in itertools.islice(stream, num_batches):
+        pass
+    return {
+        "images": num_batches * config.data.micro_batch,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": cpu_seconds() - cpu,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _merge(parts: list[dict[str, float]]) -> dict[str, Any]:
+    images, seconds = sum(p["images"] for p in parts), sum(p["seconds"] for p in parts)
+    merged: dict[str, Any] = {
+        "images_per_second": images / seconds,
+        "cpu_seconds_per_image": sum(p["cpu_seconds"] for p in parts) / images,
+        "peak_rss_bytes": max(int(p["peak_rss_bytes"]) for p in parts),
+    }
+    if "wait_share" in parts[0]:
+        merged["wait_share"] = sum(p["wait_share"] for p in parts) / len(parts)
+    return merged

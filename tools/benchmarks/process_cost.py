@@ -1,0 +1,42 @@
+"""What a measured stretch of work cost: CPU time of the process tree, wall time, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
+    """``work(*arguments)`` in a process of its own, so that neither memory nor caches of another run count."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, all its threads, and all children that have ended."""
+    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def settle(quiet_seconds: float = 0.3) -> float:
+    """Wait until background threads have gone idle; returns the time (``perf_counter``) of their last work."""
+    last_cpu, last_work = cpu_seconds(), time.perf_counter()
+    while time.perf_counter() - last_work < quiet_seconds:
+        time.sleep(0.02)
+        now = cpu_seconds()
+        # the watching itself costs a little
+        if now - last_cpu > 0.004:
+            last_work = time.perf_counter()
+        last_cpu = now
+    return last_work
