@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,16 @@ from shards.errors import ShardError
 
 _EPOCHS_KEPT = 3
 _NEARBY_ATTEMPTS = 8
+
+
+class SlotOrder(Protocol):
+    """What a source needs to know of an order: ``Order``, or a ``Mixture`` of several."""
+
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As ``Order.locate``."""
+
+    def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
+        """As ``Order.substitute``."""
 
 
 @dataclass(frozen=True)

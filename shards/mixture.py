@@ -1,0 +1,150 @@
+"""Several shard sets in one stream, in fixed proportions.
+
+The stream goes in cycles. Each member has the same whole number of slots in every cycle, spread as evenly as they
+go, so that every cycle has the exact proportions and every stretch of it nearly so; which member stands at a slot,
+and at which slot of its own order, is plain arithmetic. Members have epochs of their own. With the global batch (or
+a multiple) as the cycle, a rank's part of a batch reads its own lanes' shards of every member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from shards import randomness
+from shards.errors import ShardError
+from shards.order import Order
+from shards.source import ShardSet
+
+
+class Mixture:
+    """The order of a stream over several shard sets; shards are numbered through all members.
+
+    Args:
+        sizes: for each member, the samples in each of its shards.
+        weights: positive, of any scale; a member's share of each cycle is its weight's share, rounded to whole slots.
+        cycle: slots in a cycle; the global batch or a multiple of it.
+        seed, window, lanes: as in ``Order``.
+
+    Attributes:
+        counts: slots of each member in a cycle.
+
+    Raises:
+        ShardError: a weight is not positive, or rounds to no slot at all.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[int] | np.ndarray],
+        weights: Sequence[float],
+        cycle: int,
+        seed: int,
+        window: int = 16,
+        lanes: int = 64,
+    ) -> None:
+        self.counts = _apportion(weights, cycle)
+        self.cycle, self.seed, self.window, self.lanes = cycle, seed, window, lanes
+        self._orders = [
+            Order(member_sizes, randomness.derive_seed(seed, randomness.MIXTURE, member), window, lanes, lane_block)
+            for member, member_sizes in enumerate(sizes)
+            for lane_block in [max(1, self.counts[member] // lanes)]
+        ]
+        self._first_shard = np.cumsum([0, *(len(member_sizes) for member_sizes in sizes)])
+        # The k-th slot of a member with c slots wants to stand at (k + 1/2) / c of the cycle; sorting these wishes
+        # gives every stretch of the cycle its share of every member.
+        members = np.repeat(np.arange(len(sizes)), self.counts)
+        ranks = np.concatenate([np.arange(count) for count in self.counts])
+        order = np.lexsort((members, (ranks + 0.5) / np.array(self.counts)[members]))
+        self._member, self._rank = members[order], ranks[order]
+
+    @property
+    def parameters(self) -> dict[str, int | list[int]]:
+        """What defines the order beside the shards' sizes; a saved stream must agree in every entry."""
+        return {
+            "seed": self.seed,
+            "window": self.window,
+            "lanes": self.lanes,
+            "cycle": self.cycle,
+            "counts": list(self.counts),
+        }
+
+    def member_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The member at each slot, and the slot of that member's own order, int64 [num_slots] each."""
+        cycles, places = np.divmod(np.asarray(slots, dtype=np.int64), self.cycle)
+        members = self._member[places]
+        return members, cycles * np.array(self.counts)[members] + self._rank[places]
+
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As ``Order.locate``: the member's epoch, the shard (numbered through all members) and the sample in it."""
+        members, own = self.member_slots(slots)
+        found = np.empty((3, len(members)), dtype=np.int64)
+        for member in np.unique(members):
+            chosen = members == member
+            found[:, chosen] = self._orders[member].locate(own[chosen])
+        return found[0], found[1] + self._first_shard[members], found[2]
+
+    def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
+        """As ``Order.substitute``; a sample of the same member."""
+        members, own = self.member_slots(np.array([slot]))
+        shard, sample = self._orders[members[0]].substitute(int(own[0]), attempt)
+        return shard + int(self._first_shard[members[0]]), sample
+
+
+class JoinedSet:
+    """Several shard sets read as one; shards are numbered through all members. Labels stay the members' own."""
+
+    def __init__(self, members: Sequence[ShardSet]) -> None:
+        self.members = tuple(members)
+        self._first_shard = np.cumsum([0, *(len(member.manifest.shards) for member in members)])
+
+    @property
+    def num_samples(self) -> int:
+        """Images in all members."""
+        return sum(member.num_samples for member in self.members)
+
+    @property
+    def digest(self) -> str:
+        """What a saved stream must agree with."""
+        return hashlib.sha256(" ".join(member.digest for member in self.members).encode()).hexdigest()[:32]
+
+    def name(self, shard: int) -> str:
+        """What logs call a shard: its set's number and its own name."""
+        member, own = self._own(shard)
+        return f"{member}/{self.members[member].name(own)}"
+
+    def record(self, shard: int, sample: int) -> np.void:
+        """As ``ShardSet.record``."""
+        member, own = self._own(shard)
+        return self.members[member].record(own, sample)
+
+    def read(self, shard: int, sample: int) -> bytes:
+        """As ``ShardSet.read``."""
+        member, own = self._own(shard)
+        return self.members[member].read(own, sample)
+
+    def key(self, shard: int, sample: int) -> str:
+        """As ``ShardSet.key``."""
+        member, own = self._own(shard)
+        return self.members[member].key(own, sample)
+
+    def _own(self, shard: int) -> tuple[int, int]:
+        member = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
+        return member, shard - int(self._first_shard[member])
+
+
+def _apportion(weights: Sequence[float], cycle: int) -> tuple[int, ...]:
+    """Whole slots in proportion to the weights, by largest remainder."""
+    if not weights or min(weights) <= 0:
+        raise ShardError(f"the weights of a mixture must be above 0, not {list(weights)}")
+    wished = np.array(weights, dtype=np.float64) * cycle / sum(weights)
+    counts = np.floor(wished).astype(int)
+    by_remainder = np.argsort(counts - wished, kind="stable")
+    counts[by_remainder[: cycle - int(counts.sum())]] += 1
+    if counts.min() == 0:
+        raise ShardError(
+            f"weight {weights[int(counts.argmin())]} of {sum(weights)} is less than one slot of a cycle of {cycle}; "
+            "use a larger weight or a larger global batch"
+        )
+    return tuple(counts.tolist())

@@ -1,0 +1,94 @@
+"""Mixtures keep their proportions in every cycle, and every member its epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_images import packed_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.errors import ShardError
+from shards.mixture import JoinedSet, Mixture
+from shards.source import Source
+
+_SIZES = ([4, 0, 5], [7], [3, 3])
+
+
+@st.composite
+def _mixtures(draw: st.DrawFn) -> Mixture:
+    weights = draw(st.lists(st.floats(1, 10), min_size=3, max_size=3))
+    return Mixture(
+        _SIZES,
+        weights,
+        cycle=draw(st.integers(40, 60)),
+        seed=draw(st.integers(0, 9)),
+        window=2,
+        lanes=draw(st.integers(1, 9)),
+    )
+
+
+@given(_mixtures(), st.integers(0, 1000))
+def test_every_cycle_has_the_exact_proportions_and_every_stretch_nearly(mixture: Mixture, cycle: int) -> None:
+    first = cycle * mixture.cycle
+    members, _ = mixture.member_slots(np.arange(first, first + 2 * mixture.cycle))
+    assert np.bincount(members[: mixture.cycle], minlength=3).tolist() == list(mixture.counts)
+    shares = np.array(mixture.counts) / mixture.cycle
+    for member, share in enumerate(shares):
+        ahead = np.concatenate([[0.0], np.cumsum((members == member) - share)])
+        # For any stretch at all, the count of a member is within three of its share.
+        assert ahead.max() - ahead.min() < 3
+
+
+@settings(max_examples=20)
+@given(_mixtures())
+def test_each_member_goes_through_its_own_epochs(mixture: Mixture) -> None:
+    slots = np.arange(15 * mixture.cycle)
+    members, own = mixture.member_slots(slots)
+    epochs, shards, samples = mixture.locate(slots)
+    first_shard = 0
+    for member, sizes in enumerate(_SIZES):
+        mine = members == member
+        assert own[mine].tolist() == list(range(mine.sum()))
+        everything = [(first_shard + shard, sample) for shard, size in enumerate(sizes) for sample in range(size)]
+        for epoch in range(3):
+            chosen = mine & (epochs == epoch)
+            assert sorted(zip(shards[chosen].tolist(), samples[chosen].tolist(), strict=True)) == everything
+        for slot in slots[mine][:5]:
+            assert mixture.substitute(int(slot), 0) in everything
+        first_shard += len(sizes)
+
+
+def test_a_slot_depends_on_nothing_that_was_asked_before() -> None:
+    mixture = Mixture(_SIZES, [3, 1, 1], cycle=20, seed=4)
+    whole = np.stack(mixture.locate(np.arange(2000)))
+    fresh = Mixture(_SIZES, [3, 1, 1], cycle=20, seed=4)
+    np.testing.assert_array_equal(np.stack(fresh.locate(np.arange(1500, 1600))), whole[:, 1500:1600])
+
+
+def test_weights_that_cannot_be_kept_are_refused() -> None:
+    with pytest.raises(ShardError, match="above 0"):
+        Mixture(_SIZES, [1, 0, 1], cycle=10, seed=0)
+    with pytest.raises(ShardError, match="less than one slot of a cycle of 10"):
+        Mixture(_SIZES, [1, 0.001, 1], cycle=10, seed=0)
+
+
+def test_images_come_from_the_member_that_the_mixture_says(tmp_path: Path) -> None:
+    members = [packed_set(tmp_path / "a", 20), packed_set(tmp_path / "b", 9, ("x", "y"))]
+    joined = JoinedSet(members)
+    mixture = Mixture([member.sizes for member in members], [2, 1], cycle=6, seed=1)
+    source = Source(joined, mixture, threads=2)
+    batch = source.fetch(np.arange(12))
+    source.close()
+    from_first = batch.shards < len(members[0].sizes)
+    assert from_first.sum() == 8
+    assert (batch.labels[from_first] == -1).all()
+    assert (batch.labels[~from_first] >= 0).all()
+    assert joined.num_samples == 29
+    assert joined.digest != JoinedSet(members[::-1]).digest
+    last = len(members[0].sizes)
+    assert joined.name(last) == "1/000000.tar"
+    assert joined.read(last, 2) == members[1].read(0, 2)
+    assert joined.key(last, 2) == members[1].key(0, 2)
