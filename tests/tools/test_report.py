@@ -1,0 +1,80 @@
+"""The page of a small run: whole, self-contained, and with all that was logged."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_backbone import tiny_config
+
+from streamtrain.config.load import to_yaml
+from streamtrain.config.monitor import MonitorConfig
+from streamtrain.monitor.monitor import Monitor
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+class Page(HTMLParser):
+    """Collects what a page shows, what it fetches, and whether its tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.words = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.fixture()
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        result: int = importlib.import_module("report").main()
+        return result
+
+    return call
+
+
+def test_page_of_a_run(main, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run <1>"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(tiny_config()) + "# <script>alert(1)</script>\n")
+    assert main("--run", str(run)) == 0  # before the first step
+    monitor = Monitor(run, MonitorConfig(progress=False), rank=0, steps=5, start_step=0)
+    for step in range(1, 6):
+        monitor.log(step, 8 * step, {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25,
+                                     "speed/images_per_second": 4.0, "memory/peak_rss_bytes": 2.0**30})  # fmt: skip
+    monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
+    monitor.panel(5, np.full((8, 8, 3), 255, np.uint8))
+    monitor.close()
+    assert main("--run", str(run), "--out", str(tmp_path / "page.html")) == 0
+    page = Page()
+    page.feed((tmp_path / "page.html").read_text())
+    assert page.open == []
+    assert all(source.startswith("data:") for source in page.sources)
+    assert sum(source.startswith("data:image/png") for source in page.sources) == 5 + 1
+    for words in ("Run run <1>", "data/crops, step 5", "10 s", "25.0%", "9.000 → 1.800", "1.00 GiB", "<script>", "40"):
+        assert words in page.words, words
+
+
+def test_what_is_no_run_is_said_in_one_line(main, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert main("--run", "nowhere") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: nowhere is not a run folder") and error.count("\n") == 1
