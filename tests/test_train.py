@@ -152,7 +152,7 @@ def test_a_dry_run_draws_a_panel_and_trains_nothing(shards: Path, tmp_path: Path
 WRONG_STARTS = {
     "wrong key": (["run.step=3"], "unknown key run.step; did you mean run.steps?"),
     "missing set": (["data.shards=absent"], "absent"),
-    "no set": (["data.shards="], "data.shards is not set"),
+    "no set": (["data.shards=''"], "data.shards is not set"),
     "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
     "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
 }
