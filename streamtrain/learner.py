@@ -185,7 +185,7 @@ class Learner(nn.Module):
             features,
             targets.patch_assignment,
             targets.handles.patch_head,
-            torch.arange(patches.shape[0], device=patches.device)[:, None],
+            None,
             weight,
             objective.student_temperature,
             targets.teacher_temperature,

@@ -54,8 +54,8 @@ class PrototypeTargets:
     features: Tensor
     assignment: Assignment
     handle: WeightHandle
-    # int64 [N, J]: teacher rows whose mean is the target of a student row; −1: none
-    pair: Tensor
+    # int64 [N, J]: teacher rows whose mean is the target of a student row; −1: none. None: row i for row i
+    pair: Tensor | None
     # [N]: what each student row counts
     row_weight: Tensor
     student_temperature: float
@@ -87,7 +87,7 @@ def prototype_cross_entropy(
     teacher_features: Tensor,
     teacher_weight: Tensor,
     assignment: Assignment,
-    pair: Tensor,
+    pair: Tensor | None,
     row_weight: Tensor,
     student_temperature: float,
     teacher_temperature: float,
@@ -101,10 +101,11 @@ def prototype_cross_entropy(
     Args:
         student_features: ``z [N, d]``; N may be 0.
         student_weight: ``W [K, d]``.
-        teacher_features: ``[M, d]``.
-        teacher_weight: ``[K, d]``.
+        teacher_features: ``[M, e]``; a teacher of another size may have another bottleneck.
+        teacher_weight: ``[K, e]``.
         assignment: of the teacher rows; together with the two above it gives ``P [M, K]``.
-        pair: int64 ``[N, J]``, rows of ``P`` (−1: none); the target is the mean over those given.
+        pair: int64 ``[N, J]``, rows of ``P`` (−1: none); the target is the mean over those given. None: N = M
+            and each row has its own.
         row_weight: ``[N]``.
         student_temperature: τ_s.
         teacher_temperature: the one the assignment was made with.
@@ -115,7 +116,8 @@ def prototype_cross_entropy(
     """
     # the sharded engine leaves an empty tensor where a weight is not gathered, and an empty loss would be 0
     assert student_weight.shape[0] > 0, "the student's prototypes are not gathered here"
-    assert teacher_weight.shape == student_weight.shape, "the teacher's prototypes are not gathered here"
+    assert teacher_weight.shape[0] == student_weight.shape[0], "the teacher's prototypes are not gathered here"
+    assert pair is not None or student_features.shape[0] == teacher_features.shape[0]
     inputs = (teacher_features, teacher_weight, assignment, pair, row_weight)
     return _PrototypeCrossEntropy.apply(
         student_features, student_weight, *inputs, student_temperature, teacher_temperature, chunk
@@ -145,7 +147,7 @@ def _sweep(
     teacher_features: Tensor,
     teacher_weight: Tensor,
     assignment: Assignment,
-    pair: Tensor,
+    pair: Tensor | None,
     row_weight: Tensor,
     student_temperature: float,
     teacher_temperature: float,
@@ -161,7 +163,7 @@ def _sweep(
 
     targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature)
     # what the target row counts in all (0 where a student row has no target), and each of its parts
-    count = (pair >= 0).sum(1)
+    count = torch.ones_like(row_weight) if pair is None else (pair >= 0).sum(1)
     target_total = (count > 0).to(log_normaliser.dtype)
     target_scale = target_total / count.clamp_min(1)
     row_weight = row_weight.to(log_normaliser.dtype)
@@ -195,20 +197,24 @@ class _Targets:
     """
 
     def __init__(
-        self, features: Tensor, weight: Tensor, assignment: Assignment, pair: Tensor, temperature: float
+        self, features: Tensor, weight: Tensor, assignment: Assignment, pair: Tensor | None, temperature: float
     ) -> None:
         self.weight, self.column, self.temperature = weight, assignment.column, temperature
-        # one more row, whose P is 0, stands for "no target"
-        none = features.shape[0]
-        self.features = torch.cat([features, features.new_zeros(1, features.shape[1])])
-        self.row = torch.cat([assignment.row, assignment.row.new_full((1,), -torch.inf)])[:, None]
-        self.pair = torch.where(pair >= 0, pair, none).unbind(1)
+        self.features, self.row = features, assignment.row[:, None]
+        self.pairs: tuple[Tensor, ...] = ()
+        if pair is not None:
+            # one more row, whose P is 0, stands for "no target"
+            self.features = torch.cat([features, features.new_zeros(1, features.shape[1])])
+            self.row = torch.cat([self.row, self.row.new_full((1, 1), -torch.inf)])
+            self.pairs = torch.where(pair >= 0, pair, features.shape[0]).unbind(1)
 
     def chunk(self, part: slice) -> Tensor:
         """``[N, chunk]``."""
         entries = matmul(self.features, self.weight[part].T).div_(self.temperature)
         entries.add_(self.column[part]).add_(self.row).exp_()
-        target = entries.index_select(0, self.pair[0])
-        for pair in self.pair[1:]:
+        if not self.pairs:
+            return entries
+        target = entries.index_select(0, self.pairs[0])
+        for pair in self.pairs[1:]:
             target += entries.index_select(0, pair)
         return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from streamtrain.config.model import ModelConfig
@@ -201,3 +202,21 @@ def test_bf16_pass_is_near_the_fp32_one() -> None:
 def test_sizes_that_are_not_whole_patches_are_refused() -> None:
     with pytest.raises(ValueError, match="30 x 32 pixels"):
         make().forward_features(images(1, 3, 30, 32))
+
+
+def test_blocks_compile_to_one_graph_that_all_of_them_share() -> None:
+    crops = [images(5, 3, 32, 32), images(4, 3, 16, 16, seed=1)]
+    losses = []
+    graphs = CompileCounterWithBackend("eager")
+    for compiled in (False, True):
+        model = make("block", drop_path=0.4, rope_rescale=2.0)
+        if compiled:
+            for block in model.blocks:
+                block.transform = torch.compile(block.transform, backend=graphs, fullgraph=True, dynamic=False)
+        for seed in (1, 2):
+            features = model(crops, generator=torch.Generator().manual_seed(seed))
+            loss = sum(piece.patches.sin().sum() for piece in features)
+            loss.backward()
+            losses.append(loss.detach())
+    assert graphs.frame_count == 1
+    torch.testing.assert_close(losses[2:], losses[:2])

@@ -103,6 +103,21 @@ def test_error_against_float64(dtype: torch.dtype, tolerance: float) -> None:
         assert (got.grad.double() - want.grad).norm() < tolerance * want.grad.norm()
 
 
+def test_a_target_of_its_own_for_each_row_from_a_wider_teacher() -> None:
+    z, weight = unit(6, 4).requires_grad_(), random(30, 4, seed=1).requires_grad_()
+    teacher, teacher_weight = unit(6, 7, seed=2), random(30, 7, seed=3)
+    assignment = sinkhorn(teacher, teacher_weight, TEACHER, 3, 8)
+    row_weight = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pair = torch.arange(6)[:, None]
+    expected = reference(z, weight, probabilities(teacher, teacher_weight, assignment), pair, row_weight)
+    wanted = torch.autograd.grad(expected, (z, weight))
+    for pairs in (None, pair):
+        rest = assignment, pairs, row_weight, STUDENT, TEACHER, 8
+        got = prototype_cross_entropy(z, weight, teacher, teacher_weight, *rest)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, (z, weight)), wanted)
+
+
 def test_weight_zero_rows_and_padding_leave_no_trace() -> None:
     z, weight = unit(6, 4).float().requires_grad_(), random(30, 4, seed=1).float()
     teacher = unit(6, 4, seed=2).float()
