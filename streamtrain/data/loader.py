@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shards.errors import SampleError
 from shards.order import Order
+from shards.quarantine import Quarantine
 from shards.source import Samples, ShardSet, Source
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import ViewParameters, draw_views
@@ -95,10 +95,13 @@ class Loader:
         start_slot: int = 0,
         lane_block: int | None = None,
         local_world_size: int = 1,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Start reading at ``start_slot``.
 
         Args:
+            quarantine: takes note of images that cannot be used, which others then stand in for; without one, the
+                first such image ends the stream.
             lane_block: of a resumed stream, from its state; a new one fits it to the global batch.
             local_world_size: ranks that share this machine's cores.
 
@@ -121,7 +124,16 @@ class Loader:
         self._ready: queue.Queue[_Finished | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
         threads = config.data.decode_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-        producer = _Producer(shard_set, order, slots, config, torch.device(device), start_slot, threads)
+        source = Source(
+            shard_set,
+            order,
+            threads=config.data.reader_threads,
+            max_bytes_in_flight=config.data.read_ahead_bytes,
+            quarantine=quarantine,
+            max_pixels=config.data.max_pixels,
+        )
+        self._quarantine = quarantine
+        producer = _Producer(source, slots, config, torch.device(device), start_slot, threads)
         # the thread knows nothing of the loader, so that a forgotten loader is collected and stops it
         thread = threading.Thread(target=_produce, args=(producer, self._ready, stop), name="loader", daemon=True)
         self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop)
@@ -134,7 +146,8 @@ class Loader:
         """The next micro-batch.
 
         Raises:
-            SampleError: an image cannot be read or decoded; names shard, index and key.
+            SampleError: an image cannot be read or decoded, and there is no quarantine; names shard, index and key.
+            ShardError: far too many images cannot be used.
         """
         if self._failure is not None:
             raise self._failure
@@ -154,8 +167,12 @@ class Loader:
         return item.claim()
 
     def state_dict(self, next_slot: int) -> dict[str, Any]:
-        """What a checkpoint keeps: the stream's identity and the first slot not yet consumed by any rank."""
-        return {**self._identity, "next_slot": next_slot, "quarantine": 0}
+        """What a checkpoint keeps: the stream's identity and the first slot not yet consumed by any rank.
+
+        ``quarantine`` is how many images this process found unusable; the log itself stays in the run folder.
+        """
+        unusable = self._quarantine.num_entries if self._quarantine is not None else 0
+        return {**self._identity, "next_slot": next_slot, "quarantine": unusable}
 
     def close(self) -> None:
         """Stop the thread, the readers and DALI; may be called twice."""
@@ -211,19 +228,15 @@ class _Producer:
 
     def __init__(
         self,
-        shard_set: ShardSet,
-        order: Order,
+        source: Source,
         slots: Iterator[npt.NDArray[np.int64]],
         config: Config,
         device: torch.device,
         start_slot: int,
         threads: int,
     ) -> None:
-        self._shard_set, self._config, self._device, self._threads = shard_set, config, device, threads
-        self._source = Source(
-            shard_set, order, threads=config.data.reader_threads, max_bytes_in_flight=config.data.read_ahead_bytes
-        )
-        self._slots = slots
+        self._source, self._slots = source, slots
+        self._config, self._device, self._threads = config, device, threads
         side = config.crops.global_size // config.model.patch_size
         self._grid = (side, side)
         self._mask_rows = max_rows(
@@ -251,7 +264,12 @@ class _Producer:
                 try:
                     decoded = pipeline.take(stream)
                 except RuntimeError as error:
-                    raise self._blame(in_flight[0].samples, error) from error
+                    # the pipeline is dead; everything it was given is still here, with its parameters
+                    in_flight[0] = self._mend(in_flight[0].samples, error)
+                    pipeline = self._build()
+                    for item in in_flight:
+                        pipeline.feed(item.samples.payloads, item.views)
+                    continue
                 finished = self._assemble(in_flight.popleft(), decoded, stream, cpu_views)
                 del decoded
                 pipeline.release()
@@ -274,11 +292,7 @@ class _Producer:
         )
 
     def _prepare(self, samples: Samples) -> _InFlight:
-        """Draw everything random about the samples, once they are known to be of a usable size."""
-        pixels = samples.sizes.astype(np.int64).prod(axis=1)
-        for row in np.flatnonzero((pixels == 0) | (pixels > self._config.data.max_pixels)):
-            size = f"{pixels[row]} pixels are more than data.max_pixels" if pixels[row] else "its header is unreadable"
-            raise self._sample_error(samples, int(row), size)
+        """Draw everything random about the samples."""
         seed, crops = self._config.run.seed, self._config.crops
         return _InFlight(
             samples,
@@ -312,18 +326,20 @@ class _Producer:
                 event.record(stream)
         return _Finished(Batch(item.samples.slots, global_crops, local_crops, masks), event)
 
-    def _blame(self, samples: Samples, error: RuntimeError) -> Exception:
-        """The error that names the sample behind a failed batch; DALI's own, where each decodes by itself."""
-        for row, payload in enumerate(samples.payloads):
-            reason = undecodable(payload)
-            if reason is not None:
-                return self._sample_error(samples, row, reason)
-        return error
+    def _mend(self, samples: Samples, error: RuntimeError) -> _InFlight:
+        """The batch on which DALI failed, with substitutes for the images that do not decode by themselves.
 
-    def _sample_error(self, samples: Samples, row: int, reason: str) -> SampleError:
-        shard, sample = int(samples.shards[row]), int(samples.samples[row])
-        entry = self._shard_set.manifest.shards[shard]
-        return SampleError(entry.name, sample, self._shard_set.key(shard, sample), reason)
+        Raises:
+            RuntimeError: ``error`` again, if each of them does.
+        """
+        mended = samples
+        for row in range(len(samples.slots)):
+            # the substitute may be no better
+            while (reason := undecodable(mended.payloads[row])) is not None:
+                mended = self._source.replace(mended, row, reason)
+        if mended is samples:
+            raise error
+        return self._prepare(mended)
 
 
 def _produce(producer: _Producer, ready: queue.Queue[_Finished | BaseException], stop: threading.Event) -> None:

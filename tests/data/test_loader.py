@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from shards.errors import SampleError, ShardError
+from shards.order import Order
+from shards.quarantine import Quarantine
 from streamtrain.config.data import DataConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
@@ -25,7 +28,7 @@ from streamtrain.errors import CheckpointError, ConfigError
 Damage = Callable[[Path, int, int, bytes], None]
 
 
-def make(config: Config, rank: int = 0, world_size: int = 1, start_slot: int = 0, **options: int) -> Loader:
+def make(config: Config, rank: int = 0, world_size: int = 1, start_slot: int = 0, **options: object) -> Loader:
     shard_set = open_shard_set(config)
     return Loader(shard_set, config, rank=rank, world_size=world_size, device="cpu", start_slot=start_slot, **options)
 
@@ -157,8 +160,37 @@ def test_a_changed_image_is_named(config: Config, set_path: Path) -> None:
 
 
 def test_too_many_pixels_are_refused_before_decoding(config: Config) -> None:
-    with pytest.raises(SampleError, match=r"data\.max_pixels"):
+    with pytest.raises(SampleError, match="more than 4000 pixels"):
         take(make(with_data(config, max_pixels=4000)), 7)
+
+
+def test_unusable_images_are_logged_and_replaced_and_a_resumed_run_sees_the_same(
+    config: Config, set_path: Path, damage_sample: Damage, tmp_path: Path
+) -> None:
+    sound = by_slot(take(make(config), 7), config)
+    first_of = {}
+    for slot in range(26):
+        order = Order(open_shard_set(config).sizes, 5, 2, 4, lane_block=1)
+        _, shard, sample = order.locate(np.array([slot]))
+        first_of[int(shard[0]), int(sample[0])] = slot
+    damage_sample(set_path, 0, 1, b"a text file and no photograph")
+    damage_sample(set_path, 1, 0, b"")
+    with open(open_shard_set(config).tar_path(1), "r+b") as tar:  # read, but not what was packed
+        tar.seek(int(open_shard_set(config).record(1, 2)["offset"]) + 100)
+        tar.write(b"XXXX")
+    hit = {first_of[place] for place in [(0, 1), (1, 0), (1, 2)]}
+
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_rate=1.0)
+    with make(config, quarantine=quarantine) as loader:
+        mended = by_slot([next(loader) for _ in range(6)], config)
+        assert loader.state_dict(24)["quarantine"] == quarantine.num_entries
+    logged = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {(int(entry["shard"][:6]), entry["index"]) for entry in logged} == {(0, 1), (1, 0), (1, 2)}
+    for slot, parts in mended.items():
+        assert torch.equal(parts[2], sound[slot][2])  # masks are the slot's own, whatever the image
+        assert torch.equal(parts[0], sound[slot][0]) == (slot not in hit)
+    resumed = make(config, start_slot=8, quarantine=Quarantine(tmp_path / "quarantine.jsonl", max_rate=1.0))
+    assert_same(by_slot(take(resumed, 4), config), {slot: mended[slot] for slot in range(8, 24)})
 
 
 def test_a_missing_set_is_one_clear_line(config: Config, tmp_path: Path) -> None:
