@@ -13,9 +13,7 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,13 +22,10 @@ import torch
 
 from shards.order import Order
 from shards.quarantine import Quarantine
-from shards.source import Samples, ShardSet, Source
+from shards.source import ShardSet, Source
 from streamtrain.config.tree import Config
-from streamtrain.data.augment import ViewParameters, draw_views
 from streamtrain.data.batch import Batch
-from streamtrain.data.masking import MaskParameters, draw_masks, max_rows, rasterise
-from streamtrain.data.pipeline import CropPipeline, undecodable
-from streamtrain.data.views import CpuViews, finish
+from streamtrain.data.producer import Finished, Producer
 from streamtrain.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
@@ -121,7 +116,7 @@ class Loader:
         self.seconds = 0.0
         self._first_at: float | None = None
         self._failure: BaseException | None = None
-        self._ready: queue.Queue[_Finished | BaseException] = queue.Queue(maxsize=1)
+        self._ready: queue.Queue[Finished | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
         threads = config.data.decode_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
         source = Source(
@@ -133,7 +128,7 @@ class Loader:
             max_pixels=config.data.max_pixels,
         )
         self._quarantine = quarantine
-        producer = _Producer(source, slots, config, torch.device(device), start_slot, threads)
+        producer = Producer(source, slots, config, torch.device(device), start_slot, threads)
         # the thread knows nothing of the loader, so that a forgotten loader is collected and stops it
         thread = threading.Thread(target=_produce, args=(producer, self._ready, stop), name="loader", daemon=True)
         self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop)
@@ -196,153 +191,7 @@ def _identity(shard_set: ShardSet, config: Config, lane_block: int) -> dict[str,
     }
 
 
-@dataclass
-class _Finished:
-    """A batch that may still be under way on the loader's CUDA stream."""
-
-    batch: Batch
-    event: torch.cuda.Event | None
-
-    def claim(self) -> Batch:
-        """The batch, safe to use on the caller's current stream."""
-        if self.event is not None:
-            batch, stream = self.batch, torch.cuda.current_stream(self.batch.global_crops.device)
-            stream.wait_event(self.event)
-            masks = batch.masks
-            for tensor in (batch.global_crops, batch.local_crops, masks.grid_mask, masks.index, masks.weight):
-                tensor.record_stream(stream)
-        return self.batch
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """A batch that DALI has been given: enough to feed it again, and to name its samples."""
-
-    samples: Samples
-    views: ViewParameters
-    masks: MaskParameters
-
-
-class _Producer:
-    """Makes the batches; used by one thread only."""
-
-    def __init__(
-        self,
-        source: Source,
-        slots: Iterator[npt.NDArray[np.int64]],
-        config: Config,
-        device: torch.device,
-        start_slot: int,
-        threads: int,
-    ) -> None:
-        self._source, self._slots = source, slots
-        self._config, self._device, self._threads = config, device, threads
-        side = config.crops.global_size // config.model.patch_size
-        self._grid = (side, side)
-        self._mask_rows = max_rows(
-            config.masks,
-            config.data.micro_batch,
-            config.crops.global_count,
-            side * side,
-            # every micro-batch starts at start_slot plus a multiple of its own size
-            int(np.gcd(start_slot, config.data.micro_batch)),
-        )
-
-    def batches(self) -> Generator[_Finished, None, None]:
-        """The finished batches, in the order of the slots."""
-        on_gpu = self._device.type == "cuda"
-        stream = torch.cuda.Stream(self._device) if on_gpu else None
-        cpu_views = None if on_gpu else CpuViews(self._config.crops, self._threads)
-        reader = self._source.batches(self._slots)
-        pipeline = self._build()
-        in_flight: deque[_InFlight] = deque()
-        try:
-            while True:
-                while len(in_flight) < self._config.data.prefetch:
-                    in_flight.append(self._prepare(next(reader)))
-                    pipeline.feed(in_flight[-1].samples.payloads, in_flight[-1].views)
-                try:
-                    decoded = pipeline.take(stream)
-                except RuntimeError as error:
-                    # the pipeline is dead; everything it was given is still here, with its parameters
-                    in_flight[0] = self._mend(in_flight[0].samples, error)
-                    pipeline = self._build()
-                    for item in in_flight:
-                        pipeline.feed(item.samples.payloads, item.views)
-                    continue
-                finished = self._assemble(in_flight.popleft(), decoded, stream, cpu_views)
-                del decoded
-                pipeline.release()
-                yield finished
-        finally:
-            if cpu_views is not None:
-                cpu_views.close()
-            self._source.close()
-
-    def _build(self) -> CropPipeline:
-        on_gpu = self._device.type == "cuda"
-        return CropPipeline(
-            self._config.crops,
-            self._config.data.micro_batch,
-            device="gpu" if on_gpu else "cpu",
-            device_id=(self._device.index or 0) if on_gpu else None,
-            threads=self._threads,
-            prefetch=self._config.data.prefetch,
-            cropping=on_gpu,
-        )
-
-    def _prepare(self, samples: Samples) -> _InFlight:
-        """Draw everything random about the samples."""
-        seed, crops = self._config.run.seed, self._config.crops
-        return _InFlight(
-            samples,
-            draw_views(crops, seed, samples.slots, samples.sizes),
-            draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid),
-        )
-
-    def _assemble(
-        self, item: _InFlight, decoded: list[Any], stream: torch.cuda.Stream | None, cpu_views: CpuViews | None
-    ) -> _Finished:
-        """Views and masks on the device, in memory of our own; ``decoded`` is what DALI hands out."""
-        count = self._config.crops.global_count
-        # stream(None) does nothing: on the CPU all of this has happened when it returns
-        with torch.cuda.stream(stream):
-            if cpu_views is not None:
-                images = [torch.from_dlpack(image) for image in decoded[0]]
-                global_crops, local_crops = cpu_views.make(images, item.views)
-            else:
-                crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
-                global_crops = finish(crops[:count], item.views, 0)
-                size = self._config.crops.local_size
-                local_crops = (
-                    finish(crops[count:], item.views, count)
-                    if self._config.crops.local_count
-                    else global_crops.new_empty(0, size, size, 3)
-                )
-            masks = rasterise(item.masks, self._grid, self._mask_rows, self._device)
-            event = None
-            if stream is not None:
-                event = torch.cuda.Event()
-                event.record(stream)
-        return _Finished(Batch(item.samples.slots, global_crops, local_crops, masks), event)
-
-    def _mend(self, samples: Samples, error: RuntimeError) -> _InFlight:
-        """The batch on which DALI failed, with substitutes for the images that do not decode by themselves.
-
-        Raises:
-            RuntimeError: ``error`` again, if each of them does.
-        """
-        mended = samples
-        for row in range(len(samples.slots)):
-            # the substitute may be no better
-            while (reason := undecodable(mended.payloads[row])) is not None:
-                mended = self._source.replace(mended, row, reason)
-        if mended is samples:
-            raise error
-        return self._prepare(mended)
-
-
-def _produce(producer: _Producer, ready: queue.Queue[_Finished | BaseException], stop: threading.Event) -> None:
+def _produce(producer: Producer, ready: queue.Queue[Finished | BaseException], stop: threading.Event) -> None:
     """The thread: fill the queue until told to stop; a failure is the last item."""
     batches = producer.batches()
     try:
@@ -356,7 +205,7 @@ def _produce(producer: _Producer, ready: queue.Queue[_Finished | BaseException],
 
 
 def _shut_down(
-    thread: threading.Thread, ready: queue.Queue[_Finished | BaseException], stop: threading.Event
+    thread: threading.Thread, ready: queue.Queue[Finished | BaseException], stop: threading.Event
 ) -> None:
     stop.set()
     while thread.is_alive():
