@@ -184,8 +184,21 @@ def load_index(path: Path) -> np.ndarray:
         raise ShardError(f"index {path} is missing; copy the set again, or pack it again") from error
     except (ValueError, OSError, EOFError) as error:
         raise ShardError(f"index {path} is damaged; copy the set again, or pack it again") from error
+    return _checked(records, str(path))
+
+
+def parse_index(content: bytes, name: str) -> np.ndarray:
+    """The records [num_samples] in the bytes of an index file; raises as ``load_index``, calling the file ``name``."""
+    try:
+        records = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ShardError(f"index {name} is damaged; upload the set again") from error
+    return _checked(records, name)
+
+
+def _checked(records: np.ndarray, name: str) -> np.ndarray:
     if records.dtype != RECORD or records.ndim != 1:
-        raise ShardError(f"index {path} was written by another version; pack the set again")
+        raise ShardError(f"index {name} was written by another version; pack the set again")
     return records
 
 

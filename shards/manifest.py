@@ -29,6 +29,12 @@ class ShardEntry:
     bytes: int
     samples: int
     sha256: str  # of the tar
+    url: str = ""  # of a tar that lies elsewhere: a URL or an absolute path; empty for shards/NAME of the set
+
+    @property
+    def index_name(self) -> str:
+        """The file name of the shard's index in index/."""
+        return self.name.removesuffix(".tar") + ".npy"
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,20 @@ class Manifest:
                 f"no shard set at {set_dir}; make one with: python tools/make_shards.py --src IMAGES --out {set_dir}"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_bytes(), str(path))
         except FileNotFoundError as error:
             raise ShardError(
                 f"{set_dir} is not a finished shard set (no {FILE_NAME}); run tools/make_shards.py again"
             ) from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
+
+    @classmethod
+    def parse(cls, text: bytes, path: str) -> Manifest:
+        """The manifest in the bytes of a ``manifest.json``; raises as ``load``, calling the file ``path``."""
+        try:
+            content = json.loads(text)
+        except ValueError as error:
             raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION:

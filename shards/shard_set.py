@@ -1,8 +1,7 @@
-"""A shard set on disk: any image by shard and sample, in one read, checked against its checksum."""
+"""A shard set: any image by shard and sample, in one read, checked against its checksum."""
 
 from __future__ import annotations
 
-import os
 import tarfile
 import threading
 import zlib
@@ -13,32 +12,19 @@ from typing import Protocol
 import numpy as np
 
 from shards.errors import SampleError, ShardError
-from shards.index import load_index, split_name
-from shards.manifest import Manifest
+from shards.index import load_index, parse_index, split_name
+from shards.manifest import FILE_NAME, Manifest, ShardEntry
+from shards.store import Patience, Store
+from shards.tars import RemoteTar, Tar, is_url, open_tar
 
 _OPEN_SHARDS = 200  # each takes two open files; the usual limit is 1024
 
 
 class _OpenShard:
-    """A mapped index and, once it is needed, its open tar; closed when the last reader lets go of it."""
+    """An index and its tar, in use."""
 
-    def __init__(self, tar: Path, index: Path) -> None:
-        self.records = load_index(index).view(np.ndarray)
-        self._tar = tar
-        self._file: int | None = None
-        self._lock = threading.Lock()
-
-    def read(self, length: int, offset: int) -> bytes:
-        """Bytes of the tar, fewer where it ends; OSError where it cannot be read."""
-        with self._lock:
-            if self._file is None:
-                self._file = os.open(self._tar, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return os.pread(self._file, length, offset)
-
-    def __del__(self) -> None:
-        file = getattr(self, "_file", None)
-        if file is not None:
-            os.close(file)
+    def __init__(self, records: np.ndarray, tar: Tar) -> None:
+        self.records, self.read = records, tar.read
 
 
 class Readable(Protocol):
@@ -58,28 +44,38 @@ class Readable(Protocol):
 
 
 class ShardSet:
-    """A shard set on a local or mounted disk. Safe to share between threads.
+    """A shard set: on a local or mounted disk, or under a URL and then read in ranges. Safe to share between threads.
 
     Attributes:
-        path: the set's folder.
+        path: the set's folder; of a remote set, the empty path.
         manifest: its description.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, store: Store | None = None) -> None:
         self.path, self.manifest = path, manifest
+        self._store = store
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str) -> ShardSet:
-        """Open a set, and check that every file is there with its full length.
+    def open(cls, path: Path | str, patience: Patience | None = None) -> ShardSet:
+        """Open a set and, where it is local, check that every file is there with its full length.
+
+        Args:
+            path: a folder, or a URL of one.
+            patience: how long to try, where it is remote.
 
         Raises:
             ShardError: no set, not finished, or a file missing or cut short; one line that says what to do.
         """
+        if is_url(str(path)):
+            store = Store(str(path), patience)
+            return cls(Path(), Manifest.parse(store.read(FILE_NAME), store.url_of(FILE_NAME)), store)
         path = Path(path)
         shard_set = cls(path, Manifest.load(path))
         for shard, entry in enumerate(shard_set.manifest.shards):
+            if is_url(entry.url):
+                continue
             tar, index = shard_set.tar_path(shard), shard_set.index_path(shard)
             try:
                 tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
@@ -116,12 +112,13 @@ class ShardSet:
         return self.manifest.digest
 
     def tar_path(self, shard: int) -> Path:
-        """The tar of a shard."""
-        return self.path / "shards" / self.manifest.shards[shard].name
+        """The tar of a shard, where that is local."""
+        entry = self.manifest.shards[shard]
+        return Path(entry.url) if entry.url else self.path / "shards" / entry.name
 
     def index_path(self, shard: int) -> Path:
-        """Our index of a shard."""
-        return self.path / "index" / (self.manifest.shards[shard].name.removesuffix(".tar") + ".npy")
+        """Our index of a shard, where the set is local."""
+        return self.path / "index" / self.manifest.shards[shard].index_name
 
     def name(self, shard: int) -> str:
         """What logs call a shard."""
@@ -172,14 +169,24 @@ class ShardSet:
             if opened is not None:
                 self._open.move_to_end(shard)
                 return opened
-        opened = _OpenShard(self.tar_path(shard), self.index_path(shard))
-        if len(opened.records) != self.manifest.shards[shard].samples:
-            raise ShardError(
-                f"index {self.index_path(shard)} holds {len(opened.records)} samples, the manifest says "
-                f"{self.manifest.shards[shard].samples}; copy the set again, or pack it again"
-            )
+        opened = self._opened(self.manifest.shards[shard])
         with self._lock:
             self._open[shard] = opened
             while len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return opened
+
+    def _opened(self, entry: ShardEntry) -> _OpenShard:
+        if self._store is None:
+            records = load_index(self.path / "index" / entry.index_name).view(np.ndarray)
+            tar = open_tar(entry.url or str(self.path / "shards" / entry.name))
+        else:
+            index = f"index/{entry.index_name}"
+            records = parse_index(self._store.read(index), self._store.url_of(index))
+            tar = open_tar(entry.url) if entry.url else RemoteTar(self._store, f"shards/{entry.name}")
+        if len(records) != entry.samples:
+            raise ShardError(
+                f"index {entry.index_name} holds {len(records)} samples, the manifest says {entry.samples}; "
+                "copy the set again, or pack it again"
+            )
+        return _OpenShard(records, tar)
