@@ -33,11 +33,11 @@ setup(
         "fsspec>=2024.2",
         "safetensors>=0.4.3",
         "filelock>=3.13",
-        "psutil>=5.9",
     ],
     extras_require={
         "cu13": ["nvidia-dali-cuda130>=2.4,<3"],
         "cu12": ["nvidia-dali-cuda120>=2.4,<3"],
+        "hf": ["transformers>=5"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
         "test": [

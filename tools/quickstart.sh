@@ -8,7 +8,7 @@
 #   --ranks N       training processes, one a GPU where there are any (default: 1)
 #   a.b=value ...   further arguments go to the training, e.g. run.steps=1000
 #
-# Needs Python >= 3.10 and a C++ compiler. Running it again goes on where it was and repeats nothing finished.
+# Needs Python >= 3.10. Running it again goes on where it was and repeats nothing finished.
 # tools/setup_env.sh tells the variables that the installation heeds.
 set -euo pipefail
 started=$SECONDS
@@ -60,7 +60,7 @@ stage() {
 trap 'printf "\ninterrupted; the same command goes on from here\n" >&2; exit 130' INT TERM
 
 printf '== set-up\n'
-tools/setup_env.sh
+tools/setup_env.sh hf
 export PATH="$PWD/.venv/bin:$PATH"
 names+=("set-up") times+=("$((SECONDS - started)) s")
 work_started=$SECONDS

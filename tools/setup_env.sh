@@ -40,15 +40,6 @@ make_venv() {
     .venv/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
 }
 
-# DeepSpeed compiles its CPU helpers on first use.
-check_compiler() {
-    command -v "${CXX:-c++}" >/dev/null ||
-        fail "no C++ compiler found (${CXX:-c++}); on Debian and Ubuntu: apt-get install g++"
-    .venv/bin/python -c 'import os, sys, sysconfig as s
-sys.exit(not os.path.exists(os.path.join(s.get_paths()["include"], "Python.h")))' ||
-        fail "the headers of Python are missing (Python.h); on Debian and Ubuntu: apt-get install python3-dev"
-}
-
 # pip's output goes to the log; a line of what it does at present goes to the terminal.
 pip_install() {
     local log=.venv/install.log
@@ -98,7 +89,6 @@ install() {
 
 # One stamp an extra, so that what was installed with more extras also serves those who want fewer.
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then make_venv; fi
-check_compiler
 extras=("$(dali_extra)" "$@")
 stamp=$( (cat setup.py; .venv/bin/python --version; echo "${STREAMTRAIN_TORCH_INDEX:-}") | sha256sum)
 for extra in "${extras[@]}"; do
