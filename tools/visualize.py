@@ -3,10 +3,12 @@
 
 python tools/visualize.py similarity --run RUN --image X [X ...] [--patch ROW,COL ...] --out P.png
 python tools/visualize.py pca --weights W --image X [X ...] --out P.png
+python tools/visualize.py attention --run RUN --image X [X ...] --out P.png
 python tools/visualize.py curves --run RUN [RUN ...] --out P.png
 
 similarity: cosine similarity of the patch under the red cross to every other patch, also of further images.
 pca: the first three principal components of the patch features, of all images together, as red, green and blue.
+attention: what the CLS token attends to in the last block, a map a head, each on its own scale.
 curves: losses, evaluations and speed of one or several runs, from their metrics.jsonl.
 """
 
@@ -27,6 +29,7 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, colour_bar, compose, enlarge, mark, viridis
 from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.maps import (
+    cls_attention,
     fit_to_patches,
     patch_features,
     principal_components,
@@ -60,7 +63,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in ("similarity", "pca"):
+    for kind in ("similarity", "pca", "attention"):
         of_kind = kinds.add_parser(kind)
         add_backbone_arguments(of_kind)
         of_kind.add_argument("--image", type=Path, nargs="+", required=True, metavar="X")
@@ -116,13 +119,18 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = backbone.model.to(device)
     inputs = [fit_to_patches(image, size, config.model.patch_size) for image in originals]
-    features = [patch_features(model, image, config.mean, config.std) for image in inputs]
     # From the originals, which have all their detail where the page is larger than the network's input.
     shown = [
         original.resize(shown_size(image), Image.Resampling.LANCZOS)
         for original, image in zip(originals, inputs, strict=True)
     ]
-    subtitle = describe(arguments, config, [(feature.shape[0], feature.shape[1]) for feature in features])
+    patch_size = config.model.patch_size
+    grids = [(image.height // patch_size, image.width // patch_size) for image in inputs]
+    subtitle = describe(arguments, config, grids)
+    if arguments.kind == "attention":
+        maps = [cls_attention(model, image, config.mean, config.std) for image in inputs]
+        return compose("Attention of the CLS token in the last block", subtitle, attention_rows(arguments, shown, maps))
+    features = [patch_features(model, image, config.mean, config.std) for image in inputs]
     if arguments.kind == "pca":
         rows = pca_rows(arguments, shown, principal_components(features))
         return compose("First three principal components of the patch features", subtitle, rows)
@@ -139,6 +147,20 @@ def pca_rows(arguments: argparse.Namespace, shown: list[Image.Image], components
     ]
     images = [Tile(image, path.name) for image, path in zip(shown, arguments.image, strict=True)]
     return [[images[0], maps[0]]] if len(images) == 1 else [images, maps]
+
+
+def attention_rows(arguments: argparse.Namespace, shown: list[Image.Image], maps: list[np.ndarray]) -> list[list[Tile]]:
+    """A row an image: the image, the mean over heads, and at most six heads, all small."""
+    rows = []
+    for image, heads, path in zip(shown, maps, arguments.image, strict=True):
+        small = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+        tiles = [Tile(small, path.name)]
+        for name, values in (("mean", heads.mean(0)), *((f"head {i}", head) for i, head in enumerate(heads[:6]))):
+            high = float(values.max())
+            share = f"{name}: {values.sum():.0%} on patches"
+            tiles.append(Tile(enlarge(viridis(values / max(high, 1e-12)), small.size, arguments.smooth), share))
+        rows.append(tiles)
+    return rows
 
 
 def similarity_rows(

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
+from streamtrain.model.layers import Attention
+from streamtrain.model.layout import Layout
+from streamtrain.model.rope import RopeTable, rotate
 from streamtrain.model.vit import VisionTransformer
 
 
@@ -45,6 +48,35 @@ def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[
     patches = model.forward_features(inputs).patches[0].float()
     grid = (image.height // model.patch_size, image.width // model.patch_size)
     return F.normalize(patches, dim=-1).unflatten(0, grid).cpu()
+
+
+@torch.inference_mode()
+def cls_attention(
+    model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """What the CLS token attends to among the patches in the last block: float32 [heads, h, w].
+
+    Each head's map sums to the share of its attention that goes to patches; the rest goes to CLS and registers.
+    """
+    attention = model.blocks[-1].attention
+    assert isinstance(attention, Attention)
+    maps: list[Tensor] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, Layout, list[RopeTable]]) -> None:
+        tokens, layout, tables = inputs
+        heads = layout.views(attention.qkv(tokens))[0].unflatten(-1, (3, attention.num_heads, -1))
+        turned = rotate(heads[:, :, :2], tables[0]).float()
+        query, keys = turned[0, 0, 0], turned[0, :, 1]  # of CLS [heads, d], of all tokens [tokens, heads, d]
+        scores = torch.einsum("hd,thd->ht", query, keys) * query.shape[-1] ** -0.5
+        maps.append(scores.softmax(-1)[:, layout.num_prefix :])
+
+    handle = attention.register_forward_pre_hook(look)
+    try:
+        patch_features(model, image, mean, std)
+    finally:
+        handle.remove()
+    grid = (image.height // model.patch_size, image.width // model.patch_size)
+    return maps[0].unflatten(1, grid).cpu().numpy()
 
 
 def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[np.ndarray]:

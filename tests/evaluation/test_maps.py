@@ -7,9 +7,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_backbone import tiny_backbone
 
+from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, colour_bar, compose, mark, viridis
-from streamtrain.evaluation.maps import fit_to_patches, patch_features, principal_components, similarity_maps
+from streamtrain.evaluation.maps import (
+    cls_attention,
+    fit_to_patches,
+    patch_features,
+    principal_components,
+    similarity_maps,
+)
 
 
 def test_patch_features_lie_where_the_patches_lie() -> None:
@@ -25,6 +32,30 @@ def test_patch_features_lie_where_the_patches_lie() -> None:
     torch.testing.assert_close(first.norm(dim=-1), torch.ones(4, 7))
     difference = (first - second).norm(dim=-1)
     assert divmod(int(difference.argmax()), 7) == (1, 5)
+
+
+def test_attention_of_cls_is_that_of_the_block() -> None:
+    backbone = tiny_backbone()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    found = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
+    assert found.shape == (2, 3, 5) and (found >= 0).all() and (found.sum((1, 2)) < 1).all()
+    # The block's own result: values of patches shifted by a constant move the output of CLS by attention x constant.
+    block = backbone.model.blocks[-1]
+    received: list[torch.Tensor] = []
+    block.attention.proj.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0][0].clone()))
+    pixels = torch.from_numpy(np.array(image))[None]
+    inputs = normalise(pixels, backbone.config.mean, backbone.config.std, torch.float32)
+    tokens = 1 + 4 + 15
+
+    def probe(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        values = output.clone()
+        values[:, 64:] = 0
+        values[5:tokens, 64:] = 1  # patches carry 1, the others 0
+        return values
+
+    block.attention.qkv.register_forward_hook(probe)
+    backbone.model.forward_features(inputs)
+    np.testing.assert_allclose(received[0].reshape(2, 16)[:, 0], found.sum((1, 2)), rtol=1e-5)
 
 
 def test_any_image_becomes_whole_patches() -> None:

@@ -80,6 +80,17 @@ def test_every_mistake_is_named(
     assert not (place / "x.png").exists()
 
 
+def test_attention_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    images = ["--image", "wide.png", "images/down/000.png"]
+    command = ["visualize.py", "attention", "--weights", "weights", *images, "--out", "a.png"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert importlib.import_module("visualize").main() == 0
+    page = np.asarray(Image.open("a.png"))
+    assert page.shape[0] > 2 * 200 and page.shape[1] > 4 * 300  # image, mean and two heads of a wide image
+
+
 def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, start in (("a", 5), ("b", 9)):
         (place / name).mkdir()
