@@ -6,6 +6,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +71,7 @@ class ShardSet:
         """
         if is_url(str(path)):
             store = Store(str(path), patience)
-            return cls(Path(), Manifest.parse(store.read(FILE_NAME), store.url_of(FILE_NAME)), store)
+            return cls(Path(), store.load(FILE_NAME, partial(Manifest.parse, path=store.url_of(FILE_NAME))), store)
         path = Path(path)
         shard_set = cls(path, Manifest.load(path))
         for shard, entry in enumerate(shard_set.manifest.shards):
@@ -182,7 +183,7 @@ class ShardSet:
             tar = open_tar(entry.url or str(self.path / "shards" / entry.name))
         else:
             index = f"index/{entry.index_name}"
-            records = parse_index(self._store.read(index), self._store.url_of(index))
+            records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)))
             tar = open_tar(entry.url) if entry.url else RemoteTar(self._store, f"shards/{entry.name}")
         if len(records) != entry.samples:
             raise ShardError(

@@ -23,6 +23,7 @@ from shards.errors import ShardError
 
 _PIECE_BYTES = 4 << 20
 _TIMES_TO_BELIEVE_ABSENCE = 3
+_TIMES_TO_BELIEVE_DAMAGE = 5
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 
 _log = logging.getLogger(__name__)
@@ -64,14 +65,20 @@ class Store:
         except ValueError as error:
             raise ShardError(f"{url} cannot be read ({error}); use http(s)://, s3://, gs:// or hf://") from error
 
-    def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes [begin, end) of an object, or all of it.
+    def load(self, name: str, parse: Callable[[bytes], Result]) -> Result:
+        """A small object as ``parse`` makes it of all its bytes; fetched again where ``parse`` raises a ShardError.
+
+        Raises:
+            ShardError: it does not exist, or did not come before the deadline (names the object); or as ``parse``.
+        """
+        return self._persist(name, lambda: parse(bytes(self._files.cat_file(self._path(name)))))
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of an object.
 
         Raises:
             ShardError: it does not exist, or did not come whole before the deadline; names the object.
         """
-        if end is None:
-            return self._persist(name, lambda: bytes(self._files.cat_file(self._path(name))))
         pieces = [
             self._piece(name, at, min(at + _PIECE_BYTES, end)) for at in range(begin, max(end, begin + 1), _PIECE_BYTES)
         ]
@@ -153,6 +160,10 @@ class Store:
                 if number >= _TIMES_TO_BELIEVE_ABSENCE:
                     raise ShardError(f"{url} does not exist") from error
                 reason = "not found"
+            except ShardError as error:
+                if number >= _TIMES_TO_BELIEVE_DAMAGE:
+                    raise
+                reason = str(error)
             except PermissionError as error:
                 raise ShardError(f"{url} may not be read ({error}); check the credentials") from error
             except Exception as error:  # every library below fsspec has errors of its own

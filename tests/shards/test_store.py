@@ -16,7 +16,7 @@ from shards.errors import ShardError
 from shards.store import Patience, Store
 
 _CONTENT = np.random.default_rng(0).bytes((9 << 20) + 123)  # three pieces
-_EAGER = Patience(deadline_seconds=8.0, stall_seconds=0.5, first_pause_seconds=0.01, longest_pause_seconds=0.05)
+_EAGER = Patience(deadline_seconds=20.0, stall_seconds=1.5, first_pause_seconds=0.01, longest_pause_seconds=0.05)
 
 
 @pytest.fixture
@@ -38,8 +38,10 @@ def test_each_fault_costs_one_piece(
         store.download("big", tmp_path / "got", len(_CONTENT), hashlib.sha256(_CONTENT).hexdigest())
     assert (tmp_path / "got").read_bytes() == _CONTENT
     repeats = 0 if fault == "whole" else 2
-    assert len(server.gets) == 3 + repeats
-    assert len([record for record in caplog.records if "set/big: attempt" in record.getMessage()]) == repeats
+    logged = [record for record in caplog.records if "set/big: attempt" in record.getMessage()]
+    # A busy machine may stall an attempt that the server served well.
+    assert len(logged) >= repeats
+    assert len(server.gets) == 3 + len(logged)
 
 
 def test_a_download_goes_on_where_another_ended(server: FaultyServer, tmp_path: Path) -> None:
@@ -65,22 +67,22 @@ def test_a_damaged_beginning_is_fetched_again(server: FaultyServer, tmp_path: Pa
 def test_ranges_sizes_and_whole_objects(server: FaultyServer) -> None:
     store = Store(f"{server.url}/set", _EAGER)
     server.faults = ["503", None, "cut"]
-    assert store.read("small") == b"manifest"
+    assert store.load("small", bytes) == b"manifest"
     assert store.read("big", 100, 5 << 20) == _CONTENT[100 : 5 << 20]
     assert store.read("big", 7, 7) == b""
     assert store.size("big") == len(_CONTENT)
 
 
 def test_absence_and_hopelessness_name_the_object(server: FaultyServer) -> None:
-    store = Store(f"{server.url}/set", Patience(0.5, 0.5, 0.01, 0.05))
+    store = Store(f"{server.url}/set", Patience(0.5, 1.5, 0.01, 0.05))
     server.gone.add("/set/big")
-    for ask in (lambda: store.read("big"), lambda: store.read("big", 0, 5), lambda: store.size("big")):
+    for ask in (lambda: store.load("big", bytes), lambda: store.read("big", 0, 5), lambda: store.size("big")):
         with pytest.raises(ShardError, match=r"127\.0\.0\.1:\d+/set/big does not exist"):
             ask()
     server.faults = ["503"] * 1000
     began = time.monotonic()
     with pytest.raises(ShardError, match=r"set/small could not be read in \d+ attempts over .*503"):
-        store.read("small")
+        store.load("small", bytes)
     assert time.monotonic() - began < 5
 
 
@@ -97,3 +99,18 @@ def test_local_folders_are_stores_too(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
     assert store.names("") == ["a", "b"]
     assert store.read("b", 1, 4) == b"ont"
+
+
+def test_an_object_that_came_short_without_a_word_is_fetched_again(server: FaultyServer) -> None:
+    store = Store(f"{server.url}/set", _EAGER)
+
+    def parse(content: bytes) -> str:
+        if content != b"manifest":
+            raise ShardError(f"{content!r} is no manifest")
+        return content.decode()
+
+    server.faults = ["short", "short"]
+    assert store.load("small", parse) == "manifest"
+    server.faults = ["short"] * 5
+    with pytest.raises(ShardError, match="b'mani' is no manifest"):
+        store.load("small", parse)
