@@ -24,6 +24,12 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def remove_partials(folder: Path) -> None:
+    """Take away the temporary files that a killed process left in a folder."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hex."""
     digest = hashlib.sha256()

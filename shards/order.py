@@ -60,6 +60,12 @@ class Order:
         window: shards in a block; more mixes better and keeps more shards in use at a time.
         lanes: contiguous segments that are read in turns.
         lane_block: consecutive slots that a lane serves before the next lane's turn.
+
+    Lanes are there to spare reading, and a lane narrower than a window shuffles badly: where there are fewer than
+    ``lanes * window`` shards, neighbouring lanes are joined until each has a window of its own.
+
+    Attributes:
+        lanes, lane_block: after joining; their product is as given.
     """
 
     def __init__(
@@ -71,7 +77,11 @@ class Order:
             raise ShardError("the shard set holds no samples; pack some images first")
         if window < 1 or lanes < 1 or lane_block < 1:
             raise ShardError(f"window ({window}), lanes ({lanes}) and lane_block ({lane_block}) must all be at least 1")
-        self.seed, self.window, self.lanes, self.lane_block = seed, window, lanes, lane_block
+        self.seed, self.window = seed, window
+        self._asked = {"lanes": lanes, "lane_block": lane_block}
+        room = max(1, len(self.sizes) // window)
+        self.lanes = max(divisor for divisor in range(1, min(lanes, room) + 1) if lanes % divisor == 0)
+        self.lane_block = lane_block * lanes // self.lanes
         self._shard_starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         # lane -> ((epoch, block), permutation)
@@ -80,7 +90,7 @@ class Order:
     @property
     def parameters(self) -> dict[str, int]:
         """What defines the order beside the shards' sizes; a saved stream must agree in every entry."""
-        return {"seed": self.seed, "window": self.window, "lanes": self.lanes, "lane_block": self.lane_block}
+        return {"seed": self.seed, "window": self.window, **self._asked}
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The samples at the given slots.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from shards import images, randomness
 from shards.errors import ShardError
-from shards.files import write_whole
+from shards.files import partial_path, remove_partials, write_whole
 from shards.inputs import Inputs, Item, decompress, is_compressed_tar, list_inputs, sample_key
 from shards.manifest import FILE_NAME, Manifest, ShardEntry
 from shards.parallel import ordered_map
@@ -119,7 +119,8 @@ def _claimed(out: Path) -> Iterator[None]:
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = sorted({entry.name for entry in out.iterdir()} - _OURS)
+        ours = {*_OURS, *(partial_path(out / name).name for name in _OURS)}
+        foreign = sorted({entry.name for entry in out.iterdir()} - ours)
         if foreign:
             raise ShardError(f"--out {out} holds other files, such as {foreign[0]}; choose a new folder")
         lock = filelock.FileLock(out / _LOCK, timeout=0)
@@ -148,6 +149,8 @@ def _pack(inputs: Inputs, src: Path, out: Path, options: PackOptions, workers: i
     done = _open_journal(out, fingerprint)
     (out / "shards").mkdir(exist_ok=True)
     (out / "index").mkdir(exist_ok=True)
+    for folder in (out, out / "shards", out / "index"):
+        remove_partials(folder)
     numbers = np.arange(len(inputs.items))  # an image's number in the source makes its key, whatever the order
     if options.shuffle is not None:
         numbers = randomness.permutation(options.shuffle, randomness.PACKING, len(inputs.items))

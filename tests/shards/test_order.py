@@ -18,9 +18,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 _orders = st.builds(
     Order,
-    st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any),
     seed=st.integers(0, 100),
-    window=st.integers(1, 5),
+    window=st.integers(1, 4),
     lanes=st.integers(1, 9),
     lane_block=st.integers(1, 4),
 )
@@ -83,6 +83,13 @@ def test_substitutes_are_samples_of_the_set(order: Order, slot: int, attempt: in
     assert Order(order.sizes, **order.parameters).substitute(slot, attempt) == (shard, sample)
 
 
+@given(_orders)
+def test_lanes_are_joined_until_each_has_a_window(order: Order) -> None:
+    asked = order.parameters
+    assert order.lanes == 1 or order.lanes * order.window <= len(order.sizes)
+    assert order.lanes * order.lane_block == asked["lanes"] * asked["lane_block"]
+
+
 def test_nothing_to_order_is_an_error() -> None:
     with pytest.raises(ShardError, match="no samples"):
         Order([0, 0], seed=1)
@@ -92,9 +99,11 @@ def test_nothing_to_order_is_an_error() -> None:
 
 def test_the_order_is_the_same_for_ever() -> None:
     # A change here makes every saved run continue on other images.
-    _, shards, samples = Order([4, 3, 5], seed=3, window=2, lanes=2).locate(np.arange(12))
-    assert shards.tolist() == [2, 1, 0, 0, 2, 1, 2, 0, 2, 1, 2, 0]
-    assert samples.tolist() == [4, 1, 0, 1, 0, 2, 3, 3, 2, 0, 1, 2]
+    order = Order([2, 1, 3, 1, 2, 3], seed=3, window=2, lanes=4)
+    _, shards, samples = order.locate(np.arange(12))
+    assert (order.lanes, order.lane_block) == (2, 2)  # joined: three windows are too few for four lanes
+    assert shards.tolist() == [5, 5, 4, 0, 2, 5, 0, 4, 2, 2, 1, 3]
+    assert samples.tolist() == [1, 2, 0, 0, 0, 0, 1, 1, 2, 1, 0, 0]
 
 
 def test_a_billion_samples_start_at_once_in_little_memory() -> None:

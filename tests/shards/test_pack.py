@@ -201,6 +201,8 @@ def test_an_interrupted_packing_goes_on_to_the_same_set(
         ShardSet.open(out)
     with pytest.raises(ShardError, match="interrupted packing of another source"):
         pack(images, out, PackOptions(shard_bytes=30_000))
+    for torn in (".packing.jsonl.partial", ".manifest.json.partial", "shards/.000001.tar.partial"):
+        (out / torn).write_text("torn by a kill")
     journal = out / "packing.jsonl"
     journal.write_text(journal.read_text() + '{"shard": {"na')  # a line torn by a kill
     assert pack(images, out, options) == expected
