@@ -128,26 +128,22 @@ class Producer:
         self, item: _InFlight, decoded: list[Any], stream: torch.cuda.Stream | None, cpu_views: CpuViews | None
     ) -> Finished:
         """Views and masks on the device, in memory of our own; ``decoded`` is what DALI hands out."""
-        count = self._config.crops.global_count
-        # stream(None) does nothing: on the CPU all of this has happened when it returns
+        mask_arguments = (item.masks, self._grid, self._mask_rows, self._device)
+        if cpu_views is not None:
+            masks_to_come = cpu_views.submit(rasterise, *mask_arguments)
+            global_crops, local_crops = cpu_views.make([torch.from_dlpack(image) for image in decoded[0]], item.views)
+            return Finished(Batch(item.samples.slots, global_crops, local_crops, masks_to_come.result()), None)
+
+        assert stream is not None
+        count, size = self._config.crops.global_count, self._config.crops.local_size
         with torch.cuda.stream(stream):
-            if cpu_views is not None:
-                images = [torch.from_dlpack(image) for image in decoded[0]]
-                global_crops, local_crops = cpu_views.make(images, item.views)
-            else:
-                crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
-                global_crops = finish(crops[:count], item.views, 0)
-                size = self._config.crops.local_size
-                local_crops = (
-                    finish(crops[count:], item.views, count)
-                    if self._config.crops.local_count
-                    else global_crops.new_empty(0, size, size, 3)
-                )
-            masks = rasterise(item.masks, self._grid, self._mask_rows, self._device)
-            event = None
-            if stream is not None:
-                event = torch.cuda.Event()
-                event.record(stream)
+            crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
+            global_crops = finish(crops[:count], item.views, 0)
+            no_crops = global_crops.new_empty(0, size, size, 3)
+            local_crops = finish(crops[count:], item.views, count) if crops[count:] else no_crops
+            masks = rasterise(*mask_arguments)
+            event = torch.cuda.Event()
+            event.record(stream)
         return Finished(Batch(item.samples.slots, global_crops, local_crops, masks), event)
 
     def _mend(self, samples: Samples, error: RuntimeError) -> _InFlight:

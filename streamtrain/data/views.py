@@ -6,8 +6,9 @@ antialiased crop, which is why a CPU crops here. Everything after the crop is on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch.nn.functional import interpolate
 from streamtrain.config.crops import CropsConfig
 from streamtrain.data.appearance import adjust
 from streamtrain.data.augment import ViewParameters
+
+Result = TypeVar("Result")
 
 
 def finish(crops: Sequence[Tensor], views: ViewParameters, first: int) -> Tensor:
@@ -62,6 +65,10 @@ class CpuViews:
         for task in tasks:
             task.result()
         return groups[0][1].flatten(0, 1), groups[1][1].flatten(0, 1)
+
+    def submit(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
+        """Other small work for these threads: torch's own would burn more time waiting for each other than it takes."""
+        return self._pool.submit(work, *arguments)
 
     def close(self) -> None:
         """Stop the threads."""
