@@ -1,4 +1,15 @@
-"""How well an order shuffles, against a full permutation of the samples."""
+"""How well an order shuffles, against a full permutation of the samples.
+
+1000 shards of 1000 samples, 64 lanes, batches of 256 (``measure(Order([1000] * 1000, 1, window, 64, 4))``):
+
+    window   displacement   neighbour correlation   distinct shards   epoch change
+         1           0.98                    0.75              0.28           1.03
+         4           0.98                    0.21              0.76           1.03
+        16           1.00                    0.07              0.91           1.00
+        64           1.00                    0.01              0.89           1.01
+
+Sets of at most ``window`` shards are permuted in full.
+"""
 
 from __future__ import annotations
 
