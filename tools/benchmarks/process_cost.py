@@ -9,13 +9,27 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
+from streamtrain.errors import StreamtrainError
+
 Result = TypeVar("Result")
 
 
 def in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
-    """``work(*arguments)`` in a process of its own, so that neither memory nor caches of another run count."""
+    """``work(*arguments)`` in a process of its own, so that neither memory nor caches of another run count.
+
+    Raises:
+        StreamtrainError: with the message of any ``ValueError`` over there.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        return pool.submit(_work_or_message, work, *arguments).result()
+
+
+def _work_or_message(work: Callable[..., Result], *arguments: object) -> Result:
+    try:
+        return work(*arguments)
+    except ValueError as error:
+        # plain text, since not every error survives the way between processes
+        raise StreamtrainError(str(error)) from None
 
 
 def cpu_seconds() -> float:

@@ -1,0 +1,76 @@
+"""The measuring commands run, and end in one flat JSON object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.pack import PackOptions, pack
+
+BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def set_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        pixels = rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.jpg")
+    pack(folder / "images", folder / "set", PackOptions())
+    return folder / "set"
+
+
+def test_order_of_a_huge_set_is_found_at_once() -> None:
+    done = bench("order", "--samples", "1.7e9", "--shard-samples", "10000", "--world", "256", "--at", "0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_shards"] == 170_000
+    assert 0 < result["seconds_to_first_slot"] < 5  # 0.1 on an idle machine
+    assert result["peak_rss_bytes"] < 200e6
+
+
+SMALL = ("--batch", "2", "crops.global_size=32", "crops.local_size=16", "crops.local_count=1")
+
+
+def test_loader_measures_itself(set_path: Path) -> None:
+    done = bench("loader", "--set", set_path, *SMALL, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {"images_per_second", "cpu_seconds_per_image", "peak_rss_bytes", "wait_share"}
+    assert all(value >= 0 for value in result.values()) and result["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_loader_compares_itself(set_path: Path) -> None:
+    done = bench("loader", "--set", set_path, *SMALL, "--compare", "webdataset", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    expected = result["webdataset_cpu_seconds_per_image"] / result["cpu_seconds_per_image"]
+    assert result["ratio"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "nowhere"], "nowhere"),
+        (["--set", "nowhere", "--batches", "3"], "at least 40"),
+        (["--set", "nowhere", "crops.golbal_size=32"], "did you mean crops.global_size"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    done = bench("loader", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
