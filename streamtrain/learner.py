@@ -14,7 +14,7 @@ from streamtrain.data.batch import Batch, normalise
 from streamtrain.model.heads import ProjectionHead
 from streamtrain.model.vit import VisionTransformer
 from streamtrain.objective.gram import resize_patches
-from streamtrain.objective.koleo import koleo_loss
+from streamtrain.objective.koleo import distributed_koleo_loss, koleo_loss
 from streamtrain.objective.patches import cosine_loss, l2_loss
 from streamtrain.objective.prototypes import PrototypeTargets
 from streamtrain.objective.targets import Targets, TeacherFeatures, view_pairs, view_weights
@@ -110,7 +110,7 @@ class Learner(nn.Module):
             losses["patch"] = self._patch_loss(features.masked, batch, targets)
         if weights.koleo:
             views = features.global_cls.chunk(self.config.crops.global_count)
-            losses["koleo"] = torch.stack([koleo_loss(view) for view in views]).sum()
+            losses["koleo"] = torch.stack([self._koleo(view) for view in views]).sum()
         if features.patches is not None:
             assert targets.gram is not None, "the Gram loss has a weight but no targets"
             losses["gram"] = targets.gram(features.patches, batch.masks.grid_mask)
@@ -167,6 +167,12 @@ class Learner(nn.Module):
             self.config.objective.chunk_bytes,
         )
         return self.global_head.prototypes(self.global_head(rows), loss)
+
+    def _koleo(self, view: Tensor) -> Tensor:
+        koleo = self.config.objective.koleo
+        if koleo.distributed:
+            return distributed_koleo_loss(view, koleo.neighbours, koleo.group_size)
+        return koleo_loss(view, koleo.neighbours)
 
     def _patch_loss(self, patches: Tensor, batch: Batch, targets: Targets) -> Tensor:
         """Averaged over all global crops, masked or not."""

@@ -46,6 +46,7 @@ def check(config: Config, launch: Launch) -> None:
     if not config.data.shards:
         raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
     config.batch_split(launch.world_size)
+    config.objective.koleo.samples(config.data.micro_batch, launch.world_size)
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def main() -> int:
     arguments = parse()
     launch = Launch.from_environment()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, launch.world_size)
         check(config, launch)
         from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
 

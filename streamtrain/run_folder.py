@@ -14,6 +14,8 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 
 ENVIRONMENT_NAME = "environment.json"
+# with fewer candidates the nearest neighbour is hardly near
+FEW_NEIGHBOURS = 8
 _LIBRARIES = ("streamtrain", "torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -39,6 +41,20 @@ def describe_run(run_dir: Path, config: Config, world_size: int) -> None:
     (run_dir / RESOLVED_NAME).write_text(to_yaml(config), encoding="utf-8")
     document = json.dumps(_environment(world_size), indent=1)
     (run_dir / ENVIRONMENT_NAME).write_text(document + "\n", encoding="utf-8")
+
+
+def start_notes(config: Config, world_size: int) -> list[str]:
+    """What a user should know before the first step: numbers that follow from others, and doubtful choices."""
+    global_batch, accumulation = config.batch_split(world_size)
+    micro_batch = config.data.micro_batch
+    notes = [f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)"]
+    samples = config.objective.koleo.samples(micro_batch, world_size)
+    if config.objective.koleo.weight.ever_positive and samples < FEW_NEIGHBOURS:
+        notes.append(
+            f"warning: KoLeo finds nearest neighbours among {samples} sample(s) only, which says little about how "
+            "features spread; raise data.micro_batch, set objective.koleo.distributed=true, or its weight to 0"
+        )
+    return notes
 
 
 def _environment(world_size: int) -> dict[str, Any]:

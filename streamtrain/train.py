@@ -26,7 +26,7 @@ from streamtrain.monitor.panel import crops_panel
 from streamtrain.monitor.usage import StepClock, memory_scalars
 from streamtrain.networks import build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.run_folder import describe_run, make_run_folder
+from streamtrain.run_folder import describe_run, make_run_folder, start_notes
 from streamtrain.schedules import value_at
 from streamtrain.stopping import StopRequest
 
@@ -58,6 +58,7 @@ class StepValues:
                 global_loss=value_at(objective.global_loss.weight, step, steps),
                 patch_loss=value_at(objective.patch_loss.weight, step, steps),
                 koleo=value_at(objective.koleo.weight, step, steps),
+                local_loss=value_at(objective.global_loss.local_weight, step, steps),
             ),
         )
 
@@ -91,6 +92,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
     with joined(config.engine, launch) as runtime:
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size)
+            print("\n".join(start_notes(config, launch.world_size)), flush=True)
         student, teacher = build_networks(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
         handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))

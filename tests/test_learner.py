@@ -424,3 +424,21 @@ def test_local_weight_scales_the_local_pairs_and_spares_their_crops_at_zero() ->
     assert none < half
     empty = replace(batch, local_crops=torch.zeros(0, 8, 8, 3, dtype=torch.uint8))
     torch.testing.assert_close(student(empty, targets, LossWeights(local_loss=0.0))["global"], none)
+
+
+def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
+    batch, weights = batch_of(1), LossWeights(global_loss=0.0, patch_loss=0.0, koleo=1.0)
+    found = {}
+    for name, keys in {
+        "nearest": {},
+        "two": {"neighbours": 2},
+        "all_ranks": {"distributed": True},
+        "groups": {"distributed": True, "group_size": 1},
+    }.items():
+        config = config_of({"koleo": keys})
+        learner = learner_of(config, 1)
+        (targets,) = targets_of(config, learner, [batch], weights)
+        found[name] = float(learner(batch, targets, weights)["total"].detach())
+    assert found["nearest"] == found["all_ranks"] and found["two"] < found["nearest"]
+    # groups of one sample have no neighbours
+    assert found["groups"] == 0.0

@@ -27,19 +27,28 @@ def test_a_number_is_a_constant() -> None:
     assert value_at(Schedule.model_validate("3e-4"), 17, 20) == 3e-4
 
 
+def test_a_delay_keeps_the_start_value_and_moves_the_warm_up() -> None:
+    schedule = Schedule(start=1.0, peak=3.0, delay=4, warmup=2)
+    assert [value_at(schedule, step, 9) for step in range(9)] == [1, 1, 1, 1, 1, 2, 3, 3, 3]
+    switch = Schedule(peak=2.0, delay=3)
+    assert [value_at(switch, step, 9) for step in range(5)] == [0, 0, 0, 2, 2]
+    assert switch.ever_positive and not Schedule(peak=0.0).ever_positive
+
+
 @given(
     st.sampled_from(["linear", "cosine"]),
-    st.integers(0, 30), st.integers(0, 30), st.integers(1, 60), st.integers(0, 200),
+    st.integers(0, 9), st.integers(0, 30), st.integers(0, 30), st.integers(1, 60), st.integers(0, 200),
     st.floats(-1, 1), st.floats(-1, 1),
 )
 def test_values_lie_between_their_bounds(
-    kind: str, warmup: int, tail: int, steps: int, step: int, peak: float, end: float
+    kind: str, delay: int, warmup: int, tail: int, steps: int, step: int, peak: float, end: float
 ) -> None:
-    schedule = Schedule(kind=kind, start=peak, peak=peak, end=end, warmup=warmup, tail=tail)
+    start = peak if delay + warmup else None
+    schedule = Schedule(kind=kind, start=start, peak=peak, end=end, delay=delay, warmup=warmup, tail=tail)
     assert min(peak, end) - 1e-9 <= value_at(schedule, step, steps) <= max(peak, end) + 1e-9
 
 
-@pytest.mark.parametrize("raw", [{"peak": 1, "end": 0}, {"kind": "cosine", "peak": 1}, {"peak": "high"}, "x"])
+@pytest.mark.parametrize("raw", [{"peak": 1, "end": 0}, {"kind": "cosine", "peak": 1}, {"peak": "high"}, "x", {"peak": 1, "start": 2}])
 def test_a_schedule_that_cannot_be_meant_is_refused(raw: object) -> None:
     with pytest.raises(ValueError):
         Schedule.model_validate(raw)

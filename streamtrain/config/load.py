@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from shards.shard_set import ShardSet
+from streamtrain.config.data import DataConfig
+from streamtrain.config.section import STEPS_PER_EPOCH
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
 
@@ -86,24 +90,35 @@ def parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(name: str, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
     """The configuration of recipe ``name`` with ``overrides`` applied, merged raw and validated once.
+
+    Lengths in epochs become steps here, by the size of ``data.shards`` and the batch of ``world_size`` ranks.
 
     Raises:
         ConfigError: one line that names each faulty key.
+        ShardError: if a length is in epochs and the set is not there.
     """
     raw = read_raw(find_config(name))
     for override in overrides:
         raw = merge(raw, parse_override(override))
-    return build(raw)
+    given = isinstance(raw.get("data"), dict) and raw["data"].get("shards")
+    return build(raw, partial(_steps_per_epoch, raw, world_size) if given else None)
 
 
-def build(raw: dict[str, Any]) -> Config:
+def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = None) -> Config:
     """Validate a raw mapping; errors become one line."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(raw, context={STEPS_PER_EPOCH: steps_per_epoch})
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error))) from None
+
+
+def _steps_per_epoch(raw: dict[str, Any], world_size: int) -> float:
+    """Steps that pass once over the set of a raw configuration; opened only where something is in epochs."""
+    data = DataConfig.model_validate(raw["data"])
+    batch = data.global_batch or data.micro_batch * world_size
+    return ShardSet.open(data.shards).num_samples / batch
 
 
 def read_resolved(run_dir: str | Path) -> Config:

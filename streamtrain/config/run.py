@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from streamtrain.config.section import NonNegative, Positive, Section
+from typing import Annotated
+
+from pydantic import Field
+
+from streamtrain.config.section import NonNegative, Section, Steps
 
 
 class RunConfig(Section):
     """``run``: affects results only through ``seed`` and ``steps`` (schedules end at ``steps``)."""
 
     dir: str = "runs/default"
-    steps: Positive = 1000
+    steps: Annotated[Steps, Field(ge=1)] = 1000
     seed: NonNegative = 0
     # checkpoints; 0 means never
-    checkpoint_every: NonNegative = 500
+    checkpoint_every: Steps = 500
     # the newest so many stay; 0 keeps all
     keep_last: NonNegative = 2
     # beyond those, every checkpoint whose step is a multiple of this stays; 0 keeps none
-    keep_every: NonNegative = 0
+    keep_every: Steps = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 
 class Section(BaseModel):
@@ -18,6 +20,25 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Range = tuple[float, float]
+
+# validation context: a function of no arguments that gives the steps of an epoch
+STEPS_PER_EPOCH = "steps_per_epoch"
+_EPOCHS = re.compile(r"^\s*(\d+(?:\.\d*)?)\s*epochs?\s*$")
+
+
+def _in_steps(value: Any, info: ValidationInfo) -> Any:
+    """``"10 epochs"`` as a number of steps; anything else as it is."""
+    found = _EPOCHS.match(value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    steps_per_epoch: Callable[[], float] | None = (info.context or {}).get(STEPS_PER_EPOCH)
+    if steps_per_epoch is None:
+        raise ValueError("an epoch has a number of steps only for a set of images; give data.shards")
+    return round(float(found[1]) * steps_per_epoch())
+
+
+# a number of steps, in a file also "N epochs" of data.shards
+Steps = Annotated[int, BeforeValidator(_in_steps), Field(ge=0)]
 
 
 def check_range(name: str, bounds: Range, low: float, high: float) -> Range:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from drawn_images import draw_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.pack import PackOptions, pack
 from streamtrain.config.load import build, load_config, merge, parse_override, preset_folders, read_resolved, to_yaml
 from streamtrain.errors import ConfigError
 
@@ -73,6 +75,33 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_numbers() -> N
     assert config.batch_split(3) == (12, 1) and config.batch_split(1) == (12, 3)
     with pytest.raises(ConfigError, match="12 is not a multiple of data.micro_batch 4 x 2 ranks = 8"):
         config.batch_split(2)
+
+
+def test_lengths_in_epochs_become_steps_by_the_set_and_the_batch(tmp_path: Path) -> None:
+    pack(draw_folder(tmp_path / "images", 12), tmp_path / "set", PackOptions())
+    given = [f"data.shards={tmp_path / 'set'}", "data.micro_batch=2", "run.steps=10 epochs",
+             "schedules.lr.warmup=0.5 epochs"]  # fmt: skip
+    config = load_config("vits16.yaml", given)
+    assert (config.run.steps, config.schedules.lr.warmup) == (60, 3)
+    assert load_config("vits16.yaml", given, world_size=3).run.steps == 20
+    assert load_config("vits16.yaml", [*given, "data.global_batch=4"], world_size=2).run.steps == 30
+    with pytest.raises(ConfigError, match=r"run.steps: .*no set here|run.steps: .*absent"):
+        load_config("vits16.yaml", [*given, f"data.shards={tmp_path / 'absent'}"])
+    with pytest.raises(ConfigError, match=r"run.steps: an epoch has a number of steps only .* give data.shards"):
+        load_config("vits16.yaml", ["run.steps=3 epochs"])
+    with pytest.raises(ConfigError, match=r"schedules.lr.peak"):
+        load_config("vits16.yaml", [*given, "schedules.lr.peak=3 epochs"])
+
+
+def test_koleo_groups_that_the_ranks_cannot_form_are_refused() -> None:
+    koleo = build({"objective": {"koleo": {"distributed": True, "group_size": 8}}}).objective.koleo
+    assert koleo.samples(4, 4) == koleo.samples(16, 1) == 8
+    assert build({"objective": {"koleo": {"distributed": True}}}).objective.koleo.samples(4, 4) == 16
+    assert build({}).objective.koleo.samples(4, 4) == 4
+    with pytest.raises(ConfigError, match=r"group_size 8 does not fit data.micro_batch 3 x 2 ranks"):
+        koleo.samples(3, 2)
+    with pytest.raises(ConfigError, match=r"group_size has an effect only with distributed"):
+        build({"objective": {"koleo": {"group_size": 8}}})
 
 
 _TREES = st.recursive(
