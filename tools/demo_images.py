@@ -188,7 +188,7 @@ def _ground(rng: np.random.Generator, x: Field, y: Field) -> tuple[np.ndarray, C
     blend = np.clip(blend + 0.35 * _smooth_noise(rng, int(rng.integers(3, 7)), width, height), 0, 1)
     image = first + blend[..., None] * (second - first)
     pixel = 2.0 / min(width, height)
-    for _ in range(int(rng.integers(3, 8))):
+    for _ in range(int(rng.integers(2, 6))):
         cx, cy, angle = rng.uniform(-1.2, 1.2), rng.uniform(-1.2, 1.2), rng.uniform(0, np.pi)
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         along, across = (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
@@ -204,10 +204,10 @@ def _ground(rng: np.random.Generator, x: Field, y: Field) -> tuple[np.ndarray, C
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """Centre and size of each object; several are smaller, and kept apart as far as eight draws allow."""
-    largest = {1: 0.8, 2: 0.58, 3: 0.46}[count]
+    largest = {1: 0.95, 2: 0.7, 3: 0.58}[count]
     placed: list[tuple[float, float, float]] = []
     for _ in range(count):
-        size = rng.uniform(0.66, 1.0) * largest
+        size = rng.uniform(0.75, 1.0) * largest
         reach = max(1.05 - size, 0.25)
         draws = rng.uniform(-reach, reach, (8, 2))
         gaps = [
