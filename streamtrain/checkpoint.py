@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,15 @@ STATE_NAME = "state.json"
 SHARED_NAME = "shared.safetensors"
 _FOLDER = re.compile(r"^step-(\d{9})$")
 _KINDS = {"teacher": "ema", "student": "master"}
+
+
+class Values(Protocol):
+    """fp32 values ``[numel]`` that are made when they are read."""
+
+    @property
+    def numel(self) -> int: ...
+    @property
+    def read(self) -> Callable[[], torch.Tensor]: ...
 
 
 class Piece(Protocol):
@@ -62,13 +71,14 @@ def saved_steps(run_dir: str | Path) -> list[int]:
 def save(
     run_dir: str | Path,
     step: int,
-    shards: dict[str, torch.Tensor],
+    shards: Mapping[str, Values],
     shared: dict[str, torch.Tensor],
     shapes: dict[str, tuple[int, ...]],
     state: dict[str, Any],
 ) -> Path:
     """Write one checkpoint; every rank calls it with its own ``shards``, the rest being equal on all.
 
+    The shards are written one after the other, so that host memory never holds more than one of them.
     Returns the folder once it is whole on disk.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -78,9 +88,11 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    _write_tensors(partial / _rank_name(rank, world_size), shards)
+    _write_values(partial / _rank_name(rank, world_size), shards)
     if rank == 0:
-        _write_tensors(partial / SHARED_NAME, shared)
+        shared_path = partial / SHARED_NAME
+        save_file({key: value.detach().cpu().contiguous() for key, value in shared.items()}, shared_path)
+        _sync(shared_path)
         document = {"version": VERSION, "step": step, "world_size": world_size, "shapes": shapes, **state}
         _write_text(partial / STATE_NAME, json.dumps(document, indent=1))
     dist.barrier()
@@ -224,8 +236,20 @@ def _rank_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+def _write_values(path: Path, shards: Mapping[str, Values]) -> None:
+    """A safetensors file: the length of the header, the header, the values (its library wants all at once)."""
+    header, offset = {}, 0
+    for key, values in shards.items():
+        header[key] = {"dtype": "F32", "shape": [values.numel], "data_offsets": [offset, offset + 4 * values.numel]}
+        offset += 4 * values.numel
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, values in shards.items():
+            tensor = values.read().detach().to("cpu", torch.float32).contiguous()
+            assert tensor.shape == (values.numel,), key
+            file.write(tensor.numpy().data)
     _sync(path)
 
 

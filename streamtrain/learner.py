@@ -55,7 +55,10 @@ class Learner(nn.Module):
         super().__init__()
         self.config = config
         objective = config.objective
-        self.backbone = VisionTransformer(config.model, config.engine.checkpointing)
+        engine = config.engine
+        self.backbone = VisionTransformer(
+            config.model, engine.checkpointing, engine.view_groups, engine.offload_checkpoints
+        )
         self.global_head = ProjectionHead(config.model.dim, objective.global_loss.head)
         self.patch_head = (
             ProjectionHead(config.model.dim, objective.patch_loss.head) if objective.patch_loss.kind == "ibot" else None

@@ -26,7 +26,8 @@ def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple
         block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
     settings = engine_config(config, runtime, accumulation, block_numel)
     student = Student(build_sharded(lambda: Learner(config), settings), Block, config, runtime, settings)
-    teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings)
+    on_host = config.teacher.average == "host"
+    teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings, on_host)
     return student, teacher
 
 

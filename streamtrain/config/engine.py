@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from streamtrain.config.section import NonNegative, Positive, Section
 
@@ -14,6 +14,8 @@ class TeacherConfig(Section):
 
     # images a forward chunk; 0: all at once (affects memory only)
     chunk: NonNegative = 0
+    # where the fp32 averages lie; on a CPU both are the same (affects memory and speed only)
+    average: Literal["device", "host"] = "device"
 
 
 class OptimConfig(Section):
@@ -35,10 +37,32 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # auto: bf16 where the device multiplies it natively, else fp32
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    # recompute a block's activations in the backward
-    checkpointing: Literal["none", "block"] = "block"
+    # what the backward recomputes: nothing, each block's MLP (its attention branch is kept), or each whole block
+    checkpointing: Literal["none", "selective", "block"] = "block"
+    # a block's branches recompute their images in so many groups, one after the other
+    view_groups: Positive = 1
+    # what is kept between recomputed blocks waits in host memory (on a CPU it is there anyway)
+    offload_checkpoints: bool = False
+    # AdamW's two moments: fp32 on the device, in 8 bits there, in host memory, or in files
+    moments: Literal["device", "8bit", "host", "disk"] = "device"
+    # share of the moments that is moved away, with moments: host or disk
+    moments_ratio: float = Field(default=1.0, gt=0.0, le=1.0)
+    # folder of the files, with moments: disk; null: run.dir/moments
+    moments_dir: str | None = None
     # un-sharded parameters that may be alive at once, in blocks of the backbone
     live_blocks: Positive = 3
     reduce_bucket_bytes: int = Field(default=256 * 2**20, ge=2**16)
     # torch threads of a rank on CPU; 0: the cores of this machine divided by its ranks
     cpu_threads: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> EngineConfig:
+        if self.moments_ratio != 1.0 and self.moments not in ("host", "disk"):
+            raise ValueError(f"moments_ratio has an effect only with moments: host or disk, not {self.moments}")
+        if self.moments_dir is not None and self.moments != "disk":
+            raise ValueError(f"moments_dir has an effect only with moments: disk, not {self.moments}")
+        if self.view_groups > 1 and self.checkpointing == "none":
+            raise ValueError("view_groups has an effect only with checkpointing: selective or block")
+        if self.offload_checkpoints and self.checkpointing != "block":
+            raise ValueError("offload_checkpoints has an effect only with checkpointing: block")
+        return self

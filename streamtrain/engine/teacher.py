@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 
-from streamtrain.engine.zero import Fragment, ShardedWeight, Student
+from streamtrain.engine.moments import CHUNK
+from streamtrain.engine.zero import Fragment, Shard, ShardedWeight, Student
 
 
 class Teacher:
@@ -20,18 +22,23 @@ class Teacher:
 
     def __init__(
         self, module: torch.nn.Module, leaf: type[torch.nn.Module], student: Student, settings: dict[str, Any],
+        on_host: bool = False,
     ) -> None:
+        """``on_host``: the averages lie in (pinned) host memory and visit the device chunk by chunk."""
         deepspeed.utils.set_z3_leaf_modules(module, [leaf])
         module.requires_grad_(False)
         self._engine, *_ = deepspeed.initialize(model=module, config=settings)
         self._engine.eval()
         self._student = student
         self.parameters = dict(module.named_parameters())
-        self._averages = [torch.empty_like(flat) for flat in student.master_groups]
-        self._values = []
-        for average in self._averages:
-            same = self._dtype == average.dtype
-            self._values.append(average if same else torch.empty_like(average, dtype=self._dtype))
+        self._averages, self._values = [], []
+        for master in student.master_groups:
+            away = on_host and master.is_cuda
+            home = torch.device("cpu") if away else master.device
+            average = torch.empty(master.shape, dtype=master.dtype, device=home, pin_memory=away)
+            same = self._dtype == average.dtype and not away
+            self._averages.append(average)
+            self._values.append(average if same else torch.empty_like(master, dtype=self._dtype))
         for name, parameter in self.parameters.items():
             group, offset, numel = student.position(name)
             assert parameter.ds_tensor.numel() == numel and not parameter.ds_persist, name
@@ -56,18 +63,25 @@ class Teacher:
         """``average = momentum * average + (1 - momentum) * master``, on this rank's shards only."""
         self._release()
         for average, value, master in zip(self._averages, self._values, self._student.master_groups, strict=True):
-            average.lerp_(master.detach(), 1.0 - momentum)
-            if value is not average:
-                value.copy_(average)
+            for home, own, newest in zip(average.split(CHUNK), value.split(CHUNK), master.split(CHUNK), strict=True):
+                # where the averages are on the host, copies in both directions wait for nobody here
+                moved = home.to(newest.device, non_blocking=True).lerp_(newest.detach(), 1.0 - momentum)
+                if moved.data_ptr() != home.data_ptr():
+                    home.copy_(moved, non_blocking=True)
+                if own.data_ptr() != home.data_ptr():
+                    own.copy_(moved)
 
     def average(self, name: str) -> torch.Tensor:
         """``[numel]`` fp32 view of this rank's fragment of the average of parameter ``name``."""
         group, offset, numel = self._student.position(name)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return self._averages[group].narrow(0, offset, numel)
 
-    def shards(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps of this rank: ``{ema/name: [numel] fp32 view}``."""
-        return {f"ema/{name}": self.average(name) for name in self.parameters}
+    def shards(self) -> dict[str, Shard]:
+        """What a checkpoint keeps of this rank: ``ema/name``."""
+        numels = {name: self._student.fragments[name].numel for name in self.parameters}
+        return {f"ema/{name}": Shard(numel, partial(self.average, name)) for name, numel in numels.items()}
 
     @torch.no_grad()
     def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,10 +18,9 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from streamtrain.config.tree import Config
-from streamtrain.engine.optim import build_adamw, parameter_groups, set_rates
+from streamtrain.engine.moments import KEYS
+from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Fragment:
         """``[numel]``: the fragment of a whole parameter's ``values``, padded with zeros."""
         part = values.reshape(-1)[self.start : self.stop]
         return torch.nn.functional.pad(part, (0, self.numel - part.numel()))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``numel`` fp32 values of this rank, made when they are read."""
+
+    numel: int
+    read: Callable[[], torch.Tensor]
 
 
 class ShardedWeight:
@@ -110,10 +119,9 @@ class Student:
     ) -> None:
         deepspeed.utils.set_z3_leaf_modules(module, [leaf])
         groups = parameter_groups(module.named_parameters(), config.model.depth, config.optim)
-        optimizer = build_adamw(groups, config.optim)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings
-        )
+        folder = Path(config.engine.moments_dir or f"{config.run.dir}/moments") / f"rank-{runtime.rank:05d}"
+        self._adamw = AdamW(groups, config.optim, moments_maker(config.engine, folder, runtime.device))
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
 
@@ -148,13 +156,17 @@ class Student:
     def position(self, name: str) -> tuple[int, int, int]:
         return self._optimizer.grad_position[self._optimizer.get_param_id(self.parameters[name])]
 
-    def shards(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint keeps of this rank: ``{kind/name: [numel] fp32 view}``."""
-        shards = {f"master/{name}": self.master(name) for name in self.parameters}
+    def shards(self) -> dict[str, Shard]:
+        """Everything that a checkpoint keeps of this rank, by ``kind/name``."""
+        shards = {}
         for name in self.parameters:
             group, offset, numel = self.position(name)
-            state = self._optimizer.optimizer.state.get(self.master_groups[group], {})
-            shards |= {f"{key}/{name}": state[key].narrow(0, offset, numel) for key in MOMENTS if key in state}
+            shards[f"master/{name}"] = Shard(numel, partial(self.master, name))
+            moments = self._adamw.moments(self.master_groups[group])
+            if moments is None:
+                continue
+            for key in KEYS:
+                shards[f"{key}/{name}"] = Shard(numel, partial(moments.read, key, offset, offset + numel))
         return shards
 
     def write(self, read: Callable[[str, Fragment], torch.Tensor], optimizer_steps: int) -> None:
@@ -162,19 +174,17 @@ class Student:
 
         ``optimizer_steps`` is the number of updates the moments have seen; with 0 there are none to read.
         """
-        state = self._optimizer.optimizer.state
-        for flat in self.master_groups if optimizer_steps else ():
-            # what AdamW itself would hold at this point, so that the next step goes on exactly
-            step = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=flat.device)
-            state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if optimizer_steps:
+            for flat in self.master_groups:
+                self._adamw.begin(flat, optimizer_steps)
         for name, parameter in self.parameters.items():
             fragment = self.fragments[name]
             self.master(name).copy_(read(f"master/{name}", fragment))
             assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, name
             parameter.ds_tensor.data.copy_(self.master(name))
-            if optimizer_steps:
-                group, offset, numel = self.position(name)
-                for key in MOMENTS:
-                    state[self.master_groups[group]][key].narrow(0, offset, numel).copy_(
-                        read(f"{key}/{name}", fragment)
-                    )
+            group, offset, _ = self.position(name)
+            moments = self._adamw.moments(self.master_groups[group])
+            if moments is None:
+                continue
+            for key in KEYS:
+                moments.write(key, offset, read(f"{key}/{name}", fragment))

@@ -6,9 +6,12 @@ fills it, which costs nothing on a sharded or meta device and is the same on any
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.model.drop_path import DropPath
@@ -112,8 +115,17 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP on packed tokens: the unit that is gathered, checkpointed and compiled."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute_mlp: bool = False, groups: int = 1) -> None:
+        """What the backward recomputes *within* the block, beside what whoever calls it recomputes.
+
+        Args:
+            recompute_mlp: the activations of the MLP branch.
+            groups: above 1, those of either branch that is recomputed, in so many groups of images, so that no
+                more than one group's are alive.
+        """
         super().__init__()
+        self.recompute_mlp = recompute_mlp
+        self.groups = groups
         self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.scale1 = LayerScale(config.dim)
@@ -148,6 +160,32 @@ class Block(nn.Module):
         """Both residual branches; with ``drop`` each computes its kept images only."""
         inner = layout if drop is None else drop.layout
         kept = tokens if drop is None else drop.select(tokens, 0)
-        tokens = self.scale1(tokens, self.attention(self.norm1(kept), inner, tables), drop, 0)
+        attended = self._grouped(self._attend, kept, inner, tables, self.groups > 1 and not self.recompute_mlp)
+        tokens = self.scale1(tokens, attended, drop, 0)
         kept = tokens if drop is None else drop.select(tokens, 1)
-        return self.scale2(tokens, self.mlp(self.norm2(kept)), drop, 1)
+        refined = self._grouped(self._refine, kept, inner, tables, self.groups > 1 or self.recompute_mlp)
+        return self.scale2(tokens, refined, drop, 1)
+
+    def _attend(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
+        return self.attention(self.norm1(tokens), layout, tables)
+
+    def _refine(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
+        return self.mlp(self.norm2(tokens))
+
+    def _grouped(
+        self, branch: Callable[..., Tensor], tokens: Tensor, layout: Layout, tables: list[RopeTable], recompute: bool
+    ) -> Tensor:
+        if not recompute or not torch.is_grad_enabled():
+            return branch(tokens, layout, tables)
+        # no group may be without images of one size
+        count = min(self.groups, *(group.images for group in layout.groups))
+        pieces: list[Sequence[Tensor]] = [view.tensor_split(count) for view in layout.views(tokens)]
+        outputs: list[list[Tensor]] = [[] for _ in pieces]
+        for members in zip(*pieces, strict=True):
+            groups = [Group(len(part), group.grid) for part, group in zip(members, layout.groups, strict=True)]
+            packed = torch.cat([part.flatten(0, 1) for part in members]) if count > 1 else tokens
+            part_layout = Layout(tuple(groups), layout.num_prefix)
+            output = checkpoint(branch, packed, part_layout, tables, use_reentrant=False, preserve_rng_state=False)
+            for of_size, part in zip(outputs, output.split(part_layout.sizes()), strict=True):
+                of_size.append(part)
+        return torch.cat([part for of_size in outputs for part in of_size])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from streamtrain.config.model import ModelConfig
@@ -65,18 +67,29 @@ class Embedding(nn.Module):
 class VisionTransformer(nn.Module):
     """A DINOv3-style backbone (Siméoni et al. 2025, section 3.2). It owns no parameters of its own."""
 
-    def __init__(self, config: ModelConfig, checkpointing: str = "none") -> None:
-        """``checkpointing``: ``none``, or ``block`` to recompute each block's activations in the backward."""
+    def __init__(
+        self, config: ModelConfig, checkpointing: str = "none", view_groups: int = 1, offload: bool = False
+    ) -> None:
+        """What the backward of training recomputes; gradients are the same throughout.
+
+        Args:
+            checkpointing: ``none``, ``selective`` (each block's MLP branch) or ``block`` (each whole block).
+            view_groups: what is recomputed is so in this many groups of images.
+            offload: with ``block``, what is kept between the blocks waits in host memory.
+        """
         super().__init__()
-        if checkpointing not in ("none", "block"):
-            raise ValueError(f"checkpointing must be 'none' or 'block', not {checkpointing!r}")
+        if checkpointing not in ("none", "selective", "block"):
+            raise ValueError(f"checkpointing must be 'none', 'selective' or 'block', not {checkpointing!r}")
         self.patch_size = config.patch_size
         self.num_prefix = 1 + config.num_registers
         self.drop_rate = config.drop_path
         self.checkpointing = checkpointing
+        self.offload = offload
         self.rope = Rope(config)
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(
+            [Block(config, checkpointing == "selective", view_groups) for _ in range(config.depth)]
+        )
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.local_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.untied_norms == "local_cls" else None
 
@@ -120,7 +133,10 @@ class VisionTransformer(nn.Module):
         for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             if recompute:
                 # nothing random happens inside a block, so no random state needs saving
-                tokens = checkpoint(block, tokens, layout, tables, drop, use_reentrant=False, preserve_rng_state=False)
+                with save_on_cpu(pin_memory=tokens.is_cuda) if self.offload else nullcontext():
+                    tokens = checkpoint(
+                        block, tokens, layout, tables, drop, use_reentrant=False, preserve_rng_state=False
+                    )
             else:
                 tokens = block(tokens, layout, tables, drop, chunk)
             if index in keep:

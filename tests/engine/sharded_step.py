@@ -1,6 +1,6 @@
 """Five optimiser steps of the sharded pair on every rank, beside plain unsharded arithmetic; prints JSON on rank 0.
 
-Run by test_zero.py on one and two ranks: ``python -m torch.distributed.run ... sharded_step.py DTYPE``.
+Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from streamtrain.data.masking import draw_masks, max_rows, rasterise
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.learner import Learner, LossWeights
 from streamtrain.model.initialise import initialise
+from streamtrain.networks import build_networks, restore
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.networks import build_networks, restore
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -32,7 +32,7 @@ WEIGHTS = LossWeights(1.0, 1.0, 0.1)
 TEMPERATURE, MOMENTUM = 0.05, 0.9
 
 
-def config_of(dtype: str) -> Config:
+def config_of(dtype: str, checkpointing: str, view_groups: str) -> Config:
     head = {"prototypes": 101, "hidden": 24, "bottleneck": 12}
     return build(
         {
@@ -42,7 +42,10 @@ def config_of(dtype: str) -> Config:
             "model": {"patch_size": 8, "dim": 36, "depth": 3, "num_heads": 3, "layerscale": 0.5, "drop_path": 0.0},
             "objective": {"global_loss": {"head": head}, "patch_loss": {"head": head}},
             "optim": {"clip": 0.5, "layer_decay": 0.8},
-            "engine": {"dtype": dtype, "device": "cpu", "cpu_threads": 1},
+            "engine": {
+                "dtype": dtype, "device": "cpu", "cpu_threads": 1, "checkpointing": checkpointing,
+                "view_groups": int(view_groups),
+            },
         }
     )
 
@@ -57,11 +60,12 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
         torch.from_numpy(draw.integers(0, 256, (count * MICRO_BATCH, size, size, 3), dtype="uint8"))
         for count, size in ((2, 32), (2, 16))
     ]
-    return Batch(slots, pixels[0], pixels[1], rasterise(parameters, grid, max_rows(config.masks, MICRO_BATCH, 2, 16, 1), "cpu"))
+    masks = rasterise(parameters, grid, max_rows(config.masks, MICRO_BATCH, 2, 16, 1), "cpu")
+    return Batch(slots, pixels[0], pixels[1], masks)
 
 
 def main() -> None:
-    config, launch = config_of(sys.argv[1]), Launch.from_environment()
+    config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
     with joined(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)

@@ -11,9 +11,14 @@ from ranks import run_ranks
 SCRIPT = Path(__file__).with_name("sharded_step.py")
 
 
-@pytest.mark.parametrize(("world_size", "dtype"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
-def test_sharded_steps_equal_unsharded_ones(world_size: int, dtype: str) -> None:
-    results = run_ranks([SCRIPT, dtype], world_size)
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "checkpointing", "view_groups"),
+    [(1, "fp32", "none", 1), (2, "fp32", "block", 1), (2, "fp32", "selective", 2), (2, "bf16", "block", 2)],
+)
+def test_sharded_steps_equal_unsharded_ones(
+    world_size: int, dtype: str, checkpointing: str, view_groups: int
+) -> None:
+    results = run_ranks([SCRIPT, dtype, checkpointing, str(view_groups)], world_size)
     assert [code for code, _, _ in results] == [0] * world_size, results[0][2][-2000:] + results[-1][2][-2000:]
     report = json.loads(results[0][1].splitlines()[-1])
     # accumulation, uneven fragments, two prototype heads; clipping comes after what is compared

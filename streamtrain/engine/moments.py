@@ -1,0 +1,214 @@
+"""Where AdamW's two moments lie: on the device, there in 8 bits, in host memory, or in files.
+
+The update itself is always the same arithmetic on the device; a store hands it a chunk of fp32 moments at a time
+and takes the chunk back. That a store is slower matters little where it is needed: it works once an optimiser step,
+which on few devices is many micro-batches long.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamtrain.errors import ConfigError
+
+KEYS = ("exp_avg", "exp_avg_sq")
+# values staged at a time
+CHUNK = 16 * 2**20
+# the search for the nearest code needs some 64-bit temporaries a value
+EIGHT_BIT_CHUNK = 4 * 2**20
+# values that share one scale
+BLOCK = 256
+
+
+class Moments(ABC):
+    """Both moments of one flat parameter of ``numel`` values; zero at first."""
+
+    # values an update handles at a time; 0: all
+    chunk: int = CHUNK
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.numel, self.device = numel, device
+
+    def staged(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Chunk after chunk as fp32 on the device; what the caller makes of it is kept."""
+        for start in range(0, self.numel, self.chunk or self.numel):
+            stop = min(start + (self.chunk or self.numel), self.numel)
+            values = [self.load(key, start, stop) for key in KEYS]
+            yield slice(start, stop), values
+            for key, value in zip(KEYS, values, strict=True):
+                self.store(key, start, value)
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """fp32 ``[stop - start]`` for a checkpoint."""
+        # 8-bit blocks and file chunks begin at multiples of BLOCK
+        first = start // BLOCK * BLOCK
+        return self.load(key, first, stop)[start - first :]
+
+    def write(self, key: str, start: int, values: Tensor) -> None:
+        """Set the values from ``start`` on."""
+        first = start // BLOCK * BLOCK
+        last = min(-(-(start + len(values)) // BLOCK) * BLOCK, self.numel)
+        whole = self.load(key, first, last)
+        whole[start - first : start - first + len(values)] = values.to(whole.device)
+        self.store(key, first, whole)
+
+    @abstractmethod
+    def load(self, key: str, start: int, stop: int) -> Tensor:
+        """fp32 on the device; ``start`` is a multiple of ``BLOCK``."""
+
+    @abstractmethod
+    def store(self, key: str, start: int, values: Tensor) -> None:
+        """Keep what was loaded from ``start``, ``values`` long, and then changed."""
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """What both moments take, wherever it is."""
+
+
+class TensorMoments(Moments):
+    """fp32 tensors on the device, or in (pinned) host memory."""
+
+    def __init__(self, numel: int, device: torch.device, home: torch.device) -> None:
+        super().__init__(numel, device)
+        pinned = device.type == "cuda" and home.type == "cpu"
+        self.tensors = {key: torch.zeros(numel, device=home, pin_memory=pinned) for key in KEYS}
+        self.chunk = CHUNK if home != device else 0
+
+    def load(self, key: str, start: int, stop: int) -> Tensor:
+        return self.tensors[key][start:stop].to(self.device, non_blocking=True)
+
+    def store(self, key: str, start: int, values: Tensor) -> None:
+        home = self.tensors[key][start : start + len(values)]
+        if home.data_ptr() != values.data_ptr():
+            home.copy_(values, non_blocking=True)
+
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class EightBitMoments(Moments):
+    """Codes of 8 bits on the device, and one fp32 scale a block (Dettmers et al. 2022), by torchao's maps.
+
+    The tensors are padded to whole blocks, so that no value is left in fp32, whatever the size.
+    """
+
+    chunk = EIGHT_BIT_CHUNK
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        super().__init__(numel, device)
+        maps = eight_bit_maps()
+        self.maps = dict(zip(KEYS, (each.to(device) for each in maps), strict=True))
+        blocks = -(-numel // BLOCK)
+        # the code of 0, which is another one in each map
+        zeros = {key: int((table == 0).nonzero()) for key, table in self.maps.items()}
+        self.codes = {key: torch.full((blocks * BLOCK,), zeros[key], dtype=torch.uint8, device=device) for key in KEYS}
+        self.scales = {key: torch.zeros(blocks, device=device) for key in KEYS}
+
+    def load(self, key: str, start: int, stop: int) -> Tensor:
+        from torchao.optim.quant_utils import dequant_with_qmap
+
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        codes = self.codes[key].view(-1, BLOCK)[blocks].flatten()
+        return dequant_with_qmap(codes, self.maps[key], self.scales[key][blocks])[: stop - start]
+
+    def store(self, key: str, start: int, values: Tensor) -> None:
+        from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+        table = self.maps[key]
+        padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+        # The signed map reaches 1 but not -1. The extreme of either sign gets the code at that end, so that
+        # what was loaded and is stored unchanged (in a checkpoint) stays as it is.
+        scale = torch.maximum(padded.amax(1) / table[-1], padded.amin(1) / table[0].clamp_max(-1e-3)).clamp_min(1e-30)
+        blocks = slice(start // BLOCK, start // BLOCK + len(scale))
+        self.codes[key].view(-1, BLOCK)[blocks] = quantize_8bit_with_qmap(padded / scale[:, None], table)
+        self.scales[key][blocks] = scale
+
+    def num_bytes(self) -> int:
+        return sum(self.codes[key].nbytes + self.scales[key].nbytes for key in KEYS)
+
+
+class FileMoments(Moments):
+    """fp32 in one file a moment, read and written a chunk at a time; only the chunk is ever in memory."""
+
+    def __init__(self, numel: int, device: torch.device, path: Path) -> None:
+        super().__init__(numel, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.files = {}
+        for key in KEYS:
+            # a file of an earlier run is emptied; unwritten parts of a new one read as zeros
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            self.files[key] = os.open(path.with_name(f"{path.name}.{key}"), flags, 0o644)
+            os.truncate(self.files[key], 4 * numel)
+
+    def load(self, key: str, start: int, stop: int) -> Tensor:
+        values = torch.empty(stop - start)
+        memory = values.numpy().data.cast("B")
+        done = 0
+        while done < len(memory):
+            done += os.preadv(self.files[key], [memory[done:]], 4 * start + done)
+        return values.to(self.device)
+
+    def store(self, key: str, start: int, values: Tensor) -> None:
+        memory = values.cpu().numpy().data.cast("B")
+        done = 0
+        while done < len(memory):
+            done += os.pwrite(self.files[key], memory[done:], 4 * start + done)
+
+    def num_bytes(self) -> int:
+        return sum(os.fstat(file).st_size for file in self.files.values())
+
+    def __del__(self) -> None:
+        for file in self.files.values():
+            os.close(file)
+
+
+class SplitMoments(Moments):
+    """The first values in one store, the others in another."""
+
+    def __init__(self, first: Moments, second: Moments) -> None:
+        super().__init__(first.numel + second.numel, first.device)
+        assert first.numel % BLOCK == 0
+        self.first, self.second = first, second
+
+    def staged(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        yield from self.first.staged()
+        for part, values in self.second.staged():
+            yield slice(part.start + self.first.numel, part.stop + self.first.numel), values
+
+    def load(self, key: str, start: int, stop: int) -> Tensor:
+        border = self.first.numel
+        parts = [self.first.load(key, start, min(stop, border))] if start < border else []
+        if stop > border:
+            parts.append(self.second.load(key, max(start, border) - border, stop - border))
+        return torch.cat(parts)
+
+    def store(self, key: str, start: int, values: Tensor) -> None:
+        here = max(0, min(self.first.numel - start, len(values)))
+        if here:
+            self.first.store(key, start, values[:here])
+        if here < len(values):
+            self.second.store(key, max(0, start - self.first.numel), values[here:])
+
+    def num_bytes(self) -> int:
+        return self.first.num_bytes() + self.second.num_bytes()
+
+
+def eight_bit_maps() -> tuple[Tensor, Tensor]:
+    """The values of the 256 codes, signed and unsigned.
+
+    Raises:
+        ConfigError: if torchao is not installed.
+    """
+    try:
+        from torchao.optim.quant_utils import create_dynamic_map
+    except ImportError:
+        raise ConfigError(
+            "engine.moments=8bit needs the package torchao: pip install torchao, or choose device, host or disk"
+        ) from None
+    return torch.tensor(create_dynamic_map(True)), torch.tensor(create_dynamic_map(False))
