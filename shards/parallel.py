@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -42,7 +44,8 @@ def ordered_map(
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            pending.append(pool.submit(function, task))
+            with _interrupts_held_back():  # any of the first tasks may start a worker
+                pending.append(pool.submit(function, task))
             if len(pending) > _TASKS_AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
@@ -53,9 +56,19 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes that are started in here never see Ctrl-C: it is the parent's affair, which hears of it afterwards."""
+    resource_tracker.ensure_running()  # starting it would let interrupts through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and never outlive it: an orphan would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Never outlive the parent: an orphan would wait for work for ever."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -112,22 +112,22 @@ import resource, time
 import numpy as np
 from shards.order import Order
 sizes = np.full(170_000, 10_000)
-began = time.perf_counter()
+began = time.process_time()
 order = Order(sizes, seed=1, lane_block=64)
 slot = order.num_samples // 2 // 4096 * 4096
 order.locate(np.arange(slot, slot + 16))
-first = time.perf_counter() - began
+first = time.process_time() - began
 order.locate(np.arange(slot, slot + 4096))
-began = time.perf_counter()
+began = time.process_time()
 for step in range(1, 21):
     order.locate(np.arange(slot + 4096 * step, slot + 4096 * step + 512))
-print(first, (time.perf_counter() - began) / 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(first, (time.process_time() - began) / 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_ROOT
     ).stdout
     first_seconds, steady_seconds, rss_bytes = map(float, printed.split())
-    # The bounds are 0.1 s, 5 ms and 200 MB; the times leave room for a busy machine.
-    assert first_seconds < 0.5
-    assert steady_seconds < 0.025
+    # The bounds are 0.1 s, 5 ms and 200 MB; the times are of the processor, and leave room for a slow one.
+    assert first_seconds < 0.3
+    assert steady_seconds < 0.015
     assert rss_bytes < 200e6
