@@ -9,7 +9,6 @@ their rims.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shards.randomness import MASK_GROUPS, MASKS, permutation, uniforms
-from streamtrain.config.masks import MasksConfig
+from streamtrain.config.masks import MasksConfig, group_counts
 from streamtrain.data.batch import Masks
 
 # rectangles drawn for a crop; the first few fill most of it
@@ -38,32 +37,6 @@ class MaskParameters:
 
     counts: npt.NDArray[np.int32]
     rectangles: npt.NDArray[np.int32]
-
-
-def group_counts(masks: MasksConfig, num_views: int, num_patches: int) -> list[int]:
-    """Masked patches of the masked crops of one group, ascending: one a stratum of ``masks.ratio``."""
-    masked = round(masks.probability * masks.group * num_views)
-    low, high = masks.ratio
-    return [round((low + (high - low) * (k + 0.5) / masked) * num_patches) for k in range(masked)]
-
-
-def max_rows(masks: MasksConfig, batch_size: int, num_views: int, num_patches: int, alignment: int) -> int:
-    """The most masked patches that ``batch_size`` consecutive slots can have, at least 1.
-
-    ``alignment``: the first slot is a multiple of it. A batch of whole groups has exactly this many.
-    """
-    counts = group_counts(masks, num_views, num_patches)
-    alignment = math.gcd(alignment, masks.group)
-    most = 1
-    for start in range(0, masks.group, alignment):
-        rows, slot, left = 0, start, batch_size
-        while left:
-            taken = min(left, masks.group - slot)
-            # the worst deal: the heaviest ratios of the group all fall into this part of it
-            rows += sum(counts[-taken * num_views :])
-            left, slot = left - taken, 0
-        most = max(most, rows)
-    return most
 
 
 def draw_masks(

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from shards.source import Samples, Source
+from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import ViewParameters, draw_views
 from streamtrain.data.batch import Batch
-from streamtrain.data.masking import MaskParameters, draw_masks, max_rows, rasterise
+from streamtrain.data.masking import MaskParameters, draw_masks, rasterise
 from streamtrain.data.pipeline import CropPipeline, undecodable
 from streamtrain.data.views import CpuViews, finish
 

@@ -1,11 +1,9 @@
-"""Parameter groups with layer-wise learning rates, and the optimiser that steps them."""
+"""Parameter groups by their rules, and the optimiser that steps them."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +21,7 @@ from streamtrain.engine.moments import (
     TensorMoments,
     eight_bit_maps,
 )
-
-_BLOCK = re.compile(r"^backbone\.blocks\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class GroupRule:
-    """How a parameter departs from the run's learning rate and weight decay."""
-
-    lr_factor: float
-    decays: bool
-    last_layer: bool
-
-
-def rule_of(name: str, num_dims: int, depth: int, config: OptimConfig) -> GroupRule:
-    """The rule of one parameter, from its name and number of dimensions.
-
-    The factor is ``layer_decay`` to the power of the number of layers above the parameter: the heads and
-    the final norm have 1, the last block has 1 above it, the embedding all ``depth + 1``. Vectors (biases, norms,
-    LayerScale) do not decay.
-    """
-    block = _BLOCK.match(name)
-    if block:
-        above = depth - int(block.group(1))
-    else:
-        above = depth + 1 if name.startswith("backbone.embedding.") else 0
-    factor = config.layer_decay**above
-    if name.startswith("backbone.embedding.projection."):
-        factor *= config.patch_embed_lr
-    return GroupRule(factor, num_dims > 1, name.endswith("prototypes.weight"))
+from streamtrain.engine.rules import GroupRule, rule_of
 
 
 def parameter_groups(

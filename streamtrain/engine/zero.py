@@ -21,6 +21,7 @@ from streamtrain.config.tree import Config
 from streamtrain.engine.moments import KEYS
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
+from streamtrain.engine.shapes import SUB_GROUP_NUMEL
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
         "reduce_bucket_size": config.engine.reduce_bucket_bytes // runtime.dtype.itemsize,
-        "sub_group_size": 100_000_000,
+        "sub_group_size": SUB_GROUP_NUMEL,
         "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": block_numel if on_gpu else 0,

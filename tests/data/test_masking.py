@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtrain.config.masks import MasksConfig
-from streamtrain.data.masking import draw_masks, group_counts, max_rows, rasterise
+from streamtrain.config.masks import MasksConfig, group_counts, max_rows
+from streamtrain.data.masking import draw_masks, rasterise
 
 configs = st.builds(
     MasksConfig,

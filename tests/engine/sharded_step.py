@@ -16,9 +16,10 @@ from deepspeed.utils import safe_get_full_grad
 
 from shards.randomness import generator
 from streamtrain.config.load import build
+from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.data.masking import draw_masks, max_rows, rasterise
+from streamtrain.data.masking import draw_masks, rasterise
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.learner import Learner, LossWeights
 from streamtrain.model.initialise import initialise

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from streamtrain.config.engine import OptimConfig
-from streamtrain.engine.optim import GroupRule, parameter_groups, rule_of, set_rates
+from streamtrain.engine.optim import parameter_groups, set_rates
+from streamtrain.engine.rules import GroupRule, rule_of
 
 CONFIG = OptimConfig(layer_decay=0.5, patch_embed_lr=0.2)
 
