@@ -48,6 +48,12 @@ def start_notes(config: Config, world_size: int) -> list[str]:
     global_batch, accumulation = config.batch_split(world_size)
     micro_batch = config.data.micro_batch
     notes = [f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)"]
+    if config.optim.lr_reference_batch is not None:
+        factor, peak = config.optim.lr_factor(global_batch), config.schedules.lr.peak
+        notes.append(
+            f"lr peak {peak * factor:.3g} = {peak:.3g} x {factor:.3g} "
+            f"({config.optim.lr_scaling} of batch {global_batch} / {config.optim.lr_reference_batch})"
+        )
     samples = config.objective.koleo.samples(micro_batch, world_size)
     if config.objective.koleo.weight.ever_positive and samples < FEW_NEIGHBOURS:
         notes.append(

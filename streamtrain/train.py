@@ -45,11 +45,11 @@ class StepValues:
     weights: LossWeights
 
     @classmethod
-    def at(cls, step: int, config: Config) -> StepValues:
+    def at(cls, step: int, config: Config, global_batch: int) -> StepValues:
         """Values of the step that follows ``step`` completed ones."""
         schedules, objective, steps = config.schedules, config.objective, config.run.steps
         return cls(
-            lr=value_at(schedules.lr, step, steps),
+            lr=value_at(schedules.lr, step, steps) * config.optim.lr_factor(global_batch),
             weight_decay=value_at(schedules.weight_decay, step, steps),
             momentum=value_at(schedules.momentum, step, steps),
             teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
@@ -111,7 +111,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
             monitor.text("config", f"```yaml\n{to_yaml(config)}```")
             clock = StepClock()
             while step < config.run.steps:
-                values = StepValues.at(step, config)
+                values = StepValues.at(step, config, global_batch)
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen)
 
                 batches = [next(loader) for _ in range(accumulation)]
@@ -126,7 +126,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                 step, slot = step + 1, slot + global_batch
                 means, exit_code = agree(losses, stop.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
-                scalars["optim/gradient_norm"] = student.gradient_norm()
+                scalars |= student.gradient_norms()
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
                 monitor.log(step, slot, scalars)
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):

@@ -23,12 +23,32 @@ class OptimConfig(Section):
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
-    # maximum L2 norm of the gradient over all parameters; 0: no clipping
+    # maximum L2 norm of the gradient; 0: no clipping
     clip: float = Field(default=3.0, ge=0.0)
+    # the norm over all parameters, or of each module (the backbone, each head) on its own
+    clip_per: Literal["global", "module"] = "global"
+    # how schedules.lr, which is meant for a batch of lr_reference_batch, follows the global batch
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    lr_reference_batch: Positive | None = None
     # learning-rate factor from one block to the one below it
     layer_decay: float = Field(default=0.9, gt=0.0, le=1.0)
     # further learning-rate factor of the patch embedding
     patch_embed_lr: float = Field(default=0.2, gt=0.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if (self.lr_scaling == "none") != (self.lr_reference_batch is None):
+            raise ValueError("lr_scaling: sqrt or linear and lr_reference_batch need each other")
+        if self.clip_per == "module" and not self.clip:
+            raise ValueError("clip_per: module has no effect with clip: 0")
+        return self
+
+    def lr_factor(self, global_batch: int) -> float:
+        """What ``schedules.lr`` is multiplied by for this batch."""
+        if self.lr_reference_batch is None:
+            return 1.0
+        ratio = global_batch / self.lr_reference_batch
+        return ratio**0.5 if self.lr_scaling == "sqrt" else ratio
 
 
 class EngineConfig(Section):

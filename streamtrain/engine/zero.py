@@ -18,6 +18,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from streamtrain.config.tree import Config
+from streamtrain.engine.clipping import ModuleClipping
 from streamtrain.engine.moments import KEYS
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
@@ -94,7 +95,7 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip,
+        "gradient_clipping": config.optim.clip if config.optim.clip_per == "global" else 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
@@ -125,6 +126,9 @@ class Student:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
+        self._clipping = (
+            ModuleClipping(self.parameters, config.optim.clip) if config.optim.clip_per == "module" else None
+        )
 
     def accumulate(self, *inputs: Any) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch; returns the losses, detached."""
@@ -134,15 +138,19 @@ class Student:
 
     def step(self) -> None:
         """Call after each ``accumulate``; the last one of an optimiser step applies the update."""
+        if self._clipping is not None and self._engine.is_gradient_accumulation_boundary():
+            self._clipping.apply(self._optimizer.averaged_gradients, self._optimizer.fp16_groups)
         self._engine.step()
 
     def set_rates(self, lr: float, weight_decay: float, last_layer_frozen: bool) -> None:
         """Rates of the coming optimiser step."""
         set_rates(self._optimizer.optimizer.param_groups, lr, weight_decay, last_layer_frozen)
 
-    def gradient_norm(self) -> float:
-        """L2 norm of the last step's gradient, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of the last step's gradient before clipping, and of its modules' where each is clipped, by tag."""
+        if self._clipping is not None:
+            return self._clipping.scalars()
+        return {"optim/gradient_norm": float(self._engine.get_global_grad_norm() or 0.0)}
 
     def master(self, name: str) -> torch.Tensor:
         """``[numel]`` fp32 view of this rank's fragment of the master of parameter ``name``."""

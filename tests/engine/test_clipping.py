@@ -1,0 +1,56 @@
+"""Each module's gradient is clipped on its own, whatever part of it a rank holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from joined_processes import run_on_ranks
+
+from streamtrain.engine.clipping import ModuleClipping
+
+LIMIT = 0.5
+SIZES = {"backbone.a": 6, "head.b": 4, "backbone.c": 8, "other.d": 2}
+
+
+def clipped_as_torch_does(gradients: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Every module's gradients through ``clip_grad_norm_``, and the norms it found."""
+    expected, norms = {}, {}
+    for module in ("backbone", "head", "other"):
+        parameters = {}
+        for name, gradient in gradients.items():
+            if name.startswith(module):
+                parameters[name] = torch.nn.Parameter(torch.zeros_like(gradient))
+                parameters[name].grad = gradient.clone()
+        norms[module] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), LIMIT))
+        expected |= {name: parameter.grad for name, parameter in parameters.items()}
+    return expected, norms
+
+
+def clip_on_rank(rank: int, world_size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gradients = {name: torch.randn(size, generator=generator) for name, size in SIZES.items()}
+    # one module stays below the limit
+    gradients["other.d"] *= 0.01
+    parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()}
+    mine = {name: gradient.chunk(world_size)[rank].clone() for name, gradient in gradients.items()}
+    groups = [["backbone.a", "head.b"], ["backbone.c", "other.d"]]
+    clipping = ModuleClipping(parameters, LIMIT)
+    clipping.apply(
+        {index: [mine[name] for name in group] for index, group in enumerate(groups)},
+        [[parameters[name] for name in group] for group in groups],
+    )
+    expected, norms = clipped_as_torch_does(gradients)
+    for name, part in mine.items():
+        torch.testing.assert_close(part, expected[name].chunk(world_size)[rank])
+    assert torch.equal(mine["other.d"], gradients["other.d"].chunk(world_size)[rank])
+    scalars = clipping.scalars()
+    for module, norm in norms.items():
+        assert scalars[f"optim/gradient_norm/{module}"] == pytest.approx(norm)
+    assert scalars["optim/gradient_norm"] == pytest.approx(sum(norm**2 for norm in norms.values()) ** 0.5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_modules_are_clipped_as_by_torch(ranks: int, tmp_path: Path) -> None:
+    run_on_ranks(clip_on_rank, tmp_path, ranks, ranks=ranks)
