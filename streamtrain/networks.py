@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from streamtrain import checkpoint
 from streamtrain.config.tree import Config
@@ -14,10 +17,13 @@ from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError
+from streamtrain.export.adopt import opened_backbone
 from streamtrain.learner import Learner
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
 from streamtrain.objective.targets import TargetMaker
+
+BACKBONE = "backbone."
 
 
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
@@ -47,23 +53,21 @@ class Position:
 def restore(
     config: Config, resume_from: Path | None, student: Student, teacher: Teacher, target_maker: TargetMaker
 ) -> Position:
-    """Fill both networks from the newest checkpoint, or from the seed.
+    """Fill both networks from the newest checkpoint, from somebody's backbone, or from the seed.
 
-    The run folder's own checkpoint comes before ``resume_from``, and both before a fresh start.
+    The run folder's own checkpoint comes before ``resume_from``, then ``init.weights``, then a fresh start.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another model.
+        StreamtrainError: if ``init.weights`` cannot be read, or is of another model.
     """
     source = next(
         (folder for folder in (Path(config.run.dir), resume_from) if folder and checkpoint.saved_steps(folder)), None
     )
     if source is None:
-        def fresh(key: str, fragment: Fragment) -> torch.Tensor:
-            name = key.partition("/")[2]
-            return fragment.cut(initial_value(name, fragment.shape, config.model, config.run.seed))
-
-        student.write(fresh, optimizer_steps=0)
-        teacher.write(fresh)
+        with starting_values(config, student) as read:
+            student.write(read, optimizer_steps=0)
+            teacher.write(read)
         return Position(0, None)
     with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
         for name, fragment in student.fragments.items():
@@ -76,3 +80,32 @@ def restore(
         teacher.write(reader.read)
         target_maker.load_state_dict(reader.shared())
         return Position(reader.step, reader.state["data"])
+
+
+@contextmanager
+def starting_values(config: Config, student: Student) -> Iterator[Callable[[str, Fragment], torch.Tensor]]:
+    """Yield what a new run reads its fragments from: ``init.weights`` for the backbone, the seed for the rest.
+
+    Student and teacher read the same, so the teacher starts as a copy.
+    """
+    with ExitStack() as stack:
+        adopted: Callable[[str], torch.Tensor | None] = lambda name: None  # noqa: E731
+        if config.init.weights is not None:
+            shapes = {
+                name.removeprefix(BACKBONE): torch.Size(fragment.shape)
+                for name, fragment in student.fragments.items()
+                if name.startswith(BACKBONE)
+            }
+            path = Path(config.init.weights).expanduser()
+            adopted, report = stack.enter_context(opened_backbone(path, shapes, config.init.minimum_matched))
+            if dist.get_rank() == 0:
+                print(f"backbone from {path}: {report.text()}", flush=True)
+
+        def read(key: str, fragment: Fragment) -> torch.Tensor:
+            name = key.partition("/")[2]
+            value = adopted(name.removeprefix(BACKBONE)) if name.startswith(BACKBONE) else None
+            if value is None:
+                value = initial_value(name, fragment.shape, config.model, config.run.seed)
+            return fragment.cut(value)
+
+        yield read

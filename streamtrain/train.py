@@ -42,6 +42,7 @@ class StepValues:
     momentum: float
     teacher_temperature: float
     last_layer_frozen: bool
+    backbone_frozen: bool
     weights: LossWeights
 
     @classmethod
@@ -54,6 +55,7 @@ class StepValues:
             momentum=value_at(schedules.momentum, step, steps),
             teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
             last_layer_frozen=step < schedules.freeze_last_layer,
+            backbone_frozen=step < config.init.freeze_backbone_steps,
             weights=LossWeights(
                 global_loss=value_at(objective.global_loss.weight, step, steps),
                 patch_loss=value_at(objective.patch_loss.weight, step, steps),
@@ -112,7 +114,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
             clock = StepClock()
             while step < config.run.steps:
                 values = StepValues.at(step, config, global_batch)
-                student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen)
+                student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
                 batches = [next(loader) for _ in range(accumulation)]
                 features = [teacher(batch, None, values.weights) for batch in batches]

@@ -7,6 +7,7 @@ from pydantic import model_validator
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.data import DataConfig
 from streamtrain.config.engine import EngineConfig, OptimConfig, TeacherConfig
+from streamtrain.config.init import InitConfig
 from streamtrain.config.masks import MasksConfig
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.monitor import MonitorConfig
@@ -31,6 +32,7 @@ class Config(Section):
     schedules: SchedulesConfig = SchedulesConfig()
     engine: EngineConfig = EngineConfig()
     monitor: MonitorConfig = MonitorConfig()
+    init: InitConfig = InitConfig()
 
     @model_validator(mode="after")
     def _sizes_fit_patches(self) -> Config:

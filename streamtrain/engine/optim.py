@@ -109,10 +109,16 @@ def moments_maker(engine: EngineConfig, folder: Path, device: torch.device) -> C
     return make
 
 
-def set_rates(groups: list[dict[str, Any]], lr: float, weight_decay: float, last_layer_frozen: bool) -> None:
+def set_rates(
+    groups: list[dict[str, Any]],
+    lr: float,
+    weight_decay: float,
+    last_layer_frozen: bool,
+    backbone_frozen: bool = False,
+) -> None:
     """Write this step's learning rate and weight decay into every group."""
     for group in groups:
         rule: GroupRule = group["rule"]
-        frozen = rule.last_layer and last_layer_frozen
+        frozen = (rule.last_layer and last_layer_frozen) or (rule.backbone and backbone_frozen)
         group["lr"] = 0.0 if frozen else lr * rule.lr_factor
         group["weight_decay"] = weight_decay if rule.decays else 0.0

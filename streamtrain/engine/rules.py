@@ -17,6 +17,7 @@ class GroupRule:
     lr_factor: float
     decays: bool
     last_layer: bool
+    backbone: bool
 
 
 def rule_of(name: str, num_dims: int, depth: int, config: OptimConfig) -> GroupRule:
@@ -34,4 +35,4 @@ def rule_of(name: str, num_dims: int, depth: int, config: OptimConfig) -> GroupR
     factor = config.layer_decay**above
     if name.startswith("backbone.embedding.projection."):
         factor *= config.patch_embed_lr
-    return GroupRule(factor, num_dims > 1, name.endswith("prototypes.weight"))
+    return GroupRule(factor, num_dims > 1, name.endswith("prototypes.weight"), name.startswith("backbone."))

@@ -142,9 +142,11 @@ class Student:
             self._clipping.apply(self._optimizer.averaged_gradients, self._optimizer.fp16_groups)
         self._engine.step()
 
-    def set_rates(self, lr: float, weight_decay: float, last_layer_frozen: bool) -> None:
+    def set_rates(
+        self, lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False
+    ) -> None:
         """Rates of the coming optimiser step."""
-        set_rates(self._optimizer.optimizer.param_groups, lr, weight_decay, last_layer_frozen)
+        set_rates(self._optimizer.optimizer.param_groups, lr, weight_decay, last_layer_frozen, backbone_frozen)
 
     def gradient_norms(self) -> dict[str, float]:
         """L2 norm of the last step's gradient before clipping, and of its modules' where each is clipped, by tag."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from streamtrain.errors import StreamtrainError
-from streamtrain.export.naming import QKV_BIAS, convert, detect
-
-# share of the wanted tensors below which an import is taken for a mistake
-ENOUGH = 0.95
+from streamtrain.config.init import ENOUGH
+from streamtrain.export.naming import QKV_BIAS, combine, convert, detect, find_origins
+from streamtrain.export.state_file import opened_state
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ImportReport:
 
 
 def import_backbone(
-    state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], source: str
+    state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], source: str, minimum: float = ENOUGH
 ) -> tuple[dict[str, Tensor], ImportReport]:
     """The tensors of ``state`` (of any known family) that fit a backbone, under our names, and the report.
 
@@ -55,9 +56,10 @@ def import_backbone(
         state: a backbone's tensors, heads or not.
         wanted: names and shapes of the backbone's parameters.
         source: where ``state`` is from, for the error.
+        minimum: share of the wanted tensors that must match.
 
     Raises:
-        StreamtrainError: if fewer than 95 % of the wanted tensors match.
+        StreamtrainError: if fewer do.
     """
     found, unexpected = convert(state, detect(state))
     biases = [name for name in wanted if name.endswith(QKV_BIAS)]
@@ -73,9 +75,36 @@ def import_backbone(
         tuple(unexpected + [name for name in found if name not in wanted]),
         tuple(zeroed),
     )
-    if report.share < ENOUGH:
+    if report.share < minimum:
         raise StreamtrainError(
             f"{source} fits this model to {report.share:.0%} only; choose the model section that belongs to it. "
             + "; ".join(report.text().splitlines())
         )
     return {**matched, **{name: torch.zeros(wanted[name]) for name in zeroed}}, report
+
+
+@contextmanager
+def opened_backbone(
+    path: Path, wanted: Mapping[str, torch.Size], minimum: float = ENOUGH
+) -> Iterator[tuple[Callable[[str], Tensor | None], ImportReport]]:
+    """As ``import_backbone`` for weights on disk, of which each tensor is read only when it is asked for.
+
+    Yields a function from one of our names to its tensor (None where the weights do not provide it), and the report.
+
+    Raises:
+        StreamtrainError: if the weights cannot be read, or fewer than ``minimum`` of the wanted tensors match.
+    """
+    with opened_state(path) as file:
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
+        found, report = import_backbone(shapes, wanted, str(path), minimum)
+        naming = detect(shapes)
+        origins, _ = find_origins(shapes, naming)
+
+        def read(name: str) -> Tensor | None:
+            if name not in found:
+                return None
+            if name in report.zeroed:
+                return torch.zeros(wanted[name])
+            return combine(name, [file.read(origin) for origin in origins[name]], naming).float()
+
+        yield read, report

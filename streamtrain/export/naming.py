@@ -7,7 +7,7 @@ moves no score, has no place in most families and is left out.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
 
 import torch
@@ -61,21 +61,25 @@ def detect(state: Mapping[str, Tensor]) -> Naming | None:
 
 def convert(state: Mapping[str, Tensor], naming: Naming | None) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` under our names, and what of it has none; a prefix such as ``backbone.`` is taken off."""
+    origins, unexpected = find_origins(state, naming)
+    return {ours: combine(ours, [state[name] for name in theirs], naming) for ours, theirs in origins.items()}, unexpected
+
+
+def find_origins(names: Iterable[str], naming: Naming | None) -> tuple[dict[str, list[str]], list[str]]:
+    """For each of our names those of ``names`` that ``combine`` makes it from, and the names without a place."""
+    names = list(names)
     anchor = "embedding.cls_token" if naming is None else naming.fixed["embedding.cls_token"]
-    prefix = min((name for name in state if f".{name}".endswith(f".{anchor}")), key=len, default=anchor)
+    prefix = min((name for name in names if f".{name}".endswith(f".{anchor}")), key=len, default=anchor)
     prefix = prefix.removesuffix(anchor)
-    inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    unexpected = [name for name in state if not name.startswith(prefix)]
+    inner = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    unexpected = [name for name in names if not name.startswith(prefix)]
     if naming is None:
-        return inner, unexpected
+        return {ours: [name] for ours, name in inner.items()}, unexpected
     # transformers' live model keeps its blocks one level deeper than its files
-    inner = {re.sub(rf"^model\.(?={re.escape(naming.block)}\d)", "", name): value for name, value in inner.items()}
-    found: dict[str, Tensor] = {}
-    for ours, theirs in _pairs(inner, naming):
-        pieces = [inner.pop(name) for name in theirs]
-        found[ours] = _inward(ours, pieces)
-    unexpected += [name for name in inner if not re.match(naming.ignored, name)]
-    return found, unexpected
+    inner = {re.sub(rf"^model\.(?={re.escape(naming.block)}\d)", "", short): name for short, name in inner.items()}
+    origins = {ours: [inner.pop(name) for name in theirs] for ours, theirs in list(_pairs(inner, naming))}
+    unexpected += [name for short, name in inner.items() if not re.match(naming.ignored, short)]
+    return origins, unexpected
 
 
 def _export(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ def _outward(name: str, value: Tensor, naming: Naming) -> Tensor:
     return value
 
 
-def _pairs(state: Mapping[str, Tensor], naming: Naming) -> Iterator[tuple[str, list[str]]]:
+def _pairs(state: Mapping[str, str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
     """Ours, and the names of theirs that make it up, for all that ``state`` has in full."""
     for ours, theirs in naming.fixed.items():
         if theirs in state:
@@ -140,8 +144,10 @@ def _pairs(state: Mapping[str, Tensor], naming: Naming) -> Iterator[tuple[str, l
             yield f"blocks.{index}.{QKV_BIAS}", biases
 
 
-def _inward(ours: str, pieces: list[Tensor]) -> Tensor:
-    """Our shape of their tensor, or tensors."""
+def combine(ours: str, pieces: list[Tensor], naming: Naming | None) -> Tensor:
+    """Our tensor from those of the family ``naming`` that make it up."""
+    if naming is None:
+        return pieces[0]
     value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if ours.endswith(QKV_BIAS) and len(pieces) == 1:
         # the key part of a fused bias is masked: no score depends on it

@@ -15,13 +15,13 @@ CONFIG = OptimConfig(layer_decay=0.5, patch_embed_lr=0.2)
 @pytest.mark.parametrize(
     ("name", "dims", "rule"),
     [
-        ("backbone.embedding.projection.weight", 2, GroupRule(0.5**5 * 0.2, True, False)),
-        ("backbone.embedding.cls_token", 2, GroupRule(0.5**5, True, False)),
-        ("backbone.blocks.0.attention.qkv.weight", 2, GroupRule(0.5**4, True, False)),
-        ("backbone.blocks.3.attention.qkv.bias", 1, GroupRule(0.5, False, False)),
-        ("backbone.norm.weight", 1, GroupRule(1.0, False, False)),
-        ("global_head.mlp.0.weight", 2, GroupRule(1.0, True, False)),
-        ("global_head.prototypes.weight", 2, GroupRule(1.0, True, True)),
+        ("backbone.embedding.projection.weight", 2, GroupRule(0.5**5 * 0.2, True, False, True)),
+        ("backbone.embedding.cls_token", 2, GroupRule(0.5**5, True, False, True)),
+        ("backbone.blocks.0.attention.qkv.weight", 2, GroupRule(0.5**4, True, False, True)),
+        ("backbone.blocks.3.attention.qkv.bias", 1, GroupRule(0.5, False, False, True)),
+        ("backbone.norm.weight", 1, GroupRule(1.0, False, False, True)),
+        ("global_head.mlp.0.weight", 2, GroupRule(1.0, True, False, False)),
+        ("global_head.prototypes.weight", 2, GroupRule(1.0, True, True, False)),
     ],
 )
 def test_rules_follow_from_the_name(name: str, dims: int, rule: GroupRule) -> None:
@@ -38,3 +38,5 @@ def test_every_parameter_is_in_one_group_and_frozen_prototypes_do_not_move() -> 
     assert [by_name[id(p)]["lr"] for _, p in named] == [5e-4, 1e-3, 0.0, 1e-3]
     set_rates(groups, 1e-3, 0.1, last_layer_frozen=False)
     assert by_name[id(named[2][1])]["lr"] == 1e-3
+    set_rates(groups, 1e-3, 0.1, last_layer_frozen=False, backbone_frozen=True)
+    assert [by_name[id(p)]["lr"] for _, p in named] == [0.0, 0.0, 1e-3, 1e-3]
