@@ -92,6 +92,7 @@ class Partition:
     # of each flat tensor
     flat_numels: tuple[int, ...]
     largest_shard_numel: int
+    largest_numel: int
 
 
 def partition(shapes: Shapes, config: Config, world_size: int) -> Partition:
@@ -114,4 +115,5 @@ def partition(shapes: Shapes, config: Config, world_size: int) -> Partition:
         if filled:
             flats.append(filled)
     every = [size for sizes in groups.values() for size in sizes]
-    return Partition(sum(map(math.prod, shapes.values())), sum(every), tuple(flats), max(every))
+    numels = [math.prod(shape) for shape in shapes.values()]
+    return Partition(sum(numels), sum(every), tuple(flats), max(every), max(numels))

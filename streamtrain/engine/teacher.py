@@ -31,19 +31,20 @@ class Teacher:
         self._engine.eval()
         self._student = student
         self.parameters = dict(module.named_parameters())
-        self._averages, self._values = [], []
-        for master in student.master_groups:
-            away = on_host and master.is_cuda
-            home = torch.device("cpu") if away else master.device
-            average = torch.empty(master.shape, dtype=master.dtype, device=home, pin_memory=away)
-            same = self._dtype == average.dtype and not away
-            self._averages.append(average)
-            self._values.append(average if same else torch.empty_like(master, dtype=self._dtype))
+        masters = student.master_groups
+        away = on_host and masters[0].is_cuda
+        self._values = [torch.empty_like(master, dtype=self._dtype) for master in masters]
         for name, parameter in self.parameters.items():
             group, offset, numel = student.position(name)
             assert parameter.ds_tensor.numel() == numel and not parameter.ds_persist, name
             # the engine gathers from ds_tensor: let it look into the flat tensor that the update writes
             parameter.ds_tensor.data = self._values[group].narrow(0, offset, numel)
+        # only now, when the memory of the engine's own tensors is free again
+        if self._dtype == masters[0].dtype and not away:
+            self._averages = self._values
+        else:
+            home = torch.device("cpu") if away else masters[0].device
+            self._averages = [torch.empty(m.shape, dtype=m.dtype, device=home, pin_memory=away) for m in masters]
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -124,6 +124,11 @@ class Student:
         folder = Path(config.engine.moments_dir or f"{config.run.dir}/moments") / f"rank-{runtime.rank:05d}"
         self._adamw = AdamW(groups, config.optim, moments_maker(config.engine, folder, runtime.device))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
+        if runtime.dtype == torch.float32:
+            # the masters are the values; DeepSpeed means to share them, but compares a device with a string
+            values = self._optimizer.fp16_partitioned_groups_flat
+            for master, value in zip(self.master_groups, values, strict=True):
+                master.data = value
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
         self._clipping = (

@@ -154,4 +154,5 @@ def most_alive(student: object, report: dict[str, float]) -> list[object]:
     return handles
 
 
-main()
+if __name__ == "__main__":
+    main()
