@@ -22,6 +22,7 @@ PACKING = "pack/shuffle"  # the order in which images are packed
 VIEWS = "data/views"  # crop boxes, flips, colour, blur, solarize; counter: slot
 MASKS = "data/masks"  # the rectangles of the block masks; counter: slot
 MASK_GROUPS = "data/mask_groups"  # which crops of a group are masked, and how much; counter: group
+SIZES = "data/sizes"  # where the alternation of crop sizes starts; no counter
 MODEL = "model/step"  # drop-path and RoPE rescale; counter: first slot of the micro-batch
 INITIALISE = "model/initialise"  # initial parameters; counter: from the parameter's name
 

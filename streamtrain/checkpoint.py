@@ -135,6 +135,10 @@ class Reader:
         """Shape of parameter ``name``."""
         return tuple(self.state["shapes"][name])
 
+    def has(self, key: str) -> bool:
+        """Whether ``kind/name`` is there."""
+        return key in self._shard_numel
+
     def read(self, key: str, piece: Piece) -> torch.Tensor:
         """``[piece.numel]``: the values ``[start, stop)`` of ``kind/name``, padded with zeros.
 

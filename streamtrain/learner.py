@@ -215,16 +215,15 @@ class GramTeacher(nn.Module):
         self.backbone = VisionTransformer(config.model)
 
     @torch.no_grad()
-    def forward(self, crops: Tensor) -> Tensor:
-        """uint8 ``[N, height, width, 3]`` to patches ``[N, num_patches, dim]`` on the global crops' grid.
+    def forward(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
+        """uint8 ``[N, height, width, 3]`` to patches ``[N, num_patches, dim]`` on ``grid``, that of the global crops.
 
         The crops may be larger than the student's; their features are then resized bicubically.
         """
         images = pixels(crops, self.config.crops, self.backbone)
         patches = self.backbone([images], chunk=self.config.teacher.chunk)[0].patches
         (group,) = self.backbone.layout([images]).groups
-        side = self.config.crops.global_size // self.config.model.patch_size
-        return resize_patches(patches, group.grid, (side, side))
+        return resize_patches(patches, group.grid, grid)
 
 
 def pixels(crops: Tensor, config: CropsConfig, backbone: VisionTransformer) -> Tensor:

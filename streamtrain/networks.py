@@ -13,12 +13,15 @@ import torch.distributed as dist
 
 from streamtrain import checkpoint
 from streamtrain.config.tree import Config
+from streamtrain.distillation import fill_frozen_teacher, frozen_teacher_config
+from streamtrain.engine.frozen import FrozenNetwork
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError
 from streamtrain.export.adopt import opened_backbone
-from streamtrain.learner import Learner
+from streamtrain.gram_anchor import GramAnchor
+from streamtrain.learner import GramTeacher, Learner
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
 from streamtrain.objective.targets import TargetMaker
@@ -28,13 +31,41 @@ BACKBONE = "backbone."
 
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
     """Student and teacher, sharded over all ranks; their values are undefined until written."""
-    with torch.device("meta"):
-        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
-    settings = engine_config(config, runtime, accumulation, block_numel)
+    settings = _settings(config, runtime, accumulation)
     student = Student(build_sharded(lambda: Learner(config), settings), Block, config, runtime, settings)
     on_host = config.teacher.average == "host"
     teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings, on_host)
     return student, teacher
+
+
+def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> GramAnchor:
+    """The Gram teacher, sharded like the student, where the objective has a Gram term; to be filled by ``restore``."""
+    if not config.objective.gram.active:
+        return GramAnchor(config, None)
+    settings = _settings(config, runtime, accumulation)
+    module = build_sharded(lambda: GramTeacher(config), settings)
+    return GramAnchor(config, FrozenNetwork(module, Block, runtime.rank, settings))
+
+
+def build_guide(config: Config, runtime: Runtime, accumulation: int, average: Teacher) -> Teacher | FrozenNetwork:
+    """Who teaches: the student's average, or a frozen network, filled.
+
+    Raises:
+        StreamtrainError: if ``teacher.weights`` cannot teach this student.
+    """
+    if config.teacher.kind == "ema":
+        return average
+    theirs = frozen_teacher_config(config)
+    settings = _settings(theirs, runtime, accumulation)
+    guide = FrozenNetwork(build_sharded(lambda: Learner(theirs), settings), Block, runtime.rank, settings)
+    fill_frozen_teacher(config, guide)
+    return guide
+
+
+def _settings(config: Config, runtime: Runtime, accumulation: int) -> dict[str, Any]:
+    with torch.device("meta"):
+        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
+    return engine_config(config, runtime, accumulation, block_numel)
 
 
 @dataclass(frozen=True)
@@ -51,9 +82,14 @@ class Position:
 
 
 def restore(
-    config: Config, resume_from: Path | None, student: Student, teacher: Teacher, target_maker: TargetMaker
+    config: Config,
+    resume_from: Path | None,
+    student: Student,
+    teacher: Teacher,
+    target_maker: TargetMaker,
+    gram: GramAnchor | None = None,
 ) -> Position:
-    """Fill both networks from the newest checkpoint, from somebody's backbone, or from the seed.
+    """Fill the networks from the newest checkpoint, from somebody's backbone, or from the seed.
 
     The run folder's own checkpoint comes before ``resume_from``, then ``init.weights``, then a fresh start.
 
@@ -68,6 +104,8 @@ def restore(
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
             teacher.write(read)
+        if gram is not None:
+            gram.start(None)
         return Position(0, None)
     with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
         for name, fragment in student.fragments.items():
@@ -79,6 +117,8 @@ def restore(
         student.write(reader.read, optimizer_steps=reader.step)
         teacher.write(reader.read)
         target_maker.load_state_dict(reader.shared())
+        if gram is not None:
+            gram.start(reader)
         return Position(reader.step, reader.state["data"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from streamtrain.data.loader import Loader, check_state, open_shard_set
 from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
+from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import LossWeights
 from streamtrain.monitor.monitor import Monitor
 from streamtrain.monitor.panel import crops_panel
 from streamtrain.monitor.usage import StepClock, memory_scalars
-from streamtrain.networks import build_networks, restore
+from streamtrain.networks import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.run_folder import describe_run, make_run_folder, start_notes
 from streamtrain.schedules import value_at
@@ -60,6 +61,7 @@ class StepValues:
                 global_loss=value_at(objective.global_loss.weight, step, steps),
                 patch_loss=value_at(objective.patch_loss.weight, step, steps),
                 koleo=value_at(objective.koleo.weight, step, steps),
+                gram=value_at(objective.gram.weight, step, steps),
                 local_loss=value_at(objective.global_loss.local_weight, step, steps),
             ),
         )
@@ -96,9 +98,12 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
             describe_run(run_dir, config, launch.world_size)
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
         student, teacher = build_networks(config, runtime, accumulation)
+        # a frozen network takes the average's place as the one that teaches
+        guide = build_guide(config, runtime, accumulation, teacher)
+        gram = build_gram_anchor(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
-        handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
-        position = restore(config, resume_from, student, teacher, target_maker)
+        handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
+        position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
@@ -117,10 +122,12 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
                 batches = [next(loader) for _ in range(accumulation)]
-                features = [teacher(batch, None, values.weights) for batch in batches]
+                gram.refresh(step, values.weights.gram, teacher)
+                features = [guide(batch, None, values.weights) for batch in batches]
                 targets = target_maker.make(features, handles, values.teacher_temperature)
                 losses = []
                 for batch, target in zip(batches, targets, strict=True):
+                    target = replace(target, gram=gram.targets(batch, values.weights.gram))
                     losses.append(student.accumulate(batch, target, values.weights))
                     student.step()
                 teacher.update(values.momentum)
@@ -134,7 +141,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
                     monitor.panel(step, panel_of(batches[0], config))
                 if due(step, config.run.checkpoint_every) or exit_code or step == config.run.steps:
-                    save(config, step, loader.state_dict(slot), student, teacher, target_maker)
+                    save(config, step, loader.state_dict(slot), student, teacher, target_maker, gram)
                 if exit_code:
                     stop.clear()
                     return exit_code
@@ -142,13 +149,19 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
 
 
 def save(
-    config: Config, step: int, data: dict[str, Any], student: Student, teacher: Teacher, target_maker: TargetMaker
+    config: Config,
+    step: int,
+    data: dict[str, Any],
+    student: Student,
+    teacher: Teacher,
+    target_maker: TargetMaker,
+    gram: GramAnchor,
 ) -> None:
     """Write the checkpoint of ``step`` completed steps and drop those that are no longer kept."""
     checkpoint.save(
         config.run.dir,
         step,
-        shards=student.shards() | teacher.shards(),
+        shards=student.shards() | teacher.shards() | gram.shards(),
         shared=target_maker.state_dict(),
         shapes={name: fragment.shape for name, fragment in student.fragments.items()},
         state={"data": data},

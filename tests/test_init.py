@@ -7,26 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from drawn_images import draw_folder
-from ranks import ROOT, run_ranks
-from tiny_backbone import TINY, tiny_backbone
+from ranks import run_ranks
+from tiny_backbone import tiny_backbone
+from tiny_run import command
 
 from shards.pack import PackOptions, pack
 from streamtrain import checkpoint
 from streamtrain.export.folder import export_safetensors
-
-HEAD = "{prototypes: 32, hidden: 16, bottleneck: 8}"
-
-
-def command(folder: Path, *overrides: str) -> list[str]:
-    model = [f"model.{key}={value}" for key, value in TINY.items()]
-    return [
-        str(ROOT / "streamtrain" / "main.py"), "--config", "vits16.yaml", *model, f"data.shards={folder / 'set'}",
-        f"run.dir={folder / 'run'}", "crops.global_size=32", "crops.local_size=16", "crops.local_count=1",
-        f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}", "data.micro_batch=4",
-        "engine.cpu_threads=1", "engine.device=cpu", "engine.dtype=fp32", "data.decode_threads=1",
-        "monitor.progress=false", "monitor.tensorboard=false", "data.lanes=2", "run.checkpoint_every=1",
-        "schedules.lr=1e-2", "run.keep_last=0", *overrides,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_both_networks_start_from_the_weights_and_a_frozen_backbone_stays(folder: Path) -> None:
     begin = [f"init.weights={folder / 'weights'}", "init.freeze_backbone_steps=2"]
-    ((code, out, err), _) = run_ranks(command(folder, "run.steps=3", *begin), 2)
+    ((code, out, err), _) = run_ranks(command(folder / "set", folder / "run", "run.steps=3", *begin), 2)
     assert code == 0, err[-3000:]
     assert f"backbone from {folder / 'weights'}: matched 35 tensors (100.0% of the backbone's)" in out
     wanted = tiny_backbone().model.state_dict()
@@ -55,7 +42,7 @@ def test_both_networks_start_from_the_weights_and_a_frozen_backbone_stays(folder
     assert not torch.equal(second["backbone.norm.weight"], third["backbone.norm.weight"])
     # going on needs the weights no longer
     begin = [f"init.weights={folder / 'absent'}", "run.steps=4"]
-    assert [code for code, _, _ in run_ranks(command(folder, *begin), 2)] == [0, 0]
+    assert [code for code, _, _ in run_ranks(command(folder / "set", folder / "run", *begin), 2)] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +53,6 @@ def test_both_networks_start_from_the_weights_and_a_frozen_backbone_stays(folder
     ],
 )
 def test_weights_that_do_not_fit_stop_every_rank_in_one_line(folder: Path, overrides: list[str], told: str) -> None:
-    given = [f"init.weights={folder / 'weights'}", "run.steps=1", f"run.dir={folder / 'refused'}", *overrides]
-    for code, _, errors in run_ranks(command(folder, *given), 2):
+    given = [f"init.weights={folder / 'weights'}", "run.steps=1", *overrides]
+    for code, _, errors in run_ranks(command(folder / "set", folder / "refused", *given), 2):
         assert code == 2 and told in errors.strip().splitlines()[-1] and "Traceback" not in errors

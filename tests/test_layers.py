@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("streamtrain.engine",),),
     (("streamtrain.checkpoint",), ("streamtrain.run_folder",), ("streamtrain.stopping",)),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",)),
-    (("streamtrain.networks",),),
+    (("streamtrain.networks", "streamtrain.gram_anchor", "streamtrain.distillation"),),
     (("streamtrain.train",),),
     (("streamtrain.main",), ("tools",)),
 )

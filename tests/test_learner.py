@@ -388,7 +388,7 @@ def test_gram_term_sees_all_patches_of_the_masked_student() -> None:
     batch = batch_of(0)
     gram_teacher = GramTeacher(config)
     gram_teacher.load_state_dict({k: v for k, v in teacher.state_dict().items() if k.startswith("backbone.")})
-    wanted = gram_teacher(batch.global_crops)
+    wanted = gram_teacher(batch.global_crops, (4, 4))
     weights = LossWeights(1.0, 1.0, 0.1, gram=2.0)
     (targets,) = targets_of(config, teacher, [batch], weights)
     targets = replace(targets, gram=GramTargets(wanted, "image", "keep", "all", chunk_bytes=2**16))
@@ -411,7 +411,7 @@ def test_a_gram_teacher_of_larger_crops_keeps_to_the_grid_of_the_student() -> No
     gram_teacher = GramTeacher(config)
     initialise(gram_teacher, config.model, 0)
     crops = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    assert gram_teacher(crops).shape == (2, 16, config.model.dim)
+    assert gram_teacher(crops, (4, 4)).shape == (2, 16, config.model.dim)
 
 
 def test_local_weight_scales_the_local_pairs_and_spares_their_crops_at_zero() -> None:

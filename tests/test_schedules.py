@@ -48,7 +48,9 @@ def test_values_lie_between_their_bounds(
     assert min(peak, end) - 1e-9 <= value_at(schedule, step, steps) <= max(peak, end) + 1e-9
 
 
-@pytest.mark.parametrize("raw", [{"peak": 1, "end": 0}, {"kind": "cosine", "peak": 1}, {"peak": "high"}, "x", {"peak": 1, "start": 2}])
+@pytest.mark.parametrize(
+    "raw", [{"peak": 1, "end": 0}, {"kind": "cosine", "peak": 1}, {"peak": "high"}, "x", {"peak": 1, "start": 2}]
+)
 def test_a_schedule_that_cannot_be_meant_is_refused(raw: object) -> None:
     with pytest.raises(ValueError):
         Schedule.model_validate(raw)

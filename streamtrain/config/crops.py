@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import Field, field_validator, model_validator
 
 from streamtrain.config.section import NonNegative, Positive, Probability, Range, Section, check_range
@@ -37,6 +39,25 @@ class SolarizeConfig(Section):
     threshold: int = Field(default=128, ge=0, le=255)
 
 
+class SizesConfig(Section):
+    """One of several sets of sizes in pixels; null: that of the ``crops`` section (or of ``objective.gram``)."""
+
+    # of the steps, relative to the shares of the other sets
+    share: float = Field(gt=0.0)
+    global_size: Positive | None = None
+    local_size: Positive | None = None
+    gram_size: Positive | None = None
+
+
+@dataclass(frozen=True)
+class CropSizes:
+    """Sides in pixels of the views of a step; ``gram_size`` None: the Gram teacher sees the global views."""
+
+    global_size: int
+    local_size: int
+    gram_size: int | None = None
+
+
 class CropsConfig(Section):
     """``crops``: all of it affects results. Sizes in pixels, scales in shares of the image's area."""
 
@@ -46,6 +67,8 @@ class CropsConfig(Section):
     local_count: NonNegative = 8
     local_size: Positive = 96
     local_scale: Range = (0.05, 0.32)
+    # sizes that alternate from step to step, each in its share of them; empty: always those above
+    sizes: tuple[SizesConfig, ...] = ()
     aspect: Range = (3 / 4, 4 / 3)
     flip: Probability = 0.5
     jitter: JitterConfig = JitterConfig()

@@ -10,12 +10,25 @@ from streamtrain.config.section import NonNegative, Positive, Section
 
 
 class TeacherConfig(Section):
-    """``teacher``: the exponential moving average of the student."""
+    """``teacher``: the exponential moving average of the student, which a run always keeps, and who teaches.
 
+    A ``frozen`` teacher is the newest checkpoint's of another run, whose model and heads it has. Its student sees
+    unmasked crops and learns from all their patches; the average of it follows ``schedules.momentum`` all the same.
+    """
+
+    kind: Literal["ema", "frozen"] = "ema"
+    # with kind: frozen, the folder of that run
+    weights: str | None = None
     # images a forward chunk; 0: all at once (affects memory only)
     chunk: NonNegative = 0
     # where the fp32 averages lie; on a CPU both are the same (affects memory and speed only)
     average: Literal["device", "host"] = "device"
+
+    @model_validator(mode="after")
+    def _weights_where_frozen(self) -> TeacherConfig:
+        if (self.kind == "frozen") != (self.weights is not None):
+            raise ValueError("kind: frozen and weights (the folder of a run) need each other")
+        return self
 
 
 class OptimConfig(Section):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import NonNegative, Positive, Section
+from streamtrain.config.section import NonNegative, Positive, Section, Steps
 from streamtrain.errors import ConfigError
 
 
@@ -64,6 +64,54 @@ class KoleoConfig(Section):
         return size
 
 
+class RefreshConfig(Section):
+    """When the Gram teacher becomes a copy of the EMA teacher again."""
+
+    # after so many completed steps for the first time; null: never
+    first: Steps | None = None
+    # and again after each so many further ones; 0: no further time
+    every: Steps = 0
+    # times at most; 0: no limit
+    limit: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> RefreshConfig:
+        if self.first is None and (self.every or self.limit):
+            raise ValueError("every and limit have an effect only with first")
+        if self.limit and not self.every:
+            raise ValueError("limit has an effect only with every")
+        return self
+
+    def due(self, step: int) -> bool:
+        """Whether it happens after ``step`` completed steps."""
+        if self.first is None or step < self.first:
+            return False
+        count, rest = divmod(step - self.first, self.every) if self.every else (0, step - self.first)
+        return rest == 0 and (not self.limit or count < self.limit)
+
+
+class GramConfig(Section):
+    """Gram anchoring: the student keeps the patch similarities of an earlier teacher; off where ``weight`` is 0."""
+
+    weight: Schedule = Schedule(peak=0.0)
+    # a backbone as in init.weights, or ema: a copy of the EMA teacher at the first step with a weight above 0
+    teacher: str = "ema"
+    refresh: RefreshConfig = RefreshConfig()
+    # side in pixels of its crops: the global views' boxes and flips without their colours; null: the global views
+    size: Positive | None = None
+    # pairs of patches within each image, or within the whole micro-batch
+    level: Literal["image", "batch"] = "image"
+    # similarities below 0: kept, set to 0 on both sides, or on the teacher's
+    negatives: Literal["keep", "drop", "drop_teacher"] = "keep"
+    # patches that take part
+    tokens: Literal["all", "masked", "unmasked"] = "all"
+
+    @property
+    def active(self) -> bool:
+        """Whether the run needs a Gram teacher."""
+        return self.weight.ever_positive
+
+
 class ObjectiveConfig(Section):
     """``objective``: all of it affects results but ``chunk_bytes``."""
 
@@ -75,6 +123,7 @@ class ObjectiveConfig(Section):
     global_loss: GlobalLossConfig = GlobalLossConfig()
     patch_loss: PatchLossConfig = PatchLossConfig()
     koleo: KoleoConfig = KoleoConfig()
+    gram: GramConfig = GramConfig()
 
     # affects memory and speed only: bytes of one chunk's logits, the prototypes being taken chunk by chunk
     chunk_bytes: int = Field(default=64 * 2**20, ge=2**16)

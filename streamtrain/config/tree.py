@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from streamtrain.config.crops import CropsConfig
+from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
 from streamtrain.config.engine import EngineConfig, OptimConfig, TeacherConfig
 from streamtrain.config.init import InitConfig
@@ -37,11 +37,40 @@ class Config(Section):
     @model_validator(mode="after")
     def _sizes_fit_patches(self) -> Config:
         patch = self.model.patch_size
-        for name in ("global_size", "local_size"):
-            size = getattr(self.crops, name)
-            if size % patch:
-                raise ValueError(f"crops.{name} {size} is not a multiple of model.patch_size {patch}")
+        sizes: dict[str, int | None] = {"objective.gram.size": self.objective.gram.size}
+        sizes |= {f"crops.{name}": getattr(self.crops, name) for name in ("global_size", "local_size")}
+        for index, entry in enumerate(self.crops.sizes):
+            for name in ("global_size", "local_size", "gram_size"):
+                sizes[f"crops.sizes.{index}.{name}"] = getattr(entry, name)
+            if entry.gram_size and not self.objective.gram.active:
+                raise ValueError(f"crops.sizes.{index}.gram_size has an effect only with objective.gram.weight above 0")
+        for name, size in sizes.items():
+            if size and size % patch:
+                raise ValueError(f"{name} {size} is not a multiple of model.patch_size {patch}")
+        if len({entry.gram_size is None for entry in self.crops.sizes}) > 1 and not self.objective.gram.size:
+            raise ValueError("crops.sizes: give gram_size in every entry or in none, or objective.gram.size")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_masked_by_a_frozen_teacher(self) -> Config:
+        if self.teacher.kind == "frozen":
+            if self.masks != MasksConfig():
+                raise ValueError("masks has no effect with teacher.kind: frozen, whose student sees unmasked crops")
+            if self.objective.gram.tokens != "all":
+                raise ValueError("objective.gram.tokens: nothing is masked with teacher.kind: frozen; use all")
+        return self
+
+    @property
+    def crop_sizes(self) -> tuple[CropSizes, ...]:
+        """Every set of sizes that the steps of the run have."""
+        crops, gram = self.crops, self.objective.gram
+        size = gram.size if gram.active else None
+        return tuple(
+            CropSizes(
+                entry.global_size or crops.global_size, entry.local_size or crops.local_size, entry.gram_size or size
+            )
+            for entry in crops.sizes
+        ) or (CropSizes(crops.global_size, crops.local_size, size),)
 
     def batch_split(self, world_size: int) -> tuple[int, int]:
         """``(global_batch, accumulation)`` for ``world_size`` ranks.

@@ -35,12 +35,21 @@ class Batch:
         global_crops: uint8 [V*B, H, W, 3], view-major.
         local_crops: uint8 [L*B, h, w, 3], view-major; L may be 0.
         masks: of the global crops.
+        gram_crops: uint8 [V*B, S, S, 3], the global crops' boxes without their colours, for a Gram teacher that
+            has its own size; else None.
     """
 
     slots: np.ndarray
     global_crops: Tensor
     local_crops: Tensor
     masks: Masks
+    gram_crops: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        masks = self.masks
+        crops = [self.global_crops, self.local_crops, *([] if self.gram_crops is None else [self.gram_crops])]
+        return [*crops, masks.grid_mask, masks.index, masks.weight]
 
 
 def normalise(crops: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

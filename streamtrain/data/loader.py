@@ -26,6 +26,7 @@ from shards.source import ShardSet, Source
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import Finished, Producer
+from streamtrain.data.sizes import SizeChoice
 from streamtrain.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
@@ -128,7 +129,8 @@ class Loader:
             max_pixels=config.data.max_pixels,
         )
         self._quarantine = quarantine
-        producer = Producer(source, slots, config, torch.device(device), start_slot, threads)
+        choice = SizeChoice(config, global_batch, start_slot)
+        producer = Producer(source, slots, config, torch.device(device), choice, start_slot, threads)
         # the thread knows nothing of the loader, so that a forgotten loader is collected and stops it
         thread = threading.Thread(target=_produce, args=(producer, self._ready, stop), name="loader", daemon=True)
         self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop)

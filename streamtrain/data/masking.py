@@ -56,6 +56,16 @@ def draw_masks(
     )
 
 
+def every_patch(num_crops: int, num_patches: int, device: torch.device | str) -> Masks:
+    """The masks of a student that sees whole crops and is asked about all their patches."""
+    rows = num_crops * num_patches
+    return Masks(
+        torch.zeros(num_crops, num_patches, dtype=torch.bool, device=device),
+        torch.arange(rows, device=device),
+        torch.full((rows,), 1.0 / num_patches, device=device),
+    )
+
+
 def rasterise(
     parameters: MaskParameters, grid: tuple[int, int], rows: int, device: torch.device | str
 ) -> Masks:

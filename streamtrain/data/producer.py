@@ -12,12 +12,14 @@ import numpy.typing as npt
 import torch
 
 from shards.source import Samples, Source
+from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import ViewParameters, draw_views
-from streamtrain.data.batch import Batch
-from streamtrain.data.masking import MaskParameters, draw_masks, rasterise
+from streamtrain.data.batch import Batch, Masks
+from streamtrain.data.masking import MaskParameters, draw_masks, every_patch, rasterise
 from streamtrain.data.pipeline import CropPipeline, undecodable
+from streamtrain.data.sizes import SizeChoice
 from streamtrain.data.views import CpuViews, finish
 
 
@@ -31,10 +33,9 @@ class Finished:
     def claim(self) -> Batch:
         """The batch, safe to use on the caller's current stream."""
         if self.event is not None:
-            batch, stream = self.batch, torch.cuda.current_stream(self.batch.global_crops.device)
+            stream = torch.cuda.current_stream(self.batch.global_crops.device)
             stream.wait_event(self.event)
-            masks = batch.masks
-            for tensor in (batch.global_crops, batch.local_crops, masks.grid_mask, masks.index, masks.weight):
+            for tensor in self.batch.tensors():
                 tensor.record_stream(stream)
         return self.batch
 
@@ -46,6 +47,7 @@ class _InFlight:
     samples: Samples
     views: ViewParameters
     masks: MaskParameters
+    sizes: CropSizes
 
 
 class Producer:
@@ -57,21 +59,15 @@ class Producer:
         slots: Iterator[npt.NDArray[np.int64]],
         config: Config,
         device: torch.device,
+        choice: SizeChoice,
         start_slot: int,
         threads: int,
     ) -> None:
         self._source, self._slots = source, slots
         self._config, self._device, self._threads = config, device, threads
-        side = config.crops.global_size // config.model.patch_size
-        self._grid = (side, side)
-        self._mask_rows = max_rows(
-            config.masks,
-            config.data.micro_batch,
-            config.crops.global_count,
-            side * side,
-            # every micro-batch starts at start_slot plus a multiple of its own size
-            int(np.gcd(start_slot, config.data.micro_batch)),
-        )
+        self._choice = choice
+        # every micro-batch starts at start_slot plus a multiple of its own size
+        self._alignment = int(np.gcd(start_slot, config.data.micro_batch))
 
     def batches(self) -> Generator[Finished, None, None]:
         """The finished batches, in the order of the slots."""
@@ -85,7 +81,7 @@ class Producer:
             while True:
                 while len(in_flight) < self._config.data.prefetch:
                     in_flight.append(self._prepare(next(reader)))
-                    pipeline.feed(in_flight[-1].samples.payloads, in_flight[-1].views)
+                    self._feed(pipeline, in_flight[-1])
                 try:
                     decoded = pipeline.take(stream)
                 except RuntimeError as error:
@@ -93,7 +89,7 @@ class Producer:
                     in_flight[0] = self._mend(in_flight[0].samples, error)
                     pipeline = self._build()
                     for item in in_flight:
-                        pipeline.feed(item.samples.payloads, item.views)
+                        self._feed(pipeline, item)
                     continue
                 finished = self._assemble(in_flight.popleft(), decoded, stream, cpu_views)
                 del decoded
@@ -109,6 +105,7 @@ class Producer:
         return CropPipeline(
             self._config.crops,
             self._config.data.micro_batch,
+            self._config.crop_sizes,
             device="gpu" if on_gpu else "cpu",
             device_id=(self._device.index or 0) if on_gpu else None,
             threads=self._threads,
@@ -116,36 +113,59 @@ class Producer:
             cropping=on_gpu,
         )
 
+    @staticmethod
+    def _feed(pipeline: CropPipeline, item: _InFlight) -> None:
+        pipeline.feed(item.samples.payloads, item.views, item.sizes)
+
+    def _grid(self, sizes: CropSizes) -> tuple[int, int]:
+        """Patches of a global crop (down, across)."""
+        side = sizes.global_size // self._config.model.patch_size
+        return side, side
+
     def _prepare(self, samples: Samples) -> _InFlight:
         """Draw everything random about the samples."""
         seed, crops = self._config.run.seed, self._config.crops
+        sizes = self._choice.of(int(samples.slots[0]))
         return _InFlight(
             samples,
             draw_views(crops, seed, samples.slots, samples.sizes),
-            draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid),
+            draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid(sizes)),
+            sizes,
         )
 
     def _assemble(
         self, item: _InFlight, decoded: list[Any], stream: torch.cuda.Stream | None, cpu_views: CpuViews | None
     ) -> Finished:
         """Views and masks on the device, in memory of our own; ``decoded`` is what DALI hands out."""
-        mask_arguments = (item.masks, self._grid, self._mask_rows, self._device)
+        config = self._config
+        count, size = config.crops.global_count, item.sizes.local_size
         if cpu_views is not None:
-            masks_to_come = cpu_views.submit(rasterise, *mask_arguments)
-            global_crops, local_crops = cpu_views.make([torch.from_dlpack(image) for image in decoded[0]], item.views)
-            return Finished(Batch(item.samples.slots, global_crops, local_crops, masks_to_come.result()), None)
+            masks_to_come = cpu_views.submit(self._masks, item)
+            images = [torch.from_dlpack(image) for image in decoded[0]]
+            global_crops, local_crops, gram_crops = cpu_views.make(images, item.views, item.sizes)
+            masks = masks_to_come.result()
+            return Finished(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), None)
 
         assert stream is not None
-        count, size = self._config.crops.global_count, self._config.crops.local_size
         with torch.cuda.stream(stream):
             crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
             global_crops = finish(crops[:count], item.views, 0)
             no_crops = global_crops.new_empty(0, size, size, 3)
-            local_crops = finish(crops[count:], item.views, count) if crops[count:] else no_crops
-            masks = rasterise(*mask_arguments)
+            of_local = crops[count : count + config.crops.local_count]
+            local_crops = finish(of_local, item.views, count) if of_local else no_crops
+            gram_crops = torch.cat(crops[-count:]) if item.sizes.gram_size else None
+            masks = self._masks(item)
             event = torch.cuda.Event()
             event.record(stream)
-        return Finished(Batch(item.samples.slots, global_crops, local_crops, masks), event)
+        return Finished(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), event)
+
+    def _masks(self, item: _InFlight) -> Masks:
+        config, grid = self._config, self._grid(item.sizes)
+        batch, views = config.data.micro_batch, config.crops.global_count
+        if config.teacher.kind == "frozen":
+            return every_patch(batch * views, grid[0] * grid[1], self._device)
+        num_rows = max_rows(config.masks, batch, views, grid[0] * grid[1], self._alignment)
+        return rasterise(item.masks, grid, num_rows, self._device)
 
     def _mend(self, samples: Samples, error: RuntimeError) -> _InFlight:
         """The batch on which DALI failed, with substitutes for the images that do not decode by themselves.

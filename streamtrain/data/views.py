@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from streamtrain.config.crops import CropsConfig
+from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.appearance import adjust
 from streamtrain.data.augment import ViewParameters
 
@@ -51,20 +51,24 @@ class CpuViews:
         # the setting is each thread's own, but later threads inherit the last one made
         torch.set_num_threads(process_threads)
 
-    def make(self, images: Sequence[Tensor], views: ViewParameters) -> tuple[Tensor, Tensor]:
-        """Views of B images uint8 [H, W, 3]: uint8 [V*B, S, S, 3] and [L*B, s, s, 3], view-major."""
+    def make(
+        self, images: Sequence[Tensor], views: ViewParameters, sizes: CropSizes
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of B images uint8 [H, W, 3]: uint8 view-major [V*B, S, S, 3], [L*B, s, s, 3], Gram's [V*B, g, g, 3]."""
         crops = self._crops
         groups = []
-        for first, count, size in (
-            (0, crops.global_count, crops.global_size),
-            (crops.global_count, crops.local_count, crops.local_size),
+        for first, count, size, coloured in (
+            (0, crops.global_count, sizes.global_size, True),
+            (crops.global_count, crops.local_count, sizes.local_size, True),
+            *([(0, crops.global_count, sizes.gram_size, False)] if sizes.gram_size else []),
         ):
             out = torch.empty(count, len(images), size, size, 3, dtype=torch.uint8)
-            groups.append((first, out))
+            groups.append((first, out, coloured))
         tasks = [self._pool.submit(_make_sample, image, views, row, groups) for row, image in enumerate(images)]
         for task in tasks:
             task.result()
-        return groups[0][1].flatten(0, 1), groups[1][1].flatten(0, 1)
+        of_global, of_local, *of_gram = (out.flatten(0, 1) for _, out, _ in groups)
+        return of_global, of_local, of_gram[0] if of_gram else None
 
     def submit(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
         """Other small work for these threads: torch's own would burn more time waiting for each other than it takes."""
@@ -75,21 +79,24 @@ class CpuViews:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[tuple[int, Tensor]]) -> None:
-    """All views of one image [H, W, 3] into ``out[:, row]`` of each group (first view, out [views, B, S, S, 3])."""
+def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[tuple[int, Tensor, bool]]) -> None:
+    """All views of one image [H, W, 3] into ``out[:, row]`` of each group.
+
+    A group is its first view, ``out`` [views, B, S, S, 3], and whether its views are coloured.
+    """
     size = np.array(image.shape[:2])
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
     ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
     one = views.rows(slice(row, row + 1))
-    for first, out in groups:
+    for first, out, coloured in groups:
         count, side = out.shape[0], out.shape[2]
         planes = torch.empty(count, 3, side, side, dtype=torch.uint8)
         for view in range(first, first + count):
             crop(image, starts[view], ends[view], mirror=bool(views.mirror[row, view]), out=planes[view - first])
         if count:
-            adjusted = _adjust(planes, one, first, count)
+            finished = _adjust(planes, one, first, count) if coloured else planes
             for channel in range(3):
-                out[:, row, ..., channel] = adjusted[:, channel]
+                out[:, row, ..., channel] = finished[:, channel]
 
 
 def crop(image: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:

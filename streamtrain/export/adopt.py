@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamtrain.errors import StreamtrainError
 from streamtrain.config.init import ENOUGH
+from streamtrain.errors import StreamtrainError
 from streamtrain.export.naming import QKV_BIAS, combine, convert, detect, find_origins
 from streamtrain.export.state_file import opened_state
 

@@ -62,7 +62,8 @@ def detect(state: Mapping[str, Tensor]) -> Naming | None:
 def convert(state: Mapping[str, Tensor], naming: Naming | None) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` under our names, and what of it has none; a prefix such as ``backbone.`` is taken off."""
     origins, unexpected = find_origins(state, naming)
-    return {ours: combine(ours, [state[name] for name in theirs], naming) for ours, theirs in origins.items()}, unexpected
+    found = {ours: combine(ours, [state[name] for name in theirs], naming) for ours, theirs in origins.items()}
+    return found, unexpected
 
 
 def find_origins(names: Iterable[str], naming: Naming | None) -> tuple[dict[str, list[str]], list[str]]:

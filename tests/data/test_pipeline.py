@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from streamtrain.config.crops import CropsConfig
+from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import ViewParameters, draw_views
 from streamtrain.data.pipeline import CropPipeline, undecodable
 from streamtrain.data.views import CpuViews, finish
@@ -32,16 +32,21 @@ def parameters(count: int) -> ViewParameters:
     return draw_views(CROPS, 0, np.arange(count), np.tile(np.int32([[90, 70]]), (count, 1)))
 
 
-def make(batch_size: int, device: str = "cpu", *, cropping: bool) -> CropPipeline:
+SIZES = CropSizes(48, 32)
+
+
+def make(
+    batch_size: int, device: str = "cpu", *, cropping: bool, sizes: tuple[CropSizes, ...] = (SIZES,)
+) -> CropPipeline:
     return CropPipeline(
-        CROPS, batch_size, device=device, device_id=None if device == "cpu" else 0, threads=1, prefetch=1,
+        CROPS, batch_size, sizes, device=device, device_id=None if device == "cpu" else 0, threads=1, prefetch=1,
         cropping=cropping,
     )  # fmt: skip
 
 
 def decode(payloads: list[np.ndarray]) -> list[np.ndarray]:
     pipeline = make(len(payloads), cropping=False)
-    pipeline.feed(payloads, parameters(len(payloads)))
+    pipeline.feed(payloads, parameters(len(payloads)), SIZES)
     return [np.array(image) for image in pipeline.take()[0]]
 
 
@@ -70,12 +75,12 @@ def crops_of(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     views = parameters(6)
     payloads = [encoded(picture())] * 6
     pipeline = make(6, device, cropping=True)
-    pipeline.feed(payloads, views)
+    pipeline.feed(payloads, views, SIZES)
     crops = [torch.from_dlpack(view.as_tensor()) for view in pipeline.take()]
     cpu_views = CpuViews(CROPS, threads=1)
-    expected = cpu_views.make([torch.from_numpy(image) for image in decode(payloads)], views)
+    expected = cpu_views.make([torch.from_numpy(image) for image in decode(payloads)], views, SIZES)
     cpu_views.close()
-    both = [finish(crops[:2], views, 0), finish(crops[2:], views, 2), *expected]
+    both = [finish(crops[:2], views, 0), finish(crops[2:], views, 2), *expected[:2]]
     return tuple(part.cpu().int() for part in both)
 
 
@@ -88,6 +93,22 @@ def test_dali_and_the_cpu_make_the_same_views(device: str) -> None:
     for dali, cpu in ((dali_global, cpu_global), (dali_local, cpu_local)):
         assert (dali - cpu).abs().float().mean() < 2
         assert (dali - cpu)[:, 6:-6, 6:-6].abs().float().mean() < 1
+
+
+def test_sizes_alternate_within_one_pipeline_and_gram_crops_come_last() -> None:
+    sizes = (CropSizes(48, 32, gram_size=64), CropSizes(64, 16, gram_size=80))
+    pipeline = make(3, cropping=True, sizes=sizes)
+    views, payloads = parameters(3), [encoded(picture())] * 3
+    for chosen in (sizes[0], sizes[1], sizes[0]):
+        pipeline.feed(payloads, views, chosen)
+        crops = [torch.from_dlpack(view.as_tensor()).clone() for view in pipeline.take()]
+        pipeline.release()
+        sides = [chosen.global_size] * 2 + [chosen.local_size] * 2 + [chosen.gram_size] * 2
+        assert [tuple(crop.shape) for crop in crops] == [(3, side, side, 3) for side in sides]
+    alone = make(3, cropping=True, sizes=(CropSizes(64, 16),))
+    alone.feed(payloads, views, CropSizes(64, 16))
+    # the Gram crop shows the global view's box
+    assert torch.equal(torch.from_dlpack(alone.take()[0].as_tensor()), crops[4])
 
 
 def test_what_cannot_be_decoded_is_told_from_what_can() -> None:

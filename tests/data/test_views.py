@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
 
-from streamtrain.config.crops import CropsConfig
+from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import draw_views
 from streamtrain.data.views import CpuViews, crop, finish
 
@@ -36,10 +38,12 @@ def test_rows_are_view_major_and_do_not_depend_on_the_batch() -> None:
     views = draw_views(CROPS, 3, np.arange(5), sizes)
     before = torch.get_num_threads()
     workers = CpuViews(CROPS, threads=2)
-    together = workers.make(pictures, views)
+    sizes = CropSizes(64, 32, gram_size=48)
+    together = workers.make(pictures, views, sizes)
+    assert together[2].shape == (10, 48, 48, 3)
     assert together[0].shape == (10, 64, 64, 3) and together[1].shape == (15, 32, 32, 3)
     for row, picture in enumerate(pictures):
-        alone = workers.make([picture], views.rows(slice(row, row + 1)))
+        alone = workers.make([picture], views.rows(slice(row, row + 1)), sizes)
         for whole, one in zip(together, alone, strict=True):
             assert torch.equal(whole[row::5], one)
     workers.close()
@@ -52,7 +56,22 @@ def test_finish_is_the_same_colouring_for_a_whole_batch() -> None:
     views = draw_views(CROPS, 3, np.arange(4), sizes)
     views.roi_start[:], views.roi_end[:], views.mirror[:] = 0, 1, 0
     workers = CpuViews(CROPS, threads=1)
-    expected = workers.make(pictures, views)[0]
+    expected = workers.make(pictures, views, CropSizes(64, 32))[0]
     workers.close()
     crops = torch.stack(pictures)
     assert torch.equal(finish([crops, crops], views, 0), expected)
+
+
+def test_gram_crops_are_the_global_boxes_without_their_colours() -> None:
+    pictures = images(3)
+    sizes = np.array([[p.shape[1], p.shape[0]] for p in pictures], np.int32)
+    views = draw_views(CROPS, 3, np.arange(3), sizes)
+    plain = replace(
+        views, color=np.broadcast_to(np.float32([1, 1, 1, 0]), views.color.shape).copy(),
+        sigma=np.zeros_like(views.sigma), solarize=np.full_like(views.solarize, 256),
+    )  # fmt: skip
+    workers = CpuViews(CROPS, threads=1)
+    coloured, _, gram = workers.make(pictures, views, CropSizes(64, 32, gram_size=64))
+    uncoloured, _, none = workers.make(pictures, plain, CropSizes(64, 32))
+    workers.close()
+    assert none is None and torch.equal(gram, uncoloured) and not torch.equal(gram, coloured)

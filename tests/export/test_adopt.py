@@ -92,4 +92,4 @@ def test_what_cannot_be_weights_is_told_in_one_line(tmp_path: Path) -> None:
             pass
         assert "\n" not in str(caught.value), name
     with opened_backbone(tmp_path / "other", shapes, minimum=0.0) as (_, report):
-        assert 0 < len(report.reshaped) and report.share < 0.95
+        assert len(report.reshaped) > 0 and report.share < 0.95

@@ -1,0 +1,31 @@
+"""The training line as a command, for a network of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ranks import ROOT
+from tiny_backbone import TINY
+
+HEAD = "{prototypes: 32, hidden: 16, bottleneck: 8}"
+
+
+def command(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """Of one run; ``overrides`` come last."""
+    model = [f"model.{key}={value}" for key, value in TINY.items()]
+    return [
+        str(ROOT / "streamtrain" / "main.py"), "--config", "vits16.yaml", *model, f"data.shards={shards}",
+        f"run.dir={run_dir}", "crops.global_size=32", "crops.local_size=16", "crops.local_count=1",
+        f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}", "data.micro_batch=4",
+        "engine.cpu_threads=1", "engine.device=cpu", "engine.dtype=fp32", "data.decode_threads=1",
+        "monitor.progress=false", "monitor.tensorboard=false", "data.lanes=2", "run.checkpoint_every=1",
+        "schedules.lr=1e-2", "run.keep_last=0", *overrides,
+    ]  # fmt: skip
+
+
+def logged(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """The losses (and the gradient's norm) of each step."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "slot", "optim/grad"))} for r in records}
