@@ -3,6 +3,7 @@
 
 python tools/bench.py loader --set SET [--batch 32] [--batches 40] [--compare webdataset] [--json] [a.b=value ...]
 python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5 [--json] [a.b=value ...]
+python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256 [--json] [a.b=value ...]
 
 Settings come from the default configuration and the overrides.
 """
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     subjects = parser.add_subparsers(dest="subject", required=True)
     add_loader(subjects)
     add_order(subjects)
+    add_prototypes(subjects)
     return parser.parse_args()
 
 
@@ -93,6 +95,22 @@ def run_order(arguments: argparse.Namespace) -> dict[str, Any]:
         int(arguments.samples), arguments.shard_samples, arguments.world, arguments.at,
         data.micro_batch, data.window, data.lanes,
     )  # fmt: skip
+
+
+def add_prototypes(subjects: Any) -> None:
+    help_text = "peak and time of the fused prototype loss and of the plain one"
+    parser = add_subject(subjects, "prototypes", run_prototypes, help_text)
+    parser.add_argument("--rows", type=int, default=2048, help="rows of student and of teacher")
+    parser.add_argument("--prototypes", type=int, default=65_536, help="prototypes")
+    parser.add_argument("--dim", type=int, default=256, help="bottleneck")
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of each; the best counts")
+
+
+def run_prototypes(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import prototypes
+
+    chunk_bytes = configured(arguments.overrides).objective.chunk_bytes
+    return prototypes.run(arguments.rows, arguments.prototypes, arguments.dim, chunk_bytes, arguments.rounds)
 
 
 def configured(overrides: list[str]) -> Config:

@@ -22,6 +22,15 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+def scaled_logits(features: Tensor, weight: Tensor, temperature: float, column: Tensor | None = None) -> Tensor:
+    """``features @ weight.T / temperature + column``, in one pass where the product can do the rest."""
+    if features.dtype in (torch.float32, torch.float64):
+        bias, share = (features.new_empty(()), 0.0) if column is None else (column, 1.0)
+        return torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature)
+    logits = matmul(features, weight.T).div_(temperature)
+    return logits if column is None else logits.add_(column)
+
+
 def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
     """Prototypes of one chunk, so that its fp32 logits of ``num_rows`` take ``chunk_bytes`` at most.
 
@@ -46,11 +55,11 @@ class RowLogSumExp:
         self.sum = torch.zeros_like(self.maximum)
 
     def add(self, logits: Tensor) -> None:
-        """Take in ``logits [num_rows, chunk]``."""
+        """Take in ``logits [num_rows, chunk]``, which are overwritten."""
         maximum = torch.maximum(self.maximum, logits.amax(1))
         # a row that is −inf so far must give 0, not the NaN of −inf − −inf
         shift = maximum.nan_to_num(neginf=0.0)
-        self.sum = self.sum * (self.maximum - shift).exp() + (logits - shift[:, None]).exp_().sum(1)
+        self.sum = self.sum * (self.maximum - shift).exp() + logits.sub_(shift[:, None]).exp_().sum(1)
         self.maximum = maximum
 
     def value(self) -> Tensor:

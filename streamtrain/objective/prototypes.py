@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamtrain.objective.logits import RowLogSumExp, chunk_rows, chunks, matmul
+from streamtrain.objective.logits import RowLogSumExp, chunk_rows, chunks, matmul, scaled_logits
 from streamtrain.objective.sinkhorn import Assignment
 
 
@@ -158,7 +158,7 @@ def _sweep(
     """Loss and both gradients: one sweep for the softmax' normaliser, one for everything else."""
     streaming = RowLogSumExp(features.shape[0], features)
     for part in chunks(weight.shape[0], chunk):
-        streaming.add(matmul(features, weight[part].T).div_(student_temperature))
+        streaming.add(scaled_logits(features, weight[part], student_temperature))
     log_normaliser = streaming.value()
 
     targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature)
@@ -167,19 +167,20 @@ def _sweep(
     target_total = (count > 0).to(log_normaliser.dtype)
     target_scale = target_total / count.clamp_min(1)
     row_weight = row_weight.to(log_normaliser.dtype)
-    softmax_factor = (row_weight * target_total / student_temperature)[:, None]
+    # exp(logits - this) is the softmax times what the row counts; a row that counts nothing has inf here
+    softmax_shift = (log_normaliser - (row_weight * target_total / student_temperature).log())[:, None]
     target_factor = (row_weight * target_scale / student_temperature)[:, None]
 
     matched = torch.zeros_like(log_normaliser)
     features_gradient = torch.zeros_like(features, dtype=log_normaliser.dtype) if need_gradient else None
     weight_gradient = torch.empty_like(weight) if need_gradient else None
     for part in chunks(weight.shape[0], chunk):
-        logits = matmul(features, weight[part].T).div_(student_temperature)
+        logits = scaled_logits(features, weight[part], student_temperature)
         target = targets.chunk(part)
         matched += torch.linalg.vecdot(target, logits)
         if features_gradient is None or weight_gradient is None:
             continue
-        difference = logits.sub_(log_normaliser[:, None]).exp_().mul_(softmax_factor)
+        difference = logits.sub_(softmax_shift).exp_()
         difference = difference.addcmul_(target, target_factor, value=-1).to(features.dtype)
         features_gradient += matmul(difference, weight[part])
         weight_gradient[part] = matmul(difference.T, features).to(weight.dtype)
@@ -210,8 +211,8 @@ class _Targets:
 
     def chunk(self, part: slice) -> Tensor:
         """``[N, chunk]``."""
-        entries = matmul(self.features, self.weight[part].T).div_(self.temperature)
-        entries.add_(self.column[part]).add_(self.row).exp_()
+        entries = scaled_logits(self.features, self.weight[part], self.temperature, self.column[part])
+        entries.add_(self.row).exp_()
         if not self.pairs:
             return entries
         target = entries.index_select(0, self.pairs[0])

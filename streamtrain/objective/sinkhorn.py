@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from streamtrain.objective.distributed import max_over_ranks, sum_over_ranks
-from streamtrain.objective.logits import RowLogSumExp, accumulator, chunks, matmul
+from streamtrain.objective.logits import RowLogSumExp, accumulator, chunks, scaled_logits
 
 # below any sum that can occur; only keeps the logarithm finite where there is no row at all
 TINY = 1e-30
@@ -71,17 +71,18 @@ def sinkhorn(
         streaming = RowLogSumExp(features.shape[0], features)
         row_sum = torch.zeros_like(start)
         for part in chunks(num_prototypes, chunk):
-            logits = matmul(features, weight[part].T).div_(temperature)
             if iteration == 0:
+                logits = scaled_logits(features, weight[part], temperature)
                 # exact log-sum-exp of the columns. The rows must not be shifted by their maxima first: that
                 # would start from another matrix and end at another assignment.
-                logits.add_(start[:, None])
+                if valid is not None:
+                    logits.add_(start[:, None])
                 column[part] = -_column_log_sum_exp(logits, group) - math.log(num_prototypes)
                 streaming.add(logits.add_(column[part]))
             else:
                 # scaled by the iteration before, entries are at most 1 / N and no sum leaves
                 # [1 / (K N), K]: plain exponentials can neither overflow nor vanish
-                entries = logits.add_(column[part]).add_(row[:, None]).exp_()
+                entries = scaled_logits(features, weight[part], temperature, column[part]).add_(row[:, None]).exp_()
                 factor = 1 / (num_prototypes * sum_over_ranks(entries.sum(0), group).clamp_min(TINY))
                 column[part] += factor.log()
                 row_sum += entries @ factor
@@ -116,7 +117,7 @@ def centered_softmax(
     column = -center.to(accumulator(features.dtype)) / temperature
     streaming = RowLogSumExp(features.shape[0], features)
     for part in chunks(weight.shape[0], chunk):
-        streaming.add(matmul(features, weight[part].T).div_(temperature).add_(column[part]))
+        streaming.add(scaled_logits(features, weight[part], temperature, column[part]))
     row = -streaming.value()
     if valid is not None:
         row = row.masked_fill(~valid, -torch.inf)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 from streamtrain.errors import StreamtrainError
@@ -54,3 +55,21 @@ def settle(quiet_seconds: float = 0.3) -> float:
             last_work = time.perf_counter()
         last_cpu = now
     return last_work
+
+
+def reset_peak_rss() -> int:
+    """Forget the peak so far; returns the bytes that are resident now (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def peak_rss_since(stood: int) -> int:
+    """The most bytes resident since ``reset_peak_rss``, above the ``stood`` that it returned."""
+    return _status("VmHWM") - stood
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"this system does not tell {key}")

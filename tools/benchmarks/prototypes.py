@@ -1,0 +1,119 @@
+"""Peak memory and time of the fused prototype loss with its Sinkhorn targets, against the plain form of both."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.process_cost import in_fresh_process, peak_rss_since, reset_peak_rss
+from streamtrain.objective.logits import chunk_rows
+from streamtrain.objective.prototypes import prototype_cross_entropy
+from streamtrain.objective.sinkhorn import sinkhorn
+
+STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, ITERATIONS = 0.1, 0.07, 3
+PARTS = ("loss", "features", "weight")
+
+
+def run(rows: int, prototypes: int, dim: int, chunk_bytes: int, rounds: int) -> dict[str, Any]:
+    """Each form in a process of its own, in turns; the least time and the least peak of each count."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (rows, prototypes, dim)
+        ours, plain = [], []
+        for _ in range(rounds):
+            ours.append(in_fresh_process(measure, Path(folder) / "fused", *shape, chunk_bytes))
+            plain.append(in_fresh_process(measure, Path(folder) / "plain", *shape, 0))
+        errors = {part: _error(Path(folder), part) for part in PARTS}
+    best = {name: [min(each[key] for each in runs) for key in ("peak_bytes", "seconds", "cpu_seconds")]
+            for name, runs in (("fused", ours), ("plain", plain))}  # fmt: skip
+    return {
+        "fused_peak_bytes": int(best["fused"][0]),
+        "plain_peak_bytes": int(best["plain"][0]),
+        "peak_ratio": best["fused"][0] / best["plain"][0],
+        "fused_seconds": best["fused"][1],
+        "plain_seconds": best["plain"][1],
+        "time_ratio": best["fused"][1] / best["plain"][1],
+        # the same in CPU time, which a busy machine falsifies less
+        "cpu_time_ratio": best["fused"][2] / best["plain"][2],
+        "max_relative_error": max(errors.values()),
+        **{f"{part}_relative_error": error for part, error in errors.items()},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure(path: Path, rows: int, prototypes: int, dim: int, chunk_bytes: int) -> dict[str, float]:
+    """Loss and both gradients once, after a small warm-up; they are left in files beside ``path``.
+
+    ``chunk_bytes`` 0: the plain form. The peak is what stood above the allocated inputs.
+    """
+    small = _inputs(64, 256, dim)
+    _step(*small, chunk_bytes)
+    inputs = _inputs(rows, prototypes, dim)
+    stood = reset_peak_rss()
+    started, cpu = time.perf_counter(), time.process_time()
+    loss = _step(*inputs, chunk_bytes)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = peak_rss_since(stood)
+    for part, tensor in zip(PARTS, (loss, inputs[0].grad, inputs[1].grad), strict=True):
+        assert tensor is not None
+        np.save(f"{path}.{part}.npy", tensor.detach().numpy())
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak}
+
+
+def _inputs(rows: int, prototypes: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student features and prototypes (both to be differentiated), and the teacher's, near the student's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(count: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=-1)
+
+    features, weight = unit(rows), unit(prototypes)
+    teacher_features = torch.nn.functional.normalize(features + 0.3 * unit(rows), dim=-1)
+    return features.requires_grad_(), weight.requires_grad_(), teacher_features, weight.detach().clone()
+
+
+def _step(features: Tensor, weight: Tensor, teacher_features: Tensor, teacher_weight: Tensor, chunk: int) -> Tensor:
+    form = _plain if not chunk else _fused
+    loss = form(features, weight, teacher_features, teacher_weight, chunk)
+    loss.backward()
+    return loss
+
+
+def _fused(features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, chunk_bytes: int) -> Tensor:
+    rows, prototypes = len(features), len(weight)
+    chunk = chunk_rows(chunk_bytes, rows, prototypes)
+    assignment = sinkhorn(teacher, teacher_weight, TEACHER_TEMPERATURE, ITERATIONS, chunk)
+    return prototype_cross_entropy(
+        features, weight, teacher, teacher_weight, assignment, None, torch.full((rows,), 1 / rows),
+        STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, chunk_rows(chunk_bytes, 2 * rows, prototypes),
+    )  # fmt: skip
+
+
+def _plain(features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, _: int) -> Tensor:
+    """As it is usually written (Caron et al. 2020, 2021), whole logits and targets, in place where that is usual."""
+    with torch.no_grad():
+        rows, prototypes = len(teacher), len(teacher_weight)
+        target = (teacher @ teacher_weight.T).div_(TEACHER_TEMPERATURE).exp_()
+        target /= target.sum()
+        for _iteration in range(ITERATIONS):
+            target /= target.sum(0, keepdim=True) * prototypes
+            target /= target.sum(1, keepdim=True) * rows
+        target *= rows
+    log_probability = torch.log_softmax(features @ weight.T / STUDENT_TEMPERATURE, dim=-1)
+    return -(target * log_probability).sum(-1).mean()
+
+
+def _error(folder: Path, part: str) -> float:
+    """Relative L2 distance of the fused form's result from the plain form's."""
+    ours, plain = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for name in ("fused", "plain"))
+    distance, size = 0.0, 0.0
+    for start in range(0, max(1, len(np.atleast_1d(plain))), 4096):
+        a, b = (np.atleast_1d(each)[start : start + 4096].astype(np.float64) for each in (ours, plain))
+        distance, size = distance + float(np.square(a - b).sum()), size + float(np.square(b).sum())
+    return math.sqrt(distance / size)
