@@ -67,12 +67,13 @@ def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Pa
 
 
 def test_a_gram_teacher_from_a_checkpoint_and_none_that_does_not_fit(stage_one: Path, tmp_path: Path) -> None:
-    given = ["run.steps=1", "objective.gram.weight=1.0", f"objective.gram.teacher={stage_one / 'run'}"]
+    folder = checkpoint.folder_of(stage_one / "run", 2)
+    given = ["run.steps=1", "objective.gram.weight=1.0", f"objective.gram.teacher={folder}"]
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 1)
     assert code == 0, errors[-3000:]
     with checkpoint.opened(checkpoint.folder_of(tmp_path / "run", 1)) as reader:
         ours = reader.whole("gram/backbone.blocks.1.mlp.up.weight")
-    assert torch.equal(ours, checkpoint.read_weights(stage_one / "run")["backbone.blocks.1.mlp.up.weight"])
+    assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
     assert code == 2 and "choose the model section" in errors.strip().splitlines()[-1]
 

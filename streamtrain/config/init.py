@@ -12,8 +12,8 @@ ENOUGH = 0.95
 class InitConfig(Section):
     """``init``: all of it affects results. A run that has a checkpoint, or is started with --resume, ignores it."""
 
-    # a backbone: a Hugging Face folder of a DINOv3 ViT, timm's folder, an export or a run of ours, or a .safetensors
-    # or torch file with the names of any of them; null: drawn from run.seed. Heads are always drawn.
+    # a backbone: a Hugging Face folder of a DINOv3 ViT, timm's folder, an export, run or checkpoint of ours, or a
+    # .safetensors or torch file with the names of any of them; null: drawn from run.seed. Heads are always drawn.
     weights: str | None = None
     # share of the backbone's tensors that the weights must provide; below it the run does not start
     minimum_matched: Probability = ENOUGH

@@ -33,7 +33,7 @@ class StateFile:
 
 @contextmanager
 def opened_state(path: Path) -> Iterator[StateFile]:
-    """Open a run folder (its teacher), a folder with safetensors, or a ``.safetensors`` or torch file.
+    """Open a run folder or a checkpoint within it (the teacher), a folder with safetensors, or a ``.safetensors`` or torch file.
 
     Raises:
         StreamtrainError: if it is none of these, or cannot be read.
@@ -48,8 +48,9 @@ def opened_state(path: Path) -> Iterator[StateFile]:
 def _open(path: Path, stack: ExitStack) -> StateFile:
     if path.is_dir():
         steps = checkpoint.saved_steps(path)
-        if steps:
-            reader = stack.enter_context(checkpoint.opened(checkpoint.folder_of(path, steps[-1])))
+        if steps or (path / checkpoint.STATE_NAME).is_file():
+            folder = checkpoint.folder_of(path, steps[-1]) if steps else path
+            reader = stack.enter_context(checkpoint.opened(folder))
             shapes = {name: torch.Size(shape) for name, shape in reader.state["shapes"].items()}
             return StateFile(shapes, lambda name: reader.whole(f"ema/{name}"))
         if (path / INDEX_NAME).is_file():
