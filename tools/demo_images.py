@@ -1,10 +1,12 @@
 """How the demo images are drawn: ten classes that differ in shape and texture, and in nothing else.
 
-Every image shows one to three objects of its class on a cluttered ground. Colours, positions, sizes,
-rotations, ground, clutter, light and noise come from one law for all classes, so neither the mean colour
-nor the raw pixels tell the classes apart: what tells them apart is structure. Shapes are signed
-distances and textures are functions of the object's own coordinates, so that an image can be drawn at
-any size. NumPy and Pillow only.
+Every image shows one to three objects of its class on a ground that is printed with the same texture, so
+that nearly every crop shows something of the class. Colours, positions, sizes, rotations, clutter, light
+and noise come from one law for all classes, so the mean colour tells nothing and raw pixels little: what
+tells the classes apart is structure. All images share one palette, since a network that has only minutes
+would otherwise learn to tell images by their colour, the easiest thing that two crops share. Shapes are
+signed distances and textures are functions of the object's own coordinates, so that an image can be drawn
+at any size. NumPy and Pillow only.
 """
 
 from __future__ import annotations
@@ -154,24 +156,20 @@ CLASSES: dict[str, tuple[Callable[[Field, Field], Field], Callable[[Field, Field
 # ---------------------------------------- drawing
 
 
-def _colour(rng: np.random.Generator) -> Colour:
+def _ground_colour(rng: np.random.Generator) -> Colour:
+    """A greyish blue of middling lightness."""
     return np.array(
-        colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.15, 0.85), rng.uniform(0.25, 1.0)), np.float32
+        colorsys.hsv_to_rgb(rng.normal(0.56, 0.03) % 1, rng.uniform(0.15, 0.35), rng.uniform(0.5, 0.7)), np.float32
     )
 
 
-def _two_colours(rng: np.random.Generator, ground: Colour) -> tuple[Colour, Colour]:
-    """Two colours that differ clearly in lightness, in random order, the pair not lost on the ground."""
-    luma = np.array([0.299, 0.587, 0.114], np.float32)
-    best, best_score = (_colour(rng), _colour(rng)), -1.0
-    for _ in range(8):
-        first, second = _colour(rng), _colour(rng)
-        contrast = min(abs(float(luma @ (first - second))), 0.45)
-        distance = float(np.abs((first + second) / 2 - ground).mean())
-        score = contrast + 0.7 * min(distance, 0.3)
-        if score > best_score:
-            best, best_score = (first, second), score
-    return best
+def _inks(rng: np.random.Generator) -> tuple[Colour, Colour]:
+    """A dark blue and a pale yellow, in random order."""
+    dark = colorsys.hsv_to_rgb(rng.normal(0.62, 0.03) % 1, rng.uniform(0.3, 0.5), rng.uniform(0.15, 0.25))
+    pale = colorsys.hsv_to_rgb(rng.normal(0.12, 0.02) % 1, rng.uniform(0.05, 0.2), rng.uniform(0.88, 1.0))
+    inks = [np.array(ink, np.float32) for ink in (dark, pale)]
+    first = int(rng.integers(2))
+    return inks[first], inks[1 - first]
 
 
 def _smooth_noise(rng: np.random.Generator, cells: int, width: int, height: int) -> Field:
@@ -179,10 +177,10 @@ def _smooth_noise(rng: np.random.Generator, cells: int, width: int, height: int)
     return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _ground(rng: np.random.Generator, x: Field, y: Field) -> tuple[np.ndarray, Colour]:
-    """A tilted gradient with clouds and a few plain bits of clutter: image [H, W, 3] and its mean colour."""
+def _ground(rng: np.random.Generator, x: Field, y: Field) -> np.ndarray:
+    """A tilted gradient with clouds and a few plain bits of clutter: [H, W, 3]."""
     height, width = x.shape
-    first, second = _colour(rng), _colour(rng)
+    first, second = _ground_colour(rng), _ground_colour(rng)
     angle = rng.uniform(0, 2 * np.pi)
     blend = np.clip((x * np.cos(angle) + y * np.sin(angle)) * 0.6 + 0.5, 0, 1)
     blend = np.clip(blend + 0.35 * _smooth_noise(rng, int(rng.integers(3, 7)), width, height), 0, 1)
@@ -198,13 +196,13 @@ def _ground(rng: np.random.Generator, x: Field, y: Field) -> tuple[np.ndarray, C
         else:
             distance = np.maximum(np.abs(along) - length, np.abs(across) - thickness)
         cover = np.clip(0.5 - distance / pixel, 0, 1) * rng.uniform(0.5, 1.0)
-        image += cover[..., None] * (_colour(rng) - image)
-    return image, (first + second) / 2
+        image += cover[..., None] * (_ground_colour(rng) - image)
+    return image
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """Centre and size of each object; several are smaller, and kept apart as far as eight draws allow."""
-    largest = {1: 0.95, 2: 0.7, 3: 0.58}[count]
+    largest = {1: 0.8, 2: 0.62, 3: 0.5}[count]
     placed: list[tuple[float, float, float]] = []
     for _ in range(count):
         size = rng.uniform(0.75, 1.0) * largest
@@ -230,11 +228,16 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     half = min(width, height) / 2
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     x, y = (columns + 0.5 - width / 2) / np.float32(half), (rows + 0.5 - height / 2) / np.float32(half)
-    image, mean = _ground(rng, x, y)
+    image = _ground(rng, x, y)
     light = rng.uniform(0, 2 * np.pi)
-    fills = _two_colours(rng, mean)
+    fills = _inks(rng)
     # Of the texture, in image coordinates: structure has the same scale in all classes.
-    period = rng.uniform(0.18, 0.3)
+    period = rng.uniform(0.3, 0.42)
+    # a print of the texture on the ground: a crop that misses the object belongs to its class too
+    u, v = _turned(x, y, rng.uniform(0, 2 * np.pi), 1.0)
+    shift = rng.uniform(-9, 9, 2)
+    printed = texture(u / period + shift[0], v / period + shift[1]) - 0.5
+    image += (rng.uniform(0.3, 0.5) * printed)[..., None]
     for cx, cy, size in _place(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
         shadow_u, shadow_v = _turned(
@@ -252,7 +255,7 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
         shade = shade * (0.72 + 0.28 * np.clip(-distance / 0.05, 0, 1))
         cover = np.clip(0.5 - distance * half, 0, 1)
         image += cover[..., None] * (fill * shade[..., None] - image)
-    exposure = rng.uniform(0.85, 1.15)
+    exposure = rng.uniform(0.75, 1.15)
     noise = rng.normal(0, rng.uniform(0.005, 0.03), (height, width, 1)).astype(np.float32)
     grain = rng.normal(0, 0.01, image.shape).astype(np.float32)
     return (np.clip(image * exposure + noise + grain, 0, 1) * 255 + 0.5).astype(np.uint8)
