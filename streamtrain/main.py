@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from shards.errors import ShardError
 from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
-from streamtrain.engine.runtime import Launch
+from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import ConfigError, StreamtrainError
 
 EXIT_USAGE = 2
@@ -56,6 +56,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         check(config, launch)
+        choose_accelerator(config.engine, launch)
         from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
 
         return dry_run(config) if arguments.dry_run else train(config, launch, arguments.resume)

@@ -80,6 +80,11 @@ class Position:
         """The next slot of the stream."""
         return self.data["next_slot"] if self.data else 0
 
+    @property
+    def lane_block(self) -> int | None:
+        """That of the saved order, which a change of the global batch must not change."""
+        return self.data["lane_block"] if self.data else None
+
 
 def restore(
     config: Config,

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from shards.quarantine import Quarantine
 from streamtrain import checkpoint
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader, check_state, open_shard_set
+from streamtrain.engine.memory import plan
+from streamtrain.engine.plan_text import at_end, at_start
 from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
@@ -24,7 +27,7 @@ from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import LossWeights
 from streamtrain.monitor.monitor import Monitor
 from streamtrain.monitor.panel import crops_panel
-from streamtrain.monitor.usage import StepClock, memory_scalars
+from streamtrain.monitor.usage import StepClock, memory_scalars, peak_bytes
 from streamtrain.networks import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.run_folder import describe_run, make_run_folder, start_notes
@@ -97,6 +100,8 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size)
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
+        planned = plan(config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16)
+        runtime.say(at_start(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)
         # a frozen network takes the average's place as the one that teaches
         guide = build_guide(config, runtime, accumulation, teacher)
@@ -105,10 +110,11 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
+        quarantine = Quarantine(run_dir / "quarantine.jsonl", config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
-            start_slot=slot, lane_block=position.data and position.data["lane_block"],
-            local_world_size=launch.local_world_size,
+            start_slot=slot, lane_block=position.lane_block,
+            local_world_size=launch.local_world_size, quarantine=quarantine,
         )
         if position.data:
             check_state(position.data, loader.state_dict(slot))
@@ -117,6 +123,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         with closing(loader), closing(monitor):
             monitor.text("config", f"```yaml\n{to_yaml(config)}```")
             clock = StepClock()
+            exit_code = 0
             while step < config.run.steps:
                 values = StepValues.at(step, config, global_batch)
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
@@ -135,7 +142,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                 step, slot = step + 1, slot + global_batch
                 means, exit_code = agree(losses, stop.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
-                scalars |= student.gradient_norms()
+                scalars |= student.gradient_norms() | {"data/quarantined": float(quarantine.num_entries)}
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
                 monitor.log(step, slot, scalars)
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
@@ -144,8 +151,9 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                     save(config, step, loader.state_dict(slot), student, teacher, target_maker, gram)
                 if exit_code:
                     stop.clear()
-                    return exit_code
-    return 0
+                    break
+        runtime.say(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+    return exit_code
 
 
 def save(

@@ -235,8 +235,8 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     period = rng.uniform(0.3, 0.42)
     # a print of the texture on the ground: a crop that misses the object belongs to its class too
     u, v = _turned(x, y, rng.uniform(0, 2 * np.pi), 1.0)
-    shift = rng.uniform(-9, 9, 2)
-    printed = texture(u / period + shift[0], v / period + shift[1]) - 0.5
+    offset = rng.uniform(-9, 9, 2)
+    printed = texture(u / period + offset[0], v / period + offset[1]) - 0.5
     image += (rng.uniform(0.3, 0.5) * printed)[..., None]
     for cx, cy, size in _place(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamtrain.config.section import NonNegative, Positive, Section
+from streamtrain.config.section import NonNegative, Positive, Probability, Section
 
 
 class DataConfig(Section):
@@ -17,6 +17,9 @@ class DataConfig(Section):
     window: Positive = 16
     # canonical streams an epoch is cut into; a rank reads the shards of its own lanes only
     lanes: Positive = 64
+
+    # share of images that may be unreadable or undecodable, and replaced, before the run stops
+    max_unusable_share: Probability = 0.01
 
     # affects speed and memory only
     reader_threads: Positive = 2

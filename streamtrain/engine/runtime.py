@@ -40,7 +40,7 @@ class Launch:
             # the process group reads these; a plain start has nobody to meet, so any free port will do
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+                alone: dict[str, object] = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
                 alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
             os.environ.update({key: str(value) for key, value in alone.items()})
         world_size = int(os.environ["WORLD_SIZE"])
@@ -70,10 +70,18 @@ class Runtime:
     def world_size(self) -> int:
         return self.launch.world_size
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
-@contextmanager
-def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
-    """Join the process group, and leave it at the end of a ``with`` block that succeeded.
+    def say(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+def choose_accelerator(config: EngineConfig, launch: Launch) -> str:
+    """``cuda`` or ``cpu``; call it before anything imports DeepSpeed, which decides by a variable at that moment.
 
     Raises:
         ConfigError: if the device asked for is not there.
@@ -86,9 +94,21 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
             f"engine.device is cuda, but this machine shows {torch.cuda.device_count()} GPU(s) for "
             f"{launch.local_world_size} rank(s); start fewer ranks or set engine.device=cpu"
         )
-    # DeepSpeed chooses its accelerator when it is first imported, by this variable or by guessing
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    chosen = "cuda" if cuda else "cpu"
+    os.environ["DS_ACCELERATOR"] = chosen
+    return chosen
+
+
+@contextmanager
+def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
+    """Join the process group, and leave it at the end of a ``with`` block that succeeded.
+
+    Raises:
+        ConfigError: if the device asked for is not there.
+    """
+    cuda = choose_accelerator(config, launch) == "cuda"
     import deepspeed
+    import torch
 
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -97,6 +117,8 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
         torch.set_num_threads(config.cpu_threads or launch.cores)
     wanted = config.dtype if config.dtype != "auto" else ("bf16" if cuda or _cpu_multiplies_bf16() else "fp32")
     deepspeed.utils.logger.setLevel("WARNING")
+    # the hooks look into tuples and dicts only, which is why what must pass by them is in dataclasses
+    deepspeed.utils.logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
     # On CPU DeepSpeed would compile a shared-memory all-reduce at the first start. A process killed meanwhile leaves
     # a lock file behind, at which every later start waits for ever; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

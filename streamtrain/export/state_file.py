@@ -33,7 +33,7 @@ class StateFile:
 
 @contextmanager
 def opened_state(path: Path) -> Iterator[StateFile]:
-    """Open a run folder or a checkpoint within it (the teacher), a folder with safetensors, or a ``.safetensors`` or torch file.
+    """Open a run folder or a checkpoint within it (the teacher), a folder with safetensors, or a weights file.
 
     Raises:
         StreamtrainError: if it is none of these, or cannot be read.

@@ -73,7 +73,7 @@ def test_a_missing_recipe_names_those_there_are() -> None:
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_numbers() -> None:
     config = load_config("vits16.yaml", ["data.micro_batch=4", "data.global_batch=12"])
     assert config.batch_split(3) == (12, 1) and config.batch_split(1) == (12, 3)
-    with pytest.raises(ConfigError, match="12 is not a multiple of data.micro_batch 4 x 2 ranks = 8"):
+    with pytest.raises(ConfigError, match=r"12 is not a multiple of data.micro_batch 4 x 2 ranks = 8"):
         config.batch_split(2)
 
 
