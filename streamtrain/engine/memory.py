@@ -212,6 +212,10 @@ def _states(s: _Sizes) -> Iterator[Part]:
     on_host = s.on_gpu and s.config.teacher.average == "host"
     yield _part("teacher values", "gpu", ALWAYS, shard, (0 if fp32 and not on_host else s.item, "B"))
     yield _part("averages", "host" if on_host else "gpu", ALWAYS, shard, (4, "B"))
+    if s.config.objective.gram.active:
+        backbone = {n: shape for n, shape in parameter_shapes(s.config).items() if n.startswith("backbone.")}
+        own = partition(backbone, s.config, s.world_size).shard_numel
+        yield _part("Gram teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
 
 
 def _kept_moments(s: _Sizes) -> int:
@@ -294,7 +298,12 @@ def _activations(s: _Sizes) -> Iterator[Part]:
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
     batch = config.data.micro_batch
     waiting = s.accumulation + 2
+    if config.objective.gram.active and config.objective.gram.size:
+        pixels += crops.global_count * config.objective.gram.size**2
     yield _part("crops of the step", "gpu", ALWAYS, (waiting, "micro-batches"), (batch, "samples"), (3 * pixels, "B"))
+    if config.objective.gram.active:
+        similarities = (s.images[0] * (s.global_tokens - 1) ** 2, "patch pairs")
+        yield _part("Gram matrices and their gradient", "gpu", through, similarities, (4, "copies"), (4, "B"))
     for name, head, _, rows in s.heads:
         # Sinkhorn joins the rows of all micro-batches
         kept_rows = (s.accumulation * rows, "rows")

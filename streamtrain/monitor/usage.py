@@ -25,6 +25,11 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most that this rank has held: on a CUDA device its allocator, else the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
 def memory_scalars(device: torch.device) -> dict[str, float]:
     """Bytes under ``memory/``: resident now and at most, and on CUDA the most its allocator has held."""
     scalars = {"memory/rss_bytes": float(rss_bytes()), "memory/peak_rss_bytes": float(peak_rss_bytes())}
