@@ -4,6 +4,7 @@
 python tools/bench.py loader --set SET [--batch 32] [--batches 40] [--compare webdataset] [--json] [a.b=value ...]
 python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5 [--json] [a.b=value ...]
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256 [--json] [a.b=value ...]
+python tools/bench.py memory --config vits16.yaml --ranks 2 [--steps 3] [--json] engine.dtype=bf16 data.shards=SET
 
 Settings come from the default configuration and the overrides.
 """
@@ -19,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
-from streamtrain.config.load import build, merge, parse_override
+from streamtrain.config.load import build, load_config, merge, parse_override
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add_loader(subjects)
     add_order(subjects)
     add_prototypes(subjects)
+    add_memory(subjects)
     return parser.parse_args()
 
 
@@ -111,6 +113,19 @@ def run_prototypes(arguments: argparse.Namespace) -> dict[str, Any]:
 
     chunk_bytes = configured(arguments.overrides).objective.chunk_bytes
     return prototypes.run(arguments.rows, arguments.prototypes, arguments.dim, chunk_bytes, arguments.rounds)
+
+
+def add_memory(subjects: Any) -> None:
+    parser = add_subject(subjects, "memory", run_memory, "planned and measured peak of a rank over a few steps")
+    parser.add_argument("--config", required=True, help="recipe, as for training")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks on this machine")
+    parser.add_argument("--steps", type=int, default=3, help="optimiser steps")
+
+
+def run_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import memory
+
+    return memory.run(load_config(arguments.config, arguments.overrides), arguments.ranks, arguments.steps)
 
 
 def configured(overrides: list[str]) -> Config:

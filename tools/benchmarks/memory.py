@@ -1,0 +1,54 @@
+"""Planned and measured peak memory of each rank over a few real training steps, by part."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from streamtrain.config.load import build, read_resolved, to_yaml
+from streamtrain.config.tree import Config
+from streamtrain.engine.memory import plan
+from streamtrain.errors import StreamtrainError
+
+MAIN = Path(__file__).resolve().parents[2] / "streamtrain" / "main.py"
+
+
+def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:
+    """Train ``steps`` steps on ``ranks`` ranks of this machine, without checkpoints; the run's own figures count.
+
+    Raises:
+        StreamtrainError: if the number format is left open, or the run fails.
+    """
+    if config.engine.dtype == "auto":
+        raise StreamtrainError("set engine.dtype=bf16 or engine.dtype=fp32, so that the plan knows it too")
+    with tempfile.TemporaryDirectory() as folder:
+        raw = config.model_dump()
+        raw["run"] |= {"dir": f"{folder}/run", "steps": steps, "checkpoint_every": 0}
+        raw["monitor"] |= {"progress": False, "panel_every": 0}
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(build(raw)), encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run([*launcher, str(MAIN), "--config", str(path)], capture_output=True, text=True)
+        if done.returncode:
+            told = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no message"]
+            raise StreamtrainError(f"the run failed: {told[-1]}")
+        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text("utf-8").splitlines()]
+        resolved = read_resolved(f"{folder}/run")
+    on_gpu = "memory/gpu_bytes" in records[-1]
+    planned = plan(resolved, ranks, on_gpu=on_gpu, bf16=resolved.engine.dtype == "bf16")
+    phase = planned.peak_phase
+    expected = planned.gpu_bytes if on_gpu else planned.at(phase) + planned.at(phase, "host")
+    measured = max(record["memory/gpu_bytes" if on_gpu else "memory/peak_rss_bytes"] for record in records)
+    parts = {f"planned_{p.name.replace(' ', '_')}_bytes": p.num_bytes for p in planned.parts if p.place != "disk"}
+    return {
+        "measured_peak_bytes": int(measured),
+        "planned_peak_bytes": expected,
+        "ratio": measured / expected,
+        "peak_phase": phase,
+        "step_seconds": records[-1]["speed/step_seconds"],
+        **parts,
+    }
