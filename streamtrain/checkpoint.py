@@ -16,14 +16,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from streamtrain.config.run import RunConfig
@@ -117,13 +116,54 @@ def prune(run_dir: str | Path, config: RunConfig) -> None:
         shutil.rmtree(remains, ignore_errors=True)
 
 
+class _FragmentFile:
+    """One rank's file, read piece by piece.
+
+    Its own library would map it into memory, where every page that was ever read counts as used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            OSError, ValueError: if the file is missing, cut short or of another kind.
+        """
+        self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this is
+        size = int.from_bytes(self._file.read(8), "little")
+        whole = os.fstat(self._file.fileno()).st_size
+        if size > whole:
+            raise ValueError(f"{path.name} is no safetensors file")
+        header = json.loads(self._file.read(size))
+        header.pop("__metadata__", None)
+        self.numels = {key: int(entry["shape"][0]) for key, entry in header.items()}
+        self._offsets = {key: 8 + size + int(entry["data_offsets"][0]) for key, entry in header.items()}
+        if any(entry["dtype"] != "F32" for entry in header.values()):
+            raise ValueError(f"{path.name} holds other numbers than fp32")
+        end = max((8 + size + int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        if whole < end:
+            raise ValueError(f"{path.name} is cut short")
+
+    def read_into(self, values: torch.Tensor, key: str, offset: int) -> None:
+        """Fill fp32 ``values [count]`` from those of ``key`` that begin at ``offset``."""
+        memory, done = values.numpy().data.cast("B"), 0
+        while done < len(memory):
+            count = os.preadv(self._file.fileno(), [memory[done:]], self._offsets[key] + 4 * offset + done)
+            if not count:
+                raise CheckpointError(f"checkpoint file {self._path} is cut short")
+            done += count
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 @dataclass
 class Reader:
     """An opened checkpoint: reads any piece of any parameter, whatever the number of ranks that wrote it."""
 
     folder: Path
     state: dict[str, Any]
-    _files: list[Any]
+    _files: list[_FragmentFile]
     _shard_numel: dict[str, int]
 
     @property
@@ -153,8 +193,8 @@ class Reader:
         while position < piece.stop:
             file, offset = divmod(position, numel)
             count = min(numel - offset, piece.stop - position)
-            part = self._files[file].get_slice(key)[offset : offset + count]
-            values[position - piece.start : position - piece.start + count] = part
+            first = position - piece.start
+            self._files[file].read_into(values[first : first + count], key, offset)
             position += count
         return values
 
@@ -191,15 +231,14 @@ def opened(folder: Path) -> Iterator[Reader]:
             state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
             world_size = int(state["world_size"])
             paths = [folder / _rank_name(rank, world_size) for rank in range(world_size)]
-            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from None
         if state.get("version") != VERSION:
             raise CheckpointError(
                 f"checkpoint {folder} has format {state.get('version')}, this program reads {VERSION}"
             )
-        shard_numel = {key: files[0].get_slice(key).get_shape()[0] for key in files[0].keys()}  # noqa: SIM118 - not a dict
-        yield Reader(folder, state, files, shard_numel)
+        yield Reader(folder, state, files, files[0].numels)
 
 
 def latest_step(run_dir: str | Path) -> int | None:

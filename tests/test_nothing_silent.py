@@ -212,11 +212,11 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
 ]  # fmt: skip
 # what sets a pace, a place or a display; a run that uses everything reads them
 READ = {
-    "run.dir", "run.checkpoint_every", "run.keep_last", "run.keep_every", "data.reader_threads", "data.decode_threads",
-    "data.prefetch", "data.read_ahead_bytes", "data.max_pixels", "data.max_unusable_share", "data.shards", "objective.chunk_bytes",
-    "objective.gram.teacher", "teacher.chunk", "teacher.average", "teacher.weights", "engine.device", "engine.dtype",
-    "engine.cpu_threads", "monitor.tensorboard", "monitor.progress", "monitor.panel_every", "monitor.panel_samples",
-    "init.weights", "init.minimum_matched",
+    "data.decode_threads", "data.max_pixels", "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes",
+    "data.reader_threads", "data.shards", "engine.cpu_threads", "engine.device", "engine.dtype",
+    "init.minimum_matched", "init.weights", "monitor.panel_every", "monitor.panel_samples", "monitor.progress",
+    "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher", "run.checkpoint_every", "run.dir",
+    "run.keep_every", "run.keep_last", "teacher.average", "teacher.chunk", "teacher.weights",
 }  # fmt: skip
 
 
