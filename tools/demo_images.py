@@ -255,7 +255,7 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
         shade = shade * (0.72 + 0.28 * np.clip(-distance / 0.05, 0, 1))
         cover = np.clip(0.5 - distance * half, 0, 1)
         image += cover[..., None] * (fill * shade[..., None] - image)
-    exposure = rng.uniform(0.75, 1.15)
+    exposure = rng.uniform(0.85, 1.15)
     noise = rng.normal(0, rng.uniform(0.005, 0.03), (height, width, 1)).astype(np.float32)
     grain = rng.normal(0, 0.01, image.shape).astype(np.float32)
     return (np.clip(image * exposure + noise + grain, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_images import CLASSES, draw
 
-VERSION = 4
+VERSION = 5
 RECORD = ".demo.json"  # hidden, so that whatever reads the folder's images passes it by
 
 

@@ -8,4 +8,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .
 mypy
-exec python -m pytest "$@"
+# two of the tests at a time: those that start ranks spend much of their time on imports
+exec python -m pytest -n auto "$@"

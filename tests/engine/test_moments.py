@@ -42,7 +42,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], step
 def make(engine: dict[str, object], folder: Path) -> tuple[AdamW, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     parameters = [torch.randn(numel, generator=generator).requires_grad_() for numel in NUMELS]
-    rules = [GroupRule(0.5, True, False), GroupRule(1.0, False, False)]
+    rules = [GroupRule(0.5, True, False, True), GroupRule(1.0, False, False, False)]
     groups = [{"params": [p], "rule": rule} for p, rule in zip(parameters, rules, strict=True)]
     return AdamW(groups, CONFIG, moments_maker(EngineConfig(**engine), folder, CPU)), parameters
 
