@@ -29,6 +29,7 @@ def whole_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
         return {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
 
 
+@pytest.mark.slow
 def test_two_one_three_ranks(shards: Path, tmp_path: Path) -> None:  # noqa: F811 - the fixture
     settings = (*FIXED, *SCHEDULES, "engine.dtype=fp32")
     straight, changing = tmp_path / "straight", tmp_path / "changing"
