@@ -98,7 +98,6 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
 
     with joined(config.engine, launch) as runtime:
         if launch.rank == 0:
-            describe_run(run_dir, config, launch.world_size)
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
         planned = plan(config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16)
         runtime.say(at_start(planned, runtime.on_gpu))
@@ -118,6 +117,9 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         )
         if position.data:
             check_state(position.data, loader.state_dict(slot))
+        # only now is it certain that this configuration is the run's
+        if launch.rank == 0:
+            describe_run(run_dir, config, launch.world_size)
         monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
         stop = StopRequest(run_dir)
         with closing(loader), closing(monitor):
