@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from streamtrain.config.run import RunConfig
@@ -206,7 +207,10 @@ class Reader:
 
     def shared(self) -> dict[str, torch.Tensor]:
         """What all ranks hold alike."""
-        return load_file(self.folder / SHARED_NAME)
+        try:
+            return load_file(self.folder / SHARED_NAME)
+        except (OSError, SafetensorError) as error:
+            raise damaged(self.folder, error) from None
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,13 @@ class _Whole:
     @property
     def stop(self) -> int:
         return self.numel
+
+
+def damaged(folder: Path, error: Exception) -> CheckpointError:
+    """What to tell of a checkpoint that cannot be read."""
+    return CheckpointError(
+        f"checkpoint {folder} cannot be read: {error}; remove that folder to go on from the one before it"
+    )
 
 
 @contextmanager
@@ -233,7 +244,7 @@ def opened(folder: Path) -> Iterator[Reader]:
             paths = [folder / _rank_name(rank, world_size) for rank in range(world_size)]
             files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from None
+            raise damaged(folder, error) from None
         if state.get("version") != VERSION:
             raise CheckpointError(
                 f"checkpoint {folder} has format {state.get('version')}, this program reads {VERSION}"

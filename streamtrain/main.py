@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import ConfigError, StreamtrainError
 
 EXIT_USAGE = 2
+OTHER_RANKS_WAIT_SECONDS = 10.0
 
 
 def parse() -> argparse.Namespace:
@@ -61,9 +63,11 @@ def main() -> int:
 
         return dry_run(config) if arguments.dry_run else train(config, launch, arguments.resume)
     except (StreamtrainError, ShardError) as error:
-        # until the ranks have met they all find the same fault, and one of them tells it
-        if launch.rank == 0 or "deepspeed" in sys.modules:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Most faults are found by all ranks alike. Rank 0 tells them at once, and the launcher then ends the others,
+        # who wait for that; one that is still there after a while has a fault of its own to tell.
+        if launch.rank > 0:
+            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
 
 

@@ -105,6 +105,8 @@ def restore(
     source = next(
         (folder for folder in (Path(config.run.dir), resume_from) if folder and checkpoint.saved_steps(folder)), None
     )
+    if source is None and resume_from is not None:
+        raise CheckpointError(f"--resume {resume_from} holds no checkpoint; give the folder of a run that saved one")
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)

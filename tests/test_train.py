@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shards.pack import PackOptions, pack
 from streamtrain import checkpoint
+from streamtrain.config.load import read_resolved
 
 MAIN = ROOT / "streamtrain" / "main.py"
 HEAD = "{prototypes: 64, hidden: 16, bottleneck: 8}"
@@ -178,6 +179,12 @@ def test_another_model_or_set_than_the_checkpoints_is_refused(shards: Path, tmp_
         (["model.dim=32"], "use the model that the run was started with"),
         ([f"data.shards={tmp_path / 'other'}"], "digest was"),
         (["run.seed=4"], "seed was 0 and is now 4"),
+        ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "holds no checkpoint"),
     ):
         (code, _, errors), = run_ranks(command(shards, run, "run.steps=2", "data.micro_batch=4", *overrides), 1)
         assert code == 2 and told in errors.strip().splitlines()[-1]
+    # the run itself is as it was, until something in it is lost
+    assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
+    (checkpoint.folder_of(run, 1) / checkpoint.SHARED_NAME).unlink()
+    (code, _, errors), = run_ranks(command(shards, run, "run.steps=2", "data.micro_batch=4"), 1)
+    assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]
