@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 from shards.errors import ShardError
+from shards.silent_damage import check_whole
 
 DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
 MAX_SIDE = 65_535  # what the index's 16-bit width and height hold
@@ -76,8 +77,9 @@ def prepare(
             width, height = _displayed_size(image)
             turned = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
             if turned or (max_side is not None and max(width, height) > max_side):
-                return _encode_jpeg(image, max_side, quality)
+                return _encode_jpeg(payload, image, max_side, quality)
             image.load()
+            check_whole(payload, image)
             extension = _KEPT_FORMATS.get(image.format or "")
             if extension is None or (extension == "tif" and image.mode not in _KEPT_TIFF_MODES):
                 return _encode_png(image)
@@ -122,9 +124,11 @@ def _displayed_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
 
 
-def _encode_jpeg(image: Image.Image, max_side: int | None, quality: int) -> Prepared:
+def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> Prepared:
     if max_side is not None:
         image.draft(None, (2 * max_side, 2 * max_side))  # lets the JPEG decoder do the coarse part of the shrinking
+    image.load()
+    check_whole(payload, image)
     plain = _plain(image)
     if max_side is not None:
         plain.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -47,6 +48,9 @@ class Item:
             ShardError: it cannot be read, with the reason.
         """
         try:
+            # opening a pipe would wait for somebody to write into it
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise ShardError("not a regular file")
             with open(self.path, "rb") as file:
                 length = os.fstat(file.fileno()).st_size if self.length is None else self.length
                 if length > _LARGEST_FILE_BYTES:
@@ -106,6 +110,8 @@ def list_inputs(src: Path) -> Inputs:
         inputs = _list_folder(src)
     elif not src.exists():
         raise ShardError(f"--src {src} does not exist; give a folder of images, a list file or a tar")
+    elif not src.is_file():
+        raise ShardError(f"--src {src} is neither a folder nor a regular file; give a folder, a list file or a tar")
     elif src.suffix.lower() == ".tar":
         inputs = _list_tar(src)
     else:

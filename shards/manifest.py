@@ -19,6 +19,7 @@ from shards.files import write_whole
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+JOURNAL_NAME = "packing.jsonl"  # what a packing has done so far; there until the manifest is
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Manifest:
         """Bytes of all tars."""
         return sum(shard.bytes for shard in self.shards)
 
+    @property
+    def extent(self) -> str:
+        """How large the set is, for people: "20 images in 3 shards"."""
+        return f"{counted(self.num_samples, 'image')} in {counted(len(self.shards), 'shard')}"
+
     @cached_property
     def digest(self) -> str:
         """32 hex digits over what defines the stream: each tar's name, sample count and content, in order."""
@@ -89,16 +95,10 @@ class Manifest:
         """
         set_dir = Path(set_dir)
         path = set_dir / FILE_NAME
-        if not set_dir.is_dir():
-            raise ShardError(
-                f"no shard set at {set_dir}; make one with: python tools/make_shards.py --src IMAGES --out {set_dir}"
-            )
         try:
             return cls.parse(path.read_bytes(), str(path))
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"{set_dir} is not a finished shard set (no {FILE_NAME}); run tools/make_shards.py again"
-            ) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ShardError(_why_absent(set_dir)) from error
         except OSError as error:
             raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
 
@@ -123,3 +123,21 @@ class Manifest:
                 f"{path} was edited: its digest says {stated}, its content {manifest.digest}; copy the set again"
             )
         return manifest
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, for people: "1 shard", "3 shards"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _why_absent(set_dir: Path) -> str:
+    """What a place without a manifest is instead of a set, and what to do about it."""
+    if not set_dir.exists():
+        return f"no shard set at {set_dir}; make one with: python tools/make_shards.py --src IMAGES --out {set_dir}"
+    if not set_dir.is_dir():
+        return f"{set_dir} is a file, not a shard set; give the folder that holds {FILE_NAME}"
+    if (set_dir / JOURNAL_NAME).exists():
+        return f"{set_dir} is not a finished shard set; go on with the make_shards command that began it"
+    if next(set_dir.glob("*.tar"), None) is not None:
+        return f"{set_dir} holds tars but no {FILE_NAME}; index them: tools/index_shards.py --src {set_dir} --out SET"
+    return f"{set_dir} is no shard set: it has no {FILE_NAME}; make one with tools/make_shards.py"

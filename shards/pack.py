@@ -25,17 +25,16 @@ from shards import images, randomness
 from shards.errors import ShardError
 from shards.files import partial_path, remove_partials, write_whole
 from shards.inputs import Inputs, Item, decompress, is_compressed_tar, list_inputs, sample_key
-from shards.manifest import FILE_NAME, Manifest, ShardEntry
+from shards.manifest import FILE_NAME, JOURNAL_NAME, Manifest, ShardEntry
 from shards.parallel import ordered_map
 from shards.shard_writer import ShardWriter
 
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
-_JOURNAL = "packing.jsonl"
 _LOCK = "packing.lock"
 _UNPACKED = "packing.tar"
 _REJECTED = "rejected.jsonl"
 _ITEMS_PER_TASK = 16
-_OURS = {"shards", "index", FILE_NAME, _REJECTED, _JOURNAL, _LOCK, _UNPACKED}
+_OURS = {"shards", "index", FILE_NAME, _REJECTED, JOURNAL_NAME, _LOCK, _UNPACKED}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class PackReport:
     """What came of a packing."""
 
     manifest: Manifest
-    num_rejected: int  # listed in rejected.jsonl
+    num_rejected: int | None  # listed in rejected.jsonl; None where that was taken away since
     num_ignored: int  # files that are no images
 
 
@@ -166,7 +165,7 @@ def _pack(inputs: Inputs, src: Path, out: Path, options: PackOptions, workers: i
     write_whole(out / _REJECTED, lines.encode())
     manifest = Manifest(tuple(done.shards), inputs.classes, fingerprint)
     manifest.save(out)
-    (out / _JOURNAL).unlink()
+    (out / JOURNAL_NAME).unlink()
     return PackReport(manifest, len(done.rejected), inputs.num_ignored)
 
 
@@ -175,8 +174,9 @@ def _already_packed(out: Path, fingerprint: str, num_ignored: int) -> PackReport
     manifest = Manifest.load(out)
     if manifest.fingerprint != fingerprint:
         raise ShardError(f"--out {out} already holds another shard set; choose a new folder, or delete that one")
-    (out / _JOURNAL).unlink(missing_ok=True)
-    num_rejected = len((out / _REJECTED).read_bytes().splitlines())
+    (out / JOURNAL_NAME).unlink(missing_ok=True)
+    log = out / _REJECTED
+    num_rejected = len(log.read_bytes().splitlines()) if log.exists() else None
     return PackReport(manifest, num_rejected, num_ignored)
 
 
@@ -240,7 +240,7 @@ def _close_shard(out: Path, writer: ShardWriter, position: int, since: _Done, do
             "seen": sorted(since.seen),
         }
     )
-    _append_durably(out / _JOURNAL, line)
+    _append_durably(out / JOURNAL_NAME, line)
     done.add(since)
 
 
@@ -250,7 +250,7 @@ def _open_journal(out: Path, fingerprint: str) -> _Done:
     Raises:
         ShardError: the folder holds an interrupted packing of something else.
     """
-    path = out / _JOURNAL
+    path = out / JOURNAL_NAME
     done = _Done()
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines:
@@ -284,7 +284,7 @@ def _append_durably(path: Path, line: str) -> None:
 def _remove_unfinished(out: Path) -> None:
     for name in ("shards", "index"):
         shutil.rmtree(out / name)
-    (out / _JOURNAL).unlink()
+    (out / JOURNAL_NAME).unlink()
 
 
 def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[_Outcome, None, None]:

@@ -49,7 +49,7 @@ def main() -> int:
         print(f"no index for DALI's own reader: {refusal}")
     manifest = report.manifest
     print(
-        f"indexed {manifest.num_samples} images in {len(manifest.shards)} tars, {manifest.num_bytes} bytes; "
+        f"indexed {manifest.extent}, {manifest.num_bytes} bytes; "
         f"{report.num_unreadable} unreadable; digest {manifest.digest}"
     )
     return 0

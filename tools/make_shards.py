@@ -57,11 +57,13 @@ def main() -> int:
         print(f"interrupted; run the same command again to go on in {arguments.out}", file=sys.stderr)
         return 130
     manifest = report.manifest
-    rejected = f"{report.num_rejected} rejected"
-    if report.num_rejected:
-        rejected += f" (see {arguments.out / 'rejected.jsonl'})"
+    log = arguments.out / "rejected.jsonl"
+    if report.num_rejected is None:
+        rejected = f"rejected: not known any more, {log} is gone"
+    else:
+        rejected = f"{report.num_rejected} rejected" + (f" (see {log})" if report.num_rejected else "")
     print(
-        f"packed {manifest.num_samples} images in {len(manifest.shards)} shards, {manifest.num_bytes} bytes; "
+        f"packed {manifest.extent}, {manifest.num_bytes} bytes; "
         f"{rejected}, {report.num_ignored} other files ignored; digest {manifest.digest}"
     )
     return 0

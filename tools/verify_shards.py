@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
 from shards.images import DEFAULT_MAX_PIXELS
-from shards.manifest import Manifest
+from shards.manifest import Manifest, counted
 from shards.verify import verify
 
 _HELP = """\
@@ -41,8 +41,7 @@ def main() -> int:
         return 130
     for fault in faults:
         print(fault)
-    verdict = f"{len(faults)} faults" if faults else "no faults"
-    print(f"read {manifest.num_samples} images in {len(manifest.shards)} shards: {verdict}")
+    print(f"read {manifest.extent}: {counted(len(faults), 'fault') if faults else 'no faults'}")
     return 1 if faults else 0
 
 

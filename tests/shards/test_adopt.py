@@ -118,4 +118,4 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         assert ended.returncode == (2 if said else 0), ended
         assert said in ended.stderr and "Traceback" not in ended.stderr
         if not said:
-            assert "indexed 3 images in 1 tars" in ended.stdout
+            assert "indexed 3 images in 1 shard," in ended.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 
 import numpy as np
 import pytest
@@ -79,3 +81,48 @@ def test_text_bombs_and_undefined_depths_are_refused_with_the_reason() -> None:
         prepare(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
     with pytest.raises(ShardError, match="pack with --max-side"):
         prepare(encoded(Image.new("L", (70_000, 1)), "PNG"))
+
+
+def _with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose header claims another size than its data have."""
+    frame = re.search(rb"\xff[\xc0\xc2]..\x08", jpeg, re.DOTALL)
+    assert frame is not None
+    return jpeg[: frame.end()] + struct.pack(">HH", height, width) + jpeg[frame.end() + 4 :]
+
+
+_ENCODINGS = [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 0, "optimize": True}]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("settings", _ENCODINGS)
+def test_a_jpeg_with_fewer_data_than_its_header_claims_is_refused(mode: str, settings: dict[str, object]) -> None:
+    payload = encoded(drawn_image(1, 48, 48).convert(mode), **settings)
+    prepare(payload)
+    for width, height in ((2400, 2400), (48, 80), (80, 48)):
+        for options in ({}, {"max_side": 40}):
+            with pytest.raises(ShardError, match="the image data end before the last row"):
+                prepare(_with_size(payload, width, height), **options)
+    if "progressive" not in settings:  # which is whole, if coarse, after any of its scans
+        with pytest.raises(ShardError, match="the image data end before the last row"):
+            prepare(payload[: len(payload) * 4 // 5] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("settings", _ENCODINGS)
+def test_a_grey_corner_is_no_fault(mode: str, settings: dict[str, object]) -> None:
+    image = drawn_image(1, 70, 50).convert(mode)
+    image.paste({"RGB": (128, 128, 128), "L": 128, "CMYK": (127, 127, 127, 127)}[mode], (0, 20, 70, 50))
+    for size in ((70, 50), (7, 5)):
+        prepare(encoded(image.resize(size), **settings) + b"bytes after the end")
+
+
+def test_every_bit_of_a_png_counts() -> None:
+    payload = encoded(drawn_image(1, 60, 50), "PNG")
+    prepare(payload + b"bytes after the end")
+    for at in range(0, len(payload), 97):
+        broken = bytearray(payload)
+        broken[at] ^= 4
+        with pytest.raises(ShardError):
+            prepare(bytes(broken))
+    with pytest.raises(ShardError, match="the file ends before the image does"):
+        prepare(payload[:-1])

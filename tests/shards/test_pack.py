@@ -6,7 +6,9 @@ import io
 import json
 import os
 import shutil
+import socket
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,18 @@ def test_what_does_not_decode_is_listed_with_its_reason(tmp_path: Path) -> None:
     assert (report.manifest.num_samples, report.num_rejected, report.num_ignored) == (5, 5, 1)
 
 
+def test_what_is_no_file_is_listed_and_never_waited_for(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 2)
+    os.mkfifo(images / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(images / "socket.png"))  # such paths are at most 108 bytes long
+        pack(images, tmp_path / "set", _SMALL)
+    assert _rejected(tmp_path / "set") == {"pipe.jpg": "not a regular file", "socket.png": "not a regular file"}
+    os.mkfifo(tmp_path / "images.tar")
+    with pytest.raises(ShardError, match="neither a folder nor a regular file"):
+        pack(tmp_path / "images.tar", tmp_path / "other", _SMALL)
+
+
 def test_shuffle_and_dedup(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 20)
     shutil.copy(images / "image 003.jpg", images / "image 003 again.jpg")
@@ -156,6 +170,9 @@ def test_a_folder_for_one_set_only(tmp_path: Path) -> None:
     before = _tree(tmp_path / "set")
     assert pack(images, tmp_path / "set", _SMALL) == first  # the same again is no error and no work
     assert _tree(tmp_path / "set") == before
+    (tmp_path / "set" / "rejected.jsonl").rename(tmp_path / "aside")
+    assert pack(images, tmp_path / "set", _SMALL) == replace(first, num_rejected=None)
+    (tmp_path / "aside").rename(tmp_path / "set" / "rejected.jsonl")
     with pytest.raises(ShardError, match="already holds another shard set"):
         pack(images, tmp_path / "set", PackOptions(max_side=10))
     with pytest.raises(ShardError, match="holds other files"):

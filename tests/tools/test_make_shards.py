@@ -53,6 +53,12 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     assert damaged.returncode == 1
     assert damaged.stdout.splitlines()[1].startswith("shards/000001.tar, sample 0 (key '")
     assert damaged.stdout.splitlines()[-1].endswith("2 faults")
+    shard_set.index_path(1).with_suffix(".idx").unlink()
+    with open(shard_set.tar_path(1), "r+b") as tar:
+        tar.seek(int(shard_set.record(1, 0)["offset"]))
+        tar.write(b"\xff\xd8\xff\xe0\x00\x10")
+    mended = _run(_VERIFY, "a/set", "--workers", 1, cwd=tmp_path)
+    assert mended.stdout.splitlines()[-1].endswith(": 1 fault")
 
 
 def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
