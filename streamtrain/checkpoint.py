@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -28,11 +27,11 @@ from safetensors.torch import load_file, save_file
 
 from streamtrain.config.run import RunConfig
 from streamtrain.errors import CheckpointError
+from streamtrain.run_folder import folder_of, saved_steps
 
 VERSION = 1
 STATE_NAME = "state.json"
 SHARED_NAME = "shared.safetensors"
-_FOLDER = re.compile(r"^step-(\d{9})$")
 _KINDS = {"teacher": "ema", "student": "master"}
 
 
@@ -54,18 +53,6 @@ class Piece(Protocol):
     def stop(self) -> int: ...
     @property
     def numel(self) -> int: ...
-
-
-def folder_of(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` completed steps lies."""
-    return Path(run_dir) / "checkpoints" / f"step-{step:09d}"
-
-
-def saved_steps(run_dir: str | Path) -> list[int]:
-    """Steps of which a whole checkpoint exists, ascending."""
-    parent = Path(run_dir) / "checkpoints"
-    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    return sorted(int(match.group(1)) for name in names if (match := _FOLDER.match(name)))
 
 
 def save(

@@ -13,10 +13,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shards.errors import ShardError
-from streamtrain.config.load import load_config
+from shards.shard_set import ShardSet
+from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.engine.runtime import Launch, choose_accelerator
-from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.errors import StreamtrainError
+from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, starting_checkpoint
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -43,12 +45,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(config: Config, launch: Launch) -> None:
-    """What can be told before any library is loaded and any rank waits for another."""
-    if not config.data.shards:
-        raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
+def check(config: Config, launch: Launch, source: Path | None) -> ShardSet:
+    """What can be told before any library is loaded and any rank waits for another; returns the set to train on.
+
+    The run folder comes last, so that a start that is refused makes none.
+    """
     config.batch_split(launch.world_size)
     config.objective.koleo.samples(config.data.micro_batch, launch.world_size)
+    check_weights(config, source)
+    shard_set = open_shard_set(config)
+    make_run_folder(Path(config.run.dir), launch.rank)
+    return shard_set
 
 
 def main() -> int:
@@ -57,11 +64,21 @@ def main() -> int:
     launch = Launch.from_environment()
     try:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
-        check(config, launch)
-        choose_accelerator(config.engine, launch)
-        from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
+        run_dir = Path(config.run.dir)
+        source = starting_checkpoint(run_dir, arguments.resume)
+        complete = nothing_left(config, source)
+        if complete and not arguments.dry_run:
+            if launch.rank == 0:
+                print(complete, flush=True)
+            return 0
+        shard_set = check(config, launch, source)
+        with held(run_dir, launch.rank):
+            choose_accelerator(config.engine, launch)
+            from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
 
-        return dry_run(config) if arguments.dry_run else train(config, launch, arguments.resume)
+            if arguments.dry_run:
+                return dry_run(config, shard_set) if launch.rank == 0 else 0
+            return train(config, launch, shard_set, arguments.resume)
     except (StreamtrainError, ShardError) as error:
         # Most faults are found by all ranks alike. Rank 0 tells them at once, and the launcher then ends the others,
         # who wait for that; one that is still there after a while has a fault of its own to tell.

@@ -25,6 +25,7 @@ from streamtrain.learner import GramTeacher, Learner
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
 from streamtrain.objective.targets import TargetMaker
+from streamtrain.run_folder import starting_checkpoint
 
 BACKBONE = "backbone."
 
@@ -74,6 +75,8 @@ class Position:
 
     step: int
     data: dict[str, Any] | None
+    # the checkpoint that says so
+    source: Path | None
 
     @property
     def slot(self) -> int:
@@ -99,22 +102,18 @@ def restore(
     The run folder's own checkpoint comes before ``resume_from``, then ``init.weights``, then a fresh start.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or belongs to another model.
+        CheckpointError: if the checkpoint is missing, damaged or belongs to another model.
         StreamtrainError: if ``init.weights`` cannot be read, or is of another model.
     """
-    source = next(
-        (folder for folder in (Path(config.run.dir), resume_from) if folder and checkpoint.saved_steps(folder)), None
-    )
-    if source is None and resume_from is not None:
-        raise CheckpointError(f"--resume {resume_from} holds no checkpoint; give the folder of a run that saved one")
+    source = starting_checkpoint(Path(config.run.dir), resume_from)
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
             teacher.write(read)
         if gram is not None:
             gram.start(None)
-        return Position(0, None)
-    with checkpoint.opened(checkpoint.folder_of(source, checkpoint.saved_steps(source)[-1])) as reader:
+        return Position(0, None, None)
+    with checkpoint.opened(source) as reader:
         for name, fragment in student.fragments.items():
             if reader.state["shapes"].get(name) != list(fragment.shape):
                 raise CheckpointError(
@@ -126,7 +125,7 @@ def restore(
         target_maker.load_state_dict(reader.shared())
         if gram is not None:
             gram.start(reader)
-        return Position(reader.step, reader.state["data"])
+        return Position(reader.step, reader.state["data"], source)
 
 
 @contextmanager

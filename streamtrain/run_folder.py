@@ -1,39 +1,169 @@
-"""The run folder: made and checked before any process group, and what it says of where it was made."""
+"""The run folder: whose it is, who writes to it, where its checkpoints lie, and what it says of where it was made.
+
+Free of torch, so that a start that cannot succeed is told within a second or two.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from streamtrain.config.load import RESOLVED_NAME, to_yaml
+from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
-from streamtrain.errors import StreamtrainError
+from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
+from streamtrain.stopping import STOP_NAME
 
 ENVIRONMENT_NAME = "environment.json"
+LOCK_NAME = ".streamtrain.lock"
+# what may lie in a folder before its first run: a request to stop, a volume's own folder, ...
+_BEFORE_A_RUN = (STOP_NAME, "lost+found")
+# ... and what a scheduler or a shell writes of the job
+_LOG_SUFFIXES = (".log", ".out", ".err")
+_CHECKPOINT = re.compile(r"^step-(\d{9})$")
 # with fewer candidates the nearest neighbour is hardly near
 FEW_NEIGHBOURS = 8
 _LIBRARIES = ("streamtrain", "torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+def folder_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` completed steps lies."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:09d}"
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """Steps of which a whole checkpoint exists, ascending.
+
+    Raises:
+        CheckpointError: if nobody can tell, which must not be taken for a fresh start.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    try:
+        names = os.listdir(parent)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{parent} cannot be read ({error.strerror})") from None
+    return sorted(int(match.group(1)) for name in names if (match := _CHECKPOINT.match(name)))
 
 
 def make_run_folder(run_dir: Path, rank: int) -> None:
     """Make the folder and try to write in it; called by every rank, since each must reach it.
 
     Raises:
-        StreamtrainError: if it cannot be made or written.
+        StreamtrainError: if it cannot be made or written, or holds something that is no run.
     """
     probe = run_dir / f".rank-{rank}.probe"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"writable")
-        probe.unlink()
+        foreign = _foreign(run_dir)
+        if foreign is None:
+            probe.write_bytes(b"writable")
+            probe.unlink()
     except OSError as error:
         raise StreamtrainError(
             f"the run folder {run_dir} cannot be written ({error.strerror}); set run.dir to a folder that can"
         ) from None
+    if foreign is not None:
+        raise StreamtrainError(
+            f"run.dir {run_dir} holds no run but other files, such as {foreign}; set run.dir to a new or empty folder"
+        )
+
+
+def _foreign(run_dir: Path) -> str | None:
+    """The first name in a folder that is no run's, or None where a run may write."""
+    if (run_dir / LOCK_NAME).exists() or saved_steps(run_dir) or _has_environment(run_dir):
+        return None
+    names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith("."))
+    return next((name for name in names if name not in _BEFORE_A_RUN and not name.endswith(_LOG_SUFFIXES)), None)
+
+
+def _has_environment(run_dir: Path) -> bool:
+    """Whether the folder holds an ``environment.json`` that a run wrote, and not some other program."""
+    try:
+        document = json.loads((run_dir / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and "world_size" in document
+
+
+@contextmanager
+def held(run_dir: Path, rank: int) -> Iterator[None]:
+    """Keep other runs out of the folder for the time of the ``with`` block; rank 0 does so for all ranks.
+
+    The system lets go of the lock when the process ends, however it ends. (A lock that is a mere file would outlive a
+    kill, and keep out the very start that is to go on.)
+
+    Raises:
+        StreamtrainError: if another run has it.
+    """
+    if rank > 0:
+        yield
+        return
+    descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise StreamtrainError(
+            f"another run is writing to {run_dir}; wait for its end, stop it with `touch {run_dir / STOP_NAME}`, "
+            "or set run.dir to another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks; that must keep nobody from training
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
+    """The checkpoint to go on from: the run's own newest, else that of ``resume_from``; None at a fresh start.
+
+    Raises:
+        CheckpointError: if there is to be one in ``resume_from``, and is not.
+    """
+    for folder in (run_dir, resume_from):
+        if folder is not None and (steps := saved_steps(folder)):
+            return folder_of(folder, steps[-1])
+    if resume_from is not None:
+        raise CheckpointError(f"--resume {resume_from} holds no checkpoint; give the folder of a run that saved one")
+    return None
+
+
+def nothing_left(config: Config, source: Path | None) -> str | None:
+    """What to say of a run whose ``source`` (see ``starting_checkpoint``) has all its steps; None of any other."""
+    if source is None:
+        return None
+    run_dir, step = source.parent.parent, int(source.name.removeprefix("step-"))
+    if step < config.run.steps:
+        return None
+    return f"already complete: {step} steps in {run_dir}; raise run.steps (now {config.run.steps}) to go on"
+
+
+def check_weights(config: Config, source: Path | None) -> None:
+    """Whether the weights that a start reads are there; what they hold is seen when they are read.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    needed = {}
+    if source is None:
+        needed["init.weights"] = config.init.weights
+        if config.objective.gram.active and config.objective.gram.teacher != "ema":
+            needed["objective.gram.teacher"] = config.objective.gram.teacher
+    for key, weights in needed.items():
+        if weights is not None and not Path(weights).expanduser().exists():
+            raise ConfigError(f"{key}: the weights {weights} cannot be read: there is no such file or folder")
+    if config.teacher.weights is not None:
+        read_resolved(Path(config.teacher.weights).expanduser())
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int) -> None:

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from PIL import Image
 
 from shards.quarantine import Quarantine
+from shards.shard_set import ShardSet
 from streamtrain import checkpoint
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.data.loader import Loader, check_state, open_shard_set
+from streamtrain.data.loader import Loader, check_state
 from streamtrain.engine.memory import plan
 from streamtrain.engine.plan_text import at_end, at_start
 from streamtrain.engine.runtime import Launch, Runtime, joined
@@ -30,7 +31,7 @@ from streamtrain.monitor.panel import crops_panel
 from streamtrain.monitor.usage import StepClock, memory_scalars, peak_bytes
 from streamtrain.networks import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.run_folder import describe_run, make_run_folder, start_notes
+from streamtrain.run_folder import describe_run, start_notes
 from streamtrain.schedules import value_at
 from streamtrain.stopping import StopRequest
 
@@ -79,10 +80,12 @@ class StepValues:
         }
 
 
-def train(config: Config, launch: Launch, resume_from: Path | None = None) -> int:
+def train(config: Config, launch: Launch, shard_set: ShardSet, resume_from: Path | None = None) -> int:
     """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
 
     Args:
+        config: whose run folder is made.
+        shard_set: that of ``data.shards``.
         resume_from: another run's folder to start from when this one's is new.
 
     Returns:
@@ -93,8 +96,6 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
     """
     global_batch, accumulation = config.batch_split(launch.world_size)
     run_dir = Path(config.run.dir)
-    make_run_folder(run_dir, launch.rank)
-    shard_set = open_shard_set(config)
 
     with joined(config.engine, launch) as runtime:
         if launch.rank == 0:
@@ -120,6 +121,8 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size)
+        if position.source is not None:
+            runtime.say(f"resuming at step {step} from {position.source}")
         monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
         stop = StopRequest(run_dir)
         with closing(loader), closing(monitor):
@@ -153,6 +156,7 @@ def train(config: Config, launch: Launch, resume_from: Path | None = None) -> in
                     save(config, step, loader.state_dict(slot), student, teacher, target_maker, gram)
                 if exit_code:
                     stop.clear()
+                    runtime.say(f"stopped at step {step}, checkpoint saved; the same command goes on")
                     break
         runtime.say(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return exit_code
@@ -202,16 +206,12 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def dry_run(config: Config) -> int:
-    """Check the configuration and the data, and draw one panel of crops into the run folder."""
-    run_dir = Path(config.run.dir)
-    make_run_folder(run_dir, rank=0)
-    shard_set = open_shard_set(config)
-    with closing(
-        Loader(shard_set, config, rank=0, world_size=1, device="cpu")
-    ) as loader:
-        Image.fromarray(panel_of(next(loader), config)).save(run_dir / "dry_run.png")
-    print(f"{shard_set.num_samples} samples in {config.data.shards}; crops drawn in {run_dir / 'dry_run.png'}")
+def dry_run(config: Config, shard_set: ShardSet) -> int:
+    """Draw one panel of crops into the run folder; one rank calls it."""
+    picture = Path(config.run.dir) / "dry_run.png"
+    with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu")) as loader:
+        Image.fromarray(panel_of(next(loader), config)).save(picture)
+    print(f"{shard_set.num_samples} samples in {config.data.shards}; crops drawn in {picture}")
     return 0
 
 

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("streamtrain.data",), ("streamtrain.model",), ("streamtrain.objective",)),
     (("streamtrain.learner",),),
     (("streamtrain.engine",),),
-    (("streamtrain.checkpoint",), ("streamtrain.run_folder",), ("streamtrain.stopping",)),
+    (("streamtrain.run_folder", "streamtrain.checkpoint", "streamtrain.stopping"),),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",)),
     (("streamtrain.networks", "streamtrain.gram_anchor", "streamtrain.distillation"),),
     (("streamtrain.train",),),
@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 ROOMS = {prefix: (floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms for prefix in room}
 OURS = ("shards", "streamtrain", "tools")
-TORCH_FREE = ("shards", *FLOORS[1][0], "streamtrain.engine.memory")
+TORCH_FREE = ("shards", *FLOORS[1][0], "streamtrain.engine.memory", "streamtrain.run_folder")
 MAX_LINES = 430
 
 

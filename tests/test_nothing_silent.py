@@ -20,11 +20,11 @@ from tiny_backbone import tiny_weights
 from tiny_run import command
 
 from shards.pack import PackOptions, pack
-from streamtrain.config.load import build, merge, parse_override
+from streamtrain.config.load import build, merge, open_shard_set, parse_override
 from streamtrain.config.schedules import Schedule
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
-from streamtrain.data.loader import Loader, open_shard_set
+from streamtrain.data.loader import Loader
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config

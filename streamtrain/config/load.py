@@ -121,6 +121,18 @@ def _steps_per_epoch(raw: dict[str, Any], world_size: int) -> float:
     return ShardSet.open(data.shards).num_samples / batch
 
 
+def open_shard_set(config: Config) -> ShardSet:
+    """The shard set that ``data.shards`` names; call it before any process group starts.
+
+    Raises:
+        ConfigError: the key is empty.
+        ShardError: there is no such set, or it is not whole.
+    """
+    if not config.data.shards:
+        raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
+    return ShardSet.open(config.data.shards)
+
+
 def read_resolved(run_dir: str | Path) -> Config:
     """The configuration a run folder was started with.
 

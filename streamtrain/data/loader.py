@@ -27,23 +27,11 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import Finished, Producer
 from streamtrain.data.sizes import SizeChoice
-from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.errors import CheckpointError
 
 STATE_VERSION = 1
 # what must agree for a saved position to mean the same samples
 _IDENTITY = ("version", "digest", "seed", "window", "lanes", "lane_block")
-
-
-def open_shard_set(config: Config) -> ShardSet:
-    """The shard set that ``data.shards`` names; call it before any process group starts.
-
-    Raises:
-        ConfigError: the key is empty.
-        ShardError: there is no such set, or it is not whole.
-    """
-    if not config.data.shards:
-        raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
-    return ShardSet.open(config.data.shards)
 
 
 def micro_batch_slots(

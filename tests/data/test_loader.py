@@ -20,9 +20,10 @@ from shards.errors import SampleError, ShardError
 from shards.order import Order
 from shards.quarantine import Quarantine
 from streamtrain.config.data import DataConfig
+from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.data.loader import Loader, check_state, micro_batch_slots, open_shard_set
+from streamtrain.data.loader import Loader, check_state, micro_batch_slots
 from streamtrain.errors import CheckpointError, ConfigError
 
 Damage = Callable[[Path, int, int, bytes], None]
@@ -231,8 +232,8 @@ def test_a_forgotten_loader_stops(config: Config) -> None:
 def test_the_interpreter_ends_with_a_loader_open(config: Config) -> None:
     endings = {"": 0, "raise ValueError('end')": 1, "import sys; sys.exit(3)": 3}
     script = (
-        "from streamtrain.config.load import build\n"
-        "from streamtrain.data.loader import Loader, open_shard_set\n"
+        "from streamtrain.config.load import build, open_shard_set\n"
+        "from streamtrain.data.loader import Loader\n"
         f"config = build({config.model_dump(mode='json')!r})\n"
         "loader = Loader(open_shard_set(config), config, rank=0, world_size=1, device='cpu')\n"
         "next(loader)\n"

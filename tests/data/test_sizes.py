@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtrain.config.load import build
+from streamtrain.config.load import build, open_shard_set
 from streamtrain.config.tree import Config
-from streamtrain.data.loader import Loader, open_shard_set
+from streamtrain.data.loader import Loader
 from streamtrain.data.sizes import SizeChoice
 from streamtrain.errors import ConfigError
 

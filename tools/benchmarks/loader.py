@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks.plain_loader import batches as plain_batches
 from benchmarks.process_cost import cpu_seconds, in_fresh_process, peak_rss_bytes, settle
+from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
-from streamtrain.data.loader import Loader, open_shard_set
+from streamtrain.data.loader import Loader
 
 WARM_UP = 3
 
