@@ -8,28 +8,37 @@
 #   --ranks N       training processes, one a GPU where there are any (default: 1)
 #   a.b=value ...   further arguments go to the training, e.g. run.steps=1000
 #
-# Needs Python >= 3.10. Running it again goes on where it was and repeats nothing finished.
-# tools/setup_env.sh tells the variables that the installation heeds.
+# Needs Python >= 3.10. Running it again goes on where it was and repeats nothing finished; with other settings it trains
+# anew, in a run folder of its own. tools/setup_env.sh tells the variables that the installation heeds.
 set -euo pipefail
 started=$SECONDS
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+misused() { printf 'error: %s; see %s --help\n' "$*" "$0" >&2; exit 2; }
 
 images='' out='' ranks=1 overrides=()
 absolute() { case "$1" in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$caller/$1" ;; esac; }
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit ;;
-        --images) images=$(absolute "${2:?--images needs a folder}"); shift 2 ;;
-        --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
-        --ranks) ranks=${2:?--ranks needs a number}; shift 2 ;;
+        --images | --out | --ranks)
+            [ -n "${2:-}" ] || misused "$1 needs a value"
+            case "$1" in
+                --images) images=$(absolute "$2") ;;
+                --out) out=$(absolute "$2") ;;
+                --ranks) ranks=$2 ;;
+            esac
+            shift 2
+            ;;
+        run.dir=* | data.shards=*) misused "${1%%=*} is chosen here, below --out" ;;
         *=*) overrides+=("$1"); shift ;;
-        *) fail "unknown argument $1; see $0 --help" ;;
+        *) misused "unknown argument $1" ;;
     esac
 done
-[ -z "$images" ] || [ -d "$images" ] || fail "--images $images is not a folder"
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || misused "--ranks $ranks is not a number of processes"
+[ -z "$images" ] || [ -d "$images" ] || misused "--images $images is not a folder"
 if [ -z "$out" ]; then out=quickstart${images:+/own}; fi
 mkdir -p "$out/logs" "$out/done" || fail "cannot write to $out"
 
@@ -65,17 +74,20 @@ export PATH="$PWD/.venv/bin:$PATH"
 names+=("set-up") times+=("$((SECONDS - started)) s")
 work_started=$SECONDS
 
-set_dir=$out/shards run=$out/run
-
-# Both find by themselves what they finished before.
+# Both find by themselves what they finished before. Another version draws other images, which must not mix with those.
+set_dir=$out/shards
 if [ -z "$images" ]; then
-    images=$out/images
+    version=$(sed -n 's/^VERSION = //p' tools/make_demo_images.py)
+    images=$out/images-v$version set_dir=$out/shards-v$version
     stage images "" python tools/make_demo_images.py --out "$images"
 fi
 stage pack "" python tools/make_shards.py --src "$images" --out "$set_dir"
 
-# What is left depends on the images, the recipe and the overrides.
-key=$( (grep '"digest"' "$set_dir/manifest.json"; cat configs/quickstart.yaml; echo "$ranks" "${overrides[@]}") | cksum)
+# What is left depends on the images, the recipe and the overrides; so does the run, which can only be gone on with as
+# it was begun.
+key=$( (grep '"digest"' "$set_dir/manifest.json"; cat configs/quickstart.yaml; echo "$ranks" "${overrides[@]}") |
+    cksum | cut -d ' ' -f 1)
+run=$out/run-$key
 no_labels=$(python -c 'import sys
 from pathlib import Path
 from streamtrain.evaluation.images import open_images
@@ -96,7 +108,7 @@ knn() {
 pictures() {
     local tar=$set_dir/shards/000000.tar folder=$out/pictures chosen
     mapfile -t chosen < <(tar -tf "$tar" | grep -vE '\.(cls|json|txt)$' |
-        awk '{name[NR] = $0} END {for (i = 0; i < 4 && i < NR; i++) print name[int(i * NR / 4) + 1]}')
+        awk '{name[NR] = $0} END {n = NR < 4 ? NR : 4; for (i = 0; i < n; i++) print name[int(i * NR / n) + 1]}')
     mkdir -p "$folder/images" && tar -xf "$tar" -C "$folder/images" "${chosen[@]}" &&
         python tools/visualize.py pca --run "$run" --image "${chosen[@]/#/$folder/images/}" --out "$folder/pca.png" &&
         python tools/visualize.py similarity --run "$run" --image "$folder/images/${chosen[0]}" \

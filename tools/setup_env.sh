@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout and installs streamtrain into it; does nothing where that is already done.
 #
-#   tools/setup_env.sh [EXTRA ...]      EXTRA: s3, gcs, test (setup.py); the DALI extra is chosen by itself
+#   tools/setup_env.sh [EXTRA ...]      EXTRA: hf (export for transformers), 8bit (moments in 8 bits), http, s3, gcs
+#                                       (shards there), test; the DALI extra is chosen by itself
 #
 # Variables:
 #   PYTHON                  the interpreter to use (default: the first of python3, python3.13 ... that is >= 3.10)
@@ -9,6 +10,8 @@
 #                           a wheel, e.g. a CPU build or one for another CUDA version (default: as pip is set up)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case "${1:-}" in --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' tools/setup_env.sh; exit ;; esac
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 

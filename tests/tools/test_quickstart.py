@@ -1,0 +1,121 @@
+"""The quick start's course, with stand-ins for what takes minutes: what runs again, where, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Notes down every command; packing leaves a set to look into, anything else nothing.
+PYTHON = """#!/bin/sh
+echo "$*" >>"{log}"
+if [ "$1" = -c ]; then exec "{python}" "$@"; fi
+if [ "$1" = tools/make_shards.py ]; then
+    mkdir -p "$5/shards" && touch 0.jpg 1.jpg && tar -cf "$5/shards/000000.tar" 0.jpg 1.jpg
+    echo '"digest": "of '"$3"'"' >"$5/manifest.json"
+fi
+"""
+DEEPSPEED = """#!/bin/sh
+echo "$*" >>"{log}"
+exit "${{TRAINING_ENDS:-0}}"
+"""
+
+
+class Checkout:
+    """A folder with the script, its recipe, and a `.venv` whose programs do next to nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "commands.log"
+        for sub in ("tools", "configs", ".venv/bin"):
+            (folder / sub).mkdir(parents=True)
+        shutil.copy(ROOT / "tools" / "quickstart.sh", folder / "tools")
+        shutil.copy(ROOT / "configs" / "quickstart.yaml", folder / "configs")
+        (folder / "tools" / "make_demo_images.py").write_text("VERSION = 3\n")
+        for name, text in (
+            ("tools/setup_env.sh", "#!/bin/sh\n"),
+            (".venv/bin/python", PYTHON.format(log=self.log, python=sys.executable)),
+            (".venv/bin/deepspeed", DEEPSPEED.format(log=self.log)),
+        ):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the script; the log then holds the commands of this time."""
+        self.log.write_text("")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        command = ["bash", str(self.folder / "tools" / "quickstart.sh"), *arguments]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=100)
+
+    def trained_in(self) -> list[str]:
+        """Run folders of the trainings of the latest time."""
+        return re.findall(r"^.*main\.py.* run\.dir=(\S+)", self.log.read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path / "checkout")
+
+
+def test_a_run_is_of_its_images_its_recipe_and_its_settings(checkout: Checkout) -> None:
+    done = checkout.run()
+    assert done.returncode == 0, done.stderr
+    (first,) = checkout.trained_in()
+    assert f"--run {first}" in checkout.log.read_text() and first in done.stdout
+    assert checkout.run().returncode == 0 and checkout.trained_in() == []
+    assert checkout.run("run.steps=5").returncode == 0
+    (shorter,) = checkout.trained_in()
+    with (checkout.folder / "configs" / "quickstart.yaml").open("a") as file:
+        file.write("# changed\n")
+    checkout.run()
+    (other_recipe,) = checkout.trained_in()
+    (checkout.folder / "tools" / "make_demo_images.py").write_text("VERSION = 4\n")
+    checkout.run()
+    (other_images,) = checkout.trained_in()
+    assert "--out quickstart/images-v4" in checkout.log.read_text()
+    assert "data.shards=quickstart/shards-v4" in checkout.log.read_text()
+    checkout.run("--ranks", "2")
+    (two_ranks,) = checkout.trained_in()
+    assert len({first, shorter, other_recipe, other_images, two_ranks}) == 5
+
+
+def test_a_training_that_was_stopped_is_gone_on_with(checkout: Checkout) -> None:
+    stopped = checkout.run(TRAINING_ENDS="75")
+    assert stopped.returncode == 75 and "the same command goes on from there" in stopped.stderr
+    begun = checkout.trained_in()
+    failed = checkout.run(TRAINING_ENDS="2")
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith("error: stage 'train' failed (exit 2)")
+    assert checkout.run().returncode == 0 and checkout.trained_in() == begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--images"], "--images needs a value"),
+        (["--images", "nowhere"], "nowhere is not a folder"),
+        (["--ranks", "two"], "--ranks two is not a number of processes"),
+        (["--ranks", "0"], "--ranks 0 is not a number of processes"),
+        (["run.dir=elsewhere"], "run.dir is chosen here"),
+        (["--epochs"], "unknown argument --epochs"),
+    ],
+)
+def test_a_misuse_is_one_line_before_anything_is_done(checkout: Checkout, arguments: list[str], told: str) -> None:
+    done = checkout.run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and told in done.stderr
+    assert not (checkout.folder / "quickstart").exists()
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "setup_env.sh"])
+def test_help_is_told_and_nothing_is_done(script: str, tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / script, tmp_path / "tools")
+    done = subprocess.run(["bash", str(tmp_path / "tools" / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and f"tools/{script}" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["tools"]
