@@ -2,21 +2,25 @@
 
 The stream goes in cycles. Each member has the same whole number of slots in every cycle, spread as evenly as they
 go, so that every cycle has the exact proportions and every stretch of it nearly so; which member stands at a slot,
-and at which slot of its own order, is plain arithmetic. Members have epochs of their own. With the global batch (or
-a multiple) as the cycle, a rank's part of a batch reads its own lanes' shards of every member.
+and at which slot of its own order, is plain arithmetic. Members have epochs of their own. A rank's part of a batch
+reads its own lanes' shards of a member as far as the member's slots in a turn of the lanes divide among them; the
+rest is read by more ranks than one.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from shards import randomness
-from shards.errors import ShardError
+from shards.errors import SampleError, ShardError
 from shards.order import Order
 from shards.source import ShardSet
+
+_LEAST_CYCLE = 1000  # so that a weight is kept to a thousandth of the stream
 
 
 class Mixture:
@@ -25,8 +29,8 @@ class Mixture:
     Args:
         sizes: for each member, the samples in each of its shards.
         weights: positive, of any scale; a member's share of each cycle is its weight's share, rounded to whole slots.
-        cycle: slots in a cycle; the global batch or a multiple of it.
-        seed, window, lanes: as in ``Order``.
+        cycle: slots in a cycle.
+        seed, window, lanes, lane_block: as in ``Order``; a member's lanes have their share of ``lane_block``.
 
     Attributes:
         counts: slots of each member in a cycle.
@@ -43,13 +47,20 @@ class Mixture:
         seed: int,
         window: int = 16,
         lanes: int = 64,
+        lane_block: int = 1,
     ) -> None:
         self.counts = _apportion(weights, cycle)
-        self.cycle, self.seed, self.window, self.lanes = cycle, seed, window, lanes
+        self.cycle, self.seed, self.window = cycle, seed, window
+        self.lanes, self.lane_block = lanes, lane_block
         self._orders = [
-            Order(member_sizes, randomness.derive_seed(seed, randomness.MIXTURE, member), window, lanes, lane_block)
+            Order(
+                member_sizes,
+                randomness.derive_seed(seed, randomness.MIXTURE, member),
+                window,
+                lanes,
+                max(1, lane_block * self.counts[member] // cycle),
+            )
             for member, member_sizes in enumerate(sizes)
-            for lane_block in [max(1, self.counts[member] // lanes)]
         ]
         self._first_shard = np.cumsum([0, *(len(member_sizes) for member_sizes in sizes)])
         # The k-th slot of a member with c slots wants to stand at (k + 1/2) / c of the cycle; sorting these wishes
@@ -66,6 +77,7 @@ class Mixture:
             "seed": self.seed,
             "window": self.window,
             "lanes": self.lanes,
+            "lane_block": self.lane_block,
             "cycle": self.cycle,
             "counts": list(self.counts),
         }
@@ -93,10 +105,15 @@ class Mixture:
 
 
 class JoinedSet:
-    """Several shard sets read as one; shards are numbered through all members. Labels stay the members' own."""
+    """Several shard sets read as one; shards are numbered through all members. Labels stay the members' own.
 
-    def __init__(self, members: Sequence[ShardSet]) -> None:
-        self.members = tuple(members)
+    Attributes:
+        members: the sets.
+        weights: of the members in a stream, of any scale.
+    """
+
+    def __init__(self, members: Sequence[ShardSet], weights: Sequence[float]) -> None:
+        self.members, self.weights = tuple(members), tuple(weights)
         self._first_shard = np.cumsum([0, *(len(member.manifest.shards) for member in members)])
 
     @property
@@ -106,8 +123,11 @@ class JoinedSet:
 
     @property
     def digest(self) -> str:
-        """What a saved stream must agree with."""
-        return hashlib.sha256(" ".join(member.digest for member in self.members).encode()).hexdigest()[:32]
+        """What a saved stream must agree with: the members, in order, and their shares of the stream."""
+        total = sum(self.weights)
+        members = zip(self.members, self.weights, strict=True)
+        content = " ".join(f"{member.digest}:{weight / total:.9f}" for member, weight in members)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def name(self, shard: int) -> str:
         """What logs call a shard: its set's number and its own name."""
@@ -120,9 +140,12 @@ class JoinedSet:
         return self.members[member].record(own, sample)
 
     def read(self, shard: int, sample: int) -> bytes:
-        """As ``ShardSet.read``."""
+        """As ``ShardSet.read``; a SampleError names the shard as ``name`` does."""
         member, own = self._own(shard)
-        return self.members[member].read(own, sample)
+        try:
+            return self.members[member].read(own, sample)
+        except SampleError as error:
+            raise SampleError(self.name(shard), error.index, error.key, error.reason) from error
 
     def key(self, shard: int, sample: int) -> str:
         """As ``ShardSet.key``."""
@@ -132,6 +155,31 @@ class JoinedSet:
     def _own(self, shard: int) -> tuple[int, int]:
         member = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
         return member, shard - int(self._first_shard[member])
+
+
+AnySet: TypeAlias = ShardSet | JoinedSet
+
+
+def open_sets(shares: Sequence[tuple[str, float]]) -> AnySet:
+    """Open one or several shard sets, each a path or URL with its weight; raises as ``ShardSet.open``."""
+    members = [ShardSet.open(location) for location, _ in shares]
+    return members[0] if len(members) == 1 else JoinedSet(members, [weight for _, weight in shares])
+
+
+def stream_order(
+    shard_set: AnySet, seed: int, window: int, lanes: int, lane_block: int
+) -> Order | Mixture:
+    """The order of the stream over what ``open_sets`` gave; the arguments are as in ``Order``.
+
+    Raises:
+        ShardError: a set holds no samples, or a weight is too small for the mixture.
+    """
+    if isinstance(shard_set, ShardSet):
+        return Order(shard_set.sizes, seed, window, lanes, lane_block)
+    turn = lanes * lane_block
+    cycle = turn * -(-_LEAST_CYCLE // turn)
+    sizes = [member.sizes for member in shard_set.members]
+    return Mixture(sizes, shard_set.weights, cycle, seed, window, lanes, lane_block)
 
 
 def _apportion(weights: Sequence[float], cycle: int) -> tuple[int, ...]:
@@ -145,6 +193,6 @@ def _apportion(weights: Sequence[float], cycle: int) -> tuple[int, ...]:
     if counts.min() == 0:
         raise ShardError(
             f"weight {weights[int(counts.argmin())]} of {sum(weights)} is less than one slot of a cycle of {cycle}; "
-            "use a larger weight or a larger global batch"
+            "use a larger weight, or leave that set out"
         )
     return tuple(counts.tolist())

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shards.errors import ShardError
-from shards.shard_set import ShardSet
+from shards.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.engine.runtime import Launch, choose_accelerator
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(config: Config, launch: Launch, source: Path | None) -> ShardSet:
+def check(config: Config, launch: Launch, source: Path | None) -> AnySet:
     """What can be told before any library is loaded and any rank waits for another; returns the set to train on.
 
     The run folder comes last, so that a start that is refused makes none.

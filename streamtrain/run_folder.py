@@ -178,6 +178,8 @@ def start_notes(config: Config, world_size: int) -> list[str]:
     global_batch, accumulation = config.batch_split(world_size)
     micro_batch = config.data.micro_batch
     notes = [f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)"]
+    if len(config.data.shares) > 1:
+        notes.append(f"images: {config.data.shards_text}")
     if config.optim.lr_reference_batch is not None:
         factor, peak = config.optim.lr_factor(global_batch), config.schedules.lr.peak
         notes.append(

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from shards.mixture import AnySet
 from shards.quarantine import Quarantine
-from shards.shard_set import ShardSet
 from streamtrain import checkpoint
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
@@ -80,7 +80,7 @@ class StepValues:
         }
 
 
-def train(config: Config, launch: Launch, shard_set: ShardSet, resume_from: Path | None = None) -> int:
+def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path | None = None) -> int:
     """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
 
     Args:
@@ -206,12 +206,12 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def dry_run(config: Config, shard_set: ShardSet) -> int:
+def dry_run(config: Config, shard_set: AnySet) -> int:
     """Draw one panel of crops into the run folder; one rank calls it."""
     picture = Path(config.run.dir) / "dry_run.png"
     with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu")) as loader:
         Image.fromarray(panel_of(next(loader), config)).save(picture)
-    print(f"{shard_set.num_samples} samples in {config.data.shards}; crops drawn in {picture}")
+    print(f"{shard_set.num_samples} samples in {config.data.shards_text}; crops drawn in {picture}")
     return 0
 
 

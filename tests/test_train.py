@@ -43,7 +43,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def command(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+@pytest.fixture(scope="module")
+def mixture(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The set and another one, of which every fourth image comes."""
+    folder = tmp_path_factory.mktemp("other")
+    pack(draw_folder(folder / "images", 13), folder / "shards", PackOptions(shard_bytes=8_000))
+    return f"[{{shards: {shards}, weight: 3}}, {{shards: {folder / 'shards'}, weight: 1}}]"
+
+
+def command(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
     given = [f"data.shards={shards}", f"run.dir={run_dir}"]
     return [str(MAIN), "--config", "vits16.yaml", *TINY, *given, *overrides]
 
@@ -62,15 +70,16 @@ def expect_success(results: Sequence[tuple[int, str, str]]) -> None:
     ("world_size", "centering", "kind"), [(1, "softmax", "cosine"), (2, "sinkhorn", "ibot")]
 )
 def test_a_killed_run_goes_on_bit_for_bit(
-    shards: Path, tmp_path: Path, world_size: int, centering: str, kind: str
+    shards: Path, mixture: str, tmp_path: Path, world_size: int, centering: str, kind: str
 ) -> None:
+    images = mixture if world_size == 2 else shards
     # 12 steps of 8 samples pass twice over the 40 samples; the kill falls between two checkpoints
     settings = ("run.steps=12", "run.checkpoint_every=3", "data.global_batch=8", "data.micro_batch=2",
                 f"objective.centering={centering}", f"objective.patch_loss.kind={kind}")  # fmt: skip
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    expect_success(run_ranks(command(shards, straight, *settings), world_size))
+    expect_success(run_ranks(command(images, straight, *settings), world_size))
 
-    processes = start_ranks(command(shards, broken, *settings), world_size)
+    processes = start_ranks(command(images, broken, *settings), world_size)
     wait_for_steps(broken, 5, processes)
     for process in processes:
         process.kill()
@@ -80,7 +89,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     # what a kill in the middle of a write leaves behind
     with open(broken / "metrics.jsonl", "a") as log:
         log.write('{"step": 99, "lo')
-    resumed = run_ranks(command(shards, broken, *settings), world_size)
+    resumed = run_ranks(command(images, broken, *settings), world_size)
     expect_success(resumed)
     assert [len(re.findall(r"^resuming at step [369] from .*/checkpoints/step-", out, re.MULTILINE))
             for _, out, _ in resumed] == [1, *[0] * (world_size - 1)]  # fmt: skip
@@ -159,8 +168,10 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     ]  # fmt: skip
 
 
-def test_a_dry_run_draws_a_panel_and_trains_nothing(shards: Path, tmp_path: Path) -> None:
-    expect_success(run_ranks([*command(shards, tmp_path / "run"), "--dry-run"], 1))
+def test_a_dry_run_draws_a_panel_and_trains_nothing(mixture: str, tmp_path: Path) -> None:
+    results = run_ranks([*command(mixture, tmp_path / "run"), "--dry-run"], 1)
+    expect_success(results)
+    assert "53 samples in 75.0% of" in results[0][1]
     assert (tmp_path / "run/dry_run.png").stat().st_size > 1000
     assert not (tmp_path / "run/metrics.jsonl").exists()
 

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from streamtrain.config.section import NonNegative, Positive, Probability, Section
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from streamtrain.config.section import NonNegative, Positive, Probability, Section, branch
+
+
+class SetShare(Section):
+    """One of several shard sets that a stream mixes."""
+
+    # a folder, or a URL of one
+    shards: str = Field(min_length=1)
+    # of the stream, relative to the weights of the other sets
+    weight: float = Field(gt=0.0, allow_inf_nan=False)
+
+
+def _form(value: Any) -> str | None:
+    forms = {str: branch("one"), list: branch("several"), tuple: branch("several")}
+    return next((form for kind, form in forms.items() if isinstance(value, kind)), None)
+
+
+ShardSets = Annotated[
+    Annotated[str, Tag(branch("one"))]
+    | Annotated[tuple[SetShare, ...], Field(min_length=1), Tag(branch("several"))],
+    Discriminator(
+        _form,
+        custom_error_type="shards",
+        custom_error_message="give the path or the URL of a shard set, or a list of {shards: PATH, weight: NUMBER}",
+    ),
+]
 
 
 class DataConfig(Section):
     """``data``: the first block decides what is seen, the second only how fast."""
 
     # affects results
-    shards: str = ""
+    # the path or URL of a shard set; or several with their weights: [{shards: A, weight: 3}, {shards: B, weight: 1}]
+    shards: ShardSets = ""
     micro_batch: Positive = 16
     # samples of one optimiser step over all ranks; null: micro_batch x world size
     global_batch: Positive | None = None
@@ -30,3 +60,18 @@ class DataConfig(Section):
     read_ahead_bytes: Positive = 256 * 2**20
     # an image with more pixels is refused before it is decoded
     max_pixels: Positive = 178_956_970
+
+    @property
+    def shares(self) -> tuple[SetShare, ...]:
+        """The shard sets with their weights; none where ``shards`` is empty."""
+        if isinstance(self.shards, str):
+            return (SetShare(shards=self.shards, weight=1.0),) if self.shards else ()
+        return self.shards
+
+    @property
+    def shards_text(self) -> str:
+        """Which shard sets, for people: a path, or each path with its share of the stream."""
+        total = sum(share.weight for share in self.shares)
+        if isinstance(self.shards, str):
+            return self.shards
+        return ", ".join(f"{share.weight / total:.1%} of {share.shards}" for share in self.shares)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shards.shard_set import ShardSet
+from shards.mixture import AnySet, open_sets
 from streamtrain.config.data import DataConfig
 from streamtrain.config.section import STEPS_PER_EPOCH
 from streamtrain.config.tree import Config
@@ -115,14 +115,14 @@ def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = Non
 
 
 def _steps_per_epoch(raw: dict[str, Any], world_size: int) -> float:
-    """Steps that pass once over the set of a raw configuration; opened only where something is in epochs."""
+    """Steps of as many samples as the sets of a raw configuration hold; opened only where something is in epochs."""
     data = DataConfig.model_validate(raw["data"])
     batch = data.global_batch or data.micro_batch * world_size
-    return ShardSet.open(data.shards).num_samples / batch
+    return _open(data).num_samples / batch
 
 
-def open_shard_set(config: Config) -> ShardSet:
-    """The shard set that ``data.shards`` names; call it before any process group starts.
+def open_shard_set(config: Config) -> AnySet:
+    """The shard set, or sets, that ``data.shards`` names; call it before any process group starts.
 
     Raises:
         ConfigError: the key is empty.
@@ -130,7 +130,11 @@ def open_shard_set(config: Config) -> ShardSet:
     """
     if not config.data.shards:
         raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
-    return ShardSet.open(config.data.shards)
+    return _open(config.data)
+
+
+def _open(data: DataConfig) -> AnySet:
+    return open_sets([(share.shards, share.weight) for share in data.shares])
 
 
 def read_resolved(run_dir: str | Path) -> Config:
@@ -153,7 +157,7 @@ def to_yaml(config: Config) -> str:
 def _explain(error: ValidationError) -> Iterator[str]:
     """One phrase a fault: the key, what is wrong, and what was given."""
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
+        key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         if fault["type"] == "extra_forbidden":
             near = _nearest(key)
             yield f"unknown key {key}" + (f"; did you mean {near}?" if near else "")

@@ -41,6 +41,11 @@ def _in_steps(value: Any, info: ValidationInfo) -> Any:
 Steps = Annotated[int, BeforeValidator(_in_steps), Field(ge=0)]
 
 
+def branch(name: str) -> str:
+    """The tag of one form of a key that has several; errors leave it out of the key's name."""
+    return f"<{name}>"
+
+
 def check_range(name: str, bounds: Range, low: float, high: float) -> Range:
     """Return ``bounds`` if ``low <= bounds[0] <= bounds[1] <= high``, else raise ``ValueError``."""
     if not low <= bounds[0] <= bounds[1] <= high:

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shards.order import Order
+from shards.mixture import AnySet, stream_order
 from shards.quarantine import Quarantine
-from shards.source import ShardSet, Source
+from shards.source import Source
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import Finished, Producer
@@ -30,8 +30,8 @@ from streamtrain.data.sizes import SizeChoice
 from streamtrain.errors import CheckpointError
 
 STATE_VERSION = 1
-# what must agree for a saved position to mean the same samples
-_IDENTITY = ("version", "digest", "seed", "window", "lanes", "lane_block")
+# all else in a saved state must agree, for its position to mean the same samples
+_POSITION = ("next_slot", "quarantine")
 
 
 def micro_batch_slots(
@@ -54,9 +54,10 @@ def check_state(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         CheckpointError: names every differing field with both values.
     """
-    differing = [name for name in _IDENTITY if saved.get(name) != current[name]]
+    identity = [name for name in {**current, **saved} if name not in _POSITION]
+    differing = [name for name in identity if saved.get(name) != current.get(name)]
     if differing:
-        sides = "; ".join(f"{name} was {saved.get(name)!r} and is now {current[name]!r}" for name in differing)
+        sides = "; ".join(f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}" for name in differing)
         raise CheckpointError(f"the saved position is one of another stream: {sides}; restore that, or start afresh")
 
 
@@ -70,7 +71,7 @@ class Loader:
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        shard_set: AnySet,
         config: Config,
         *,
         rank: int,
@@ -90,17 +91,15 @@ class Loader:
             local_world_size: ranks that share this machine's cores.
 
         Raises:
-            ShardError: the set holds no samples.
+            ShardError: a set holds no samples, or its weight in a mixture is too small.
             ValueError: micro-batch x ranks does not divide the global batch.
         """
         global_batch, _ = config.batch_split(world_size)
         # whole lanes a rank where the batch allows it; otherwise more ranks read more shards, nothing else
-        self._lane_block = lane_block or max(1, global_batch // config.data.lanes)
-        order = Order(
-            shard_set.sizes, config.run.seed, config.data.window, config.data.lanes, lane_block=self._lane_block
-        )
+        lane_block = lane_block or max(1, global_batch // config.data.lanes)
+        order = stream_order(shard_set, config.run.seed, config.data.window, config.data.lanes, lane_block)
         slots = micro_batch_slots(start_slot, global_batch, config.data.micro_batch, rank, world_size)
-        self._identity = _identity(shard_set, config, self._lane_block)
+        self._identity = {"version": STATE_VERSION, "digest": shard_set.digest, **order.parameters}
         self.wait_seconds = 0.0
         self.seconds = 0.0
         self._first_at: float | None = None
@@ -168,17 +167,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _identity(shard_set: ShardSet, config: Config, lane_block: int) -> dict[str, Any]:
-    return {
-        "version": STATE_VERSION,
-        "digest": shard_set.digest,
-        "seed": config.run.seed,
-        "window": config.data.window,
-        "lanes": config.data.lanes,
-        "lane_block": lane_block,
-    }
 
 
 def _produce(producer: Producer, ready: queue.Queue[Finished | BaseException], stop: threading.Event) -> None:

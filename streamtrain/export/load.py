@@ -54,7 +54,7 @@ def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> 
     config = read_resolved(run_dir)
     found = latest_step(run_dir) if step is None else step
     weights = iterate_weights(run_dir, found, which, lambda name: name.startswith(PREFIX))
-    origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards}
+    origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards_text}
     return Backbone(
         fill(config.model, ((name.removeprefix(PREFIX), value) for name, value in weights), str(run_dir)),
         backbone_config(config, origin),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,33 @@ def test_the_tree_is_frozen_and_yaml_stays_plain() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.run.steps = 5  # type: ignore[misc]
     assert yaml.safe_load(to_yaml(config))["run"]["seed"] == 0
+
+
+def test_shards_are_a_path_or_a_list_with_weights(tmp_path: Path) -> None:
+    one, several = (load_config("vits16.yaml", [f"data.shards={value}"]) for value in (
+        "s3://bucket/set", "[{shards: a, weight: 3}, {shards: b, weight: 1}]",
+    ))  # fmt: skip
+    assert one.data.shards == "s3://bucket/set" and len(one.data.shares) == 1
+    assert [(share.shards, share.weight) for share in several.data.shares] == [("a", 3.0), ("b", 1.0)]
+    assert (one.data.shards_text, several.data.shards_text) == ("s3://bucket/set", "75.0% of a, 25.0% of b")
+    (tmp_path / "config.yaml").write_text(to_yaml(several))
+    assert read_resolved(tmp_path) == several
+    for value, said in (
+        ("3", "data.shards: give the path or the URL of a shard set, or a list of"),
+        ("[]", "data.shards: Tuple should have at least 1 item"),
+        ("[{shards: a}]", "data.shards.0.weight: Field required"),
+        ("[{shards: a, weight: 0}]", "data.shards.0.weight: Input should be greater than 0 (got 0)"),
+        ("[{shards: a, weight: .inf}]", "data.shards.0.weight: Input should be a finite number"),
+        ("[{shards: '', weight: 1}]", "data.shards.0.shards: String should have at least 1 character"),
+        ("[{shards: a, weigth: 1, weight: 1}]", "unknown key data.shards.0.weigth"),
+        ("[a, b]", "data.shards.0: Input should be a valid dictionary"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_config("vits16.yaml", [f"data.shards={value}"])
+
+
+def test_an_epoch_of_a_mixture_is_as_many_samples_as_its_sets_hold(tmp_path: Path) -> None:
+    for name, count in (("a", 6), ("b", 10)):
+        pack(draw_folder(tmp_path / f"{name} images", count), tmp_path / name, PackOptions())
+    shards = f"data.shards=[{{shards: {tmp_path / 'a'}, weight: 1}}, {{shards: {tmp_path / 'b'}, weight: 9}}]"
+    assert load_config("vits16.yaml", [shards, "data.micro_batch=4", "run.steps=3 epochs"]).run.steps == 12

@@ -18,8 +18,9 @@ import torch
 
 from shards.errors import SampleError, ShardError
 from shards.order import Order
+from shards.pack import PackOptions, pack
 from shards.quarantine import Quarantine
-from streamtrain.config.data import DataConfig
+from streamtrain.config.data import DataConfig, SetShare
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
@@ -140,6 +141,34 @@ def test_lane_block_of_a_resumed_stream_is_kept(config: Config) -> None:
         assert loader.state_dict(0)["lane_block"] == 3
     with make(with_data(config, global_batch=32)) as loader:
         assert loader.state_dict(0)["lane_block"] == 8
+
+
+@pytest.fixture
+def mixed(config: Config, pictures: Path, tmp_path: Path) -> Config:
+    """The same with a second set, which gives a quarter of the stream."""
+    pack(pictures, tmp_path / "other", PackOptions(shuffle=1, shard_bytes=30_000))
+    given = ((config.data.shares[0].shards, 3), (str(tmp_path / "other"), 1))
+    return with_data(config, shards=tuple(SetShare(shards=s, weight=w) for s, w in given), global_batch=8)
+
+
+def test_a_mixture_is_the_same_stream_on_any_ranks_and_from_any_start(mixed: Config) -> None:
+    straight = by_slot(take(make(mixed), 8), mixed)
+    two = by_slot([batch for rank in range(2) for batch in take(make(mixed, rank, 2, start_slot=16), 2)], mixed)
+    assert_same(two, {slot: parts for slot, parts in straight.items() if slot >= 16})
+
+
+def test_a_mixture_with_other_sets_or_weights_is_another_stream(config: Config, mixed: Config) -> None:
+    def state(config: Config) -> dict[str, object]:
+        with make(config) as loader:
+            return json.loads(json.dumps(loader.state_dict(8)))
+
+    first, second = mixed.data.shares
+    check_state(state(mixed), state(mixed))
+    for other in (config, with_data(mixed, shards=(first, second.model_copy(update={"weight": 2.0})))):
+        with pytest.raises(CheckpointError, match=r"digest was '\w+' and is now '\w+'.*counts was"):
+            check_state(state(mixed), state(other))
+    with pytest.raises(CheckpointError, match=r"digest was"):
+        check_state(state(mixed), state(with_data(mixed, shards=(second, first))))
 
 
 def test_an_undecodable_image_is_named(config: Config, set_path: Path, damage_sample: Damage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.mixture import JoinedSet, Mixture
-from shards.source import Source
+from shards.mixture import JoinedSet, Mixture, open_sets, stream_order
+from shards.quarantine import Quarantine
+from shards.source import ShardSet, Source
 
 _SIZES = ([4, 0, 5], [7], [3, 3])
 
@@ -27,6 +29,7 @@ def _mixtures(draw: st.DrawFn) -> Mixture:
         seed=draw(st.integers(0, 9)),
         window=2,
         lanes=draw(st.integers(1, 9)),
+        lane_block=draw(st.integers(1, 20)),
     )
 
 
@@ -77,7 +80,7 @@ def test_weights_that_cannot_be_kept_are_refused() -> None:
 
 def test_images_come_from_the_member_that_the_mixture_says(tmp_path: Path) -> None:
     members = [packed_set(tmp_path / "a", 20), packed_set(tmp_path / "b", 9, ("x", "y"))]
-    joined = JoinedSet(members)
+    joined = JoinedSet(members, [2, 1])
     mixture = Mixture([member.sizes for member in members], [2, 1], cycle=6, seed=1)
     source = Source(joined, mixture, threads=2)
     batch = source.fetch(np.arange(12))
@@ -87,8 +90,52 @@ def test_images_come_from_the_member_that_the_mixture_says(tmp_path: Path) -> No
     assert (batch.labels[from_first] == -1).all()
     assert (batch.labels[~from_first] >= 0).all()
     assert joined.num_samples == 29
-    assert joined.digest != JoinedSet(members[::-1]).digest
     last = len(members[0].sizes)
     assert joined.name(last) == "1/000000.tar"
     assert joined.read(last, 2) == members[1].read(0, 2)
     assert joined.key(last, 2) == members[1].key(0, 2)
+
+
+def test_the_digest_names_the_sets_and_their_shares(tmp_path: Path) -> None:
+    locations = [str(packed_set(tmp_path / name, count).path) for name, count in (("a", 5), ("b", 6))]
+    assert open_sets([(locations[0], 7.0)]).digest == ShardSet.open(locations[0]).digest
+
+    def digest(first: float, second: float, order: int = 1) -> str:
+        return open_sets(list(zip(locations, (first, second), strict=True))[::order]).digest
+
+    assert digest(1, 3) == digest(10, 30)
+    assert len({digest(1, 3), digest(1, 2), digest(1, 3, -1)}) == 3
+
+
+@pytest.mark.parametrize("lane_block", [1, 7, 5000])
+def test_a_share_is_kept_to_a_thousandth(tmp_path: Path, lane_block: int) -> None:
+    location = str(packed_set(tmp_path, 5).path)
+    order = stream_order(open_sets([(location, 0.7), (location, 0.299), (location, 0.001)]), 0, 2, 4, lane_block)
+    assert isinstance(order, Mixture) and order.cycle % (4 * lane_block) == 0
+    np.testing.assert_allclose(np.array(order.counts) / order.cycle, [0.7, 0.299, 0.001], atol=1e-3)
+    with pytest.raises(ShardError, match="leave that set out"):
+        stream_order(open_sets([(location, 1), (location, 1e-6)]), 0, 2, 4, lane_block)
+
+
+def test_unusable_images_are_logged_with_their_set_and_stay_replaced(tmp_path: Path) -> None:
+    members = [packed_set(tmp_path / name, 30) for name in ("a", "b")]
+    with open(members[1].tar_path(0), "r+b") as tar:
+        tar.seek(int(members[1].record(0, 3)["offset"]) + 50)
+        tar.write(b"damage")
+    joined = open_sets([(str(member.path), weight) for member, weight in zip(members, (1, 2), strict=True)])
+    log = tmp_path / "quarantine.jsonl"
+
+    def places() -> list[tuple[int, int]]:
+        source = Source(joined, stream_order(joined, 1, 2, 4, 1), threads=2, quarantine=Quarantine(log, max_rate=1.0))
+        batch = source.fetch(np.arange(45))
+        row = int(np.flatnonzero(batch.shards < len(members[0].sizes))[0])
+        batch = source.replace(batch, row, "does not decode")
+        source.close()
+        return list(zip(batch.shards.tolist(), batch.samples.tolist(), strict=True))
+
+    first = places()
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(entry["shard"][:2], entry["stage"]) for entry in entries} == {("1/", "read"), ("0/", "decode")}
+    assert {(entry["shard"], entry["index"]) for entry in entries if entry["stage"] == "read"} == {("1/000000.tar", 3)}
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if '"read"' in line))
+    assert places() == first

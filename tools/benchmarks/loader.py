@@ -12,6 +12,7 @@ from benchmarks.process_cost import cpu_seconds, in_fresh_process, peak_rss_byte
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
+from streamtrain.errors import ConfigError
 
 WARM_UP = 3
 
@@ -61,7 +62,13 @@ def measure(config: Config, num_batches: int, step_seconds: float, device: str) 
 
 
 def measure_plain(config: Config, num_batches: int) -> dict[str, float]:
-    """The plain loop in this process."""
+    """The plain loop in this process.
+
+    Raises:
+        ConfigError: several shard sets, which that loop cannot mix.
+    """
+    if not isinstance(config.data.shards, str):
+        raise ConfigError("data.shards: the comparison takes one shard set")
     stream = plain_batches(Path(config.data.shards), config.crops, config.data.micro_batch)
     for _ in itertools.islice(stream, WARM_UP):
         pass
