@@ -22,6 +22,8 @@ from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
 from streamtrain.stopping import STOP_NAME
 
 ENVIRONMENT_NAME = "environment.json"
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
 LOCK_NAME = ".streamtrain.lock"
 # what may lie in a folder before its first run: a request to stop, a volume's own folder, ...
 _BEFORE_A_RUN = (STOP_NAME, "lost+found")

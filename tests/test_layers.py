@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A floor is a tuple of rooms, a room a tuple of module prefixes.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("shards",),),
-    (("streamtrain.errors", "streamtrain.config", "streamtrain.schedules", "streamtrain.presets"),),
+    (
+        (
+            "streamtrain.errors", "streamtrain.config", "streamtrain.schedules", "streamtrain.presets",
+            "streamtrain.terminal",
+        ),
+    ),
     (("streamtrain.data",), ("streamtrain.model",), ("streamtrain.objective",)),
     (("streamtrain.learner",),),
     (("streamtrain.engine",),),
@@ -99,6 +105,18 @@ def test_the_lower_floors_load_without_torch() -> None:
     names = [name for name in SOURCES if is_under(name, TORCH_FREE)]
     code = f"import {', '.join(names)}, sys; assert not {{'torch', 'deepspeed'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_command_line_loads_torch_before_it_is_parsed() -> None:
+    """``--help`` and a mistyped argument are answered at once."""
+    names = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+    scripts = [name for name in names if "argparse.ArgumentParser(" in (ROOT / "tools" / f"{name}.py").read_text()]
+    assert "evaluate" in scripts
+    code = f"import {', '.join(scripts)}, streamtrain.main, sys; assert not {{'torch', 'deepspeed'}} & set(sys.modules)"
+    paths = os.pathsep.join(map(str, (ROOT / "tools", ROOT)))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -136,6 +136,7 @@ def test_every_launcher_trains_and_everything_is_logged(
         [*launchers(world_size)[launcher], *words], env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "untested" not in done.stdout + done.stderr
     run = tmp_path / "run"
     assert [record["slot"] for record in losses(run).values()] == [4 * world_size, 8 * world_size]
     events = EventAccumulator(str(run / "tensorboard"))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
-from streamtrain.export.load import Backbone, load_run, load_untrained, load_weights
+
+if TYPE_CHECKING:
+    from streamtrain.export.load import Backbone
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,8 @@ def load_backbone(arguments: argparse.Namespace) -> Backbone:
     Raises:
         StreamtrainError: if they name none, or two.
     """
+    from streamtrain.export.load import load_run, load_untrained, load_weights  # torch takes seconds to load
+
     if arguments.untrained:
         if (arguments.run is None) == (arguments.config is None):
             raise StreamtrainError("--untrained needs either --run or --config")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from demo_images import CLASSES, draw
+
+from streamtrain.terminal import progress_bar
 
 VERSION = 5
 RECORD = ".demo.json"  # hidden, so that whatever reads the folder's images passes it by
@@ -62,7 +63,7 @@ def make_demo_images(
     parts = [range(start, min(start + 40, count)) for start in range(0, count, 40)]
     with (
         ProcessPoolExecutor(max_workers=workers) as pool,
-        tqdm(total=count, desc="drawing", unit="img", disable=not progress) as bar,
+        progress_bar("drawing", count, "images", shown=progress) as bar,
     ):
         for future in [pool.submit(write_images, partial, seed, size, part) for part in parts]:
             bar.update(future.result())
@@ -88,7 +89,10 @@ def main() -> int:
         if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
             raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
         new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: cannot write {out} ({error.strerror or error}); choose another --out", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     word = "drew" if new else "found"

@@ -12,15 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from streamtrain.checkpoint import saved_steps
+from outputs import writing
+
 from streamtrain.config.load import RESOLVED_NAME
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.report import Picture, numbers_of, png_of, render
-from streamtrain.monitor.events import latest_images
 from streamtrain.monitor.metrics import read_metrics
-from streamtrain.monitor.monitor import METRICS_NAME, TENSORBOARD_NAME
-from streamtrain.run_folder import ENVIRONMENT_NAME
+from streamtrain.run_folder import ENVIRONMENT_NAME, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 
 
 def main() -> int:
@@ -31,8 +30,9 @@ def main() -> int:
     out: Path = arguments.out or arguments.run / "report.html"
     try:
         page = page_of(arguments.run)
-        out.write_text(page, encoding="utf-8")
-    except (StreamtrainError, OSError) as error:
+        with writing(out):
+            out.write_text(page, encoding="utf-8")
+    except StreamtrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {out} ({len(page.encode()) / 2**20:.1f} MiB)")
@@ -45,6 +45,10 @@ def page_of(run: Path) -> str:
         raise StreamtrainError(f"{run} is not a run folder: it has no {RESOLVED_NAME}")
     metrics = run / METRICS_NAME
     records = list(read_metrics(metrics)) if metrics.is_file() else []
+    if not records:
+        raise StreamtrainError(f"{run} has nothing to report yet: no step stands in its {METRICS_NAME}")
+    from streamtrain.monitor.events import latest_images  # TensorBoard takes a second to load
+
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=order)
     # A run is on every chart alone, so a name for it would say nothing.
     charts = [Picture(png_of(chart), "") for chart in charts_of({"": records}, tags)]

@@ -18,6 +18,10 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
+# what a value must be, by the beginning of a validation error's type
+_TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_": "text"}
+# how the bounds of a number are called in such an error's context, and here
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def preset_folders() -> list[Path]:
@@ -162,9 +166,19 @@ def _explain(error: ValidationError) -> Iterator[str]:
             near = _nearest(key)
             yield f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
             continue
-        message = fault["msg"].removeprefix("Value error, ")
+        message = _message(fault["type"], fault.get("ctx", {})) or fault["msg"].removeprefix("Value error, ")
         value = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
         yield f"{key}: {message}{value}" if key else message
+
+
+def _message(kind: str, context: dict[str, Any]) -> str | None:
+    """The commonest faults in our words; None of any other."""
+    for name, word in _BOUNDS.items():
+        if name in context:
+            return f"must be {word} {context[name]}"
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    return next((f"must be {what}" for start, what in _TYPES.items() if kind.startswith(start)), None)
 
 
 def _nearest(wrong: str) -> str | None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
-from streamtrain.config.section import NonNegative, Section, Steps
+from streamtrain.config.section import NonNegative, PositiveSteps, Section, Steps
 
 
 class RunConfig(Section):
     """``run``: affects results only through ``seed`` and ``steps`` (schedules end at ``steps``)."""
 
     dir: str = "runs/default"
-    steps: Annotated[Steps, Field(ge=1)] = 1000
+    steps: PositiveSteps = 1000
     seed: NonNegative = 0
     # checkpoints; 0 means never
     checkpoint_every: Steps = 500

@@ -39,6 +39,7 @@ def _in_steps(value: Any, info: ValidationInfo) -> Any:
 
 # a number of steps, in a file also "N epochs" of data.shards
 Steps = Annotated[int, BeforeValidator(_in_steps), Field(ge=0)]
+PositiveSteps = Annotated[int, BeforeValidator(_in_steps), Field(ge=1)]
 
 
 def branch(name: str) -> str:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from streamtrain.data.batch import normalise
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.terminal import progress_bar
 
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def _shown(
     """``crop_batches`` under a progress bar."""
     assert resize >= size, (resize, size)
     threads = workers or min(os.cpu_count() or 1, 16)
-    with tqdm(total=len(images), desc=f"reading {images.name}", unit="img", disable=not progress) as bar:
+    with progress_bar(f"reading {images.name}", len(images), "images", shown=progress) as bar:
         for crops in crop_batches(images, resize, size, batch_size, threads):
             yield crops
             bar.update(len(crops))

@@ -13,6 +13,7 @@ from shards.randomness import permutation
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT_SHARE = 0.1
+EPOCHS = 60
 _PURPOSE = "evaluation/linear"
 
 
@@ -30,10 +31,10 @@ def linear_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = 60,
+    epochs: int = EPOCHS,
     batch_size: int = 1024,
     seed: int = 0,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> LinearResult:
     """Train linear classifiers on features [N, D] by SGD with momentum and a cosine to zero; test the best.
 
@@ -45,7 +46,7 @@ def linear_accuracy(
         train_labels, test_labels: int64 [N], [M].
         learning_rates: the grid; its classifiers are trained together.
         epochs, batch_size, seed: of the training.
-        report: called with (epochs done, epochs) after each.
+        report: called with the epochs done after each.
     """
     mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
@@ -72,7 +73,7 @@ def linear_accuracy(
                 velocity.mul_(0.9).add_(gradient)
                 value.addcmul_(velocity, rates, value=-scale)
         if report is not None:
-            report(epoch + 1, epochs)
+            report(epoch + 1)
 
     scores = _accuracies(train[held], train_labels[held], weight, bias)
     best = int(scores.argmax())

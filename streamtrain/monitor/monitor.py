@@ -12,9 +12,7 @@ from streamtrain.config.monitor import MonitorConfig
 from streamtrain.monitor.metrics import MetricsLog, truncate_after
 from streamtrain.monitor.progress import Progress
 from streamtrain.monitor.tensorboard import EventWriter
-
-METRICS_NAME = "metrics.jsonl"
-TENSORBOARD_NAME = "tensorboard"
+from streamtrain.run_folder import METRICS_NAME, TENSORBOARD_NAME
 
 
 class Monitor:

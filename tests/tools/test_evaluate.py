@@ -33,6 +33,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_knn_of_an_exported_folder_on_a_class_folder(place: Path) -> None:
     done = evaluate(place, "knn", "--weights", "weights", "--train", "images", "--json")
     assert done.returncode == 0, done.stderr
+    # the bar of what takes a while is a line now and then where there is no terminal
+    assert "images: 32/32 images" in done.stderr.splitlines()[-3] and done.stderr.count("\n") < 20
+    assert "\r" not in done.stderr
     line, last = done.stdout.splitlines()
     result = json.loads(last)
     assert line.startswith("kNN accuracy k=10 ") and "weights" in line

@@ -51,7 +51,7 @@ def test_mistakes_end_in_one_line(
     for source, out, words in (
         (["--weights", "weights"], "mine", "no earlier export"),
         (["--weights", "weights"], "file", "no earlier export"),
-        (["--weights", "weights"], "file/below", "file"),
+        (["--weights", "weights"], "file/below", "cannot write file/below (Not a directory); choose another --out"),
         (["--run", "nowhere"], "out", "not a run folder"),
         ([], "out", "give the network"),
     ):

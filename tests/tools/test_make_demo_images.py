@@ -84,6 +84,9 @@ def test_a_finished_set_is_reused_and_another_is_refused(tmp_path: Path) -> None
     assert next(out.glob("*/*.jpg")).stat().st_mtime_ns == stamp
     other = make(out, "--count", "30", "--size", "32")
     assert other.returncode == 2 and other.stderr.startswith("error: ") and other.stderr.count("\n") == 1
+    nowhere = make(tmp_path, "--out", str(tmp_path / "set" / ".demo.json" / "below"))
+    assert nowhere.returncode == 2 and nowhere.stderr.startswith("error: cannot write ")
+    assert nowhere.stderr.count("\n") == 1 and "Errno" not in nowhere.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
     mine = make(tmp_path / "mine", "--count", "20")

@@ -52,11 +52,12 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-un
     return call
 
 
-def test_page_of_a_run(main, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_page_of_a_run(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run <1>"
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(tiny_config()) + "# <script>alert(1)</script>\n")
-    assert main("--run", str(run)) == 0  # before the first step
+    assert main("--run", str(run)) == 2 and "nothing to report yet" in capsys.readouterr().err
+    assert not (run / "report.html").exists()
     monitor = Monitor(run, MonitorConfig(progress=False), rank=0, steps=5, start_step=0)
     for step in range(1, 6):
         monitor.log(step, 8 * step, {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25,
@@ -64,6 +65,8 @@ def test_page_of_a_run(main, tmp_path: Path) -> None:  # type: ignore[no-untyped
     monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
     monitor.panel(5, np.full((8, 8, 3), 255, np.uint8))
     monitor.close()
+    assert main("--run", str(run), "--out", "nowhere/page.html") == 2
+    assert "error: cannot write nowhere/page.html (No such file or directory)" in capsys.readouterr().err
     assert main("--run", str(run), "--out", str(tmp_path / "page.html")) == 0
     page = Page()
     page.feed((tmp_path / "page.html").read_text())

@@ -110,6 +110,31 @@ def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert (page == colour).all(-1).sum() > 300
 
 
-def test_an_output_that_is_no_image_is_refused_before_any_work(place: Path) -> None:
-    done = visualize(place, "pca", "--weights", "nowhere", "--image", "wide.png", "--out", "x.txt")
-    assert done.returncode == 2 and "x.txt" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pca", "--out", "x.txt"], "--out x.txt has no suffix of an image"),
+        (["similarity", "--out", "x.png", "--patch", "7"], "'7' is not a patch as ROW,COL, such as 7,7"),
+        (["similarity", "--out", "x.png", "--patch", "7,x"], "'7,x' is not a patch"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_any_work(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments, "--weights", "nowhere", "--image", "wide.png"])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("visualize").main()
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    for out, reason in (("/proc/nowhere/p.png", "No such file or directory"), ("wide.png/p.png", "File exists")):
+        command = ["visualize.py", "pca", "--weights", "weights", "--image", "wide.png", "--out", out]
+        monkeypatch.setattr(sys, "argv", command)
+        assert importlib.import_module("visualize").main() == 2
+        assert capsys.readouterr().err == f"error: cannot write {out} ({reason}); choose another --out\n"

@@ -1,0 +1,105 @@
+"""The work of ``tools/evaluate.py``: features of labelled images, and how well they tell classes apart."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from backbone_arguments import load_backbone
+
+from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.features import extract_features, pixel_features
+from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images
+from streamtrain.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
+from streamtrain.evaluation.linear import EPOCHS, linear_accuracy
+from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD
+from streamtrain.terminal import progress_bar
+
+PIXELS_SIZE = 32  # of the raw-pixel baseline, unless --size says another
+
+Features = tuple[torch.Tensor, torch.Tensor]
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
+    """The result as one flat object."""
+    train_images, test_images = open_sets(arguments.train, arguments.test)
+    began = time.perf_counter()
+    source, train, test = features_of(arguments, train_images, test_images)
+    result: dict[str, str | int | float] = {
+        "task": arguments.task,
+        **source,
+        "train": str(arguments.train),
+        "test": str(arguments.test or arguments.train),
+        "train_images": len(train_images),
+        "test_images": len(test_images),
+        "classes": len(set(train_images.labels.tolist())),
+        "feature_dim": train[0].shape[1],
+        "feature_seconds": round(time.perf_counter() - began, 3),
+    }
+    if arguments.task == "knn":
+        accuracies = knn_accuracy(*train, *test)
+        result["temperature"] = TEMPERATURE
+        result |= {f"knn_{count}": accuracies[count] for count in NEIGHBOURS}
+    else:
+        with progress_bar("linear probe", EPOCHS, "epoch") as bar:
+            probe = linear_accuracy(*train, *test, report=lambda done: bar.update(done - bar.n))
+        result |= {"linear": probe.accuracy, "learning_rate": probe.learning_rate}
+    return result
+
+
+def open_sets(train: Path, test: Path | None) -> tuple[LabelledImages, LabelledImages]:
+    """The two sets, or the fixed split of the one."""
+    if test is None:
+        return split_images(open_images(train))
+    opened = open_images(train)
+    return opened, match_classes(opened, open_images(test))
+
+
+def features_of(
+    arguments: argparse.Namespace, train: LabelledImages, test: LabelledImages
+) -> tuple[dict[str, str | int | float], Features, Features]:
+    """What made the features, and the features and labels of both sets."""
+    size, resize = arguments.size, arguments.resize
+    if arguments.pixels:
+        if arguments.run or arguments.weights or arguments.untrained:
+            raise StreamtrainError("--pixels is a baseline without a network: give no --run, --weights or --untrained")
+        size = size or PIXELS_SIZE
+        check_sizes(size, resize, 1)
+        both = [
+            pixel_features(images, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, resize=resize, progress=True)
+            for images in (train, test)
+        ]
+        return {"features": "pixels", "size": size}, both[0], both[1]
+    backbone = load_backbone(arguments)
+    config = backbone.config
+    size = size or config.image_size
+    check_sizes(size, resize, config.model.patch_size)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = backbone.model.to(device)
+    both = [
+        extract_features(
+            model, images, size=size, mean=config.mean, std=config.std, resize=resize,
+            batch_size=arguments.batch, progress=True,
+        )
+        for images in (train, test)
+    ]  # fmt: skip
+    step = config.origin.get("step")
+    described: dict[str, str | int | float] = {"features": describe(arguments), "size": size}
+    return described | ({"step": step} if isinstance(step, int) else {}), both[0], both[1]
+
+
+def check_sizes(size: int, resize: int | None, patch: int) -> None:
+    if size < 1 or size % patch:
+        raise StreamtrainError(f"--size {size} is not a multiple of the patch size {patch}")
+    if resize is not None and resize < size:
+        raise StreamtrainError(f"--resize {resize} is smaller than the input of {size} pixels")
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    if arguments.untrained:
+        return "untrained"
+    return "weights" if arguments.weights else "student" if arguments.student else "teacher"
