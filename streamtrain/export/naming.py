@@ -1,7 +1,7 @@
 """Our parameter names and those of the published families: DINOv3's own, transformers', timm's.
 
-Only names and the cutting of tensors differ; every conversion is exact in both directions. (A key bias, which
-moves no score, has no place in most families and is left out.)
+Only names and the cutting of tensors differ; every conversion is exact in both directions. A key bias, which RoPE lets
+move the scores, goes along; whoever writes for a family whose models have none refuses it.
 """
 
 from __future__ import annotations
@@ -93,16 +93,15 @@ def _export(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
             if not value.numel() and naming is not HF:
                 # without registers only transformers has a tensor for them
                 continue
-            result[naming.fixed[name]] = _outward(name, value, naming)
+            result[naming.fixed[name]] = _outward(name, value)
             continue
         block = re.match(r"blocks\.(\d+)\.(.+)", name)
         if block is None:
             continue
         start, suffix = f"{naming.block}{block[1]}.", block[2]
         if suffix == QKV_BIAS:
-            for theirs, bias in zip(naming.bias, _bias_out(value, dim, naming), strict=True):
-                if bias is not None:
-                    result[start + theirs] = bias
+            pieces = (value[:dim], value[dim:-dim], value[-dim:])
+            result |= {start + theirs: piece for theirs, piece in zip(naming.bias, pieces, strict=True) if len(piece)}
         else:
             names = suffixes[suffix]
             for theirs, piece in zip(names, value.chunk(len(names)), strict=True):
@@ -110,21 +109,13 @@ def _export(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
     return result
 
 
-def _bias_out(value: Tensor, dim: int, naming: Naming) -> list[Tensor | None]:
-    has_key = value.shape[0] == 3 * dim
-    if len(naming.bias) == 1:
-        return [torch.cat([value[:dim], torch.zeros_like(value[:dim]), value[-dim:]])]
-    key = value[dim:-dim] if has_key and naming is HF else None
-    return [value[:dim], key, value[-dim:]]
-
-
-def _outward(name: str, value: Tensor, naming: Naming) -> Tensor:
+def _outward(name: str, value: Tensor) -> Tensor:
     """Their shape of one of the tensors outside the blocks."""
     if name.endswith("projection.weight"):
         side = isqrt(value.shape[1] // 3)
         return value.reshape(value.shape[0], 3, side, side)
     if name.endswith(("_token", "_tokens")):
-        return value if naming is DINOV3 and name.endswith("mask_token") else value[None]
+        return value[None]
     return value
 
 
@@ -151,7 +142,7 @@ def combine(ours: str, pieces: list[Tensor], naming: Naming | None) -> Tensor:
         return pieces[0]
     value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if ours.endswith(QKV_BIAS) and len(pieces) == 1:
-        # the key part of a fused bias is masked: no score depends on it
+        # the family masks the key part of its fused bias: whatever stands there counts as 0
         query, _, rest = value.chunk(3)
         return torch.cat([query, rest])
     if ours == "embedding.projection.weight":

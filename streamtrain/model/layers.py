@@ -36,7 +36,8 @@ class LayerNorm(nn.LayerNorm):
 class QueryKeyValue(Linear):
     """One matrix for queries, keys and values; the key part of the bias is absent unless asked for.
 
-    A key bias shifts all scores of a query alike, which softmax ignores.
+    Without positions a key bias would shift all scores of a query alike, which softmax ignores. RoPE turns it by each
+    key's position, so here it does move the scores: a model with one cannot be turned into a model without.
     """
 
     def __init__(self, dim: int, bias: bool, key_bias: bool) -> None:

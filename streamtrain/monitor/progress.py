@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-LINE_SECONDS = 10.0  # between two lines of a log file
+from streamtrain.terminal import LINE_SECONDS
 
 
 class Progress:

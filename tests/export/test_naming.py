@@ -125,6 +125,22 @@ def test_transformers_loads_what_is_saved_and_gives_the_same_features(shape: str
         assert all(torch.equal(returned[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("there", "back"), [(to_hf, from_hf), (to_timm, from_timm)], ids=["hf", "timm"])
+def test_a_key_bias_is_never_lost(
+    there: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    back: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    model, _ = make({"key_bias": True})
+    state = model.state_dict()
+    name = "blocks.3.attention.qkv.bias"
+    assert torch.equal(back(there(state))[name], state[name])
+    # since RoPE lets it move the scores
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    before = model.forward_features(pixels).cls
+    state[name][24:-24] += 1.0
+    assert (model.forward_features(pixels).cls - before).abs().max() > 1e-5
+
+
 def test_timm_names() -> None:
     state = to_timm(make({"depth": 1})[0].state_dict())
     block = ["gamma_1", "gamma_2", "attn.q_bias", "attn.v_bias", "attn.qkv.weight"]
