@@ -10,14 +10,16 @@ rest is read by more ranks than one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import heapq
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
 from shards import randomness
 from shards.errors import SampleError, ShardError
-from shards.order import Order
+from shards.order import Block, Order
 from shards.source import ShardSet
 
 _LEAST_CYCLE = 1000  # so that a weight is kept to a thousandth of the stream
@@ -69,6 +71,7 @@ class Mixture:
         ranks = np.concatenate([np.arange(count) for count in self.counts])
         order = np.lexsort((members, (ranks + 0.5) / np.array(self.counts)[members]))
         self._member, self._rank = members[order], ranks[order]
+        self._first_lane = np.cumsum([0, *(order.num_lanes for order in self._orders)])
 
     @property
     def parameters(self) -> dict[str, int | list[int]]:
@@ -81,6 +84,17 @@ class Mixture:
             "cycle": self.cycle,
             "counts": list(self.counts),
         }
+
+    @property
+    def num_lanes(self) -> int:
+        """As ``SlotOrder.num_lanes``; numbered through all members."""
+        return int(self._first_lane[-1])
+
+    @property
+    def lane_cycle(self) -> int:
+        """As ``SlotOrder.lane_cycle``."""
+        repeats = (o.lane_cycle // math.gcd(o.lane_cycle, c) for o, c in zip(self._orders, self.counts, strict=True))
+        return self.cycle * math.lcm(*repeats)
 
     def member_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The member at each slot, and the slot of that member's own order, int64 [num_slots] each."""
@@ -96,6 +110,39 @@ class Mixture:
             chosen = members == member
             found[:, chosen] = self._orders[member].locate(own[chosen])
         return found[0], found[1] + self._first_shard[members], found[2]
+
+    def lanes_of(self, slots: np.ndarray) -> np.ndarray:
+        """As ``Order.lanes_of``."""
+        members, own = self.member_slots(slots)
+        lanes = np.empty_like(own)
+        for member in np.unique(members):
+            chosen = members == member
+            lanes[chosen] = self._orders[member].lanes_of(own[chosen]) + self._first_lane[member]
+        return lanes
+
+    def blocks(self, start_slot: int, lanes: Collection[int]) -> Iterator[Block]:
+        """As ``Order.blocks``."""
+        streams = []
+        for member in range(len(self._orders)):
+            first, end = self._first_lane[member : member + 2]
+            own_lanes = [lane - int(first) for lane in lanes if first <= lane < end]
+            if own_lanes:
+                streams.append(self._member_blocks(member, start_slot, own_lanes))
+        return heapq.merge(*streams, key=lambda block: block.first_slot)
+
+    def _member_blocks(self, member: int, start_slot: int, lanes: Collection[int]) -> Iterator[Block]:
+        places = np.flatnonzero(self._member == member)  # in the cycle, by the member's own slot in it
+
+        def slot_at(own: int) -> int:
+            cycles, rank = divmod(own, len(places))
+            return cycles * self.cycle + int(places[rank])
+
+        cycles, place = divmod(start_slot, self.cycle)
+        own_start = cycles * len(places) + int(np.searchsorted(places, place))
+        first_shard = int(self._first_shard[member])
+        for block in self._orders[member].blocks(own_start, lanes):
+            shards = tuple(first_shard + shard for shard in block.shards)
+            yield Block(slot_at(block.first_slot), slot_at(block.last_slot), shards)
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
         """As ``Order.substitute``; a sample of the same member."""

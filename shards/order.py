@@ -16,8 +16,9 @@ in use (4 bytes a sample of the block).
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,14 +31,37 @@ _EPOCHS_KEPT = 3
 _NEARBY_ATTEMPTS = 8
 
 
+@dataclass(frozen=True)
+class Block:
+    """Shards that are shuffled together, and so in use together."""
+
+    first_slot: int  # the first and the last slot that read them
+    last_slot: int
+    shards: tuple[int, ...]
+
+
 class SlotOrder(Protocol):
-    """What a source needs to know of an order: ``Order``, or a ``Mixture`` of several."""
+    """What a source, and what fetches shards ahead of it, need to know of an order: ``Order``, or a ``Mixture``."""
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that are read in turns, numbered from 0."""
+
+    @property
+    def lane_cycle(self) -> int:
+        """Slots after which the lanes' turns repeat."""
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As ``Order.locate``."""
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
         """As ``Order.substitute``."""
+
+    def lanes_of(self, slots: np.ndarray) -> np.ndarray:
+        """As ``Order.lanes_of``."""
+
+    def blocks(self, start_slot: int, lanes: Collection[int]) -> Iterator[Block]:
+        """As ``Order.blocks``."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,20 @@ class Order:
         """What defines the order beside the shards' sizes; a saved stream must agree in every entry."""
         return {"seed": self.seed, "window": self.window, **self._asked}
 
+    @property
+    def num_lanes(self) -> int:
+        """As ``SlotOrder.num_lanes``."""
+        return self.lanes
+
+    @property
+    def lane_cycle(self) -> int:
+        """As ``SlotOrder.lane_cycle``."""
+        return self.lanes * self.lane_block
+
+    def lanes_of(self, slots: np.ndarray) -> np.ndarray:
+        """The lane that serves each slot, int64 [num_slots]."""
+        return np.asarray(slots, dtype=np.int64) // self.lane_block % self.lanes
+
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The samples at the given slots.
 
@@ -103,7 +141,7 @@ class Order:
         """
         slots = np.asarray(slots, dtype=np.int64)
         epochs = slots // self.num_samples
-        lanes = slots // self.lane_block % self.lanes
+        lanes = self.lanes_of(slots)
         shards, samples = np.empty_like(slots), np.empty_like(slots)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
@@ -124,7 +162,7 @@ class Order:
         draw = float(randomness.generator(self.seed, randomness.SUBSTITUTE, slot, attempt).random())
         if attempt < _NEARBY_ATTEMPTS:
             table = self._epoch(slot // self.num_samples)
-            lane = np.array([slot // self.lane_block % self.lanes])
+            lane = self.lanes_of(np.array([slot]))
             position = table.segments[lane] + self._slots_before(lane, np.array([slot])) - table.lane_skip[lane]
             _, begin, end = self._blocks(table, lane, position)
             drawn = int(begin[0]) + int(draw * int(end[0] - begin[0]))
@@ -134,9 +172,41 @@ class Order:
         shard = int(np.searchsorted(self._shard_starts, drawn, side="right")) - 1
         return shard, drawn - int(self._shard_starts[shard])
 
+    def blocks(self, start_slot: int, lanes: Collection[int]) -> Iterator[Block]:
+        """The blocks that some lanes read from a slot on, without end, in the order of their first slots."""
+        assert lanes, "no lanes are nobody's blocks"
+        for epoch in itertools.count(start_slot // self.num_samples):
+            found = [block for lane in lanes for block in self._lane_blocks(epoch, lane)]
+            yield from sorted(
+                (block for block in found if block.last_slot >= start_slot), key=lambda block: block.first_slot
+            )
+
+    def _lane_blocks(self, epoch: int, lane: int) -> Iterator[Block]:
+        table = self._epoch(epoch)
+        begin, end = int(table.segments[lane]), int(table.segments[lane + 1])
+        if begin == end:
+            return
+        first_place = int(table.first_place[lane])
+        end_place = int(np.searchsorted(table.starts, end, side="left"))
+        for place in range(first_place, end_place, self.window):
+            places = slice(place, min(place + self.window, end_place))
+            first, last = max(int(table.starts[place]), begin), min(int(table.starts[places.stop]), end) - 1
+            if first <= last:  # else its shards are all empty
+                shards = table.shards[places]
+                yield Block(
+                    self._slot_at(table, lane, first),
+                    self._slot_at(table, lane, last),
+                    tuple(shards[self.sizes[shards] > 0].tolist()),
+                )
+
+    def _slot_at(self, table: _Epoch, lane: int, position: int) -> int:
+        """The slot at which a lane comes to a position of its segment."""
+        turns, rest = divmod(position - int(table.segments[lane]) + int(table.lane_skip[lane]), self.lane_block)
+        return turns * self.lane_cycle + lane * self.lane_block + rest
+
     def _slots_before(self, lanes: np.ndarray, slots: np.ndarray | int) -> np.ndarray:
         """How many of the slots in [0, slot) each lane serves, int64."""
-        turns, rest = np.divmod(slots, self.lanes * self.lane_block)
+        turns, rest = np.divmod(slots, self.lane_cycle)
         return turns * self.lane_block + np.clip(rest - lanes * self.lane_block, 0, self.lane_block)
 
     def _epoch(self, epoch: int) -> _Epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_a_slot_depends_on_nothing_that_was_asked_before() -> None:
     whole = np.stack(mixture.locate(np.arange(2000)))
     fresh = Mixture(_SIZES, [3, 1, 1], cycle=20, seed=4)
     np.testing.assert_array_equal(np.stack(fresh.locate(np.arange(1500, 1600))), whole[:, 1500:1600])
+
+
+@settings(max_examples=50)
+@given(_mixtures(), st.integers(0, 200), st.data())
+def test_blocks_tell_ahead_which_shards_each_slot_reads(mixture: Mixture, start: int, data: st.DataObject) -> None:
+    lanes = data.draw(st.sets(st.integers(0, mixture.num_lanes - 1), min_size=1))
+    slots = np.arange(start, start + 2 * mixture.cycle)
+    blocks = list(itertools.takewhile(lambda block: block.first_slot <= slots[-1], mixture.blocks(start, lanes)))
+    _, shards, _ = mixture.locate(slots)
+    for slot, shard, lane in zip(slots.tolist(), shards.tolist(), mixture.lanes_of(slots).tolist(), strict=True):
+        if lane in lanes:
+            assert any(block.first_slot <= slot <= block.last_slot and shard in block.shards for block in blocks)
+    np.testing.assert_array_equal(mixture.lanes_of(slots), mixture.lanes_of(slots + mixture.lane_cycle))
 
 
 def test_weights_that_cannot_be_kept_are_refused() -> None:

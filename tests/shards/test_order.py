@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,29 @@ def test_a_block_stays_within_its_window_of_shards(order: Order) -> None:
         for at in range(len(seen)):
             live = sum(first_use[shard] <= at <= last_use[shard] for shard in first_use)
             assert live <= order.window + np.count_nonzero(order.sizes == 0)
+
+
+@given(_orders, st.integers(0, 500), st.data())
+def test_blocks_tell_ahead_which_shards_each_slot_reads(order: Order, start: int, data: st.DataObject) -> None:
+    lanes = data.draw(st.sets(st.integers(0, order.num_lanes - 1), min_size=1))
+    end = start + 2 * order.num_samples + order.lane_cycle
+    blocks = list(itertools.takewhile(lambda block: block.first_slot < end, order.blocks(start, lanes)))
+    assert blocks == sorted(blocks, key=lambda block: block.first_slot)
+    slots = np.arange(start, end)
+    slots = slots[np.isin(order.lanes_of(slots), list(lanes))]
+    told: dict[int, set[int]] = {int(slot): set() for slot in slots}
+    for block in blocks:
+        assert len(block.shards) <= order.window and block.last_slot >= start
+        for slot in range(max(start, block.first_slot), min(block.last_slot + 1, end)):
+            if slot in told:
+                told[slot].update(block.shards)
+    for slot, shard in zip(slots.tolist(), order.locate(slots)[1].tolist(), strict=True):
+        assert shard in told[slot]
+    # and nothing is told that is not read
+    read = set(order.locate(slots)[1].tolist())
+    for block in blocks:
+        if start <= block.first_slot and block.last_slot < end:
+            assert set(block.shards) <= read
 
 
 def test_seeds_and_epochs_differ() -> None:
