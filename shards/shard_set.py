@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import tarfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -15,17 +19,56 @@ import numpy as np
 from shards.errors import SampleError, ShardError
 from shards.index import load_index, parse_index, split_name
 from shards.manifest import FILE_NAME, Manifest, ShardEntry
-from shards.store import Patience, Store
-from shards.tars import RemoteTar, Tar, is_url, open_tar
+from shards.store import Patience, Store, Traffic
+from shards.tars import LocalTar, RemoteTar, Tar, is_url
 
+_log = logging.getLogger(__name__)
 _OPEN_SHARDS = 200  # each takes two open files; the usual limit is 1024
+
+
+class OpenShard(Protocol):
+    """A shard in use."""
+
+    def records(self) -> np.ndarray:
+        """The index records [num_samples of the shard] (``shards.index.RECORD``)."""
+
+    def record(self, sample: int) -> np.void:
+        """The index record of one sample."""
+
+    def read(self, length: int, offset: int) -> bytes:
+        """As ``Tar.read``."""
 
 
 class _OpenShard:
     """An index and its tar, in use."""
 
     def __init__(self, records: np.ndarray, tar: Tar) -> None:
-        self.records, self.read = records, tar.read
+        self._records, self.read = records, tar.read
+
+    def records(self) -> np.ndarray:
+        return self._records
+
+    def record(self, sample: int) -> np.void:
+        return self._records[sample]
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """What can be copied of a shard that lies in a store."""
+
+    entry: ShardEntry
+    tar: RemoteTar
+    load_records: Callable[[], np.ndarray]
+
+
+class Copies(Protocol):
+    """Local copies of remote shards, such as a ``ShardCache``."""
+
+    def get(self, shard: int) -> OpenShard | None:
+        """The copy of a shard; None where there is none and the original is to be read."""
+
+    def discard(self, shard: int) -> None:
+        """The copy of a shard was found to be damaged."""
 
 
 class Readable(Protocol):
@@ -50,11 +93,17 @@ class ShardSet:
     Attributes:
         path: the set's folder; of a remote set, the empty path.
         manifest: its description.
+        traffic: what has come over the network.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, store: Store | None = None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, patience: Patience | None = None, store: Store | None = None
+    ) -> None:
         self.path, self.manifest = path, manifest
-        self._store = store
+        self.traffic = store.traffic if store is not None else Traffic()
+        self._patience, self._store = patience, store
+        self._stores: dict[str, Store] = {}  # of tars that lie elsewhere
+        self._copies: Copies | None = None
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -71,9 +120,10 @@ class ShardSet:
         """
         if is_url(str(path)):
             store = Store(str(path), patience)
-            return cls(Path(), store.load(FILE_NAME, partial(Manifest.parse, path=store.url_of(FILE_NAME))), store)
+            manifest = store.load(FILE_NAME, partial(Manifest.parse, path=store.url_of(FILE_NAME)))
+            return cls(Path(), manifest, patience, store)
         path = Path(path)
-        shard_set = cls(path, Manifest.load(path))
+        shard_set = cls(path, Manifest.load(path), patience)
         for shard, entry in enumerate(shard_set.manifest.shards):
             if is_url(entry.url):
                 continue
@@ -125,22 +175,44 @@ class ShardSet:
         """What logs call a shard."""
         return self.manifest.shards[shard].name
 
+    def remote(self, shard: int) -> RemoteShard | None:
+        """What can be copied of a shard; None of one on a local or mounted disk."""
+        entry = self.manifest.shards[shard]
+        tar = self._remote_tar(entry)
+        return None if tar is None else RemoteShard(entry, tar, partial(self._load_records, entry))
+
+    def reading_copies(self, copies: Copies) -> ShardSet:
+        """This set, read from local copies where there are any."""
+        through = copy.copy(self)
+        through._copies = copies
+        return through
+
     def records(self, shard: int) -> np.ndarray:
         """The index records [num_samples of the shard] (``shards.index.RECORD``)."""
-        return self._shard(shard).records
+        return self._shard(shard).records()
 
     def record(self, shard: int, sample: int) -> np.void:
         """The index record of one sample."""
-        return self._shard(shard).records[sample]
+        return self._shard(shard).record(sample)
 
     def read(self, shard: int, sample: int) -> bytes:
         """The bytes of one image, checked against its CRC-32.
 
         Raises:
             SampleError: short, or not what was packed; names shard, index and key.
+            ShardError: the shard is remote, and is gone or cannot be reached.
         """
-        opened = self._shard(shard)
-        record = opened.records[sample]
+        try:
+            return self._checked_read(self._shard(shard), shard, sample)
+        except SampleError as error:
+            if self._copies is None or self.remote(shard) is None:
+                raise
+            _log.warning("%s; the copy in the cache is given up, and the original read", error)
+            self._copies.discard(shard)
+            return self._checked_read(self._original(shard), shard, sample)
+
+    def _checked_read(self, opened: OpenShard, shard: int, sample: int) -> bytes:
+        record = opened.record(sample)
         length, offset = int(record["length"]), int(record["offset"])
         try:
             payload = opened.read(length, offset)
@@ -156,7 +228,7 @@ class ShardSet:
         """The WebDataset key of a sample, read from the tar; empty where that is damaged too."""
         opened = self._shard(shard)
         try:
-            header = opened.read(tarfile.BLOCKSIZE, int(opened.records[sample]["offset"]) - tarfile.BLOCKSIZE)
+            header = opened.read(tarfile.BLOCKSIZE, int(opened.record(sample)["offset"]) - tarfile.BLOCKSIZE)
             return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
         except (tarfile.TarError, OSError):
             return ""
@@ -164,30 +236,50 @@ class ShardSet:
     def _sample_error(self, shard: int, sample: int, reason: str) -> SampleError:
         return SampleError(self.manifest.shards[shard].name, sample, self.key(shard, sample), reason)
 
-    def _shard(self, shard: int) -> _OpenShard:
+    def _shard(self, shard: int) -> OpenShard:
+        copied = self._copies.get(shard) if self._copies is not None else None
+        return self._original(shard) if copied is None else copied
+
+    def _original(self, shard: int) -> OpenShard:
         with self._lock:
             opened = self._open.get(shard)
             if opened is not None:
                 self._open.move_to_end(shard)
                 return opened
-        opened = self._opened(self.manifest.shards[shard])
+        entry = self.manifest.shards[shard]
+        tar = self._remote_tar(entry) or LocalTar(self.tar_path(shard))
+        opened = _OpenShard(self._load_records(entry), tar)
         with self._lock:
             self._open[shard] = opened
             while len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return opened
 
-    def _opened(self, entry: ShardEntry) -> _OpenShard:
+    def _remote_tar(self, entry: ShardEntry) -> RemoteTar | None:
+        if is_url(entry.url):
+            folder, _, name = entry.url.rpartition("/")
+            with self._lock:
+                if folder not in self._stores:
+                    self._stores[folder] = Store(folder, self._patience, self.traffic)
+                return RemoteTar(self._stores[folder], name)
+        if self._store is None or entry.url:
+            return None
+        return RemoteTar(self._store, f"shards/{entry.name}")
+
+    def _load_records(self, entry: ShardEntry) -> np.ndarray:
+        """The index of a shard.
+
+        Raises:
+            ShardError: missing, damaged, or not of this shard.
+        """
         if self._store is None:
             records = load_index(self.path / "index" / entry.index_name).view(np.ndarray)
-            tar = open_tar(entry.url or str(self.path / "shards" / entry.name))
         else:
             index = f"index/{entry.index_name}"
             records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)))
-            tar = open_tar(entry.url) if entry.url else RemoteTar(self._store, f"shards/{entry.name}")
         if len(records) != entry.samples:
             raise ShardError(
                 f"index {entry.index_name} holds {len(records)} samples, the manifest says {entry.samples}; "
                 "copy the set again, or pack it again"
             )
-        return _OpenShard(records, tar)
+        return records

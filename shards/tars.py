@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-from shards.errors import ShardError
 from shards.store import Store
 
 
@@ -42,24 +41,23 @@ class RemoteTar:
     """A tar in a store, read in ranges without a disk."""
 
     def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
+        self.store, self.name = store, name
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self.store.url_of(self.name)
 
     def read(self, length: int, offset: int) -> bytes:
-        """As ``Tar.read``; retries as the store does."""
-        try:
-            return self._store.read(self._name, offset, offset + length)
-        except ShardError as error:
-            raise OSError(0, str(error)) from error
+        """As ``Tar.read``; retries as the store does.
+
+        Raises:
+            ShardError: the tar is gone or cannot be reached. That is no fault of an image, so a reader must not go on
+                without it as it does without an image that is damaged.
+        """
+        return self.store.read(self.name, offset, offset + length)
 
 
 def is_url(location: str) -> bool:
     """Whether a location is read through a store rather than as a local path."""
     return "://" in location or location.startswith("pipe:")
-
-
-def open_tar(location: str) -> LocalTar | RemoteTar:
-    """The tar at a path or URL."""
-    if not is_url(location):
-        return LocalTar(Path(location))
-    folder, _, name = location.rpartition("/")
-    return RemoteTar(Store(folder), name)

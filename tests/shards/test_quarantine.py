@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_images import packed_set
+from faulty_server import faulty_server
 
 from shards.errors import SampleError, ShardError
 from shards.order import Order
 from shards.quarantine import Entry, Quarantine
 from shards.source import Samples, ShardSet, Source
+from shards.store import Patience
 
 _COUNT = 120
 
@@ -162,3 +164,17 @@ def test_ranks_share_one_log_and_a_torn_line_harms_nothing(tmp_path: Path) -> No
         second.add(slot, error, "decode")
     assert second.holds(99, "000000.tar", 5)
     assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_shard_that_is_gone_is_no_fault_of_its_images(tmp_path: Path) -> None:
+    packed_set(tmp_path, 40)
+    with faulty_server(tmp_path) as server:
+        remote = ShardSet.open(f"{server.url}/set", Patience(20.0, 2.0, 0.01, 0.05))
+        server.gone.add("/set/shards/000001.tar")
+        log = tmp_path / "quarantine.jsonl"
+        source = Source(remote, Order(remote.sizes, seed=1), threads=2, quarantine=Quarantine(log, max_rate=1.0))
+        with pytest.raises(ShardError, match=r"/set/shards/000001\.tar does not exist") as raised:
+            list(source.batches([np.arange(40)]))
+        assert not isinstance(raised.value, SampleError)
+        assert not log.exists()
+        source.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from faulty_server import FaultyServer, faulty_server
 
 from shards.errors import ShardError
-from shards.store import Patience, Store
+from shards.store import Interrupted, Patience, Store
 
 _CONTENT = np.random.default_rng(0).bytes((9 << 20) + 123)  # three pieces
 _EAGER = Patience(deadline_seconds=20.0, stall_seconds=1.5, first_pause_seconds=0.01, longest_pause_seconds=0.05)
@@ -114,3 +115,21 @@ def test_an_object_that_came_short_without_a_word_is_fetched_again(server: Fault
     server.faults = ["short"] * 5
     with pytest.raises(ShardError, match="b'mani' is no manifest"):
         store.load("small", parse)
+
+
+def test_an_object_shorter_than_it_should_be_is_told_at_once(server: FaultyServer, tmp_path: Path) -> None:
+    store = Store(f"{server.url}/set", Patience(3600.0, 1.5, 0.01, 0.05))
+    with pytest.raises(ShardError, match=r"set/big gives 1048699 bytes from 8388608 on instead of 1611392"):
+        store.download("big", tmp_path / "got", 10_000_000)
+    assert store.traffic.num_bytes == 8 << 20 and store.traffic.num_retries == 4
+
+
+def test_a_download_stops_when_told_and_keeps_what_it_has(server: FaultyServer, tmp_path: Path) -> None:
+    store, stop = Store(f"{server.url}/set", Patience(3600.0, 1.5, 60.0, 60.0)), threading.Event()
+    server.faults = [None, "503"]
+    threading.Timer(0.5, stop.set).start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        store.download("big", tmp_path / "got", len(_CONTENT), stop=stop)
+    assert time.monotonic() - began < 10
+    assert (tmp_path / "got").read_bytes() == _CONTENT[: 4 << 20]
