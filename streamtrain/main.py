@@ -42,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
     # DeepSpeed's launcher adds it; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    # overrides may stand before, between and after the options
+    return parser.parse_intermixed_args()
 
 
 def check(config: Config, launch: Launch, source: Path | None) -> AnySet:

@@ -186,7 +186,7 @@ WRONG_STARTS = {
     "foreign": (["run.dir=FOREIGN"], "holds no run but other files, such as config.yaml"),
     "weights": (["init.weights=absent"], "init.weights: the weights absent cannot be read"),
     "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run folder"),
-    "resume": (["--resume", "absent"], "--resume absent holds no checkpoint"),
+    "resume": (["--resume", "absent", "run.seed=1"], "--resume absent holds no checkpoint"),
 }
 
 

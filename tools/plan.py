@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fit", action="store_true", help="look for the fastest settings that fit")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.gpus < 1:
         parser.error("--gpus must be at least 1")
     return arguments
