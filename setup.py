@@ -42,11 +42,13 @@ setup(
         "http": ["aiohttp"],
         "s3": ["s3fs"],
         "gcs": ["gcsfs"],
+        "parquet": ["pyarrow"],
         "test": [
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
             "aiohttp",
+            "pyarrow",
             "scikit-learn",
             "torchao>=0.12",
             "transformers>=5",

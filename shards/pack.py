@@ -2,7 +2,8 @@
 
 The set's bytes depend on the source and the options only, not on the number of workers nor on how often packing was
 interrupted. While it goes on, ``packing.jsonl`` in the set's folder says which shards are complete; ``manifest.json``,
-without which no reader takes the set, comes last.
+without which no reader takes the set, comes last. A set for a URL is packed in a local folder, which each shard leaves
+once it is sent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,20 +23,23 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from shards import images, randomness
+from shards import images
 from shards.errors import ShardError
 from shards.files import partial_path, remove_partials, write_whole
-from shards.inputs import Inputs, Item, decompress, is_compressed_tar, list_inputs, sample_key
+from shards.inputs import list_inputs, needs_unpacking, unpack
+from shards.items import Inputs, Item, SourceUnreachable, sample_key
 from shards.manifest import FILE_NAME, JOURNAL_NAME, Manifest, ShardEntry
 from shards.parallel import ordered_map
+from shards.parquet import Columns
 from shards.shard_writer import ShardWriter
+from shards.tars import is_url
+from shards.upload import NOTE_NAME, REJECTED_NAME, Upload
 
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
 _LOCK = "packing.lock"
 _UNPACKED = "packing.tar"
-_REJECTED = "rejected.jsonl"
 _ITEMS_PER_TASK = 16
-_OURS = {"shards", "index", FILE_NAME, _REJECTED, JOURNAL_NAME, _LOCK, _UNPACKED}
+_OURS = {"shards", "index", FILE_NAME, REJECTED_NAME, JOURNAL_NAME, NOTE_NAME, _LOCK, _UNPACKED}
 
 
 @dataclass(frozen=True)
@@ -85,49 +90,76 @@ class _Outcome:
     content: str  # hash of the source's bytes
 
 
-def pack(src: Path, out: Path, options: PackOptions, *, workers: int = 1, progress: bool = False) -> PackReport:
-    """Pack the images of a folder, a list file or a tar into a shard set.
+def pack(
+    src: Path | str,
+    out: Path | str,
+    options: PackOptions,
+    *,
+    columns: Columns | None = None,
+    workers: int = 1,
+    progress: bool = False,
+    scratch: Path | None = None,
+) -> PackReport:
+    """Pack the images of a folder, a list file, a tar or parquet files into a shard set.
 
     Packing the same again into a finished set changes nothing; into one that was interrupted, it goes on.
 
     Args:
-        src: see ``shards.inputs``.
-        out: the set's folder; new, empty, or of the same packing.
+        src: a path or URL; see ``shards.inputs``.
+        out: the set's folder or its URL; new, empty, or of the same packing.
+        columns: of parquet files.
         workers: decoding processes; 1 decodes in this one.
         progress: show a bar on stderr, where that is a terminal.
+        scratch: where a set for a URL is packed; None: a folder for temporary files, by the URL's name.
 
     Raises:
         ShardError: nothing to pack, nothing that decodes, or a folder that cannot take it; says what to do.
     """
-    if not is_compressed_tar(src) or not src.is_file():
-        inputs = list_inputs(src)  # before anything is made
-        with _claimed(out):
-            return _pack(inputs, src, out, options, workers, progress)
-    with _claimed(out):
-        plain = out / _UNPACKED
+    src, upload, folder = str(src), None, Path(out)
+    if is_url(str(out)):
+        folder = scratch or scratch_folder(str(out))
+        upload = Upload(str(out), folder)
+    packing = partial(
+        _pack, src=src, out=folder, options=options, workers=workers, bar=progress, upload=upload
+    )
+    option = "--scratch" if upload else "--out"
+    if not needs_unpacking(src) or not (is_url(src) or Path(src).is_file()):
+        inputs = list_inputs(src, columns)  # before anything is made
+        with _claimed(folder, option):
+            return packing(inputs)
+    with _claimed(folder, option):
+        plain = folder / _UNPACKED
         try:
-            decompress(src, plain)
-            return _pack(list_inputs(plain), src, out, options, workers, progress)
+            unpack(src, plain)
+            return packing(list_inputs(str(plain)))
         finally:
             plain.unlink(missing_ok=True)
 
 
+def scratch_folder(url: str) -> Path:
+    """Where a set for a URL is packed by default: the same at every attempt, so that each goes on with the last."""
+    owner = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir()) / f"make_shards-{owner}-{blake2b(url.encode(), digest_size=8).hexdigest()}"
+
+
 @contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Hold a set's folder for one packing; make it if need be, and take it away again if nothing came of it."""
+def _claimed(out: Path, option: str) -> Iterator[None]:
+    """Hold a set's folder for one packing; make it if need be, and take it away again if nothing is left in it."""
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         ours = {*_OURS, *(partial_path(out / name).name for name in _OURS)}
         foreign = sorted({entry.name for entry in out.iterdir()} - ours)
         if foreign:
-            raise ShardError(f"--out {out} holds other files, such as {foreign[0]}; choose a new folder")
+            raise ShardError(f"{option} {out} holds other files, such as {foreign[0]}; choose a new folder")
         lock = filelock.FileLock(out / _LOCK, timeout=0)
         lock.acquire()
     except filelock.Timeout as error:
-        raise ShardError(f"another make_shards is packing into {out}; wait for it or choose another --out") from error
+        raise ShardError(
+            f"another make_shards is packing into {out}; wait for it or choose another {option}"
+        ) from error
     except OSError as error:
-        raise ShardError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from error
+        raise ShardError(f"{option} {out} cannot be written to ({error.strerror}); choose another folder") from error
     try:
         yield
     except OSError as error:
@@ -137,23 +169,40 @@ def _claimed(out: Path) -> Iterator[None]:
     finally:
         (out / _LOCK).unlink(missing_ok=True)
         lock.release()
-        if made and not any(out.iterdir()):
+        if (made or option == "--scratch") and not any(out.iterdir()):
             out.rmdir()
 
 
-def _pack(inputs: Inputs, src: Path, out: Path, options: PackOptions, workers: int, bar: bool) -> PackReport:
+def _pack(
+    inputs: Inputs,
+    src: str,
+    out: Path,
+    options: PackOptions,
+    workers: int,
+    bar: bool,
+    upload: Upload | None,
+) -> PackReport:
     fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, asdict(options)]))
-    if (out / FILE_NAME).exists():
-        return _already_packed(out, fingerprint, inputs.num_ignored)
+    there = upload.finished(fingerprint) if upload else _finished(out, fingerprint)
+    if there is not None:
+        (out / JOURNAL_NAME).unlink(missing_ok=True)
+        if upload:
+            _remove_unfinished(out)
+        return PackReport(*there, inputs.num_ignored)
     done = _open_journal(out, fingerprint)
+    if upload:
+        try:
+            upload.begin(fingerprint, done.shards)
+        except ShardError:
+            if not done.shards:
+                _remove_unfinished(out)
+            raise
     (out / "shards").mkdir(exist_ok=True)
     (out / "index").mkdir(exist_ok=True)
     for folder in (out, out / "shards", out / "index"):
         remove_partials(folder)
-    numbers = np.arange(len(inputs.items))  # an image's number in the source makes its key, whatever the order
-    if options.shuffle is not None:
-        numbers = randomness.permutation(options.shuffle, randomness.PACKING, len(inputs.items))
-    _write_shards(inputs.items, numbers, out, options, done, workers, bar)
+    # an image's number in the source makes its key, whatever the order
+    _write_shards(inputs.items, inputs.order(options.shuffle), out, options, done, workers, bar, upload)
     if not done.shards:
         _remove_unfinished(out)
         first = done.rejected[0]
@@ -162,22 +211,26 @@ def _pack(inputs: Inputs, src: Path, out: Path, options: PackOptions, workers: i
             f"the first: {first['path']}: {first['reason']}"
         )
     lines = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected)
-    write_whole(out / _REJECTED, lines.encode())
+    write_whole(out / REJECTED_NAME, lines.encode())
     manifest = Manifest(tuple(done.shards), inputs.classes, fingerprint)
-    manifest.save(out)
-    (out / JOURNAL_NAME).unlink()
+    if upload:
+        upload.finish(manifest)
+        _remove_unfinished(out)
+    else:
+        manifest.save(out)
+        (out / JOURNAL_NAME).unlink()
     return PackReport(manifest, len(done.rejected), inputs.num_ignored)
 
 
-def _already_packed(out: Path, fingerprint: str, num_ignored: int) -> PackReport:
-    """The report of a finished set, if it is the very one that was asked for."""
+def _finished(out: Path, fingerprint: str) -> tuple[Manifest, int | None] | None:
+    """The set in a folder and how many images it rejected, if it is finished and the very one that was asked for."""
+    if not (out / FILE_NAME).exists():
+        return None
     manifest = Manifest.load(out)
     if manifest.fingerprint != fingerprint:
         raise ShardError(f"--out {out} already holds another shard set; choose a new folder, or delete that one")
-    (out / JOURNAL_NAME).unlink(missing_ok=True)
-    log = out / _REJECTED
-    num_rejected = len(log.read_bytes().splitlines()) if log.exists() else None
-    return PackReport(manifest, num_rejected, num_ignored)
+    log = out / REJECTED_NAME
+    return manifest, len(log.read_bytes().splitlines()) if log.exists() else None
 
 
 def _write_shards(
@@ -188,6 +241,7 @@ def _write_shards(
     done: _Done,
     workers: int,
     bar: bool,
+    upload: Upload | None,
 ) -> None:
     """Pack the items that are in no complete shard yet, in the order of ``numbers``; note each shard in ``done``."""
     writer: ShardWriter | None = None
@@ -212,14 +266,14 @@ def _write_shards(
                 since.rejected.append({"path": items[number].name, "reason": reason})
                 continue
             if writer and writer.num_bytes + ShardWriter.bytes_for(image, label) > options.shard_bytes:
-                _close_shard(out, writer, position, since, done)
+                _close_shard(out, writer, position, since, done, upload)
                 writer, since = None, _Done()
             writer = writer or ShardWriter(out, len(done.shards))
             if options.dedup:
                 since.seen.add(outcome.content)
             writer.add(sample_key(number, items[number].name), image, label)
         if writer:
-            _close_shard(out, writer, len(numbers), since, done)
+            _close_shard(out, writer, len(numbers), since, done, upload)
             writer = None
         else:
             done.rejected += since.rejected
@@ -229,9 +283,13 @@ def _write_shards(
             writer.discard()
 
 
-def _close_shard(out: Path, writer: ShardWriter, position: int, since: _Done, done: _Done) -> None:
+def _close_shard(
+    out: Path, writer: ShardWriter, position: int, since: _Done, done: _Done, upload: Upload | None
+) -> None:
     """Finish a shard and note it in the journal: from here on it is never packed again."""
     since.shards, since.next_position = [writer.finish()], position
+    if upload:
+        upload.shard(since.shards[0])
     line = json.dumps(
         {
             "shard": asdict(since.shards[0]),
@@ -283,8 +341,9 @@ def _append_durably(path: Path, line: str) -> None:
 
 def _remove_unfinished(out: Path) -> None:
     for name in ("shards", "index"):
-        shutil.rmtree(out / name)
-    (out / JOURNAL_NAME).unlink()
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (JOURNAL_NAME, NOTE_NAME, REJECTED_NAME, FILE_NAME):
+        (out / name).unlink(missing_ok=True)
 
 
 def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[_Outcome, None, None]:
@@ -303,7 +362,7 @@ def _prepare(options: PackOptions, items: Sequence[Item]) -> list[_Outcome]:
 def _prepare_one(item: Item, options: PackOptions) -> _Outcome:
     content = ""
     try:
-        payload = item.read()
+        payload = item.place.read()
         if options.dedup:
             content = blake2b(payload, digest_size=16).hexdigest()
         image = images.prepare(
@@ -313,6 +372,8 @@ def _prepare_one(item: Item, options: PackOptions) -> _Outcome:
             quality=options.quality,
             upright=options.upright,
         )
+    except SourceUnreachable:
+        raise
     except ShardError as error:
         return _Outcome(None, str(error), content)
     return _Outcome(image, "", content)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from shards import images
 from shards.errors import SampleError, ShardError
 from shards.files import file_sha256
 from shards.index import Sample, dali_index, load_index, read_samples
-from shards.manifest import Manifest
+from shards.manifest import FILE_NAME, Manifest, ShardEntry
 from shards.parallel import ordered_map
 from shards.source import ShardSet
+from shards.store import Store
+from shards.tars import is_url
 
 _IMAGES_PER_TASK = 64
 
@@ -43,75 +47,137 @@ class Fault:
 
 @dataclass(frozen=True)
 class _Task:
-    """Either a shard's files (begin is None) or a range of its images."""
+    """A shard's files (begin is None), a range of its images, or all of a shard that must be fetched first."""
 
     shard: int
     begin: int | None = None
     end: int = 0
+    remote: bool = False
 
 
 def verify(
-    path: Path, *, workers: int = 1, max_pixels: int = images.DEFAULT_MAX_PIXELS, progress: bool = False
+    location: Path | str,
+    *,
+    workers: int = 1,
+    max_pixels: int = images.DEFAULT_MAX_PIXELS,
+    progress: bool = False,
 ) -> list[Fault]:
     """Every fault of a set, in the order of its shards; an empty list means that all is well.
 
     Args:
-        path: the set's folder.
+        location: the set's folder, or its URL; shards in a store are fetched to a folder for temporary files.
         workers: decoding processes; 1 decodes in this one.
         max_pixels: images with more pixels are faults.
         progress: show a bar on stderr, where that is a terminal.
 
     Raises:
-        ShardError: there is no set, or its manifest cannot be read.
+        ShardError: there is no set, or its manifest cannot be read, or a store cannot be reached.
     """
-    manifest = Manifest.load(path)
+    location = str(location)
+    manifest = load_manifest(location)
     _open.cache_clear()  # an earlier call may have seen other files
-    faults = _strangers(path, manifest)
-    work = partial(_check, path, max_pixels)
+    faults = _strangers(location, manifest)
+    tasks = list(_tasks(location, manifest))
     bar = tqdm(
         desc="verifying", unit=" images", total=manifest.num_samples, disable=None if progress else True, smoothing=0.05
     )
     with bar:
-        for task, found in zip(_tasks(manifest), ordered_map(work, _tasks(manifest), workers), strict=True):
+        results = ordered_map(partial(_check, location, max_pixels), tasks, workers)
+        for task, found in zip(tasks, results, strict=True):
             faults += found
             bar.update(0 if task.begin is None else task.end - task.begin)
     return faults
 
 
-def _tasks(manifest: Manifest) -> Iterator[_Task]:
+def load_manifest(location: str) -> Manifest:
+    """The manifest of a set at a path or URL; raises as ``Manifest.load``."""
+    if not is_url(location):
+        return Manifest.load(location)
+    store = Store(location)
+    return store.load(FILE_NAME, partial(Manifest.parse, path=store.url_of(FILE_NAME)))
+
+
+def _tasks(location: str, manifest: Manifest) -> Iterator[_Task]:
     for shard, entry in enumerate(manifest.shards):
+        if is_url(entry.url or location):
+            yield _Task(shard, 0, entry.samples, remote=True)
+            continue
         yield _Task(shard)
         for begin in range(0, entry.samples, _IMAGES_PER_TASK):
             yield _Task(shard, begin, min(begin + _IMAGES_PER_TASK, entry.samples))
 
 
-def _strangers(path: Path, manifest: Manifest) -> list[Fault]:
+def _strangers(location: str, manifest: Manifest) -> list[Fault]:
     """Files among the shards that the manifest does not name: plain WebDataset readers would take them in."""
     known = {entry.name for entry in manifest.shards}
-    folder = path / "shards"
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if not is_url(location):
+        folder = Path(location) / "shards"
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    elif all(entry.url for entry in manifest.shards):
+        found = []
+    else:
+        found = Store(location).names("shards")
     return [Fault(f"shards/{name}", "the manifest does not name this file") for name in found if name not in known]
 
 
-def _check(path: Path, max_pixels: int, task: _Task) -> list[Fault]:
-    shard_set = _open(path)
-    if task.begin is None:
-        return list(_check_files(shard_set, task.shard))
+def _check(location: str, max_pixels: int, task: _Task) -> list[Fault]:
+    shard_set = _open(location)
     with images.tolerant_pillow():
+        if task.remote:
+            return list(_check_fetched(location, shard_set.manifest.shards[task.shard], max_pixels))
+        if task.begin is None:
+            return list(_check_files(shard_set, task.shard))
         return list(_check_images(shard_set, task.shard, range(task.begin, task.end), max_pixels))
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path) -> ShardSet:
+def _open(location: str) -> ShardSet:
     """The set as a worker reads it, task after task; not ``ShardSet.open``, which stops at the first missing file."""
-    return ShardSet(path, Manifest.load(path))
+    return ShardSet(Path(location), load_manifest(location))
+
+
+def _check_fetched(location: str, entry: ShardEntry, max_pixels: int) -> Iterator[Fault]:
+    """Everything about a shard in a store: fetched, and looked at as a set of one shard."""
+    stem = entry.name.removesuffix(".tar")
+    tar = entry.url or f"{location.rstrip('/')}/shards/{entry.name}"
+    with tempfile.TemporaryDirectory(prefix="verify_shards-") as folder:
+        copy = Path(folder)
+        for name, source in (
+            (f"shards/{entry.name}", tar),
+            (f"index/{stem}.npy", f"{location.rstrip('/')}/index/{stem}.npy"),
+            (f"index/{stem}.idx", f"{location.rstrip('/')}/index/{stem}.idx"),
+        ):
+            (copy / name).parent.mkdir(exist_ok=True)
+            if not _fetch(source, copy / name) and source == tar:
+                yield Fault(name, f"{tar} does not exist")
+                return
+        fetched = ShardSet(copy, Manifest((replace(entry, url=""),)))
+        yield from _check_files(fetched, 0)
+        yield from _check_images(fetched, 0, range(entry.samples), max_pixels)
+
+
+def _fetch(source: str, target: Path) -> bool:
+    """Whether there is such a file, which then is at ``target``."""
+    if not is_url(source):
+        if Path(source).is_file():
+            shutil.copyfile(source, target)
+        return target.exists()
+    folder, _, name = source.rpartition("/")
+    store = Store(folder)
+    try:
+        store.download(name, target, store.size(name))
+    except ShardError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return False
+        raise
+    return True
 
 
 def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
     """The tar's length, checksum and structure, and whether both indexes agree with it."""
     entry = shard_set.manifest.shards[shard]
     tar, index = shard_set.tar_path(shard), shard_set.index_path(shard)
-    place, index_place = f"shards/{tar.name}", f"index/{index.name}"
+    place, index_place = f"shards/{entry.name}", f"index/{index.name}"
     try:
         num_bytes = tar.stat().st_size
         if num_bytes != entry.bytes:
@@ -149,11 +215,15 @@ def _check_index(path: Path, place: str, samples: tuple[Sample, ...]) -> Iterato
 
 def _check_dali_index(path: Path, place: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
     try:
+        expected = dali_index(samples)
+    except ShardError:
+        return  # names that DALI's index cannot hold: there is none
+    try:
         stored = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         yield Fault(place, f"cannot be read ({error})")
         return
-    if stored != dali_index(samples):
+    if stored != expected:
         yield Fault(place, "disagrees with the tar")
 
 

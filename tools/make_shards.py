@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shards.errors import ShardError
 from shards.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from shards.pack import PackOptions, pack
+from shards.parquet import Columns
 
 _HELP = """\
 Pack images into a shard set: WebDataset tars, an index of every image, and a manifest.
@@ -21,17 +22,27 @@ Pack images into a shard set: WebDataset tars, an index of every image, and a ma
 Every image is decoded in full first; what does not decode is left out and listed, with the
 reason, in SET/rejected.jsonl. Interrupted or killed, the same command goes on where it was;
 finished, it does nothing. The result does not depend on --workers.
+
+Both the images and the set may lie behind a URL that fsspec knows (s3://, gs://, hf://, http(s)://;
+the last for reading only). A set for a URL is packed in a local folder, which each shard leaves once
+it is sent; the manifest is sent last.
 """
 _EXAMPLES = """\
 examples:
   python tools/make_shards.py --src photos/ --out shards/photos
   python tools/make_shards.py --src imagenet/train --out /data/imagenet --max-side 512 --workers 32
   python tools/make_shards.py --src list.txt --out shards/mine --shuffle 1
+  python tools/make_shards.py --src hf://datasets/OWNER/NAME/data --out shards/theirs
+  python tools/make_shards.py --src s3://bucket/raw --out s3://bucket/set
 
 --src is one of
   a folder    searched in depth; class subfolders become labels (names sorted, from 0), a flat folder has none
-  a list      a text file with a path a line, relative to the file; a tab and a label may follow
+  a list      a text file with a path or URL a line, relative to the file; a tab and a label may follow
   a tar       .tar, .tar.gz, .tar.xz or .tar.bz2; labels from .cls members, else from class folders
+  a parquet   or a folder of them and of no images: a column of bytes, or of structs with bytes, as Hugging
+              Face has them; labels from the column "label". Needs pyarrow. --shuffle moves whole row groups,
+              and mixes within each
+  a URL       of a folder, a tar (which is copied beside the set first) or a parquet
 """
 
 
@@ -49,7 +60,15 @@ def main() -> int:
         dedup=arguments.dedup,
     )
     try:
-        report = pack(arguments.src, arguments.out, options, workers=arguments.workers, progress=True)
+        report = pack(
+            arguments.src,
+            arguments.out,
+            options,
+            columns=Columns(arguments.image_column, arguments.label_column),
+            workers=arguments.workers,
+            progress=True,
+            scratch=arguments.scratch,
+        )
     except ShardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,7 +76,7 @@ def main() -> int:
         print(f"interrupted; run the same command again to go on in {arguments.out}", file=sys.stderr)
         return 130
     manifest = report.manifest
-    log = arguments.out / "rejected.jsonl"
+    log = f"{arguments.out.rstrip('/')}/rejected.jsonl"
     if report.num_rejected is None:
         rejected = f"rejected: not known any more, {log} is gone"
     else:
@@ -74,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         description=_HELP, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--src", type=Path, required=True, metavar="DIR|LIST|TAR", help="the images")
-    add("--out", type=Path, required=True, metavar="SET", help="the folder of the set; new or empty")
+    add("--src", required=True, metavar="DIR|LIST|TAR|PARQUET|URL", help="the images")
+    add("--out", required=True, metavar="SET", help="the folder of the set, or its URL; new or empty")
     add("--shard-size", type=_bytes, default="256MB", metavar="SIZE", help="largest tar, such as 64MB or 1GB (256MB)")
     add("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="decoding processes (all cores)")
     add("--max-side", type=_positive, metavar="PIXELS", help="shrink larger images to this side and store them as JPEG")
@@ -88,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         help="EXIF rotation: keep the bytes, decoders turn the image (the default); or apply it now, as a new JPEG",
     )
     add("--shuffle", type=int, metavar="SEED", help="pack in random order; for sources that are sorted by class")
+    add("--image-column", metavar="NAME", help="of parquet files (the only column that holds images)")
+    add("--label-column", metavar="NAME", help='of parquet files ("label", if there is one)')
+    add("--scratch", type=Path, metavar="DIR", help="where a set for a URL is packed (a folder for temporary files)")
     add("--dedup", action="store_true", help="leave out images whose bytes were packed before")
     return parser
 

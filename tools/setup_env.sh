@@ -2,7 +2,8 @@
 # Makes .venv in the checkout and installs streamtrain into it; does nothing where that is already done.
 #
 #   tools/setup_env.sh [EXTRA ...]      EXTRA: hf (export for transformers), 8bit (moments in 8 bits), http, s3, gcs
-#                                       (shards there), test; the DALI extra is chosen by itself
+#                                       (shards there), parquet (images in such files), test; the DALI extra is
+#                                       chosen by itself
 #
 # Variables:
 #   PYTHON                  the interpreter to use (default: the first of python3, python3.13 ... that is >= 3.10)

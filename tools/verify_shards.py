@@ -11,25 +11,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
 from shards.images import DEFAULT_MAX_PIXELS
-from shards.manifest import Manifest, counted
-from shards.verify import verify
+from shards.manifest import counted
+from shards.verify import load_manifest, verify
 
 _HELP = """\
 Read everything in a shard set: every tar, both indexes, the manifest, every checksum, and a full
 decode of every image. Prints a line for each fault; exits 0 if there is none, 1 if there are any,
-2 if there is no set to read.
+2 if there is no set to read. Shards in a store are fetched one by one, by each process, to a folder for
+temporary files (TMPDIR).
 """
 
 
 def main() -> int:
     """Parse, verify, print."""
     parser = argparse.ArgumentParser(description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", type=Path, metavar="SET", help="the folder of the set")
+    parser.add_argument("set", metavar="SET", help="the folder of the set, or its URL")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     parser.add_argument("--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger images are faults")
     arguments = parser.parse_args()
     try:
-        manifest = Manifest.load(arguments.set)
+        manifest = load_manifest(arguments.set)
         faults = verify(
             arguments.set, workers=max(1, arguments.workers), max_pixels=arguments.max_pixels, progress=True
         )

@@ -15,7 +15,7 @@ import pytest
 from drawn_images import draw_folder, drawn_image, encoded
 
 from shards.errors import ShardError
-from shards.inputs import sample_key
+from shards.items import sample_key
 from shards.pack import PackOptions, PackReport, pack
 from shards.source import ShardSet
 from shards.verify import verify
