@@ -14,7 +14,7 @@ import torch.distributed as dist
 from streamtrain import checkpoint
 from streamtrain.config.tree import Config
 from streamtrain.distillation import fill_frozen_teacher, frozen_teacher_config
-from streamtrain.engine.frozen import FrozenNetwork
+from streamtrain.engine.frozen import FrozenNetwork, ShardedNetwork
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
@@ -48,7 +48,7 @@ def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> Gr
     return GramAnchor(config, FrozenNetwork(module, Block, runtime.rank, settings))
 
 
-def build_guide(config: Config, runtime: Runtime, accumulation: int, average: Teacher) -> Teacher | FrozenNetwork:
+def build_guide(config: Config, runtime: Runtime, accumulation: int, average: Teacher) -> ShardedNetwork:
     """Who teaches: the student's average, or a frozen network, filled.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A network in shards that does not learn: a teacher for distillation, or the Gram teacher."""
+"""Networks in shards without gradients: what teachers are, and one whose values stay as they are written."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import torch
 from streamtrain.engine.zero import Fragment, Shard, ShardedWeight
 
 
-class FrozenNetwork:
-    """Evaluated block by block like the teacher; its values are kept in the run's number format only."""
+class ShardedNetwork:
+    """Evaluated block by block; ``module`` as from ``build_sharded``, with the same ``settings``."""
 
-    def __init__(
-        self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any]
-    ) -> None:
-        """``module`` as from ``build_sharded``, with the same ``settings``."""
+    def __init__(self, module: torch.nn.Module, leaf: type[torch.nn.Module], settings: dict[str, Any]) -> None:
         deepspeed.utils.set_z3_leaf_modules(module, [leaf])
         module.requires_grad_(False)
         self._engine, *_ = deepspeed.initialize(model=module, config=settings)
         self._engine.eval()
         self.parameters = dict(module.named_parameters())
-        self.fragments = {name: Fragment.of(parameter, rank) for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            # one that every rank keeps whole would not follow what is written to its shard
+            assert not parameter.ds_persist, name
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
@@ -34,13 +33,25 @@ class FrozenNetwork:
         """Handle of one parameter for those who must read it whole; None if the network has no such one."""
         return ShardedWeight(self.parameters[name]) if name in self.parameters else None
 
+    def release(self) -> None:
+        """To be called before a shard is written: a parameter that is still whole would be read in its place."""
+        self._engine.optimizer.partition_all_parameters()
+
+
+class FrozenNetwork(ShardedNetwork):
+    """A teacher for distillation, or the Gram teacher; its values are kept in the run's number format only."""
+
+    def __init__(
+        self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any]
+    ) -> None:
+        super().__init__(module, leaf, settings)
+        self.fragments = {name: Fragment.of(parameter, rank) for name, parameter in self.parameters.items()}
+
     @torch.no_grad()
     def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
         """Set every value from ``read(name, fragment) -> [numel]``."""
-        # a parameter that is still whole would be read in place of its shard
-        self._engine.optimizer.partition_all_parameters()
+        self.release()
         for name, parameter in self.parameters.items():
-            assert not parameter.ds_persist, name
             parameter.ds_tensor.copy_(read(name, self.fragments[name]))
 
     def shards(self) -> Iterator[tuple[str, Shard]]:

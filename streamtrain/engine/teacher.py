@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 
+from streamtrain.engine.frozen import ShardedNetwork
 from streamtrain.engine.moments import CHUNK
-from streamtrain.engine.zero import Fragment, Shard, ShardedWeight, Student
+from streamtrain.engine.zero import Fragment, Shard, Student
 
 
-class Teacher:
+class Teacher(ShardedNetwork):
     """A network partitioned like the student, whose shards follow the student's fp32 masters.
 
     The averages are kept in fp32, one flat tensor beside each of the student's; the network computes from
@@ -25,18 +25,14 @@ class Teacher:
         on_host: bool = False,
     ) -> None:
         """``on_host``: the averages lie in (pinned) host memory and visit the device chunk by chunk."""
-        deepspeed.utils.set_z3_leaf_modules(module, [leaf])
-        module.requires_grad_(False)
-        self._engine, *_ = deepspeed.initialize(model=module, config=settings)
-        self._engine.eval()
+        super().__init__(module, leaf, settings)
         self._student = student
-        self.parameters = dict(module.named_parameters())
         masters = student.master_groups
         away = on_host and masters[0].is_cuda
         self._values = [torch.empty_like(master, dtype=self._dtype) for master in masters]
         for name, parameter in self.parameters.items():
             group, offset, numel = student.position(name)
-            assert parameter.ds_tensor.numel() == numel and not parameter.ds_persist, name
+            assert parameter.ds_tensor.numel() == numel, name
             # the engine gathers from ds_tensor: let it look into the flat tensor that the update writes
             parameter.ds_tensor.data = self._values[group].narrow(0, offset, numel)
         # only now, when the memory of the engine's own tensors is free again
@@ -51,18 +47,9 @@ class Teacher:
         return next(iter(self.parameters.values())).ds_tensor.dtype
 
     @torch.no_grad()
-    def __call__(self, *inputs: Any) -> Any:
-        """The network's forward, each block gathered once."""
-        return self._engine(*inputs)
-
-    def weight(self, name: str) -> ShardedWeight | None:
-        """Handle of one parameter for those who must read it whole; None if the network has no such one."""
-        return ShardedWeight(self.parameters[name]) if name in self.parameters else None
-
-    @torch.no_grad()
     def update(self, momentum: float) -> None:
         """``average = momentum * average + (1 - momentum) * master``, on this rank's shards only."""
-        self._release()
+        self.release()
         for average, value, master in zip(self._averages, self._values, self._student.master_groups, strict=True):
             for home, own, newest in zip(average.split(CHUNK), value.split(CHUNK), master.split(CHUNK), strict=True):
                 # where the averages are on the host, copies in both directions wait for nobody here
@@ -90,7 +77,3 @@ class Teacher:
         for name in self.parameters:
             self.average(name).copy_(read(f"ema/{name}", self._student.fragments[name]))
         self.update(1.0)
-
-    def _release(self) -> None:
-        # a parameter that is still whole would be read in place of its shard, silently one step old
-        self._engine.optimizer.partition_all_parameters()
