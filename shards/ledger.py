@@ -112,7 +112,7 @@ class Ledger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                self._descriptor = os.open(self._user, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                self._descriptor: int | None = os.open(self._user, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
                 # an earlier run may have had a higher limit
                 self._make_room(self._content(), 0, due=-1)
@@ -174,6 +174,8 @@ class Ledger:
                 within the limit is left out.
         """
         with self._locked():
+            if self._descriptor is None:
+                return  # closed meanwhile
             content = self._content()
             room = self.limit_bytes - content.num_bytes + self._user.stat().st_size
             lines, length = [], 0
@@ -204,7 +206,9 @@ class Ledger:
         """This process needs nothing any more."""
         with self._locked():
             self._user.unlink(missing_ok=True)
-            os.close(self._descriptor)
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
 
     def _locked(self) -> filelock.AcquireReturnProxy:
         return self._lock.acquire(poll_interval=_POLL_SECONDS)

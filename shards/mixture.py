@@ -20,7 +20,8 @@ import numpy as np
 from shards import randomness
 from shards.errors import SampleError, ShardError
 from shards.order import Block, Order
-from shards.source import ShardSet
+from shards.shard_set import Copies, OpenShard, RemoteShard, ShardSet
+from shards.store import Patience, Traffic
 
 _LEAST_CYCLE = 1000  # so that a weight is kept to a thousandth of the stream
 
@@ -169,6 +170,24 @@ class JoinedSet:
         return sum(member.num_samples for member in self.members)
 
     @property
+    def num_shards(self) -> int:
+        """Tars of all members."""
+        return int(self._first_shard[-1])
+
+    @property
+    def is_remote(self) -> bool:
+        """As ``ShardSet.is_remote``, of any member."""
+        return any(member.is_remote for member in self.members)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has come over the network so far."""
+        total = Traffic()
+        for member in self.members:
+            total.add(member.traffic.num_bytes, member.traffic.num_retries)
+        return total
+
+    @property
     def digest(self) -> str:
         """What a saved stream must agree with: the members, in order, and their shares of the stream."""
         total = sum(self.weights)
@@ -199,17 +218,41 @@ class JoinedSet:
         member, own = self._own(shard)
         return self.members[member].key(own, sample)
 
+    def remote(self, shard: int) -> RemoteShard | None:
+        """As ``ShardSet.remote``."""
+        member, own = self._own(shard)
+        return self.members[member].remote(own)
+
+    def reading_copies(self, copies: Copies) -> JoinedSet:
+        """As ``ShardSet.reading_copies``; the copies are numbered through all members."""
+        firsts = self._first_shard[:-1].tolist()
+        members = zip(self.members, firsts, strict=True)
+        return JoinedSet([m.reading_copies(_MemberCopies(copies, first)) for m, first in members], self.weights)
+
     def _own(self, shard: int) -> tuple[int, int]:
         member = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
         return member, shard - int(self._first_shard[member])
 
 
+class _MemberCopies:
+    """The copies of one member of a joined set, numbered as its own."""
+
+    def __init__(self, copies: Copies, first_shard: int) -> None:
+        self._copies, self._first_shard = copies, first_shard
+
+    def get(self, shard: int) -> OpenShard | None:
+        return self._copies.get(self._first_shard + shard)
+
+    def discard(self, shard: int) -> None:
+        self._copies.discard(self._first_shard + shard)
+
+
 AnySet: TypeAlias = ShardSet | JoinedSet
 
 
-def open_sets(shares: Sequence[tuple[str, float]]) -> AnySet:
+def open_sets(shares: Sequence[tuple[str, float]], patience: Patience | None = None) -> AnySet:
     """Open one or several shard sets, each a path or URL with its weight; raises as ``ShardSet.open``."""
-    members = [ShardSet.open(location) for location, _ in shares]
+    members = [ShardSet.open(location, patience) for location, _ in shares]
     return members[0] if len(members) == 1 else JoinedSet(members, [weight for _, weight in shares])
 
 

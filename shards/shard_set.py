@@ -148,6 +148,16 @@ class ShardSet:
         return self.manifest.num_samples
 
     @property
+    def num_shards(self) -> int:
+        """Tars of the set."""
+        return len(self.manifest.shards)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of its tars lies in a store."""
+        return any(map(self._is_remote, self.manifest.shards))
+
+    @property
     def sizes(self) -> np.ndarray:
         """Samples in each shard, int64 [num_shards]: what ``Order`` needs."""
         return np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
@@ -207,9 +217,10 @@ class ShardSet:
         except SampleError as error:
             if self._copies is None or self.remote(shard) is None:
                 raise
-            _log.warning("%s; the copy in the cache is given up, and the original read", error)
-            self._copies.discard(shard)
-            return self._checked_read(self._original(shard), shard, sample)
+            _log.warning("%s; the copy in the cache is given up, and the original read", str(error))
+        # not before the error is forgotten, with whose traceback goes the last use of the copy
+        self._copies.discard(shard)
+        return self._checked_read(self._original(shard), shard, sample)
 
     def _checked_read(self, opened: OpenShard, shard: int, sample: int) -> bytes:
         record = opened.record(sample)
@@ -256,15 +267,19 @@ class ShardSet:
         return opened
 
     def _remote_tar(self, entry: ShardEntry) -> RemoteTar | None:
-        if is_url(entry.url):
+        if not self._is_remote(entry):
+            return None
+        if entry.url:
             folder, _, name = entry.url.rpartition("/")
             with self._lock:
                 if folder not in self._stores:
                     self._stores[folder] = Store(folder, self._patience, self.traffic)
                 return RemoteTar(self._stores[folder], name)
-        if self._store is None or entry.url:
-            return None
+        assert self._store is not None
         return RemoteTar(self._store, f"shards/{entry.name}")
+
+    def _is_remote(self, entry: ShardEntry) -> bool:
+        return is_url(entry.url) if entry.url else self._store is not None
 
     def _load_records(self, entry: ShardEntry) -> np.ndarray:
         """The index of a shard.

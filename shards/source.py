@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -67,6 +67,7 @@ class Source:
         quarantine: takes note of unusable images, which are then replaced by others, chosen by the slot alone; without
             one, an unusable image is an error.
         max_pixels: images with more pixels are unusable.
+        on_read: told the slot up to which everything was read, after each of the ``batches``; the slots must ascend.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class Source:
         max_bytes_in_flight: int = 256 << 20,
         quarantine: Quarantine | None = None,
         max_pixels: int | None = None,
+        on_read: Callable[[int], None] | None = None,
     ) -> None:
         self.shard_set, self.order, self.max_bytes_in_flight = shard_set, order, max_bytes_in_flight
         self.quarantine, self.max_pixels = quarantine, max_pixels
+        self._on_read = on_read
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-reader")
 
     def batches(self, slot_lists: Iterable[np.ndarray]) -> Iterator[Samples]:
@@ -104,6 +107,8 @@ class Source:
                     following = next(plans, None)
                 batch = self._finish(pending[0])
                 bytes_ahead -= pending.popleft()[0].num_bytes
+                if self._on_read is not None:
+                    self._on_read(int(batch.slots[-1]) + 1)
                 yield batch
         finally:
             for _, parts in pending:

@@ -16,6 +16,7 @@ from shards.errors import ShardError
 from shards.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
+from streamtrain.data.stream import check_cache, order_of
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, starting_checkpoint
@@ -55,6 +56,8 @@ def check(config: Config, launch: Launch, source: Path | None) -> AnySet:
     config.objective.koleo.samples(config.data.micro_batch, launch.world_size)
     check_weights(config, source)
     shard_set = open_shard_set(config)
+    order = order_of(config, shard_set, launch.world_size)
+    check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
     make_run_folder(Path(config.run.dir), launch.rank)
     return shard_set
 

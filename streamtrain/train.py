@@ -113,8 +113,8 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
         quarantine = Quarantine(run_dir / "quarantine.jsonl", config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
-            start_slot=slot, lane_block=position.lane_block,
-            local_world_size=launch.local_world_size, quarantine=quarantine,
+            start_slot=slot, end_slot=slot + (config.run.steps - step) * global_batch,
+            lane_block=position.lane_block, local_world_size=launch.local_world_size, quarantine=quarantine,
         )
         if position.data:
             check_state(position.data, loader.state_dict(slot))
@@ -147,7 +147,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                 step, slot = step + 1, slot + global_batch
                 means, exit_code = agree(losses, stop.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
-                scalars |= student.gradient_norms() | {"data/quarantined": float(quarantine.num_entries)}
+                scalars |= student.gradient_norms() | loader.scalars()
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
                 monitor.log(step, slot, scalars)
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
@@ -209,7 +209,8 @@ def due(step: int, every: int) -> bool:
 def dry_run(config: Config, shard_set: AnySet) -> int:
     """Draw one panel of crops into the run folder; one rank calls it."""
     picture = Path(config.run.dir) / "dry_run.png"
-    with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu")) as loader:
+    end_slot = config.data.micro_batch
+    with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu", end_slot=end_slot)) as loader:
         Image.fromarray(panel_of(next(loader), config)).save(picture)
     print(f"{shard_set.num_samples} samples in {config.data.shards_text}; crops drawn in {picture}")
     return 0

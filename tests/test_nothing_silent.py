@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from drawn_images import draw_folder
+from faulty_server import faulty_server
 from pydantic import BaseModel
 from ranks import ROOT
 from tiny_backbone import tiny_weights
@@ -212,11 +213,13 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
 ]  # fmt: skip
 # what sets a pace, a place or a display; a run that uses everything reads them
 READ = {
-    "data.decode_threads", "data.max_pixels", "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes",
-    "data.reader_threads", "data.shards", "engine.cpu_threads", "engine.device", "engine.dtype",
-    "init.minimum_matched", "init.weights", "monitor.panel_every", "monitor.panel_samples", "monitor.progress",
-    "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher", "run.checkpoint_every", "run.dir",
-    "run.keep_every", "run.keep_last", "teacher.average", "teacher.chunk", "teacher.weights",
+    "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads", "data.max_pixels",
+    "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
+    "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.cpu_threads", "engine.device",
+    "engine.dtype", "init.minimum_matched", "init.weights", "monitor.panel_every", "monitor.panel_samples",
+    "monitor.progress", "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher",
+    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "teacher.average", "teacher.chunk",
+    "teacher.weights",
 }  # fmt: skip
 
 
@@ -290,8 +293,11 @@ def test_a_run_reads_what_only_sets_a_pace(folder: Path, tmp_path: Path) -> None
 
     backbone = tiny_weights(tmp_path / "weights")
     found = run("first", f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
-    found |= run("second", "teacher.kind=frozen", f"teacher.weights={tmp_path / 'first'}")
+    with faulty_server(folder) as server:
+        copied = [f"data.shards={server.url}/set", f"data.cache={{dir: {tmp_path / 'cache'}, limit: 1MB}}"]
+        found |= run("second", "teacher.kind=frozen", f"teacher.weights={tmp_path / 'first'}", *copied)
+    assert list((tmp_path / "cache").glob("*.shard"))
     sections = {name: type(getattr(Config(), name)).__name__ for name in Config.model_fields}
-    sections["objective.gram"] = "GramConfig"
+    sections |= {"objective.gram": "GramConfig", "data.cache": "CacheConfig", "data.remote": "RemoteConfig"}
     wanted = {f"{sections[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in READ}
     assert wanted <= found, wanted - found

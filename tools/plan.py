@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from streamtrain.config.load import load_config
+from streamtrain.config.section import parse_bytes
 from streamtrain.engine.fitting import fit, fits, step_seconds
 from streamtrain.engine.memory import PHASES, Plan, plan
 from streamtrain.engine.plan_text import gigabytes, table
 from streamtrain.errors import StreamtrainError
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def main() -> int:
@@ -115,12 +113,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def size(text: str) -> int:
-    """Bytes of ``80GB``, ``139 GiB`` or a bare number."""
-    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
-    unit = UNITS.get((match.group(2) or "B").upper()) if match else None
-    if match is None or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 80GB, 139GiB or a number of bytes")
-    return round(float(match.group(1)) * unit)
+    """As ``parse_bytes``, for the command line."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} (got {text!r})") from None
 
 
 if __name__ == "__main__":

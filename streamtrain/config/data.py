@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Probability, Section, branch
+from shards.store import Patience
+from streamtrain.config.section import NonNegative, Positive, Probability, Section, Size, branch
 
 
 class SetShare(Section):
@@ -32,6 +33,39 @@ ShardSets = Annotated[
         custom_error_message="give the path or the URL of a shard set, or a list of {shards: PATH, weight: NUMBER}",
     ),
 ]
+
+
+class RemoteConfig(Section):
+    """``data.remote``: how long to try before an object behind a URL counts as lost, which stops the run."""
+
+    # for one piece (4 MiB) of an object, all attempts together
+    deadline_seconds: float = Field(default=300.0, gt=0.0)
+    # for one attempt
+    stall_seconds: float = Field(default=30.0, gt=0.0)
+
+    @property
+    def patience(self) -> Patience:
+        """The same for a store."""
+        return Patience(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
+
+
+class CacheConfig(Section):
+    """``data.cache``: copies of remote shards on a local disk; without it, each image is read over the network."""
+
+    # a folder, which the ranks of a machine share, and other runs may share too; null: no copies
+    dir: str | None = None
+    # bytes that the folder never exceeds, such as 200GB
+    limit: Size | None = None
+    # shards that a rank fetches at a time
+    downloads: Positive = 4
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> CacheConfig:
+        if (self.dir is None) != (self.limit is None):
+            raise ValueError("dir and limit need each other")
+        if self.dir is None and self.downloads != CacheConfig.model_fields["downloads"].default:
+            raise ValueError("downloads has an effect only with dir")
+        return self
 
 
 class DataConfig(Section):
@@ -60,6 +94,8 @@ class DataConfig(Section):
     read_ahead_bytes: Positive = 256 * 2**20
     # an image with more pixels is refused before it is decoded
     max_pixels: Positive = 178_956_970
+    cache: CacheConfig = CacheConfig()
+    remote: RemoteConfig = RemoteConfig()
 
     @property
     def shares(self) -> tuple[SetShare, ...]:

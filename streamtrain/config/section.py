@@ -42,6 +42,34 @@ Steps = Annotated[int, BeforeValidator(_in_steps), Field(ge=0)]
 PositiveSteps = Annotated[int, BeforeValidator(_in_steps), Field(ge=1)]
 
 
+# bytes in units of 1000 and of 1024
+_UNITS = {"B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("B", 1000), ("IB", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``80GB``, ``139 GiB`` or a bare number.
+
+    Raises:
+        ValueError: it is not such a size.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get((match[2] or "B").upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError("must be a size such as 80GB or 139GiB, or a number of bytes")
+    return round(float(match[1]) * unit)
+
+
+# a number of bytes, in a file also as text with a unit
+Size = Annotated[
+    int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value), Field(ge=1)
+]
+
+
 def branch(name: str) -> str:
     """The tag of one form of a key that has several; errors leave it out of the key's name."""
     return f"<{name}>"

@@ -20,13 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shards.mixture import AnySet, stream_order
+from shards.cache import ShardCache
+from shards.mixture import AnySet
 from shards.quarantine import Quarantine
 from shards.source import Source
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import Finished, Producer
 from streamtrain.data.sizes import SizeChoice
+from streamtrain.data.stream import open_cache, order_of
 from streamtrain.errors import CheckpointError
 
 STATE_VERSION = 1
@@ -78,6 +80,7 @@ class Loader:
         world_size: int,
         device: torch.device | str,
         start_slot: int = 0,
+        end_slot: int | None = None,
         lane_block: int | None = None,
         local_world_size: int = 1,
         quarantine: Quarantine | None = None,
@@ -85,6 +88,7 @@ class Loader:
         """Start reading at ``start_slot``.
 
         Args:
+            end_slot: where the run ends; nothing that is read only later is copied to the cache.
             quarantine: takes note of images that cannot be used, which others then stand in for; without one, the
                 first such image ends the stream.
             lane_block: of a resumed stream, from its state; a new one fits it to the global batch.
@@ -95,9 +99,7 @@ class Loader:
             ValueError: micro-batch x ranks does not divide the global batch.
         """
         global_batch, _ = config.batch_split(world_size)
-        # whole lanes a rank where the batch allows it; otherwise more ranks read more shards, nothing else
-        lane_block = lane_block or max(1, global_batch // config.data.lanes)
-        order = stream_order(shard_set, config.run.seed, config.data.window, config.data.lanes, lane_block)
+        order = order_of(config, shard_set, world_size, lane_block)
         slots = micro_batch_slots(start_slot, global_batch, config.data.micro_batch, rank, world_size)
         self._identity = {"version": STATE_VERSION, "digest": shard_set.digest, **order.parameters}
         self.wait_seconds = 0.0
@@ -107,20 +109,25 @@ class Loader:
         self._ready: queue.Queue[Finished | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
         threads = config.data.decode_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+        self._cache = open_cache(
+            config, shard_set, order, rank=rank, world_size=world_size, start_slot=start_slot, end_slot=end_slot
+        )
+        self._remote_set = shard_set if shard_set.is_remote else None
         source = Source(
-            shard_set,
+            shard_set if self._cache is None else shard_set.reading_copies(self._cache),
             order,
             threads=config.data.reader_threads,
             max_bytes_in_flight=config.data.read_ahead_bytes,
             quarantine=quarantine,
             max_pixels=config.data.max_pixels,
+            on_read=None if self._cache is None else self._cache.passed,
         )
         self._quarantine = quarantine
         choice = SizeChoice(config, global_batch, start_slot)
         producer = Producer(source, slots, config, torch.device(device), choice, start_slot, threads)
         # the thread knows nothing of the loader, so that a forgotten loader is collected and stops it
         thread = threading.Thread(target=_produce, args=(producer, self._ready, stop), name="loader", daemon=True)
-        self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop)
+        self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop, self._cache)
         thread.start()
 
     def __iter__(self) -> Loader:
@@ -158,6 +165,19 @@ class Loader:
         unusable = self._quarantine.num_entries if self._quarantine is not None else 0
         return {**self._identity, "next_slot": next_slot, "quarantine": unusable}
 
+    def scalars(self) -> dict[str, float]:
+        """Running counts of this rank, under the tags that they are logged by; of a remote set also its traffic."""
+        scalars = {}
+        if self._quarantine is not None:
+            scalars["data/quarantined"] = float(self._quarantine.num_entries)
+        if self._remote_set is not None:
+            traffic = self._remote_set.traffic
+            scalars["data/downloaded_bytes"] = float(traffic.num_bytes)
+            scalars["data/retries"] = float(traffic.num_retries)
+        if self._cache is not None and (opened := self._cache.hits + self._cache.misses):
+            scalars["data/cache_hit_share"] = self._cache.hits / opened
+        return scalars
+
     def close(self) -> None:
         """Stop the thread, the readers and DALI; may be called twice."""
         self._shut_down()
@@ -183,9 +203,14 @@ def _produce(producer: Producer, ready: queue.Queue[Finished | BaseException], s
 
 
 def _shut_down(
-    thread: threading.Thread, ready: queue.Queue[Finished | BaseException], stop: threading.Event
+    thread: threading.Thread,
+    ready: queue.Queue[Finished | BaseException],
+    stop: threading.Event,
+    cache: ShardCache | None,
 ) -> None:
     stop.set()
+    if cache is not None:
+        cache.close()  # first, since readers may be waiting for a shard
     while thread.is_alive():
         # the thread may be waiting for room in the queue
         try:

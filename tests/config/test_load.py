@@ -180,3 +180,18 @@ def test_an_epoch_of_a_mixture_is_as_many_samples_as_its_sets_hold(tmp_path: Pat
         pack(draw_folder(tmp_path / f"{name} images", count), tmp_path / name, PackOptions())
     shards = f"data.shards=[{{shards: {tmp_path / 'a'}, weight: 1}}, {{shards: {tmp_path / 'b'}, weight: 9}}]"
     assert load_config("vits16.yaml", [shards, "data.micro_batch=4", "run.steps=3 epochs"]).run.steps == 12
+
+
+def test_sizes_have_units() -> None:
+    for text, limit in (("200GB", 200 * 10**9), ("1.5 MiB", 3 << 19), ("1000", 1000), ("7 kb", 7000)):
+        config = load_config("vits16.yaml", [f"data.cache={{dir: copies, limit: {text}}}"])
+        assert config.data.cache.limit == limit
+    for value, said in (
+        ("{dir: copies, limit: much}", "data.cache.limit: must be a size such as 80GB"),
+        ("{dir: copies, limit: 0B}", "data.cache.limit: must be at least 1"),
+        ("{dir: copies}", "data.cache: dir and limit need each other"),
+        ("{limit: 1GB}", "data.cache: dir and limit need each other"),
+        ("{downloads: 2}", "data.cache: downloads has an effect only with dir"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_config("vits16.yaml", [f"data.cache={value}"])

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from watched_folder import folder_bytes
 
 from shards.errors import ShardError
 from shards.ledger import FAR, Ledger, Refusal, Reservation
@@ -23,17 +24,6 @@ from shards.ledger import FAR, Ledger, Refusal, Reservation
 _ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {hashlib.md5(name).hexdigest(): 100 * (number + 1) for number, name in enumerate((b"a", b"b", b"c", b"d"))}
 _KEYS = st.sampled_from(sorted(_SIZES))
-
-
-def folder_bytes(folder: Path) -> int:
-    """What somebody else counts: the bytes of all files, names that are gone meanwhile left out."""
-    total = 0
-    for entry in os.scandir(folder):
-        try:
-            total += entry.stat(follow_symlinks=False).st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def fetch(reservation: Reservation, num_bytes: int) -> None:

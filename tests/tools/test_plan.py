@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_said_and_mended() -> None:
     [
         (("--config", "absent.yaml", *EIGHT[2:]), "no config"),
         ((*EIGHT, "model.dpeth=3"), "did you mean model.depth"),
-        ((*EIGHT[:5], "eighty"), "is not a size"),
+        ((*EIGHT[:5], "eighty"), "must be a size"),
         ((*EIGHT, "data.micro_batch=7"), "not a multiple"),
     ],
 )

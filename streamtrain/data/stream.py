@@ -1,0 +1,107 @@
+"""What a rank reads of the stream: which order, whose lanes, and through which local copies. Free of torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+
+from shards.cache import ShardCache, bytes_in_use
+from shards.ledger import Ledger
+from shards.mixture import AnySet, Mixture, stream_order
+from shards.order import Order, SlotOrder
+from streamtrain.config.tree import Config
+from streamtrain.errors import ConfigError
+
+_SLOTS_LOOKED_AT = 1 << 20
+
+
+def order_of(config: Config, shard_set: AnySet, world_size: int, lane_block: int | None = None) -> Order | Mixture:
+    """The order of a run's stream.
+
+    Args:
+        lane_block: of a resumed stream, from its state; a new one fits it to the global batch.
+
+    Raises:
+        ShardError: a set holds no samples, or its weight in a mixture is too small.
+        ConfigError: micro-batch x ranks does not divide the global batch.
+    """
+    global_batch, _ = config.batch_split(world_size)
+    data = config.data
+    # whole lanes a rank where the batch allows it; otherwise more ranks read more shards, nothing else
+    lane_block = lane_block or max(1, global_batch // data.lanes)
+    return stream_order(shard_set, config.run.seed, data.window, data.lanes, lane_block)
+
+
+def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
+    """The lanes that serve a share of every batch (such as ``range(0, 8)``, its first eight samples)."""
+    period = math.lcm(global_batch, order.lane_cycle)
+    steps = period // global_batch
+    if steps * len(share) > _SLOTS_LOOKED_AT:
+        return frozenset(range(order.num_lanes))  # more than the truth does no harm but to the speed
+    firsts = start_slot + np.arange(steps) * global_batch
+    slots = (firsts[:, None] + np.asarray(share)).reshape(-1)
+    return frozenset(np.unique(order.lanes_of(slots)).tolist())
+
+
+def check_cache(
+    config: Config, shard_set: AnySet, order: SlotOrder, rank: int, world_size: int, local_world_size: int
+) -> None:
+    """Whether ``data.cache`` makes sense and is large enough for what the ranks of this machine read at a time.
+
+    Raises:
+        ConfigError: it is not; names the bytes that are needed.
+    """
+    cache = config.data.cache
+    if cache.limit is None:
+        return
+    entries = [remote.entry for shard in range(shard_set.num_shards) if (remote := shard_set.remote(shard))]
+    if not entries:
+        raise ConfigError(f"data.cache has no effect: {config.data.shards_text} is on this machine; leave it out")
+    global_batch, _ = config.batch_split(world_size)
+    samples, first_rank = global_batch // world_size, rank // local_world_size * local_world_size
+    share = range(samples * first_rank, samples * min(first_rank + local_world_size, world_size))
+    lanes = len(lanes_read(order, global_batch, 0, share))
+    needed = bytes_in_use(entries, lanes * config.data.window, local_world_size)
+    if cache.limit < needed:
+        raise ConfigError(
+            f"data.cache.limit is {cache.limit} bytes, but the shards that this machine reads at a time need {needed} "
+            f"({lanes} lanes x data.window {config.data.window} shards); raise it, or lower data.window or data.lanes"
+        )
+
+
+def open_cache(
+    config: Config,
+    shard_set: AnySet,
+    order: SlotOrder,
+    *,
+    rank: int,
+    world_size: int,
+    start_slot: int,
+    end_slot: int | None,
+) -> ShardCache | None:
+    """Begin to copy what a rank is going to read from ``start_slot`` on; None without ``data.cache``.
+
+    Args:
+        end_slot: where the run ends, and nothing further need be copied; None: never.
+
+    Raises:
+        ShardError: the folder cannot be used.
+    """
+    cache = config.data.cache
+    if cache.dir is None or cache.limit is None:
+        return None
+    global_batch, _ = config.batch_split(world_size)
+    samples = global_batch // world_size
+    lanes = lanes_read(order, global_batch, start_slot, range(samples * rank, samples * (rank + 1)))
+    blocks = order.blocks(start_slot, lanes)
+    return ShardCache(
+        Ledger(Path(cache.dir).expanduser(), cache.limit),
+        shard_set.remote,
+        itertools.takewhile(lambda block: end_slot is None or block.first_slot < end_slot, blocks),
+        start_slot=start_slot,
+        horizon_slots=2 * shard_set.num_samples,
+        downloads=cache.downloads,
+    )
