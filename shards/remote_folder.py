@@ -12,6 +12,8 @@ from shards.store import Patience, Store
 # Listing a bucket, or sending a shard, is one attempt, and may take its time.
 _PATIENCE = Patience(deadline_seconds=3600.0, stall_seconds=1200.0)
 _READ_ONLY = ("http", "https")
+# Asked for a folder, some of these would make a bucket.
+_WITHOUT_FOLDERS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "oci", "oss")
 
 Result = TypeVar("Result")
 
@@ -21,11 +23,12 @@ class RemoteFolder(Store):
 
     def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
         super().__init__(url, patience)
+        self._protocol = self.url.partition("://")[0]
 
     @property
     def writable(self) -> bool:
         """Whether its protocol can write at all."""
-        return self.url.partition("://")[0] not in _READ_ONLY
+        return self._protocol not in _READ_ONLY
 
     def tree(self) -> dict[str, int | None]:
         """The names of all objects below, in any depth, sorted, with their lengths in bytes where these are known."""
@@ -48,8 +51,8 @@ class RemoteFolder(Store):
         """Send a file; it replaces what is there."""
 
         def send() -> None:
-            # object stores have no folders, and make nothing here
-            self._files.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+            if self._protocol not in _WITHOUT_FOLDERS:
+                self._files.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
             self._files.put_file(str(source), self._path(name))
 
         self.persist(name, send)

@@ -3,6 +3,7 @@
 
 python tools/bench.py loader --set SET [--batch 32] [--batches 40] [--compare webdataset] [--json] [a.b=value ...]
 python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5 [--json] [a.b=value ...]
+python tools/bench.py stream --set SET --samples 50000 [--loader] [--json] [a.b=value ...]
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256 [--json] [a.b=value ...]
 python tools/bench.py memory --config vits16.yaml --ranks 2 [--steps 3] [--json] engine.dtype=bf16 data.shards=SET
 
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     subjects = parser.add_subparsers(dest="subject", required=True)
     add_loader(subjects)
     add_order(subjects)
+    add_stream(subjects)
     add_prototypes(subjects)
     add_memory(subjects)
     return parser.parse_args()
@@ -97,6 +99,20 @@ def run_order(arguments: argparse.Namespace) -> dict[str, Any]:
         int(arguments.samples), arguments.shard_samples, arguments.world, arguments.at,
         data.micro_batch, data.window, data.lanes,
     )  # fmt: skip
+
+
+def add_stream(subjects: Any) -> None:
+    parser = add_subject(subjects, "stream", run_stream, "resident memory of a long stream, and whether it grows")
+    parser.add_argument("--set", type=Path, required=True, help="shard set")
+    parser.add_argument("--samples", type=int, default=50_000, help="over which the slope is taken, after a warm-up")
+    parser.add_argument("--loader", action="store_true", help="decode and augment too, rather than read alone")
+
+
+def run_stream(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import stream
+
+    overrides = [f"data.shards={arguments.set}", *arguments.overrides]
+    return stream.run(configured(overrides), arguments.samples, arguments.loader)
 
 
 def add_prototypes(subjects: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_images import drawn_image, encoded
 from PIL import Image
 
 from shards.pack import PackOptions, pack
@@ -74,3 +77,38 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     done = bench("loader", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_slope_of_a_level_stretch_is_0_within_its_error_and_that_of_a_leak_is_not() -> None:
+    sys.path.insert(0, str(BENCH.parent))
+    from benchmarks.stream import slope_with_error
+
+    noise = np.random.default_rng(0).normal(0, 1e5, 3000)
+    slope, error = slope_with_error(3e8 + noise)
+    assert abs(slope) < error
+    slope, error = slope_with_error(3e8 + noise + 100.0 * np.arange(3000))
+    assert abs(slope - 100.0) < error < 20.0
+
+
+def drawn_set(folder: Path, count: int) -> Path:
+    images = ((f"{number}.jpg", encoded(drawn_image(number, 60, 45))) for number in range(count))
+    with tarfile.open(folder / f"{count}.tar", "w") as tar:
+        for name, payload in images:
+            header = tarfile.TarInfo(name)
+            header.size = len(payload)
+            tar.addfile(header, io.BytesIO(payload))
+    pack(folder / f"{count}.tar", folder / str(count), PackOptions(shard_bytes=250_000), workers=2)
+    return folder / str(count)
+
+
+@pytest.mark.slow
+def test_memory_of_a_long_stream_is_level_and_does_not_depend_on_the_size_of_the_set(tmp_path: Path) -> None:
+    resident = []
+    for count in (1_500, 15_000):
+        done = bench("stream", "--set", drawn_set(tmp_path, count), "--samples", "50000", "--json")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        # a slope of a few pages of 4 KB in all is what a flat line looks like
+        assert result["samples"] >= 50_000 and result["rss_slope_low"] * result["samples"] < 100_000
+        resident.append(result["rss_bytes"])
+    assert resident[1] == pytest.approx(resident[0], rel=0.1)

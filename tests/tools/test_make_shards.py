@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +157,44 @@ def test_killed_packings_leave_no_set_and_no_process_and_go_on_to_the_same(tmp_p
         ended = _run(_PACK, "--src", folder, "--out", target, "--shard-size", "40KB", "--workers", 1, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
     assert _files(out) == _files(unbroken)
+
+
+def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], kills: int, longest: float) -> None:
+    """Start a packing and kill it at random moments; whenever one ends before its kill, compare it and begin anew."""
+    draw = random.Random(7)
+    while kills:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            _, said = process.communicate(timeout=draw.uniform(0.0, longest))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills -= 1
+            continue
+        assert process.returncode == 0, said
+        assert _files(out) == unbroken
+        shutil.rmtree(out)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert _files(out) == unbroken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["folder", "url"])
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, place: str) -> None:
+    folder = draw_folder(tmp_path / "images", 3000, ("a", "b"))
+    (folder / "a" / "broken.jpg").write_bytes(b"text")
+    shutil.copy(folder / "b" / "image 2001.jpg", folder / "b" / "same.jpg")
+    options = ["--src", str(folder), "--shard-size", "100KB", "--workers", "2", "--shuffle", "1", "--dedup"]
+    began = time.monotonic()
+    ended = _run(_PACK, *options, "--out", tmp_path / "unbroken", cwd=tmp_path)
+    seconds = time.monotonic() - began
+    assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "set"
+    target = out.as_uri() if place == "url" else str(out)
+    command = [*_PACK, *options, "--out", target, "--scratch", str(tmp_path / "scratch")]
+    _kill_at_random(command, out, _files(tmp_path / "unbroken"), 20, seconds / 4)
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_the_help_teaches() -> None:

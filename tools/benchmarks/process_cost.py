@@ -57,10 +57,15 @@ def settle(quiet_seconds: float = 0.3) -> float:
     return last_work
 
 
+def rss_bytes() -> int:
+    """What is resident now (Linux only)."""
+    return _status("VmRSS")
+
+
 def reset_peak_rss() -> int:
     """Forget the peak so far; returns the bytes that are resident now (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
+    return rss_bytes()
 
 
 def peak_rss_since(stood: int) -> int:
