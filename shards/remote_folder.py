@@ -48,14 +48,25 @@ class RemoteFolder(Store):
         return cast(BinaryIO, self.persist(name, lambda: self._files.open(self._path(name), "rb")))
 
     def upload(self, source: Path, name: str) -> None:
-        """Send a file; it replaces what is there."""
+        """Send a file; it replaces what is there.
+
+        Raises:
+            ShardError: it cannot be written; names the object.
+        """
 
         def send() -> None:
             if self._protocol not in _WITHOUT_FOLDERS:
                 self._files.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
             self._files.put_file(str(source), self._path(name))
 
-        self.persist(name, send)
+        try:
+            self.persist(name, send)
+        except ShardError as error:
+            absent = isinstance(error.__cause__, FileNotFoundError)
+            reason = "there is no such bucket" if absent else str(error)
+            raise ShardError(
+                f"{self.url_of(name)} cannot be written ({reason}); mend that and run this again to go on"
+            ) from error
 
     def remove(self, name: str) -> None:
         """Take an object away, if it is there."""

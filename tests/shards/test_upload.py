@@ -120,7 +120,9 @@ def test_an_interrupted_upload_goes_on_and_sends_nothing_twice(
     assert twice == ([] if kept else ["shards/000000.tar"])
 
 
-def test_an_upload_whose_shards_were_taken_away_says_what_to_do(tmp_path: Path, bucket: str) -> None:
+def test_an_upload_whose_shards_were_taken_away_says_what_to_do(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = draw_folder(tmp_path / "images", 50)
     pack(images, bucket, _SMALL, scratch=tmp_path / "whole")
     entries = list(ShardSet.open(bucket).manifest.shards)
@@ -139,6 +141,11 @@ def test_an_upload_whose_shards_were_taken_away_says_what_to_do(tmp_path: Path, 
         pack(images, bucket, _SMALL, scratch=tmp_path / "scratch")
     with pytest.raises(ShardError, match="cannot be written to; give a folder, or a URL such as s3"):
         pack(images, "http://127.0.0.1:1/set", _SMALL)
+    closed = (tmp_path / "file").as_uri() + "/set"
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(RemoteFolder.__init__, "__defaults__", (Patience(0.2, 1.0, 0.01, 0.02),))
+    with pytest.raises(ShardError, match=r"/set/packing\.jsonl cannot be written \(.*\); mend that and run this again"):
+        pack(images, closed, _SMALL, scratch=tmp_path / "scratch")
 
 
 @contextmanager
