@@ -23,7 +23,8 @@ from shards.store import Patience, Store, Traffic
 from shards.tars import LocalTar, RemoteTar, Tar, is_url
 
 _log = logging.getLogger(__name__)
-_OPEN_SHARDS = 200  # each takes two open files; the usual limit is 1024
+_OPEN_SHARDS = 200  # of a local set, where each takes two open files; the usual limit is 1024
+_INDEX_BYTES = 512 << 20  # of a remote set's indexes, which are held in memory
 
 
 class OpenShard(Protocol):
@@ -262,9 +263,14 @@ class ShardSet:
         opened = _OpenShard(self._load_records(entry), tar)
         with self._lock:
             self._open[shard] = opened
-            while len(self._open) > _OPEN_SHARDS:
+            while self._holds_too_much():
                 self._open.popitem(last=False)
         return opened
+
+    def _holds_too_much(self) -> bool:
+        if self._store is None:
+            return len(self._open) > _OPEN_SHARDS
+        return sum(opened.records().nbytes for opened in self._open.values()) > _INDEX_BYTES
 
     def _remote_tar(self, entry: ShardEntry) -> RemoteTar | None:
         if not self._is_remote(entry):

@@ -40,6 +40,7 @@ class FaultyServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the receipt of its header
     server: FaultyServer
 
     def log_message(self, *_: object) -> None:
@@ -49,7 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve(None, body=False)
 
     def do_GET(self) -> None:
-        fault = self.server.faults.pop(0) if self.server.faults else None
+        there = self.path not in self.server.gone
+        fault = self.server.faults.pop(0) if there and self.server.faults else None
         self.server.gets.append((self.path, fault))
         self._serve(fault, body=True)
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from watched_folder import watched
 from shards.cache import CachedShard, ShardCache, bytes_in_use, copy_bytes
 from shards.errors import ShardError
 from shards.ledger import Ledger
+from shards.manifest import Manifest
 from shards.mixture import AnySet, open_sets, stream_order
 from shards.order import Block
 from shards.pack import PackOptions, pack
@@ -310,3 +312,19 @@ def test_closing_ends_whoever_waits(server: FaultyServer, tmp_path: Path) -> Non
         with pytest.raises(ShardError, match="the cache is closed"):
             cache.get(0)
     assert not list((tmp_path / "cache").glob("*.user"))
+
+
+def test_without_a_cache_an_index_is_read_once_however_many_shards_are_in_use(tmp_path: Path) -> None:
+    one = packed_set(tmp_path, 4)
+    (entry,) = one.manifest.shards
+    shards = [replace(entry, name=f"{number:06d}.tar") for number in range(210)]
+    for shard in shards[1:]:
+        shutil.copy(one.index_path(0), one.path / "index" / shard.index_name)
+    Manifest(tuple(shards)).save(one.path)
+    with faulty_server(tmp_path) as server:
+        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        for _ in range(2):
+            for shard in range(210):
+                assert remote.record(shard, 0) == one.record(0, 0)
+        gets = Counter(path for path, _ in server.gets)
+    assert len(gets) == 211 and set(gets.values()) == {1}
