@@ -19,7 +19,7 @@ from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
 # what a value must be, by the beginning of a validation error's type
-_TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_": "text"}
+_TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text"}
 # how the bounds of a number are called in such an error's context, and here
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -160,7 +160,11 @@ def to_yaml(config: Config) -> str:
 
 def _explain(error: ValidationError) -> Iterator[str]:
     """One phrase a fault: the key, what is wrong, and what was given."""
-    for fault in error.errors():
+    faults = error.errors()
+    faulty = {fault["loc"] for fault in faults}
+    for fault in faults:
+        if fault["type"] == "too_short" and any(loc[: len(fault["loc"])] == fault["loc"] != loc for loc in faulty):
+            continue  # the items that were wrong are missing from the list; they are told of by themselves
         key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         if fault["type"] == "extra_forbidden":
             near = _nearest(key)

@@ -165,7 +165,7 @@ def test_shards_are_a_path_or_a_list_with_weights(tmp_path: Path) -> None:
         ("3", "data.shards: give the path or the URL of a shard set, or a list of"),
         ("[]", "data.shards: Tuple should have at least 1 item"),
         ("[{shards: a}]", "data.shards.0.weight: Field required"),
-        ("[{shards: a, weight: 0}]", "data.shards.0.weight: Input should be greater than 0 (got 0)"),
+        ("[{shards: a, weight: 0}]", "data.shards.0.weight: must be above 0.0 (got 0)"),
         ("[{shards: a, weight: .inf}]", "data.shards.0.weight: Input should be a finite number"),
         ("[{shards: '', weight: 1}]", "data.shards.0.shards: String should have at least 1 character"),
         ("[{shards: a, weigth: 1, weight: 1}]", "unknown key data.shards.0.weigth"),
