@@ -25,7 +25,7 @@ import numpy as np
 
 from shards.errors import ShardError
 from shards.index import RECORD
-from shards.ledger import USE_BYTES, Ledger, Refusal
+from shards.ledger import USE_BYTES, Ledger, Refusal, Reservation
 from shards.manifest import ShardEntry
 from shards.order import Block
 from shards.shard_set import RemoteShard
@@ -112,6 +112,7 @@ class ShardCache:
         self._ledger, self._remote, self._blocks = ledger, remote, blocks
         self._position, self._horizon_slots = start_slot, horizon_slots
         self.hits = self.misses = 0
+        self._claiming = threading.Lock()
         self._changed = threading.Condition()  # guards everything below
         self._ahead: list[Block] = []
         self._planned: dict[int, _Planned] = {}  # in the order of first use
@@ -123,6 +124,7 @@ class ShardCache:
         self._busy_until: dict[int, float] = {}  # another process fetches these
         self._full_until = self._told_at = 0.0
         self._num_done = 0  # blocks read to their end
+        self._told_of_direct_reads = False
         self._broken: OSError | None = None  # what keeps the threads from working at all
         self._closing = threading.Event()
         self._look_ahead()
@@ -270,14 +272,27 @@ class ShardCache:
 
     def _work(self) -> None:
         """A thread: fetch what is needed next."""
-        while not self._closing.is_set():
+        while True:
+            # one thread at a time looks for it and makes room, so that room goes to what is needed first
+            with self._claiming:
+                claimed = self._claim()
+            if claimed is None:
+                return
+            shard, reservation = claimed
+            self._note(shard, self._fetch(shard, reservation))
+
+    def _claim(self) -> tuple[int, Reservation] | None:
+        """Wait for a shard to be needed, and make room for it; None when there is nothing to wait for any more."""
+        while True:
             with self._changed:
+                if self._closing.is_set():
+                    return None
                 try:
                     shard = self._choose()
                 except OSError as error:
                     self._broken = error
                     self._changed.notify_all()
-                    return
+                    return None
                 if shard is None:
                     self._changed.wait(_BUSY_SECONDS if self._busy_until else _FULL_SECONDS)
                 else:
@@ -286,12 +301,10 @@ class ShardCache:
             if shard is None:
                 self._tell()
                 continue
-            outcome = self._fetch(shard)
-            with self._changed:
-                self._fetching.discard(shard)
-                if outcome is not Refusal.FULL or num_done == self._num_done:  # else there may be room by now
-                    self._note(shard, outcome)
-                self._changed.notify_all()
+            given = self._reserve(shard)
+            if isinstance(given, Reservation):
+                return shard, given
+            self._note(shard, None if given is Refusal.FULL and num_done != self._num_done else given)
 
     def _choose(self) -> int | None:
         now = time.monotonic()
@@ -321,46 +334,62 @@ class ShardCache:
         with contextlib.suppress(OSError):  # a full disk is a fault only when a shard is to be fetched
             self._ledger.publish(self._distances())
 
-    def _fetch(self, shard: int) -> Refusal | Exception | None:
-        """Copy a shard; what stood in the way, if anything did."""
+    def _reserve(self, shard: int) -> Reservation | Refusal | ShardError:
         remote = self._remote(shard)
         assert remote is not None
         try:
             self._ledger.publish(self._distances())
-            given = self._ledger.reserve(_key(remote), copy_bytes(remote.entry))
-            if isinstance(given, Refusal):
-                return given
-            try:
-                _download(remote, given.path, self._closing)
-                given.commit()
-            except OSError:
-                given.give_back()
-                raise
-            except BaseException:
-                given.leave()
-                raise
-        except Interrupted:
-            return None
+            return self._ledger.reserve(_key(remote), copy_bytes(remote.entry))
         except OSError as error:
-            return ShardError(
-                f"the cache folder {self._ledger.folder} cannot take the {copy_bytes(remote.entry)} bytes of "
-                f"{remote.tar.url} ({error.strerror}); free space there, or lower the limit of the cache"
-            )
+            return self._no_space(remote, error)
+
+    def _fetch(self, shard: int, reservation: Reservation) -> Exception | None:
+        """Copy a shard; what stood in the way, if anything did."""
+        remote = self._remote(shard)
+        assert remote is not None
+        try:
+            _download(remote, reservation.path, self._closing)
+            reservation.commit()
+        except OSError as error:
+            reservation.give_back()
+            return self._no_space(remote, error)
         except Exception as error:  # told to whoever needs the shard
-            return error
+            reservation.leave()
+            return None if isinstance(error, Interrupted) else error
         return None
 
+    def _no_space(self, remote: RemoteShard, error: OSError) -> ShardError:
+        return ShardError(
+            f"the cache folder {self._ledger.folder} cannot take the {copy_bytes(remote.entry)} bytes of "
+            f"{remote.tar.url} ({error.strerror}); free space there, or lower the limit of the cache"
+        )
+
     def _note(self, shard: int, outcome: Refusal | Exception | None) -> None:
+        """What came of an attempt to fetch a shard."""
         now = time.monotonic()
-        if outcome is Refusal.BUSY:
-            self._busy_until[shard] = now + _BUSY_SECONDS
-        elif outcome is Refusal.FULL:
-            self._full_until = self._refused_until[shard] = now + _FULL_SECONDS
-        elif isinstance(outcome, Exception):
-            self._failures[shard] = outcome
-            self._full_until = now + _FULL_SECONDS  # whatever it was: do not hurry to the next
-            if shard not in self._demanded:
-                _log.warning("%s; tried again when it is needed", outcome)
+        with self._changed:
+            self._fetching.discard(shard)
+            if outcome is Refusal.BUSY:
+                self._busy_until[shard] = now + _BUSY_SECONDS
+            elif outcome is Refusal.FULL:
+                self._full_until = self._refused_until[shard] = now + _FULL_SECONDS
+                self._tell_of_direct_reads(shard)
+            elif isinstance(outcome, Exception):
+                self._failures[shard] = outcome
+                self._full_until = now + _FULL_SECONDS  # whatever it was: do not hurry to the next
+                if shard not in self._demanded:
+                    _log.warning("%s; tried again when it is needed", outcome)
+            self._changed.notify_all()
+
+    def _tell_of_direct_reads(self, shard: int) -> None:
+        if shard in self._demanded and not self._told_of_direct_reads:
+            self._told_of_direct_reads = True
+            _log.warning(
+                "the cache folder %s finds no room within %d bytes for a shard that is needed now; its images are read "
+                "over the network, which a higher limit spares (said once)",
+                self._ledger.folder,
+                self._ledger.limit_bytes,
+            )
 
 
 def _key(remote: RemoteShard) -> str:

@@ -15,9 +15,11 @@ neither touched nor counted.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,22 +77,25 @@ class Reservation:
 
     def __init__(self, path: Path, descriptor: int, lock: filelock.BaseFileLock) -> None:
         self.path = path
-        self._descriptor, self._lock = descriptor, lock
+        self._descriptor: int | None = descriptor
+        self._lock = lock
 
     def commit(self) -> None:
         """The file is whole."""
         with self._lock.acquire(poll_interval=_POLL_SECONDS):
+            self.leave()  # first, so that whoever sees the file can open it
             os.replace(self.path, self.path.with_name(f"{self.path.name.partition('.')[0]}.shard"))
-            os.close(self._descriptor)
 
     def leave(self) -> None:
         """Somebody may go on with what has come so far."""
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def give_back(self) -> None:
         """Drop what has come so far."""
         self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        self.leave()
 
 
 class Ledger:
@@ -275,6 +280,17 @@ class Ledger:
         finally:
             for _, descriptor in going:
                 os.close(descriptor)
+
+
+def space_for(folder: Path) -> int:
+    """Bytes that a cache in a folder can come to: what it has there already, and what the disk has free."""
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    mine = 0
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                mine += entry.stat(follow_symlinks=False).st_size if _FILE.fullmatch(entry.name) else 0
+    return mine + shutil.disk_usage(disk).free
 
 
 def _lock_exclusively(path: Path) -> int | None:

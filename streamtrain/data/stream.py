@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.cache import ShardCache, bytes_in_use
-from shards.ledger import Ledger
+from shards.cache import ShardCache, bytes_in_use, copy_bytes
+from shards.ledger import Ledger, space_for
 from shards.mixture import AnySet, Mixture, stream_order
 from shards.order import Order, SlotOrder
 from streamtrain.config.tree import Config
@@ -49,13 +49,13 @@ def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: rang
 def check_cache(
     config: Config, shard_set: AnySet, order: SlotOrder, rank: int, world_size: int, local_world_size: int
 ) -> None:
-    """Whether ``data.cache`` makes sense and is large enough for what the ranks of this machine read at a time.
+    """Whether ``data.cache`` makes sense, is large enough for what the ranks of this machine read, and has the disk.
 
     Raises:
-        ConfigError: it is not; names the bytes that are needed.
+        ConfigError: it is not so; names the bytes that are needed.
     """
     cache = config.data.cache
-    if cache.limit is None:
+    if cache.dir is None or cache.limit is None:
         return
     entries = [remote.entry for shard in range(shard_set.num_shards) if (remote := shard_set.remote(shard))]
     if not entries:
@@ -69,6 +69,12 @@ def check_cache(
         raise ConfigError(
             f"data.cache.limit is {cache.limit} bytes, but the shards that this machine reads at a time need {needed} "
             f"({lanes} lanes x data.window {config.data.window} shards); raise it, or lower data.window or data.lanes"
+        )
+    wanted, space = min(cache.limit, sum(map(copy_bytes, entries))), space_for(Path(cache.dir).expanduser())
+    if space < wanted:
+        raise ConfigError(
+            f"data.cache may come to {wanted} bytes, but its disk has room for {space}; lower data.cache.limit, or set "
+            "data.cache.dir to a folder elsewhere"
         )
 
 

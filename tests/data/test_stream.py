@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from faulty_server import FaultyServer, faulty_server
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.manifest import Manifest
 from shards.order import Order
 from shards.shard_set import ShardSet
 from streamtrain.config.load import build, open_shard_set
@@ -84,6 +86,13 @@ def test_a_limit_below_the_window_is_refused_with_the_bytes_that_are_needed(
     # 4 lanes of 2 shards; of two ranks on two machines, each reads half of the lanes
     assert sum(sizes[:8]) < needed[1, 1] < needed[2, 2] < sum(sizes[:9]) and needed[2, 1] < 0.6 * needed[1, 1]
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_too_small_for_the_limit_is_refused(server: FaultyServer, tmp_path: Path) -> None:
+    manifest = Manifest.load(server.root / "set")
+    Manifest(tuple(replace(shard, bytes=10**14) for shard in manifest.shards)).save(server.root / "set")
+    with pytest.raises(ConfigError, match=r"data\.cache may come to 1000000000000000 bytes, but its disk has room for"):
+        check(config_of(f"{server.url}/set", tmp_path / "cache", "1000TB"))
 
 
 def test_a_cache_of_what_is_here_is_refused(origin: ShardSet, tmp_path: Path) -> None:
