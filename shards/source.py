@@ -140,6 +140,18 @@ class Source:
         labels[row], shards[row], samples[row] = image.record["label"], image.shard, image.sample
         return Samples(batch.slots, payloads, sizes, labels, shards, samples)
 
+    def places(self, slots: np.ndarray) -> list[tuple[int, int]]:
+        """(shard, sample) of the images at slots (int64 [B]); substitutes for those that are known to be unusable."""
+        _, shards, samples = self.order.locate(slots)
+        found = []
+        for slot, shard, sample in zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True):
+            for attempt in range(MAX_IN_A_ROW):
+                if self.quarantine is None or not self.quarantine.holds(slot, self.shard_set.name(shard), sample):
+                    break
+                shard, sample = self.order.substitute(slot, attempt)
+            found.append((shard, sample))
+        return found
+
     def close(self) -> None:
         """Stop the readers."""
         self._pool.shutdown(wait=True, cancel_futures=True)

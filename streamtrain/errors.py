@@ -13,3 +13,7 @@ class ConfigError(StreamtrainError):
 
 class CheckpointError(StreamtrainError):
     """A checkpoint that is missing, damaged or belongs to another run."""
+
+
+class DivergedError(StreamtrainError):
+    """Training has come to numbers that are not finite, and going on would be of no use."""

@@ -74,6 +74,8 @@ class Position:
     """Where a run goes on: completed steps, and the saved state of the stream (None at a fresh start)."""
 
     step: int
+    # of those, the ones that changed nothing since their numbers were not finite
+    skipped_steps: int
     data: dict[str, Any] | None
     # the checkpoint that says so
     source: Path | None
@@ -112,7 +114,7 @@ def restore(
             teacher.write(read)
         if gram is not None:
             gram.start(None)
-        return Position(0, None, None)
+        return Position(0, 0, None, None)
     with checkpoint.opened(source) as reader:
         for name, fragment in student.fragments.items():
             if reader.state["shapes"].get(name) != list(fragment.shape):
@@ -120,12 +122,13 @@ def restore(
                     f"{reader.folder} holds {name} as {reader.state['shapes'].get(name)}, the configuration makes "
                     f"it {list(fragment.shape)}; use the model that the run was started with"
                 )
-        student.write(reader.read, optimizer_steps=reader.step)
+        skipped = int(reader.state.get("skipped_steps", 0))
+        student.write(reader.read, optimizer_steps=reader.step - skipped)
         teacher.write(reader.read)
         target_maker.load_state_dict(reader.shared())
         if gram is not None:
             gram.start(reader)
-        return Position(reader.step, reader.state["data"], source)
+        return Position(reader.step, skipped, reader.state["data"], source)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.run_folder import describe_run, start_notes
 from streamtrain.schedules import value_at
 from streamtrain.stopping import StopRequest
+from streamtrain.watch.bad_steps import Evidence
+from streamtrain.watch.watch import Watch
 
 HEADS = ("global_head", "patch_head")
 
@@ -125,6 +127,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
             runtime.say(f"resuming at step {step} from {position.source}")
         monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
         stop = StopRequest(run_dir)
+        watch = Watch(config, step, position.skipped_steps)
         with closing(loader), closing(monitor):
             monitor.text("config", f"```yaml\n{to_yaml(config)}```")
             clock = StepClock()
@@ -142,22 +145,32 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
                     losses.append(student.accumulate(batch, target, values.weights))
                     student.step()
-                teacher.update(values.momentum)
+                if student.applied:
+                    teacher.update(values.momentum)
+                else:
+                    target_maker.revert()
 
                 step, slot = step + 1, slot + global_batch
                 means, exit_code = agree(losses, stop.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
                 scalars |= student.gradient_norms() | loader.scalars()
+                scalars |= watch.scalars(step, student.applied, means["total"])
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
                 monitor.log(step, slot, scalars)
+                for line in watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader):
+                    monitor.warn(step, line)
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
                     monitor.panel(step, panel_of(batches[0], config))
-                if due(step, config.run.checkpoint_every) or exit_code or step == config.run.steps:
-                    save(config, step, loader.state_dict(slot), student, teacher, target_maker, gram)
+                saves = due(step, config.run.checkpoint_every) and student.applied
+                if saves or exit_code or step == config.run.steps:
+                    watch.bad_steps.check_weights(step, student.finite(), runtime.device)
+                    state = {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
+                    save(config, step, state, student, teacher, target_maker, gram)
                 if exit_code:
                     stop.clear()
                     runtime.say(f"stopped at step {step}, checkpoint saved; the same command goes on")
                     break
+                watch.bad_steps.check(step)
         runtime.say(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return exit_code
 
@@ -165,7 +178,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
 def save(
     config: Config,
     step: int,
-    data: dict[str, Any],
+    state: dict[str, Any],
     student: Student,
     teacher: Teacher,
     target_maker: TargetMaker,
@@ -178,7 +191,7 @@ def save(
         shards=student.shards() | teacher.shards() | gram.shards(),
         shared=target_maker.state_dict(),
         shapes={name: fragment.shape for name, fragment in student.fragments.items()},
-        state={"data": data},
+        state=state,
     )
     if dist.get_rank() == 0:
         checkpoint.prune(config.run.dir, config.run)

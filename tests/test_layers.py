@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("streamtrain.learner",),),
     (("streamtrain.engine",),),
     (("streamtrain.run_folder", "streamtrain.checkpoint", "streamtrain.stopping"),),
-    (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",)),
+    (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",), ("streamtrain.watch",)),
     (("streamtrain.networks", "streamtrain.gram_anchor", "streamtrain.distillation"),),
     (("streamtrain.train",),),
     (("streamtrain.main",), ("tools",)),

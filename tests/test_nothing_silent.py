@@ -217,9 +217,9 @@ READ = {
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
     "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.cpu_threads", "engine.device",
     "engine.dtype", "init.minimum_matched", "init.weights", "monitor.panel_every", "monitor.panel_samples",
-    "monitor.progress", "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher",
-    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "teacher.average", "teacher.chunk",
-    "teacher.weights",
+    "monitor.progress", "monitor.spike_score", "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes",
+    "objective.gram.teacher", "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last",
+    "run.max_bad_steps", "teacher.average", "teacher.chunk", "teacher.weights",
 }  # fmt: skip
 
 

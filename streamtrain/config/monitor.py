@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from streamtrain.config.section import NonNegative, Section
 
 
@@ -14,3 +16,6 @@ class MonitorConfig(Section):
     panel_every: NonNegative = 500
     # samples a panel shows
     panel_samples: NonNegative = 4
+    # a loss so many robust standard deviations above the median of so many steps before is warned of; window 0: never
+    spike_score: float = Field(default=10.0, gt=0.0)
+    spike_window: NonNegative = 200

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamtrain.config.section import NonNegative, PositiveSteps, Section, Steps
+from streamtrain.config.section import NonNegative, Positive, PositiveSteps, Section, Steps
 
 
 class RunConfig(Section):
@@ -17,3 +17,5 @@ class RunConfig(Section):
     keep_last: NonNegative = 2
     # beyond those, every checkpoint whose step is a multiple of this stays; 0 keeps none
     keep_every: Steps = 0
+    # steps in a row whose loss or gradient is not finite, and which change nothing, before the run stops
+    max_bad_steps: Positive = 10

@@ -122,7 +122,7 @@ class Loader:
             max_pixels=config.data.max_pixels,
             on_read=None if self._cache is None else self._cache.passed,
         )
-        self._quarantine = quarantine
+        self._quarantine, self._source = quarantine, source
         choice = SizeChoice(config, global_batch, start_slot)
         producer = Producer(source, slots, config, torch.device(device), choice, start_slot, threads)
         # the thread knows nothing of the loader, so that a forgotten loader is collected and stops it
@@ -177,6 +177,17 @@ class Loader:
         if self._cache is not None and (opened := self._cache.hits + self._cache.misses):
             scalars["data/cache_hit_share"] = self._cache.hits / opened
         return scalars
+
+    def names(self, slots: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Which image stood at each slot, for people: slot, shard (name of the tar), index in it and WebDataset key.
+
+        Reads a little of the shards, for the keys.
+        """
+        shard_set = self._source.shard_set
+        return [
+            {"slot": slot, "shard": shard_set.name(shard), "index": index, "key": shard_set.key(shard, index)}
+            for slot, (shard, index) in zip(slots.tolist(), self._source.places(slots), strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the thread, the readers and DALI; may be called twice."""

@@ -25,8 +25,11 @@ class ModuleClipping:
     @torch.no_grad()
     def apply(
         self, gradients: Mapping[int, Sequence[torch.Tensor]], groups: Sequence[Sequence[torch.nn.Parameter]]
-    ) -> None:
-        """Clip in place: ``gradients[i][j]`` is this rank's part of the gradient of parameter ``groups[i][j]``."""
+    ) -> torch.Tensor:
+        """Clip in place: ``gradients[i][j]`` is this rank's part of the gradient of parameter ``groups[i][j]``.
+
+        Returns the sum of the modules' norms before, a scalar on their device.
+        """
         parts: list[list[torch.Tensor]] = [[] for _ in self._modules]
         for index, group in enumerate(groups):
             for parameter, gradient in zip(group, gradients[index], strict=True):
@@ -39,6 +42,7 @@ class ModuleClipping:
         for of_module, factor in zip(parts, factors, strict=True):
             for gradient in of_module:
                 gradient.mul_(factor)
+        return self._norms.sum()
 
     def scalars(self) -> dict[str, float]:
         """Norms before the last clipping, by the tags they are logged under."""

@@ -131,6 +131,8 @@ class Student:
                 master.data = value
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
+        # scalars of the step under way that are finite in a sound one
+        self._doubtful: list[torch.Tensor] = []
         self._clipping = (
             ModuleClipping(self.parameters, config.optim.clip) if config.optim.clip_per == "module" else None
         )
@@ -139,13 +141,32 @@ class Student:
         """Forward and backward of one micro-batch; returns the losses, detached."""
         losses = self._engine(*inputs)
         self._engine.backward(losses["total"])
+        self._doubtful.append(losses["total"].detach())
         return {name: loss.detach() for name, loss in losses.items()}
 
     def step(self) -> None:
-        """Call after each ``accumulate``; the last one of an optimiser step applies the update."""
-        if self._clipping is not None and self._engine.is_gradient_accumulation_boundary():
-            self._clipping.apply(self._optimizer.averaged_gradients, self._optimizer.fp16_groups)
+        """Call after each ``accumulate``; the last one of an optimiser step applies the update.
+
+        Where a loss or the gradient of any rank is not finite, nothing is changed on any rank; ``applied`` says so.
+        """
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last:
+            gradients = self._optimizer.averaged_gradients
+            if self._clipping is not None:
+                self._doubtful.append(self._clipping.apply(gradients, self._optimizer.fp16_groups))
+            # The engine leaves out an update whose gradient has no finite norm, which all ranks reduce together and
+            # read at once. What else must be finite travels with it: times 0 it is 0, or NaN.
+            gradients[0][0].view(-1)[:1].add_(torch.stack(self._doubtful).sum() * 0)
+            self._doubtful.clear()
         self._engine.step()
+        if last and not self.applied:
+            # A parameter that takes no part in the next step would still have this step's gradient then.
+            self._optimizer.grad_partitions_flat_buffer.zero_()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last optimiser step changed anything; the same on all ranks."""
+        return bool(self._engine.was_step_applied())
 
     def set_rates(
         self, lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False
@@ -163,6 +184,10 @@ class Student:
         """``[numel]`` fp32 view of this rank's fragment of the master of parameter ``name``."""
         group, offset, numel = self.position(name)
         return self.master_groups[group].detach().narrow(0, offset, numel)
+
+    def finite(self) -> bool:
+        """Whether all of this rank's masters are finite numbers."""
+        return all(bool(torch.stack(torch.aminmax(flat.detach())).isfinite().all()) for flat in self.master_groups)
 
     @property
     def master_groups(self) -> list[torch.Tensor]:

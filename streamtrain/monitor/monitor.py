@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,6 +59,15 @@ class Monitor:
         """Show Markdown text, such as the configuration."""
         if self._events is not None:
             self._events.text(tag, text)
+
+    def warn(self, step: int, line: str) -> None:
+        """Say what somebody should look at, on stderr and under ``warnings`` in TensorBoard."""
+        if self._progress is not None:
+            self._progress.say(f"warning: {line}")
+        elif self._metrics is not None:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        if self._events is not None:
+            self._events.text("warnings", line, step)
 
     def histogram(self, step: int, tag: str, values: Tensor) -> None:
         """Show how ``values`` (any shape) are distributed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,8 +38,10 @@ class EventWriter:
         self._writer.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Those that are not finite are left out."""
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
         """``image``: uint8 [height, width, 3]."""
@@ -56,9 +59,9 @@ class EventWriter:
         images = thumbnails.permute(0, 3, 1, 2).float() / 255
         self._writer.add_embedding(features.float().cpu(), list(labels), images, step, tag)
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, tag: str, text: str, step: int = 0) -> None:
         """``text``: Markdown."""
-        self._writer.add_text(tag, text, 0)
+        self._writer.add_text(tag, text, step)
 
     def close(self) -> None:
         self._writer.close()

@@ -86,11 +86,13 @@ class TargetMaker:
         self.group = group
         # softmax centring: one centre [num_prototypes] a head, made when first needed
         self.centers: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
 
     def make(
         self, features: Sequence[TeacherFeatures], handles: PrototypeHandles, teacher_temperature: float
     ) -> list[Targets]:
         """Targets of each micro-batch, in order. With softmax centring the centres move once, afterwards."""
+        self._before = self.state_dict()
         global_rows = [piece.global_features for piece in features]
         patch_rows = [piece.patch_features for piece in features]
         valid = torch.cat([piece.patch_weight for piece in features]) > 0
@@ -131,6 +133,10 @@ class TargetMaker:
             self.centers[head] = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
         center = self.centers[head] = self.centers[head].to(weight.device)
         return center
+
+    def revert(self) -> None:
+        """Put the centres back to where they were before the last ``make``."""
+        self.centers = self._before
 
     def state_dict(self) -> dict[str, Tensor]:
         """The centres; empty with Sinkhorn."""

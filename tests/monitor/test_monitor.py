@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -57,6 +58,19 @@ def test_histograms_points_and_the_layout_of_charts(tmp_path: Path) -> None:
     assert (points / "sprite.png").is_file() and (points / "metadata.tsv").read_text().split() == ["a", "b"] * 2
 
 
+def test_a_warning_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = Monitor(tmp_path, MonitorConfig(progress=False), rank=0, steps=9, start_step=0)
+    monitor.warn(7, "look at this")
+    monitor.log(8, 64, {"loss/total": float("nan"), "optim/lr": 0.1})
+    monitor.close()
+    assert capsys.readouterr().err == "warning: look at this\n"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("warnings/text_summary")[-1:]
+    assert event.step == 7 and b"look at this" in event.tensor_proto.string_val[0]
+    assert events.Tags()["scalars"] == ["optim/lr"]
+
+
 def test_off_rank_0_nothing_is_written(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, MonitorConfig(), rank=1, steps=10, start_step=0)
     monitor.log(1, 8, {"loss/total": 1.0})
@@ -79,11 +93,12 @@ def test_progress_in_a_log_file_is_lines_few_and_far_between() -> None:
     progress = Progress(200, 100, stream)
     for step in range(101, 201):
         progress.update(step, {"loss/total": 2.5, "speed/images_per_second": 31.25})
+    progress.say("warning: look at this")
     progress.close()
-    first, last = stream.getvalue().splitlines()
+    first, last, warning = stream.getvalue().splitlines()
     assert first.startswith("step 101/200: loss 2.5000, 31.2 images/s, ")
     assert last == "step 200/200: loss 2.5000, 31.2 images/s, 00:00 to go"
-    assert "\r" not in stream.getvalue()
+    assert warning == "warning: look at this" and "\r" not in stream.getvalue()
 
 
 def test_progress_on_a_terminal_is_one_bar() -> None:

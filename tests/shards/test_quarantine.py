@@ -105,7 +105,7 @@ def test_images_that_do_not_decode_are_replaced_everywhere(tmp_path: Path) -> No
     place = (batch.shards[3], batch.samples[3])
     assert (replaced.shards[3], replaced.samples[3]) != place
     assert replaced.payloads[3].tobytes() == shard_set.read(int(replaced.shards[3]), int(replaced.samples[3]))
-    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced])
+    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.places(np.arange(8))
     later = source.fetch(np.arange(_COUNT, 2 * _COUNT))
     assert place not in _sequence([later])
     source.close()
