@@ -120,6 +120,10 @@ def read_members(archive: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
                     raise ShardError(f"{name} is cut short at member {member.name}; fetch or pack it again")
                 if member.isreg():
                     yield member
+            # tarfile ends in silence at a damaged header; a tar ends with zeros, or with the file
+            archive.seek(tar.offset)
+            if any(archive.read(tarfile.BLOCKSIZE)):
+                raise ShardError(f"{name} is damaged at byte {tar.offset}: no header there; fetch or pack it again")
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"{name} is not a complete tar file ({error}); fetch or pack it again") from error
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -53,7 +54,11 @@ class FileRange:
     @property
     def mark(self) -> str:
         """As ``Place.mark``."""
-        return f"{self.offset}\t{self.length}"
+        length = self.length
+        if length is None:
+            with suppress(OSError):
+                length = self.path.stat().st_size
+        return f"{self.offset}\t{length}"
 
     def read(self) -> bytes:
         """As ``Place.read``."""

@@ -150,6 +150,11 @@ def _claimed(out: Path, option: str) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         ours = {*_OURS, *(partial_path(out / name).name for name in _OURS)}
         foreign = sorted({entry.name for entry in out.iterdir()} - ours)
+        if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, NOTE_NAME)):
+            # nothing says that these folders are of ours, which would be replaced
+            foreign += sorted(
+                str(entry.relative_to(out)) for name in ("shards", "index") for entry in (out / name).glob("*")
+            )
         if foreign:
             raise ShardError(f"{option} {out} holds other files, such as {foreign[0]}; choose a new folder")
         lock = filelock.FileLock(out / _LOCK, timeout=0)
@@ -189,7 +194,7 @@ def _pack(
         if upload:
             _remove_unfinished(out)
         return PackReport(*there, inputs.num_ignored)
-    done = _open_journal(out, fingerprint)
+    done = _open_journal(out, fingerprint, shards_stay=upload is None)
     if upload:
         try:
             upload.begin(fingerprint, done.shards)
@@ -302,19 +307,22 @@ def _close_shard(
     done.add(since)
 
 
-def _open_journal(out: Path, fingerprint: str) -> _Done:
+def _open_journal(out: Path, fingerprint: str, shards_stay: bool) -> _Done:
     """What an interrupted packing of the same has done; starts a journal where there is none.
+
+    Args:
+        shards_stay: complete shards must still be there; what comes from the first that is not is packed again.
 
     Raises:
         ShardError: the folder holds an interrupted packing of something else.
     """
     path = out / JOURNAL_NAME
     done = _Done()
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     if not lines:
         write_whole(path, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
         return done
-    if json.loads(lines[0])["fingerprint"] != fingerprint:
+    if _of_another(lines[0], fingerprint):
         raise ShardError(
             f"--out {out} holds an interrupted packing of another source or with other options; delete it or choose "
             "a new folder"
@@ -323,13 +331,33 @@ def _open_journal(out: Path, fingerprint: str) -> _Done:
     for line in lines[1:]:
         try:
             entry = json.loads(line)
-        except ValueError:
+            shard = ShardEntry(**entry["shard"])
+            part = _Done([shard], entry["next_position"], entry["rejected"], set(entry["seen"]))
+        except (ValueError, TypeError, KeyError):
             break  # torn by the kill
+        if shards_stay and not _is_there(out, shard):
+            break
         whole.append(line)
-        shard = ShardEntry(**entry["shard"])
-        done.add(_Done([shard], entry["next_position"], entry["rejected"], set(entry["seen"])))
+        done.add(part)
     write_whole(path, ("\n".join(whole) + "\n").encode())
     return done
+
+
+def _of_another(first_line: str, fingerprint: str) -> bool:
+    """Whether a journal that begins so is not the one of this packing."""
+    try:
+        return bool(json.loads(first_line)["fingerprint"] != fingerprint)
+    except (ValueError, TypeError, KeyError):
+        return True
+
+
+def _is_there(out: Path, shard: ShardEntry) -> bool:
+    """Whether a complete shard still has its length and its indexes."""
+    tar, records = out / "shards" / shard.name, out / "index" / shard.index_name
+    try:
+        return tar.stat().st_size == shard.bytes and records.is_file() and records.with_suffix(".idx").is_file()
+    except OSError:
+        return False
 
 
 def _append_durably(path: Path, line: str) -> None:

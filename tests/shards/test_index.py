@@ -89,6 +89,19 @@ def test_a_cut_tar_is_named(keep: int) -> None:
         build(io.BytesIO(content[:keep]), "mine.tar")
 
 
+def test_a_damaged_header_in_the_middle_is_no_end() -> None:
+    members = [(f"{number}.jpg", encoded(drawn_image(number))) for number in range(4)]
+    content = bytearray(_tar(members, tarfile.USTAR_FORMAT).getvalue())
+    second = content.index(b"1.jpg")
+    content[second + 3] ^= 1
+    with pytest.raises(ShardError, match=f"set.tar is damaged at byte {second}"):
+        build(io.BytesIO(content), "set.tar")
+    # a tar that ends without its two blocks of zeros is whole all the same
+    bare = bytes(_tar(members, tarfile.USTAR_FORMAT).getvalue()).rstrip(b"\0")
+    bare += b"\0" * (-len(bare) % tarfile.BLOCKSIZE)
+    assert len(build(io.BytesIO(bare), "set.tar").samples) == 4
+
+
 def test_a_sideways_image_has_the_size_that_is_shown() -> None:
     exif = drawn_image(1).getexif()
     exif[0x0112] = 6

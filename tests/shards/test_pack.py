@@ -180,6 +180,33 @@ def test_a_folder_for_one_set_only(tmp_path: Path) -> None:
     assert _tree(tmp_path / "set") == before
 
 
+def test_what_lies_where_shards_would_go_is_left_alone(tmp_path: Path) -> None:
+    images, out = draw_folder(tmp_path / "images", 6), tmp_path / "set"
+    for folder in ("shards", "index"):
+        (out / folder).mkdir(parents=True)
+        (out / folder / "mine.tar").write_text("precious")
+        before = _tree(out)
+        with pytest.raises(ShardError, match=r"holds other files, such as \w+/mine.tar; choose a new folder"):
+            pack(images, out, _SMALL)
+        assert _tree(out) == before
+        shutil.rmtree(out / folder)
+
+
+def test_another_source_with_the_same_names_is_another_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
+    options = PackOptions(shard_bytes=20_000, dedup=True)
+    _interrupted(images, out, 1, monkeypatch)
+    other = shutil.copytree(images, tmp_path / "other")
+    (other / "image 049.jpg").write_bytes(encoded(drawn_image(77)) + b"another")
+    with pytest.raises(ShardError, match="interrupted packing of another source"):
+        pack(other, out, options)
+    pack(images, out, options)
+    with pytest.raises(ShardError, match="already holds another shard set"):
+        pack(other, out, options)
+
+
 class _Stop(Exception):
     pass
 
@@ -224,3 +251,25 @@ def test_an_interrupted_packing_goes_on_to_the_same_set(
     journal.write_text(journal.read_text() + '{"shard": {"na')  # a line torn by a kill
     assert pack(images, out, options) == expected
     assert _tree(out) == _tree(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("lost", ["shards/000000.tar", "index/000001.npy", "index/000000.idx"])
+def test_shards_that_were_lost_since_are_packed_again(
+    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
+    options = PackOptions(shard_bytes=20_000, dedup=True)
+    pack(images, tmp_path / "unbroken", options)
+    _interrupted(images, out, 2, monkeypatch)
+    (out / lost).unlink()
+    pack(images, out, options)
+    assert _tree(out) == _tree(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("first_line", ["garbage", "{}", "[1]"])
+def test_a_damaged_journal_is_not_ours(tmp_path: Path, first_line: str) -> None:
+    images, out = draw_folder(tmp_path / "images", 6), tmp_path / "set"
+    out.mkdir()
+    (out / "packing.jsonl").write_text(first_line + "\n")
+    with pytest.raises(ShardError, match="delete it or choose a new folder"):
+        pack(images, out, _SMALL)
