@@ -118,7 +118,7 @@ class Quarantine:
     def _report(self, latest: Entry) -> str:
         log = "" if self.path is None else f"; {self.path} lists them all"
         return (
-            f"{self.num_entries} of {self._num_slots} images could not be used, far above the allowed share of "
-            f"{self.max_rate:g}; the latest: shard {latest.shard}, sample {latest.index} (key {latest.key!r}): "
-            f"{latest.reason}{log}"
+            f"{self.num_entries} images could not be used where {self._num_slots} were wanted, far above the allowed "
+            f"share of {self.max_rate:g}; check the set with tools/verify_shards.py; the latest: shard {latest.shard}, "
+            f"sample {latest.index} (key {latest.key!r}): {latest.reason}{log}"
         )

@@ -211,7 +211,7 @@ class ShardSet:
 
         Raises:
             SampleError: short, or not what was packed; names shard, index and key.
-            ShardError: the shard is remote, and is gone or cannot be reached.
+            ShardError: the shard is gone, or cannot be reached.
         """
         try:
             return self._checked_read(self._shard(shard), shard, sample)
@@ -228,6 +228,10 @@ class ShardSet:
         length, offset = int(record["length"]), int(record["offset"])
         try:
             payload = opened.read(length, offset)
+        except FileNotFoundError as error:  # no fault of an image
+            raise ShardError(
+                f"shard {self.tar_path(shard)} is gone; put it back, and the same command goes on"
+            ) from error
         except OSError as error:
             raise self._sample_error(shard, sample, f"cannot be read ({error.strerror})") from error
         if len(payload) != length:
