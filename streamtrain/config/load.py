@@ -180,6 +180,10 @@ def _message(kind: str, context: dict[str, Any]) -> str | None:
     for name, word in _BOUNDS.items():
         if name in context:
             return f"must be {word} {context[name]}"
+    if kind == "too_short":
+        return f"must have at least {context['min_length']} item"
+    if kind in ("model_type", "dict_type", "dataclass_type"):
+        return "must be a mapping, {key: value, ...}"
     if kind == "literal_error":
         return f"must be {context['expected']}"
     return next((f"must be {what}" for start, what in _TYPES.items() if kind.startswith(start)), None)

@@ -163,13 +163,13 @@ def test_shards_are_a_path_or_a_list_with_weights(tmp_path: Path) -> None:
     assert read_resolved(tmp_path) == several
     for value, said in (
         ("3", "data.shards: give the path or the URL of a shard set, or a list of"),
-        ("[]", "data.shards: Tuple should have at least 1 item"),
+        ("[]", "data.shards: must have at least 1 item"),
         ("[{shards: a}]", "data.shards.0.weight: Field required"),
         ("[{shards: a, weight: 0}]", "data.shards.0.weight: must be above 0.0 (got 0)"),
         ("[{shards: a, weight: .inf}]", "data.shards.0.weight: Input should be a finite number"),
         ("[{shards: '', weight: 1}]", "data.shards.0.shards: String should have at least 1 character"),
         ("[{shards: a, weigth: 1, weight: 1}]", "unknown key data.shards.0.weigth"),
-        ("[a, b]", "data.shards.0: Input should be a valid dictionary"),
+        ("[a, b]", "data.shards.0: must be a mapping, {key: value, ...} (got 'a')"),
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             load_config("vits16.yaml", [f"data.shards={value}"])
