@@ -19,7 +19,8 @@ from tqdm import tqdm
 from shards.errors import ShardError
 from shards.files import file_sha256, write_whole
 from shards.index import UNREADABLE, build, dali_index, save_index
-from shards.manifest import Manifest, ShardEntry
+from shards.inputs import is_compressed_tar, refuse_zstd
+from shards.manifest import FILE_NAME, Manifest, ShardEntry
 from shards.parallel import ordered_map
 from shards.store import Store
 from shards.tars import is_url
@@ -100,18 +101,34 @@ def _adopt_all(locations: Sequence[str], out: Path, workers: int, progress: bool
 
 def _tars_of(source: str) -> list[str]:
     """The tars that a source names, as absolute paths or URLs, sorted."""
+    if not source.strip():
+        raise ShardError("--src is empty; give tars, a folder of tars, a pattern or a URL")
     if is_url(source):
         store = Store(source)  # refuses what cannot be read
+        _refuse_compressed(source)
         if source.endswith(".tar"):
             return [source]
-        return [store.url_of(name) for name in store.names("") if name.endswith(".tar")]
+        names = store.names("")
+        if FILE_NAME in names:
+            raise ShardError(f"--src {source} already is a shard set; train from it as it is")
+        return [store.url_of(name) for name in names if name.endswith(".tar")]
     path = Path(source)
     if path.is_dir():
+        if (path / FILE_NAME).is_file():
+            raise ShardError(f"--src {source} already is a shard set; train from it as it is")
         return sorted(str(tar.resolve()) for tar in path.glob("*.tar"))
     found = sorted(str(Path(match).resolve()) for match in glob.glob(source))
     if not found:
         raise ShardError(f"--src {source} does not exist; give tars, a folder of tars, a pattern or a URL")
+    for location in found:
+        _refuse_compressed(location)
     return found
+
+
+def _refuse_compressed(location: str) -> None:
+    refuse_zstd(location)
+    if is_compressed_tar(location):
+        raise ShardError(f"--src {location} is compressed, so no image can be read by itself; use tools/make_shards.py")
 
 
 def _adopt_one(out: Path, task: tuple[str, str]) -> _Adopted:

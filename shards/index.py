@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
 
@@ -143,7 +144,8 @@ def build(archive: BinaryIO, name: str) -> ShardIndex:
     for row, sample in enumerate(samples):
         assert sample.image is not None
         payload = _read_part(archive, sample.image)
-        label = NO_LABEL if sample.label is None else parse_label(_read_part(archive, sample.label))
+        stated = sample.label
+        label = NO_LABEL if stated is None else parse_label(_read_part(archive, stated), f"{name}: {stated.name}")
         records[row] = make_record(sample.image.offset, payload, label)
     return ShardIndex(records, samples)
 
@@ -160,13 +162,24 @@ def make_record(offset: int, payload: bytes, label: int) -> np.ndarray:
     return np.array((offset, len(payload), zlib.crc32(payload), width, height, label, flags), dtype=RECORD)
 
 
-def parse_label(content: bytes) -> int:
-    """The integer in a ``.cls`` component; ``NO_LABEL`` where it holds anything else."""
+def parse_label(content: bytes, name: str) -> int:
+    """The integer in a ``.cls`` component; ``NO_LABEL`` where it holds text, which is no integer. Raises as below."""
     try:
         label = int(content.decode("ascii").strip())
     except ValueError:
         return NO_LABEL
-    return label if 0 <= label < 2**31 else NO_LABEL
+    return checked_label(label, name)
+
+
+def checked_label(label: float | Decimal, name: str) -> int:
+    """A label as an index can hold it; whole numbers in floating point are taken as integers.
+
+    Raises:
+        ShardError: another number; names it and the place ``name`` that it comes from.
+    """
+    if not (NO_LABEL <= label < 2**31 and label == int(label)):
+        raise ShardError(f"{name}: the label {label} is no whole number from 0 to {2**31 - 1}, nor -1 for none")
+    return int(label)
 
 
 def save_index(records: np.ndarray, path: Path) -> None:

@@ -1,19 +1,21 @@
 """Images in a column of parquet files, as the data sets of Hugging Face have them; pyarrow reads them.
 
 The image column holds the encoded bytes, or structs of ``bytes`` and ``path``. Labels are whole numbers, whose names
-Hugging Face's metadata may tell, or names.
+Hugging Face's metadata may tell, or names; -1, null and NaN are none.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from shards.errors import ShardError
-from shards.index import NO_LABEL
+from shards.index import NO_LABEL, checked_label
 from shards.items import Inputs, Item, SourceUnreachable, with_class_names
 from shards.remote_folder import RemoteFolder
 from shards.tars import is_url
@@ -29,7 +31,7 @@ class Columns:
     """Which columns to take; None: the only one that holds images, and ``label`` if there is one."""
 
     image: str | None = None
-    label: str | None = None
+    label: str | None = None  # empty: labels are not wanted
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
         num_ignored: files beside them.
 
     Raises:
-        ShardError: pyarrow is missing, a file is damaged, or has no such column.
+        ShardError: pyarrow is missing, a file is damaged, has no such column, or labels that are none.
     """
     items: list[Item] = []
     runs: list[int] = []
@@ -78,11 +80,11 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
         file = _file(location)
         column = columns.image or _only_image_column(file, location)
         _check_image_column(file, column, location)
-        label = columns.label or (_LABEL_COLUMN if _LABEL_COLUMN in file.schema_arrow.names else None)
-        if label is not None and label not in file.schema_arrow.names:
+        label = _LABEL_COLUMN if columns.label is None and _LABEL_COLUMN in file.schema_arrow.names else columns.label
+        if label and label not in file.schema_arrow.names:
             raise ShardError(f"{location} has no column {label!r}; it has {', '.join(file.schema_arrow.names)}")
         stated = stated or _class_names(file, label)
-        labels += _values(location, label) if label else [None] * file.metadata.num_rows
+        labels += _labels(location, label) if label else [None] * file.metadata.num_rows
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         runs += sizes
         cells = (ParquetCell(location, column, group, row) for group, size in enumerate(sizes) for row in range(size))
@@ -92,19 +94,37 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
     return Inputs(tuple(labelled), classes, num_ignored, tuple(run for run in runs if run))
 
 
-def _values(location: str, column: str) -> list[Any]:
-    """All of a column."""
+def _labels(location: str, column: str) -> list[int | str | None]:
+    """All of a column, as numbers or names."""
     file = _file(location)
-    return _damage_named(location, lambda: list(file.read([column])[column].to_pylist()))
+    values = _damage_named(location, lambda: list(file.read([column])[column].to_pylist()))
+    try:
+        return [_label(value, f"{location}: column {column!r}") for value in values]
+    except ShardError as error:
+        raise ShardError(f"{error}; name another column with --label-column, or '' to go without") from error
 
 
-def _numbers(labels: Sequence[Any], stated_classes: tuple[str, ...]) -> tuple[list[int], tuple[str, ...]]:
+def _label(value: Any, place: str) -> int | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (int, float, Decimal)):
+        raise ShardError(f"{place} holds {type(value).__name__}, not numbers or names")
+    # NaN is how pandas writes that a number is missing
+    return None if math.isnan(value) else checked_label(value, place)
+
+
+def _numbers(
+    labels: Sequence[int | str | None], stated_classes: tuple[str, ...]
+) -> tuple[list[int], tuple[str, ...]]:
     """Labels as numbers, and the names of their classes."""
-    if any(isinstance(label, str) for label in labels):
-        classes, numbers = with_class_names([None if label is None else str(label) for label in labels])
-        return numbers, classes
-    plain = [label if isinstance(label, int) and 0 <= label < 2**31 else NO_LABEL for label in labels]
-    return plain, stated_classes
+    names = [label for label in labels if isinstance(label, str)]
+    numbers = [NO_LABEL if label is None else label for label in labels if not isinstance(label, str)]
+    if not names:
+        return numbers, stated_classes
+    if any(label != NO_LABEL for label in numbers):
+        raise ShardError("some of the parquet files have labels by number, others by name; pack them one by one")
+    classes, numbers = with_class_names([label if isinstance(label, str) else None for label in labels])
+    return numbers, classes
 
 
 def _only_image_column(file: Any, location: str) -> str:

@@ -32,11 +32,13 @@ def main() -> int:
         description=_HELP, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--src", nargs="+", required=True, metavar="TAR|DIR|URL", help="the tars")
-    parser.add_argument("--out", type=Path, required=True, metavar="SET", help="the folder of the set; new or empty")
+    parser.add_argument("--out", required=True, metavar="SET", help="the folder of the set; new or empty")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     arguments = parser.parse_args()
     try:
-        report = adopt(arguments.src, arguments.out, workers=max(1, arguments.workers), progress=True)
+        if not arguments.out.strip():
+            raise ShardError("--out is empty; give the folder of the set")
+        report = adopt(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
     except ShardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

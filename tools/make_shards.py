@@ -37,7 +37,8 @@ examples:
 
 --src is one of
   a folder    searched in depth; class subfolders become labels (names sorted, from 0), a flat folder has none
-  a list      a text file with a path or URL a line, relative to the file; a tab and a label may follow
+  a list      a text file with a path or URL a line, relative to the file; a tab and a label may follow:
+              numbers (-1 for none) or names
   a tar       .tar, .tar.gz, .tar.xz or .tar.bz2; labels from .cls members, else from class folders
   a parquet   or a folder of them and of no images: a column of bytes, or of structs with bytes, as Hugging
               Face has them; labels from the column "label". Needs pyarrow. --shuffle moves whole row groups,
@@ -60,6 +61,8 @@ def main() -> int:
         dedup=arguments.dedup,
     )
     try:
+        if not arguments.out.strip():
+            raise ShardError("--out is empty; give the folder of the set, or its URL")
         report = pack(
             arguments.src,
             arguments.out,
@@ -108,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--shuffle", type=int, metavar="SEED", help="pack in random order; for sources that are sorted by class")
     add("--image-column", metavar="NAME", help="of parquet files (the only column that holds images)")
-    add("--label-column", metavar="NAME", help='of parquet files ("label", if there is one)')
+    add("--label-column", metavar="NAME", help="""of parquet files ("label", if there is one; '' for none)""")
     add("--scratch", type=Path, metavar="DIR", help="where a set for a URL is packed (a folder for temporary files)")
     add("--dedup", action="store_true", help="leave out images whose bytes were packed before")
     return parser

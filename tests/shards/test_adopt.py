@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import subprocess
 import sys
@@ -108,10 +109,20 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     tool = [sys.executable, str(_ROOT / "tools" / "index_shards.py"), "--workers", "1", "--out", str(tmp_path / "set")]
     _foreign_tar(tmp_path / "good.tar", 0, 3)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "good.tar").read_bytes()[:3000])
+    (tmp_path / "good.tar.gz").write_bytes(gzip.compress((tmp_path / "good.tar").read_bytes()))
+    (tmp_path / "good.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "packed").mkdir()
+    packed_set(tmp_path / "packed", 2)
     for source, said in [
         ("nowhere", "does not exist"),
         ("pipe:cat good.tar", "pipe: runs shell commands"),
         (str(tmp_path / "bad.tar"), "bad.tar is"),
+        ("", "--src is empty"),
+        ("good.tar.gz", "good.tar.gz is compressed, so no image can be read by itself; use tools/make_shards.py"),
+        ("file:///nowhere/good.tar.gz", "good.tar.gz is compressed"),
+        ("good.tar.zst", "zstd is not supported"),
+        ("packed/set", "packed/set already is a shard set"),
+        ((tmp_path / "packed" / "set").as_uri(), "already is a shard set"),
         (str(tmp_path / "good.tar"), ""),
     ]:
         ended = subprocess.run([*tool, "--src", source], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -119,3 +130,5 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         assert said in ended.stderr and "Traceback" not in ended.stderr
         if not said:
             assert "indexed 3 images in 1 shard," in ended.stdout
+    ended = subprocess.run([*tool[:-1], "", "--src", "good.tar"], capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (2, "error: --out is empty; give the folder of the set\n")

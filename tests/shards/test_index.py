@@ -79,7 +79,15 @@ def test_names_are_cut_as_webdataset_cuts_them() -> None:
 
 
 def test_labels_that_are_no_integers_are_no_labels() -> None:
-    assert [parse_label(text) for text in (b"3", b" 12\n", b"cat", b"-4", b"", b"\xff")] == [3, 12, -1, -1, -1, -1]
+    texts = (b"3", b" 12\n", b"cat", b"-1", b"", b"\xff")
+    assert [parse_label(text, "x.tar: a.cls") for text in texts] == [3, 12, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("label", [-4, 2**31, 99999999999])
+def test_a_label_that_no_index_can_hold_is_named_with_its_member(label: int) -> None:
+    archive = _tar([("a.jpg", encoded(drawn_image(0))), ("a.cls", str(label).encode())], tarfile.USTAR_FORMAT)
+    with pytest.raises(ShardError, match=rf"^x\.tar: a\.cls: the label {label} is no whole number from 0"):
+        build(archive, "x.tar")
 
 
 @pytest.mark.parametrize("keep", [100, 700, 1500])

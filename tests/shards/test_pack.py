@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import tarfile
@@ -78,6 +80,62 @@ def test_a_list_file_with_labels_by_number_or_by_name(tmp_path: Path) -> None:
         pack(tmp_path / "list.txt", tmp_path / f"set{number}", _SMALL)
         shard_set = ShardSet.open(tmp_path / f"set{number}")
         assert (shard_set.classes, _labels(shard_set)) == (classes, expected)
+
+
+def test_a_list_from_an_editor_that_marks_utf8_and_labels_of_minus_one(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 3)
+    names = sorted(path.name for path in images.iterdir())
+    lines = [f"images/{name}\t{label}" for name, label in zip(names, ("2", "-1", "3.0"), strict=True)]
+    (tmp_path / "list.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
+    shard_set = ShardSet.open(tmp_path / "set")
+    assert (shard_set.classes, _labels(shard_set)) == ((), [2, -1, 3])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a.jpg\t1\nb.jpg\t99999999999\n", r"list\.txt: b\.jpg: the label 99999999999 is no whole number from 0"),
+        ("a.jpg\t1\nb.jpg\t-2\n", r"list\.txt: b\.jpg: the label -2 is no"),
+        ("a.jpg\t0.5\n", r"list\.txt: a\.jpg: the label 0\.5 is no"),
+        ("a.jpg\towl\nb.jpg\t-1\n", r"list\.txt: a\.jpg: the label 'owl' is a name, but '-1' is a number"),
+        ("a.jpg\nb\0.jpg\n", r"list\.txt has a NUL byte in line 2"),
+        ("", r"list\.txt lists no images"),
+        (" \n\n", r"list\.txt lists no images"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(ShardError, match=said):
+        pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("fault", ["junk", "cut", "flipped"])
+@pytest.mark.parametrize("suffix", ["gz", "xz", "bz2"])
+def test_a_compressed_tar_that_is_damaged_is_named_itself(tmp_path: Path, suffix: str, fault: str) -> None:
+    source = tmp_path / f"images.tar.{suffix}"
+    with tarfile.open(source, f"w:{suffix}") as tar:
+        tar.add(draw_folder(tmp_path / "images", 3), "images")
+    whole = source.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(byte ^ 0xFF for byte in whole[middle : middle + 64]) + whole[middle + 64 :]
+    source.write_bytes({"junk": b"no tar" * 100, "cut": whole[:middle], "flipped": flipped}[fault])
+    with pytest.raises(ShardError, match=rf"images\.tar\.{suffix} cannot be decompressed \(.+\); fetch it again"):
+        pack(source, tmp_path / "set", _SMALL)
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_tar_in_a_compressed_file_or_a_store_is_named_by_its_source(tmp_path: Path) -> None:
+    plain = tmp_path / "images.tar"
+    with tarfile.open(plain, "w") as tar:
+        tar.add(draw_folder(tmp_path / "images", 3), "images")
+    plain.write_bytes(plain.read_bytes()[:3000])
+    (tmp_path / "images.tgz").write_bytes(gzip.compress(plain.read_bytes()))
+    for source in (str(tmp_path / "images.tgz"), plain.as_uri()):
+        with pytest.raises(ShardError, match=f"^{re.escape(source)} is (cut short|not a complete tar)") as raised:
+            pack(source, tmp_path / "set", _SMALL)
+        assert "packing.tar" not in str(raised.value)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tgz", "tar.bz2"])

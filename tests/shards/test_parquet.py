@@ -79,6 +79,27 @@ def test_columns_of_bytes_without_labels_and_with_labels_by_name(tmp_path: Path)
     assert [label for _, label in _content(tmp_path / "c")] == [0, 1, 2]
 
 
+def test_labels_in_floating_point_are_taken_and_what_is_no_label_is_named(tmp_path: Path) -> None:
+    floats = _write(tmp_path / "floats.parquet", range(4), [2.0, float("nan"), None, -1.0])
+    pack(floats, tmp_path / "set", _SMALL)
+    assert [label for _, label in _content(tmp_path / "set")] == [2, -1, -1, -1]
+    for number, (labels, said) in enumerate((
+        ([0.5, 1.0], r"bad\.parquet: column 'label': the label 0\.5 is no whole number"),
+        ([1, 99999999999], "the label 99999999999 is no whole number from 0 to 2147483647"),
+        ([1, -7], "the label -7 is no"),
+        ([1.0, float("inf")], "the label inf is no"),
+        ([[1], [2, 3]], "holds list, not numbers or names; name another column with --label-column, or '' to go"),
+    )):
+        bad = _write(tmp_path / f"{number}" / "bad.parquet", range(2), labels)
+        with pytest.raises(ShardError, match=said):
+            list_inputs(str(bad))
+    assert [item.label for item in list_inputs(str(bad), Columns(label="")).items] == [-1, -1]
+    _write(tmp_path / "both" / "numbered.parquet", range(2), [0, 1])
+    _write(tmp_path / "both" / "named.parquet", range(2), ["owl", "bee"])
+    with pytest.raises(ShardError, match="labels by number, others by name"):
+        list_inputs(str(tmp_path / "both"))
+
+
 def test_a_shuffle_mixes_and_reads_each_row_group_once(tmp_path: Path) -> None:
     source = _write(tmp_path / "all.parquet", range(40), plain=True)
     order = list_inputs(str(source)).order(3).tolist()

@@ -71,6 +71,7 @@ def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
         (tmp_path / "texts" / f"{number}.jpg").write_text("I am no image")
     (tmp_path / "junk.tar").write_bytes(b"no tar" * 1000)
     (tmp_path / "junk.tar.xz").write_bytes(b"no tar" * 1000)
+    (tmp_path / "junk.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     (tmp_path / "junk.bin").write_bytes(bytes(range(256)))
     (tmp_path / "list.txt").write_text("missing.jpg\n")
     (tmp_path / "file").write_text("")
@@ -79,7 +80,12 @@ def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
         (["--src", "empty", "--out", "set"], "no images in empty"),
         (["--src", "texts", "--out", "set"], "none of the 3 images in texts can be used; the first: 0.jpg: not an im"),
         (["--src", "junk.tar", "--out", "set"], "junk.tar is not a complete tar"),
-        (["--src", "junk.tar.xz", "--out", "set"], "junk.tar.xz is damaged"),
+        (["--src", "junk.tar.xz", "--out", "set"], "junk.tar.xz cannot be decompressed"),
+        (["--src", "", "--out", "set"], "--src is empty"),
+        (["--src", "images", "--out", ""], "--out is empty"),
+        (["--src", "texts/0.jpg", "--out", "set"], "texts/0.jpg is a single image, which is no source; give its fold"),
+        (["--src", "junk.tar.zst", "--out", "set"], "junk.tar.zst: zstd is not supported"),
+        (["--src", "file", "--out", "set"], "file lists no images"),
         (["--src", "junk.bin", "--out", "set"], "neither a folder, a tar nor a text file"),
         (["--src", "list.txt", "--out", "set"], "missing.jpg: No such file"),
         (["--src", "images", "--out", "images"], "holds other files"),
