@@ -159,8 +159,8 @@ class Student:
             gradients[0][0].view(-1)[:1].add_(torch.stack(self._doubtful).sum() * 0)
             self._doubtful.clear()
         self._engine.step()
-        if last and not self.applied:
-            # A parameter that takes no part in the next step would still have this step's gradient then.
+        if last:
+            # The engine would take the gradient of a parameter that takes no part in the next step to be this one's.
             self._optimizer.grad_partitions_flat_buffer.zero_()
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import deepspeed
 import torch
@@ -112,8 +113,23 @@ def main() -> None:
         moved = max(
             float((average[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
         )
+        stale = head_gradient(config, runtime.rank, student, maker, handles, teacher)
         if runtime.rank == 0:
-            print(json.dumps({**report, "moved": moved}), flush=True)
+            print(json.dumps({**report, "moved": moved, "stale": stale}), flush=True)
+
+
+def head_gradient(config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any) -> float:
+    """Norm of the gradient that the patch head is given by a step whose patch loss has no weight."""
+    weights = LossWeights(1.0, 0.0, 0.1)
+    for micro in range(ACCUMULATION):
+        batch = batch_of(config, STEPS, rank, micro)
+        (targets,) = maker.make([teacher(batch, None, weights)], handles, TEMPERATURE)
+        student.accumulate(batch, targets, weights)
+        if micro == ACCUMULATION - 1:
+            names = [name for name in student.parameters if name.startswith("patch_head")]
+            return max(float(safe_get_full_grad(student.parameters[name]).norm()) for name in names)
+        student.step()
+    raise AssertionError
 
 
 def plain_step(

@@ -27,5 +27,7 @@ def test_sharded_steps_equal_unsharded_ones(
     # the average is fp32 in both number formats, and the network computes from its rounded values
     assert report["ema"] < 1e-6
     assert report["moved"] > 1e-4
+    # what takes no part in a step has no gradient, least of all that of an earlier step
+    assert report["stale"] == 0.0
     # the student gathers a block for its forward and releases it before the next one
     assert report["live"] <= 3
