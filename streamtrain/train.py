@@ -36,6 +36,7 @@ from streamtrain.schedules import value_at
 from streamtrain.stopping import StopRequest
 from streamtrain.watch.bad_steps import Evidence
 from streamtrain.watch.watch import Watch
+from streamtrain.watch.watchdog import Watchdog
 
 HEADS = ("global_head", "patch_head")
 
@@ -128,7 +129,8 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
         monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
         stop = StopRequest(run_dir)
         watch = Watch(config, step, position.skipped_steps)
-        with closing(loader), closing(monitor):
+        watchdog = Watchdog(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
+        with watchdog, closing(loader), closing(monitor):
             monitor.text("config", f"```yaml\n{to_yaml(config)}```")
             clock = StepClock()
             exit_code = 0
@@ -136,12 +138,12 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                 values = StepValues.at(step, config, global_batch)
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
-                batches = [next(loader) for _ in range(accumulation)]
+                batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
                 gram.refresh(step, values.weights.gram, teacher)
-                features = [guide(batch, None, values.weights) for batch in batches]
+                features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
                 targets = target_maker.make(features, handles, values.teacher_temperature)
                 losses = []
-                for batch, target in zip(batches, targets, strict=True):
+                for batch, target in zip(watchdog.beating(batches), targets, strict=True):
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
                     losses.append(student.accumulate(batch, target, values.weights))
                     student.step()

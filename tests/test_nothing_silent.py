@@ -215,11 +215,12 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
 READ = {
     "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads", "data.max_pixels",
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
-    "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.cpu_threads", "engine.device",
-    "engine.dtype", "init.minimum_matched", "init.weights", "monitor.panel_every", "monitor.panel_samples",
-    "monitor.progress", "monitor.spike_score", "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes",
-    "objective.gram.teacher", "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last",
-    "run.max_bad_steps", "teacher.average", "teacher.chunk", "teacher.weights",
+    "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.collective_timeout_seconds",
+    "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds", "init.minimum_matched",
+    "init.weights", "monitor.panel_every", "monitor.panel_samples", "monitor.progress", "monitor.spike_score",
+    "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher",
+    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps", "teacher.average",
+    "teacher.chunk", "teacher.weights",
 }  # fmt: skip
 
 

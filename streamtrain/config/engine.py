@@ -87,6 +87,10 @@ class EngineConfig(Section):
     reduce_bucket_bytes: int = Field(default=256 * 2**20, ge=2**16)
     # torch threads of a rank on CPU; 0: the cores of this machine divided by its ranks
     cpu_threads: NonNegative = 0
+    # a rank that waits so long for another one in a collective operation ends
+    collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
+    # a rank that gets no further within a micro-batch or between two of them for so long ends; 0: never
+    hang_timeout_seconds: float = Field(default=3600.0, ge=0.0)
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> EngineConfig:

@@ -21,7 +21,6 @@ from streamtrain.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # What DeepSpeed warns of and is meant so. Its hooks look into tuples and dicts only, which is why what must pass by
 # them is in dataclasses; the optimiser it has not tested is ours, and tested here.
 INTENDED = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
@@ -127,7 +126,10 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     # DeepSpeed calls two collectives by names that torch is about to change, and a user can do nothing about it
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
-    deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
+    timeout = timedelta(seconds=config.collective_timeout_seconds)
+    deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
+    # DeepSpeed's own collectives run in a copy of the group of all ranks, which it makes without regard to the time-out
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed.utils.groups._clone_world_group())
     yield Runtime(launch, device, torch.bfloat16 if wanted == "bf16" else torch.float32)
     # after an error the other ranks are not at this point: leaving is then the launcher's work
     torch.distributed.destroy_process_group()

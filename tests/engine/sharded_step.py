@@ -46,7 +46,7 @@ def config_of(dtype: str, checkpointing: str, view_groups: str) -> Config:
             "optim": {"clip": 0.5, "layer_decay": 0.8},
             "engine": {
                 "dtype": dtype, "device": "cpu", "cpu_threads": 1, "checkpointing": checkpointing,
-                "view_groups": int(view_groups),
+                "view_groups": int(view_groups), "collective_timeout_seconds": 123,
             },
         }
     )
@@ -115,7 +115,9 @@ def main() -> None:
         )
         stale = head_gradient(config, runtime.rank, student, maker, handles, teacher)
         if runtime.rank == 0:
-            print(json.dumps({**report, "moved": moved, "stale": stale}), flush=True)
+            groups = (dist.group.WORLD, deepspeed.utils.groups._get_data_parallel_group())
+            timeouts = [group._get_backend(runtime.device).options._timeout.total_seconds() for group in groups]
+            print(json.dumps({**report, "moved": moved, "stale": stale, "timeouts": timeouts}), flush=True)
 
 
 def head_gradient(config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any) -> float:

@@ -29,5 +29,7 @@ def test_sharded_steps_equal_unsharded_ones(
     assert report["moved"] > 1e-4
     # what takes no part in a step has no gradient, least of all that of an earlier step
     assert report["stale"] == 0.0
+    # of the group of all ranks, and of DeepSpeed's
+    assert report["timeouts"] == [123, 123]
     # the student gathers a block for its forward and releases it before the next one
     assert report["live"] <= 3
