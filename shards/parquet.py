@@ -187,9 +187,12 @@ def _damage_named(location: str, read: Callable[[], Result]) -> Result:
         if not is_url(location):
             return read()
         folder, _, name = location.rpartition("/")
-        return RemoteFolder(folder).persist(name, lambda: _told_apart(read, location))
+        outcome = RemoteFolder(folder).persist(name, lambda: _told_apart(read, location))
+        if isinstance(outcome, _OnlyWhole):
+            raise outcome
+        return outcome
     except ShardError as error:
-        if isinstance(error, _Damaged) or not is_url(location):
+        if isinstance(error, (_Damaged, _OnlyWhole)) or not is_url(location):
             raise
         raise SourceUnreachable(f"{error}; once it can be read, run this again to go on") from error
     except (ValueError, OSError) as error:  # pyarrow's errors are among these
@@ -200,11 +203,24 @@ class _Damaged(ShardError):
     """The file came whole, and is no good."""
 
 
-def _told_apart(read: Callable[[], Result], location: str) -> Result:
+class _OnlyWhole(ShardError):
+    """The server gives files from their beginning only; it will not learn that by being asked again."""
+
+
+def _told_apart(read: Callable[[], Result], location: str) -> Result | _OnlyWhole:
+    """What ``read`` gives; what is not to be tried again is returned, not raised."""
     try:
         return read()
     except _pyarrow().ArrowInvalid as error:
         raise _Damaged(f"{location} cannot be read ({' '.join(str(error).split())}); upload it again") from error
+    except ValueError as error:
+        # fsspec's word for an answer that is whole where a range was asked for, or for a file without a length;
+        # trouble on the way is of other kinds
+        if not location.startswith("http"):
+            raise
+        return _OnlyWhole(
+            f"{location} cannot be read in parts ({' '.join(str(error).split())}); copy it here, and give the copy"
+        )
 
 
 def _pyarrow() -> Any:

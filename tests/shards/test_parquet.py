@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import threading
+import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -164,3 +168,29 @@ def test_parquets_in_a_store(tmp_path: Path) -> None:
     assert [payload for payload, _ in _content(tmp_path / "set")] == [_image(number) for number in range(9)]
     pack("memory://parquets/data/1.parquet", tmp_path / "one", _SMALL)
     assert len(_content(tmp_path / "one")) == 3
+
+
+@pytest.mark.parametrize("said_so", [True, False])
+def test_a_server_that_sends_whole_files_only_is_named_at_once(tmp_path: Path, said_so: bool) -> None:
+    _write(tmp_path / "large.parquet", range(100), plain=True)
+    assert (tmp_path / "large.parquet").stat().st_size > 100_000  # of less, pyarrow asks for all at once
+
+    class WithoutRanges(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def end_headers(self) -> None:
+            if said_so:
+                self.send_header("Accept-Ranges", "none")
+            super().end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(WithoutRanges, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(ShardError, match=r"/large\.parquet cannot be read in parts \(.*\); copy it here, and"):
+            list_inputs(f"http://127.0.0.1:{server.server_port}/large.parquet")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert time.monotonic() - began < 10.0
