@@ -3,17 +3,18 @@
     checkpoints/step-000001000/rank-00000-of-00002.safetensors   fragments: master/NAME, exp_avg/NAME, ema/NAME
                               /shared.safetensors                what all ranks hold alike (softmax centres)
                               /state.json                        step, shapes, data position
-    checkpoints/latest                                           name of the newest whole folder
+                              /manifest.json                     size and checksum of each of these
+    checkpoints/latest                                           name of the newest folder, for people
+    snapshots/step-000001000/...                                 the same with ema/NAME alone
 
 A fragment is the contiguous part of a flattened parameter that a rank owns, so that the files of any
-number of ranks, laid end to end, are the parameter: any other number of ranks can read them.
+number of ranks, laid end to end, are the parameter: any other number of ranks can read them. ``saver`` writes them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from streamtrain.config.run import RunConfig
+from streamtrain.durable import FileSum, SummedFile
 from streamtrain.errors import CheckpointError
-from streamtrain.run_folder import folder_of, saved_steps
+from streamtrain.manifest import fault_of
+from streamtrain.retention import set_aside
+from streamtrain.run_folder import SNAPSHOTS, candidates, folder_of, saved_steps
 
-VERSION = 1
+VERSION = 2
 STATE_NAME = "state.json"
 SHARED_NAME = "shared.safetensors"
 _KINDS = {"teacher": "ema", "student": "master"}
@@ -53,55 +56,6 @@ class Piece(Protocol):
     def stop(self) -> int: ...
     @property
     def numel(self) -> int: ...
-
-
-def save(
-    run_dir: str | Path,
-    step: int,
-    shards: Mapping[str, Values],
-    shared: dict[str, torch.Tensor],
-    shapes: dict[str, tuple[int, ...]],
-    state: dict[str, Any],
-) -> Path:
-    """Write one checkpoint; every rank calls it with its own ``shards``, the rest being equal on all.
-
-    The shards are written one after the other, so that host memory never holds more than one of them.
-    Returns the folder once it is whole on disk.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    final = folder_of(run_dir, step)
-    partial = final.with_name(f".{final.name}.partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _write_values(partial / _rank_name(rank, world_size), shards)
-    if rank == 0:
-        shared_path = partial / SHARED_NAME
-        save_file({key: value.detach().cpu().contiguous() for key, value in shared.items()}, shared_path)
-        _sync(shared_path)
-        document = {"version": VERSION, "step": step, "world_size": world_size, "shapes": shapes, **state}
-        _write_text(partial / STATE_NAME, json.dumps(document, indent=1))
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _write_text(final.parent / ".latest.partial", final.name + "\n")
-        os.replace(final.parent / ".latest.partial", final.parent / "latest")
-        _sync_folder(final.parent)
-    dist.barrier()
-    return final
-
-
-def prune(run_dir: str | Path, config: RunConfig) -> None:
-    """Remove the checkpoints that the retention rule does not keep, and the remains of broken saves."""
-    steps = saved_steps(run_dir)
-    kept = set(steps[-config.keep_last :]) if config.keep_last else set(steps)
-    kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
-    for step in set(steps) - kept:
-        shutil.rmtree(folder_of(run_dir, step), ignore_errors=True)
-    for remains in (Path(run_dir) / "checkpoints").glob(".step-*.partial"):
-        shutil.rmtree(remains, ignore_errors=True)
 
 
 class _FragmentFile:
@@ -210,25 +164,63 @@ class _Whole:
         return self.numel
 
 
-def damaged(folder: Path, error: Exception) -> CheckpointError:
+def damaged(folder: Path, error: Exception | str) -> CheckpointError:
     """What to tell of a checkpoint that cannot be read."""
-    return CheckpointError(
-        f"checkpoint {folder} cannot be read: {error}; remove that folder to go on from the one before it"
-    )
+    return CheckpointError(f"checkpoint {folder} cannot be read: {error}; remove that folder to go on without it")
+
+
+def agreed_fault(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, or None if it is; all ranks call it, each reads some of the files."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    faults: list[str | None] = [None] * world_size
+    dist.all_gather_object(faults, fault_of(folder, contents=True, part=(rank, world_size)))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def newest_whole(run_dir: Path, resume_from: Path | None) -> Path | None:
+    """The checkpoint to go on from, read to its end; all ranks call it and get the same. None at a fresh start.
+
+    Damaged ones that are newer are told of, and, if they are the run's own, put out of the way of those to come.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none is whole: that must not pass for a fresh start.
+    """
+    found: list[list[Path]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, candidates(run_dir, resume_from))
+    faults: list[tuple[Path, str]] = []
+    # as rank 0 sees them: on a network's file system others may see older names
+    for folder in found[0]:
+        fault = agreed_fault(folder)
+        if fault is None:
+            break
+        faults.append((folder, fault))
+    else:
+        if faults:
+            raise damaged(*faults[0])
+        return None
+    if dist.get_rank() == 0:
+        for bad, fault in faults:
+            kept = set_aside(bad) if bad.parent.parent == run_dir else bad
+            print(f"warning: checkpoint {bad.name} is damaged: {fault}; it is kept as {kept}", flush=True)
+        if faults:
+            print(f"going on from {folder.name}, the newest whole one", flush=True)
+    return folder
 
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Reader]:
-    """Open a checkpoint folder for the time of the ``with`` block.
+    """Open a checkpoint folder for the time of the ``with`` block; what its files hold is not compared with their sums.
 
     Raises:
         CheckpointError: if it is missing, damaged or of another format.
     """
     with ExitStack() as stack:
         try:
+            if fault := fault_of(folder, contents=False):
+                raise ValueError(fault)
             state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
             world_size = int(state["world_size"])
-            paths = [folder / _rank_name(rank, world_size) for rank in range(world_size)]
+            paths = [folder / rank_name(rank, world_size) for rank in range(world_size)]
             files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise damaged(folder, error) from None
@@ -253,7 +245,7 @@ def read_weights(run_dir: str | Path, step: int | None = None, which: str = "tea
         which: ``teacher`` (the average) or ``student`` (the masters).
 
     Raises:
-        CheckpointError: if there is no such checkpoint.
+        CheckpointError: if there is no such checkpoint, or it is damaged.
     """
     return dict(iterate_weights(run_dir, step, which))
 
@@ -262,51 +254,56 @@ def iterate_weights(
     run_dir: str | Path, step: int | None = None, which: str = "teacher", wanted: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """As ``read_weights``, one parameter at a time; ``wanted(name)`` leaves out the others."""
-    steps = saved_steps(run_dir)
-    if not steps:
-        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; there are {steps}")
-    with opened(folder_of(run_dir, steps[-1] if step is None else step)) as reader:
+    folder = weights_folder(run_dir, step, which)
+    # whatever is made of the weights lasts longer than reading them once more
+    if fault := fault_of(folder, contents=True):
+        raise damaged(folder, fault)
+    with opened(folder) as reader:
         for name in reader.state["shapes"]:
             if wanted is None or wanted(name):
                 yield name, reader.whole(f"{_KINDS[which]}/{name}")
 
 
-def _rank_name(rank: int, world_size: int) -> str:
+def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> Path:
+    """The checkpoint of ``step``, or the newest one, or where there is none of it the teacher's snapshot.
+
+    Raises:
+        CheckpointError: if there is neither.
+    """
+    steps = saved_steps(run_dir)
+    snapshots = saved_steps(run_dir, SNAPSHOTS) if which == "teacher" else []
+    if step is None and (steps or snapshots):
+        step = (steps or snapshots)[-1]
+    if step in steps:
+        return folder_of(run_dir, step)
+    if step in snapshots:
+        return folder_of(run_dir, step, SNAPSHOTS)
+    if step is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
+    raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; there are {sorted({*steps, *snapshots})}")
+
+
+def rank_name(rank: int, world_size: int) -> str:
+    """The file of one rank."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def _write_values(path: Path, shards: Mapping[str, Values]) -> None:
-    """A safetensors file: the length of the header, the header, the values (its library wants all at once)."""
+def write_fragments(path: Path, shards: Mapping[str, Values]) -> FileSum:
+    """A safetensors file: the length of the header, the header, the values (its library wants all at once).
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     header, offset = {}, 0
     for key, values in shards.items():
         header[key] = {"dtype": "F32", "shape": [values.numel], "data_offsets": [offset, offset + 4 * values.numel]}
         offset += 4 * values.numel
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with SummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, values in shards.items():
             tensor = values.read().detach().to("cpu", torch.float32).contiguous()
             assert tensor.shape == (values.numel,), key
             file.write(tensor.numpy().data)
-    _sync(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return file.finish()

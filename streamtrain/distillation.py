@@ -58,5 +58,8 @@ def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
     steps = checkpoint.saved_steps(folder)
     if not steps:
         raise CheckpointError(f"teacher.weights {folder} holds no checkpoint")
-    with checkpoint.opened(checkpoint.folder_of(folder, steps[-1])) as reader:
+    source = checkpoint.folder_of(folder, steps[-1])
+    if fault := checkpoint.agreed_fault(source):
+        raise checkpoint.damaged(source, fault)
+    with checkpoint.opened(source) as reader:
         network.write(lambda name, fragment: reader.read(f"ema/{name}", fragment))

@@ -25,7 +25,6 @@ from streamtrain.learner import GramTeacher, Learner
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
 from streamtrain.objective.targets import TargetMaker
-from streamtrain.run_folder import starting_checkpoint
 
 BACKBONE = "backbone."
 
@@ -99,15 +98,15 @@ def restore(
     target_maker: TargetMaker,
     gram: GramAnchor | None = None,
 ) -> Position:
-    """Fill the networks from the newest checkpoint, from somebody's backbone, or from the seed.
+    """Fill the networks from the newest whole checkpoint, from somebody's backbone, or from the seed.
 
     The run folder's own checkpoint comes before ``resume_from``, then ``init.weights``, then a fresh start.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, damaged or belongs to another model.
+        CheckpointError: if the checkpoint belongs to another model, or there are some and none is whole.
         StreamtrainError: if ``init.weights`` cannot be read, or is of another model.
     """
-    source = starting_checkpoint(Path(config.run.dir), resume_from)
+    source = checkpoint.newest_whole(Path(config.run.dir), resume_from)
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)

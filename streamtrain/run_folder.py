@@ -19,14 +19,18 @@ from typing import Any
 from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
-from streamtrain.stopping import STOP_NAME
+from streamtrain.manifest import fault_of
+from streamtrain.stopping import SAVE_NAME, STOP_NAME
 
 ENVIRONMENT_NAME = "environment.json"
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+QUARANTINE_NAME = "quarantine.jsonl"
+# folders of a run that hold one folder a step: all that a run goes on from, and the teacher alone
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 LOCK_NAME = ".streamtrain.lock"
-# what may lie in a folder before its first run: a request to stop, a volume's own folder, ...
-_BEFORE_A_RUN = (STOP_NAME, "lost+found")
+# what may lie in a folder before its first run: a request to it, a volume's own folder, ...
+_BEFORE_A_RUN = (STOP_NAME, SAVE_NAME, "lost+found")
 # ... and what a scheduler or a shell writes of the job
 _LOG_SUFFIXES = (".log", ".out", ".err")
 _CHECKPOINT = re.compile(r"^step-(\d{9})$")
@@ -35,18 +39,23 @@ FEW_NEIGHBOURS = 8
 _LIBRARIES = ("streamtrain", "torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
-def folder_of(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` completed steps lies."""
-    return Path(run_dir) / "checkpoints" / f"step-{step:09d}"
+def folder_of(run_dir: str | Path, step: int, place: str = CHECKPOINTS) -> Path:
+    """Where the checkpoint, or another thing in ``place``, of ``step`` completed steps lies."""
+    return Path(run_dir) / place / f"step-{step:09d}"
 
 
-def saved_steps(run_dir: str | Path) -> list[int]:
-    """Steps of which a whole checkpoint exists, ascending.
+def step_of(folder: Path) -> int:
+    """Completed steps of what ``folder_of`` gave."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_steps(run_dir: str | Path, place: str = CHECKPOINTS) -> list[int]:
+    """Steps of which a checkpoint was written to its end, ascending.
 
     Raises:
         CheckpointError: if nobody can tell, which must not be taken for a fresh start.
     """
-    parent = Path(run_dir) / "checkpoints"
+    parent = Path(run_dir) / place
     try:
         names = os.listdir(parent)
     except (FileNotFoundError, NotADirectoryError):
@@ -127,24 +136,35 @@ def held(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """The checkpoint to go on from: the run's own newest, else that of ``resume_from``; None at a fresh start.
+    """The checkpoint to go on from, as far as can be told from sizes; see ``candidates``.
+
+    Raises:
+        CheckpointError: if there is to be one in ``resume_from``, and is not.
+    """
+    found = candidates(run_dir, resume_from)
+    # where none is whole, reading the newest says what is wrong with it
+    return next((folder for folder in found if fault_of(folder, contents=False) is None), found[0] if found else None)
+
+
+def candidates(run_dir: Path, resume_from: Path | None) -> list[Path]:
+    """The checkpoints that a run may go on from, the best first: its own, else those of ``resume_from``, by age.
 
     Raises:
         CheckpointError: if there is to be one in ``resume_from``, and is not.
     """
     for folder in (run_dir, resume_from):
         if folder is not None and (steps := saved_steps(folder)):
-            return folder_of(folder, steps[-1])
+            return [folder_of(folder, step) for step in reversed(steps)]
     if resume_from is not None:
         raise CheckpointError(f"--resume {resume_from} holds no checkpoint; give the folder of a run that saved one")
-    return None
+    return []
 
 
 def nothing_left(config: Config, source: Path | None) -> str | None:
     """What to say of a run whose ``source`` (see ``starting_checkpoint``) has all its steps; None of any other."""
     if source is None:
         return None
-    run_dir, step = source.parent.parent, int(source.name.removeprefix("step-"))
+    run_dir, step = source.parent.parent, step_of(source)
     if step < config.run.steps:
         return None
     return f"already complete: {step} steps in {run_dir}; raise run.steps (now {config.run.steps}) to go on"

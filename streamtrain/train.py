@@ -14,8 +14,8 @@ from PIL import Image
 
 from shards.mixture import AnySet
 from shards.quarantine import Quarantine
-from streamtrain import checkpoint
 from streamtrain.config.load import to_yaml
+from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader, check_state
@@ -24,6 +24,7 @@ from streamtrain.engine.plan_text import at_end, at_start
 from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
+from streamtrain.errors import CheckpointError
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import LossWeights
 from streamtrain.monitor.monitor import Monitor
@@ -31,9 +32,10 @@ from streamtrain.monitor.panel import crops_panel
 from streamtrain.monitor.usage import StepClock, memory_scalars, peak_bytes
 from streamtrain.networks import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.run_folder import describe_run, start_notes
+from streamtrain.run_folder import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, start_notes
+from streamtrain.saver import Contents, Saver
 from streamtrain.schedules import value_at
-from streamtrain.stopping import StopRequest
+from streamtrain.stopping import SAVE, Requests
 from streamtrain.watch.bad_steps import Evidence
 from streamtrain.watch.watch import Watch
 from streamtrain.watch.watchdog import Watchdog
@@ -100,6 +102,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
     global_batch, accumulation = config.batch_split(launch.world_size)
     run_dir = Path(config.run.dir)
 
+    requests = Requests(run_dir, launch.rank)
     with joined(config.engine, launch) as runtime:
         if launch.rank == 0:
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
@@ -113,7 +116,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
         handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
-        quarantine = Quarantine(run_dir / "quarantine.jsonl", config.data.max_unusable_share)
+        quarantine = Quarantine(run_dir / QUARANTINE_NAME, config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
             start_slot=slot, end_slot=slot + (config.run.steps - step) * global_batch,
@@ -127,13 +130,13 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
         if position.source is not None:
             runtime.say(f"resuming at step {step} from {position.source}")
         monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
-        stop = StopRequest(run_dir)
         watch = Watch(config, step, position.skipped_steps)
         watchdog = Watchdog(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
-        with watchdog, closing(loader), closing(monitor):
+        saver = Saver(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
+        with watchdog, closing(loader), closing(monitor), closing(saver):
             monitor.text("config", f"```yaml\n{to_yaml(config)}```")
             clock = StepClock()
-            exit_code = 0
+            wish = 0
             while step < config.run.steps:
                 values = StepValues.at(step, config, global_batch)
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
@@ -153,50 +156,65 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                     target_maker.revert()
 
                 step, slot = step + 1, slot + global_batch
-                means, exit_code = agree(losses, stop.code(), runtime)
+                means, wish = agree(losses, requests.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
-                scalars |= student.gradient_norms() | loader.scalars()
+                scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
                 scalars |= watch.scalars(step, student.applied, means["total"])
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
                 monitor.log(step, slot, scalars)
-                for line in watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader):
+                found = watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader)
+                for line in (*found, *saver.warnings()):
                     monitor.warn(step, line)
                 if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
                     monitor.panel(step, panel_of(batches[0], config))
-                saves = due(step, config.run.checkpoint_every) and student.applied
-                if saves or exit_code or step == config.run.steps:
+                places = to_save(step, wish, student.applied, config.run)
+                if places or not student.applied:
+                    # so that the checkpoint begun last is there, should the run end here and name it
+                    saver.wait()
+                if places:
                     watch.bad_steps.check_weights(step, student.finite(), runtime.device)
                     state = {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
-                    save(config, step, state, student, teacher, target_maker, gram)
-                if exit_code:
-                    stop.clear()
-                    runtime.say(f"stopped at step {step}, checkpoint saved; the same command goes on")
+                    if CHECKPOINTS in places:
+                        requests.saving()
+                    saver.save(step, contents(places, state, student, teacher, target_maker, gram), requests.saved)
+                if wish > SAVE:
                     break
                 watch.bad_steps.check(step)
+            saver.wait()
+            for line in saver.warnings():
+                monitor.warn(step, line)
+        if wish > SAVE:
+            requests.stopped()
+            runtime.say(f"stopped at step {step}, {saver.told()}; the same command goes on")
+        elif saver.failure:
+            raise CheckpointError(f"all steps are done, but {saver.told()}; mend that and start the same command again")
         runtime.say(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
-    return exit_code
+    return wish if wish > SAVE else 0
 
 
-def save(
-    config: Config,
-    step: int,
+def to_save(step: int, wish: int, applied: bool, config: RunConfig) -> list[str]:
+    """Which places get something after ``step``, which changed the weights or not."""
+    places = []
+    if wish or step == config.steps or (applied and due(step, config.checkpoint_every)):
+        places.append(CHECKPOINTS)
+    if applied and due(step, config.snapshot_every):
+        places.append(SNAPSHOTS)
+    return places
+
+
+def contents(
+    places: list[str],
     state: dict[str, Any],
     student: Student,
     teacher: Teacher,
     target_maker: TargetMaker,
     gram: GramAnchor,
-) -> None:
-    """Write the checkpoint of ``step`` completed steps and drop those that are no longer kept."""
-    checkpoint.save(
-        config.run.dir,
-        step,
-        shards=student.shards() | teacher.shards() | gram.shards(),
-        shared=target_maker.state_dict(),
-        shapes={name: fragment.shape for name, fragment in student.fragments.items()},
-        state=state,
-    )
-    if dist.get_rank() == 0:
-        checkpoint.prune(config.run.dir, config.run)
+) -> dict[str, Contents]:
+    """What goes into a checkpoint, and into a snapshot of the teacher, where those are among ``places``."""
+    shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
+    averages = teacher.shards()
+    whole = Contents(student.shards() | averages | gram.shards(), target_maker.state_dict(), shapes, state)
+    return {place: whole if place == CHECKPOINTS else Contents(averages, {}, shapes, {}) for place in places}
 
 
 def agree(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from streamtrain import checkpoint
 from streamtrain.config.load import build, merge, read_resolved
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.networks import build_networks, restore
 from streamtrain.objective.targets import TargetMaker
+from streamtrain.run_folder import CHECKPOINTS
+from streamtrain.saver import Contents, Saver
 
 run_dir, out, moments = sys.argv[1:]
 changes = {"engine": {"moments": moments, "moments_dir": f"{out}/moments" if moments == "disk" else None}}
@@ -21,4 +22,6 @@ with joined(config.engine, Launch.from_environment()) as runtime:
     position = restore(config, None, student, teacher, maker, GramAnchor(config, None))
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     shards = student.shards() | teacher.shards()
-    checkpoint.save(Path(out), position.step, shards, maker.state_dict(), shapes, {"data": position.data})
+    saver = Saver(Path(out), config.run)
+    saver.save(position.step, {CHECKPOINTS: Contents(shards, maker.state_dict(), shapes, {"data": position.data})})
+    saver.wait()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from sealed import seal
 
 from streamtrain import checkpoint
 from streamtrain.errors import CheckpointError
@@ -43,6 +44,7 @@ def write(folder: Path, world_size: int) -> None:
     save_file({}, folder / "shared.safetensors")
     state = {"version": checkpoint.VERSION, "step": 7, "world_size": world_size, "shapes": SHAPES}
     (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
 
 
 @settings(max_examples=30, deadline=None)

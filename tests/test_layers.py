@@ -26,7 +26,12 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("streamtrain.data",), ("streamtrain.model",), ("streamtrain.objective",)),
     (("streamtrain.learner",),),
     (("streamtrain.engine",),),
-    (("streamtrain.run_folder", "streamtrain.checkpoint", "streamtrain.stopping"),),
+    (
+        (
+            "streamtrain.run_folder", "streamtrain.stopping", "streamtrain.durable", "streamtrain.manifest",
+            "streamtrain.retention", "streamtrain.host_memory", "streamtrain.checkpoint", "streamtrain.saver",
+        ),
+    ),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",), ("streamtrain.watch",)),
     (("streamtrain.networks", "streamtrain.gram_anchor", "streamtrain.distillation"),),
     (("streamtrain.train",),),
@@ -34,7 +39,10 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 ROOMS = {prefix: (floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms for prefix in room}
 OURS = ("shards", "streamtrain", "tools")
-TORCH_FREE = ("shards", *FLOORS[1][0], "streamtrain.engine.memory", "streamtrain.run_folder")
+TORCH_FREE = (
+    "shards", *FLOORS[1][0], "streamtrain.engine.memory", "streamtrain.run_folder", "streamtrain.stopping",
+    "streamtrain.durable", "streamtrain.manifest", "streamtrain.retention", "streamtrain.host_memory",
+)  # fmt: skip
 MAX_LINES = 430
 
 

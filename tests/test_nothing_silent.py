@@ -219,8 +219,8 @@ READ = {
     "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds", "init.minimum_matched",
     "init.weights", "monitor.panel_every", "monitor.panel_samples", "monitor.progress", "monitor.spike_score",
     "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher",
-    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps", "teacher.average",
-    "teacher.chunk", "teacher.weights",
+    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps",
+    "run.save_in_background", "run.snapshot_every", "teacher.average", "teacher.chunk", "teacher.weights",
 }  # fmt: skip
 
 

@@ -66,33 +66,28 @@ def expect_success(results: Sequence[tuple[int, str, str]]) -> None:
     assert [code for code, _, _ in results] == [0] * len(results), "\n".join(err[-3000:] for _, _, err in results)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "centering", "kind"), [(1, "softmax", "cosine"), (2, "sinkhorn", "ibot")]
-)
-def test_a_killed_run_goes_on_bit_for_bit(
-    shards: Path, mixture: str, tmp_path: Path, world_size: int, centering: str, kind: str
-) -> None:
-    images = mixture if world_size == 2 else shards
+def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    """On one rank and with centres; on two ranks and with Sinkhorn: ``faults/test_runs.py``."""
     # 12 steps of 8 samples pass twice over the 40 samples; the kill falls between two checkpoints
-    settings = ("run.steps=12", "run.checkpoint_every=3", "data.global_batch=8", "data.micro_batch=2",
-                f"objective.centering={centering}", f"objective.patch_loss.kind={kind}")  # fmt: skip
+    settings = ("run.steps=12", "run.checkpoint_every=2", "data.global_batch=8", "data.micro_batch=2",
+                "objective.centering=softmax", "objective.patch_loss.kind=cosine")  # fmt: skip
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    expect_success(run_ranks(command(images, straight, *settings), world_size))
+    expect_success(run_ranks(command(shards, straight, *settings), 1))
 
-    processes = start_ranks(command(images, broken, *settings), world_size)
+    processes = start_ranks(command(shards, broken, *settings), 1)
     wait_for_steps(broken, 5, processes)
     for process in processes:
         process.kill()
     for process in processes:
         process.communicate()
-    assert checkpoint.latest_step(broken) in (3, 6, 9)
+    # that of step 4 was begun only when that of step 2 was whole
+    assert checkpoint.latest_step(broken) in range(2, 12, 2)
     # what a kill in the middle of a write leaves behind
     with open(broken / "metrics.jsonl", "a") as log:
         log.write('{"step": 99, "lo')
-    resumed = run_ranks(command(images, broken, *settings), world_size)
+    resumed = run_ranks(command(shards, broken, *settings), 1)
     expect_success(resumed)
-    assert [len(re.findall(r"^resuming at step [369] from .*/checkpoints/step-", out, re.MULTILINE))
-            for _, out, _ in resumed] == [1, *[0] * (world_size - 1)]  # fmt: skip
+    assert len(re.findall(r"^resuming at step \d+ from .*/checkpoints/step-", resumed[0][1], re.MULTILINE)) == 1
 
     assert losses(broken) == losses(straight)
     for which in ("teacher", "student"):

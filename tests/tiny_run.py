@@ -12,7 +12,7 @@ from tiny_backbone import TINY
 HEAD = "{prototypes: 32, hidden: 16, bottleneck: 8}"
 
 
-def command(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+def command(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
     """Of one run; ``overrides`` come last."""
     model = [f"model.{key}={value}" for key, value in TINY.items()]
     return [

@@ -17,5 +17,9 @@ class RunConfig(Section):
     keep_last: NonNegative = 2
     # beyond those, every checkpoint whose step is a multiple of this stays; 0 keeps none
     keep_every: Steps = 0
+    # the teacher's weights alone, in snapshots/, all of which stay; 0 means never
+    snapshot_every: Steps = 0
+    # write them beside the training, from a copy in host memory where there is room for one
+    save_in_background: bool = True
     # steps in a row whose loss or gradient is not finite, and which change nothing, before the run stops
     max_bad_steps: Positive = 10

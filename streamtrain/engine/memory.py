@@ -371,6 +371,8 @@ def _disk(s: _Sizes) -> Iterator[Part]:
         kept += run.steps // run.keep_every if run.keep_every else 0
     values = (s.shard * s.world_size, "values")
     yield _part("checkpoints", "disk", ALWAYS, (kept, "kept or being written"), values, (16, "B"))
+    snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
+    yield _part("snapshots", "disk", ALWAYS, (snapshots, "of the teacher"), values, (4, "B"))
 
 
 def _flops(s: _Sizes) -> float:

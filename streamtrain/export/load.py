@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamtrain.checkpoint import iterate_weights, latest_step
+from streamtrain.checkpoint import iterate_weights, weights_folder
 from streamtrain.config.load import read_resolved
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
@@ -23,6 +23,7 @@ from streamtrain.export.hf import MODEL_TYPE, backbone_config_from_hf
 from streamtrain.export.naming import from_hf
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.run_folder import step_of
 
 PREFIX = "backbone."  # of the backbone's parameters within the learner's
 
@@ -41,7 +42,7 @@ class Backbone:
 
 
 def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> Backbone:
-    """The backbone of a run's checkpoint.
+    """The backbone of a run's checkpoint, or of its snapshot of the teacher.
 
     Args:
         run_dir: the run folder.
@@ -52,9 +53,10 @@ def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> 
         StreamtrainError: if there is no run, or no such checkpoint.
     """
     config = read_resolved(run_dir)
-    found = latest_step(run_dir) if step is None else step
+    found = step_of(weights_folder(run_dir, step, which))
     weights = iterate_weights(run_dir, found, which, lambda name: name.startswith(PREFIX))
-    origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards_text}
+    origin: dict[str, str | int | None] = {"source": which, "step": found}
+    origin |= {"run": config.run.dir, "data": config.data.shards_text}
     return Backbone(
         fill(config.model, ((name.removeprefix(PREFIX), value) for name, value in weights), str(run_dir)),
         backbone_config(config, origin),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sealed import seal
 from tiny_backbone import tiny_backbone, tiny_config, tiny_weights
 
 from streamtrain.checkpoint import SHARED_NAME, STATE_NAME, VERSION, folder_of
@@ -51,6 +52,7 @@ def write_checkpoint(run: Path, step: int, world_size: int) -> None:
     shapes = {name: list(value.shape) for name, value in state.items()}
     document = {"version": VERSION, "step": step, "world_size": world_size, "shapes": shapes}
     (folder / STATE_NAME).write_text(json.dumps(document))
+    seal(folder)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
