@@ -16,7 +16,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader, micro_batch_slots
 from streamtrain.data.stream import order_of
 
-WARM_UP_SAMPLES = 20_000  # come before the measurement: pools fill, allocators find their size
+WARM_UP_SAMPLES = 50_000  # come before the measurement: pools fill, allocators find their size
 BLOCKS = 20
 _T_95 = 2.101  # Student's t for BLOCKS - 2 degrees of freedom, two-sided
 
