@@ -40,7 +40,8 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 ROOMS = {prefix: (floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms for prefix in room}
 OURS = ("shards", "streamtrain", "tools")
 TORCH_FREE = (
-    "shards", *FLOORS[1][0], "streamtrain.engine.memory", "streamtrain.run_folder", "streamtrain.stopping",
+    "shards", *FLOORS[1][0], "streamtrain.engine.memory", "streamtrain.engine.flops", "streamtrain.engine.peak",
+    "streamtrain.run_folder", "streamtrain.stopping",
     "streamtrain.durable", "streamtrain.manifest", "streamtrain.retention", "streamtrain.host_memory",
 )  # fmt: skip
 MAX_LINES = 430

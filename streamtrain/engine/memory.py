@@ -14,6 +14,7 @@ from typing import Literal
 from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.tree import Config
+from streamtrain.engine.flops import step_flops
 from streamtrain.engine.shapes import block_shapes, parameter_shapes, partition
 
 Place = Literal["gpu", "host", "disk"]
@@ -51,7 +52,7 @@ class Plan:
 
     parts: tuple[Part, ...]
     ranks_a_host: int
-    # of all ranks together
+    # of all ranks together, with what is computed again
     flops_per_step: float
     # received by one rank
     all_gather_bytes_per_step: int
@@ -108,7 +109,7 @@ def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = T
     return Plan(
         tuple(part for part in parts if part.num_bytes),
         min(world_size, RANKS_A_HOST),
-        _flops(sizes),
+        step_flops(config, world_size).executed,
         _all_gather_bytes(sizes),
         _transfer_bytes(sizes),
         sizes.numel,
@@ -373,37 +374,6 @@ def _disk(s: _Sizes) -> Iterator[Part]:
     yield _part("checkpoints", "disk", ALWAYS, (kept, "kept or being written"), values, (16, "B"))
     snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
     yield _part("snapshots", "disk", ALWAYS, (snapshots, "of the teacher"), values, (4, "B"))
-
-
-def _flops(s: _Sizes) -> float:
-    """Multiply-adds count 2; what is recomputed counts again."""
-    model, engine = s.config.model, s.config.engine
-    matrices = {name: math.prod(shape) for name, shape in block_shapes(model).items() if len(shape) == 2}
-    of_mlp = sum(numel for name, numel in matrices.items() if name.startswith("mlp."))
-    of_attention = sum(matrices.values()) - of_mlp
-
-    def block(images: int, tokens: int) -> tuple[float, float]:
-        rows = images * tokens
-        return 2.0 * rows * of_attention + 4.0 * rows * tokens * model.dim, 2.0 * rows * of_mlp
-
-    keep = 1.0 - model.drop_path
-    parts = [block(s.images[0], s.global_tokens), block(s.images[1], s.local_tokens)]
-    attention, mlp = (keep * sum(part[i] for part in parts) for i in (0, 1))
-    again = {"none": 0.0, "selective": mlp, "block": attention + mlp}[engine.checkpointing]
-    if engine.view_groups > 1 and engine.checkpointing == "block":
-        # the groups are recomputed within a block that is recomputed itself
-        again *= 2
-    student = model.depth * (3.0 * (attention + mlp) + again)
-    teacher = model.depth * sum(block(s.images[0], s.global_tokens))
-    heads = 0.0
-    iterations = s.config.objective.sinkhorn_iterations if s.config.objective.centering == "sinkhorn" else 1
-    for _, head, rows, teacher_rows in s.heads:
-        mlp_numel = model.dim * head.hidden + (head.layers - 2) * head.hidden**2 + head.hidden * head.bottleneck
-        prototypes = head.prototypes * head.bottleneck
-        heads += 6.0 * rows * mlp_numel + 2.0 * teacher_rows * mlp_numel
-        # twice the logits and once each gradient; the teacher's logits once more than the iterations
-        heads += 8.0 * rows * prototypes + 2.0 * (iterations + 1) * teacher_rows * prototypes
-    return s.world_size * s.accumulation * (student + teacher + heads)
 
 
 def _all_gather_bytes(s: _Sizes) -> int:
