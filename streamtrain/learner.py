@@ -83,19 +83,16 @@ class Learner(nn.Module):
         crops = [self._pixels(batch.global_crops)]
         tokens, _ = self.backbone.encode(crops, [None], chunk=self.config.teacher.chunk)
         layout = self.backbone.layout(crops)
-        rows = []
-        if weights.global_loss:
-            rows.append(layout.cls_rows(0, tokens.device))
+        rows = [layout.cls_rows(0, tokens.device)]
         if weights.patch_loss:
             rows.append(layout.patch_rows(0, batch.masks.index))
         # the norm is per token: only the rows that somebody wants are normalised
-        wanted = self.backbone.norm(tokens.index_select(0, torch.cat(rows))).split([len(row) for row in rows])
-        pieces = iter(wanted)
-        of_global = self.global_head(next(pieces)) if weights.global_loss else None
-        of_patch = next(pieces) if weights.patch_loss else None
+        cls, *patches = self.backbone.norm(tokens.index_select(0, torch.cat(rows))).split([len(row) for row in rows])
+        of_global = self.global_head(cls) if weights.global_loss else None
+        of_patch = patches[0] if weights.patch_loss else None
         if of_patch is not None and self.patch_head is not None:
             of_patch = self.patch_head(of_patch)
-        return TeacherFeatures(of_global, of_patch, batch.masks.weight)
+        return TeacherFeatures(of_global, of_patch, batch.masks.weight, cls)
 
     def _learn(self, batch: Batch, weights: LossWeights, targets: Targets) -> dict[str, Tensor]:
         features = self._student_features(batch, weights)

@@ -145,6 +145,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                 gram.refresh(step, values.weights.gram, teacher)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
                 targets = target_maker.make(features, handles, values.teacher_temperature)
+                seen = watch.look(step + 1, targets)
                 losses = []
                 for batch, target in zip(watchdog.beating(batches), targets, strict=True):
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
@@ -159,7 +160,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                 means, wish = agree(losses, requests.code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
                 scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
-                scalars |= watch.scalars(step, student.applied, means["total"])
+                scalars |= watch.scalars(step, student.applied, means["total"]) | seen
                 scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
                 monitor.log(step, slot, scalars)
                 found = watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader)

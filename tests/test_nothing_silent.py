@@ -217,9 +217,11 @@ READ = {
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
     "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.collective_timeout_seconds",
     "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds", "init.minimum_matched",
-    "init.weights", "monitor.panel_every", "monitor.panel_samples", "monitor.progress", "monitor.spike_score",
-    "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes", "objective.gram.teacher",
-    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps",
+    "init.weights", "monitor.collapse.every", "monitor.collapse.images", "monitor.collapse.max_entropy",
+    "monitor.collapse.min_entropy", "monitor.collapse.min_rank", "monitor.collapse.min_std",
+    "monitor.collapse.min_usage", "monitor.collapse.start", "monitor.panel_every", "monitor.panel_samples",
+    "monitor.progress", "monitor.spike_score", "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes",
+    "objective.gram.teacher", "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps",
     "run.save_in_background", "run.snapshot_every", "teacher.average", "teacher.chunk", "teacher.weights",
 }  # fmt: skip
 
@@ -300,5 +302,6 @@ def test_a_run_reads_what_only_sets_a_pace(folder: Path, tmp_path: Path) -> None
     assert list((tmp_path / "cache").glob("*.shard"))
     sections = {name: type(getattr(Config(), name)).__name__ for name in Config.model_fields}
     sections |= {"objective.gram": "GramConfig", "data.cache": "CacheConfig", "data.remote": "RemoteConfig"}
+    sections |= {"monitor.collapse": "CollapseConfig"}
     wanted = {f"{sections[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in READ}
     assert wanted <= found, wanted - found

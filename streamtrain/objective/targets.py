@@ -26,6 +26,8 @@ class TeacherFeatures:
     patch_features: Tensor | None
     # [M], as in the batch's masks: 0 marks padding
     patch_weight: Tensor
+    # backbone's CLS of the global crops, [V * B, dim], view-major; None where no term asks the teacher
+    cls: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""What a run keeps an eye on after each step: numbers that are not finite, and sudden rises of the loss."""
+"""What a run keeps an eye on after each step: numbers that are not finite, sudden rises of the loss, collapse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
+from streamtrain.objective.targets import Targets
 from streamtrain.watch.bad_steps import BadSteps, Evidence
+from streamtrain.watch.collapse import Collapse
 from streamtrain.watch.spikes import Spikes
 
 
@@ -19,6 +21,11 @@ class Watch:
         self.bad_steps = BadSteps(Path(config.run.dir), config.run.max_bad_steps, start_step, skipped_steps)
         self._spikes = Spikes(config.monitor.spike_window, config.monitor.spike_score)
         self._score: float | None = None
+        self._collapse = Collapse(config.monitor.collapse, config.crops.global_count, config.objective.chunk_bytes)
+
+    def look(self, step: int, targets: Sequence[Targets]) -> dict[str, float]:
+        """What is to be logged of the teacher that made the targets of ``step`` (from 1); before it is updated."""
+        return self._collapse.scalars(step, targets)
 
     def scalars(self, step: int, applied: bool, loss: float) -> dict[str, float]:
         """What is to be logged of the completed ``step`` (from 1), whose mean ``loss`` this is."""
@@ -36,3 +43,4 @@ class Watch:
         if line := self._spikes.warning(step, scalars["loss/total"], self._score):
             first, last = evidence.batches[0].slots[0], evidence.batches[-1].slots[-1]
             yield f"{line} (slots {first} to {last} on rank 0)"
+        yield from self._collapse.warnings(step)
