@@ -12,7 +12,7 @@ from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.model.heads import ProjectionHead
-from streamtrain.model.vit import VisionTransformer
+from streamtrain.model.vit import Features, VisionTransformer
 from streamtrain.objective.gram import resize_patches
 from streamtrain.objective.koleo import distributed_koleo_loss, koleo_loss
 from streamtrain.objective.patches import cosine_loss, l2_loss
@@ -65,14 +65,18 @@ class Learner(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, targets: Targets | None = None, weights: LossWeights = RECIPE_WEIGHTS
-    ) -> TeacherFeatures | dict[str, Tensor]:
+        self, batch: Batch | Tensor, targets: Targets | None = None, weights: LossWeights = RECIPE_WEIGHTS
+    ) -> TeacherFeatures | dict[str, Tensor] | Features:
         """The losses of one micro-batch; without ``targets``, the teacher's features of it.
+
+        Of plain images, uint8 ``[N, height, width, 3]``, it returns the backbone's normalised features, for evaluation.
 
         Returns:
             As student, fp32 scalars: ``total`` (weighted, differentiable) and, detached and unweighted, one
             of ``global``, ``patch``, ``koleo``, ``gram`` for each term whose weight is not 0.
         """
+        if isinstance(batch, Tensor):
+            return self.backbone.forward_features(self._pixels(batch), self.config.teacher.chunk)
         return self._teach(batch, weights) if targets is None else self._learn(batch, weights, targets)
 
     @torch.no_grad()

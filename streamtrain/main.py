@@ -19,6 +19,8 @@ from streamtrain.config.tree import Config
 from streamtrain.data.stream import check_cache, order_of
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.held_out import held_out
+from streamtrain.monitor.trackers import check_trackers
 from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, starting_checkpoint
 
 EXIT_USAGE = 2
@@ -55,7 +57,10 @@ def check(config: Config, launch: Launch, source: Path | None) -> AnySet:
     config.batch_split(launch.world_size)
     config.objective.koleo.samples(config.data.micro_batch, launch.world_size)
     check_weights(config, source)
+    check_trackers(config.monitor)
     shard_set = open_shard_set(config)
+    if config.evaluation.every:
+        held_out(config, shard_set)
     order = order_of(config, shard_set, launch.world_size)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
     make_run_folder(Path(config.run.dir), launch.rank)

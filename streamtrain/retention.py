@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from streamtrain.config.run import RunConfig
-from streamtrain.durable import sync
-from streamtrain.run_folder import CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
+from streamtrain.durable import replace_file, sync
+from streamtrain.run_folder import BEST_NAME, CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
 
 
 def prune(run_dir: Path, config: RunConfig) -> None:
@@ -20,12 +23,32 @@ def prune(run_dir: Path, config: RunConfig) -> None:
     steps = saved_steps(run_dir)
     kept = set(steps[-config.keep_last :]) if config.keep_last else set(steps)
     kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
+    kept |= {best["step"]} if (best := read_best(run_dir)) else set()
     for step in sorted(set(steps) - kept):
         folder = folder_of(run_dir, step)
         # what is half removed must not be taken for a checkpoint
         os.replace(folder, removed := folder.with_name(f".{folder.name}.removed"))
         sync(folder.parent)
         shutil.rmtree(removed)
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """Of the best checkpoint so far: its ``step``, the ``metric`` by which it is, and the ``value`` of that."""
+    try:
+        best = json.loads((run_dir / BEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(best, dict) and isinstance(best.get("step"), int) and isinstance(best.get("value"), float)
+    return best if whole else None
+
+
+def write_best(run_dir: Path, best: Mapping[str, Any]) -> None:
+    """Remember the best checkpoint, once it is whole; the one before is no longer kept for being the best.
+
+    Raises:
+        OSError: if that cannot be written.
+    """
+    replace_file(run_dir / BEST_NAME, json.dumps(dict(best)).encode() + b"\n")
 
 
 def partial_of(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ ENVIRONMENT_NAME = "environment.json"
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
+BEST_NAME = "best.json"
 # folders of a run that hold one folder a step: all that a run goes on from, and the teacher alone
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 LOCK_NAME = ".streamtrain.lock"
@@ -188,10 +189,13 @@ def check_weights(config: Config, source: Path | None) -> None:
         read_resolved(Path(config.teacher.weights).expanduser())
 
 
-def describe_run(run_dir: Path, config: Config, world_size: int) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it."""
+def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
+    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it.
+
+    ``computed``: where and how the network computes, its ``device`` and ``dtype``.
+    """
     (run_dir / RESOLVED_NAME).write_text(to_yaml(config), encoding="utf-8")
-    document = json.dumps(_environment(world_size), indent=1)
+    document = json.dumps(_environment(world_size) | dict(computed), indent=1)
     (run_dir / ENVIRONMENT_NAME).write_text(document + "\n", encoding="utf-8")
 
 

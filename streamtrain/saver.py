@@ -28,7 +28,7 @@ from streamtrain.durable import FileSum, replace_file, sync, write_file
 from streamtrain.errors import CheckpointError
 from streamtrain.host_memory import available_bytes
 from streamtrain.manifest import write_manifest
-from streamtrain.retention import partial_of, prune, remove_leftovers
+from streamtrain.retention import partial_of, prune, remove_leftovers, write_best
 from streamtrain.run_folder import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, folder_of, saved_steps
 
 # of the memory that is free, what copies may take
@@ -97,7 +97,13 @@ class Saver:
         if self._rank == 0:
             remove_leftovers(run_dir)
 
-    def save(self, step: int, contents: Mapping[str, Contents], ended: Callable[[], None] = lambda: None) -> None:
+    def save(
+        self,
+        step: int,
+        contents: Mapping[str, Contents],
+        ended: Callable[[], None] = lambda: None,
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begin to write a folder of ``step`` in each place (``checkpoints``, ``snapshots``).
 
         Returns when the values may change again. A save that is still under way is waited for, so that there is never
@@ -106,15 +112,16 @@ class Saver:
         Args:
             contents: by place; one of them has all the shards that another one has.
             ended: called by rank 0 when the folders are whole, or given up.
+            best: as for ``write_best``, where the checkpoint is the best so far.
         """
         self.wait()
         began = time.perf_counter()
         if self._config.save_in_background and self._has_room(contents):
-            work = (step, _copied(contents), ended, began)
+            work = (step, _copied(contents), ended, began, best)
             self._thread = threading.Thread(target=self._run, args=work, name="checkpoint", daemon=True)
             self._thread.start()
         else:
-            self._run(step, contents, ended, began)
+            self._run(step, contents, ended, began, best)
             self._settle()
         self._stalled += time.perf_counter() - began
 
@@ -168,12 +175,19 @@ class Saver:
         needed = self._local_world_size * max(each.num_bytes for each in contents.values())
         return needed < _SHARE_OF_MEMORY * available_bytes()
 
-    def _run(self, step: int, contents: Mapping[str, Contents], ended: Callable[[], None], began: float) -> None:
+    def _run(
+        self,
+        step: int,
+        contents: Mapping[str, Contents],
+        ended: Callable[[], None],
+        began: float,
+        best: Mapping[str, Any] | None,
+    ) -> None:
         try:
             for place, each in contents.items():
                 failure = None
                 try:
-                    self._write(folder_of(self._run_dir, step, place), step, each)
+                    self._write(folder_of(self._run_dir, step, place), step, each, best)
                 except _Abandoned as reason:
                     failure = str(reason)
                     self._noted.append(
@@ -195,14 +209,14 @@ class Saver:
             steps = []
         return f"the newest is that of step {steps[-1]}" if steps else "there is none yet"
 
-    def _write(self, folder: Path, step: int, contents: Contents) -> None:
+    def _write(self, folder: Path, step: int, contents: Contents, best: Mapping[str, Any] | None) -> None:
         partial = partial_of(folder)
         sizes = self._exchanged(contents.num_bytes)
         self._together(lambda: self._begin(partial, sum(sizes)) if self._rank == 0 else None)
         try:
             sums = self._together(lambda: self._write_files(partial, step, contents))
             files = {name: one for each in sums for name, one in each.items()}
-            self._together(lambda: self._publish(partial, folder, files) if self._rank == 0 else None)
+            self._together(lambda: self._publish(partial, folder, files, best) if self._rank == 0 else None)
         except _Abandoned:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -229,7 +243,9 @@ class Saver:
             sums[STATE_NAME] = write_file(partial / STATE_NAME, text.encode())
         return sums
 
-    def _publish(self, partial: Path, folder: Path, files: Mapping[str, FileSum]) -> None:
+    def _publish(
+        self, partial: Path, folder: Path, files: Mapping[str, FileSum], best: Mapping[str, Any] | None
+    ) -> None:
         """Everything is written: let it be found, and what it replaces go."""
         write_manifest(partial, files)
         sync(partial)
@@ -242,6 +258,8 @@ class Saver:
             sync(folder.parent)
             replace_file(folder.parent / "latest", f"{folder.name}\n".encode())
             if folder.parent.name == CHECKPOINTS:
+                if best is not None:
+                    write_best(self._run_dir, best)
                 prune(self._run_dir, self._config)
         except OSError as error:
             # the checkpoint is there; the rest is convenience

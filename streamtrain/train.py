@@ -7,17 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
 from shards.mixture import AnySet
 from shards.quarantine import Quarantine
-from streamtrain.config.load import to_yaml
 from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
-from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader, check_state
 from streamtrain.engine.memory import plan
 from streamtrain.engine.plan_text import at_end, at_start
@@ -27,11 +24,11 @@ from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import LossWeights
-from streamtrain.monitor.monitor import Monitor
-from streamtrain.monitor.panel import crops_panel
-from streamtrain.monitor.usage import StepClock, memory_scalars, peak_bytes
+from streamtrain.monitor.panel import batch_panel
+from streamtrain.monitor.usage import peak_bytes
 from streamtrain.networks import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.observer import Observer, due
 from streamtrain.run_folder import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, start_notes
 from streamtrain.saver import Contents, Saver
 from streamtrain.schedules import value_at
@@ -126,18 +123,18 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
             check_state(position.data, loader.state_dict(slot))
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
-            describe_run(run_dir, config, launch.world_size)
+            describe_run(run_dir, config, launch.world_size, runtime.described)
         if position.source is not None:
             runtime.say(f"resuming at step {step} from {position.source}")
-        monitor = Monitor(run_dir, config.monitor, rank=runtime.rank, steps=config.run.steps, start_step=step)
+        observer = Observer(config, runtime, shard_set, planned, student, teacher, step)
+        monitor = observer.monitor
         watch = Watch(config, step, position.skipped_steps)
         watchdog = Watchdog(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
         saver = Saver(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
-        with watchdog, closing(loader), closing(monitor), closing(saver):
-            monitor.text("config", f"```yaml\n{to_yaml(config)}```")
-            clock = StepClock()
+        with watchdog, closing(loader), closing(observer), closing(saver):
             wish = 0
             while step < config.run.steps:
+                observer.begin(step + 1)
                 values = StepValues.at(step, config, global_batch)
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
@@ -146,6 +143,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
                 targets = target_maker.make(features, handles, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
+                observer.look(step + 1, targets[0])
                 losses = []
                 for batch, target in zip(watchdog.beating(batches), targets, strict=True):
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
@@ -161,14 +159,13 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
                 scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
                 scalars |= watch.scalars(step, student.applied, means["total"]) | seen
-                scalars |= clock.tick(global_batch, loader.wait_seconds) | memory_scalars(runtime.device)
-                monitor.log(step, slot, scalars)
+                scalars |= observer.scalars(batches[0], global_batch, loader.wait_seconds)
+                scalars |= observer.evaluate(step, watchdog.beating)
+                observer.report(step, slot, scalars, batches[0])
                 found = watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader)
                 for line in (*found, *saver.warnings()):
                     monitor.warn(step, line)
-                if runtime.rank == 0 and (due(step, config.monitor.panel_every) or step == 1):
-                    monitor.panel(step, panel_of(batches[0], config))
-                places = to_save(step, wish, student.applied, config.run)
+                places = to_save(step, wish, student.applied, config.run, observer.best is not None)
                 if places or not student.applied:
                     # so that the checkpoint begun last is there, should the run end here and name it
                     saver.wait()
@@ -177,7 +174,8 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
                     state = {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
                     if CHECKPOINTS in places:
                         requests.saving()
-                    saver.save(step, contents(places, state, student, teacher, target_maker, gram), requests.saved)
+                    made = contents(places, state, student, teacher, target_maker, gram)
+                    saver.save(step, made, requests.saved, observer.best)
                 if wish > SAVE:
                     break
                 watch.bad_steps.check(step)
@@ -193,10 +191,10 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
     return wish if wish > SAVE else 0
 
 
-def to_save(step: int, wish: int, applied: bool, config: RunConfig) -> list[str]:
-    """Which places get something after ``step``, which changed the weights or not."""
+def to_save(step: int, wish: int, applied: bool, config: RunConfig, best: bool = False) -> list[str]:
+    """Which places get something after ``step``, which changed the weights or not, and made the ``best`` or not."""
     places = []
-    if wish or step == config.steps or (applied and due(step, config.checkpoint_every)):
+    if wish or step == config.steps or (applied and (best or due(step, config.checkpoint_every))):
         places.append(CHECKPOINTS)
     if applied and due(step, config.snapshot_every):
         places.append(SNAPSHOTS)
@@ -235,23 +233,11 @@ def agree(
     return dict(zip(names, values, strict=False)), int(max(values[len(names) :]))
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after ``step``."""
-    return every > 0 and step % every == 0
-
-
 def dry_run(config: Config, shard_set: AnySet) -> int:
     """Draw one panel of crops into the run folder; one rank calls it."""
     picture = Path(config.run.dir) / "dry_run.png"
     end_slot = config.data.micro_batch
     with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu", end_slot=end_slot)) as loader:
-        Image.fromarray(panel_of(next(loader), config)).save(picture)
+        Image.fromarray(batch_panel(next(loader), config.monitor.panel_samples)).save(picture)
     print(f"{shard_set.num_samples} samples in {config.data.shards_text}; crops drawn in {picture}")
     return 0
-
-
-def panel_of(batch: Batch, config: Config) -> np.ndarray:
-    """The crops and masks of a micro-batch as one picture, uint8 [height, width, 3]."""
-    return crops_panel(
-        batch.global_crops, batch.local_crops, batch.masks.grid_mask, len(batch.slots), config.monitor.panel_samples
-    )

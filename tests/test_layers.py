@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ),
     ),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",), ("streamtrain.watch",)),
-    (("streamtrain.networks", "streamtrain.gram_anchor", "streamtrain.distillation"),),
+    (("streamtrain.networks", "streamtrain.gram_anchor", "streamtrain.distillation", "streamtrain.observer"),),
     (("streamtrain.train",),),
     (("streamtrain.main",), ("tools",)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from drawn_images import draw_folder
 from faulty_server import faulty_server
 from pydantic import BaseModel
 from ranks import ROOT
-from tiny_backbone import tiny_weights
+from tiny_backbone import class_folder, tiny_weights
 from tiny_run import command
 
 from shards.pack import PackOptions, pack
@@ -216,13 +217,16 @@ READ = {
     "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads", "data.max_pixels",
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
     "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.collective_timeout_seconds",
-    "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds", "init.minimum_matched",
-    "init.weights", "monitor.collapse.every", "monitor.collapse.images", "monitor.collapse.max_entropy",
-    "monitor.collapse.min_entropy", "monitor.collapse.min_rank", "monitor.collapse.min_std",
-    "monitor.collapse.min_usage", "monitor.collapse.start", "monitor.panel_every", "monitor.panel_samples",
-    "monitor.progress", "monitor.spike_score", "monitor.spike_window", "monitor.tensorboard", "objective.chunk_bytes",
-    "objective.gram.teacher", "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps",
-    "run.save_in_background", "run.snapshot_every", "teacher.average", "teacher.chunk", "teacher.weights",
+    "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds", "evaluation.best",
+    "evaluation.evaluators", "evaluation.every", "evaluation.images", "evaluation.max_share", "evaluation.test",
+    "evaluation.train", "init.minimum_matched", "init.weights", "monitor.collapse.every", "monitor.collapse.images",
+    "monitor.collapse.max_entropy", "monitor.collapse.min_entropy", "monitor.collapse.min_rank",
+    "monitor.collapse.min_std", "monitor.collapse.min_usage", "monitor.collapse.start", "monitor.histogram_every",
+    "monitor.panel_every", "monitor.panel_samples", "monitor.peak_flops", "monitor.profile.start",
+    "monitor.profile.steps", "monitor.progress", "monitor.project", "monitor.spike_score", "monitor.spike_window",
+    "monitor.tensorboard", "monitor.trackers", "objective.chunk_bytes", "objective.gram.teacher",
+    "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps", "run.save_in_background",
+    "run.snapshot_every", "teacher.average", "teacher.chunk", "teacher.weights",
 }  # fmt: skip
 
 
@@ -286,22 +290,30 @@ print("READ" + json.dumps(sorted(read)))
 
 
 def test_a_run_reads_what_only_sets_a_pace(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+
     def run(name: str, *overrides: str) -> set[str]:
         words = command(folder / "set", tmp_path / name, "run.steps=1", "monitor.tensorboard=true", *overrides)
+        store = {"MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
         done = subprocess.run(
-            [sys.executable, "-c", TRACE, *words], cwd=ROOT, capture_output=True, text=True, timeout=200
-        )
+            [sys.executable, "-c", TRACE, *words], cwd=ROOT, capture_output=True, text=True, timeout=200,
+            env={**os.environ, **store},
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return set(json.loads(done.stdout.rpartition("READ")[2]))
 
     backbone = tiny_weights(tmp_path / "weights")
-    found = run("first", f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
+    labelled = class_folder(tmp_path / "labelled")
+    watched = ("monitor.profile.start=1", "monitor.trackers=[mlflow]", "evaluation.every=1", "evaluation.best=knn_20",
+               f"evaluation.train={labelled}", f"evaluation.test={labelled}")  # fmt: skip
+    learnt = (f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
+    found = run("first", *learnt, *watched)
     with faulty_server(folder) as server:
         copied = [f"data.shards={server.url}/set", f"data.cache={{dir: {tmp_path / 'cache'}, limit: 1MB}}"]
         found |= run("second", "teacher.kind=frozen", f"teacher.weights={tmp_path / 'first'}", *copied)
     assert list((tmp_path / "cache").glob("*.shard"))
     sections = {name: type(getattr(Config(), name)).__name__ for name in Config.model_fields}
     sections |= {"objective.gram": "GramConfig", "data.cache": "CacheConfig", "data.remote": "RemoteConfig"}
-    sections |= {"monitor.collapse": "CollapseConfig"}
+    sections |= {"monitor.collapse": "CollapseConfig", "monitor.profile": "ProfileConfig"}
     wanted = {f"{sections[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in READ}
     assert wanted <= found, wanted - found

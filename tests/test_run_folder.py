@@ -26,7 +26,7 @@ def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
     folder_of(tmp_path, 3).rename(tmp_path / "checkpoints" / "3")
     with pytest.raises(StreamtrainError, match="such as checkpoints"):
         make_run_folder(tmp_path, 0)
-    describe_run(tmp_path, build({}), 1)
+    describe_run(tmp_path, build({}), 1, {"device": "cpu", "dtype": "fp32"})
     make_run_folder(tmp_path, 0)
 
 

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
+from streamtrain.retention import read_best
 
 if TYPE_CHECKING:
     from streamtrain.export.load import Backbone
 
+BEST = "best"
+
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, help="run folder; its newest checkpoint unless --step says another")
-    parser.add_argument("--step", type=int, help="with --run: the checkpoint of this step")
+    parser.add_argument("--step", type=step, help="with --run: the checkpoint of this step, or best")
     parser.add_argument("--student", action="store_true", help="with --run: the student, not the teacher")
     parser.add_argument("--weights", type=Path, help="an exported folder (ours or transformers') or .safetensors")
     parser.add_argument(
@@ -44,4 +47,25 @@ def load_backbone(arguments: argparse.Namespace) -> Backbone:
         if arguments.step is not None or arguments.student:
             raise StreamtrainError("--step and --student choose a checkpoint of --run; --weights has none")
         return load_weights(arguments.weights)
-    return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher")
+    return load_run(arguments.run, chosen_step(arguments), "student" if arguments.student else "teacher")
+
+
+def step(text: str) -> int | str:
+    """A number of steps, or ``best``."""
+    if text != BEST and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {BEST}")
+    return text if text == BEST else int(text)
+
+
+def chosen_step(arguments: argparse.Namespace) -> int | None:
+    """``--step`` as a number; None: the newest.
+
+    Raises:
+        StreamtrainError: the run has no best checkpoint.
+    """
+    if arguments.step != BEST:
+        return arguments.step
+    best = read_best(arguments.run)
+    if best is None:
+        raise StreamtrainError(f"{arguments.run} has no best checkpoint: evaluation.best is null, or not measured")
+    return int(best["step"])

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""How good are the features? kNN accuracy or a linear probe on labelled images, with frozen weights.
+"""How good are the features? kNN, a linear probe or logistic regression on labelled images, with frozen weights.
 
 python tools/evaluate.py knn --run RUN --train SET [--test SET] [--json]
 python tools/evaluate.py linear --weights W --train SET --test SET
+python tools/evaluate.py logistic --run RUN --step best --train SET
 python tools/evaluate.py knn --pixels --train SET
 
 SET is a shard set or a folder of class subfolders. Without --test, a fixed fifth of --train, the same for every
@@ -41,7 +42,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("knn", "linear"))
+    parser.add_argument("task", choices=("knn", "linear", "logistic"))
     add_backbone_arguments(parser)
     parser.add_argument("--pixels", action="store_true", help="no network: the pixels themselves as features")
     parser.add_argument("--train", type=Path, required=True, metavar="SET", help="labelled images to learn from")
@@ -60,6 +61,8 @@ def readable(result: dict[str, str | int | float]) -> str:
         counts = [key.removeprefix("knn_") for key in result if key.startswith("knn_")]
         scores = ", ".join(f"k={count} {result[f'knn_{count}']:.2%}" for count in counts)
         scores = f"kNN accuracy {scores}"
+    elif result["task"] == "logistic":
+        scores = f"logistic regression accuracy {result['logistic']:.2%} (C {result['penalty']:.3g})"
     else:
         scores = f"linear probe accuracy {result['linear']:.2%} (learning rate {result['learning_rate']:g})"
     step = f" at step {result['step']}" if "step" in result and result["features"] != "untrained" else ""

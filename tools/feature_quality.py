@@ -14,6 +14,7 @@ from streamtrain.evaluation.features import extract_features, pixel_features
 from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images
 from streamtrain.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from streamtrain.evaluation.linear import EPOCHS, linear_accuracy
+from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.terminal import progress_bar
 
@@ -42,6 +43,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
         accuracies = knn_accuracy(*train, *test)
         result["temperature"] = TEMPERATURE
         result |= {f"knn_{count}": accuracies[count] for count in NEIGHBOURS}
+    elif arguments.task == "logistic":
+        with progress_bar("logistic regression", len(PENALTIES) + 1, "fits") as bar:
+            regression = logistic_accuracy(*train, *test, report=lambda done: bar.update(done - bar.n))
+        result |= {"logistic": regression.accuracy, "penalty": regression.penalty}
     else:
         with progress_bar("linear probe", EPOCHS, "epoch") as bar:
             probe = linear_accuracy(*train, *test, report=lambda done: bar.update(done - bar.n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from streamtrain.evaluation.canvas import Tile, colour_bar, compose, enlarge, ma
 from streamtrain.evaluation.maps import (
     cls_attention,
     fit_to_patches,
+    foreground_components,
     patch_features,
     principal_components,
     read_image,
@@ -50,9 +52,13 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
         return compose("Attention of the CLS token in the last block", subtitle, attention_rows(arguments, shown, maps))
     features = [patch_features(model, image, config.mean, config.std) for image in inputs]
     if arguments.kind == "pca":
-        rows = pca_rows(arguments, shown, principal_components(features))
-        return compose("First three principal components of the patch features", subtitle, rows)
+        components = foreground_components(features) if arguments.foreground else principal_components(features)
+        what = "of the foreground's patches" if arguments.foreground else "of the patch features"
+        return compose(f"First three principal components {what}", subtitle, pca_rows(arguments, shown, components))
     patches = arguments.patch or [(features[0].shape[0] // 2, features[0].shape[1] // 2)]
+    if len(patches) > 1 and len(shown) == 1:
+        rows = similarity_grid(arguments, shown[0], [similarity_maps(features, one)[0] for one in patches], patches)
+        return compose("Cosine similarity to the marked patches", subtitle, rows)
     rows = [row for one in patches for row in similarity_rows(arguments, shown, similarity_maps(features, one), one)]
     return compose("Cosine similarity to the marked patch", subtitle, rows)
 
@@ -100,6 +106,24 @@ def similarity_rows(
     bar = colour_bar(low, high, tiles[1].image.width, "cosine similarity")
     indent = Image.new("RGB", (tiles[0].image.width, 1), "white")
     return [tiles, [Tile(indent), Tile(bar)]]
+
+
+def similarity_grid(
+    arguments: argparse.Namespace, image: Image.Image, maps: list[np.ndarray], patches: list[tuple[int, int]]
+) -> list[list[Tile]]:
+    """The image with all marks, and a map a patch, in rows about as wide as high; one scale for all."""
+    low = min(float(values.min()) for values in maps)
+    grid = (maps[0].shape[0], maps[0].shape[1])
+    marked = image
+    for patch in patches:
+        marked = mark(marked, patch, grid)
+    tiles = [Tile(marked, arguments.image[0].name)]
+    for patch, values in zip(patches, maps, strict=True):
+        coloured = enlarge(viridis((values - low) / max(1.0 - low, 1e-6)), image.size, arguments.smooth)
+        tiles.append(Tile(mark(coloured, patch, grid), f"patch {patch[0]},{patch[1]}"))
+    columns = math.ceil(math.sqrt(len(tiles)))
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    return [*rows, [Tile(colour_bar(low, 1.0, image.width, "cosine similarity"))]]
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:

@@ -4,11 +4,14 @@
 python tools/visualize.py similarity --run RUN --image X [X ...] [--patch ROW,COL ...] --out P.png
 python tools/visualize.py pca --weights W --image X [X ...] --out P.png
 python tools/visualize.py attention --run RUN --image X [X ...] --out P.png
+python tools/visualize.py crops --config C --image X [X ...] --out P.png [a.b=value ...]
 python tools/visualize.py curves --run RUN [RUN ...] --out P.png
 
 similarity: cosine similarity of the patch under the red cross to every other patch, also of further images.
-pca: the first three principal components of the patch features, of all images together, as red, green and blue.
+pca: the first three principal components of the patch features, of all images together, as red, green and blue;
+     with --foreground, of those patches alone that the first component tells from the ground.
 attention: what the CLS token attends to in the last block, a map a head, each on its own scale.
+crops: what augmentation and masks make of an image: look at it before a long run.
 curves: losses, evaluations and speed of one or several runs, from their metrics.jsonl.
 """
 
@@ -24,6 +27,7 @@ from backbone_arguments import add_backbone_arguments
 from outputs import writing
 from PIL import Image
 
+from shards.errors import ShardError
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, compose
 from streamtrain.evaluation.chart import charts_of
@@ -41,6 +45,10 @@ def main() -> int:
     try:
         if arguments.kind == "curves":
             page = draw_curves(arguments)
+        elif arguments.kind == "crops":
+            from crop_pages import draw_crops  # torch and DALI take seconds to load
+
+            page = draw_crops(arguments)
         else:
             from map_pages import draw_maps  # torch takes seconds to load
 
@@ -48,7 +56,7 @@ def main() -> int:
         with writing(arguments.out):
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             page.save(arguments.out)
-    except StreamtrainError as error:
+    except (StreamtrainError, ShardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {arguments.out} ({page.width} x {page.height})")
@@ -67,8 +75,15 @@ def parse_arguments() -> argparse.Namespace:
         of_kind.add_argument("--device", default="auto", help="auto, cpu or cuda")
     kinds.choices["similarity"].add_argument(
         "--patch", type=patch, nargs="+", metavar="ROW,COL",
-        help="patches of the first image, a row of the page each (default: the middle one)",
+        help="patches of the first image: a row each, or a grid where there is one image (default: the middle one)",
     )  # fmt: skip
+    kinds.choices["pca"].add_argument("--foreground", action="store_true", help="leave the ground black")
+    crops = kinds.add_parser("crops")
+    crops.add_argument("--run", type=Path, help="run folder, whose recipe it is")
+    crops.add_argument("--config", help="a recipe, as for training")
+    crops.add_argument("--image", type=Path, nargs="+", required=True, metavar="X")
+    crops.add_argument("--draws", type=int, default=4, help="how often each image is drawn (default 4)")
+    crops.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --config: settings, as for training")
     curves = kinds.add_parser("curves")
     curves.add_argument("--run", type=Path, nargs="+", required=True, help="run folders, one line each")
     curves.add_argument("--tags", nargs="+", default=CURVES, help=f"what to draw (default: {' '.join(CURVES)})")

@@ -7,6 +7,7 @@ from pydantic import model_validator
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
 from streamtrain.config.engine import EngineConfig, OptimConfig, TeacherConfig
+from streamtrain.config.evaluation import EvaluationConfig
 from streamtrain.config.init import InitConfig
 from streamtrain.config.masks import MasksConfig
 from streamtrain.config.model import ModelConfig
@@ -32,6 +33,7 @@ class Config(Section):
     schedules: SchedulesConfig = SchedulesConfig()
     engine: EngineConfig = EngineConfig()
     monitor: MonitorConfig = MonitorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     init: InitConfig = InitConfig()
 
     @model_validator(mode="after")

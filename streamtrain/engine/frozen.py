@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 from streamtrain.engine.zero import Fragment, Shard, ShardedWeight
 
@@ -33,9 +35,28 @@ class ShardedNetwork:
         """Handle of one parameter for those who must read it whole; None if the network has no such one."""
         return ShardedWeight(self.parameters[name]) if name in self.parameters else None
 
+    def gather_seconds(self) -> tuple[float, int]:
+        """How long it takes to make one block whole from all ranks' parts, and the bytes that this rank received."""
+        block = [value for name, value in self.parameters.items() if ".blocks.0." in name]
+        self.release()
+        _synchronise(block[0].ds_tensor.device)
+        began = time.perf_counter()
+        with deepspeed.zero.GatheredParameters(block):
+            _synchronise(block[0].device)
+            seconds = time.perf_counter() - began
+        own = sum(parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in block)
+        return seconds, own * (dist.get_world_size() - 1)
+
     def release(self) -> None:
         """To be called before a shard is written: a parameter that is still whole would be read in its place."""
         self._engine.optimizer.partition_all_parameters()
+
+
+def _synchronise(device: torch.device) -> None:
+    """All ranks and their devices have done what they were told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
 
 
 class FrozenNetwork(ShardedNetwork):

@@ -370,6 +370,7 @@ def _disk(s: _Sizes) -> Iterator[Part]:
     else:
         kept = min((run.keep_last or run.steps), max(1, run.steps // run.checkpoint_every)) + 1
         kept += run.steps // run.keep_every if run.keep_every else 0
+    kept += s.config.evaluation.best is not None
     values = (s.shard * s.world_size, "values")
     yield _part("checkpoints", "disk", ALWAYS, (kept, "kept or being written"), values, (16, "B"))
     snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0

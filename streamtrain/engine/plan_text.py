@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+from streamtrain.config.tree import Config
 from streamtrain.engine.memory import ALWAYS, PHASES, Plan
+from streamtrain.engine.shapes import parameter_shapes
 
 _PLACES = {"gpu": "on each device", "host": "in host memory, each rank", "disk": "on disk, all ranks"}
 
@@ -36,9 +40,27 @@ def table(planned: Plan, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def model_table(config: Config) -> str:
+    """The student's parameters and their shapes, part by part; of equal blocks the first one."""
+    parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in parameter_shapes(config).items():
+        pieces = name.removeprefix("backbone.").split(".")
+        depth = 2 if pieces[0] == "blocks" else 1
+        parts.setdefault(".".join(pieces[:depth]), []).append((".".join(pieces[depth:]), shape))
+    numels = {part: sum(math.prod(shape) for _, shape in members) for part, members in parts.items()}
+    lines = [f"{'all parameters':34} {sum(numels.values()):>14,}"]
+    for part, members in parts.items():
+        if part.startswith("blocks.") and part != "blocks.0":
+            continue
+        shown = f"each of {config.model.depth} blocks" if part == "blocks.0" else part
+        lines.append(f"\n{shown:34} {numels[part]:>14,}")
+        lines += [f"  {name:32} {math.prod(shape):>14,}   {' x '.join(map(str, shape))}" for name, shape in members]
+    return "\n".join(lines)
+
+
 def at_start(planned: Plan, on_gpu: bool) -> str:
     """One line for the start of a run."""
-    states, peak = gigabytes(planned.state_bytes), gigabytes(_of_rank(planned, on_gpu))
+    states, peak = gigabytes(planned.state_bytes), gigabytes(of_rank(planned, on_gpu))
     return (
         f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; each {'GPU' if on_gpu else 'rank'} {states} GB of "
         f"states and {peak} GB at the peak ({planned.peak_phase}); checkpoints "
@@ -48,14 +70,14 @@ def at_start(planned: Plan, on_gpu: bool) -> str:
 
 def at_end(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
     """One line for the end of a run: ``measured_bytes`` is the most that a rank has held."""
-    expected = _of_rank(planned, on_gpu)
+    expected = of_rank(planned, on_gpu)
     return (
         f"memory: {gigabytes(measured_bytes)} GB measured at the peak, {gigabytes(expected)} GB planned "
         f"({measured_bytes / expected:.0%})"
     )
 
 
-def _of_rank(planned: Plan, on_gpu: bool) -> int:
+def of_rank(planned: Plan, on_gpu: bool) -> int:
     """A rank's peak on its GPU, or all of its process where it has none."""
     if on_gpu:
         return planned.gpu_bytes

@@ -76,6 +76,14 @@ class Runtime:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def described(self) -> dict[str, str]:
+        """Where and how the network computes, for people and for the report of a run."""
+        import torch
+
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu"
+        return {"device": name, "dtype": "bf16" if self.dtype == torch.bfloat16 else "fp32"}
+
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
         if self.rank == 0:

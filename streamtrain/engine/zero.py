@@ -22,6 +22,7 @@ from streamtrain.engine.clipping import ModuleClipping
 from streamtrain.engine.moments import KEYS
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
+from streamtrain.engine.samples import sampled
 from streamtrain.engine.shapes import SUB_GROUP_NUMEL
 
 
@@ -131,6 +132,10 @@ class Student:
                 master.data = value
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        # whether the coming step keeps some values of this rank's part of its gradient, and those
+        self.sample_gradients = False
+        self.gradient_samples: dict[str, torch.Tensor] = {}
         # scalars of the step under way that are finite in a sound one
         self._doubtful: list[torch.Tensor] = []
         self._clipping = (
@@ -152,6 +157,12 @@ class Student:
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             gradients = self._optimizer.averaged_gradients
+            if self.sample_gradients:
+                self.gradient_samples = sampled(
+                    (self._names[id(parameter)], gradient)
+                    for index, group in enumerate(self._optimizer.fp16_groups)
+                    for parameter, gradient in zip(group, gradients[index], strict=True)
+                )
             if self._clipping is not None:
                 self._doubtful.append(self._clipping.apply(gradients, self._optimizer.fp16_groups))
             # The engine leaves out an update whose gradient has no finite norm, which all ranks reduce together and
@@ -184,6 +195,10 @@ class Student:
         """``[numel]`` fp32 view of this rank's fragment of the master of parameter ``name``."""
         group, offset, numel = self.position(name)
         return self.master_groups[group].detach().narrow(0, offset, numel)
+
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        """Some values of this rank's part of the masters, by part of the network."""
+        return sampled((name, self.master(name)) for name in self.parameters)
 
     def finite(self) -> bool:
         """Whether all of this rank's masters are finite numbers."""

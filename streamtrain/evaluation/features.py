@@ -24,7 +24,7 @@ def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     # One resampling of the wanted part only: the margin is never computed.
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def crop_batches(images: LabelledImages, resize: int, size: int, batch_size: int, workers: int) -> Iterator[Tensor]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from shards.errors import SampleError
 from shards.randomness import permutation
-from shards.source import ShardSet
+from shards.shard_set import ShardSet
 from streamtrain.errors import StreamtrainError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -52,7 +53,21 @@ class LabelledImages:
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
         """The images at ``indices``."""
-        return LabelledImages(name, self.labels[indices], self.classes, lambda i: self.read(int(indices[i])))
+        return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
+
+    def lenient(self) -> LabelledImages:
+        """The same, with a grey image in the place of each that cannot be read or decoded."""
+        return _Lenient(self.name, self.labels, self.classes, self.read)
+
+
+class _Lenient(LabelledImages):
+    """What a run is tried on, which one damaged image must not end."""
+
+    def decode(self, index: int) -> Image.Image:
+        try:
+            return super().decode(index)
+        except (StreamtrainError, SampleError):
+            return Image.new("RGB", (64, 64), (128, 128, 128))
 
 
 def open_images(path: Path) -> LabelledImages:
@@ -129,14 +144,22 @@ def _open_folder(path: Path) -> LabelledImages:
 
 def _open_shards(path: Path) -> LabelledImages:
     shard_set = ShardSet.open(path)
-    sizes = shard_set.sizes
-    ends = np.cumsum(sizes)
-    labels = [np.asarray(shard_set.records(shard)["label"], np.int64) for shard in range(len(sizes))]
+    return images_of_set(shard_set, np.arange(shard_set.num_samples))
+
+
+def images_of_set(shard_set: ShardSet, places: np.ndarray) -> LabelledImages:
+    """The images of a set at ``places``, int64 ascending, counted through its shards; without labels, those are -1."""
+    ends = np.cumsum(shard_set.sizes)
+    shards = np.searchsorted(ends, places, side="right")
+    samples = places - (ends - shard_set.sizes)[shards]
+    labels = np.full(len(places), -1, np.int64)
+    for shard in np.unique(shards).tolist():
+        here = shards == shard
+        labels[here] = shard_set.records(shard)["label"][samples[here]]
+    where = str(shard_set.path)
 
     def read(index: int) -> tuple[bytes, str]:
-        shard = int(np.searchsorted(ends, index, side="right"))
-        sample = index - int(ends[shard] - sizes[shard])
-        name = f"sample {sample} of {path}/shards/{shard_set.manifest.shards[shard].name}"
-        return shard_set.read(shard, sample), name
+        shard, sample = int(shards[index]), int(samples[index])
+        return shard_set.read(shard, sample), f"sample {sample} of {where}/shards/{shard_set.name(shard)}"
 
-    return LabelledImages(str(path), np.concatenate(labels), shard_set.classes, read)
+    return LabelledImages(where, labels, shard_set.classes, read)

@@ -7,10 +7,13 @@ k neighbours votes for its class with weight exp(similarity / temperature).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from streamtrain.objective.distributed import gather_rows, max_over_ranks, world_size
 
 NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07
@@ -45,6 +48,16 @@ def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28)
     return torch.cat(values), torch.cat(indices)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """This rank's part of labelled features; every rank has as many rows, those beyond the images of label -1."""
+
+    # [n, dim]
+    features: Tensor
+    # int64 [n]
+    labels: Tensor
+
+
 def knn_predict(
     train_features: Tensor,
     train_labels: Tensor,
@@ -59,10 +72,49 @@ def knn_predict(
     """
     bank, queries = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
     similarities, rows = nearest(queries, bank, min(max(neighbours), len(bank)), chunk_bytes)
-    labels = train_labels[rows]
+    return _vote(similarities, train_labels[rows], int(train_labels.max()) + 1, neighbours, temperature)
+
+
+def knn_predict_over_ranks(
+    train: Rows,
+    test: Rows,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    chunk_bytes: int = 2**28,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """As ``knn_predict``, where each rank holds a part; all ranks get all predictions and the labels.
+
+    Each rank seeks the neighbours among its own rows only; those of all ranks, of which there are few, are joined.
+    """
+    ours = train.labels >= 0
+    bank, labels = F.normalize(train.features[ours], dim=1), train.labels[ours]
+    queries = gather_rows(F.normalize(test.features, dim=1), None)
+    wanted = gather_rows(test.labels, None)
+    queries, wanted = queries[wanted >= 0], wanted[wanted >= 0]
+    classes = int(max_over_ranks(train.labels.max()[None], None)) + 1
+    most = max(neighbours)
+    predictions: dict[int, list[Tensor]] = {count: [] for count in neighbours}
+    for part in queries.split(max(chunk_bytes // (24 * most * world_size(None)), 1)):
+        similarities = part.new_full((most, len(part)), -torch.inf)
+        found = torch.zeros(most, len(part), dtype=torch.int64, device=part.device)
+        if len(bank):
+            values, rows = nearest(part, bank, min(most, len(bank)), chunk_bytes)
+            similarities[: values.shape[1]], found[: values.shape[1]] = values.T, labels[rows].T
+        similarities, order = gather_rows(similarities, None).T.sort(dim=1, descending=True, stable=True)
+        found = gather_rows(found, None).T.gather(1, order)
+        votes = _vote(similarities[:, :most], found[:, :most], classes, neighbours, temperature)
+        for count, guess in votes.items():
+            predictions[count].append(guess)
+    return {count: torch.cat(parts) for count, parts in predictions.items()}, wanted
+
+
+def _vote(
+    similarities: Tensor, labels: Tensor, classes: int, neighbours: Sequence[int], temperature: float
+) -> dict[int, Tensor]:
+    """The winner for each number of neighbours, of ``similarities`` and ``labels`` [M, k], best first."""
     # The best similarity is taken out of the exponent: no overflow at any temperature, and no change of the winner.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    votes = weights.new_zeros(len(queries), int(train_labels.max()) + 1)
+    votes = weights.new_zeros(len(labels), classes)
     predictions = {}
     for count in neighbours:
         votes.zero_().scatter_add_(1, labels[:, :count], weights[:, :count])

@@ -125,3 +125,49 @@ def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.
     return [
         piece.unflatten(0, tuple(feature.shape[:2])).numpy() for piece, feature in zip(pieces, features, strict=True)
     ]
+
+
+def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
+    """``principal_components`` of the foreground's patches alone, the ground being black.
+
+    The foreground is one side of the first component over all patches, parted where the variance between the sides is
+    greatest (Otsu 1979): the side that holds less of the images' borders.
+
+    Args:
+        features: [h_i, w_i, D] for each image.
+
+    Returns:
+        float32 [h_i, w_i, count] in 0..1 for each image.
+    """
+    first = [component[..., 0] for component in principal_components(features, 1)]
+    threshold = _otsu(np.concatenate([component.ravel() for component in first]))
+    bright = [component > threshold for component in first]
+    borders = np.concatenate([np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]) for mask in bright])
+    if borders.mean() > np.concatenate([mask.ravel() for mask in bright]).mean():
+        bright = [~mask for mask in bright]
+    kept = [feature[torch.from_numpy(mask)] for feature, mask in zip(features, bright, strict=True)]
+    if sum(map(len, kept)) < count:
+        return principal_components(features, count)
+    # as one image of a single row
+    (colours,) = principal_components([torch.cat(kept)[None]], count)
+    pieces = np.split(colours[0], np.cumsum([len(part) for part in kept])[:-1])
+    maps = []
+    for mask, piece in zip(bright, pieces, strict=True):
+        painted = np.zeros((*mask.shape, count), np.float32)
+        painted[mask] = piece
+        maps.append(painted)
+    return maps
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold in 0..1 that parts the values into two groups as far apart as can be."""
+    counts, edges = np.histogram(values, bins=128, range=(0.0, 1.0))
+    below = np.cumsum(counts)[:-1].astype(np.float64)
+    sums = np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
+    above = below[-1] + counts[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+    between = np.nan_to_num(below * above * gap**2)
+    # several thresholds may part them alike
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
+    return float(edges[1:-1][best].mean())

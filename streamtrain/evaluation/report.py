@@ -28,6 +28,9 @@ p.soft, figcaption { color: var(--soft); margin: 4px 0 0; font-size: 14px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 16px; }
 .charts img { width: 100%; border: 1px solid var(--line); border-radius: 8px; background: #fff; }
 figure { margin: 0 0 24px; } figure img { max-width: 100%; border-radius: 4px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { text-align: right; padding: 6px 16px; border-bottom: 1px solid var(--line); font-weight: 400; }
+td:first-child, th:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-size: 13px; }
 details { border-top: 1px solid var(--line); padding: 12px 0; } summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; background: var(--card); border-radius: 8px; padding: 16px; font-size: 13px; }
 """
@@ -66,7 +69,7 @@ def numbers_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         numbers["step, median and 99 %"] = f"{middle:.2f} s, {slow:.2f} s"
         wait = column("data/wait_share")
         numbers["waiting for data"] = f"{wait @ seconds[-len(wait) :] / seconds.sum():.1%}" if len(wait) else "–"
-    for tag, name in (("loss/total", "loss, first to last"), ("eval/knn_20", "kNN, first to last")):
+    for tag, name in (("loss/total", "loss, first to last"), ("eval/knn_20", "kNN (k = 20), first to last")):
         values = column(tag)
         if len(values):
             numbers[name] = f"{values[0]:.3f} → {values[-1]:.3f}"
@@ -84,11 +87,13 @@ def render(
     charts: Sequence[Picture],
     pictures: Sequence[Picture],
     texts: Mapping[str, str],
+    tables: Mapping[str, Sequence[Sequence[str]]],
 ) -> str:
     """The page as HTML.
 
     Args:
         numbers: by their names, in order.
+        tables: by title, rows of cells, the first row being the heads.
         charts: shown in a grid.
         pictures: shown below each other.
         texts: by title, folded away.
@@ -101,6 +106,10 @@ def render(
     if charts:
         images = "".join(_image(chart) for chart in charts)
         parts.append(f'<h2>Curves</h2><div class="charts">{images}</div>')
+    for name, (heads, *rows) in tables.items():
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        parts.append(f"<h2>{html.escape(name)}</h2><table><tr>{head}</tr>{body}</table>")
     if pictures:
         figures = (f"<figure>{_image(p)}<figcaption>{html.escape(p.caption)}</figcaption></figure>" for p in pictures)
         parts.append(f"<h2>Pictures</h2>{''.join(figures)}")

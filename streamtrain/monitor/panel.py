@@ -6,11 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamtrain.data.batch import Batch
+
 GAP = 6  # pixels between crops, and twice that between rows and around
 PAPER = 245  # grey of the ground
 VEIL = np.array([28, 30, 46], np.float32)  # what a masked patch is covered with
 VEIL_SHARE = 0.82
 LEGIBLE = 128  # smaller global crops are magnified, each pixel to a square, up to this side
+
+
+def batch_panel(batch: Batch, samples: int) -> np.ndarray:
+    """``crops_panel`` of a micro-batch."""
+    return crops_panel(batch.global_crops, batch.local_crops, batch.masks.grid_mask, len(batch.slots), samples)
 
 
 def crops_panel(

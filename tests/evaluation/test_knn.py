@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 
 from streamtrain.evaluation.knn import knn_accuracy, knn_predict, nearest
 
@@ -53,18 +56,40 @@ def test_neighbours_are_those_of_the_whole_matrix_whatever_the_pieces() -> None:
     torch.testing.assert_close(values, expected_values)
 
 
-def test_agrees_with_scikit_learn() -> None:
+def clusters(count: int, seed: int, dim: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 [count, dim] of ten classes that overlap, and labels."""
+    centres = np.random.default_rng(0).normal(size=(10, dim))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count)
+    return (centres[labels] + 1.6 * rng.normal(size=(count, dim))).astype(np.float32), labels
+
+
+def test_equals_brute_force_of_scikit_learn() -> None:
     neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(10, 64))
-    labels, test_labels = rng.integers(0, 10, 2000), rng.integers(0, 10, 500)
-    train = (centres[labels] + 1.2 * rng.normal(size=(2000, 64))).astype(np.float32)
-    test = (centres[test_labels] + 1.2 * rng.normal(size=(500, 64))).astype(np.float32)
+    (train, labels), (test, test_labels) = clusters(20_000, 1), clusters(4000, 2)
+    tensors = map(torch.from_numpy, (train, labels, test))
     classifier = neighbors.KNeighborsClassifier(
         20, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)
     ).fit(train, labels)
-    tensors = map(torch.from_numpy, (train, labels, test))
-    assert np.array_equal(knn_predict(*tensors)[20].numpy(), classifier.predict(test))
+    expected = classifier.predict(test)
+    assert 0.5 < (expected == test_labels).mean() < 0.999
+    assert np.array_equal(knn_predict(*tensors)[20].numpy(), expected)
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    (train, labels), (test, test_labels) = clusters(20_000, 1), clusters(4001, 2)
+    np.savez(tmp_path / "features.npz", train=train, labels=labels, test=test, test_labels=test_labels)
+    script = Path(__file__).with_name("knn_over_ranks.py")
+    results = run_ranks([script, tmp_path], 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-2000:]
+    expected = knn_predict(*map(torch.from_numpy, (train, labels, test)))
+    # ranks take every second row
+    order = np.concatenate([np.arange(0, 4001, 2), np.arange(1, 4001, 2)])
+    for rank in range(2):
+        found = np.load(tmp_path / f"found-{rank}.npz")
+        assert np.array_equal(found["wanted"], test_labels[order])
+        for count in (10, 20):
+            assert np.array_equal(found[f"knn_{count}"], expected[count].numpy()[order])
 
 
 def test_scale_of_features_does_not_count_and_fewer_samples_than_neighbours_will_do() -> None:

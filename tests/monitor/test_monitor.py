@@ -3,22 +3,27 @@ from __future__ import annotations
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from streamtrain.config.monitor import MonitorConfig
+from streamtrain.config.load import build
+from streamtrain.config.tree import Config
 from streamtrain.monitor.metrics import read_metrics
 from streamtrain.monitor.monitor import Monitor
 from streamtrain.monitor.progress import Progress
-from streamtrain.monitor.usage import StepClock, memory_scalars
+from streamtrain.monitor.usage import StepClock, Stopwatch, Work, memory_scalars
+
+
+def a_run(steps: int, **monitor: Any) -> Config:
+    return build({"run": {"steps": steps}, "monitor": monitor})
 
 
 def run_steps(folder: Path, start: int, stop: int, loss: float) -> None:
-    config = MonitorConfig(progress=False)
-    monitor = Monitor(folder, config, rank=0, steps=10, start_step=start)
+    monitor = Monitor(folder, a_run(10, progress=False), rank=0, start_step=start)
     for step in range(start + 1, stop + 1):
         monitor.log(step, step * 8, {"loss/total": loss, "optim/lr": 0.1})
     monitor.panel(stop, np.zeros((8, 12, 3), np.uint8))
@@ -41,25 +46,21 @@ def test_a_resumed_run_reads_as_one(tmp_path: Path) -> None:
     assert (events.Images("data/crops")[-1].width, events.Images("data/crops")[-1].height) == (12, 8)
 
 
-def test_histograms_points_and_the_layout_of_charts(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, MonitorConfig(progress=False), rank=0, steps=2, start_step=0)
+def test_histograms_and_the_layout_of_charts(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, a_run(2, progress=False), rank=0, start_step=0)
     values = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")]])
     monitor.histogram(1, "weights/blocks.0", values)
     monitor.histogram(1, "weights/nothing", values[1])
-    monitor.embedding(1, torch.rand(4, 3), ["a", "b", "a", "b"], torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
     monitor.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Histograms("weights/blocks.0")[0].histogram_value.num == 2
     assert events.Tags()["histograms"] == ["weights/blocks.0"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    points = tmp_path / "tensorboard" / "00001" / "features"
-    assert len((points / "tensors.tsv").read_text().splitlines()) == 4
-    assert (points / "sprite.png").is_file() and (points / "metadata.tsv").read_text().split() == ["a", "b"] * 2
 
 
 def test_a_warning_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor(tmp_path, MonitorConfig(progress=False), rank=0, steps=9, start_step=0)
+    monitor = Monitor(tmp_path, a_run(9, progress=False), rank=0, start_step=0)
     monitor.warn(7, "look at this")
     monitor.log(8, 64, {"loss/total": float("nan"), "optim/lr": 0.1})
     monitor.close()
@@ -72,7 +73,7 @@ def test_a_warning_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_off_rank_0_nothing_is_written(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, MonitorConfig(), rank=1, steps=10, start_step=0)
+    monitor = Monitor(tmp_path, a_run(10), rank=1, start_step=0)
     monitor.log(1, 8, {"loss/total": 1.0})
     monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
     monitor.text("run/config", "")
@@ -81,8 +82,7 @@ def test_off_rank_0_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_without_tensorboard_only_the_log_is_written(tmp_path: Path) -> None:
-    config = MonitorConfig(tensorboard=False, progress=False)
-    monitor = Monitor(tmp_path, config, rank=0, steps=2, start_step=0)
+    monitor = Monitor(tmp_path, a_run(2, tensorboard=False, progress=False), rank=0, start_step=0)
     monitor.log(1, 8, {"loss/total": 1.0})
     monitor.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -120,10 +120,36 @@ def test_memory_and_clock_report_under_their_tags() -> None:
     assert set(memory) == {"memory/rss_bytes", "memory/peak_rss_bytes"}
     # The kernel keeps the two counts apart and only loosely in step.
     assert 1e7 < memory["memory/rss_bytes"] <= 1.05 * memory["memory/peak_rss_bytes"] < 1e12
-    clock = StepClock(wait_seconds=5.0)
-    time.sleep(0.05)
-    scalars = clock.tick(10, wait_seconds=5.02)
-    assert set(scalars) == {"speed/images_per_second", "speed/step_seconds", "data/wait_share"}
-    assert 0.05 <= scalars["speed/step_seconds"] < 1.0
-    assert np.isclose(scalars["speed/images_per_second"] * scalars["speed/step_seconds"], 10)
-    assert np.isclose(scalars["data/wait_share"] * scalars["speed/step_seconds"], 0.02)
+    clock = StepClock(peak_flops=2e6)
+    for _ in range(3):
+        time.sleep(0.05)
+        scalars = clock.tick(Work(images=10, tokens=700, model_flops=1e5), wait_seconds=0.02)
+    seconds = scalars["speed/step_seconds"]
+    assert 0.05 <= scalars["speed/step_seconds_p50"] <= scalars["speed/step_seconds_p99"] < 1.0
+    per_second = {"images_per_second": 10, "tokens_per_second": 700, "model_flops_per_second": 1e5, "mfu": 0.05}
+    for name, of_step in per_second.items():
+        assert np.isclose(scalars[f"speed/{name}"] * seconds, of_step)
+    # it has waited in the first step only
+    assert scalars["data/wait_share"] == 0.0
+    assert "speed/mfu" not in StepClock().tick(Work(1, 1, 1.0), 0.0)
+
+
+def test_a_stopwatch_counts_what_is_within_its_blocks() -> None:
+    watch = Stopwatch()
+    for _ in range(2):
+        time.sleep(0.05)
+        with watch:
+            time.sleep(0.05)
+    assert 0.3 < watch.share < 0.6
+
+
+def test_a_tracker_that_fails_is_told_about_once_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = Monitor(tmp_path, a_run(3, progress=False), rank=0, start_step=0)
+    monitor.log(1, 8, {"loss/total": 1.0})
+    monitor.panel(1, np.zeros((8, 8), np.uint8))  # no picture: two dimensions only
+    monitor.log(2, 16, {"loss/total": 1.0})
+    monitor.close()
+    assert capsys.readouterr().err.startswith("warning: EventWriter gets nothing more, since it has failed: ")
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tiny_backbone import tiny_config
 
-from streamtrain.config.load import to_yaml
-from streamtrain.config.monitor import MonitorConfig
+from streamtrain.config.load import build, to_yaml
 from streamtrain.monitor.monitor import Monitor
+from streamtrain.run_folder import describe_run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -55,13 +55,15 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-un
 def test_page_of_a_run(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run <1>"
     run.mkdir()
+    describe_run(run, tiny_config(), 2, {"device": "cpu", "dtype": "fp32"})
     (run / "config.yaml").write_text(to_yaml(tiny_config()) + "# <script>alert(1)</script>\n")
     assert main("--run", str(run)) == 2 and "nothing to report yet" in capsys.readouterr().err
     assert not (run / "report.html").exists()
-    monitor = Monitor(run, MonitorConfig(progress=False), rank=0, steps=5, start_step=0)
+    monitor = Monitor(run, build({"run": {"steps": 5}, "monitor": {"progress": False}}), rank=0, start_step=0)
     for step in range(1, 6):
-        monitor.log(step, 8 * step, {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25,
-                                     "speed/images_per_second": 4.0, "memory/peak_rss_bytes": 2.0**30})  # fmt: skip
+        scalars = {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25}
+        scalars |= {"speed/images_per_second": 4.0, "memory/peak_rss_bytes": 2.0**30, "eval/knn_20": 0.1 * step}
+        monitor.log(step, 8 * step, scalars)
     monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
     monitor.panel(5, np.full((8, 8, 3), 255, np.uint8))
     monitor.close()
@@ -72,8 +74,9 @@ def test_page_of_a_run(main, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page.feed((tmp_path / "page.html").read_text())
     assert page.open == []
     assert all(source.startswith("data:") for source in page.sources)
-    assert sum(source.startswith("data:image/png") for source in page.sources) == 5 + 1
-    for words in ("Run run <1>", "data/crops, step 5", "10 s", "25.0%", "9.000 → 1.800", "1.00 GiB", "<script>", "40"):
+    assert sum(source.startswith("data:image/png") for source in page.sources) == 6 + 1
+    for words in ("Run run <1>", "data/crops, step 5", "10 s", "25.0%", "9.000 → 1.800", "1.00 GiB", "<script>", "40",
+                  "1.07 GB", "TFLOP", "10.0% (step 1)", "50.0% (step 5)"):
         assert words in page.words, words
 
 

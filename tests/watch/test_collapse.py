@@ -100,7 +100,7 @@ def test_a_collapse_is_told_once(images: tuple[Tensor, Tensor], keys: list[str])
     sound, bad = (targets_of(*each, weight, 1) for each in (SOUND, images))
     told: list[str] = []
     for step in range(1, 40):
-        watch.scalars(step, bad if 10 <= step < 20 or 30 <= step else sound)
+        watch.scalars(step, bad if 10 <= step < 20 or step >= 30 else sound)
         told += watch.warnings(step)
     for key in keys:
         lines = [line for line in told if f"monitor.collapse.{key})" in line]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_images import packed_set
+from tiny_backbone import class_folder
+
+from streamtrain.config.load import build
+from streamtrain.config.tree import Config
+from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.held_out import first_images, held_out, stratified
+
+
+def config(**evaluation: object) -> Config:
+    return build({"evaluation": evaluation})
+
+
+def test_a_labelled_set_is_split_and_an_unlabelled_one_says_why_not(tmp_path: Path) -> None:
+    labelled = packed_set(tmp_path / "a", 60, ("x", "y"), shard_bytes=5_000)
+    found, why = held_out(config(images=20), labelled)
+    assert found is not None and not why
+    assert len(found.train) == 20 and len(found.test) == 5
+    images = found.test
+    names = [images.read(index)[1] for index in range(5)] + [found.train.read(index)[1] for index in range(20)]
+    assert len(set(names)) == 25 and all("/shards/" in name for name in names)
+    assert images.decode(0).size[0] >= 32
+    unlabelled = packed_set(tmp_path / "b", 20)
+    assert held_out(config(), unlabelled) == (None, "data.shards has no labels")
+    assert len(first_images(unlabelled, 3)) == 3
+
+
+def test_named_sets_are_used_and_must_have_labels(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path / "a", 8)
+    folder, test = class_folder(tmp_path / "train", each=20), class_folder(tmp_path / "test", each=3)
+    found, _ = held_out(config(train=str(folder), test=str(test), images=24), shard_set)
+    assert found is not None and (len(found.train), len(found.test)) == (24, 6)
+    assert set(found.train.labels.tolist()) == {0, 1}
+    with pytest.raises(StreamtrainError, match="no label"):
+        held_out(config(train=str(tmp_path / "a" / "set")), shard_set)
+
+
+def test_strata_are_ascending_and_spread() -> None:
+    places = stratified(10_000_000_000, 100)
+    assert len(places) == 100 and (np.diff(places) > 0).all() and np.diff(places).max() < 2.01e8
+    assert stratified(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert len(set(stratified(11, 10).tolist())) == len(stratified(11, 10)) <= 10
+
+
+def test_a_damaged_image_is_grey(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "train", each=8)
+    (folder / "down" / "003.png").write_bytes(b"no image")
+    shard_set = packed_set(tmp_path / "a", 8)
+    found, _ = held_out(config(train=str(folder), images=40), shard_set)
+    assert found is not None
+    sizes = [one.decode(i).size for one in (found.train.lenient(), found.test.lenient()) for i in range(len(one))]
+    assert len(sizes) == 16 and sizes.count((64, 64)) == 1

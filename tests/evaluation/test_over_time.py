@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from streamtrain.evaluation.over_time import COLUMNS, SIDE, MapsOverTime
+
+
+def features(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(4, 4, 8, generator=generator), dim=-1) for _ in range(2)]
+
+
+def images() -> list[np.ndarray]:
+    return [np.full((16, 16, 3), value, np.uint8) for value in (40, 200)]
+
+
+def columns(page: np.ndarray) -> int:
+    return round((page.shape[1] - 48 + 14) / (SIDE + 14)) - 1
+
+
+def test_the_first_and_the_latest_moment_stay_and_others_between_them(tmp_path: Path) -> None:
+    maps = MapsOverTime(images(), tmp_path / "maps.npz", 0)
+    for step in range(0, 100, 10):
+        maps.add(step, features(step))
+    steps = np.load(tmp_path / "maps.npz")["steps"].tolist()
+    assert len(steps) == COLUMNS and steps[0] == 0 and steps[-1] == 90 and steps == sorted(steps)
+    assert max(np.diff(steps)) <= 40
+    for page in (maps.components_page(), maps.similarity_page()):
+        assert page.dtype == np.uint8 and columns(page) == COLUMNS
+
+
+def test_a_run_that_goes_on_keeps_what_came_before(tmp_path: Path) -> None:
+    path = tmp_path / "maps.npz"
+    straight, first = MapsOverTime(images(), tmp_path / "other.npz", 0), MapsOverTime(images(), path, 0)
+    for step in (0, 10, 20):
+        straight.add(step, features(step))
+        first.add(step, features(step))
+    first.add(25, features(99))
+    resumed = MapsOverTime(images(), path, 20)
+    for maps in (straight, resumed):
+        maps.add(30, features(30))
+    assert np.array_equal(resumed.components_page(), straight.components_page())
+    assert np.array_equal(resumed.similarity_page(), straight.similarity_page())
+    # one that is torn, or of other images, is none
+    path.write_bytes(path.read_bytes()[:50])
+    again = MapsOverTime(images(), path, 30)
+    again.add(40, features(40))
+    assert np.load(path)["steps"].tolist() == [40]
