@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from streamtrain.config.crops import CropsConfig, CropSizes
-from streamtrain.data.appearance import adjust
+from streamtrain.data.appearance import Appearance, adjust
 from streamtrain.data.augment import ViewParameters
 
 Result = TypeVar("Result")
@@ -25,18 +27,24 @@ Result = TypeVar("Result")
 def finish(crops: Sequence[Tensor], views: ViewParameters, first: int) -> Tensor:
     """Colour the crops of some views, uint8 [B, S, S, 3] each, starting with view ``first``: [views * B, S, S, 3]."""
     planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
-    return torch.stack(_adjust(planes, views, first, len(crops)).unbind(1), dim=-1)
+    looks = _looks(views, first, len(crops), planes.shape[-1])
+    return torch.stack(adjust(planes, looks).unbind(1), dim=-1)
 
 
-def _adjust(planes: Tensor, views: ViewParameters, first: int, count: int) -> Tensor:
-    """``adjust`` for ``count`` views from ``first`` on; planes [count * B, 3, S, S], view-major."""
+def _looks(views: ViewParameters, first: int, count: int, size: int) -> Appearance:
+    """That of ``count`` views from ``first`` on, view-major."""
     chosen = slice(first, first + count)
-    return adjust(
-        planes,
-        np.ascontiguousarray(views.color[:, chosen].swapaxes(0, 1)).reshape(-1, 4),
-        views.sigma[:, chosen].T.reshape(-1),
-        views.solarize[:, chosen].T.reshape(-1),
-    )
+    color = np.ascontiguousarray(views.color[:, chosen].swapaxes(0, 1)).reshape(-1, 4)
+    return Appearance.of(color, views.sigma[:, chosen].T.reshape(-1), views.solarize[:, chosen].T.reshape(-1), size)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Views of one size: the first one's number, where they go (uint8 [views, B, S, S, 3]), their colours if any."""
+
+    first: int
+    out: Tensor
+    looks: Appearance | None
 
 
 class CpuViews:
@@ -46,9 +54,10 @@ class CpuViews:
         self._crops = crops
         # a sample is small: the threads work on different ones, and torch's own stay out of it
         process_threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(threads, "views", initializer=torch.set_num_threads, initargs=(1,))
-        list(self._pool.map(lambda _: None, range(threads)))
-        # the setting is each thread's own, but later threads inherit the last one made
+        self._pool = ThreadPoolExecutor(threads, "views", initializer=_compute_alone)
+        # all of them are to be there before the setting, which is each thread's own, is made again for later ones
+        everyone = Barrier(threads)
+        list(self._pool.map(lambda _: everyone.wait(), range(threads)))
         torch.set_num_threads(process_threads)
 
     def make(
@@ -63,11 +72,11 @@ class CpuViews:
             *([(0, crops.global_count, sizes.gram_size, False)] if sizes.gram_size else []),
         ):
             out = torch.empty(count, len(images), size, size, 3, dtype=torch.uint8)
-            groups.append((first, out, coloured))
+            groups.append(_Group(first, out, _looks(views, first, count, size) if coloured else None))
         tasks = [self._pool.submit(_make_sample, image, views, row, groups) for row, image in enumerate(images)]
         for task in tasks:
             task.result()
-        of_global, of_local, *of_gram = (out.flatten(0, 1) for _, out, _ in groups)
+        of_global, of_local, *of_gram = (group.out.flatten(0, 1) for group in groups)
         return of_global, of_local, of_gram[0] if of_gram else None
 
     def submit(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
@@ -79,24 +88,29 @@ class CpuViews:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[tuple[int, Tensor, bool]]) -> None:
-    """All views of one image [H, W, 3] into ``out[:, row]`` of each group.
+def _compute_alone() -> None:
+    """Keep torch's operations of this thread within it."""
+    # a thread takes over the process's number when it first asks for its own, even if that has been set before
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
-    A group is its first view, ``out`` [views, B, S, S, 3], and whether its views are coloured.
-    """
+
+def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[_Group]) -> None:
+    """All views of one image [H, W, 3] into ``out[:, row]`` of each group."""
     size = np.array(image.shape[:2])
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
     ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
-    one = views.rows(slice(row, row + 1))
-    for first, out, coloured in groups:
-        count, side = out.shape[0], out.shape[2]
-        planes = torch.empty(count, 3, side, side, dtype=torch.uint8)
-        for view in range(first, first + count):
-            crop(image, starts[view], ends[view], mirror=bool(views.mirror[row, view]), out=planes[view - first])
+    mirrored = views.mirror[row].tolist()
+    for group in groups:
+        count, batch_size, side, _, _ = group.out.shape
+        # in what colours are computed in
+        crops = torch.empty(count, 3, side, side, dtype=torch.float32 if group.looks else torch.uint8)
+        for view, place in enumerate(crops, group.first):
+            crop(image, starts[view], ends[view], mirror=mirrored[view], out=place)
         if count:
-            finished = _adjust(planes, one, first, count) if coloured else planes
+            finished = adjust(crops, group.looks.rows(slice(row, None, batch_size))) if group.looks else crops
             for channel in range(3):
-                out[:, row, ..., channel] = finished[:, channel]
+                group.out[:, row, ..., channel] = finished[:, channel]
 
 
 def crop(image: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:

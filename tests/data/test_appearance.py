@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from streamtrain.data.appearance import adjust
+from streamtrain.data.appearance import Appearance, adjust
 from streamtrain.data.augment import NO_SOLARIZE
 
 SAME = (1.0, 1.0, 1.0, 0.0)
@@ -24,9 +24,10 @@ def adjusted(
 ) -> np.ndarray:
     """The image after ``adjust``, beside one that is to stay as it is."""
     planes = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].repeat(2, 1, 1, 1)
-    result = adjust(
-        planes, np.float32([color, SAME]), np.float32([sigma, 0]), np.array([solarize, NO_SOLARIZE], np.int32)
+    looks = Appearance.of(
+        np.float32([color, SAME]), np.float32([sigma, 0]), np.array([solarize, NO_SOLARIZE], np.int32), len(image)
     )
+    result = adjust(planes, looks)
     assert torch.equal(result[1], planes[1])
     return result[0].numpy().transpose(1, 2, 0).astype(int)
 
@@ -59,16 +60,18 @@ def test_hue_turns_the_way_pillow_does() -> None:
     assert turned[1] > turned[2] and turned[1] > 60  # towards yellow, as a rising hue in HSV
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.8, 1.4, 2.0])
-def test_blur_is_a_gaussian_of_nine_taps_with_reflected_edges(sigma: float) -> None:
+@pytest.mark.parametrize("size", [48, 40, 30, 13])
+@pytest.mark.parametrize("sigma", [0.1, 0.28, 0.8, 1.4, 2.0])
+def test_blur_is_a_gaussian_of_nine_taps_with_reflected_edges(sigma: float, size: int) -> None:
+    image = picture()[:size, :size]
     offsets = np.arange(-4, 5)
     kernel = np.exp(-(offsets**2) / (2 * sigma**2))
-    expected = picture().astype(float)
+    expected = image.astype(float)
     for axis in (0, 1):
         around = [(4, 4) if a == axis else (0, 0) for a in range(3)]
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(expected, around, mode="reflect"), 9, axis)
         expected = windows @ (kernel / kernel.sum())
-    assert abs(adjusted(picture(), sigma=sigma) - expected).max() <= 0.51
+    assert abs(adjusted(image, sigma=sigma) - expected).max() <= 0.51
 
 
 def test_solarize_inverts_what_is_bright() -> None:
@@ -91,12 +94,13 @@ def test_the_gpu_does_the_same_without_waiting() -> None:
     planes = torch.from_numpy(picture().transpose(2, 0, 1).copy())[None].repeat(4, 1, 1, 1)
     color = np.float32([SAME, (1.2, 0.7, 0.9, 20), (0.8, 1.1, 0, 0), (1.2, 1.2, 1.2, -20)])
     sigma, solarize = np.float32([0, 1.1, 0.4, 2]), np.int32([256, 256, 128, 128])
-    expected = adjust(planes, color, sigma, solarize)
+    looks = Appearance.of(color, sigma, solarize, 48)
+    expected = adjust(planes, looks)
     on_gpu = planes.cuda()
-    adjust(on_gpu, color, sigma, solarize)
+    adjust(on_gpu, looks)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = adjust(on_gpu, color, sigma, solarize)
+        result = adjust(on_gpu, looks)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (result.cpu().int() - expected.int()).abs().max() <= 1

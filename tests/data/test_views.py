@@ -38,6 +38,9 @@ def test_rows_are_view_major_and_do_not_depend_on_the_batch() -> None:
     views = draw_views(CROPS, 3, np.arange(5), sizes)
     before = torch.get_num_threads()
     workers = CpuViews(CROPS, threads=2)
+    torch.rand(2**17).exp()  # of a size that is spread over threads
+    numbers = [workers.submit(lambda: (torch.rand(2**17).exp(), torch.get_num_threads())[1]) for _ in range(4)]
+    assert {number.result() for number in numbers} == {1}
     sizes = CropSizes(64, 32, gram_size=48)
     together = workers.make(pictures, views, sizes)
     assert together[2].shape == (10, 48, 48, 3)
