@@ -1,29 +1,33 @@
-"""One packed step against a plain reference: a loop over views, whole logits, textbook formulas."""
+"""One packed step against a plain reference in float64: a loop over views, whole logits, textbook formulas."""
 
 from __future__ import annotations
 
-import math
+from copy import deepcopy
 from dataclasses import replace
-from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from joined_processes import run_on_ranks
+from plain_step import plain_losses
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.learner import RECIPE_WEIGHTS, GramTeacher, Learner, LossWeights
 from streamtrain.model.initialise import initialise
+from streamtrain.objective.distributed import sum_over_ranks
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker, Targets
 
 B, V, L, PATCH = 3, 2, 3, 4
-TEMPERATURE, STUDENT_TEMPERATURE = 0.07, 0.1
+TEMPERATURE = 0.07
 
 
 def config_of(objective: dict[str, Any] | None = None, **model: Any) -> Config:
@@ -53,13 +57,15 @@ def learner_of(config: Config, seed: int) -> Learner:
     return learner
 
 
-def batch_of(seed: int, masked: bool = True) -> Batch:
+def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = False) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     pixels = [
-        torch.randint(0, 256, (count * B, size, size, 3), dtype=torch.uint8, generator=draw)
-        for count, size in ((V, 16), (L, 8))
+        torch.randint(0, 256, (count * size, side, side, 3), dtype=torch.uint8, generator=draw)
+        for count, side in ((V, 16), (L, 8))
     ]
-    grid_mask = torch.rand(V * B, 16, generator=draw) < 0.4
+    if identical:
+        pixels = [crops[:1].expand_as(crops).contiguous() for crops in pixels]
+    grid_mask = torch.rand(V * size, 16, generator=draw) < 0.4
     # a crop without a mask counts in the mean over crops all the same
     grid_mask[1] = False
     grid_mask &= masked
@@ -67,7 +73,7 @@ def batch_of(seed: int, masked: bool = True) -> Batch:
     weight = (1 / grid_mask.sum(1).clamp_min(1).float())[:, None].expand_as(grid_mask)[grid_mask]
     padding = 60 - len(index)
     masks = Masks(grid_mask, F.pad(index, (0, padding)), F.pad(weight, (0, padding)))
-    return Batch(seed * 100 + np.arange(B), pixels[0], pixels[1], masks)
+    return Batch(seed * 100 + np.arange(size), pixels[0], pixels[1], masks)
 
 
 def handles_of(teacher: Learner) -> PrototypeHandles:
@@ -85,191 +91,59 @@ def targets_of(
     return TargetMaker(config.objective).make(features, handles_of(teacher), TEMPERATURE)
 
 
-class PlainBackbone(nn.Module):
-    """The backbone of one crop size, from the textbook: a convolution, [N, T, D] tokens, softmax attention."""
-
-    def __init__(self, learner: Learner) -> None:
-        super().__init__()
-        self.net = learner.backbone
-        self.config = learner.config.model
-
-    def forward(self, pixels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        embedding, dim = self.net.embedding, self.config.dim
-        kernel = embedding.projection.weight.reshape(dim, 3, PATCH, PATCH)
-        grid = F.conv2d(pixels, kernel, embedding.projection.bias, stride=PATCH)
-        height, width = grid.shape[-2:]
-        tokens = grid.flatten(2).transpose(1, 2)
-        if mask is not None:
-            tokens = torch.where(mask[..., None], embedding.mask_token, tokens)
-        prefix = torch.cat([embedding.cls_token, embedding.register_tokens]).expand(len(pixels), -1, -1)
-        tokens = torch.cat([prefix, tokens], dim=1)
-        for block in self.net.blocks:
-            tokens = tokens + block.scale1.gamma * self._attention(block, block.norm1(tokens), height, width)
-            hidden = F.gelu(block.mlp.up(block.norm2(tokens)))
-            tokens = tokens + block.scale2.gamma * block.mlp.down(hidden)
-        tokens = self.net.norm(tokens)
-        return tokens[:, 0], tokens[:, 1 + self.config.num_registers :]
-
-    def _attention(self, block: Any, tokens: Tensor, height: int, width: int) -> Tensor:
-        dim, heads = self.config.dim, self.config.num_heads
-        query_bias, value_bias = block.attention.qkv.bias.chunk(2)
-        query, key, value = (
-            (tokens @ weight.T + bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for weight, bias in zip(
-                block.attention.qkv.weight.split(dim), (query_bias, 0.0 * query_bias, value_bias), strict=True
-            )
-        )
-        query, key = (self._rotate(x, height, width) for x in (query, key))
-        scores = query @ key.transpose(2, 3) / math.sqrt(dim // heads)
-        return block.attention.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
-
-    def _rotate(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Pairs (i, i + half) of each patch turn by 2π · coordinate / period, rows first, then columns."""
-        prefix, half = 1 + self.config.num_registers, x.shape[-1] // 2
-        result = [x[:, :, :prefix]]
-        for patch, (row, column) in enumerate(product(range(height), range(width))):
-            y, x_ = 2 * (row + 0.5) / height - 1, 2 * (column + 0.5) / width - 1
-            angles = []
-            for coordinate in (y, x_):
-                angles += [2 * math.pi * coordinate / 100.0 ** (2 * i / half) for i in range(half // 2)]
-            cosine, sine = torch.tensor(angles).cos(), torch.tensor(angles).sin()
-            one, two = x[:, :, prefix + patch].split(half, dim=-1)
-            result.append(torch.cat([one * cosine - two * sine, two * cosine + one * sine], dim=-1)[:, :, None])
-        return torch.cat(result, dim=2)
+def gram_targets(config: Config, teacher: Learner, batch: Batch) -> GramTargets:
+    anchor = GramTeacher(config).to(next(teacher.parameters()).dtype)
+    anchor.load_state_dict({key: value for key, value in teacher.state_dict().items() if key.startswith("backbone.")})
+    return GramTargets(anchor(batch.global_crops, (4, 4)), "image", "keep", "all", chunk_bytes=2**16)
 
 
-def project(head: Any, features: Tensor) -> Tensor:
-    for index, layer in enumerate(head.projection.layers):
-        features = features if index == 0 else F.gelu(features)
-        features = features @ layer.weight.T + layer.bias
-    return features / features.norm(dim=-1, keepdim=True)
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sinkhorn-ibot": {},
+    "softmax-ibot": {"centering": "softmax"},
+    "l2-sum": {"patch_loss": {"kind": "l2", "reduction": "sum"}},
+    "l2-mean": {"patch_loss": {"kind": "l2"}},
+    "cosine-sum": {"patch_loss": {"kind": "cosine", "reduction": "sum"}},
+}
 
 
-def plain_sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
-    q = (logits / TEMPERATURE).double().exp()
-    q = q / q.sum()
-    for _ in range(iterations):
-        q = q / q.sum(0, keepdim=True) / q.shape[1]
-        q = q / q.sum(1, keepdim=True) / q.shape[0]
-    return (q * q.shape[0]).float()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packed_step_equals_the_plain_one(name: str) -> None:
+    check_step(0, 1, name)
 
 
-def plain_softmax(logits: Tensor) -> Tensor:
-    # of the first step, whose centre is 0
-    return (logits / TEMPERATURE).softmax(1)
+def test_packed_step_over_two_ranks_equals_the_plain_one(tmp_path: Path) -> None:
+    run_on_ranks(check_steps, tmp_path)
 
 
-def pixels_of(crops: Tensor, config: Config) -> Tensor:
-    mean, std = torch.tensor(config.crops.mean), torch.tensor(config.crops.std)
-    return ((crops / 255 - mean) / std).permute(0, 3, 1, 2)
+def check_steps(rank: int) -> None:
+    for name in OBJECTIVES:
+        check_step(rank, 2, name)
 
 
-def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
-    return -(target * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
-
-
-def plain_losses(config: Config, student: Learner, teacher: Learner, batches: list[Batch]) -> list[dict[str, Tensor]]:
-    """Losses of every micro-batch of one step, a forward per view."""
-    assign = plain_sinkhorn if config.objective.centering == "sinkhorn" else plain_softmax
-    kind, reduction = config.objective.patch_loss.kind, config.objective.patch_loss.reduction
-    views = [
-        [pixels_of(crops, config).unflatten(0, (count, B)) for crops, count in zip(pair, (V, L), strict=True)]
-        for pair in ((batch.global_crops, batch.local_crops) for batch in batches)
-    ]
-    masks = [batch.masks.grid_mask.unflatten(0, (V, B)) for batch in batches]
-    with torch.no_grad():
-        seen = [[PlainBackbone(teacher)(view, None) for view in of_global] for of_global, _ in views]
-        cls_logits = torch.stack(
-            [
-                torch.stack(
-                    [project(teacher.global_head, cls) @ teacher.global_head.prototypes.weight.T for cls, _ in s]
-                )
-                for s in seen
-            ]
-        )
-        cls_targets = assign(cls_logits.flatten(0, 2)).unflatten(0, cls_logits.shape[:3])
-        patches = [patch[mask] for s, m in zip(seen, masks, strict=True) for (_, patch), mask in zip(s, m, strict=True)]
-        if kind == "ibot":
-            head = teacher.patch_head
-            assert head is not None
-            logits = project(head, torch.cat(patches)) @ head.prototypes.weight.T
-            patches = list(assign(logits).split([len(piece) for piece in patches]))
-    patch_targets = [patches[i : i + V] for i in range(0, len(patches), V)]
-
-    results = []
-    for (of_global, of_local), mask, cls_target, patch_target in zip(
-        views, masks, cls_targets, patch_targets, strict=True
-    ):
-        backbone = PlainBackbone(student)
-        outputs = [backbone(view, m) for view, m in zip(of_global, mask, strict=True)]
-        outputs += [backbone(view, None) for view in of_local]
-        pairs = [
-            cross_entropy(cls_target[t], project(student.global_head, cls) @ student.global_head.prototypes.weight.T)
-            for s, (cls, _) in enumerate(outputs)
-            for t in range(V)
-            if s != t
-        ]
-        assert len(pairs) == V * (V - 1) + V * L
-        per_crop = []
-        for v, b in product(range(V), range(B)):
-            wanted = patch_target[v].split(mask[v].sum(1).tolist())[b]
-            given = outputs[v][1][b][mask[v][b]]
-            if not len(given):
-                continue
-            if kind == "ibot":
-                head = student.patch_head
-                assert head is not None
-                losses = cross_entropy(wanted, project(head, given) @ head.prototypes.weight.T)
-            elif kind == "l2":
-                losses = (given - wanted).square().sum(1)
-            else:
-                losses = 1 - (given * wanted).sum(1) / given.norm(dim=1) / wanted.norm(dim=1)
-            per_crop.append(losses.sum() if reduction == "sum" and kind != "ibot" else losses.mean())
-        koleo = []
-        for cls, _ in outputs[:V]:
-            unit = cls / cls.norm(dim=1, keepdim=True)
-            nearest = [min((unit[i] - unit[j]).norm() for j in range(B) if j != i) for i in range(B)]
-            koleo.append(-torch.stack(nearest).log().mean())
-        results.append(
-            {
-                "global": torch.stack(pairs).mean(),
-                "patch": torch.stack(per_crop).sum() / (V * B),
-                "koleo": torch.stack(koleo).sum(),
-            }
-        )
-    return results
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [
-        {},
-        {"centering": "softmax"},
-        {"patch_loss": {"kind": "l2", "reduction": "sum"}},
-        {"patch_loss": {"kind": "l2"}},
-        {"patch_loss": {"kind": "cosine", "reduction": "sum"}},
-    ],
-    ids=["sinkhorn-ibot", "softmax-ibot", "l2-sum", "l2-mean", "cosine-sum"],
-)
-def test_packed_step_equals_the_plain_one(objective: dict[str, Any]) -> None:
-    config = config_of(dict(objective))
+def check_step(rank: int, ranks: int, name: str) -> None:
+    """Each loss and the gradient of a step of two micro-batches, dealt to the ranks, against float64."""
+    config = config_of(dict(OBJECTIVES[name]))
     student, teacher = learner_of(config, 0), learner_of(config, 1)
     batches = [batch_of(0), batch_of(1)]
-    weights = LossWeights(0.7, 1.3, 0.2)
-    expected = plain_losses(config, student, teacher, batches)
-    total = sum(0.7 * loss["global"] + 1.3 * loss["patch"] + 0.2 * loss["koleo"] for loss in expected)
-    names, parameters = zip(*student.named_parameters(), strict=True)
-    wanted = torch.autograd.grad(total, parameters)
+    weights = LossWeights(0.7, 1.3, 0.2, gram=2.0)
+    exact = deepcopy(student).double()
+    expected = plain_losses(config, exact, deepcopy(teacher).double(), batches, TEMPERATURE)
+    factors = {"global": 0.7, "patch": 1.3, "koleo": 0.2, "gram": 2.0}
+    total = torch.stack([factors[term] * loss for losses in expected for term, loss in losses.items()]).sum()
+    wanted = torch.autograd.grad(total, tuple(exact.parameters()))
 
-    for batch, targets, losses in zip(batches, targets_of(config, teacher, batches), expected, strict=True):
-        got = student(batch, targets, weights)
-        for name, loss in losses.items():
-            torch.testing.assert_close(got[name], loss.detach(), rtol=1e-5, atol=1e-6)
-            assert not got[name].requires_grad
+    mine = batches[rank::ranks]
+    for batch, targets, losses in zip(mine, targets_of(config, teacher, mine), expected[rank::ranks], strict=True):
+        got = student(batch, replace(targets, gram=gram_targets(config, teacher, batch)), weights)
+        assert got.keys() == {"total", *losses}
+        for term, loss in losses.items():
+            torch.testing.assert_close(got[term].double(), loss.detach(), rtol=1e-5, atol=1e-6)
+            assert not got[term].requires_grad
         got["total"].backward()
-    for name, parameter, gradient in zip(names, parameters, wanted, strict=True):
-        assert parameter.grad is not None, name
-        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), name
+    for (parameter_name, parameter), gradient in zip(student.named_parameters(), wanted, strict=True):
+        assert parameter.grad is not None, parameter_name
+        sum_over_ranks(parameter.grad, None)
+        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), parameter_name
 
 
 def test_targets_do_not_depend_on_the_micro_batch() -> None:
@@ -349,20 +223,39 @@ def test_a_step_repeats_bit_for_bit_and_another_slot_differs() -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("untied", ["none", "local_cls"])
-def test_everything_is_finite_in_bf16_at_batch_one(untied: str) -> None:
-    config = config_of(drop_path=0.4, rope_rescale=2.0, untied_norms=untied)
-    student, teacher = learner_of(config, 0).bfloat16(), learner_of(config, 1).bfloat16()
-    whole = batch_of(0)
-    rows = torch.arange(V) * B
-    mask = whole.masks.grid_mask[rows]
-    index = mask.flatten().nonzero()[:, 0]
-    masks = Masks(mask, index, torch.full((len(index),), 0.1))
-    batch = Batch(whole.slots[:1], whole.global_crops[rows], whole.local_crops[torch.arange(L) * B], masks)
-    losses = student(batch, targets_of(config, teacher, [batch])[0])
-    losses["total"].backward()
-    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.integers(1, 3),
+    masked=st.booleans(),
+    identical=st.booleans(),
+    scale=st.sampled_from([1.0, 100.0]),
+    name=st.sampled_from(sorted(OBJECTIVES)),
+    seed=st.integers(0, 1000),
+)
+def test_odd_batches_and_large_logits(
+    size: int, masked: bool, identical: bool, scale: float, name: str, seed: int
+) -> None:
+    """Where the formulas have a value it is ours; and everything is finite, also in bf16."""
+    config = config_of(deepcopy(OBJECTIVES[name]), untied_norms="local_cls" if seed % 2 else "none")
+    student, teacher = learner_of(config, seed), learner_of(config, seed + 1)
+    batch = batch_of(seed, masked, size, identical)
+    for learner in (student, teacher):
+        for head in (learner.global_head, learner.patch_head):
+            if head is not None:
+                largest = head.prototypes.weight.norm(dim=1).max()
+                head.prototypes.weight.data *= scale / largest.detach()
+    exact = [deepcopy(learner).double() for learner in (student, teacher)]
+    (expected,) = plain_losses(config, *exact, [batch], TEMPERATURE)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = deepcopy(student).to(dtype), deepcopy(teacher).to(dtype)
+        (targets,) = targets_of(config, theirs, [batch])
+        losses = ours(batch, replace(targets, gram=gram_targets(config, theirs, batch)), LossWeights(gram=1.0))
+        losses["total"].backward()
+        assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
+        for term, loss in expected.items():
+            if dtype == torch.float32 and not (term == "koleo" and identical):
+                torch.testing.assert_close(losses[term].double(), loss.detach(), rtol=1e-4 * scale, atol=1e-5)
 
 
 def test_centres_move_once_a_step_and_are_restored() -> None:
@@ -382,24 +275,15 @@ def test_centres_move_once_a_step_and_are_restored() -> None:
     assert pair[0] is not None and pair[1] is not None and torch.equal(pair[0].row, pair[1].row)
 
 
-def test_gram_term_sees_all_patches_of_the_masked_student() -> None:
+def test_the_gram_term_adds_to_the_others_and_changes_none_of_them() -> None:
     config = config_of()
     student, teacher = learner_of(config, 0), learner_of(config, 1)
     batch = batch_of(0)
-    gram_teacher = GramTeacher(config)
-    gram_teacher.load_state_dict({k: v for k, v in teacher.state_dict().items() if k.startswith("backbone.")})
-    wanted = gram_teacher(batch.global_crops, (4, 4))
-    weights = LossWeights(1.0, 1.0, 0.1, gram=2.0)
+    weights = LossWeights(gram=2.0)
     (targets,) = targets_of(config, teacher, [batch], weights)
+    wanted = torch.randn(V * B, 16, config.model.dim, generator=torch.Generator().manual_seed(0))
     targets = replace(targets, gram=GramTargets(wanted, "image", "keep", "all", chunk_bytes=2**16))
     losses = student(batch, targets, weights)
-
-    pictures = pixels_of(batch.global_crops, config)
-    ours = PlainBackbone(student)(pictures, batch.masks.grid_mask)[1]
-    theirs = PlainBackbone(teacher)(pictures, None)[1]
-    ours, theirs = (x / x.norm(dim=-1, keepdim=True) for x in (ours, theirs))
-    expected = (ours @ ours.transpose(1, 2) - theirs @ theirs.transpose(1, 2)).square().mean()
-    torch.testing.assert_close(losses["gram"], expected.detach())
     without = student(batch, targets, replace(weights, gram=0.0))
     for name in ("global", "patch", "koleo"):
         torch.testing.assert_close(without[name], losses[name])
