@@ -15,7 +15,12 @@ from streamtrain.model.vit import VisionTransformer
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+# beside an export of a run, the settings of that run
+RECIPE_NAME = "recipe.yaml"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+Origin = dict[str, str | int | float | None]
 
 
 class BackboneConfig(Section):
@@ -29,7 +34,7 @@ class BackboneConfig(Section):
     image_size: Positive
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    origin: dict[str, str | int | None] = Field(default_factory=dict)
+    origin: Origin = Field(default_factory=dict)
 
 
 def export_safetensors(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
+from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD, RECIPE_NAME, BackboneConfig
 from streamtrain.export.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
@@ -39,7 +39,9 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
     state = {}
     for name in theirs.state_dict():
         # Blocks of the live model lie one level deeper than those of its files.
-        state[name] = saved.pop(name if name in saved else name.removeprefix("model."))
+        value = saved.pop(name if name in saved else name.removeprefix("model."))
+        # Of one matrix's parts, such as query, key and value, transformers would copy each that shares a storage.
+        state[name] = torch.from_numpy(value.detach().numpy())
     assert not saved, f"no place for {sorted(saved)}"
     theirs.load_state_dict(state, assign=True)
     theirs.save_pretrained(out)
@@ -139,6 +141,8 @@ def model_card(config: BackboneConfig) -> str:
     """A short page on what this is and how to use it."""
     model = config.model
     origin = "\n".join(f"- {key}: {value}" for key, value in config.origin.items() if value is not None)
+    if "run" in config.origin:
+        origin += f"\n\nAll settings of the training are in `{RECIPE_NAME}`."
     return f"""---
 library_name: transformers
 pipeline_tag: image-feature-extraction

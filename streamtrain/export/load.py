@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamtrain.checkpoint import iterate_weights, weights_folder
+from streamtrain.checkpoint import iterate_weights, opened, weights_folder
 from streamtrain.config.load import read_resolved
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
-from streamtrain.export.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig
+from streamtrain.export.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig, Origin
 from streamtrain.export.hf import MODEL_TYPE, backbone_config_from_hf
 from streamtrain.export.naming import from_hf
 from streamtrain.model.initialise import initial_value
@@ -53,10 +53,14 @@ def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> 
         StreamtrainError: if there is no run, or no such checkpoint.
     """
     config = read_resolved(run_dir)
-    found = step_of(weights_folder(run_dir, step, which))
+    folder = weights_folder(run_dir, step, which)
+    found = step_of(folder)
     weights = iterate_weights(run_dir, found, which, lambda name: name.startswith(PREFIX))
-    origin: dict[str, str | int | None] = {"source": which, "step": found}
-    origin |= {"run": config.run.dir, "data": config.data.shards_text}
+    origin: Origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards_text}
+    with opened(folder) as reader:
+        # a snapshot of the teacher has no position in the stream
+        stream = reader.state.get("data") or {}
+    origin |= {"data_digest": stream.get("digest"), "images_seen": stream.get("next_slot")}
     return Backbone(
         fill(config.model, ((name.removeprefix(PREFIX), value) for name, value in weights), str(run_dir)),
         backbone_config(config, origin),
@@ -94,7 +98,7 @@ def load_weights(path: Path) -> Backbone:
     return Backbone(fill(config.model, _tensors(path / WEIGHTS_NAME), str(path)), config)
 
 
-def backbone_config(config: Config, origin: dict[str, str | int | None]) -> BackboneConfig:
+def backbone_config(config: Config, origin: Origin) -> BackboneConfig:
     """What belongs beside the weights of a run's backbone."""
     crops = config.crops
     return BackboneConfig(
