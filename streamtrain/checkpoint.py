@@ -30,10 +30,9 @@ from streamtrain.durable import FileSum, SummedFile
 from streamtrain.errors import CheckpointError
 from streamtrain.manifest import fault_of
 from streamtrain.retention import set_aside
-from streamtrain.run_folder import SNAPSHOTS, candidates, folder_of, saved_steps
+from streamtrain.run_folder import SNAPSHOTS, STATE_NAME, candidates, folder_of, saved_steps
 
 VERSION = 2
-STATE_NAME = "state.json"
 SHARED_NAME = "shared.safetensors"
 _KINDS = {"teacher": "ema", "student": "master"}
 

@@ -16,10 +16,11 @@ from shards.errors import ShardError
 from shards.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
-from streamtrain.data.stream import check_cache, order_of
+from streamtrain.data.stream import check_cache, check_state, identity_of, order_of, try_cache
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
+from streamtrain.guards import FLAG, check_resume, saved_stream
 from streamtrain.monitor.trackers import check_trackers
 from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, starting_checkpoint
 
@@ -42,6 +43,10 @@ def parse() -> argparse.Namespace:
         "--dry-run", action="store_true",
         help="check the configuration and the data, draw one panel of crops into the run folder, and exit",
     )
+    parser.add_argument(
+        FLAG, action="store_true",
+        help="go on with a run whose settings, code, libraries or images have changed; without it, that is refused",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
     # DeepSpeed's launcher adds it; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -49,7 +54,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def check(config: Config, launch: Launch, source: Path | None) -> AnySet:
+def check(config: Config, launch: Launch, source: Path | None, accept_changes: bool) -> AnySet:
     """What can be told before any library is loaded and any rank waits for another; returns the set to train on.
 
     The run folder comes last, so that a start that is refused makes none.
@@ -61,9 +66,16 @@ def check(config: Config, launch: Launch, source: Path | None) -> AnySet:
     shard_set = open_shard_set(config)
     if config.evaluation.every:
         held_out(config, shard_set)
-    order = order_of(config, shard_set, launch.world_size)
+    saved = saved_stream(source) if source is not None else None
+    order = order_of(config, shard_set, launch.world_size, saved["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
+    accepted = check_resume(config, source, launch.world_size, accept_changes) if source is not None else []
+    if saved is not None:
+        accepted += check_state(saved, identity_of(shard_set, order), accept_changes)
     make_run_folder(Path(config.run.dir), launch.rank)
+    try_cache(config)
+    if accepted and launch.rank == 0:
+        print(f"going on with changes: {'; '.join(accepted)}", flush=True)
     return shard_set
 
 
@@ -80,14 +92,14 @@ def main() -> int:
             if launch.rank == 0:
                 print(complete, flush=True)
             return 0
-        shard_set = check(config, launch, source)
+        shard_set = check(config, launch, source, arguments.accept_changes)
         with held(run_dir, launch.rank):
             choose_accelerator(config.engine, launch)
             from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
-            return train(config, launch, shard_set, arguments.resume)
+            return train(config, launch, shard_set, arguments.resume, arguments.accept_changes)
     except (StreamtrainError, ShardError) as error:
         # Most faults are found by all ranks alike. Rank 0 tells them at once, and the launcher then ends the others,
         # who wait for that; one that is still there after a while has a fault of its own to tell.

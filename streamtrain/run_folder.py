@@ -8,27 +8,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
+from streamtrain.durable import replace_file
+from streamtrain.environment import ENVIRONMENT_NAME, environment
 from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
 from streamtrain.manifest import fault_of
 from streamtrain.stopping import SAVE_NAME, STOP_NAME
 
-ENVIRONMENT_NAME = "environment.json"
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
 # folders of a run that hold one folder a step: all that a run goes on from, and the teacher alone
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+# of a checkpoint: how far it is, and where in the stream
+STATE_NAME = "state.json"
 LOCK_NAME = ".streamtrain.lock"
 # what may lie in a folder before its first run: a request to it, a volume's own folder, ...
 _BEFORE_A_RUN = (STOP_NAME, SAVE_NAME, "lost+found")
@@ -37,7 +37,6 @@ _LOG_SUFFIXES = (".log", ".out", ".err")
 _CHECKPOINT = re.compile(r"^step-(\d{9})$")
 # with fewer candidates the nearest neighbour is hardly near
 FEW_NEIGHBOURS = 8
-_LIBRARIES = ("streamtrain", "torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def folder_of(run_dir: str | Path, step: int, place: str = CHECKPOINTS) -> Path:
@@ -192,11 +191,14 @@ def check_weights(config: Config, source: Path | None) -> None:
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
     """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it.
 
-    ``computed``: where and how the network computes, its ``device`` and ``dtype``.
+    The next start compares itself with both, so that neither may be left half written.
+
+    Args:
+        computed: where and how the network computes, its ``device`` and ``dtype``.
     """
-    (run_dir / RESOLVED_NAME).write_text(to_yaml(config), encoding="utf-8")
-    document = json.dumps(_environment(world_size) | dict(computed), indent=1)
-    (run_dir / ENVIRONMENT_NAME).write_text(document + "\n", encoding="utf-8")
+    document = json.dumps(environment(world_size) | dict(computed), indent=1)
+    replace_file(run_dir / RESOLVED_NAME, to_yaml(config).encode())
+    replace_file(run_dir / ENVIRONMENT_NAME, f"{document}\n".encode())
 
 
 def start_notes(config: Config, world_size: int) -> list[str]:
@@ -219,19 +221,3 @@ def start_notes(config: Config, world_size: int) -> list[str]:
             "features spread; raise data.micro_batch, set objective.koleo.distributed=true, or its weight to 0"
         )
     return notes
-
-
-def _environment(world_size: int) -> dict[str, Any]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # a checkout that was not installed, or the other DALI
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "world_size": world_size,
-        "versions": versions,
-    }

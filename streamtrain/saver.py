@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
-from streamtrain.checkpoint import SHARED_NAME, STATE_NAME, VERSION, Values, rank_name, write_fragments
+from streamtrain.checkpoint import SHARED_NAME, VERSION, Values, rank_name, write_fragments
 from streamtrain.config.run import RunConfig
 from streamtrain.durable import FileSum, replace_file, sync, write_file
 from streamtrain.errors import CheckpointError
 from streamtrain.host_memory import available_bytes
 from streamtrain.manifest import write_manifest
 from streamtrain.retention import partial_of, prune, remove_leftovers, write_best
-from streamtrain.run_folder import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, folder_of, saved_steps
+from streamtrain.run_folder import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, folder_of, saved_steps
 
 # of the memory that is free, what copies may take
 _SHARE_OF_MEMORY = 0.8

@@ -15,7 +15,8 @@ from shards.mixture import AnySet
 from shards.quarantine import Quarantine
 from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
-from streamtrain.data.loader import Loader, check_state
+from streamtrain.data.loader import Loader
+from streamtrain.data.stream import check_state
 from streamtrain.engine.memory import plan
 from streamtrain.engine.plan_text import at_end, at_start
 from streamtrain.engine.runtime import Launch, Runtime, joined
@@ -82,13 +83,20 @@ class StepValues:
         }
 
 
-def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path | None = None) -> int:
+def train(
+    config: Config,
+    launch: Launch,
+    shard_set: AnySet,
+    resume_from: Path | None = None,
+    accept_changes: bool = False,
+) -> int:
     """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
 
     Args:
         config: whose run folder is made.
         shard_set: that of ``data.shards``.
         resume_from: another run's folder to start from when this one's is new.
+        accept_changes: go on with other images than the checkpoint's.
 
     Returns:
         The exit status: 0 when the run is complete, 75 or 130 when it was asked to stop early.
@@ -120,7 +128,7 @@ def train(config: Config, launch: Launch, shard_set: AnySet, resume_from: Path |
             lane_block=position.lane_block, local_world_size=launch.local_world_size, quarantine=quarantine,
         )
         if position.data:
-            check_state(position.data, loader.state_dict(slot))
+            check_state(position.data, loader.state_dict(slot), accept_changes)
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size, runtime.described)

@@ -29,7 +29,8 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         (
             "streamtrain.run_folder", "streamtrain.stopping", "streamtrain.durable", "streamtrain.manifest",
-            "streamtrain.retention", "streamtrain.host_memory", "streamtrain.checkpoint", "streamtrain.saver",
+            "streamtrain.retention", "streamtrain.host_memory", "streamtrain.environment", "streamtrain.guards",
+            "streamtrain.checkpoint", "streamtrain.saver",
         ),
     ),
     (("streamtrain.monitor",), ("streamtrain.evaluation",), ("streamtrain.export",), ("streamtrain.watch",)),
@@ -43,6 +44,7 @@ TORCH_FREE = (
     "shards", *FLOORS[1][0], "streamtrain.engine.memory", "streamtrain.engine.flops", "streamtrain.engine.peak",
     "streamtrain.run_folder", "streamtrain.stopping",
     "streamtrain.durable", "streamtrain.manifest", "streamtrain.retention", "streamtrain.host_memory",
+    "streamtrain.environment", "streamtrain.guards", "streamtrain.data.stream",
 )  # fmt: skip
 MAX_LINES = 430
 

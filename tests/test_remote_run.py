@@ -143,3 +143,15 @@ def test_from_s3_two_ranks_train_on_the_same_samples_whatever_the_server_does(
         words, limit = words_of(remote, local, cache, run_dir)
         said = finish(words, remote)
     check(run_dir, expected, said, remote, most[0], limit)
+
+
+def test_a_cache_folder_that_cannot_be_used_is_told_before_torch_is_loaded(
+    local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    (tmp_path / "file").touch()
+    with behind("http", local, monkeypatch) as remote:
+        words, _ = words_of(remote, local, tmp_path / "file" / "cache", tmp_path / "run")
+        ((code, _, errors),) = run_ranks(words, 1)
+    assert code == 2 and f"error: the cache folder {tmp_path / 'file' / 'cache'} cannot be used" in errors
+    assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE)

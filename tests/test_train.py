@@ -139,7 +139,7 @@ def test_every_launcher_trains_and_everything_is_logged(
     tags = events.Tags()
     assert set(LOGGED) <= set(tags["scalars"]) and tags["images"]
     assert set(LOGGED) <= set(json.loads(losses_so_far(run)[-1]))
-    assert (run / "config.yaml").exists() and json.loads((run / "environment.json").read_text())["versions"]
+    assert (run / "config.yaml").exists() and json.loads((run / "environment.json").read_text())["program"]
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-000000002"
 
 
@@ -212,20 +212,40 @@ def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
     assert len(list(foreign.iterdir())) == 3
 
 
-def test_another_model_or_set_than_the_checkpoints_is_refused(shards: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_another_run_than_the_checkpoints_is_refused_at_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = tmp_path / "run", ("run.steps=2", "data.micro_batch=4")
     expect_success(run_ranks(command(shards, run, "run.steps=1", "data.micro_batch=4"), 1))
     pack(draw_folder(tmp_path / "images", 12), tmp_path / "other", PackOptions())
-    for overrides, told in (
-        (["model.dim=32"], "use the model that the run was started with"),
-        ([f"data.shards={tmp_path / 'other'}"], "digest was"),
-        (["run.seed=4"], "seed was 0 and is now 4"),
-        ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "holds no checkpoint"),
-    ):
-        (code, _, errors), = run_ranks(command(shards, run, "run.steps=2", "data.micro_batch=4", *overrides), 1)
-        assert code == 2 and told in errors.strip().splitlines()[-1]
-    # the run itself is as it was, until something in it is lost
+    other = f"data.shards={tmp_path / 'other'}"
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    started = [
+        (start_ranks(command(shards, run, *settings, *overrides), 1)[0], told)
+        for overrides, told in (
+            (["model.dim=32"], "cannot go on with other values of model.dim was 16 and is now 32"),
+            ([other], "digest was"),
+            (["optim.clip=1.0"], "optim.clip was 3.0 and is now 1.0; start it as it was, or add --accept-changes"),
+            (["run.seed=4", "--accept-changes"], "run.seed was 0 and is now 4"),
+            ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "holds no checkpoint"),
+            ([f"run.dir={tmp_path / 'new'}", "--resume", str(run), other], "digest was"),
+        )
+    ]
+    for process, told in started:
+        errors = process.communicate(timeout=100)[1]
+        assert process.returncode == 2 and told in errors.strip().splitlines()[-1]
+        assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE), told
+    monkeypatch.delenv("PYTHONPROFILEIMPORTTIME")
+    # the run itself is as it was, until a change is asked for, which then needs no asking again
     assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
-    (checkpoint.folder_of(run, 1) / checkpoint.SHARED_NAME).unlink()
-    (code, _, errors), = run_ranks(command(shards, run, "run.steps=2", "data.micro_batch=4"), 1)
+    changes = (*settings, other, "optim.clip=1.0")
+    results = run_ranks(command(shards, run, *changes, "--accept-changes"), 1)
+    expect_success(results)
+    assert re.search(r"^going on with changes: optim.clip was 3.0 and is now 1.0; digest was", results[0][1])
+    expect_success(run_ranks(command(shards, run, *changes, "run.steps=3"), 1))
+    assert [record["slot"] for record in losses(run).values()] == [4, 8, 12]
+    # until something in it is lost
+    for step in checkpoint.saved_steps(run):
+        (checkpoint.folder_of(run, step) / checkpoint.SHARED_NAME).unlink()
+    (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
     assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]

@@ -23,11 +23,12 @@ from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.engine.flops import step_flops
 from streamtrain.engine.memory import plan
 from streamtrain.engine.plan_text import gigabytes, of_rank
+from streamtrain.environment import ENVIRONMENT_NAME
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.report import Picture, numbers_of, png_of, render
 from streamtrain.monitor.metrics import read_metrics
-from streamtrain.run_folder import CHECKPOINTS, ENVIRONMENT_NAME, METRICS_NAME, TENSORBOARD_NAME, saved_steps
+from streamtrain.run_folder import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 
 
 def main() -> int:

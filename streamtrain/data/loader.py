@@ -28,12 +28,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import Finished, Producer
 from streamtrain.data.sizes import SizeChoice
-from streamtrain.data.stream import open_cache, order_of
-from streamtrain.errors import CheckpointError
-
-STATE_VERSION = 1
-# all else in a saved state must agree, for its position to mean the same samples
-_POSITION = ("next_slot", "quarantine")
+from streamtrain.data.stream import identity_of, open_cache, order_of
 
 
 def micro_batch_slots(
@@ -48,19 +43,6 @@ def micro_batch_slots(
         first = start_slot + step * global_batch + rank * share
         for offset in range(0, share, micro_batch):
             yield np.arange(first + offset, first + offset + micro_batch, dtype=np.int64)
-
-
-def check_state(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to continue a stream that is not the saved one (both as from ``Loader.state_dict``).
-
-    Raises:
-        CheckpointError: names every differing field with both values.
-    """
-    identity = [name for name in {**current, **saved} if name not in _POSITION]
-    differing = [name for name in identity if saved.get(name) != current.get(name)]
-    if differing:
-        sides = "; ".join(f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}" for name in differing)
-        raise CheckpointError(f"the saved position is one of another stream: {sides}; restore that, or start afresh")
 
 
 class Loader:
@@ -101,7 +83,7 @@ class Loader:
         global_batch, _ = config.batch_split(world_size)
         order = order_of(config, shard_set, world_size, lane_block)
         slots = micro_batch_slots(start_slot, global_batch, config.data.micro_batch, rank, world_size)
-        self._identity = {"version": STATE_VERSION, "digest": shard_set.digest, **order.parameters}
+        self._identity = identity_of(shard_set, order)
         self.wait_seconds = 0.0
         self.seconds = 0.0
         self._first_at: float | None = None

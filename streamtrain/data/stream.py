@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,13 @@ from shards.ledger import Ledger, space_for
 from shards.mixture import AnySet, Mixture, stream_order
 from shards.order import Order, SlotOrder
 from streamtrain.config.tree import Config
-from streamtrain.errors import ConfigError
+from streamtrain.errors import CheckpointError, ConfigError
 
+STATE_VERSION = 1
+# all else in a saved state must agree, for its position to mean the same samples
+_POSITION = ("next_slot", "quarantine")
+# what follows from the images alone, and may be another when that is asked for
+_OF_THE_SETS = ("digest", "cycle", "counts")
 _SLOTS_LOOKED_AT = 1 << 20
 
 
@@ -33,6 +39,33 @@ def order_of(config: Config, shard_set: AnySet, world_size: int, lane_block: int
     # whole lanes a rank where the batch allows it; otherwise more ranks read more shards, nothing else
     lane_block = lane_block or max(1, global_batch // data.lanes)
     return stream_order(shard_set, config.run.seed, data.window, data.lanes, lane_block)
+
+
+def identity_of(shard_set: AnySet, order: Order | Mixture) -> dict[str, Any]:
+    """What defines a stream, as a checkpoint keeps it."""
+    return {"version": STATE_VERSION, "digest": shard_set.digest, **order.parameters}
+
+
+def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: bool = False) -> list[str]:
+    """Refuse to continue a stream that is not the saved one (both as from ``identity_of``, or with a position).
+
+    Args:
+        accept_changes: go on at the same slot of other images; these changes are returned, as text.
+
+    Raises:
+        CheckpointError: names every differing field with both values.
+    """
+    differing = [
+        name for name in {**current, **saved} if name not in _POSITION and saved.get(name) != current.get(name)
+    ]
+    sides = [f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}" for name in differing]
+    only_sets = set(differing) <= set(_OF_THE_SETS)
+    if differing and not (accept_changes and only_sets):
+        flag = ", or add --accept-changes to go on with the new images" if only_sets else ""
+        raise CheckpointError(
+            f"the saved position is one of another stream: {'; '.join(sides)}; restore that, or start afresh{flag}"
+        )
+    return sides
 
 
 def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
@@ -76,6 +109,17 @@ def check_cache(
             f"data.cache may come to {wanted} bytes, but its disk has room for {space}; lower data.cache.limit, or set "
             "data.cache.dir to a folder elsewhere"
         )
+
+
+def try_cache(config: Config) -> None:
+    """Open the folder of ``data.cache`` and leave it again.
+
+    Raises:
+        ShardError: it cannot be used.
+    """
+    cache = config.data.cache
+    if cache.dir is not None and cache.limit is not None:
+        Ledger(Path(cache.dir).expanduser(), cache.limit).close()
 
 
 def open_cache(

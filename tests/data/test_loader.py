@@ -24,7 +24,8 @@ from streamtrain.config.data import DataConfig, SetShare
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.data.loader import Loader, check_state, micro_batch_slots
+from streamtrain.data.loader import Loader, micro_batch_slots
+from streamtrain.data.stream import check_state
 from streamtrain.errors import CheckpointError, ConfigError
 
 Damage = Callable[[Path, int, int, bytes], None]

@@ -1,0 +1,130 @@
+"""Whether a start goes on with the run that its folder holds, or would quietly turn it into another one.
+
+Three kinds of keys, listed in docs/reliability.md as well: those that may change, since no result depends on them
+beyond rounding and the run's length; those that may not, since the checkpoint or the stream would be another; and all
+others, which change results, and may change only when that is asked for. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamtrain.config.load import RESOLVED_NAME, to_yaml
+from streamtrain.config.tree import Config
+from streamtrain.durable import sum_of
+from streamtrain.environment import ENVIRONMENT_NAME, program
+from streamtrain.errors import CheckpointError
+from streamtrain.manifest import read_manifest
+from streamtrain.run_folder import STATE_NAME
+
+FREE = (
+    "run.dir", "run.steps", "run.checkpoint_every", "run.keep_last", "run.keep_every", "run.snapshot_every",
+    "run.save_in_background", "run.max_bad_steps", "data.shards", "data.micro_batch", "data.max_unusable_share",
+    "data.reader_threads", "data.decode_threads", "data.prefetch", "data.read_ahead_bytes", "data.cache", "data.remote",
+    "model.preset", "objective.chunk_bytes", "teacher.chunk", "teacher.average", "engine.device",
+    "engine.checkpointing", "engine.view_groups", "engine.offload_checkpoints", "engine.moments",
+    "engine.moments_ratio", "engine.moments_dir", "engine.live_blocks", "engine.reduce_bucket_bytes",
+    "engine.cpu_threads", "engine.collective_timeout_seconds", "engine.hang_timeout_seconds", "init.weights",
+    "init.minimum_matched", "monitor", "evaluation",
+)  # fmt: skip
+FIXED = (
+    "run.seed", "data.window", "data.lanes", "model.patch_size", "model.dim", "model.depth", "model.num_heads",
+    "model.mlp", "model.mlp_hidden", "model.num_registers", "model.qkv_bias", "model.key_bias", "model.untied_norms",
+    "objective.global_loss.head", "objective.patch_loss.head", "objective.patch_loss.kind",
+)  # fmt: skip
+FLAG = "--accept-changes"
+_MISSING = "not there"
+
+
+def check_resume(config: Config, source: Path, world_size: int, accept_changes: bool) -> list[str]:
+    """Whether ``config`` may go on from the checkpoint ``source``; returns the changes that were accepted, as text.
+
+    Another run's checkpoint (``--resume``) begins a new stage, whose settings are meant to differ; of them only those
+    that may never change are compared.
+
+    Raises:
+        CheckpointError: it may not; names each difference.
+    """
+    run_dir = source.parent.parent
+    own = run_dir.resolve() == Path(config.run.dir).resolve()
+    before, environment = _read_yaml(run_dir / RESOLVED_NAME), _read_json(run_dir / ENVIRONMENT_NAME)
+    unknown = [name for name, found in ((RESOLVED_NAME, before), (ENVIRONMENT_NAME, environment)) if found is None]
+    changes = list(_differences(before or {}, yaml.safe_load(to_yaml(config)))) if before is not None else []
+    # a key that is of another version of this program is for the user to judge
+    never = [text for key, text in changes if _among(key, FIXED) and _MISSING not in text]
+    if never:
+        raise CheckpointError(
+            f"{run_dir} cannot go on with other values of {'; '.join(never)}; use those of the run, or set run.dir to "
+            "a new folder"
+        )
+    if not own:
+        return []
+    found = [f"{name} cannot be read, and so not be compared" for name in unknown]
+    found += [text for key, text in changes if not _among(key, FREE) and key != "data.global_batch"]
+    if before is not None and environment is not None:
+        found += _batch_change(config, before, environment, world_size)
+    if environment is not None:
+        was = environment.get("program")
+        found += [text for _, text in _differences(was if isinstance(was, dict) else {}, program())]
+    if found and not accept_changes:
+        raise CheckpointError(
+            f"{run_dir} was made otherwise: {'; '.join(found)}; start it as it was, or add {FLAG} to go on all the same"
+        )
+    return found
+
+
+def saved_stream(source: Path) -> dict[str, Any] | None:
+    """The state of the stream in a checkpoint; None if that is damaged, which is told when all of it is read."""
+    try:
+        if read_manifest(source)[STATE_NAME] != sum_of(source / STATE_NAME):
+            return None
+        state = json.loads((source / STATE_NAME).read_text(encoding="utf-8"))
+        return dict(state["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _batch_change(config: Config, before: dict[str, Any], environment: dict[str, Any], world_size: int) -> list[str]:
+    """The images of a step follow from three numbers."""
+    data, ranks = before.get("data"), environment.get("world_size")
+    if not isinstance(data, dict) or not isinstance(ranks, int) or not isinstance(data.get("micro_batch"), int):
+        return [f"the batch was {_MISSING}"]
+    was, now = data.get("global_batch") or data["micro_batch"] * ranks, config.batch_split(world_size)[0]
+    if was == now:
+        return []
+    return [f"the batch was {was} images and is now {now} (data.global_batch={was} keeps it)"]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each key that differs, in full, and what to say of it."""
+    for name in sorted({*map(str, before), *now}):
+        key, was, value = prefix + name, before.get(name, _MISSING), now.get(name, _MISSING)
+        if isinstance(was, dict) and isinstance(value, dict):
+            yield from _differences(was, value, f"{key}.")
+        elif was != value:
+            yield key, f"{key} was {was} and is now {value}"
+
+
+def _among(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(key == pattern or key.startswith(f"{pattern}.") for pattern in patterns)
+
+
+def _read_yaml(path: Path) -> dict[str, Any] | None:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,111 @@
+"""What a start compares itself with, and says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import ROOT
+from test_nothing_silent import leaves
+
+from streamtrain.config.load import build, merge
+from streamtrain.environment import ENVIRONMENT_NAME, program
+from streamtrain.errors import CheckpointError
+from streamtrain.guards import FIXED, FREE, check_resume, saved_stream
+from streamtrain.run_folder import describe_run, folder_of
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run on two ranks."""
+    describe_run(tmp_path, build(settings(tmp_path)), 2, {"device": "cpu", "dtype": "fp32"})
+    return tmp_path
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    return merge({"run": {"dir": str(folder)}, "data": {"micro_batch": 4}}, changes)
+
+
+def told(run: Path, changes: dict[str, Any], *, ranks: int = 2, accept: bool = False) -> list[str]:
+    return check_resume(build(settings(run, **changes)), folder_of(run, 3), ranks, accept)
+
+
+def test_every_key_is_of_one_kind_and_the_guide_lists_them() -> None:
+    keys = set(leaves())
+    for pattern in (*FREE, *FIXED):
+        assert any(key == pattern or key.startswith(f"{pattern}.") for key in keys), pattern
+    assert not set(FREE) & set(FIXED)
+    guide = (ROOT / "docs" / "reliability.md").read_text().partition("## What may change")[2].partition("\n## ")[0]
+    free, fixed = guide.partition("**May not change**")[::2]
+    for text, wanted in ((free, FREE), (fixed.partition("**Only with")[0], FIXED)):
+        paragraph = max(text.split("\n\n"), key=len)
+        assert tuple(re.findall(r"`([^`]+)`", paragraph)) == wanted
+
+
+def test_what_may_change_is_not_told(run: Path) -> None:
+    assert told(run, {}) == []
+    free = {
+        "run": {"steps": 7, "checkpoint_every": 3}, "engine": {"moments": "host"},
+        "monitor": {"collapse": {"every": 1}},
+        "data": {"micro_batch": 2, "global_batch": 8, "prefetch": 5, "shards": "elsewhere"},
+    }  # fmt: skip
+    assert told(run, free, ranks=4) == []
+
+
+def test_what_may_not_change_is_refused_whatever_is_accepted(run: Path, tmp_path: Path) -> None:
+    head = {"global_loss": {"head": {"prototypes": 7}}}
+    for accept in (False, True):
+        with pytest.raises(CheckpointError) as error:
+            told(run, {"model": {"dim": 96, "depth": 3}, "run": {"seed": 4}, "objective": head}, accept=accept)
+        for change in ("model.depth was 12 and is now 3", "model.dim was 384 and is now 96", "run.seed was 0 and is n"):
+            assert change in str(error.value)
+        assert "objective.global_loss.head.prototypes was 65536 and is now 7" in str(error.value)
+    # of another run's, these alone are looked at
+    ours = build(settings(tmp_path / "next", optim={"clip": 1.0}))
+    assert check_resume(ours, folder_of(run, 3), 1, False) == []
+    with pytest.raises(CheckpointError, match=r"model\.dim was 384"):
+        check_resume(build(settings(tmp_path / "next", model={"dim": 96})), folder_of(run, 3), 2, True)
+
+
+def test_what_changes_results_is_refused_or_accepted(run: Path) -> None:
+    changes = {"optim": {"clip": 1.0}, "schedules": {"weight_decay": 0.5}}
+    with pytest.raises(CheckpointError) as error:
+        told(run, changes)
+    assert "optim.clip was 3.0 and is now 1.0; schedules.weight_decay." in str(error.value)
+    assert str(error.value).endswith("start it as it was, or add --accept-changes to go on all the same")
+    accepted = told(run, changes, accept=True)
+    assert accepted[0] == "optim.clip was 3.0 and is now 1.0" and "schedules.weight_decay.peak" in accepted[-1]
+    with pytest.raises(CheckpointError, match=r"the batch was 8 images and is now 12 \(data.global_batch=8 keeps it\)"):
+        told(run, {}, ranks=3)
+    assert told(run, {"data": {"global_batch": 8}}) == []
+
+
+def test_another_program_is_told(run: Path) -> None:
+    document = json.loads((run / ENVIRONMENT_NAME).read_text())
+    assert document["program"] == program() and {"torch", "deepspeed", "numpy", "code"} <= set(program())
+    document["program"] |= {"torch": "1.0", "code": "0123456789ab", "cupy": "3"}
+    (run / ENVIRONMENT_NAME).write_text(json.dumps(document))
+    with pytest.raises(CheckpointError) as error:
+        told(run, {})
+    assert f"code was 0123456789ab and is now {program()['code']}; cupy was 3 and is now not there" in str(error.value)
+    assert f"torch was 1.0 and is now {program()['torch']}" in str(error.value)
+    assert len(told(run, {}, accept=True)) == 3
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"- a\n", b"[" * 10_000, b'{"program": 3}', b"data: 5"])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+def test_what_cannot_be_read_is_no_agreement(run: Path, name: str, content: bytes | None) -> None:
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="add --accept-changes"):
+        told(run, {})
+
+
+def test_the_stream_of_a_damaged_checkpoint_is_not_believed(tmp_path: Path) -> None:
+    assert saved_stream(tmp_path) is None
+    (tmp_path / "state.json").write_text('{"data": {"digest": "x", "lane_block": 1}}')
+    assert saved_stream(tmp_path) is None
