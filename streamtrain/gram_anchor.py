@@ -14,12 +14,13 @@ from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Shard
 from streamtrain.errors import StreamtrainError
 from streamtrain.export.adopt import opened_backbone
+from streamtrain.export.families import KINDS
 from streamtrain.objective.gram import GramTargets
 
 BACKBONE = "backbone."
 KIND = "gram"
 # what takes no part in the features of unmasked global crops
-_UNUSED = ("embedding.mask_token", "local_norm.weight", "local_norm.bias")
+_UNUSED = ("embedding.mask_token", *(f"{norm}.{part}" for norm in ("cls_norm", "local_norm") for part in KINDS))
 
 
 class GramAnchor:

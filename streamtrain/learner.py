@@ -87,16 +87,15 @@ class Learner(nn.Module):
         crops = [self._pixels(batch.global_crops)]
         tokens, _ = self.backbone.encode(crops, [None], chunk=self.config.teacher.chunk)
         layout = self.backbone.layout(crops)
-        rows = [layout.cls_rows(0, tokens.device)]
+        rows = {"global": layout.cls_rows(0, tokens.device)}
         if weights.patch_loss:
-            rows.append(layout.patch_rows(0, batch.masks.index))
-        # the norm is per token: only the rows that somebody wants are normalised
-        cls, *patches = self.backbone.norm(tokens.index_select(0, torch.cat(rows))).split([len(row) for row in rows])
-        of_global = self.global_head(cls) if weights.global_loss else None
-        of_patch = patches[0] if weights.patch_loss else None
+            rows["masked"] = layout.patch_rows(0, batch.masks.index)
+        found = self._normalised(tokens, rows)
+        of_global = self.global_head(found["global"]) if weights.global_loss else None
+        of_patch = found.get("masked")
         if of_patch is not None and self.patch_head is not None:
             of_patch = self.patch_head(of_patch)
-        return TeacherFeatures(of_global, of_patch, batch.masks.weight, cls)
+        return TeacherFeatures(of_global, of_patch, batch.masks.weight, found["global"])
 
     def _learn(self, batch: Batch, weights: LossWeights, targets: Targets) -> dict[str, Tensor]:
         features = self._student_features(batch, weights)
@@ -139,17 +138,23 @@ class Learner(nn.Module):
             rows["patches"] = layout.patch_rows(0, every)
         elif weights.patch_loss:
             rows["masked"] = layout.patch_rows(0, batch.masks.index)
-        untied = self.backbone.local_norm
-        if with_local and untied is None:
+        if with_local:
             rows["local"] = layout.cls_rows(1, device)
-        pieces = self.backbone.norm(tokens.index_select(0, torch.cat(list(rows.values()))))
-        found = dict(zip(rows, pieces.split([len(row) for row in rows.values()]), strict=True))
-        if with_local and untied is not None:
-            found["local"] = untied(tokens.index_select(0, layout.cls_rows(1, device)))
+        found = self._normalised(tokens, rows)
         if weights.gram and weights.patch_loss:
             found["masked"] = found["patches"].index_select(0, batch.masks.index)
         patches = found["patches"].unflatten(0, batch.masks.grid_mask.shape) if weights.gram else None
         return StudentFeatures(found["global"], found.get("local"), found.get("masked"), patches)
+
+    def _normalised(self, tokens: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The final norms of packed ``tokens``, each called once: per token, so only for the rows somebody wants."""
+        norms = {"global": self.backbone.norm_of_cls, "local": self.backbone.norm_of_local_cls}
+        found: dict[str, Tensor] = {}
+        for norm in dict.fromkeys(norms.get(name, self.backbone.norm) for name in rows):
+            mine = {name: row for name, row in rows.items() if norms.get(name, self.backbone.norm) is norm}
+            pieces = norm(tokens.index_select(0, torch.cat(list(mine.values()))))
+            found |= dict(zip(mine, pieces.split([len(row) for row in mine.values()]), strict=True))
+        return found
 
     def _global_loss(self, student: StudentFeatures, targets: Targets, local_weight: float) -> Tensor:
         crops = self.config.crops

@@ -23,7 +23,7 @@ class PlainBackbone(nn.Module):
         self.net = learner.backbone
         self.config = learner.config.model
 
-    def forward(self, pixels: Tensor, mask: Tensor | None, cls_norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, mask: Tensor | None, local: bool = False) -> tuple[Tensor, Tensor]:
         embedding, dim = self.net.embedding, self.config.dim
         kernel = embedding.projection.weight.reshape(dim, 3, self.config.patch_size, self.config.patch_size)
         grid = F.conv2d(pixels, kernel, embedding.projection.bias, stride=self.config.patch_size)
@@ -38,7 +38,8 @@ class PlainBackbone(nn.Module):
             hidden = F.gelu(block.mlp.up(block.norm2(tokens)))
             tokens = tokens + block.scale2.gamma * block.mlp.down(hidden)
         patches = self.net.norm(tokens[:, 1 + self.config.num_registers :])
-        return (cls_norm or self.net.norm)(tokens[:, 0]), patches
+        cls_norm = (local and self.net.local_norm) or self.net.cls_norm or self.net.norm
+        return cls_norm(tokens[:, 0]), patches
 
     def _attention(self, block: Any, tokens: Tensor, height: int, width: int) -> Tensor:
         dim, heads = self.config.dim, self.config.num_heads
@@ -149,7 +150,7 @@ def plain_losses(
     ):
         backbone = PlainBackbone(student)
         outputs = [backbone(view, m) for view, m in zip(of_global, mask, strict=True)]
-        outputs += [backbone(view, None, student.backbone.local_norm) for view in of_local]
+        outputs += [backbone(view, None, local=True) for view in of_local]
         pairs = [
             cross_entropy(cls_target[t], logits_of(student.global_head, cls, student_temperature))
             for s, (cls, _) in enumerate(outputs)

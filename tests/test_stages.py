@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_run import command, logged
 
 from shards.pack import PackOptions, pack
 from streamtrain import checkpoint
+from streamtrain.monitor.metrics import read_metrics
 
 GRAM = (
     "run.steps=11", "objective.gram.weight={peak: 2.0, delay: 3, warmup: 2}", "objective.gram.size=48",
@@ -52,6 +54,8 @@ def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Pa
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
     straight, broken = logged(tmp_path / "straight"), logged(tmp_path / "broken")
     assert straight == broken and list(straight) == list(range(4, 12))
+    ours, theirs = (checkpoint.read_weights(tmp_path / run, 11, "student") for run in ("straight", "broken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # the weight is 0 in the step after the delay, and the term costs nothing there
     assert "loss/gram" not in straight[4] and all("loss/gram" in straight[step] for step in range(5, 12))
     assert {"optim/gradient_norm", "optim/gradient_norm/backbone", "optim/gradient_norm/patch_head"} <= set(straight[4])
@@ -64,6 +68,25 @@ def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Pa
         average = reader.whole("ema/backbone.norm.weight")
     assert all(torch.equal(gram[name], before[name]) for name in gram)
     assert not torch.equal(average, gram["backbone.norm.weight"])
+
+
+@pytest.mark.slow
+def test_a_mixed_resolution_stage_sees_each_size_in_its_share(stage_one: Path, tmp_path: Path) -> None:
+    """The shares of giant_highres.yaml over forty steps, its sizes scaled down."""
+    sizes = {32: (0.3, 48), 40: (0.3, 64), 48: (0.3, 64), 56: (0.05, 72), 64: (0.05, 80)}
+    entries = [
+        f"{{share: {share}, global_size: {side}, local_size: {16 + 8 * index}, gram_size: {gram}}}"
+        for index, (side, (share, gram)) in enumerate(sizes.items())
+    ]
+    given = [f"crops.sizes=[{', '.join(entries)}]", "run.steps=43", "run.checkpoint_every=0"]
+    given += ["objective.gram.weight=1.5", "objective.koleo={distributed: true, group_size: 8}"]
+    words = [*command(stage_one / "set", tmp_path / "run", *given), "--resume", str(stage_one / "run")]
+    results = run_ranks(words, 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert all(record["loss/gram"] > 0 for record in records)
+    seen = Counter(record["data/global_size"] for record in records)
+    assert sum(seen.values()) == 40 and all(abs(seen[side] - 40 * share) <= 1 for side, (share, _) in sizes.items())
 
 
 def test_a_gram_teacher_from_a_checkpoint_and_none_that_does_not_fit(stage_one: Path, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class ModelConfig(Section):
     rope_rescale: float | None = Field(default=None, gt=1.0)
     rope_jitter: float | None = Field(default=None, gt=1.0)
     rope_shift: float | None = Field(default=None, gt=0.0)
-    # a final norm of its own for the local crops' CLS token
-    untied_norms: Literal["none", "local_cls"] = "none"
+    # final norms of their own: for CLS and registers (cls), for those of the local crops in training (local_cls)
+    untied_norms: Literal["none", "cls", "local_cls", "cls_and_local_cls"] = "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +62,16 @@ class ModelConfig(Section):
         if self.key_bias and not self.qkv_bias:
             raise ValueError("key_bias needs qkv_bias")
         return self
+
+    @property
+    def cls_norm(self) -> bool:
+        """Whether CLS and registers have another final norm than the patches."""
+        return self.untied_norms in ("cls", "cls_and_local_cls")
+
+    @property
+    def local_norm(self) -> bool:
+        """Whether CLS and registers of local crops have one of their own in training."""
+        return self.untied_norms in ("local_cls", "cls_and_local_cls")
 
     @property
     def hidden(self) -> int:

@@ -87,6 +87,9 @@ class Loader:
         self.wait_seconds = 0.0
         self.seconds = 0.0
         self._first_at: float | None = None
+        # side in pixels of the latest global crops, where it changes from step to step
+        self._size: int | None = None
+        self._several_sizes = len(config.crop_sizes) > 1
         self._failure: BaseException | None = None
         self._ready: queue.Queue[Finished | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
@@ -137,7 +140,10 @@ class Loader:
         else:
             self.wait_seconds += now - asked_at
             self.seconds = now - self._first_at
-        return item.claim()
+        batch = item.claim()
+        if self._several_sizes:
+            self._size = batch.global_crops.shape[1]
+        return batch
 
     def state_dict(self, next_slot: int) -> dict[str, Any]:
         """What a checkpoint keeps: the stream's identity and the first slot not yet consumed by any rank.
@@ -148,8 +154,11 @@ class Loader:
         return {**self._identity, "next_slot": next_slot, "quarantine": unusable}
 
     def scalars(self) -> dict[str, float]:
-        """Running counts of this rank, under the tags that they are logged by; of a remote set also its traffic."""
-        scalars = {}
+        """Running counts of this rank, under the tags that they are logged by; of a remote set also its traffic.
+
+        Where several sizes of crops alternate, also that of the latest global crops, in pixels.
+        """
+        scalars = {} if self._size is None else {"data/global_size": float(self._size)}
         if self._quarantine is not None:
             scalars["data/quarantined"] = float(self._quarantine.num_entries)
         if self._remote_set is not None:

@@ -40,7 +40,9 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
     for index in range(model.depth):
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in block_shapes(model).items()}
     shapes |= dict(_norm("norm", dim))
-    if model.untied_norms == "local_cls":
+    if model.cls_norm:
+        shapes |= dict(_norm("cls_norm", dim))
+    if model.local_norm:
         shapes |= dict(_norm("local_norm", dim))
     return shapes
 

@@ -94,6 +94,8 @@ DINOV3 = Naming(
         "embedding.projection.bias": "patch_embed.proj.bias",
         "norm.weight": "norm.weight",
         "norm.bias": "norm.bias",
+        "cls_norm.weight": "cls_norm.weight",
+        "cls_norm.bias": "cls_norm.bias",
         "local_norm.weight": "local_cls_norm.weight",
         "local_norm.bias": "local_cls_norm.bias",
     },

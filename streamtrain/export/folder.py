@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.section import Positive, Section
+from streamtrain.errors import StreamtrainError
 from streamtrain.model.vit import VisionTransformer
 
 CONFIG_NAME = "config.json"
@@ -35,6 +36,19 @@ class BackboneConfig(Section):
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     origin: Origin = Field(default_factory=dict)
+
+
+def check_one_norm(config: BackboneConfig, family: str) -> None:
+    """Refuse what the DINOv3 models of ``family`` cannot express: a norm for CLS and registers, another for patches.
+
+    Raises:
+        StreamtrainError: if this model has two.
+    """
+    if config.model.cls_norm:
+        raise StreamtrainError(
+            f"{family}'s DINOv3 models have one final norm, this one has another for CLS and registers "
+            f"(model.untied_norms {config.model.untied_norms}): export it --to safetensors"
+        )
 
 
 def export_safetensors(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD, RECIPE_NAME, BackboneConfig
+from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD, RECIPE_NAME, BackboneConfig, check_one_norm
 from streamtrain.export.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
@@ -25,8 +25,9 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
     The tensors are shared with ``model``, not copied.
 
     Raises:
-        StreamtrainError: if ``transformers`` is not installed or too old.
+        StreamtrainError: if ``transformers`` is not installed or too old, or its family cannot express the model.
     """
+    check_one_norm(config, "transformers")
     try:
         from transformers import DINOv3ViTConfig, DINOv3ViTModel
     except ImportError:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.export.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig
+from streamtrain.export.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig, check_one_norm
 from streamtrain.export.naming import to_timm
 from streamtrain.model.vit import VisionTransformer
 
@@ -26,6 +26,7 @@ def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
     Raises:
         StreamtrainError: for a model that timm's family cannot express.
     """
+    check_one_norm(config, "timm")
     if config.model.norm_eps != NORM_EPS:
         raise StreamtrainError(f"timm's DINOv3 models have norm_eps {NORM_EPS}, this one {config.model.norm_eps}")
     if config.model.key_bias:

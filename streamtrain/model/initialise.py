@@ -29,7 +29,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         return torch.zeros(*shape)
     if last == "gamma":
         return torch.full(tuple(shape), config.layerscale)
-    if last == "weight" and parent.rpartition(".")[2] in ("norm", "norm1", "norm2", "local_norm"):
+    if last == "weight" and parent.rpartition(".")[2] in ("norm", "norm1", "norm2", "cls_norm", "local_norm"):
         return torch.ones(*shape)
     generator = _generator(name, seed)
     if name == "embedding.projection.weight":

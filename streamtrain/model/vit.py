@@ -91,7 +91,9 @@ class VisionTransformer(nn.Module):
             [Block(config, checkpointing == "selective", view_groups) for _ in range(config.depth)]
         )
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
-        self.local_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.untied_norms == "local_cls" else None
+        # None: the common norm serves for it
+        self.cls_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.cls_norm else None
+        self.local_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.local_norm else None
 
     def layout(self, crops: Sequence[Tensor]) -> Layout:
         """Where the tokens of ``crops`` will lie.
@@ -152,18 +154,24 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Features, ...]:
         """Normalised features of each crop size; the first size is the global crops, any other local.
 
-        Where the norms are untied, the local crops' CLS and registers have their own in training (with a
-        generator) and the common one otherwise.
+        Where the local crops' CLS and registers have a norm of their own, it is theirs in training (with a
+        generator) only.
         """
         tokens, _ = self.encode(crops, masks or [None] * len(crops), generator, chunk)
-        layout = self.layout(crops)
-        features = [self._split(view) for view in layout.views(self.norm(tokens))]
-        if self.local_norm is not None and generator is not None and len(crops) > 1:
-            prefixes = [view[:, : self.num_prefix] for view in layout.views(tokens)[1:]]
-            normed = self.local_norm(torch.cat(prefixes)).split([len(prefix) for prefix in prefixes])
-            for index, prefix in enumerate(normed, start=1):
-                features[index] = Features(prefix[:, 0], prefix[:, 1:], features[index].patches)
-        return tuple(features)
+        return tuple(
+            self._features(view, self.norm_of_local_cls if index and generator is not None else self.norm_of_cls)
+            for index, view in enumerate(self.layout(crops).views(tokens))
+        )
+
+    @property
+    def norm_of_cls(self) -> LayerNorm:
+        """The final norm of CLS and registers."""
+        return self.norm if self.cls_norm is None else self.cls_norm
+
+    @property
+    def norm_of_local_cls(self) -> LayerNorm:
+        """That of local crops in training."""
+        return self.norm_of_cls if self.local_norm is None else self.local_norm
 
     def forward_features(self, images: Tensor, chunk: int = 0) -> Features:
         """Features of ``images [images, 3, height, width]`` of any size, without masks: for evaluation."""
@@ -179,7 +187,15 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"layers {list(keep)} do not all lie within the {depth} blocks of this model")
         _, kept = self.encode([images], [None], keep=keep)
         layout = self.layout([images])
-        return [self._split(layout.views(self.norm(tokens) if norm else tokens)[0]) for tokens in kept]
+        views = [layout.views(tokens)[0] for tokens in kept]
+        return [self._features(view, self.norm_of_cls) if norm else self._split(view) for view in views]
+
+    def _features(self, view: Tensor, prefix_norm: LayerNorm) -> Features:
+        """Normalised features of one size's tokens ``[images, length, dim]``."""
+        if prefix_norm is self.norm:
+            return self._split(self.norm(view))
+        prefix, patches = prefix_norm(view[:, : self.num_prefix]), self.norm(view[:, self.num_prefix :])
+        return Features(prefix[:, 0], prefix[:, 1:], patches)
 
     def _split(self, view: Tensor) -> Features:
         return Features(view[:, 0], view[:, 1 : self.num_prefix], view[:, self.num_prefix :])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny_backbone import tiny_backbone
 from streamtrain.errors import StreamtrainError
 from streamtrain.export.hf import backbone_config_from_hf, export_hf, hf_config
 from streamtrain.export.load import load_weights
+from streamtrain.export.timm_folder import export_timm
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {},
@@ -63,6 +65,14 @@ def test_preprocessing_and_card_say_how_to_use_it(tmp_path: Path) -> None:
     assert preprocessor["image_mean"] == list(backbone.config.mean)
     card = (tmp_path / "README.md").read_text()
     assert "from_pretrained" in card and "last_hidden_state[:, 5:]" in card and "step: 0" in card
+
+
+@pytest.mark.parametrize("export", [export_hf, export_timm])
+def test_two_final_norms_are_refused(export: Callable[..., None], tmp_path: Path) -> None:
+    backbone = tiny_backbone(untied_norms="cls")
+    with pytest.raises(StreamtrainError, match="have one final norm"):
+        export(backbone.model, backbone.config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_config_leaves_out_is_the_default_of_transformers() -> None:

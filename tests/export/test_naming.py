@@ -47,6 +47,7 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {"rope_embed.periods": torch.ones(3)}
     dim = state["embedding.cls_token"].shape[1]
     outside = {"embedding.cls_token": "cls_token", "embedding.register_tokens": "storage_tokens"}
+    outside |= {"cls_norm.weight": "cls_norm.weight", "cls_norm.bias": "cls_norm.bias"}
     outside |= {"local_norm.weight": "local_cls_norm.weight", "local_norm.bias": "local_cls_norm.bias"}
     for name, value in state.items():
         if name in outside:
@@ -157,10 +158,12 @@ def test_timm_names() -> None:
     assert gated["blocks.0.mlp.fc1_g.weight"].shape == gated["blocks.0.mlp.fc1_x.weight"].shape == (40, 24)
 
 
-def test_local_norm_travels_with_its_own_family_only() -> None:
-    state = make({"untied_norms": "local_cls"})[0].state_dict()
-    assert torch.equal(from_dinov3(to_dinov3(state))["local_norm.weight"], state["local_norm.weight"])
-    assert from_hf(to_hf(state)).keys() == state.keys() - {"local_norm.weight", "local_norm.bias"}
+def test_untied_norms_travel_with_their_own_family_only() -> None:
+    state = make({"untied_norms": "cls_and_local_cls"})[0].state_dict()
+    untied = {f"{norm}.{part}" for norm in ("cls_norm", "local_norm") for part in ("weight", "bias")}
+    back = from_dinov3(to_dinov3(state))
+    assert all(torch.equal(back[name], state[name]) for name in untied)
+    assert from_hf(to_hf(state)).keys() == state.keys() - untied
 
 
 def test_bookkeeping_of_a_checkpoint_is_not_unexpected_but_a_head_is() -> None:

@@ -204,7 +204,7 @@ def test_training_pass_is_a_function_of_its_generator() -> None:
 
 
 def test_untied_norm_serves_the_local_prefix_in_training_only() -> None:
-    model = make(untied_norms="local_cls")
+    model = make(untied_norms="cls_and_local_cls")
     assert model.local_norm is not None
     crops = [images(2, 3, 32, 32), images(2, 3, 16, 16)]
     with torch.no_grad():
@@ -215,6 +215,23 @@ def test_untied_norm_serves_the_local_prefix_in_training_only() -> None:
     torch.testing.assert_close(after[1].cls, before[1].cls + 1.0)
     torch.testing.assert_close(after[1].registers, before[1].registers + 1.0)
     assert torch.equal(evaluated[1].cls, evaluated_after[1].cls)
+
+
+def test_cls_and_registers_may_have_a_norm_of_their_own() -> None:
+    tied, untied = make(), make(untied_norms="cls")
+    common = {name: value for name, value in untied.state_dict().items() if not name.startswith("cls_norm")}
+    tied.load_state_dict(common)
+    assert untied.cls_norm is not None
+    pixels = images(2, 3, 32, 32)
+    with torch.no_grad():
+        untied.cls_norm.load_state_dict(tied.norm.state_dict())
+        for before, after in zip(tied.forward_features(pixels), untied.forward_features(pixels), strict=True):
+            torch.testing.assert_close(before, after)
+        untied.cls_norm.bias += 1.0
+        (last,) = untied.get_intermediate_layers(pixels)
+        for after in (untied.forward_features(pixels), last):
+            torch.testing.assert_close(after.cls, tied.forward_features(pixels).cls + 1.0)
+            assert torch.equal(after.patches, tied.forward_features(pixels).patches)
 
 
 def test_bf16_pass_is_near_the_fp32_one() -> None:
