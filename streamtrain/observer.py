@@ -26,6 +26,7 @@ from streamtrain.engine.zero import Student
 from streamtrain.evaluation.features import centre_crop
 from streamtrain.evaluation.held_out import drawn, first_images, held_out
 from streamtrain.evaluation.images import LabelledImages
+from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
 from streamtrain.monitor.monitor import Monitor
@@ -165,8 +166,9 @@ class Observer:
         self.monitor.close()
 
     def _crops_for_maps(self, test: LabelledImages | None, shard_set: AnySet) -> list[np.ndarray]:
-        """Held-out images, or some of the set where there are none, at twice the size of the global crops."""
-        count, size = self._config.monitor.panel_samples, 2 * self._config.crops.global_size
+        """Held-out images, or some of the set where there are none, larger than the global crops."""
+        count = self._config.monitor.panel_samples
+        size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if test is None and shard_set.is_remote:
             return []
         shown = (drawn(test, count) if test is not None else first_images(shard_set, count)).lenient()
@@ -177,7 +179,9 @@ class Observer:
         if not self._map_images:
             return
         # as many at once as take the room of the teacher's pass
-        at_once = max(1, self._config.crops.global_count * self._config.data.micro_batch // 4)
+        crops = self._config.crops
+        larger = (len(self._map_images[0]) / crops.global_size) ** 2
+        at_once = max(1, int(crops.global_count * self._config.data.micro_batch / larger))
         features = []
         for start in range(0, len(self._map_images), at_once):
             images = [image.to(self._runtime.device) for image in self._map_images[start : start + at_once]]

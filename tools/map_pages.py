@@ -16,6 +16,7 @@ from streamtrain.evaluation.maps import (
     cls_attention,
     fit_to_patches,
     foreground_components,
+    map_size,
     patch_features,
     principal_components,
     read_image,
@@ -31,7 +32,7 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     originals = [read_image(path) for path in arguments.image]
     backbone = load_backbone(arguments)
     config = backbone.config
-    size = arguments.size or 2 * config.image_size
+    size = arguments.size or map_size(config.image_size, config.model.patch_size)
     if size < config.model.patch_size:
         raise StreamtrainError(f"--size {size} is less than one patch of {config.model.patch_size} pixels")
     device = arguments.device

@@ -126,6 +126,7 @@ stage train "$key" deepspeed --num_gpus "$ranks" streamtrain/main.py --config qu
     "data.shards=$set_dir" "run.dir=$run" "${overrides[@]}"
 knn knn-trained --run "$run"
 stage pictures "$key" pictures
+stage report "$key" python tools/report.py --run "$run" --out "$out/report.html"
 stage export "$key" export_backbone
 
 printf '\n== done\n'
@@ -142,6 +143,7 @@ cat <<EOF
 
 Where things are
    pictures      $out/pictures/pca.png, $out/pictures/similarity.png
+   report        $out/report.html (curves, the network's maps before and after training, settings)
    run           $run (metrics.jsonl, checkpoints/, tensorboard/)
    backbone      $out/export/hf (for transformers), $out/export/safetensors
 

@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         of_kind = kinds.add_parser(kind)
         add_backbone_arguments(of_kind)
         of_kind.add_argument("--image", type=Path, nargs="+", required=True, metavar="X")
-        of_kind.add_argument("--size", type=int, help="shorter side of the input (default: twice the training's)")
+        of_kind.add_argument("--size", type=int, help="shorter side of the input (default: as large as is legible)")
         of_kind.add_argument("--smooth", action="store_true", help="interpolate the maps between patches")
         of_kind.add_argument("--device", default="auto", help="auto, cpu or cuda")
     kinds.choices["similarity"].add_argument(

@@ -124,7 +124,9 @@ def label(value: float) -> str:
 def _span(values: Sequence[np.ndarray]) -> tuple[float, float]:
     """A little more than the values reach; never empty."""
     low, high = min(float(part.min()) for part in values), max(float(part.max()) for part in values)
-    margin = (high - low) * 0.06 or max(abs(high) * 0.05, 1e-6)
+    # a constant, whatever the rounding of its running mean
+    constant = high - low <= 1e-9 * max(abs(high), abs(low))
+    margin = max(abs(high) * 0.05, 1e-6) if constant else (high - low) * 0.06
     return low - margin, high + margin
 
 

@@ -18,6 +18,8 @@ from streamtrain.model.layout import Layout
 from streamtrain.model.rope import RopeTable, rotate
 from streamtrain.model.vit import VisionTransformer
 
+LEGIBLE_PATCHES = 24
+
 
 def read_image(path: Path) -> Image.Image:
     """An image file, upright, in RGB.
@@ -30,6 +32,11 @@ def read_image(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError) as error:
         raise StreamtrainError(f"cannot read the image {path}: {error}") from None
+
+
+def map_size(image_size: int, patch_size: int) -> int:
+    """Shorter side in pixels at which maps show something: twice the training's, and at least 24 patches."""
+    return max(2 * image_size, LEGIBLE_PATCHES * patch_size)
 
 
 def fit_to_patches(image: Image.Image, size: int, patch_size: int) -> Image.Image:

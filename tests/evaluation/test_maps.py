@@ -13,6 +13,8 @@ from streamtrain.evaluation.canvas import Tile, colour_bar, compose, mark, virid
 from streamtrain.evaluation.maps import (
     cls_attention,
     fit_to_patches,
+    foreground_components,
+    map_size,
     patch_features,
     principal_components,
     similarity_maps,
@@ -88,6 +90,24 @@ def test_components_are_the_directions_of_most_variance_and_turn_no_somersaults(
         assert correlation > 0.95
     parts = principal_components([features[:4], features[4:]])
     np.testing.assert_allclose(np.concatenate(parts), found, atol=1e-5)
+
+
+def test_the_foreground_is_told_from_the_ground_and_coloured_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 12, 8, generator=generator) * 0.1
+    features[..., 0] -= 5.0
+    inside = torch.zeros(12, 12, dtype=torch.bool)
+    inside[3:9, 4:8] = True
+    features[inside] += torch.tensor([10.0, *torch.zeros(7).tolist()])
+    (found,) = foreground_components([features])
+    assert np.array_equal(found.any(-1), inside.numpy()) and found.max() == 1.0
+    # the middle is the foreground, whichever side of the component it lies on
+    (other,) = foreground_components([-features])
+    assert np.array_equal(other.any(-1), inside.numpy())
+
+
+def test_maps_have_patches_enough_to_show_something() -> None:
+    assert map_size(224, 16) == 448 and map_size(48, 8) == 192
 
 
 def test_a_flat_image_has_components_all_the_same() -> None:

@@ -58,12 +58,33 @@ def test_pca_page(place: Path) -> None:
     assert len(np.unique(page.reshape(-1, 3), axis=0)) > 1000
 
 
+def test_several_patches_of_one_image_stand_in_a_grid(place: Path) -> None:
+    patches = ["0,0", "3,5", "7,1"]
+    done = visualize(
+        place, "similarity", "--weights", "weights", "--image", "wide.png", "--size", "64", "--patch", *patches,
+        "--out", "g.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = np.asarray(Image.open(place / "g.png"))
+    assert page.shape[0] > 2 * 400 and 2 * 600 < page.shape[1] < 3 * 600
+    assert len(red_cross(page)) > 6 * 100  # each on the image and on its map
+
+
+def test_crops_page_of_an_image(place: Path) -> None:
+    done = visualize(place, "crops", "--config", "quickstart.yaml", "--image", "wide.png", "--draws", "2",
+                     "--out", "c.png", "crops.local_count=0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(place / "c.png")).shape[0] > 250
+    done = visualize(place, "crops", "--image", "wide.png", "--out", "c.png")
+    assert done.returncode == 2 and done.stderr == "error: give the recipe: one of --run and --config\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--image", "nowhere.png"], "cannot read the image"),
         (["--image", "weights/config.json"], "cannot read the image"),
-        (["--image", "wide.png", "--patch", "99,0"], "outside the image's grid of 8 rows and 12 columns"),
+        (["--image", "wide.png", "--patch", "99,0"], "outside the image's grid of 24 rows and 36 columns"),
         (["--image", "wide.png", "--size", "3"], "less than one patch"),
     ],
 )
