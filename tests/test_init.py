@@ -41,7 +41,7 @@ def test_both_networks_start_from_the_weights_and_a_frozen_backbone_stays(folder
     assert not torch.equal(first[head], second[head])
     assert not torch.equal(second["backbone.norm.weight"], third["backbone.norm.weight"])
     # going on needs the weights no longer
-    begin = [f"init.weights={folder / 'absent'}", "run.steps=4"]
+    begin = [f"init.weights={folder / 'absent'}", "init.freeze_backbone_steps=2", "run.steps=4"]
     assert [code for code, _, _ in run_ranks(command(folder / "set", folder / "run", *begin), 2)] == [0, 0]
 
 
