@@ -25,13 +25,14 @@ from streamtrain.export.load import load_run
 
 STEPS = 30
 CLASSES = ("across", "down")
-# everything that may be seen, often; thresholds of the collapse watch that nothing meets
+# everything that may be seen, often; thresholds of the collapse watch that nothing meets; features that are not all
+# nearly alike, as those of a new network with a small LayerScale, whose nearest neighbours rounding decides
 EVERYTHING = (
     f"run.steps={STEPS}", "monitor.tensorboard=true", "monitor.panel_every=10", "monitor.histogram_every=10",
     "monitor.peak_flops=1e12", "monitor.collapse={every: 2, start: 1, min_rank: 1.0}", "optim.clip_per=module",
     "objective.gram.weight=1.0", "evaluation.every=10", "evaluation.evaluators=[knn, linear, patches]",
     "evaluation.max_share=1.0", "evaluation.best=knn_20", "monitor.profile={start: 2, steps: 1}",
-    "run.checkpoint_every=5", "run.keep_last=1", "schedules.lr=1e-3",
+    "run.checkpoint_every=5", "run.keep_last=1", "schedules.lr=1e-3", "model.layerscale=0.5",
 )  # fmt: skip
 
 
