@@ -155,7 +155,7 @@ def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _Adopted:
         path = out / "index" / entry.index_name
         save_index(index.records, path)
         try:
-            write_whole(path.with_suffix(".idx"), dali_index(index.samples).encode())
+            write_whole(path.with_suffix(".idx"), dali_index(index.samples))
         except ShardError as error:
             refusal = str(error)
     return _Adopted(entry, int((index.records["flags"] & UNREADABLE != 0).sum()), refusal)

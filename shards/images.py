@@ -14,6 +14,7 @@ from shards.errors import ShardError
 from shards.silent_damage import check_whole
 
 DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
+MAX_BYTES = 1 << 30  # of an encoded image
 MAX_SIDE = 65_535  # what the index's 16-bit width and height hold
 DEFAULT_QUALITY = 95
 

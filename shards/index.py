@@ -25,6 +25,8 @@ from shards.files import write_whole
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 LABEL_EXTENSION = "cls"
 NO_LABEL = -1
+_MAX_HEADER_BYTES = 1 << 20  # of a tar's member, with the long name and the attributes that it may have
+_MAX_LABEL_BYTES = 1 << 10
 UNREADABLE = 1  # flag: the image's header could not be read; its width and height are 0
 
 # One record a sample. Offset and length are the image's bytes in the tar; width and height are pixels as
@@ -114,19 +116,53 @@ def read_members(archive: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
     """
     size = archive.seek(0, io.SEEK_END)
     archive.seek(0)
+    headers = _Headers(archive, name)
     try:
-        with tarfile.open(fileobj=archive, mode="r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    raise ShardError(f"{name} is cut short at member {member.name}; fetch or pack it again")
-                if member.isreg():
-                    yield member
-            # tarfile ends in silence at a damaged header; a tar ends with zeros, or with the file
-            archive.seek(tar.offset)
-            if any(archive.read(tarfile.BLOCKSIZE)):
-                raise ShardError(f"{name} is damaged at byte {tar.offset}: no header there; fetch or pack it again")
-    except (tarfile.TarError, EOFError) as error:
+        tar = tarfile.open(fileobj=headers, mode="r:", encoding="utf-8")  # type: ignore[call-overload]  # noqa: SIM115
+        end = 0
+        while (member := tar.next()) is not None:
+            # a size below zero, which a header can hold, leads back to where it was read before
+            if member.size < 0 or tar.offset <= end:
+                raise ShardError(f"{name} is damaged at byte {end}: a member of {member.size} bytes; fetch it again")
+            if member.offset_data + member.size > size:
+                raise ShardError(f"{name} is cut short at member {member.name!r}; fetch or pack it again")
+            if member.issparse():
+                raise ShardError(f"{name} holds {member.name!r} with holes (--sparse); pack it again without")
+            if member.isreg():
+                yield member
+            end = tar.offset
+            # it would remember all of them
+            tar.members.clear()
+            headers.renew()
+        # tarfile ends in silence at a damaged header; a tar ends with zeros, or with the file
+        archive.seek(tar.offset)
+        if any(archive.read(tarfile.BLOCKSIZE)):
+            raise ShardError(f"{name} is damaged at byte {tar.offset}: no header there; fetch or pack it again")
+    except ShardError:
+        raise
+    # what a header says is taken for numbers, lengths and text without much ado
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise ShardError(f"{name} is not a complete tar file ({error}); fetch or pack it again") from error
+
+
+class _Headers:
+    """What ``tarfile`` reads of an archive: headers alone, and no more of them than a member can need."""
+
+    def __init__(self, archive: BinaryIO, name: str) -> None:
+        self._archive, self._name = archive, name
+        self.seek, self.tell = archive.seek, archive.tell
+        self.renew()
+
+    def renew(self) -> None:
+        """The next member comes."""
+        self._left = _MAX_HEADER_BYTES
+
+    def read(self, length: int) -> bytes:
+        """The next bytes."""
+        if not 0 <= length <= self._left:
+            raise ShardError(f"{self._name} is damaged near byte {self.tell()}: its header is too long; fetch it again")
+        self._left -= length
+        return self._archive.read(length)
 
 
 def build(archive: BinaryIO, name: str) -> ShardIndex:
@@ -143,9 +179,12 @@ def build(archive: BinaryIO, name: str) -> ShardIndex:
     records = np.zeros(len(samples), dtype=RECORD)
     for row, sample in enumerate(samples):
         assert sample.image is not None
+        if sample.image.length > images.MAX_BYTES:
+            raise ShardError(f"{name}: {sample.image.name!r} has {sample.image.length} bytes, which no image has")
         payload = _read_part(archive, sample.image)
-        stated = sample.label
-        label = NO_LABEL if stated is None else parse_label(_read_part(archive, stated), f"{name}: {stated.name}")
+        label, stated = NO_LABEL, sample.label
+        if stated is not None:
+            label = read_label(archive, stated.offset, stated.length, f"{name}: {stated.name}")
         records[row] = make_record(sample.image.offset, payload, label)
     return ShardIndex(records, samples)
 
@@ -160,6 +199,12 @@ def make_record(offset: int, payload: bytes, label: int) -> np.ndarray:
     if max(width, height) > images.MAX_SIDE:
         width, height, flags = 0, 0, UNREADABLE
     return np.array((offset, len(payload), zlib.crc32(payload), width, height, label, flags), dtype=RECORD)
+
+
+def read_label(archive: BinaryIO, offset: int, length: int, name: str) -> int:
+    """The label in a ``.cls`` component; raises as ``parse_label``."""
+    archive.seek(offset)
+    return parse_label(archive.read(min(length, _MAX_LABEL_BYTES)), name)
 
 
 def parse_label(content: bytes, name: str) -> int:
@@ -196,30 +241,43 @@ def load_index(path: Path) -> np.ndarray:
         ShardError: missing, cut short, or not an index.
     """
     try:
-        records = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            count = _num_records(file, str(path), "copy the set again, or pack it again")
+            if not count:
+                return np.zeros(0, dtype=RECORD)
+            return np.memmap(path, RECORD, "r", file.tell(), (count,))
     except FileNotFoundError as error:
         raise ShardError(f"index {path} is missing; copy the set again, or pack it again") from error
-    except (ValueError, OSError, EOFError) as error:
+    except OSError as error:
         raise ShardError(f"index {path} is damaged; copy the set again, or pack it again") from error
-    return _checked(records, str(path))
 
 
 def parse_index(content: bytes, name: str) -> np.ndarray:
     """The records [num_samples] in the bytes of an index file; raises as ``load_index``, calling the file ``name``."""
+    file = io.BytesIO(content)
+    count = _num_records(file, name, "upload the set again")
+    return np.frombuffer(content, RECORD, count, file.tell())
+
+
+def _num_records(file: BinaryIO, name: str, remedy: str) -> int:
+    """How many records follow, once the header is read; the file has to end with them."""
     try:
-        records = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ShardError(f"index {name} is damaged; upload the set again") from error
-    return _checked(records, name)
-
-
-def _checked(records: np.ndarray, name: str) -> np.ndarray:
-    if records.dtype != RECORD or records.ndim != 1:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+    except Exception as error:  # the header is a literal of Python's, in which nearly anything can be wrong
+        raise ShardError(f"index {name} is damaged; {remedy}") from error
+    if dtype != RECORD or len(shape) != 1:
         raise ShardError(f"index {name} was written by another version; pack the set again")
-    return records
+    start = file.tell()
+    rest = file.seek(0, io.SEEK_END) - start
+    file.seek(start)
+    count = int(shape[0])
+    if count * RECORD.itemsize != rest:
+        raise ShardError(f"index {name} is damaged; {remedy}")
+    return count
 
 
-def dali_index(samples: tuple[Sample, ...]) -> str:
+def dali_index(samples: tuple[Sample, ...]) -> bytes:
     """The text of DALI's index, version 1.2 with four fields a component: extension, offset, length, name.
 
     Raises:
@@ -231,7 +289,8 @@ def dali_index(samples: tuple[Sample, ...]) -> str:
         if spaced is not None:
             raise ShardError(f"DALI's index cannot hold names with spaces, such as {spaced!r}")
         lines.append(" ".join(f"{c.extension} {c.offset} {c.length} {c.name}" for c in sample.components))
-    return "\n".join(lines) + "\n"
+    # the names of a tar need not be text
+    return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
 
 
 def _read_part(archive: BinaryIO, part: Component) -> bytes:

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from shards.errors import ShardError
 from shards.files import partial_path
-from shards.index import LABEL_EXTENSION, NO_LABEL, checked_label, parse_label, read_members, split_name
+from shards.index import LABEL_EXTENSION, NO_LABEL, checked_label, read_label, read_members, split_name
 from shards.items import FileRange, Inputs, Item, RemoteObject, with_class_folders, with_class_names
 from shards.parquet import SUFFIX as PARQUET_SUFFIX
 from shards.parquet import Columns, list_parquet
@@ -207,8 +207,7 @@ def _list_tar(path: Path, src: str) -> Inputs:
                 items.append(Item(name, NO_LABEL, FileRange(path, member.offset_data, member.size)))
             elif name.endswith("." + LABEL_EXTENSION):
                 position = archive.tell()
-                archive.seek(member.offset_data)
-                labels[split_name(name)[0]] = parse_label(archive.read(member.size), f"{src}: {name}")
+                labels[split_name(name)[0]] = read_label(archive, member.offset_data, member.size, f"{src}: {name}")
                 archive.seek(position)
             else:
                 others += 1

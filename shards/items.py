@@ -14,13 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
-from shards import randomness
+from shards import images, randomness
 from shards.errors import ShardError
 from shards.index import NO_LABEL
 from shards.store import Store
 
 _KEY_LENGTH = 60
-_LARGEST_FILE_BYTES = 1 << 30
 
 
 class SourceUnreachable(ShardError):
@@ -107,8 +106,8 @@ def store_at(folder: str) -> Store:
 
 
 def _check_length(length: int) -> None:
-    if length > _LARGEST_FILE_BYTES:
-        raise ShardError(f"the file has {length} bytes, more than {_LARGEST_FILE_BYTES}")
+    if length > images.MAX_BYTES:
+        raise ShardError(f"the file has {length} bytes, more than {images.MAX_BYTES}")
 
 
 @dataclass(frozen=True)

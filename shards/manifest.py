@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from shards.errors import ShardError
-from shards.files import write_whole
+from shards.files import MAX_JSON_BYTES, parse_json, write_whole
 
 VERSION = 1
+# of a tar: a file of the set's own folders, whoever wrote the manifest
+_NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 FILE_NAME = "manifest.json"
 JOURNAL_NAME = "packing.jsonl"  # what a packing has done so far; there until the manifest is
 
@@ -31,6 +34,18 @@ class ShardEntry:
     samples: int
     sha256: str  # of the tar
     url: str = ""  # of a tar that lies elsewhere: a URL or an absolute path; empty for shards/NAME of the set
+
+    @property
+    def fault(self) -> str | None:
+        """What it cannot be, or None."""
+        if not all(isinstance(text, str) for text in (self.name, self.sha256, self.url)):
+            return "a name, checksum or URL is no text"
+        if not _NAME.fullmatch(self.name):
+            return f"{self.name!r} is no name of a tar"
+        for number in (self.bytes, self.samples):
+            if type(number) is not int or not 0 <= number < 2**53:
+                return f"{number!r} is no number of bytes or samples"
+        return None
 
     @property
     def index_name(self) -> str:
@@ -73,6 +88,12 @@ class Manifest:
         content = json.dumps([[shard.name, shard.samples, shard.sha256] for shard in self.shards])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
+    def _fault(self) -> str | None:
+        """What a manifest from elsewhere cannot hold, or None."""
+        if not all(isinstance(text, str) for text in (*self.classes, self.fingerprint)):
+            return "a class or the fingerprint is no text"
+        return next((fault for shard in self.shards if (fault := shard.fault) is not None), None)
+
     def save(self, set_dir: Path | str) -> None:
         """Write ``manifest.json``, whole or not at all."""
         content = {
@@ -96,7 +117,8 @@ class Manifest:
         set_dir = Path(set_dir)
         path = set_dir / FILE_NAME
         try:
-            return cls.parse(path.read_bytes(), str(path))
+            with open(path, "rb") as file:
+                return cls.parse(file.read(MAX_JSON_BYTES + 1), str(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ShardError(_why_absent(set_dir)) from error
         except OSError as error:
@@ -106,7 +128,7 @@ class Manifest:
     def parse(cls, text: bytes, path: str) -> Manifest:
         """The manifest in the bytes of a ``manifest.json``; raises as ``load``, calling the file ``path``."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
         version = content.get("version") if isinstance(content, dict) else None
@@ -116,8 +138,11 @@ class Manifest:
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
             manifest = cls(shards, tuple(content["classes"]), content["fingerprint"])
             stated = content["digest"]
+            fault = manifest._fault()
         except (KeyError, TypeError) as error:
             raise ShardError(f"{path} lacks a field ({error}); copy the set again, or pack it again") from error
+        if fault is not None:
+            raise ShardError(f"{path} is damaged: {fault}; copy the set again, or pack it again")
         if stated != manifest.digest:
             raise ShardError(
                 f"{path} was edited: its digest says {stated}, its content {manifest.digest}; copy the set again"

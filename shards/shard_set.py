@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from shards import images
 from shards.errors import SampleError, ShardError
 from shards.index import load_index, parse_index, split_name
 from shards.manifest import FILE_NAME, Manifest, ShardEntry
@@ -226,6 +227,8 @@ class ShardSet:
     def _checked_read(self, opened: OpenShard, shard: int, sample: int) -> bytes:
         record = opened.record(sample)
         length, offset = int(record["length"]), int(record["offset"])
+        if length > images.MAX_BYTES or offset + length > self.manifest.shards[shard].bytes:
+            raise self._sample_error(shard, sample, f"cannot be {length} bytes at {offset}, as its index says")
         try:
             payload = opened.read(length, offset)
         except FileNotFoundError as error:  # no fault of an image
@@ -246,7 +249,7 @@ class ShardSet:
         try:
             header = opened.read(tarfile.BLOCKSIZE, int(opened.record(sample)["offset"]) - tarfile.BLOCKSIZE)
             return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
-        except (tarfile.TarError, OSError):
+        except (tarfile.TarError, OSError, ValueError, OverflowError):
             return ""
 
     def _sample_error(self, shard: int, sample: int, reason: str) -> SampleError:

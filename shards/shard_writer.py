@@ -63,7 +63,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         save_index(np.array(self._records, dtype=RECORD), self._index.with_suffix(".npy"))
-        write_whole(self._index.with_suffix(".idx"), dali_index(tuple(self._samples)).encode())
+        write_whole(self._index.with_suffix(".idx"), dali_index(tuple(self._samples)))
         os.replace(partial_path(self._tar), self._tar)
         return ShardEntry(self._tar.name, self.num_bytes, self.num_samples, self._hash.hexdigest())
 

@@ -219,8 +219,8 @@ def _check_dali_index(path: Path, place: str, samples: tuple[Sample, ...]) -> It
     except ShardError:
         return  # names that DALI's index cannot hold: there is none
     try:
-        stored = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        stored = path.read_bytes()
+    except OSError as error:
         yield Fault(place, f"cannot be read ({error})")
         return
     if stored != expected:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from shards.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.durable import FileSum, SummedFile
 from streamtrain.errors import CheckpointError
 from streamtrain.manifest import fault_of
@@ -33,6 +34,8 @@ from streamtrain.retention import set_aside
 from streamtrain.run_folder import SNAPSHOTS, STATE_NAME, candidates, folder_of, saved_steps
 
 VERSION = 2
+# more than have ever trained together
+_MAX_RANKS = 1 << 20
 SHARED_NAME = "shared.safetensors"
 _KINDS = {"teacher": "ema", "student": "master"}
 
@@ -72,17 +75,24 @@ class _FragmentFile:
         self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this is
         size = int.from_bytes(self._file.read(8), "little")
         whole = os.fstat(self._file.fileno()).st_size
-        if size > whole:
+        if size > min(whole, MAX_JSON_BYTES):
             raise ValueError(f"{path.name} is no safetensors file")
-        header = json.loads(self._file.read(size))
-        header.pop("__metadata__", None)
-        self.numels = {key: int(entry["shape"][0]) for key, entry in header.items()}
-        self._offsets = {key: 8 + size + int(entry["data_offsets"][0]) for key, entry in header.items()}
-        if any(entry["dtype"] != "F32" for entry in header.values()):
+        header = parse_json(self._file.read(size))
+        try:
+            header.pop("__metadata__", None)
+            self.numels = {key: int(entry["shape"][0]) for key, entry in header.items()}
+            spans = {key: (*map(int, entry["data_offsets"]),) for key, entry in header.items()}
+            kinds = {entry["dtype"] for entry in header.values()}
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{path.name} has another header than those written here ({error!r})") from None
+        self._offsets = {key: 8 + size + first for key, (first, _) in spans.items()}
+        if kinds - {"F32"}:
             raise ValueError(f"{path.name} holds other numbers than fp32")
-        end = max((8 + size + int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        if whole < end:
-            raise ValueError(f"{path.name} is cut short")
+        for key, (first, end) in spans.items():
+            if not 0 <= first == end - 4 * self.numels[key]:
+                raise ValueError(f"{path.name} says of {key!r} what cannot be")
+            if whole < 8 + size + end:
+                raise ValueError(f"{path.name} is cut short")
 
     def read_into(self, values: torch.Tensor, key: str, offset: int) -> None:
         """Fill fp32 ``values [count]`` from those of ``key`` that begin at ``offset``."""
@@ -217,17 +227,28 @@ def opened(folder: Path) -> Iterator[Reader]:
         try:
             if fault := fault_of(folder, contents=False):
                 raise ValueError(fault)
-            state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-            world_size = int(state["world_size"])
+            state = _checked(read_json(folder / STATE_NAME))
+            world_size = state["world_size"]
             paths = [folder / rank_name(rank, world_size) for rank in range(world_size)]
             files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(folder, error) from None
-        if state.get("version") != VERSION:
-            raise CheckpointError(
-                f"checkpoint {folder} has format {state.get('version')}, this program reads {VERSION}"
-            )
         yield Reader(folder, state, files, files[0].numels)
+
+
+def _checked(state: Any) -> dict[str, Any]:
+    """A ``state.json`` that says what one has to.
+
+    Raises:
+        ValueError, KeyError, TypeError: it does not.
+    """
+    if state["version"] != VERSION:
+        raise ValueError(f"it has format {state['version']}, this program reads {VERSION}")
+    step, world_size, shapes = state["step"], state["world_size"], state["shapes"]
+    counts = [step, world_size, *(side for shape in shapes.values() for side in shape)]
+    if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or not 0 < world_size <= _MAX_RANKS:
+        raise ValueError(f"{STATE_NAME} holds other numbers than are written there")
+    return dict(state)
 
 
 def latest_step(run_dir: str | Path) -> int | None:

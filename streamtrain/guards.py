@@ -7,14 +7,13 @@ others, which change results, and may change only when that is asked for. Free o
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from streamtrain.config.load import RESOLVED_NAME, to_yaml
+from shards.files import read_json
+from streamtrain.config.load import RESOLVED_NAME, parse_yaml, to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.durable import sum_of
 from streamtrain.environment import ENVIRONMENT_NAME, program
@@ -54,7 +53,7 @@ def check_resume(config: Config, source: Path, world_size: int, accept_changes: 
     own = run_dir.resolve() == Path(config.run.dir).resolve()
     before, environment = _read_yaml(run_dir / RESOLVED_NAME), _read_json(run_dir / ENVIRONMENT_NAME)
     unknown = [name for name, found in ((RESOLVED_NAME, before), (ENVIRONMENT_NAME, environment)) if found is None]
-    changes = list(_differences(before or {}, yaml.safe_load(to_yaml(config)))) if before is not None else []
+    changes = list(_differences(before or {}, parse_yaml(to_yaml(config).encode()))) if before is not None else []
     # a key that is of another version of this program is for the user to judge
     never = [text for key, text in changes if _among(key, FIXED) and _MISSING not in text]
     if never:
@@ -83,8 +82,7 @@ def saved_stream(source: Path) -> dict[str, Any] | None:
     try:
         if read_manifest(source)[STATE_NAME] != sum_of(source / STATE_NAME):
             return None
-        state = json.loads((source / STATE_NAME).read_text(encoding="utf-8"))
-        return dict(state["data"])
+        return dict(read_json(source / STATE_NAME)["data"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -107,7 +105,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         if isinstance(was, dict) and isinstance(value, dict):
             yield from _differences(was, value, f"{key}.")
         elif was != value:
-            yield key, f"{key} was {was} and is now {value}"
+            # in one line, however long or odd the text of a foreign file is
+            yield key, f"{' '.join(key.split())} was {_shown(was)} and is now {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """As in the file, where that is short."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else reprlib.repr(value)
 
 
 def _among(key: str, patterns: tuple[str, ...]) -> bool:
@@ -116,15 +120,15 @@ def _among(key: str, patterns: tuple[str, ...]) -> bool:
 
 def _read_yaml(path: Path) -> dict[str, Any] | None:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        found = parse_yaml(path.read_bytes())
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path)
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from shards.files import read_json
 from streamtrain.durable import FileSum, sum_of, write_file
 
 MANIFEST_NAME = "manifest.json"
@@ -31,7 +32,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         OSError, ValueError: if the manifest cannot be read, or is not as it was written.
     """
     try:
-        document = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        document = read_json(folder / MANIFEST_NAME)
         entries = document["files"]
         if document["crc32"] != _sum_of_entries(entries):
             raise ValueError("its checksum differs")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from shards.files import read_json
 from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.durable import replace_file
@@ -99,7 +100,7 @@ def _foreign(run_dir: Path) -> str | None:
 def _has_environment(run_dir: Path) -> bool:
     """Whether the folder holds an ``environment.json`` that a run wrote, and not some other program."""
     try:
-        document = json.loads((run_dir / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
+        document = read_json(run_dir / ENVIRONMENT_NAME)
     except (OSError, ValueError):
         return False
     return isinstance(document, dict) and "world_size" in document

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
+_MAX_YAML_BYTES = 1 << 20
+# faults told at a time
+_MAX_FAULTS = 20
 # what a value must be, by the beginning of a validation error's type
 _TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text"}
 # how the bounds of a number are called in such an error's context, and here
@@ -54,9 +59,10 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        with open(path, "rb") as file:
+            raw = parse_yaml(file.read(_MAX_YAML_BYTES + 1)) or {}
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold sections (run:, data:, ...), not a {type(raw).__name__}")
     parents = raw.pop("extends", [])
@@ -64,6 +70,32 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = merge(merged, read_raw(find_config(str(parent), path.parent), (*seen, path.resolve())))
     return merge(merged, raw)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines can stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As in the library."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has an alias, *{self.peek_event().anchor}; write its value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(content: bytes) -> Any:
+    """The value of a YAML document that comes from anywhere.
+
+    Raises:
+        ValueError: it is none, or too large or too deep to be one of ours; in one line.
+    """
+    if len(content) > _MAX_YAML_BYTES:
+        raise ValueError("it is too large")
+    try:
+        return yaml.load(content, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +118,9 @@ def parse_override(text: str) -> dict[str, Any]:
     if not separator or not all(keys):
         raise ConfigError(f"override {text!r} is not of the form section.key=value")
     try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {text!r} is not YAML: {' '.join(str(error).split())}") from None
+        nested: Any = parse_yaml(value.encode(errors="surrogateescape"))
+    except ValueError as error:
+        raise ConfigError(f"the value of {text!r} is not YAML: {error}") from None
     for key in reversed(keys):
         nested = {key: nested}
     return nested
@@ -115,7 +147,8 @@ def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = Non
     try:
         return Config.model_validate(raw, context={STEPS_PER_EPOCH: steps_per_epoch})
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error))) from None
+        # keys are text from anywhere, too
+        raise ConfigError(" ".join("; ".join(islice(_explain(error), _MAX_FAULTS)).split())) from None
 
 
 def _steps_per_epoch(raw: dict[str, Any], world_size: int) -> float:
@@ -171,7 +204,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
             continue
         message = _message(fault["type"], fault.get("ctx", {})) or fault["msg"].removeprefix("Value error, ")
-        value = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
+        value = "" if isinstance(fault["input"], dict) else f" (got {reprlib.repr(fault['input'])})"
         yield f"{key}: {message}{value}" if key else message
 
 

@@ -46,7 +46,7 @@ class ModelConfig(Section):
     def _fill_from_preset(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or raw.get("preset") is None:
             return raw
-        if raw["preset"] not in PRESETS:
+        if not isinstance(raw["preset"], str) or raw["preset"] not in PRESETS:
             raise ValueError(f"unknown preset {raw['preset']!r}; there are {', '.join(PRESETS)}")
         return {**PRESETS[raw["preset"]], **raw}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shards.files import MAX_JSON_BYTES, parse_json
 from streamtrain.checkpoint import iterate_weights, opened, weights_folder
 from streamtrain.config.load import read_resolved
 from streamtrain.config.model import ModelConfig
@@ -91,7 +91,7 @@ def load_weights(path: Path) -> Backbone:
         raise StreamtrainError(
             f"{path} is neither a .safetensors file nor a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )
-    document = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    document = _document(path / CONFIG_NAME)
     if document.get("model_type") == MODEL_TYPE:
         return _load_hf(path, document)
     config = _parse(document, path / CONFIG_NAME)
@@ -133,7 +133,7 @@ def fill(config: ModelConfig, weights: Iterator[tuple[str, Tensor]], source: str
 
 def _load_hf(path: Path, document: dict[str, Any]) -> Backbone:
     preprocessor = path / "preprocessor_config.json"
-    read = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else None
+    read = _document(preprocessor) if preprocessor.is_file() else None
     config = backbone_config_from_hf(document, read)
     weights = from_hf(dict(_tensors(path / WEIGHTS_NAME)))
     return Backbone(fill(config.model, iter(weights.items()), str(path)), config)
@@ -157,7 +157,23 @@ def _described(path: Path) -> BackboneConfig:
         raise StreamtrainError(f"{path} cannot be read as safetensors: {error}") from None
     if text is None:
         raise StreamtrainError(f"{path} does not say what model it is: it was not written by tools/export.py")
-    return _parse(json.loads(text), path)
+    return _parse(_value(text, path), path)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file."""
+    with open(path, "rb") as file:
+        found = _value(file.read(MAX_JSON_BYTES + 1), path)
+    if not isinstance(found, dict):
+        raise StreamtrainError(f"{path} holds a {type(found).__name__}, not a mapping")
+    return found
+
+
+def _value(content: bytes | str, path: Path) -> Any:
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise StreamtrainError(f"{path} cannot be read: {error}") from None
 
 
 def _parse(document: object, path: Path) -> BackboneConfig:

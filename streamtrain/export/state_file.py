@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shards.files import read_json
 from streamtrain import checkpoint
 from streamtrain.errors import StreamtrainError
 from streamtrain.export.folder import WEIGHTS_NAME
@@ -54,7 +54,10 @@ def _open(path: Path, stack: ExitStack) -> StateFile:
             shapes = {name: torch.Size(shape) for name, shape in reader.state["shapes"].items()}
             return StateFile(shapes, lambda name: reader.whole(f"ema/{name}"))
         if (path / INDEX_NAME).is_file():
-            names = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+            try:
+                names = read_json(path / INDEX_NAME)["weight_map"].values()
+            except (ValueError, TypeError, AttributeError) as error:
+                raise StreamtrainError(f"{path / INDEX_NAME} cannot be read: {error}") from None
             return _safetensors([path / name for name in sorted(set(names))], stack)
         path = path / WEIGHTS_NAME
         if not path.is_file():

@@ -1,0 +1,426 @@
+"""Feeds a reader of files from elsewhere with hostile ones: ``fuzz.py READER INPUTS SEED``; prints what came of them.
+
+A reader may take an input or refuse it with an error of ours. Any other exception ends this process with a traceback
+and the input, as do ten seconds over one input, and memory beyond what the process had at first and ``ROOM_BYTES``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import resource
+import signal
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from drawn_images import drawn_image, encoded
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from shards.adopt import adopt
+from shards.errors import ShardError
+from shards.index import RECORD, build, dali_index, load_index, parse_index, save_index
+from shards.inputs import list_inputs
+from shards.manifest import Manifest
+from shards.shard_set import ShardSet
+from streamtrain.checkpoint import opened, write_fragments
+from streamtrain.config.load import build as build_config
+from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
+from streamtrain.durable import sum_of
+from streamtrain.environment import program
+from streamtrain.errors import StreamtrainError
+from streamtrain.guards import check_resume, saved_stream
+from streamtrain.manifest import MANIFEST_NAME, fault_of, write_manifest
+
+ROOM_BYTES = 512 << 20
+BLOCK = tarfile.BLOCKSIZE
+HERE = Path(tempfile.mkdtemp(prefix="fuzz-"))
+# what breaks readers of numbers and text
+NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30]) | st.integers()
+TEXTS = st.sampled_from(["", ".", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "a\nb", "\ud800", "pipe:true"])
+TEXTS |= st.text(max_size=20)
+SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | TEXTS
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def bytes_changed(draw: Callable[..., Any], content: bytes) -> bytes:
+    """Some bytes set, taken out, put in or doubled."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, max(0, len(changed) - 1)))
+        length = draw(st.integers(0, 64))
+        kind = draw(st.sampled_from(["set", "cut", "put", "double", "end"]))
+        if kind == "set":
+            new = draw(st.binary(min_size=1, max_size=8))
+            changed[at : at + len(new)] = new
+        elif kind == "cut":
+            del changed[at : at + length]
+        elif kind == "put":
+            changed[at:at] = draw(st.binary(max_size=32))
+        elif kind == "double":
+            changed[at:at] = changed[at : at + length] * draw(st.integers(1, 40))
+        else:
+            del changed[at:]
+    return bytes(changed)
+
+
+def value_changed(draw: Callable[..., Any], document: Any) -> Any:
+    """A copy with some of its values, at any depth, replaced, left out, or added to."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(0, 3))):
+        place: Any = document
+        while isinstance(place, dict | list) and place:
+            key = draw(st.sampled_from(sorted(place, key=str) if isinstance(place, dict) else range(len(place))))
+            if not isinstance(place[key], dict | list) or draw(st.integers(0, 3)) == 0:
+                kind = draw(st.sampled_from(["replace", "remove", "add", "nest"]))
+                if kind == "remove":
+                    del place[key]
+                elif kind == "add" and isinstance(place, dict):
+                    place[draw(TEXTS)] = draw(JSON)
+                elif kind == "nest":
+                    for _ in range(draw(st.integers(1, 50))):
+                        place[key] = [place[key]]
+                else:
+                    place[key] = draw(JSON)
+                break
+            place = place[key]
+    return document
+
+
+NAMES = ["a.jpg", "a.cls", "folder/b.png", "folder/b.json", f"{'n' * 60}/{'m' * 90}.webp"]
+
+
+def tar_of(form: int) -> bytes:
+    """A small WebDataset."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for number, name in enumerate(NAMES):
+            kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+            kind = kinds.get(name.rpartition(".")[2])
+            content = encoded(drawn_image(number, 12, 8), kind) if kind else b"3"
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            if form == tarfile.PAX_FORMAT:
+                header.pax_headers = {"comment": "größe", "mtime": "1.5"}
+            tar.addfile(header, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+TARS = [tar_of(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+# offset and length of a header's fields
+FIELDS = {"name": (0, 100), "mode": (100, 8), "size": (124, 12), "type": (156, 1), "link": (157, 100)}
+FIELDS |= {"magic": (257, 8), "prefix": (345, 155), "sparse": (386, 97), "extended": (482, 13)}
+PAX_KEYS = ["size", "path", "linkpath", "hdrcharset", "GNU.sparse.map", "GNU.sparse.major", "GNU.sparse.minor"]
+PAX_KEYS += ["GNU.sparse.size", "GNU.sparse.name", "GNU.sparse.numblocks", "GNU.sparse.realsize", "uid", "mtime"]
+
+
+def number_field(value: int, length: int) -> bytes:
+    """Octal where it fits, else base 256, which has a sign."""
+    text = b"%o" % value if value >= 0 else b""
+    if text and len(text) < length:
+        return text.rjust(length - 1, b"0") + b"\0"
+    return (b"\x80" if value >= 0 else b"\xff") + (value % 256 ** (length - 1)).to_bytes(length - 1, "big")
+
+
+def header_changed(draw: Callable[..., Any], content: bytes) -> bytes:
+    """One header with a hostile field, and with the checksum that fits it."""
+    starts = [at for at in range(0, len(content) - BLOCK + 1, BLOCK) if content[at + 257 : at + 262] == b"ustar"]
+    if not starts:
+        return content
+    at = draw(st.sampled_from(starts))
+    header = bytearray(content[at : at + BLOCK])
+    name = draw(st.sampled_from(sorted(FIELDS)))
+    first, length = FIELDS[name]
+    if name == "size":
+        new = number_field(draw(NUMBERS), length)
+    elif name == "type":
+        new = draw(st.sampled_from([bytes([code]) for code in b"0123456\x007LKxgSXMVDN"]))
+    else:
+        new = draw(TEXTS).encode(errors="surrogatepass")[:length].ljust(length, b"\0")
+    header[first : first + length] = new[:length]
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % (sum(header) % 8**6)
+    return content[:at] + bytes(header) + content[at + BLOCK :]
+
+
+def pax_put(draw: Callable[..., Any], content: bytes) -> bytes:
+    """A PAX header of our making before some member."""
+    records = b""
+    for key in draw(st.lists(st.sampled_from(PAX_KEYS), min_size=1, max_size=4)):
+        value = str(draw(NUMBERS)) if draw(st.booleans()) else draw(TEXTS)
+        record = f" {key}={value}\n".encode(errors="surrogatepass")
+        length = draw(st.integers(0, 3)) * 7 if draw(st.integers(0, 9)) == 0 else len(record) + len(str(len(record)))
+        records += str(length).encode() + record
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = draw(st.sampled_from([b"x", b"g"])), len(records)
+    block = header.tobuf(tarfile.USTAR_FORMAT) + records.ljust(-(-len(records) // BLOCK) * BLOCK, b"\0")
+    at = draw(st.integers(0, len(content) // BLOCK)) * BLOCK
+    return content[:at] + block * draw(st.sampled_from([1, 1, 1, 3, 40])) + content[at:]
+
+
+@st.composite
+def tars(draw: Callable[..., Any]) -> bytes:
+    content: bytes = draw(st.sampled_from(TARS))
+    for _ in range(draw(st.integers(1, 3))):
+        content = draw(st.sampled_from([bytes_changed, header_changed, header_changed, pax_put]))(draw, content)
+    return content
+
+
+def read_tar(content: bytes) -> None:
+    index = build(io.BytesIO(content), "x.tar")
+    for record in index.records:
+        assert 0 <= int(record["offset"]) + int(record["length"]) <= len(content)
+    (HERE / "x.tar").write_bytes(content)
+    try:
+        list_inputs(str(HERE / "x.tar"))
+    finally:
+        dali_index(index.samples)
+
+
+MANIFEST = {
+    "version": 1, "num_samples": 5, "num_bytes": 20_000, "digest": "", "fingerprint": "f", "classes": ["a", "b"],
+    "shards": [
+        {"name": f"{number:06d}.tar", "bytes": 10_000, "samples": 5, "sha256": "0" * 64, "url": ""} for number in (0, 1)
+    ],
+}  # fmt: skip
+
+
+@st.composite
+def manifests(draw: Callable[..., Any]) -> bytes:
+    document = value_changed(draw, MANIFEST)
+    if draw(st.integers(0, 3)):  # as one would who wants to be believed
+        try:
+            stream = json.dumps([[one["name"], one["samples"], one["sha256"]] for one in document["shards"]])
+            document["digest"] = hashlib.sha256(stream.encode()).hexdigest()[:32]
+        except (KeyError, TypeError):
+            pass
+    content = json.dumps(document).encode()
+    return bytes_changed(draw, content) if draw(st.integers(0, 3)) == 0 else content
+
+
+def read_manifest(content: bytes) -> None:
+    manifest = Manifest.parse(content, "manifest.json")
+    shard_set = ShardSet(HERE, manifest)
+    assert int(shard_set.sizes.sum()) == manifest.num_samples >= 0 <= manifest.num_bytes
+    for number, entry in enumerate(manifest.shards):
+        assert shard_set.index_path(number).parent == HERE / "index"
+        assert entry.url or shard_set.tar_path(number).parent == HERE / "shards"
+    str(manifest.extent), shard_set.digest, shard_set.is_remote
+
+
+def small_set() -> ShardSet:
+    (HERE / "tars").mkdir()
+    (HERE / "tars" / "0.tar").write_bytes(TARS[0])
+    adopt([str(HERE / "tars")], HERE / "set")
+    return ShardSet.open(HERE / "set")
+
+
+@st.composite
+def indexes(draw: Callable[..., Any]) -> bytes:
+    content = INDEX
+    if draw(st.booleans()):
+        start = len(INDEX) - 3 * RECORD.itemsize
+        records = np.frombuffer(INDEX[start:], RECORD).copy()
+        for _ in range(draw(st.integers(1, 3))):
+            field = draw(st.sampled_from(RECORD.names))
+            bounds = np.iinfo(RECORD[field])
+            records[draw(st.integers(0, 2))][field] = draw(st.integers(int(bounds.min), int(bounds.max)))
+        return INDEX[:start] + records.tobytes()
+    if draw(st.booleans()):
+        header = draw(st.sampled_from([
+            "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+            "{'descr': '<u8', 'fortran_order': False, 'shape': (1000000000000,), }",
+            "{'descr': [('a', '<u8')], 'fortran_order': True, 'shape': (-1,), }",
+            "(" * 3000, "[" * 9000, "{'descr': __import__('os').getpid(), 'fortran_order': False, 'shape': (3,), }",
+        ]))  # fmt: skip
+        length = draw(st.sampled_from([len(header), 65535, 0]))
+        return b"\x93NUMPY" + draw(st.sampled_from([b"\1\0", b"\2\0", b"\3\0", b"\7\0"])) + (
+            length.to_bytes(2, "little") + header.encode()
+        )
+    return bytes_changed(draw, content)
+
+
+def read_index(content: bytes) -> None:
+    path = HERE / "set" / "index" / SET.manifest.shards[0].index_name
+    path.write_bytes(content)
+    errors = 0
+    for load in (lambda: parse_index(content, "x.npy"), lambda: load_index(path)):
+        try:
+            assert load().dtype == RECORD
+        except ShardError:
+            errors += 1
+    assert errors in (0, 2)
+    again = ShardSet(SET.path, SET.manifest)
+    for sample in range(3):
+        again.key(0, sample)
+        again.read(0, sample)
+
+
+CONFIGS = [path.read_text() for folder in preset_folders() for path in sorted(folder.glob("*.yaml"))]
+VALUES = [yaml.safe_load(text) for text in CONFIGS if "extends" not in text]
+
+
+DEEP = "[" * 3000
+
+
+@st.composite
+def configs(draw: Callable[..., Any]) -> bytes:
+    kind = draw(st.sampled_from(["text", "value", "value", "value", "override"]))
+    if kind == "text":
+        spliced = draw(st.sampled_from(["&a ", "*a", "!!python/object/apply:os.getpid []", "<<: ", "? ", "{", DEEP]))
+        text = draw(st.sampled_from(CONFIGS))
+        at = draw(st.integers(0, len(text)))
+        return bytes_changed(draw, (text[:at] + spliced + text[at:]).encode())
+    if kind == "value":
+        value = value_changed(draw, draw(st.sampled_from(VALUES)))
+        return yaml.safe_dump(value, allow_unicode=draw(st.booleans())).encode(errors="surrogatepass")
+    section = draw(st.sampled_from(["run.steps", "data.shards", "crops.sizes", "schedules.lr", "optim.betas", "x.y"]))
+    return b"OVERRIDE" + f"{section}={draw(JSON)}".encode(errors="surrogatepass")
+
+
+def read_config(content: bytes) -> None:
+    if content.startswith(b"OVERRIDE"):
+        raw = merge({}, parse_override(content[8:].decode(errors="surrogateescape")))
+    else:
+        (HERE / "c.yaml").write_bytes(content)
+        raw = read_raw(HERE / "c.yaml")
+    config = build_config(raw)
+    (HERE / "again.yaml").write_text(to_yaml(config), encoding="utf-8", errors="surrogatepass")
+    config.batch_split(1)
+
+
+def whole_checkpoint() -> dict[str, bytes]:
+    """The files of a small one."""
+    folder = HERE / "made"
+    folder.mkdir()
+    state = {"version": 2, "step": 3, "world_size": 1, "shapes": {"a": [3, 2]}, "skipped_steps": 0}
+    state["data"] = {"version": 1, "digest": "x", "seed": 0, "lane_block": 1, "next_slot": 24}
+    (folder / "state.json").write_text(json.dumps(state))
+    write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Values()})
+    (folder / "config.yaml").write_text(to_yaml(build_config({})))
+    (folder / "environment.json").write_text(json.dumps({"world_size": 1, "program": program()}))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class _Values:
+    numel = 6
+
+    def read(self) -> Any:
+        import torch
+
+        return torch.arange(6.0)
+
+
+@st.composite
+def checkpoints(draw: Callable[..., Any]) -> dict[str, bytes]:
+    files = dict(CHECKPOINT)
+    name = draw(st.sampled_from(sorted(files)))
+    if name.endswith(".json") and draw(st.integers(0, 3)):
+        files[name] = json.dumps(value_changed(draw, json.loads(files[name]))).encode()
+    elif name.endswith(".safetensors") and draw(st.integers(0, 3)):
+        size = int.from_bytes(files[name][:8], "little")
+        header = json.dumps(value_changed(draw, json.loads(files[name][8 : 8 + size]))).encode()
+        files[name] = len(header).to_bytes(8, "little") + header + files[name][8 + size :]
+    else:
+        files[name] = bytes_changed(draw, files[name])
+    # one whose sums are right gets further
+    files["sealed"] = b"x" * draw(st.integers(0, 3))
+    if draw(st.integers(0, 4)) == 0:
+        entries = value_changed(draw, {name: {"bytes": 5, "crc32": "0a1b2c3d"}, "../../x": {"bytes": 0, "crc32": "0"}})
+        text = json.dumps({"files": entries, "crc32": f"{zlib.crc32(json.dumps(entries).encode()):08x}"})
+        files[MANIFEST_NAME] = text.encode()
+    return files
+
+
+def read_checkpoint(files: dict[str, bytes]) -> None:
+    run = HERE / "run"
+    folder = run / "checkpoints" / "step-000000003"
+    folder.mkdir(parents=True, exist_ok=True)
+    files, sealed = dict(files), bool(files["sealed"])
+    for name in ("config.yaml", "environment.json"):
+        (run / name).write_bytes(files[name])
+    parts = ("state.json", "rank-00000-of-00001.safetensors")
+    for name in parts:
+        (folder / name).write_bytes(files[name])
+    if sealed or MANIFEST_NAME not in files:
+        write_manifest(folder, {name: sum_of(folder / name) for name in parts})
+    else:
+        (folder / MANIFEST_NAME).write_bytes(files[MANIFEST_NAME])
+    fault_of(folder, contents=True)
+    saved_stream(folder)
+    refused = None
+    for accept in (False, True):
+        try:
+            check_resume(build_config({"run": {"dir": str(run)}}), folder, 1, accept)
+        except StreamtrainError as error:
+            refused = error
+    with opened(folder) as reader:
+        for name in reader.state["shapes"]:
+            reader.whole(f"master/{name}")
+        reader.step, reader.has("x")
+    if refused:
+        raise refused
+
+
+READERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "tar": (tars, read_tar),
+    "manifest": (manifests, read_manifest),
+    "index": (indexes, read_index),
+    "config": (configs, read_config),
+    "checkpoint": (checkpoints, read_checkpoint),
+}
+SET = small_set()
+save_index(np.array([SET.record(0, number) for number in range(3)], RECORD), HERE / "index.npy")
+INDEX = (HERE / "index.npy").read_bytes()
+CHECKPOINT = whole_checkpoint()
+
+
+def memory_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def main() -> None:
+    reader, inputs, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    strategy, read = READERS[reader]
+    counts = {"taken": 0, "refused": 0}
+    signal.signal(signal.SIGALRM, lambda number, frame: sys.exit("an input took more than ten seconds"))
+
+    @seed(first)
+    @settings(
+        max_examples=inputs, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(strategy())
+    def feed(content: Any) -> None:
+        signal.alarm(10)
+        try:
+            read(content)
+            counts["taken"] += 1
+        except (ShardError, StreamtrainError) as error:
+            counts["refused"] += 1
+            assert "\n" not in str(error)
+        signal.alarm(0)
+
+    room = memory_bytes() + ROOM_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    feed()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"reader": reader, **counts, "grown_bytes": grown * 1024}))
+
+
+if __name__ == "__main__":
+    main()
