@@ -5,6 +5,7 @@ python tools/bench.py loader --set SET [--batch 32] [--batches 40] [--compare we
 python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5 [--json] [a.b=value ...]
 python tools/bench.py stream --set SET --samples 50000 [--loader] [--json] [a.b=value ...]
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256 [--json] [a.b=value ...]
+python tools/bench.py checkpoint --config vitl16.yaml --ranks 2 [--steps 4] [--scratch DIR] [--json] data.shards=SET
 python tools/bench.py memory --config vits16.yaml --ranks 2 [--steps 3] [--json] engine.dtype=bf16 data.shards=SET
 
 Settings come from the default configuration and the overrides.
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add_stream(subjects)
     add_prototypes(subjects)
     add_memory(subjects)
+    add_checkpoint(subjects)
     return parser.parse_args()
 
 
@@ -142,6 +144,21 @@ def run_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import memory
 
     return memory.run(load_config(arguments.config, arguments.overrides), arguments.ranks, arguments.steps)
+
+
+def add_checkpoint(subjects: Any) -> None:
+    parser = add_subject(subjects, "checkpoint", run_checkpoint, "how long a checkpoint holds up training")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=4, help="before the save, and after it")
+    parser.add_argument("--scratch", type=Path, help="a folder on the disk that is to be measured")
+
+
+def run_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import checkpoint
+
+    config = load_config(arguments.config, arguments.overrides)
+    return checkpoint.run(config, arguments.ranks, arguments.steps, arguments.scratch)
 
 
 def configured(overrides: list[str]) -> Config:

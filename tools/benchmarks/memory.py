@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from streamtrain.config.load import build, read_resolved, to_yaml
+from benchmarks.training import trained
 from streamtrain.config.tree import Config
 from streamtrain.engine.memory import plan
 from streamtrain.errors import StreamtrainError
-
-MAIN = Path(__file__).resolve().parents[2] / "streamtrain" / "main.py"
 
 
 def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:
@@ -25,19 +18,7 @@ def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:
     """
     if config.engine.dtype == "auto":
         raise StreamtrainError("set engine.dtype=bf16 or engine.dtype=fp32, so that the plan knows it too")
-    with tempfile.TemporaryDirectory() as folder:
-        raw = config.model_dump()
-        raw["run"] |= {"dir": f"{folder}/run", "steps": steps, "checkpoint_every": 0}
-        raw["monitor"] |= {"progress": False, "panel_every": 0}
-        path = Path(folder) / "config.yaml"
-        path.write_text(to_yaml(build(raw)), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*launcher, str(MAIN), "--config", str(path)], capture_output=True, text=True)
-        if done.returncode:
-            told = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no message"]
-            raise StreamtrainError(f"the run failed: {told[-1]}")
-        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text("utf-8").splitlines()]
-        resolved = read_resolved(f"{folder}/run")
+    records, resolved = trained(config, ranks, {"steps": steps, "checkpoint_every": 0})
     on_gpu = "memory/gpu_bytes" in records[-1]
     planned = plan(resolved, ranks, on_gpu=on_gpu, bf16=resolved.engine.dtype == "bf16")
     phase = planned.peak_phase
