@@ -6,6 +6,7 @@ python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --
 python tools/bench.py stream --set SET --samples 50000 [--loader] [--json] [a.b=value ...]
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256 [--json] [a.b=value ...]
 python tools/bench.py checkpoint --config vitl16.yaml --ranks 2 [--steps 4] [--scratch DIR] [--json] data.shards=SET
+python tools/bench.py step --config vits16.yaml [--batch 16] [--steps 6] [--data SET] [--compare plain] [--json]
 python tools/bench.py memory --config vits16.yaml --ranks 2 [--steps 3] [--json] engine.dtype=bf16 data.shards=SET
 
 Settings come from the default configuration and the overrides.
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add_prototypes(subjects)
     add_memory(subjects)
     add_checkpoint(subjects)
+    add_step(subjects)
     return parser.parse_args()
 
 
@@ -159,6 +161,27 @@ def run_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
 
     config = load_config(arguments.config, arguments.overrides)
     return checkpoint.run(config, arguments.ranks, arguments.steps, arguments.scratch)
+
+
+def add_step(subjects: Any) -> None:
+    parser = add_subject(subjects, "step", run_step, "images a second, memory and shares of time of the whole step")
+    parser.add_argument("--config", required=True, help="recipe, as for training")
+    parser.add_argument("--batch", type=int, help="samples a micro-batch, of which a step has one")
+    parser.add_argument("--steps", type=int, default=6, help="optimiser steps that are timed")
+    parser.add_argument("--data", default="synthetic", help="a shard set, or synthetic: noise that is there already")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks on this machine")
+    parser.add_argument("--compare", choices=("plain",), help="the same step in plain PyTorch, one process")
+
+
+def run_step(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import step
+
+    shards = "''" if arguments.data == "synthetic" else arguments.data
+    overrides = [f"data.shards={shards}", *arguments.overrides]
+    if arguments.batch:
+        overrides = [f"data.micro_batch={arguments.batch}", "data.global_batch=null", *overrides]
+    config = load_config(arguments.config, overrides)
+    return step.run(config, arguments.steps, arguments.ranks, bool(arguments.compare))
 
 
 def configured(overrides: list[str]) -> Config:

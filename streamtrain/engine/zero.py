@@ -130,6 +130,7 @@ class Student:
             values = self._optimizer.fp16_partitioned_groups_flat
             for master, value in zip(self.master_groups, values, strict=True):
                 master.data = value
+        self.module = module
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}

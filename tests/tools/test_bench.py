@@ -112,3 +112,57 @@ def test_memory_of_a_long_stream_is_level_and_does_not_depend_on_the_size_of_the
         assert result["samples"] >= 50_000 and result["rss_slope_low"] * result["samples"] < 100_000
         resident.append(result["rss_bytes"])
     assert resident[1] == pytest.approx(resident[0], rel=0.1)
+
+
+HEAD = "{prototypes: 96, hidden: 32, bottleneck: 16}"
+TINY = (
+    "model.preset=null", "model.dim=48", "model.depth=2", "model.num_heads=2", "model.drop_path=0.0",
+    "model.layerscale=0.5", "crops.global_size=64", "crops.local_size=32", "crops.local_count=2",
+    f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}", "engine.dtype=fp32",
+)  # fmt: skip
+
+
+def test_the_plain_step_has_the_losses_of_ours() -> None:
+    sys.path.insert(0, str(BENCH.parent))
+    import torch
+    from benchmarks.plain_step import PlainStep
+    from benchmarks.step import synthetic
+
+    from streamtrain.config.load import load_config
+    from streamtrain.learner import Learner
+    from streamtrain.model.initialise import initialise
+    from streamtrain.objective.prototypes import PlainWeight
+    from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+
+    config = load_config("vits16.yaml", [*TINY, "data.micro_batch=4"])
+    batch = synthetic(config, torch.device("cpu"))
+    network = Learner(config)
+    initialise(network, config.model, config.run.seed)
+    heads = (network.global_head, network.patch_head)
+    handles = PrototypeHandles(*(PlainWeight(head.prototypes.weight) for head in heads if head is not None))
+    (targets,) = TargetMaker(config.objective).make([network(batch)], handles, 0.05)
+    ours = network(batch, targets)
+    plain = PlainStep(config, torch.device("cpu"), autocast=False)
+    assert {n: p.shape for n, p in plain.student.named_parameters()} == {
+        n: p.shape for n, p in network.named_parameters()
+    }
+    theirs = plain.losses(batch, 0.05)
+    assert ours.keys() == theirs.keys()
+    for name, loss in ours.items():
+        assert loss.item() == pytest.approx(theirs[name].item(), rel=1e-5), name
+    ours["total"].backward()
+    theirs["total"].backward()
+    expected = dict(plain.student.named_parameters())
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_step_measures_itself_and_the_plain_one() -> None:
+    done = bench("step", "--config", "vits16.yaml", "--batch", "4", "--steps", "1", "--compare", "plain", "--json", *TINY)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ratio"] == pytest.approx(result["images_per_second"] / result["plain_images_per_second"])
+    shares = [value for key, value in result.items() if key.endswith("_share") and not key.startswith("plain_")]
+    assert 0.9 < sum(shares) <= 1.01
+    assert 0 < result["peak_ratio"] and 0 < result["mfu"] < 1

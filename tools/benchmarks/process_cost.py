@@ -22,10 +22,11 @@ def in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
         StreamtrainError: with the message of any ``ValueError`` over there.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_work_or_message, work, *arguments).result()
+        return pool.submit(work_or_message, work, *arguments).result()
 
 
-def _work_or_message(work: Callable[..., Result], *arguments: object) -> Result:
+def work_or_message(work: Callable[..., Result], *arguments: object) -> Result:
+    """``work(*arguments)``, where an error can travel to another process."""
     try:
         return work(*arguments)
     except ValueError as error:

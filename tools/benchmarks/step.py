@@ -1,0 +1,252 @@
+"""Images a second, memory and shares of time of the whole training step, and against a plain one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.plain_step import PlainStep
+from benchmarks.process_cost import work_or_message
+from streamtrain.config.load import open_shard_set
+from streamtrain.config.masks import max_rows
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.data.loader import Loader
+from streamtrain.data.masking import draw_masks, rasterise
+from streamtrain.engine.flops import step_flops
+from streamtrain.engine.peak import peak_flops
+from streamtrain.engine.runtime import Launch, Runtime, joined
+from streamtrain.monitor.usage import peak_rss_bytes
+
+WARM_UP = 2
+HEADS = ("global_head", "patch_head")
+PHASES = ("data_wait", "teacher", "targets", "forward", "backward", "optimiser", "average")
+
+
+@dataclass
+class Phases:
+    """Seconds of each step's phases; on a GPU the clock waits for the device where one ends."""
+
+    on_gpu: bool
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    _last: float = 0.0
+
+    def begin(self) -> None:
+        """A step begins now."""
+        self.seconds.append(dict.fromkeys(PHASES, 0.0))
+        self._last = self._now()
+
+    def end(self, phase: str) -> None:
+        """What was done since the last call belongs to ``phase``."""
+        now = self._now()
+        self.seconds[-1][phase] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def run(config: Config, steps: int, ranks: int, compare: bool) -> dict[str, Any]:
+    """Measure ``steps`` steps; without ``data.shards``, of noise that is there already.
+
+    ``ratio`` is images a second over those of the plain step, ``peak_ratio`` the same of peak memory. The two take
+    turns, each time in new processes, so that a busy machine slows both.
+    """
+    rounds = 2 if compare else 1
+    ours, plain = [], []
+    for _ in range(rounds):
+        ours.append(in_ranks(measure, config, -(-steps // rounds), ranks=ranks))
+        if compare:
+            plain.append(in_ranks(measure_plain, config, -(-steps // rounds), ranks=1))
+    result = _merge(ours)
+    images, _ = config.batch_split(ranks)
+    flops = step_flops(config, ranks)
+    result["images_per_second"] = images / result["step_seconds"]
+    result["model_flops_per_image"] = flops.model / images
+    result["mfu"] = flops.model / ranks / result["step_seconds"] / result["peak_flops"]
+    result["executed_of_peak"] = flops.executed / ranks / result["step_seconds"] / result["peak_flops"]
+    if compare:
+        other = _merge(plain)
+        other["images_per_second"] = config.data.micro_batch / other["step_seconds"]
+        result |= {f"plain_{key}": value for key, value in other.items()}
+        result["ratio"] = result["images_per_second"] / other["images_per_second"]
+        result["peak_ratio"] = result["peak_rss_bytes"] / other["peak_rss_bytes"]
+    return result
+
+
+def measure(config: Config, steps: int) -> dict[str, Any]:
+    """The training step in this process, which is one of the ranks that the environment tells of."""
+    started = time.perf_counter()
+    launch = Launch.from_environment()
+    with joined(config.engine, launch) as runtime:
+        phases = Phases(runtime.on_gpu)
+        taken = []
+        for seconds in _training(config, runtime, phases, WARM_UP + steps):
+            taken.append(seconds)
+            if len(taken) == 1:
+                first_step_seconds = time.perf_counter() - started
+        return _result(taken, phases, runtime) | {"start_to_first_step_seconds": first_step_seconds}
+
+
+def _training(config: Config, runtime: Runtime, phases: Phases, steps: int) -> Iterator[float]:
+    """Do the steps; yields the seconds of each."""
+    from streamtrain.learner import LossWeights
+    from streamtrain.networks import build_networks, restore
+    from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+
+    _, accumulation = config.batch_split(runtime.world_size)
+    student, teacher = build_networks(config, runtime, accumulation)
+    maker = TargetMaker(config.objective)
+    handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+    restore(config, None, student, teacher, maker)
+    student.module.register_forward_hook(lambda *_: phases.end("forward"))
+    weights = LossWeights()
+    with _batches(config, runtime) as stream:
+        for _ in range(steps):
+            started = time.perf_counter()
+            phases.begin()
+            student.set_rates(1e-4, 0.04, last_layer_frozen=False)
+            batches = [next(stream) for _ in range(accumulation)]
+            phases.end("data_wait")
+            features = [teacher(batch, None, weights) for batch in batches]
+            phases.end("teacher")
+            targets = maker.make(features, handles, 0.07)
+            phases.end("targets")
+            for batch, target in zip(batches, targets, strict=True):
+                student.accumulate(batch, target, weights)
+                phases.end("backward")
+                student.step()
+                phases.end("optimiser")
+            teacher.update(0.99)
+            phases.end("average")
+            yield time.perf_counter() - started
+
+
+def measure_plain(config: Config, steps: int) -> dict[str, Any]:
+    """The plain step in this process."""
+    launch = Launch.from_environment()
+    with joined(config.engine, launch) as runtime:
+        phases = Phases(runtime.on_gpu)
+        plain = PlainStep(config, runtime.device, autocast=runtime.dtype == torch.bfloat16)
+        taken = []
+        with _batches(config, runtime) as stream:
+            for _ in range(WARM_UP + steps):
+                started = time.perf_counter()
+                phases.begin()
+                batch = next(stream)
+                phases.end("data_wait")
+                plain(batch, 1e-4, 0.04, 0.99, 0.07)
+                phases.end("forward")
+                taken.append(time.perf_counter() - started)
+        return _result(taken, phases, runtime)
+
+
+@contextmanager
+def _batches(config: Config, runtime: Runtime) -> Iterator[Iterator[Batch]]:
+    """The stream of ``data.shards``; where that is empty, the same noise again and again."""
+    if not config.data.shards:
+        noise = synthetic(config, runtime.device)
+        yield iter(lambda: noise, None)
+        return
+    loader = Loader(
+        open_shard_set(config), config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
+        local_world_size=runtime.launch.local_world_size,
+    )  # fmt: skip
+    with closing(loader):
+        yield loader
+
+
+def synthetic(config: Config, device: torch.device) -> Batch:
+    """A micro-batch of noise with the masks of the first slots."""
+    crops, size = config.crops, config.data.micro_batch
+    draw = np.random.default_rng(0)
+
+    def noise(count: int, side: int) -> torch.Tensor:
+        return torch.from_numpy(draw.integers(0, 256, (count * size, side, side, 3), dtype=np.uint8)).to(device)
+
+    slots = np.arange(size)
+    side = crops.global_size // config.model.patch_size
+    parameters = draw_masks(config.masks, config.run.seed, slots, crops.global_count, (side, side))
+    rows = max_rows(config.masks, size, crops.global_count, side * side, config.masks.group)
+    masks = rasterise(parameters, (side, side), rows, device)
+    return Batch(
+        slots, noise(crops.global_count, crops.global_size), noise(crops.local_count, crops.local_size), masks
+    )
+
+
+def in_ranks(work: Any, *arguments: object, ranks: int) -> dict[str, Any]:
+    """``work(*arguments)`` in new processes that are ``ranks`` ranks of one group; the result of rank 0.
+
+    Raises:
+        StreamtrainError: with the message of any ``ValueError`` over there.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_as_rank, rank, ranks, port, work, *arguments) for rank in range(ranks)]
+        results: list[dict[str, Any]] = [future.result() for future in futures]
+    return next(result for result in results if result["rank"] == 0)
+
+
+def _as_rank(rank: int, ranks: int, port: int, work: Any, *arguments: object) -> dict[str, Any]:
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"rank": rank, **work_or_message(work, *arguments)}
+
+
+def _result(taken: list[float], phases: Phases, runtime: Runtime) -> dict[str, Any]:
+    measured = phases.seconds[WARM_UP:]
+    return {
+        "seconds": taken[WARM_UP:],
+        "shares": {phase: [each[phase] for each in measured] for phase in PHASES},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if runtime.on_gpu else 0,
+        "peak_flops": attainable_flops(runtime),
+    }
+
+
+def attainable_flops(runtime: Runtime) -> float:
+    """Of the device's data sheet; where there is none (a CPU), what a large matrix product here attains."""
+    if runtime.on_gpu:
+        peak = peak_flops(torch.cuda.get_device_name(runtime.device), runtime.dtype == torch.bfloat16)
+        if peak is not None:
+            return peak
+    size = 4096 if runtime.on_gpu else 2048
+    left, right = (torch.randn(size, size, device=runtime.device).to(runtime.dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        float((left @ right)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def _merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [each for one in runs for each in one["seconds"]]
+    total = sum(seconds)
+    merged = {
+        "step_seconds": float(np.median(seconds)),
+        "step_seconds_p90": float(np.quantile(seconds, 0.9)),
+        **{
+            f"{phase}_share": sum(sum(one["shares"][phase]) for one in runs) / total
+            for phase in PHASES
+        },
+        **{key: max(one[key] for one in runs) for key in ("peak_rss_bytes", "peak_gpu_bytes", "peak_flops")},
+    }
+    if "start_to_first_step_seconds" in runs[0]:
+        merged["start_to_first_step_seconds"] = min(one["start_to_first_step_seconds"] for one in runs)
+    return merged
