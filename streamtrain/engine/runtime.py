@@ -5,6 +5,7 @@ Nothing here imports torch before it is needed, so that a faulty configuration i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import warnings
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # What DeepSpeed warns of and is meant so. Its hooks look into tuples and dicts only, which is why what must pass by
 # them is in dataclasses; the optimiser it has not tested is ours, and tested here.
 INTENDED = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
+
+# numbers of malloc.h; what is smaller than the bytes stays with the process when it is freed
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MAPPED_BYTES = -1, -3, 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
         ConfigError: if the device asked for is not there.
     """
     cuda = choose_accelerator(config, launch) == "cuda"
+    if not cuda:
+        _tune_allocation()
     import deepspeed
     import torch
 
@@ -141,6 +147,20 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     yield Runtime(launch, device, torch.bfloat16 if wanted == "bf16" else torch.float32)
     # after an error the other ranks are not at this point: leaving is then the launcher's work
     torch.distributed.destroy_process_group()
+
+
+def _tune_allocation() -> None:
+    """Large tensors come in large pages and go back to the system when they are freed (glibc on Linux; else nothing).
+
+    A step makes and frees activations of tens of megabytes. By default each is mapped anew in small pages, whose first
+    touch costs as much as a pass over them, or stays with the process for good.
+    """
+    # read by torch when it first allocates
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cpu_multiplies_bf16() -> bool:

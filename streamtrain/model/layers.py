@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamtrain.config.model import ModelConfig
+from streamtrain.model.attention import attend
 from streamtrain.model.drop_path import DropPath
 from streamtrain.model.layout import Group, Layout
-from streamtrain.model.rope import RopeTable, rotate
+from streamtrain.model.rope import RopeTable
 
 
 class Linear(nn.Linear):
@@ -65,12 +66,9 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
         """``[num_tokens, dim]`` to the same; projections run once, attention once a crop size."""
         outputs = []
-        for packed, table in zip(layout.views(self.qkv(tokens)), tables, strict=True):
-            heads = packed.unflatten(-1, (3, self.num_heads, -1))
-            query, key = rotate(heads[:, :, :2], table).permute(2, 0, 3, 1, 4).unbind(0)
-            value = heads[:, :, 2].transpose(1, 2)
-            output = F.scaled_dot_product_attention(query, key, value)
-            outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
+        for view, table in zip(layout.views(self.qkv(tokens)), tables, strict=True):
+            output = attend(view.unflatten(-1, (3, self.num_heads, -1)), table)
+            outputs.append(output.flatten(2).flatten(0, 1))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 

@@ -264,4 +264,5 @@ def test_blocks_compile_to_one_graph_that_all_of_them_share() -> None:
             loss.backward()
             losses.append(loss.detach())
     assert graphs.frame_count == 1
-    torch.testing.assert_close(losses[2:], losses[:2])
+    # attention is compiled in another form than it runs in on a CPU
+    torch.testing.assert_close(losses[2:], losses[:2], rtol=1e-5, atol=1e-5)
