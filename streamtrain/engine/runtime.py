@@ -131,7 +131,6 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(config.cpu_threads or launch.cores)
-    wanted = config.dtype if config.dtype != "auto" else ("bf16" if cuda or _cpu_multiplies_bf16() else "fp32")
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.utils.logger.addFilter(lambda record: not any(part in record.getMessage() for part in INTENDED))
     # On CPU DeepSpeed would compile a shared-memory all-reduce at the first start. A process killed meanwhile leaves
@@ -144,9 +143,14 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
     # DeepSpeed's own collectives run in a copy of the group of all ranks, which it makes without regard to the time-out
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed.utils.groups._clone_world_group())
-    yield Runtime(launch, device, torch.bfloat16 if wanted == "bf16" else torch.float32)
+    yield Runtime(launch, device, torch.bfloat16 if in_16_bits(config, cuda) else torch.float32)
     # after an error the other ranks are not at this point: leaving is then the launcher's work
     torch.distributed.destroy_process_group()
+
+
+def in_16_bits(config: EngineConfig, cuda: bool) -> bool:
+    """Whether the networks compute in bf16 on such a device."""
+    return (cuda or _cpu_multiplies_bf16()) if config.dtype == "auto" else config.dtype == "bf16"
 
 
 def _tune_allocation() -> None:

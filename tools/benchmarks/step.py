@@ -25,7 +25,7 @@ from streamtrain.data.loader import Loader
 from streamtrain.data.masking import draw_masks, rasterise
 from streamtrain.engine.flops import step_flops
 from streamtrain.engine.peak import peak_flops
-from streamtrain.engine.runtime import Launch, Runtime, joined
+from streamtrain.engine.runtime import Launch, Runtime, choose_accelerator, in_16_bits, joined
 from streamtrain.monitor.usage import peak_rss_bytes
 
 WARM_UP = 2
@@ -135,22 +135,23 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int) -> I
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:
-    """The plain step in this process."""
+    """The plain step in this process, in which nothing of ours is set up."""
     launch = Launch.from_environment()
-    with joined(config.engine, launch) as runtime:
-        phases = Phases(runtime.on_gpu)
-        plain = PlainStep(config, runtime.device, autocast=runtime.dtype == torch.bfloat16)
-        taken = []
-        with _batches(config, runtime) as stream:
-            for _ in range(WARM_UP + steps):
-                started = time.perf_counter()
-                phases.begin()
-                batch = next(stream)
-                phases.end("data_wait")
-                plain(batch, 1e-4, 0.04, 0.99, 0.07)
-                phases.end("forward")
-                taken.append(time.perf_counter() - started)
-        return _result(taken, phases, runtime)
+    cuda = choose_accelerator(config.engine, launch) == "cuda"
+    if not cuda:
+        torch.set_num_threads(config.engine.cpu_threads or launch.cores)
+    bf16 = in_16_bits(config.engine, cuda)
+    runtime = Runtime(launch, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if bf16 else torch.float32)
+    plain = PlainStep(config, runtime.device, autocast=bf16)
+    taken = []
+    with _batches(config, runtime) as stream:
+        for _ in range(WARM_UP + steps):
+            started = time.perf_counter()
+            plain(next(stream), 1e-4, 0.04, 0.99, 0.07)
+            if cuda:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - started)
+    return _result(taken, None, runtime)
 
 
 @contextmanager
@@ -208,11 +209,11 @@ def _as_rank(rank: int, ranks: int, port: int, work: Any, *arguments: object) ->
     return {"rank": rank, **work_or_message(work, *arguments)}
 
 
-def _result(taken: list[float], phases: Phases, runtime: Runtime) -> dict[str, Any]:
-    measured = phases.seconds[WARM_UP:]
+def _result(taken: list[float], phases: Phases | None, runtime: Runtime) -> dict[str, Any]:
+    measured = phases.seconds[WARM_UP:] if phases else []
     return {
         "seconds": taken[WARM_UP:],
-        "shares": {phase: [each[phase] for each in measured] for phase in PHASES},
+        "shares": {phase: [each[phase] for each in measured] for phase in PHASES} if phases else {},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if runtime.on_gpu else 0,
         "peak_flops": attainable_flops(runtime),
@@ -242,8 +243,7 @@ def _merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "step_seconds": float(np.median(seconds)),
         "step_seconds_p90": float(np.quantile(seconds, 0.9)),
         **{
-            f"{phase}_share": sum(sum(one["shares"][phase]) for one in runs) / total
-            for phase in PHASES
+            f"{phase}_share": sum(sum(one["shares"][phase]) for one in runs) / total for phase in runs[0]["shares"]
         },
         **{key: max(one[key] for one in runs) for key in ("peak_rss_bytes", "peak_gpu_bytes", "peak_flops")},
     }
