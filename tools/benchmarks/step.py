@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.plain_step import PlainStep
 from benchmarks.process_cost import work_or_message
+from benchmarks.traffic import Traffic
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
@@ -24,6 +25,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
 from streamtrain.data.masking import draw_masks, rasterise
 from streamtrain.engine.flops import step_flops
+from streamtrain.engine.memory import plan
 from streamtrain.engine.peak import peak_flops
 from streamtrain.engine.runtime import Launch, Runtime, choose_accelerator, in_16_bits, joined
 from streamtrain.monitor.usage import peak_rss_bytes
@@ -77,6 +79,8 @@ def run(config: Config, steps: int, ranks: int, compare: bool) -> dict[str, Any]
     result["model_flops_per_image"] = flops.model / images
     result["mfu"] = flops.model / ranks / result["step_seconds"] / result["peak_flops"]
     result["executed_of_peak"] = flops.executed / ranks / result["step_seconds"] / result["peak_flops"]
+    planned = plan(config, ranks, on_gpu=bool(result["peak_gpu_bytes"])).all_gather_bytes_per_step
+    result["planned_all_gather_bytes"] = planned
     if compare:
         other = _merge(plain)
         other["images_per_second"] = config.data.micro_batch / other["step_seconds"]
@@ -90,6 +94,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     """The training step in this process, which is one of the ranks that the environment tells of."""
     started = time.perf_counter()
     launch = Launch.from_environment()
+    traffic = Traffic()
     with joined(config.engine, launch) as runtime:
         phases = Phases(runtime.on_gpu)
         taken = []
@@ -97,7 +102,13 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
             taken.append(seconds)
             if len(taken) == 1:
                 first_step_seconds = time.perf_counter() - started
-        return _result(taken, phases, runtime) | {"start_to_first_step_seconds": first_step_seconds}
+            if len(taken) == WARM_UP:
+                traffic.reset()
+        return _result(taken, phases, runtime) | {
+            "start_to_first_step_seconds": first_step_seconds,
+            "all_gather_bytes": traffic.gathered_bytes // steps,
+            "communication_share": traffic.seconds / sum(taken[WARM_UP:]),
+        }
 
 
 def _training(config: Config, runtime: Runtime, phases: Phases, steps: int) -> Iterator[float]:
@@ -247,6 +258,7 @@ def _merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
         },
         **{key: max(one[key] for one in runs) for key in ("peak_rss_bytes", "peak_gpu_bytes", "peak_flops")},
     }
-    if "start_to_first_step_seconds" in runs[0]:
-        merged["start_to_first_step_seconds"] = min(one["start_to_first_step_seconds"] for one in runs)
+    for key in ("start_to_first_step_seconds", "all_gather_bytes", "communication_share"):
+        if key in runs[0]:
+            merged[key] = min(one[key] for one in runs)
     return merged
