@@ -6,6 +6,10 @@ from __future__ import annotations
 class ShardError(ValueError):
     """Images, shards, an index or a manifest are at fault; the message is one line that says what to do."""
 
+    def __init__(self, message: str) -> None:
+        # names and values from anywhere may be part of it
+        super().__init__(" ".join(message.splitlines()))
+
 
 class SampleError(ShardError):
     """One image of a set cannot be used.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 class StreamtrainError(ValueError):
-    """Something in the input, the configuration or the run folder that the user can put right."""
+    """Something in the input, the configuration or the run folder that the user can put right; told in one line."""
+
+    def __init__(self, message: str) -> None:
+        # names and values from anywhere may be part of it
+        super().__init__(" ".join(message.splitlines()))
 
 
 class ConfigError(StreamtrainError):

@@ -105,13 +105,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         if isinstance(was, dict) and isinstance(value, dict):
             yield from _differences(was, value, f"{key}.")
         elif was != value:
-            # in one line, however long or odd the text of a foreign file is
-            yield key, f"{' '.join(key.split())} was {_shown(was)} and is now {_shown(value)}"
+            yield key, f"{key} was {_shown(was)} and is now {_shown(value)}"
 
 
 def _shown(value: Any) -> str:
     """As in the file, where that is short."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else reprlib.repr(value)
+    return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
 
 
 def _among(key: str, patterns: tuple[str, ...]) -> bool:

@@ -147,8 +147,7 @@ def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = Non
     try:
         return Config.model_validate(raw, context={STEPS_PER_EPOCH: steps_per_epoch})
     except ValidationError as error:
-        # keys are text from anywhere, too
-        raise ConfigError(" ".join("; ".join(islice(_explain(error), _MAX_FAULTS)).split())) from None
+        raise ConfigError("; ".join(islice(_explain(error), _MAX_FAULTS))) from None
 
 
 def _steps_per_epoch(raw: dict[str, Any], world_size: int) -> float:

@@ -151,14 +151,43 @@ def test_twenty_runs_killed_at_random_moments(tmp_path: Path) -> None:
         print(f"run {number}: checkpoints every {every} step(s), {deaths} deaths in {lives} lives so far", flush=True)
 
 
+@pytest.mark.slow
+def test_ten_runs_stopped_by_a_signal_to_one_rank(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, 40)
+    stops = 0
+    for number in range(10):
+        draw, name = random.Random(number), f"run-{number}"
+        while True:
+            processes = toy.start(name, f"run.checkpoint_every={draw.choice((0, 3))}")
+            # not before the run has begun: until then there is nothing to save, and the signal just ends the process
+            if comes_to(toy, name, draw.randint(1, 20), processes):
+                time.sleep(draw.uniform(0.0, 0.3))
+                processes[draw.randrange(2)].send_signal(draw.choice((signal.SIGTERM, signal.SIGUSR1)))
+            results = ended(processes)
+            codes = [code for code, _, _ in results]
+            assert codes in ([75, 75], [0, 0]), results[0][2][-3000:]
+            if codes == [0, 0]:
+                break
+            stops += 1
+            assert f"stopped at step {saved_steps(toy.folder / name)[-1]}, checkpoint saved" in results[0][1]
+        toy.same(name)
+        shutil.rmtree(toy.folder / name)
+        print(f"run {number}: {stops} stops so far", flush=True)
+
+
 def dies(toy: Toy, name: str, draw: random.Random, processes: list[subprocess.Popen[str]]) -> bool:
     """Wait for the moment of death, before the first step or some time after another; False if the end comes first."""
     if draw.random() < 0.15:
         time.sleep(draw.uniform(0.5, 6.0))
         return all(process.poll() is None for process in processes)
-    began = toy.written_at(name)
-    last = max(saved_steps(toy.folder / name), default=0) + draw.randint(1, 20)
-    if not until(processes, lambda: toy.written_at(name) != began and toy.steps_of(name) >= last):
+    if not comes_to(toy, name, draw.randint(1, 20), processes):
         return False
     time.sleep(draw.uniform(0.0, 0.3))
     return True
+
+
+def comes_to(toy: Toy, name: str, steps: int, processes: list[subprocess.Popen[str]]) -> bool:
+    """Wait until the run is so many steps beyond its checkpoint; False if a rank ends before."""
+    began = toy.written_at(name)
+    last = max(saved_steps(toy.folder / name), default=0) + steps
+    return until(processes, lambda: toy.written_at(name) != began and toy.steps_of(name) >= last)
