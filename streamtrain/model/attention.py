@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from streamtrain.model.rope import RopeTable, rotate
 
 # Tokens of an image up to which a CPU takes whole score matrices where there will be a backward: that of its fused
-# attention takes two to seven times as long, but the matrices grow with the square (docs/performance.md).
+# attention takes one and a half to four times as long, but the matrices grow with the square.
 LONGEST_MATRIX = 1024
 
 

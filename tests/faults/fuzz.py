@@ -1,7 +1,7 @@
 """Feeds a reader of files from elsewhere with hostile ones: ``fuzz.py READER INPUTS SEED``; prints what came of them.
 
 A reader may take an input or refuse it with an error of ours. Any other exception ends this process with a traceback
-and the input, as do ten seconds of work over one input, and memory beyond what the process had at first and ``ROOM_BYTES``.
+and the input, as do ten seconds of work over one input, and memory beyond what it had at first and ``ROOM_BYTES``.
 """
 
 from __future__ import annotations
