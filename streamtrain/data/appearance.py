@@ -114,7 +114,7 @@ def _recolor(planes: Tensor, table: Tensor) -> Tensor:
 
 
 def _blur(values: Tensor, bands: Tensor) -> Tensor:
-    """Gaussian blur of float32 [n, 3, S, S], as products of tiles with a band: half the time of shifted sums."""
+    """Gaussian blur of float32 [n, 3, S, S], as products of tiles with a band: fewer passes than sums of shifts."""
     num, _, size, _ = values.shape
     reach, tile = bands.shape[1:]
     # planes of a whole number of tiles, one above the other, so that all windows [reach, width] are views, evenly
@@ -127,11 +127,9 @@ def _blur(values: Tensor, bands: Tensor) -> Tensor:
     columns = values.new_empty(len(weights), tile, width)
     torch.bmm(weights[: len(windows)], windows, out=columns[: len(windows)])
 
-    lines = columns.view(num, 3 * height, width)
-    rows = values.new_empty(num, size // tile, 3 * height, tile)
-    for line, band, row in zip(lines, bands, rows, strict=True):
-        torch.bmm(line.unfold(1, reach, tile).transpose(0, 1), band.expand(len(row), -1, -1), out=row)
-    return rows.view(num, -1, 3, height, tile)[..., :size, :].permute(0, 2, 3, 1, 4).reshape(values.shape)
+    lines = columns.view(num, 3 * height, width).unfold(2, reach, tile).transpose(1, 2)
+    rows = torch.matmul(lines, bands[:, None]).view(num, -1, 3, height, tile)
+    return rows[..., :size, :].permute(0, 2, 3, 1, 4).reshape(values.shape)
 
 
 def _upload(array: npt.NDArray, device: torch.device) -> Tensor:
