@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,45 +14,21 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` accumulated and returned in fp32 (fp64): 16-bit logits would round a softmax away.
-
-    Where ``right`` is of 16 bits, ``left`` may be in fp32 and is rounded on its way in.
-    """
-    if right.dtype == torch.float64 or right.dtype == torch.float32:
+    """``left @ right`` accumulated and returned in fp32 (fp64): 16-bit logits would round a softmax away."""
+    if left.dtype == torch.float64 or left.dtype == torch.float32:
         return left @ right
-    if right.is_cuda:
-        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
-    with _products_in_16_bits():
-        return left.float() @ right.float()
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def scaled_logits(features: Tensor, weight: Tensor, temperature: float, column: Tensor | None = None) -> Tensor:
     """``features @ weight.T / temperature + column``, in one pass where the product can do the rest."""
-    if features.is_cuda and features.dtype not in (torch.float32, torch.float64):
-        logits = matmul(features, weight.T).div_(temperature)
-        return logits if column is None else logits.add_(column)
-    wide = accumulator(features.dtype)
-    bias, share = (features.new_empty((), dtype=wide), 0.0) if column is None else (column, 1.0)
-    factors = features.to(wide), weight.to(wide).T
-    if features.dtype == wide:
-        return torch.addmm(bias, *factors, beta=share, alpha=1.0 / temperature)
-    with _products_in_16_bits():
-        return torch.addmm(bias, *factors, beta=share, alpha=1.0 / temperature)
-
-
-@contextmanager
-def _products_in_16_bits() -> Iterator[None]:
-    """fp32 products on a CPU round their factors to bf16, which loses nothing of factors that were bf16 before.
-
-    There is no product of bf16 factors with a result in fp32 there, and a true fp32 one takes three times as long.
-    """
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+    if features.dtype in (torch.float32, torch.float64):
+        bias, share = (features.new_empty(()), 0.0) if column is None else (column, 1.0)
+        return torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature)
+    logits = matmul(features, weight.T).div_(temperature)
+    return logits if column is None else logits.add_(column)
 
 
 def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:

@@ -181,7 +181,7 @@ def _sweep(
         if features_gradient is None or weight_gradient is None:
             continue
         difference = logits.sub_(softmax_shift).exp_()
-        difference.addcmul_(target, target_factor, value=-1)
+        difference = difference.addcmul_(target, target_factor, value=-1).to(features.dtype)
         features_gradient += matmul(difference, weight[part])
         weight_gradient[part] = matmul(difference.T, features).to(weight.dtype)
     loss = (row_weight * (target_total * log_normaliser - target_scale * matched)).sum()
