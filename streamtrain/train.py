@@ -202,7 +202,7 @@ def train(
 def to_save(step: int, wish: int, applied: bool, config: RunConfig, best: bool = False) -> list[str]:
     """Which places get something after ``step``, which changed the weights or not, and made the ``best`` or not."""
     places = []
-    if wish or step == config.steps or (applied and (best or due(step, config.checkpoint_every))):
+    if wish or best or step == config.steps or (applied and due(step, config.checkpoint_every)):
         places.append(CHECKPOINTS)
     if applied and due(step, config.snapshot_every):
         places.append(SNAPSHOTS)

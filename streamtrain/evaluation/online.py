@@ -155,9 +155,10 @@ class OnlineEvaluation:
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
 
     def improved(self, figures: dict[str, float]) -> bool:
-        """Whether what ``evaluation.best`` names is higher than ever; then it is remembered."""
+        """Whether what ``evaluation.best`` names is higher than ever, as rank 0 finds; then it is remembered."""
         value = figures.get(f"eval/{self._config.evaluation.best}")
-        if value is None or (self.best is not None and value <= self.best):
+        # the last digits may be each rank's own, but all have to save, or none
+        if value is None or not self._of_rank_0(self.best is None or value > self.best):
             return False
         self.best = value
         return True
@@ -176,10 +177,11 @@ class OnlineEvaluation:
 
     def _over(self) -> bool:
         """Whether rank 0, by whose clock all go, has spent too much; the first time is free."""
-        over = torch.zeros(1, device=self._device)
-        if self._rank == 0:
-            over += float(self._seconds > 0 and self.share > self._max_share)
-        return bool(sum_over_ranks(over, None))
+        return self._of_rank_0(self._seconds > 0 and self.share > self._max_share)
+
+    def _of_rank_0(self, answer: bool) -> bool:
+        said = torch.full((1,), float(answer and self._rank == 0), device=self._device)
+        return bool(sum_over_ranks(said, None))
 
 
 def _gathered(rows: Rows) -> tuple[Tensor, Tensor]:

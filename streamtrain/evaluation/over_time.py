@@ -49,7 +49,9 @@ class MapsOverTime:
         components = np.stack([np.rint(each * 255).astype(np.uint8) for each in principal_components(features)])
         middle = (features[0].shape[0] // 2, features[0].shape[1] // 2)
         similarity = np.stack([similarity_maps([each], middle)[0] for each in features])
-        self._moments = [moment for moment in self._moments if moment.step != step]
+        # what is left of other settings cannot stand beside it
+        size = components.shape
+        self._moments = [each for each in self._moments if each.step != step and each.components.shape == size]
         self._moments.append(Moment(step, components, similarity))
         if len(self._moments) > COLUMNS:
             del self._moments[_superfluous([moment.step for moment in self._moments])]

@@ -108,6 +108,7 @@ class Monitor:
             self.warn(step, f"the projector's files could not be written: {error}")
 
     def close(self) -> None:
-        for part in (self._metrics, *self._trackers, self._progress):
+        self._tell("close")
+        for part in (self._metrics, self._progress):
             if part is not None:
                 part.close()

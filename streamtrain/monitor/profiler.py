@@ -31,8 +31,11 @@ class Profiler:
         profile, self._profile = self._profile, None
         profile.stop()
         path = self._run_dir / FOLDER_NAME / f"steps-{self._config.start}-{step}-rank-{self._rank}.json.gz"
-        path.parent.mkdir(exist_ok=True)
-        profile.export_chrome_trace(str(path))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            profile.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            return f"the trace could not be written: {error}"
         return f"trace of steps {self._config.start} to {step} in {path}; open it in ui.perfetto.dev"
 
     def close(self) -> None:

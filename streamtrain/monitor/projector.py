@@ -31,9 +31,10 @@ def write_features(
     place.mkdir(exist_ok=True)
     first = place / "first.step"
     name = "latest"
-    if not first.exists() or int(first.read_text()) >= step:
+    begun = _step_in(first)
+    if begun is None or begun >= step:
         name = "first"
-        first.write_text(f"{step}\n")
+        replace_file(first, f"{step}\n".encode())
     columns = math.ceil(math.sqrt(len(thumbnails)))
     side = thumbnails.shape[1]
     # the projector wants a square of squares
@@ -45,12 +46,21 @@ def write_features(
     rows = ("\t".join(f"{value:.5g}" for value in row) for row in features)
     (place / f"{name}.tsv").write_text("\n".join(rows) + "\n")
     (place / f"{name}-labels.tsv").write_text("\n".join(label.replace("\t", " ") for label in labels) + "\n")
-    (place / f"{name}.step").write_text(f"{step}\n")
+    replace_file(place / f"{name}.step", f"{step}\n".encode())
     entries = []
     for known in ("latest", "first"):
-        if (place / f"{known}.step").exists():
-            entries.append(_ENTRY.format(name=known, step=int((place / f"{known}.step").read_text()), side=side))
+        known_step = _step_in(place / f"{known}.step")
+        if known_step is not None:
+            entries.append(_ENTRY.format(name=known, step=known_step, side=side))
     replace_file(folder / CONFIG_NAME, "".join(entries).encode())
+
+
+def _step_in(path: Path) -> int | None:
+    """The step in a file; None where it is missing or was torn."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 _ENTRY = """embeddings {{

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import torch
 from PIL import Image
 
 from streamtrain.config.crops import CropsConfig, CropSizes
+from streamtrain.data.appearance import Appearance, adjust
 from streamtrain.data.augment import draw_views
 from streamtrain.data.views import CpuViews, crop, finish
+from streamtrain.objective.logits import scaled_logits
 
 CROPS = CropsConfig(global_size=64, local_size=32, local_count=3)
 
@@ -78,3 +82,24 @@ def test_gram_crops_are_the_global_boxes_without_their_colours() -> None:
     uncoloured, _, none = workers.make(pictures, plain, CropSizes(64, 32))
     workers.close()
     assert none is None and torch.equal(gram, uncoloured) and not torch.equal(gram, coloured)
+
+
+def test_the_training_beside_it_changes_no_pixel() -> None:
+    crops = torch.rand(4, 3, 96, 96).mul_(255).round_()
+    looks = Appearance.of(
+        np.tile(np.float32([1.2, 0.8, 1.1, 10]), (4, 1)), np.full(4, 1.3, np.float32), np.full(4, 256, np.int32), 96
+    )
+    expected = adjust(crops, looks)
+    features, prototypes = torch.randn(256, 64).bfloat16(), torch.randn(8192, 64).bfloat16()
+    stop = Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            scaled_logits(features, prototypes, 0.1)
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        same = [torch.equal(adjust(crops, looks), expected) for _ in range(50)]
+        stop.set()
+        training.result()
+    assert all(same)

@@ -50,3 +50,11 @@ def test_a_run_that_goes_on_keeps_what_came_before(tmp_path: Path) -> None:
     again = MapsOverTime(images(), path, 30)
     again.add(40, features(40))
     assert np.load(path)["steps"].tolist() == [40]
+
+
+def test_maps_of_another_size_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "maps.npz"
+    MapsOverTime(images(), path, 0).add(0, features(0))
+    resumed = MapsOverTime(images(), path, 10)
+    resumed.add(10, [each.repeat(2, 2, 1) for each in features(1)])
+    assert np.load(path)["steps"].tolist() == [10]

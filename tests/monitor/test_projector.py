@@ -27,3 +27,7 @@ def test_the_first_and_the_latest_features_stand_beside_each_other(tmp_path: Pat
     # a run that begins anew in the folder begins there anew
     write_features(tmp_path, 10, features[20], ["x"] * 5, thumbnails)
     assert np.allclose(np.loadtxt(tmp_path / shown[1].tensor_path), features[20], rtol=1e-4)
+    # of a machine that went away
+    (tmp_path / "projector" / "first.step").write_text("")
+    write_features(tmp_path, 40, features[30], ["x"] * 5, thumbnails)
+    assert (tmp_path / "projector" / "first.step").read_text() == "40\n"
