@@ -135,15 +135,16 @@ def _rectangles(
 def _fill_order(rectangles: Tensor, grid: tuple[int, int]) -> Tensor:
     """Int64 [N, T], distinct within a crop: the smaller, the earlier a patch is masked."""
     height, width = grid
-    top, start, tall, wide = (part[:, :, None] for part in rectangles.unbind(-1))
-    y = torch.arange(height, device=rectangles.device)
-    x = torch.arange(width, device=rectangles.device)
+    # a CPU reduces numbers of 32 bits a hundred times as fast as those of 64
+    top, start, tall, wide = (part[:, :, None] for part in rectangles.int().unbind(-1))
+    y = torch.arange(height, dtype=torch.int32, device=rectangles.device)
+    x = torch.arange(width, dtype=torch.int32, device=rectangles.device)
     beyond_y = torch.maximum(top - y, y - (top + tall - 1)).clamp(min=0)
     beyond_x = torch.maximum(start - x, x - (start + wide - 1)).clamp(min=0)
     distance = (beyond_y[..., :, None] + beyond_x[..., None, :]).flatten(2)
-    nearest = distance.amin(1)
-    first = (distance == 0).int().argmax(1)
-    stage = torch.where(nearest == 0, first, rectangles.shape[1] + nearest)
+    count = rectangles.shape[1]
+    number = torch.arange(count, dtype=torch.int32, device=rectangles.device)[:, None]
+    stage = torch.where(distance == 0, number, count + distance).amin(1)
     return stage * (height * width) + torch.arange(height * width, device=rectangles.device)
 
 

@@ -101,20 +101,21 @@ def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequenc
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
     ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
     mirrored = views.mirror[row].tolist()
+    planes = image.permute(2, 0, 1)[None]
     for group in groups:
         count, batch_size, side, _, _ = group.out.shape
         # in what colours are computed in
         crops = torch.empty(count, 3, side, side, dtype=torch.float32 if group.looks else torch.uint8)
         for view, place in enumerate(crops, group.first):
-            crop(image, starts[view], ends[view], mirror=mirrored[view], out=place)
+            crop(planes, starts[view], ends[view], mirror=mirrored[view], out=place)
         if count:
             finished = adjust(crops, group.looks.rows(slice(row, None, batch_size))) if group.looks else crops
             for channel in range(3):
                 group.out[:, row, ..., channel] = finished[:, channel]
 
 
-def crop(image: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
-    """The box from ``start`` to ``end`` (y, x in pixels) of uint8 [H, W, 3], resized to fill ``out`` [3, S, S]."""
-    box = image[start[0] : end[0], start[1] : end[1]].permute(2, 0, 1)[None]
+def crop(planes: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
+    """The box from ``start`` to ``end`` (y, x in pixels) of uint8 [1, 3, H, W], resized to fill ``out`` [3, S, S]."""
+    box = planes[:, :, start[0] : end[0], start[1] : end[1]]
     resized = interpolate(box, size=out.shape[1:], mode="bicubic", antialias=True)[0]
     out.copy_(resized.flip(2) if mirror else resized)
