@@ -1,4 +1,6 @@
-"""Whether a start goes on with the run that its folder holds, or would quietly turn it into another one.
+"""Whether a start goes on with the run that a checkpoint is of, or would quietly turn it into another one.
+
+A checkpoint says itself what made it: whatever a start writes before its own first one binds nobody.
 
 Three kinds of keys, listed in docs/reliability.md as well: those that may change, since no result depends on them
 beyond rounding and the run's length; those that may not, since the checkpoint or the stream would be another; and all
@@ -12,14 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shards.files import read_json
-from streamtrain.config.load import RESOLVED_NAME, parse_yaml, to_yaml
+from streamtrain.config.load import parse_yaml, to_yaml
 from streamtrain.config.tree import Config
-from streamtrain.durable import sum_of
-from streamtrain.environment import ENVIRONMENT_NAME, program
+from streamtrain.environment import program
 from streamtrain.errors import CheckpointError
-from streamtrain.manifest import read_manifest
-from streamtrain.run_folder import STATE_NAME
 
 FREE = (
     "run.dir", "run.steps", "run.checkpoint_every", "run.keep_last", "run.keep_every", "run.snapshot_every",
@@ -40,20 +38,31 @@ FLAG = "--accept-changes"
 _MISSING = "not there"
 
 
-def check_resume(config: Config, source: Path, world_size: int, accept_changes: bool) -> list[str]:
-    """Whether ``config`` may go on from the checkpoint ``source``; returns the changes that were accepted, as text.
+def made_by(config: Config) -> dict[str, Any]:
+    """What a checkpoint keeps of what made it: the resolved ``config``, and the ``program``."""
+    return {"config": _plain(config), "program": program()}
+
+
+def check_resume(
+    config: Config, source: Path, saved: Mapping[str, Any], world_size: int, accept_changes: bool
+) -> list[str]:
+    """Whether ``config`` may go on from a checkpoint; returns the changes that were accepted, as text.
 
     Another run's checkpoint (``--resume``) begins a new stage, whose settings are meant to differ; of them only those
     that may never change are compared.
+
+    Args:
+        source: the checkpoint.
+        saved: what it says of itself (``saved_state``).
+        world_size: ranks of this start.
 
     Raises:
         CheckpointError: it may not; names each difference.
     """
     run_dir = source.parent.parent
     own = run_dir.resolve() == Path(config.run.dir).resolve()
-    before, environment = _read_yaml(run_dir / RESOLVED_NAME), _read_json(run_dir / ENVIRONMENT_NAME)
-    unknown = [name for name, found in ((RESOLVED_NAME, before), (ENVIRONMENT_NAME, environment)) if found is None]
-    changes = list(_differences(before or {}, parse_yaml(to_yaml(config).encode()))) if before is not None else []
+    before, was = saved.get("config"), saved.get("program")
+    changes = list(_differences(before, _plain(config))) if isinstance(before, dict) else []
     # a key that is of another version of this program is for the user to judge
     never = [text for key, text in changes if _among(key, FIXED) and _MISSING not in text]
     if never:
@@ -63,13 +72,15 @@ def check_resume(config: Config, source: Path, world_size: int, accept_changes: 
         )
     if not own:
         return []
-    found = [f"{name} cannot be read, and so not be compared" for name in unknown]
-    found += [text for key, text in changes if not _among(key, FREE) and key != "data.global_batch"]
-    if before is not None and environment is not None:
-        found += _batch_change(config, before, environment, world_size)
-    if environment is not None:
-        was = environment.get("program")
-        found += [text for _, text in _differences(was if isinstance(was, dict) else {}, program())]
+    found = [text for key, text in changes if not _among(key, FREE) and key != "data.global_batch"]
+    if isinstance(before, dict):
+        found += _batch_change(config, before, saved.get("world_size"), world_size)
+    else:
+        found.append(f"{source.name} does not say with which settings")
+    if isinstance(was, dict):
+        found += [text for _, text in _differences(was, program())]
+    else:
+        found.append(f"{source.name} does not say by which program")
     if found and not accept_changes:
         raise CheckpointError(
             f"{run_dir} was made otherwise: {'; '.join(found)}; start it as it was, or add {FLAG} to go on all the same"
@@ -77,19 +88,14 @@ def check_resume(config: Config, source: Path, world_size: int, accept_changes: 
     return found
 
 
-def saved_stream(source: Path) -> dict[str, Any] | None:
-    """The state of the stream in a checkpoint; None if that is damaged, which is told when all of it is read."""
-    try:
-        if read_manifest(source)[STATE_NAME] != sum_of(source / STATE_NAME):
-            return None
-        return dict(read_json(source / STATE_NAME)["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _plain(config: Config) -> dict[str, Any]:
+    """The tree as files hold it."""
+    return dict(parse_yaml(to_yaml(config).encode()))
 
 
-def _batch_change(config: Config, before: dict[str, Any], environment: dict[str, Any], world_size: int) -> list[str]:
+def _batch_change(config: Config, before: Mapping[str, Any], ranks: object, world_size: int) -> list[str]:
     """The images of a step follow from three numbers."""
-    data, ranks = before.get("data"), environment.get("world_size")
+    data = before.get("data")
     if not isinstance(data, dict) or not isinstance(ranks, int) or not isinstance(data.get("micro_batch"), int):
         return [f"the batch was {_MISSING}"]
     was, now = data.get("global_batch") or data["micro_batch"] * ranks, config.batch_split(world_size)[0]
@@ -115,19 +121,3 @@ def _shown(value: Any) -> str:
 
 def _among(key: str, patterns: tuple[str, ...]) -> bool:
     return any(key == pattern or key.startswith(f"{pattern}.") for pattern in patterns)
-
-
-def _read_yaml(path: Path) -> dict[str, Any] | None:
-    try:
-        found = parse_yaml(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

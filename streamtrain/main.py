@@ -20,9 +20,9 @@ from streamtrain.data.stream import check_cache, check_state, identity_of, order
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
-from streamtrain.guards import FLAG, check_resume, saved_stream
+from streamtrain.guards import FLAG, check_resume
 from streamtrain.monitor.trackers import check_trackers
-from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, starting_checkpoint
+from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, saved_state, starting_checkpoint
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -66,12 +66,13 @@ def check(config: Config, launch: Launch, source: Path | None, accept_changes: b
     shard_set = open_shard_set(config)
     if config.evaluation.every:
         held_out(config, shard_set)
-    saved = saved_stream(source) if source is not None else None
-    order = order_of(config, shard_set, launch.world_size, saved["lane_block"] if saved else None)
+    saved = saved_state(source) if source is not None else None
+    order = order_of(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
-    accepted = check_resume(config, source, launch.world_size, accept_changes) if source is not None else []
-    if saved is not None:
-        accepted += check_state(saved, identity_of(shard_set, order), accept_changes)
+    accepted = []
+    if source is not None and saved is not None:
+        accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
+        accepted += check_state(saved["data"], identity_of(shard_set, order), accept_changes)
     make_run_folder(Path(config.run.dir), launch.rank)
     try_cache(config)
     if accepted and launch.rank == 0:

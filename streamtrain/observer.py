@@ -72,9 +72,6 @@ class Observer:
         self._evaluation = OnlineEvaluation(
             config, images, runtime.rank, runtime.world_size, runtime.device, runtime.launch.cores
         )
-        best = read_best(run_dir)
-        if best is not None and best.get("metric") == config.evaluation.best and best["step"] <= step:
-            self._evaluation.best = best["value"]
         # of this step's checkpoint, where it is the best so far
         self.best: dict[str, Any] | None = None
         self._maps: MapsOverTime | None = None
@@ -125,8 +122,12 @@ class Observer:
         found = self._clock.tick(work, wait_seconds) | memory_scalars(self._runtime.device)
         return found | {"speed/monitor_share": self._monitoring.share}
 
-    def evaluate(self, step: int, beating: Beating) -> dict[str, float]:
-        """The figures of the evaluators where they are due after ``step``; ``best`` then says whether they are."""
+    def evaluate(self, step: int, beating: Beating, settle: Callable[[], None]) -> dict[str, float]:
+        """The figures of the evaluators where they are due after ``step``; ``best`` then says whether they are.
+
+        Args:
+            settle: waits until checkpoints are written, since only one that is there can be the best.
+        """
         self.best = None
         found: dict[str, float] = {}
         if due(step, self._config.monitor.histogram_every) and self._runtime.world_size > 1:
@@ -134,7 +135,8 @@ class Observer:
             found["speed/all_gather_seconds"] = seconds / num_bytes * self._planned.all_gather_bytes_per_step
         if due(step, self._config.evaluation.every):
             figures = self._evaluation.run(self._teacher, beating)
-            if self._evaluation.improved(figures):
+            settle()
+            if self._evaluation.improved(figures, self._best_value(step)):
                 metric = self._config.evaluation.best
                 self.best = {"step": step, "metric": metric, "value": figures[f"eval/{metric}"]}
             found |= figures
@@ -160,6 +162,11 @@ class Observer:
                     self.monitor.histogram(step, "teacher/prototype_mass", self._mass.log10())
             if self.monitor.shows and "eval/seconds" in scalars and (shown := self._evaluation.thumbnails()):
                 self.monitor.embedding(step, *shown)
+
+    def _best_value(self, step: int) -> float | None:
+        """That of the best checkpoint up to ``step``, as the run folder has it."""
+        best, metric = read_best(Path(self._config.run.dir)), self._config.evaluation.best
+        return best["value"] if best is not None and best.get("metric") == metric and best["step"] <= step else None
 
     def close(self) -> None:
         self._profiler.close()

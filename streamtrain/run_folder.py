@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shards.files import read_json
 from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
-from streamtrain.durable import replace_file
+from streamtrain.durable import replace_file, sum_of
 from streamtrain.environment import ENVIRONMENT_NAME, environment
 from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
-from streamtrain.manifest import fault_of
+from streamtrain.manifest import fault_of, read_manifest
 from streamtrain.stopping import SAVE_NAME, STOP_NAME
 
 METRICS_NAME = "metrics.jsonl"
@@ -28,7 +29,7 @@ QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
 # folders of a run that hold one folder a step: all that a run goes on from, and the teacher alone
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-# of a checkpoint: how far it is, and where in the stream
+# of a checkpoint: how far it is, where in the stream, and what made it
 STATE_NAME = "state.json"
 LOCK_NAME = ".streamtrain.lock"
 # what may lie in a folder before its first run: a request to it, a volume's own folder, ...
@@ -137,14 +138,26 @@ def held(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """The checkpoint to go on from, as far as can be told from sizes; see ``candidates``.
+    """The checkpoint to go on from, as far as can be told from sizes and its own description.
 
     Raises:
         CheckpointError: if there is to be one in ``resume_from``, and is not.
     """
     found = candidates(run_dir, resume_from)
+    whole = (each for each in found if fault_of(each, contents=False) is None and saved_state(each) is not None)
     # where none is whole, reading the newest says what is wrong with it
-    return next((folder for folder in found if fault_of(folder, contents=False) is None), found[0] if found else None)
+    return next(whole, found[0] if found else None)
+
+
+def saved_state(source: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None if that is damaged, which is told when all of it is read."""
+    try:
+        if read_manifest(source)[STATE_NAME] != sum_of(source / STATE_NAME):
+            return None
+        state = read_json(source / STATE_NAME)
+        return state if isinstance(state["data"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def candidates(run_dir: Path, resume_from: Path | None) -> list[Path]:
@@ -190,9 +203,7 @@ def check_weights(config: Config, source: Path | None) -> None:
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it.
-
-    The next start compares itself with both, so that neither may be left half written.
+    """Write ``config.yaml`` (resolved) and ``environment.json``, for people and tools; one rank calls it.
 
     Args:
         computed: where and how the network computes, its ``device`` and ``dtype``.

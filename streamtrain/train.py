@@ -24,6 +24,7 @@ from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
 from streamtrain.gram_anchor import GramAnchor
+from streamtrain.guards import made_by
 from streamtrain.learner import LossWeights
 from streamtrain.monitor.panel import batch_panel
 from streamtrain.monitor.usage import peak_bytes
@@ -107,7 +108,7 @@ def train(
     global_batch, accumulation = config.batch_split(launch.world_size)
     run_dir = Path(config.run.dir)
 
-    requests = Requests(run_dir, launch.rank)
+    requests, origin = Requests(run_dir, launch.rank), made_by(config)
     with joined(config.engine, launch) as runtime:
         if launch.rank == 0:
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
@@ -168,7 +169,7 @@ def train(
                 scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
                 scalars |= watch.scalars(step, student.applied, means["total"]) | seen
                 scalars |= observer.scalars(batches[0], global_batch, loader.wait_seconds)
-                scalars |= observer.evaluate(step, watchdog.beating)
+                scalars |= observer.evaluate(step, watchdog.beating, saver.wait)
                 observer.report(step, slot, scalars, batches[0])
                 found = watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader)
                 for line in (*found, *saver.warnings()):
@@ -179,7 +180,7 @@ def train(
                     saver.wait()
                 if places:
                     watch.bad_steps.check_weights(step, student.finite(), runtime.device)
-                    state = {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
+                    state = origin | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
                     if CHECKPOINTS in places:
                         requests.saving()
                     made = contents(places, state, student, teacher, target_maker, gram)

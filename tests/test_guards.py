@@ -12,17 +12,30 @@ from ranks import ROOT
 from test_nothing_silent import leaves
 
 from streamtrain.config.load import build, merge
-from streamtrain.environment import ENVIRONMENT_NAME, program
+from streamtrain.config.tree import Config
+from streamtrain.durable import sum_of
+from streamtrain.environment import program
 from streamtrain.errors import CheckpointError
-from streamtrain.guards import FIXED, FREE, check_resume, saved_stream
-from streamtrain.run_folder import describe_run, folder_of
+from streamtrain.guards import FIXED, FLAG, FREE, check_resume, made_by
+from streamtrain.manifest import write_manifest
+from streamtrain.run_folder import STATE_NAME, folder_of, saved_state, starting_checkpoint
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The folder of a run on two ranks."""
-    describe_run(tmp_path, build(settings(tmp_path)), 2, {"device": "cpu", "dtype": "fp32"})
+    checkpoint(tmp_path, 3, **made_by(build(settings(tmp_path))))
     return tmp_path
+
+
+def checkpoint(run_dir: Path, step: int, **state: Any) -> Path:
+    """What tells a start of one."""
+    folder = folder_of(run_dir, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"world_size": 2, "data": {"digest": "x", "lane_block": 1}, **state}
+    (folder / STATE_NAME).write_text(json.dumps(document))
+    write_manifest(folder, {STATE_NAME: sum_of(folder / STATE_NAME)})
+    return folder
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -30,7 +43,15 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def told(run: Path, changes: dict[str, Any], *, ranks: int = 2, accept: bool = False) -> list[str]:
-    return check_resume(build(settings(run, **changes)), folder_of(run, 3), ranks, accept)
+    return resumed(build(settings(run, **changes)), run, ranks, accept)
+
+
+def resumed(config: Config, run: Path, ranks: int = 2, accept: bool = False) -> list[str]:
+    source = starting_checkpoint(run, None)
+    assert source is not None
+    saved = saved_state(source)
+    assert saved is not None
+    return check_resume(config, source, saved, ranks, accept)
 
 
 def test_every_key_is_of_one_kind_and_the_guide_lists_them() -> None:
@@ -65,9 +86,9 @@ def test_what_may_not_change_is_refused_whatever_is_accepted(run: Path, tmp_path
         assert "objective.global_loss.head.prototypes was 65536 and is now 7" in str(error.value)
     # of another run's, these alone are looked at
     ours = build(settings(tmp_path / "next", optim={"clip": 1.0}))
-    assert check_resume(ours, folder_of(run, 3), 1, False) == []
+    assert resumed(ours, run, 1) == []
     with pytest.raises(CheckpointError, match=r"model\.dim was 384"):
-        check_resume(build(settings(tmp_path / "next", model={"dim": 96})), folder_of(run, 3), 2, True)
+        resumed(build(settings(tmp_path / "next", model={"dim": 96})), run, accept=True)
 
 
 def test_what_changes_results_is_refused_or_accepted(run: Path) -> None:
@@ -84,10 +105,10 @@ def test_what_changes_results_is_refused_or_accepted(run: Path) -> None:
 
 
 def test_another_program_is_told(run: Path) -> None:
-    document = json.loads((run / ENVIRONMENT_NAME).read_text())
-    assert document["program"] == program() and {"torch", "deepspeed", "numpy", "code"} <= set(program())
-    document["program"] |= {"torch": "1.0", "code": "0123456789ab", "cupy": "3"}
-    (run / ENVIRONMENT_NAME).write_text(json.dumps(document))
+    was = made_by(build(settings(run)))
+    assert was["program"] == program() and {"torch", "deepspeed", "numpy", "code"} <= set(program())
+    was["program"] |= {"torch": "1.0", "code": "0123456789ab", "cupy": "3"}
+    checkpoint(run, 3, **was)
     with pytest.raises(CheckpointError) as error:
         told(run, {})
     assert f"code was 0123456789ab and is now {program()['code']}; cupy was 3 and is now not there" in str(error.value)
@@ -95,17 +116,22 @@ def test_another_program_is_told(run: Path) -> None:
     assert len(told(run, {}, accept=True)) == 3
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"- a\n", b"[" * 10_000, b'{"program": 3}', b"data: 5"])
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
-def test_what_cannot_be_read_is_no_agreement(run: Path, name: str, content: bytes | None) -> None:
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match="add --accept-changes"):
+@pytest.mark.parametrize("content", [None, 3, [], "text"])
+@pytest.mark.parametrize("name", ["config", "program"])
+def test_what_a_checkpoint_does_not_say_is_no_agreement(run: Path, name: str, content: Any) -> None:
+    checkpoint(run, 3, **made_by(build(settings(run))) | {name: content})
+    with pytest.raises(CheckpointError, match=f"step-000000003 does not say .*add {FLAG}"):
         told(run, {})
+    assert len(told(run, {}, accept=True)) == 1
 
 
-def test_the_stream_of_a_damaged_checkpoint_is_not_believed(tmp_path: Path) -> None:
-    assert saved_stream(tmp_path) is None
-    (tmp_path / "state.json").write_text('{"data": {"digest": "x", "lane_block": 1}}')
-    assert saved_stream(tmp_path) is None
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[" * 10_000, b"[]", b'{"data": {"lane_block": 1}}'])
+def test_what_a_damaged_checkpoint_says_is_not_believed(run: Path, content: bytes | None) -> None:
+    newer = checkpoint(run, 7, **made_by(build(settings(run))))
+    assert starting_checkpoint(run, None) == newer
+    (newer / STATE_NAME).unlink()
+    if content is not None:
+        # with the size that it had
+        size = folder_of(run, 3).joinpath(STATE_NAME).stat().st_size
+        (newer / STATE_NAME).write_bytes(content.ljust(size, b" ")[:size])
+    assert saved_state(newer) is None and starting_checkpoint(run, None) == folder_of(run, 3)

@@ -239,6 +239,15 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     # the run itself is as it was, until a change is asked for, which then needs no asking again
     assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
     changes = (*settings, other, "optim.clip=1.0")
+    # one that ends before its first checkpoint has changed nothing
+    process, = start_ranks(command(shards, run, *changes, "--accept-changes", "run.steps=1000"), 1)
+    while read_resolved(run).optim.clip != 1.0:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert checkpoint.saved_steps(run) == [1]
+    expect_success(run_ranks(command(shards, run, *settings, "--dry-run"), 1))
     results = run_ranks(command(shards, run, *changes, "--accept-changes"), 1)
     expect_success(results)
     assert re.search(r"^going on with changes: optim.clip was 3.0 and is now 1.0; digest was", results[0][1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -44,7 +45,8 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     folders = [Path(), *([beside] if beside else []), *preset_folders()]
     for folder in folders:
         for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
+            # a name that the system does not even look for raises there, and not here
+            if os.path.isfile(candidate):
                 return candidate
     presets = sorted({path.name for folder in preset_folders() for path in folder.glob("*.yaml")})
     raise ConfigError(f"no config {name!r}; give a path, or one of the presets {', '.join(presets)}")
@@ -66,9 +68,12 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold sections (run:, data:, ...), not a {type(raw).__name__}")
     parents = raw.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends takes the name of a file, or a list of names, not {reprlib.repr(parents)}")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = merge(merged, read_raw(find_config(str(parent), path.parent), (*seen, path.resolve())))
+    for parent in parents:
+        merged = merge(merged, read_raw(find_config(parent, path.parent), (*seen, path.resolve())))
     return merge(merged, raw)
 
 

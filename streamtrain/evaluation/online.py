@@ -126,7 +126,6 @@ class OnlineEvaluation:
         self._config, self._images = config, images
         self._rank, self._world_size, self._device, self._workers = rank, world_size, device, workers
         self._began, self._seconds, self._max_share = time.monotonic(), 0.0, config.evaluation.max_share
-        self.best: float | None = None
         self.study: Study | None = None
 
     @property
@@ -154,14 +153,11 @@ class OnlineEvaluation:
         figures = {f"eval/{name}": value for name, value in found.items()}
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
 
-    def improved(self, figures: dict[str, float]) -> bool:
-        """Whether what ``evaluation.best`` names is higher than ever, as rank 0 finds; then it is remembered."""
+    def improved(self, figures: dict[str, float], best: float | None) -> bool:
+        """Whether what ``evaluation.best`` names is higher than ``best``, as rank 0 finds; all ranks are told."""
         value = figures.get(f"eval/{self._config.evaluation.best}")
         # the last digits may be each rank's own, but all have to save, or none
-        if value is None or not self._of_rank_0(self.best is None or value > self.best):
-            return False
-        self.best = value
-        return True
+        return value is not None and self._of_rank_0(best is None or value > best)
 
     def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
         """For the projector: this rank's test features [N, D] of the last study, with class names and thumbnails."""

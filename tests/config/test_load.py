@@ -67,7 +67,13 @@ def test_a_wrong_override_is_told_in_one_line(override: str, told: str) -> None:
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [", "extends: self.yaml\n", "!!python/object/apply:os.getcwd []\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n", "a: [", "extends: self.yaml\n", "!!python/object/apply:os.getcwd []\n", "extends:\n", "extends: 5\n",
+        "extends: [vits16, null]\n", "extends: {a: 1}\n", f"extends: {'a' * 5000}\n", 'extends: "a\\0b"\n',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_recipe_is_told_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -36,10 +36,10 @@ from streamtrain.checkpoint import opened, write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
 from streamtrain.durable import sum_of
-from streamtrain.environment import program
 from streamtrain.errors import StreamtrainError
-from streamtrain.guards import check_resume, saved_stream
+from streamtrain.guards import check_resume, made_by
 from streamtrain.manifest import MANIFEST_NAME, fault_of, write_manifest
+from streamtrain.run_folder import saved_state
 
 ROOM_BYTES = 512 << 20
 BLOCK = tarfile.BLOCKSIZE
@@ -280,7 +280,9 @@ DEEP = "[" * 3000
 def configs(draw: Callable[..., Any]) -> bytes:
     kind = draw(st.sampled_from(["text", "value", "value", "value", "override"]))
     if kind == "text":
-        spliced = draw(st.sampled_from(["&a ", "*a", "!!python/object/apply:os.getpid []", "<<: ", "? ", "{", DEEP]))
+        spliced = draw(
+            st.sampled_from(["&a ", "*a", "!!python/object/apply:os.getpid []", "<<: ", "? ", "{", DEEP, "\nextends: "])
+        )
         text = draw(st.sampled_from(CONFIGS))
         at = draw(st.integers(0, len(text)))
         return bytes_changed(draw, (text[:at] + spliced + text[at:]).encode())
@@ -308,10 +310,9 @@ def whole_checkpoint() -> dict[str, bytes]:
     folder.mkdir()
     state = {"version": 2, "step": 3, "world_size": 1, "shapes": {"a": [3, 2]}, "skipped_steps": 0}
     state["data"] = {"version": 1, "digest": "x", "seed": 0, "lane_block": 1, "next_slot": 24}
+    state |= made_by(build_config({}))
     (folder / "state.json").write_text(json.dumps(state))
     write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Values()})
-    (folder / "config.yaml").write_text(to_yaml(build_config({})))
-    (folder / "environment.json").write_text(json.dumps({"world_size": 1, "program": program()}))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -350,8 +351,6 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
     folder = run / "checkpoints" / "step-000000003"
     folder.mkdir(parents=True, exist_ok=True)
     files, sealed = dict(files), bool(files["sealed"])
-    for name in ("config.yaml", "environment.json"):
-        (run / name).write_bytes(files[name])
     parts = ("state.json", "rank-00000-of-00001.safetensors")
     for name in parts:
         (folder / name).write_bytes(files[name])
@@ -360,11 +359,10 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
     else:
         (folder / MANIFEST_NAME).write_bytes(files[MANIFEST_NAME])
     fault_of(folder, contents=True)
-    saved_stream(folder)
-    refused = None
-    for accept in (False, True):
+    refused, saved = None, saved_state(folder)
+    for accept in (False, True) if saved is not None else ():
         try:
-            check_resume(build_config({"run": {"dir": str(run)}}), folder, 1, accept)
+            check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accept)
         except StreamtrainError as error:
             refused = error
     with opened(folder) as reader:
