@@ -14,6 +14,7 @@ number of ranks, laid end to end, are the parameter: any other number of ranks c
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -139,6 +140,8 @@ class Reader:
         if key not in self._shard_numel:
             raise CheckpointError(f"{self.folder} holds no {key}: it belongs to another model or optimiser")
         numel = self._shard_numel[key]
+        if piece.stop > numel * len(self._files):
+            raise CheckpointError(f"{self.folder} holds fewer values of {key} than its {STATE_NAME} says")
         values = torch.zeros(piece.numel)
         position = piece.start
         while position < piece.stop:
@@ -152,7 +155,7 @@ class Reader:
     def whole(self, key: str) -> torch.Tensor:
         """The whole parameter ``kind/name`` in its shape."""
         shape = self.shape(key.partition("/")[2])
-        count = torch.Size(shape).numel()
+        count = math.prod(shape)
         return self.read(key, _Whole(count)).reshape(shape)
 
     def shared(self) -> dict[str, torch.Tensor]:

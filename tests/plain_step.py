@@ -87,8 +87,8 @@ def plain_sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
 
 
 def plain_softmax(logits: Tensor) -> Tensor:
-    # of the first step, whose centre is 0
-    return logits.softmax(1)
+    # of the first step, whose centre is its own mean
+    return (logits - logits.mean(0)).softmax(1)
 
 
 def pixels_of(crops: Tensor, config: Config) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamtrain.durable import sum_of
-from streamtrain.manifest import write_manifest
+from streamtrain.manifest import MANIFEST_NAME, write_manifest
 
 
 def seal(folder: Path) -> None:
-    """Of all files that are there now."""
+    """Of all files that are there now, but an older manifest."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
     write_manifest(folder, {path.name: sum_of(path) for path in sorted(folder.iterdir())})

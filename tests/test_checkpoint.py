@@ -79,3 +79,17 @@ def test_a_damaged_file_is_told_in_one_line(damage: str, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         checkpoint.read_weights(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sides", [(3, 22), (2**40, 2**12), (2**52, 2**52)])
+def test_a_shape_of_more_values_than_there_are_is_told_before_any_memory_is_taken(
+    sides: tuple[int, int], tmp_path: Path
+) -> None:
+    folder = checkpoint.folder_of(tmp_path, 7)
+    write(folder, 2)
+    state = json.loads((folder / "state.json").read_text())
+    state["shapes"]["backbone.a"] = sides
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
+    with pytest.raises(CheckpointError, match=r"fewer values of ema/backbone\.a than its state\.json says"):
+        checkpoint.read_weights(tmp_path)

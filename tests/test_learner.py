@@ -264,11 +264,19 @@ def test_centres_move_once_a_step_and_are_restored() -> None:
     teacher = learner_of(config, 1)
     maker = TargetMaker(config.objective)
     batches = [batch_of(0), batch_of(1)]
-    maker.make([teacher(batch) for batch in batches], handles_of(teacher), TEMPERATURE)
-    rows = torch.cat([teacher(batch).global_features for batch in batches])
-    expected = 0.1 * (rows @ teacher.global_head.prototypes.weight.T).mean(0)
+    first, second = ([teacher(batch) for batch in some] for some in (batches, batches[1:]))
+    maker.make(first, handles_of(teacher), TEMPERATURE)
+    means = [
+        (torch.cat([each.global_features for each in step]) @ teacher.global_head.prototypes.weight.T).mean(0).detach()
+        for step in (first, second)
+    ]
+    torch.testing.assert_close(maker.state_dict()["global_head"], means[0])
+    maker.make(second, handles_of(teacher), TEMPERATURE)
     state = maker.state_dict()
-    torch.testing.assert_close(state["global_head"], expected.detach())
+    torch.testing.assert_close(state["global_head"], 0.9 * means[0] + 0.1 * means[1])
+    maker.revert()
+    torch.testing.assert_close(maker.state_dict()["global_head"], means[0])
+    maker.load_state_dict(state)
     other = TargetMaker(config.objective)
     other.load_state_dict(state)
     features = [teacher(batches[0])]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,9 @@ def losses(config: Config) -> object:
     batch, maker = fixed_batch(config), TargetMaker(config.objective)
     heads = [head and PlainWeight(head.prototypes.weight) for head in (teacher.global_head, teacher.patch_head)]
     weights = LossWeights(koleo=1.0)
-    for _ in range(2):
-        (targets,) = maker.make([teacher(batch, None, weights)], PrototypeHandles(*heads), 0.05)
+    # two steps, since an average of one is that one
+    for each in (replace(batch, global_crops=255 - batch.global_crops), batch):
+        (targets,) = maker.make([teacher(each, None, weights)], PrototypeHandles(*heads), 0.05)
     found = {name: float(value) for name, value in student(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
     return found, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}

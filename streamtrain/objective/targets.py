@@ -124,15 +124,18 @@ class TargetMaker:
                 iterations = self.config.sinkhorn_iterations
                 whole = sinkhorn(rows, weight, temperature, iterations, chunk, self.group, valid)
             else:
-                center = self._center(head, weight)
+                center = self._center(head, weight, rows, valid)
                 whole = centered_softmax(rows, weight, center, temperature, chunk, valid)
                 update_center(center, rows, weight, self.config.center_momentum, self.group, valid)
         sizes = [piece.shape[0] for piece in present]
         return [Assignment(whole.column, row) for row in whole.row.split(sizes)]
 
-    def _center(self, head: str, weight: Tensor) -> Tensor:
+    def _center(self, head: str, weight: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
         if head not in self.centers:
-            self.centers[head] = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+            # The average begins at the first step's mean. From zero, it would take some twenty steps to get there; the
+            # targets of all images would be what they have in common until then, and the student would learn that.
+            start = self.centers[head] = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+            update_center(start, rows, weight, 0.0, self.group, valid)
         center = self.centers[head] = self.centers[head].to(weight.device)
         return center
 

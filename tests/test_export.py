@@ -19,7 +19,7 @@ from shards.pack import PackOptions, pack
 from streamtrain import checkpoint
 from streamtrain.export.load import load_weights
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 
 @pytest.fixture()
