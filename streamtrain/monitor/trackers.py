@@ -65,15 +65,18 @@ class WandbTracker:
             project=config.monitor.project, name=name.name, dir=str(run_dir), config=hyperparameters(config),
             id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
         )  # fmt: skip
+        # its own count only ever rises, and would leave out the steps that are done again after a crash
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
+        self._run.log({"step": step, **scalars})
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        self._run.log({tag: self._wandb.Image(image)}, step=step)
+        self._run.log({"step": step, tag: self._wandb.Image(image)})
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        self._run.log({tag: self._wandb.Histogram(np_histogram=np.histogram(values, _BINS))}, step=step)
+        histogram = self._wandb.Histogram(np_histogram=np.histogram(values, _BINS))
+        self._run.log({"step": step, tag: histogram})
 
     def text(self, tag: str, text: str, step: int) -> None:
         self._run.summary[tag] = text
