@@ -126,4 +126,4 @@ class ObjectiveConfig(Section):
     gram: GramConfig = GramConfig()
 
     # affects memory and speed only: bytes of one chunk's logits, the prototypes being taken chunk by chunk
-    chunk_bytes: int = Field(default=16 * 2**20, ge=2**16)
+    chunk_bytes: int = Field(default=8 * 2**20, ge=2**16)

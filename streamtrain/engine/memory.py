@@ -326,8 +326,8 @@ def _prototypes(s: _Sizes) -> Iterator[Part]:
         values = (head.prototypes * head.bottleneck, "values")
         yield _part(f"{name} prototypes' gradient", "gpu", (LOSS, BACKWARD), values, (s.item, "B"))
         yield _part(f"{name} column scalings", "gpu", ALWAYS, (head.prototypes, "prototypes"), (4, "B"))
-    # logits with their exponentials; students and teachers share a chunk in the loss
-    yield _part("prototype chunk", "gpu", (TARGETS, LOSS), (chunk, "B"), (2, "copies"))
+    # students and teachers share a chunk in the loss; with it the targets gathered for the students, and products
+    yield _part("prototype chunk", "gpu", (TARGETS, LOSS), (chunk, "B"), (3, "copies"))
 
 
 def _step(s: _Sizes) -> Iterator[Part]:

@@ -13,21 +13,38 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
+class Buffer:
+    """Memory for ``num_rows`` rows of at most ``chunk`` values, written to by one chunk after the other.
+
+    On a CPU the first touch of fresh memory costs as much as several passes over it.
+    """
+
+    def __init__(self, num_rows: int, chunk: int, like: Tensor) -> None:
+        self._num_rows = num_rows
+        self._values = torch.empty(num_rows * chunk, dtype=accumulator(like.dtype), device=like.device)
+
+    def of(self, part: slice) -> Tensor:
+        """``[num_rows, size of the part]``, contiguous; what it held is undefined."""
+        size = part.stop - part.start
+        return self._values[: self._num_rows * size].view(self._num_rows, size)
+
+
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``left @ right`` accumulated and returned in fp32 (fp64): 16-bit logits would round a softmax away."""
-    if left.dtype == torch.float64 or left.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    if left.is_cuda and left.dtype not in (torch.float32, torch.float64):
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    wide = accumulator(left.dtype)
+    return torch.mm(left.to(wide), right.to(wide), out=out)
 
 
-def scaled_logits(features: Tensor, weight: Tensor, temperature: float, column: Tensor | None = None) -> Tensor:
+def scaled_logits(
+    features: Tensor, weight: Tensor, temperature: float, column: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``features @ weight.T / temperature + column``, in one pass where the product can do the rest."""
     if features.dtype in (torch.float32, torch.float64):
         bias, share = (features.new_empty(()), 0.0) if column is None else (column, 1.0)
-        return torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature)
-    logits = matmul(features, weight.T).div_(temperature)
+        return torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature, out=out)
+    logits = matmul(features, weight.T, out).div_(temperature)
     return logits if column is None else logits.add_(column)
 
 
@@ -65,3 +82,14 @@ class RowLogSumExp:
     def value(self) -> Tensor:
         """``[num_rows]``; −inf for a row that was −inf throughout."""
         return self.maximum + self.sum.log()
+
+
+def row_log_sum_exp(
+    features: Tensor, weight: Tensor, temperature: float, chunk: int, column: Tensor | None = None
+) -> Tensor:
+    """``[num_rows]``: log-sum-exp of each row of ``features @ weight.T / temperature + column``."""
+    streaming, buffer = RowLogSumExp(features.shape[0], features), Buffer(features.shape[0], chunk, features)
+    for part in chunks(weight.shape[0], chunk):
+        scale = None if column is None else column[part]
+        streaming.add(scaled_logits(features, weight[part], temperature, scale, buffer.of(part)))
+    return streaming.value()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamtrain.objective.logits import RowLogSumExp, chunk_rows, chunks, matmul, scaled_logits
+from streamtrain.objective.logits import Buffer, chunk_rows, chunks, matmul, row_log_sum_exp, scaled_logits
 from streamtrain.objective.sinkhorn import Assignment
 
 
@@ -156,12 +156,8 @@ def _sweep(
     need_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Loss and both gradients: one sweep for the softmax' normaliser, one for everything else."""
-    streaming = RowLogSumExp(features.shape[0], features)
-    for part in chunks(weight.shape[0], chunk):
-        streaming.add(scaled_logits(features, weight[part], student_temperature))
-    log_normaliser = streaming.value()
-
-    targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature)
+    log_normaliser = row_log_sum_exp(features, weight, student_temperature, chunk)
+    targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature, chunk)
     # what the target row counts in all (0 where a student row has no target), and each of its parts
     count = torch.ones_like(row_weight) if pair is None else (pair >= 0).sum(1)
     target_total = (count > 0).to(log_normaliser.dtype)
@@ -174,16 +170,21 @@ def _sweep(
     matched = torch.zeros_like(log_normaliser)
     features_gradient = torch.zeros_like(features, dtype=log_normaliser.dtype) if need_gradient else None
     weight_gradient = torch.empty_like(weight) if need_gradient else None
+    student_buffer, product_buffer = (Buffer(features.shape[0], chunk, features) for _ in range(2))
     for part in chunks(weight.shape[0], chunk):
-        logits = scaled_logits(features, weight[part], student_temperature)
+        logits = scaled_logits(features, weight[part], student_temperature, out=student_buffer.of(part))
         target = targets.chunk(part)
-        matched += torch.linalg.vecdot(target, logits)
+        matched += torch.mul(target, logits, out=product_buffer.of(part)).sum(1)
         if features_gradient is None or weight_gradient is None:
             continue
         difference = logits.sub_(softmax_shift).exp_()
         difference = difference.addcmul_(target, target_factor, value=-1).to(features.dtype)
-        features_gradient += matmul(difference, weight[part])
-        weight_gradient[part] = matmul(difference.T, features).to(weight.dtype)
+        if features.dtype == features_gradient.dtype:
+            features_gradient.addmm_(difference, weight[part])
+            torch.mm(difference.T, features, out=weight_gradient[part])
+        else:
+            features_gradient += matmul(difference, weight[part])
+            weight_gradient[part] = matmul(difference.T, features).to(weight.dtype)
     loss = (row_weight * (target_total * log_normaliser - target_scale * matched)).sum()
     if features_gradient is None or weight_gradient is None:
         return loss, None
@@ -198,7 +199,13 @@ class _Targets:
     """
 
     def __init__(
-        self, features: Tensor, weight: Tensor, assignment: Assignment, pair: Tensor | None, temperature: float
+        self,
+        features: Tensor,
+        weight: Tensor,
+        assignment: Assignment,
+        pair: Tensor | None,
+        temperature: float,
+        chunk: int,
     ) -> None:
         self.weight, self.column, self.temperature = weight, assignment.column, temperature
         self.features, self.row = features, assignment.row[:, None]
@@ -208,10 +215,12 @@ class _Targets:
             self.features = torch.cat([features, features.new_zeros(1, features.shape[1])])
             self.row = torch.cat([self.row, self.row.new_full((1, 1), -torch.inf)])
             self.pairs = torch.where(pair >= 0, pair, features.shape[0]).unbind(1)
+        self.buffer = Buffer(self.features.shape[0], chunk, features)
 
     def chunk(self, part: slice) -> Tensor:
         """``[N, chunk]``."""
-        entries = scaled_logits(self.features, self.weight[part], self.temperature, self.column[part])
+        out = self.buffer.of(part)
+        entries = scaled_logits(self.features, self.weight[part], self.temperature, self.column[part], out)
         entries.add_(self.row).exp_()
         if not self.pairs:
             return entries

@@ -6,7 +6,6 @@ chunk of it follows: ``P = exp(logits / temperature + column + row[:, None])``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from streamtrain.objective.distributed import max_over_ranks, sum_over_ranks
-from streamtrain.objective.logits import RowLogSumExp, accumulator, chunks, scaled_logits
+from streamtrain.objective.logits import Buffer, accumulator, chunks, row_log_sum_exp, scaled_logits
 
 # below any sum that can occur; only keeps the logarithm finite where there is no row at all
 TINY = 1e-30
+# sums below this may have lost terms that fp32 cannot hold
+VANISHING = 1e-20
 
 
 @dataclass(frozen=True)
@@ -67,40 +68,42 @@ def sinkhorn(
     total = sum_over_ranks(torch.isfinite(start).sum().to(dtype), group).clamp_min(1.0)
     column = torch.empty(num_prototypes, dtype=dtype, device=features.device)
     row = start
+    buffer = Buffer(features.shape[0], chunk, features)
     for iteration in range(iterations):
-        streaming = RowLogSumExp(features.shape[0], features)
         row_sum = torch.zeros_like(start)
         for part in chunks(num_prototypes, chunk):
-            if iteration == 0:
-                logits = scaled_logits(features, weight[part], temperature)
-                # exact log-sum-exp of the columns. The rows must not be shifted by their maxima first: that
-                # would start from another matrix and end at another assignment.
-                if valid is not None:
-                    logits.add_(start[:, None])
-                column[part] = -_column_log_sum_exp(logits, group) - math.log(num_prototypes)
-                streaming.add(logits.add_(column[part]))
-            else:
-                # scaled by the iteration before, entries are at most 1 / N and no sum leaves
-                # [1 / (K N), K]: plain exponentials can neither overflow nor vanish
-                entries = scaled_logits(features, weight[part], temperature, column[part]).add_(row[:, None]).exp_()
-                factor = 1 / (num_prototypes * sum_over_ranks(entries.sum(0), group).clamp_min(TINY))
+            scale = column[part] if iteration else None
+            entries = scaled_logits(features, weight[part], temperature, scale, buffer.of(part))
+            if iteration or valid is not None:
+                entries.add_(row[:, None])
+            # The columns are shifted by their maxima, for an exact log-sum-exp. The rows must not be: that would start
+            # from another matrix and end at another assignment. Scaled by the iteration before, entries are at most
+            # 1 / N and no sum leaves [1 / (K N), K]: plain exponentials can neither overflow nor vanish.
+            shift = None if iteration else _column_maximum(entries, group)
+            if shift is not None:
+                entries.sub_(shift)
+            factor = 1 / (num_prototypes * sum_over_ranks(entries.exp_().sum(0), group).clamp_min(TINY))
+            if shift is None:
                 column[part] += factor.log()
-                row_sum += entries @ factor
-        change = streaming.value() if iteration == 0 else row_sum.clamp_min(TINY).log()
-        # change is −inf for a row that is not valid, whose scaling must stay −inf
+            else:
+                column[part] = factor.log() - shift
+            row_sum += entries @ factor
+        change = row_sum.clamp_min(TINY).log()
+        if iteration == 0 and bool(((row_sum < VANISHING) & torch.isfinite(start)).any()):
+            # a row that every prototype likes far less than it likes another row
+            change = row_log_sum_exp(features, weight, temperature, chunk, column)
+        # a row that is not valid has no sum, and its scaling must stay −inf
         row = torch.where(torch.isfinite(start), row - change - total.log(), start)
     return Assignment(column, row + total.log())
 
 
-def _column_log_sum_exp(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _column_maximum(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``[chunk]`` over the rows of all ranks; finite even without rows."""
     if logits.shape[0]:
         maximum = logits.amax(0)
     else:
         maximum = logits.new_full((logits.shape[1],), -torch.inf)
-    maximum = max_over_ranks(maximum, group).nan_to_num(neginf=0.0)
-    total = sum_over_ranks((logits - maximum).exp_().sum(0), group)
-    return maximum + total.clamp_min(TINY).log()
+    return max_over_ranks(maximum, group).nan_to_num(neginf=0.0)
 
 
 @torch.no_grad()
@@ -115,10 +118,7 @@ def centered_softmax(
     """``softmax((logits − center) / temperature)`` of ``features [N, d]``, ``weight [K, d]``, ``center [K]``."""
     assert weight.shape[0] > 0, "the prototypes are not gathered here"
     column = -center.to(accumulator(features.dtype)) / temperature
-    streaming = RowLogSumExp(features.shape[0], features)
-    for part in chunks(weight.shape[0], chunk):
-        streaming.add(scaled_logits(features, weight[part], temperature, column[part]))
-    row = -streaming.value()
+    row = -row_log_sum_exp(features, weight, temperature, chunk, column)
     if valid is not None:
         row = row.masked_fill(~valid, -torch.inf)
     return Assignment(column, row)
