@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,17 +17,22 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_grad
 
 from shards.randomness import generator
-from streamtrain.config.load import build
+from streamtrain.config.load import build, merge
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.masking import draw_masks, rasterise
+from streamtrain.engine.memory import plan
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.learner import Learner, LossWeights
 from streamtrain.model.initialise import initialise
 from streamtrain.networks import build_networks, restore
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from benchmarks.traffic import Traffic
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -68,6 +74,7 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
 
 def main() -> None:
     config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
+    traffic = Traffic()
     with joined(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)
@@ -85,6 +92,7 @@ def main() -> None:
         for step in range(STEPS):
             student.set_rates(1e-3, 0.04, last_layer_frozen=False)
             batches = [batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)]
+            traffic.reset()
             targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
             losses = []
             for micro, (batch, target) in enumerate(zip(batches, targets, strict=True)):
@@ -101,9 +109,20 @@ def main() -> None:
                     report["loss"] = abs(float(mean) / runtime.world_size - float(expected["loss"]))
                 student.step()
             teacher.update(MOMENTUM)
+            gathered = traffic.gathered_bytes
             for name in student.parameters:
                 average[name].lerp_(whole(student.master(name), student.fragments[name].shape), 1 - MOMENTUM)
         live.clear()
+        # In what a rank lacks of the whole network: the student twice a micro-batch and the teacher once. The
+        # teacher's prototypes are needed for the targets as well, once a step.
+        others = (runtime.world_size - 1) / runtime.world_size * runtime.dtype.itemsize
+        numel = sum(fragment.numel * runtime.world_size for fragment in student.fragments.values())
+        prototypes = sum(teacher.parameters[f"{head}.prototypes.weight"].ds_numel for head in HEADS)
+        report["gathered"] = (gathered - prototypes * others) / max(1.0, ACCUMULATION * numel * others)
+        global_batch = MICRO_BATCH * ACCUMULATION * runtime.world_size
+        whole_step = build(merge(config.model_dump(), {"data": {"global_batch": global_batch}}))
+        planned = plan(whole_step, runtime.world_size, on_gpu=False, bf16=runtime.dtype == torch.bfloat16)
+        report["gathered_of_plan"] = gathered / max(1, planned.all_gather_bytes_per_step)
 
         for name, parameter in teacher.parameters.items():
             with deepspeed.zero.GatheredParameters([parameter]):

@@ -33,3 +33,7 @@ def test_sharded_steps_equal_unsharded_ones(
     assert report["timeouts"] == [123, 123]
     # the student gathers a block for its forward and releases it before the next one
     assert report["live"] <= 3
+    # no parameter is gathered twice for one pass
+    assert report["gathered"] <= (3.01 if world_size > 1 else 0.0)
+    # fragments of few values are padded
+    assert report["gathered_of_plan"] == pytest.approx(1.0 if world_size > 1 else 0.0, rel=0.02)
