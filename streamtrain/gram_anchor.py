@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,10 +46,11 @@ class GramAnchor:
             self._read_weights(self._network, Path(self._config.objective.gram.teacher).expanduser())
             self._filled = True
 
-    def refresh(self, step: int, weight: float, teacher: Teacher) -> None:
-        """Become a copy of the teacher, where that is due after ``step`` completed steps."""
+    def refresh(self, step: int, weight: float, teacher: Teacher, before: Callable[[], None]) -> None:
+        """Become a copy of the teacher where that is due after ``step`` completed steps, but call ``before`` first."""
         due = self._config.objective.gram.refresh.due(step) or (weight > 0 and not self._filled)
         if self._network is not None and due:
+            before()
             # partitioned alike, so that every rank has what it needs
             self._network.write(lambda name, _: teacher.average(name))
             self._filled = True

@@ -1,5 +1,8 @@
 """Writing checkpoints: one at a time, by a thread beside the training where the host has room for a copy of the values.
 
+The copy, too, is made beside the training: what is saved does not change before the next optimiser step is applied, and
+its forward and backward passes take longer than a copy.
+
 All ranks write into a folder with a temporary name, tell one another how that went, and rank 0 renames the folder, or
 removes it. Whatever a disk does (full, gone, read-only) is told as a warning; older checkpoints are not touched before
 the new one is whole.
@@ -13,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -86,6 +90,9 @@ class Saver:
         # of its own, since this thread's messages must never meet the training's
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._thread: threading.Thread | None = None
+        # whether the values that are being saved may change
+        self._copied = threading.Event()
+        self._copied.set()
         self._error: BaseException | None = None
         # warnings: of the save under way, and of those that have ended
         self._noted: list[str] = []
@@ -106,8 +113,8 @@ class Saver:
     ) -> None:
         """Begin to write a folder of ``step`` in each place (``checkpoints``, ``snapshots``).
 
-        Returns when the values may change again. A save that is still under way is waited for, so that there is never
-        more than one copy of them.
+        The values must not change until ``copied`` has returned. A save that is still under way is waited for, so that
+        there is never more than one copy of them.
 
         Args:
             contents: by place; one of them has all the shards that another one has.
@@ -117,13 +124,21 @@ class Saver:
         self.wait()
         began = time.perf_counter()
         if self._config.save_in_background and self._has_room(contents):
-            work = (step, _copied(contents), ended, began, best)
+            self._copied.clear()
+            work = (step, contents, ended, began, best, _beside_the_device())
             self._thread = threading.Thread(target=self._run, args=work, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._run(step, contents, ended, began, best)
             self._settle()
         self._stalled += time.perf_counter() - began
+
+    def copied(self) -> None:
+        """Wait until the values that are being saved may change."""
+        if not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self._stalled += time.perf_counter() - began
 
     def wait(self) -> None:
         """Until nothing is being written.
@@ -182,8 +197,14 @@ class Saver:
         ended: Callable[[], None],
         began: float,
         best: Mapping[str, Any] | None,
+        beside: AbstractContextManager[Any] | None = None,
     ) -> None:
+        """``beside``: where to copy the values first, if training goes on meanwhile."""
         try:
+            if beside is not None:
+                with beside:
+                    contents = _copy(contents)
+                self._copied.set()
             for place, each in contents.items():
                 failure = None
                 try:
@@ -201,6 +222,8 @@ class Saver:
             self._seconds = time.perf_counter() - began
         except BaseException as error:
             self._error = error
+        finally:
+            self._copied.set()
 
     def _newest(self, place: str) -> str:
         try:
@@ -293,7 +316,17 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _copied(contents: Mapping[str, Contents]) -> dict[str, Contents]:
+def _beside_the_device() -> AbstractContextManager[Any]:
+    """A stream of its own that begins with what the training's has been given so far; on a CPU nothing."""
+    if not torch.cuda.is_initialized():
+        return nullcontext()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(stream)
+
+
+@torch.no_grad()
+def _copy(contents: Mapping[str, Contents]) -> dict[str, Contents]:
     """The same with all values in one new piece of host memory, however many places they go to."""
     largest = max(contents.values(), key=lambda each: each.num_bytes)
     memory, offset = torch.empty(largest.num_bytes // 4), 0

@@ -148,7 +148,7 @@ def train(
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
                 batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
-                gram.refresh(step, values.weights.gram, teacher)
+                gram.refresh(step, values.weights.gram, teacher, saver.copied)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
                 targets = target_maker.make(features, handles, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
@@ -157,7 +157,7 @@ def train(
                 for batch, target in zip(watchdog.beating(batches), targets, strict=True):
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
                     losses.append(student.accumulate(batch, target, values.weights))
-                    student.step()
+                    student.step(saver.copied)
                 if student.applied:
                     teacher.update(values.momentum)
                 else:

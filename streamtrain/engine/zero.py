@@ -150,8 +150,10 @@ class Student:
         self._doubtful.append(losses["total"].detach())
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def step(self) -> None:
+    def step(self, before_update: Callable[[], None] = lambda: None) -> None:
         """Call after each ``accumulate``; the last one of an optimiser step applies the update.
+
+        ``before_update`` is called before anything that a checkpoint keeps is changed.
 
         Where a loss or the gradient of any rank is not finite, nothing is changed on any rank; ``applied`` says so.
         """
@@ -170,6 +172,7 @@ class Student:
             # read at once. What else must be finite travels with it: times 0 it is 0, or NaN.
             gradients[0][0].view(-1)[:1].add_(torch.stack(self._doubtful).sum() * 0)
             self._doubtful.clear()
+            before_update()
         self._engine.step()
         if last:
             # The engine would take the gradient of a parameter that takes no part in the next step to be this one's.
