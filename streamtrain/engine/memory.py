@@ -233,8 +233,9 @@ def _gathers(s: _Sizes) -> Iterator[Part]:
     values = (s.block, "values")
     yield _part("gathered blocks", "gpu", (TEACHER, BACKWARD), (copies, "blocks"), values, (s.item, "B"))
     yield _part("gradient of a block", "gpu", BACKWARD, values, (s.item, "B"))
-    # reduce-scatter interleaves the bucket anew, and its result is turned into fp32
-    full = min(bucket // s.item, s.block)
+    # The bucket is reduced when the next gradient finds no room in it, one that never does on its own. Reduce-scatter
+    # interleaves it anew, and its result is turned into fp32.
+    full = min(max(bucket // s.item, s.largest_whole), s.numel)
     yield _part("reduce-scatter", "gpu", BACKWARD, (full, "values"), (s.item if s.world_size > 1 else 0, "B"))
     own = (full / s.world_size, "values")
     yield _part("reduced gradients in fp32", "gpu", BACKWARD, own, (4 if s.item == 2 else 0, "B"))
