@@ -22,6 +22,8 @@ with joined(config.engine, Launch.from_environment()) as runtime:
     position = restore(config, None, student, teacher, maker, GramAnchor(config, None))
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     shards = student.shards() | teacher.shards()
+    Path(out).mkdir(exist_ok=True)
     saver = Saver(Path(out), config.run)
     saver.save(position.step, {CHECKPOINTS: Contents(shards, maker.state_dict(), shapes, {"data": position.data})})
     saver.wait()
+    assert saver.failure is None, saver.failure
