@@ -65,11 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
         """``[num_tokens, dim]`` to the same; projections run once, attention once a crop size."""
-        outputs = []
-        for view, table in zip(layout.views(self.qkv(tokens)), tables, strict=True):
-            output = attend(view.unflatten(-1, (3, self.num_heads, -1)), table)
-            outputs.append(output.flatten(2).flatten(0, 1))
-        return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        return self.proj(attend(self.qkv(tokens), layout, tables, self.num_heads))
 
 
 class Mlp(nn.Module):

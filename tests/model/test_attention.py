@@ -7,14 +7,23 @@ import torch
 from torch import Tensor
 
 from streamtrain.model import attention
+from streamtrain.model.layout import Group, Layout
 from streamtrain.model.rope import RopeTable
 
 
-def with_gradient(monkeypatch: pytest.MonkeyPatch, longest: int, packed: Tensor, table: RopeTable) -> list[Tensor]:
+def random_table(length: int, head_dim: int, draw: torch.Generator) -> RopeTable:
+    angles = torch.randn(length, 1, 1, head_dim // 2, generator=draw, dtype=torch.float64)
+    return RopeTable(torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1))
+
+
+def with_gradient(
+    monkeypatch: pytest.MonkeyPatch, longest: int, packed: Tensor, layout: Layout, tables: list[RopeTable], heads: int
+) -> list[Tensor]:
     monkeypatch.setattr(attention, "LONGEST_MATRIX", longest)
+    tables = [RopeTable(table.cosine.to(packed.dtype), table.sine.to(packed.dtype)) for table in tables]
     # not a leaf, as behind a linear layer
     leaf = packed.clone().requires_grad_()
-    output = attention.attend(leaf * 1.0, table)
+    output = attention.attend(leaf * 1.0, layout, tables, heads)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     output.backward(weight.to(output.dtype))
     assert leaf.grad is not None
@@ -24,27 +33,43 @@ def with_gradient(monkeypatch: pytest.MonkeyPatch, longest: int, packed: Tensor,
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 )
-@pytest.mark.parametrize(("images", "length"), [(1, 1), (3, 21)])
+@pytest.mark.parametrize("images", [(1,), (3, 5)])
 def test_matrices_equal_fused_attention(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, images: int, length: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, images: tuple[int, ...]
 ) -> None:
+    # parts that do not divide the images, and images longer than a part
+    monkeypatch.setattr(attention, "TOKENS_AT_ONCE", 14)
     draw = torch.Generator().manual_seed(0)
-    packed = torch.randn(images, length, 3, 2, 8, generator=draw, dtype=torch.float64).to(dtype)
-    angles = torch.randn(length, 1, 1, 4, generator=draw, dtype=torch.float64)
-    cosine, sine = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
-    fused = with_gradient(monkeypatch, 0, packed.double(), RopeTable(cosine, sine))
-    ours = with_gradient(monkeypatch, length, packed, RopeTable(cosine.to(dtype), sine.to(dtype)))
+    layout = Layout(tuple(Group(count, (5 - 3 * index, 4)) for index, count in enumerate(images)), 1)
+    tables = [random_table(layout.length(index), 8, draw) for index in range(len(images))]
+    packed = torch.randn(layout.offset(len(images)), 48, generator=draw, dtype=torch.float64).to(dtype)
+    fused = with_gradient(monkeypatch, 0, packed.double(), layout, tables, 2)
+    ours = with_gradient(monkeypatch, 1024, packed, layout, tables, 2)
     for got, want in zip(ours, fused, strict=True):
         assert float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
 
 
+def test_large_scores_are_as_accurate_as_in_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, draw = Layout((Group(2, (10, 10)),), 5), torch.Generator().manual_seed(0)
+    packed = torch.randn(layout.offset(1), 3, 3, 64, generator=draw, dtype=torch.float64)
+    # scores with a standard deviation of 8, the largest beyond 30
+    packed[:, :2] *= 8**0.5
+    packed = packed.flatten(1).bfloat16()
+    tables = [random_table(105, 64, draw)]
+    # the sines and cosines are rounded for all
+    tables = [RopeTable(*(factor.bfloat16() for factor in (tables[0].cosine, tables[0].sine)))]
+    exact = with_gradient(monkeypatch, 0, packed.double(), layout, tables, 3)
+    fused, ours = (with_gradient(monkeypatch, longest, packed, layout, tables, 3) for longest in (0, 1024))
+    for by_us, by_them, want in zip(ours, fused, exact, strict=True):
+        assert float((by_us - want).norm()) <= 1.1 * float((by_them - want).norm())
+
+
 def test_longer_images_and_passes_without_gradient_take_the_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LONGEST_MATRIX", 4)
-    table = RopeTable(torch.ones(5, 1, 1, 4), torch.zeros(5, 1, 1, 4))
     name = "_MatrixAttentionBackward"
-    packed = torch.randn(2, 5, 3, 1, 4, requires_grad=True)
-    short = RopeTable(table.cosine[:4], table.sine[:4])
-    # a transposed view of what the form returned
-    assert name in str(attention.attend(packed[:, :4], short).grad_fn)
-    assert name not in str(attention.attend(packed, table).grad_fn)
-    assert not attention.attend(packed.detach()[:, :4], short).requires_grad
+    for length, fused in ((4, False), (5, True)):
+        layout = Layout((Group(2, (1, length)),), 0)
+        table = RopeTable(torch.ones(length, 1, 1, 4), torch.zeros(length, 1, 1, 4))
+        packed = torch.randn(2 * length, 12, requires_grad=True)
+        assert (name in str(attention.attend(packed, layout, [table], 1).grad_fn)) is not fused
+        assert not attention.attend(packed.detach(), layout, [table], 1).requires_grad
