@@ -36,6 +36,7 @@ from streamtrain.monitor.usage import StepClock, Stopwatch, Work, memory_scalars
 from streamtrain.objective.targets import Targets
 from streamtrain.objective.usage import prototype_mass
 from streamtrain.retention import read_best
+from streamtrain.run_folder import saved_steps
 
 MAPS_NAME = "maps.npz"
 Beating = Callable[[Iterable[Any]], Iterable[Any]]
@@ -165,8 +166,11 @@ class Observer:
 
     def _best_value(self, step: int) -> float | None:
         """That of the best checkpoint up to ``step``, as the run folder has it."""
-        best, metric = read_best(Path(self._config.run.dir)), self._config.evaluation.best
-        return best["value"] if best is not None and best.get("metric") == metric and best["step"] <= step else None
+        run_dir = Path(self._config.run.dir)
+        best = read_best(run_dir)
+        if best is None or best.get("metric") != self._config.evaluation.best or best["step"] > step:
+            return None
+        return best["value"] if best["step"] in saved_steps(run_dir) else None
 
     def close(self) -> None:
         self._profiler.close()

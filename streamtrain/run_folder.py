@@ -155,7 +155,7 @@ def saved_state(source: Path) -> dict[str, Any] | None:
         if read_manifest(source)[STATE_NAME] != sum_of(source / STATE_NAME):
             return None
         state = read_json(source / STATE_NAME)
-        return state if isinstance(state["data"], dict) else None
+        return state if isinstance(state["data"]["lane_block"], int) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

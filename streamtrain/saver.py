@@ -15,8 +15,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -317,12 +317,20 @@ def _reason(error: Exception) -> str:
 
 
 def _beside_the_device() -> AbstractContextManager[Any]:
-    """A stream of its own that begins with what the training's has been given so far; on a CPU nothing."""
+    """For a thread, a stream of its own that begins when the training's has done what it has; on a CPU nothing."""
     if not torch.cuda.is_initialized():
         return nullcontext()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    return torch.cuda.stream(stream)
+    return _on(stream)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    # a thread begins on device 0, and would go back there afterwards: every rank would have a context there
+    torch.cuda.set_device(stream.device)
+    with torch.cuda.stream(stream):
+        yield
 
 
 @torch.no_grad()

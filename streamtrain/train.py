@@ -24,14 +24,14 @@ from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
 from streamtrain.gram_anchor import GramAnchor
-from streamtrain.guards import made_by
+from streamtrain.guards import check_resume, made_by
 from streamtrain.learner import LossWeights
 from streamtrain.monitor.panel import batch_panel
 from streamtrain.monitor.usage import peak_bytes
 from streamtrain.networks import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.observer import Observer, due
-from streamtrain.run_folder import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, start_notes
+from streamtrain.run_folder import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, saved_state, start_notes
 from streamtrain.saver import Contents, Saver
 from streamtrain.schedules import value_at
 from streamtrain.stopping import SAVE, Requests
@@ -122,6 +122,9 @@ def train(
         handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
+        if position.source is not None and (saved := saved_state(position.source)) is not None:
+            # the newest checkpoint, with which the start was compared, may have turned out damaged
+            check_resume(config, position.source, saved, launch.world_size, accept_changes)
         quarantine = Quarantine(run_dir / QUARANTINE_NAME, config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
@@ -203,7 +206,7 @@ def train(
 def to_save(step: int, wish: int, applied: bool, config: RunConfig, best: bool = False) -> list[str]:
     """Which places get something after ``step``, which changed the weights or not, and made the ``best`` or not."""
     places = []
-    if wish or best or step == config.steps or (applied and due(step, config.checkpoint_every)):
+    if wish or step == config.steps or (applied and (best or due(step, config.checkpoint_every))):
         places.append(CHECKPOINTS)
     if applied and due(step, config.snapshot_every):
         places.append(SNAPSHOTS)

@@ -61,19 +61,27 @@ class Teacher(ShardedNetwork):
 
     def average(self, name: str) -> torch.Tensor:
         """``[numel]`` fp32 view of this rank's fragment of the average of parameter ``name``."""
-        group, offset, numel = self._student.position(name)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return self._averages[group].narrow(0, offset, numel)
+        self._arrive()
+        return self._view(name)
 
     def shards(self) -> dict[str, Shard]:
         """What a checkpoint keeps of this rank: ``ema/name``."""
+        self._arrive()
         numels = {name: self._student.fragments[name].numel for name in self.parameters}
-        return {f"ema/{name}": Shard(numel, partial(self.average, name)) for name, numel in numels.items()}
+        return {f"ema/{name}": Shard(numel, partial(self._view, name)) for name, numel in numels.items()}
 
     @torch.no_grad()
     def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
         """Set the averages from ``read(ema/name, fragment) -> [numel]``."""
         for name in self.parameters:
-            self.average(name).copy_(read(f"ema/{name}", self._student.fragments[name]))
+            self._view(name).copy_(read(f"ema/{name}", self._student.fragments[name]))
         self.update(1.0)
+
+    def _view(self, name: str) -> torch.Tensor:
+        group, offset, numel = self._student.position(name)
+        return self._averages[group].narrow(0, offset, numel)
+
+    def _arrive(self) -> None:
+        """Wait for copies that are on their way to the host."""
+        if self._averages[0].is_pinned():
+            torch.cuda.synchronize()

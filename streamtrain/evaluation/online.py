@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -157,7 +158,7 @@ class OnlineEvaluation:
         """Whether what ``evaluation.best`` names is higher than ``best``, as rank 0 finds; all ranks are told."""
         value = figures.get(f"eval/{self._config.evaluation.best}")
         # the last digits may be each rank's own, but all have to save, or none
-        return value is not None and self._of_rank_0(best is None or value > best)
+        return value is not None and self._of_rank_0(math.isfinite(value) and (best is None or value > best))
 
     def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
         """For the projector: this rank's test features [N, D] of the last study, with class names and thumbnails."""

@@ -4,6 +4,9 @@ All that the loss and its gradients want are averages of vectors under a softmax
 prototypes, and its normalisers. That is what a fused attention computes, without ever holding logits; and the one for
 CPUs multiplies 16-bit numbers into fp32 logits, for which there is no matrix product of its own: an average takes a
 quarter of the time of the fp32 product alone.
+
+A gradient is the difference of two such averages, the student's and the targets', each of which is rounded to 16 bits:
+where the two are nearly equal, what is left is noise. The caller then has to go the other way, which rounds after it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import torch
 from torch import Tensor
 
 from streamtrain.objective.logits import chunks
+
+# of the averages: a smaller difference has errors of more than 1 %
+_LEAST_DIFFERENCE = 0.6
 
 
 def suits(*tensors: Tensor) -> bool:
@@ -40,8 +46,9 @@ def average(
         return torch.zeros_like(queries), torch.full((len(queries),), -torch.inf)
     mask = None if bias is None else bias.float().expand(1, 1, len(queries), -1)
     averages, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries[None, None], keys[None, None], values[None, None], attn_mask=mask, scale=1.0 / temperature
-    )
+        # it takes rows to be dense
+        *(each.contiguous()[None, None] for each in (queries, keys, values)), attn_mask=mask, scale=1.0 / temperature
+    )  # fmt: skip
     return averages[0, 0], log_sums.flatten().float()
 
 
@@ -59,9 +66,12 @@ def loss_and_gradients(
     chunk: int,
     *,
     need_gradient: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``prototype_cross_entropy``'s loss with its gradients by ``features [N, d]`` and ``weight [K, d]``."""
-    valid = torch.isfinite(row)
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+    """``prototype_cross_entropy``'s loss with its gradients by ``features [N, d]`` and ``weight [K, d]``.
+
+    None where the gradients would not be exact enough.
+    """
+    valid = ~torch.isneginf(row)
     if pair is None:
         pair = torch.arange(len(features))[:, None]
     count = (pair >= 0).sum(1)
@@ -74,11 +84,18 @@ def loss_and_gradients(
     own, log_normaliser = average(features, weight, weight, student_temperature)
     matched = torch.linalg.vecdot(of_rows, features.float()) / student_temperature
     loss = (row_weight * (log_normaliser - matched)).sum()
+    # what an infinite logit hides: a row of the teacher's that is not finite must show in the loss
+    for each in (teacher_features, teacher_weight):
+        loss += 0.0 * each.sum(dtype=torch.float32)
     if not need_gradient:
         return loss, None
 
     factor = row_weight / student_temperature
-    features_gradient = (own.float() - of_rows).mul_(factor[:, None]).to(features.dtype)
+    student_sum, target_sum = own.float().mul_(factor[:, None]), of_rows.mul_(factor[:, None])
+    features_gradient = student_sum - target_sum
+    if features_gradient.norm() < _LEAST_DIFFERENCE * torch.maximum(student_sum.norm(), target_sum.norm()):
+        return None
+    features_gradient = features_gradient.to(features.dtype)
     # the student rows that each target serves
     share = (factor / count.clamp_min(1))[:, None, None] * (pair >= 0)[:, :, None]
     served = torch.zeros(teacher_features.shape).index_add_(

@@ -158,10 +158,12 @@ def _sweep(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Loss and both gradients: one sweep for the softmax' normaliser, one for everything else."""
     if as_attention.suits(features, weight, teacher_features, teacher_weight):
-        return as_attention.loss_and_gradients(
+        found = as_attention.loss_and_gradients(
             features, weight, teacher_features, teacher_weight, assignment.column, assignment.row, pair, row_weight,
             student_temperature, teacher_temperature, chunk, need_gradient=need_gradient,
         )  # fmt: skip
+        if found is not None:
+            return found
     log_normaliser = row_log_sum_exp(features, weight, student_temperature, chunk)
     targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature, chunk)
     # what the target row counts in all (0 where a student row has no target), and each of its parts

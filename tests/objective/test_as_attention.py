@@ -8,7 +8,7 @@ from torch import Tensor
 
 from streamtrain.objective import as_attention
 from streamtrain.objective.prototypes import prototype_cross_entropy
-from streamtrain.objective.sinkhorn import sinkhorn
+from streamtrain.objective.sinkhorn import centered_softmax, sinkhorn
 
 STUDENT, TEACHER = 0.1, 0.05
 
@@ -60,6 +60,50 @@ def test_logits_of_hundreds_neither_overflow_nor_vanish(monkeypatch: pytest.Monk
     got, expected = both_forms(monkeypatch, features, weight, teacher, None, torch.ones(6))
     for mine, want in zip(got, expected, strict=True):
         assert float((mine - want).norm()) <= 1e-2 * float(want.norm())
+
+
+@pytest.mark.parametrize("noise", [3.0, 0.5, 0.05])
+@pytest.mark.parametrize("temperature", [0.1, 0.07, 0.04])
+def test_a_student_near_its_teacher_has_exact_gradients_too(noise: float, temperature: float) -> None:
+    """Where those of the two are nearly equal, averages that are rounded one by one would leave noise."""
+    features, weight = unit(16, 64, seed=0), unit(1024, 64, seed=1)
+    teacher = torch.nn.functional.normalize(features + noise * unit(16, 64, seed=2), dim=-1)
+    z, w, t = (each.bfloat16() for each in (features, weight, teacher))
+    assignment = sinkhorn(t.double(), w.double(), temperature, 3, 64)
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        ours = [each.detach().to(dtype).requires_grad_() for each in (z, w)]
+        prototype_cross_entropy(
+            *ours, t.to(dtype), w.to(dtype), assignment, None, torch.ones(16), STUDENT, temperature, 64
+        ).backward()
+        found.append([each.grad.double() for each in ours if each.grad is not None])
+    for mine, want in zip(*found, strict=True):
+        assert float((mine - want).norm()) <= 1e-2 * float(want.norm())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoilt", range(4))
+def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None:
+    tensors = [each.bfloat16() for each in (unit(6, 16, seed=0), unit(70, 16, seed=1), unit(6, 16, seed=2))]
+    tensors.append(tensors[1].clone())
+    tensors[spoilt][2, 3] = value
+    for assign in (
+        sinkhorn(tensors[2].double(), tensors[3].double(), TEACHER, 3, 64),
+        centered_softmax(tensors[2].double(), tensors[3].double(), torch.zeros(70, dtype=torch.float64), TEACHER, 64),
+    ):
+        student = [each.requires_grad_() for each in tensors[:2]]
+        loss = prototype_cross_entropy(*student, *tensors[2:], assign, None, torch.ones(6), STUDENT, TEACHER, 64)
+        assert not loss.isfinite()
+
+
+def test_rows_need_not_be_dense() -> None:
+    features, weight = unit(6, 16, seed=0).bfloat16(), unit(70, 16, seed=1).bfloat16()
+    turned = [each.T.contiguous().T for each in (features, weight)]
+    for mine, want in zip(
+        as_attention.average(*turned, turned[1], STUDENT), as_attention.average(features, weight, weight, STUDENT),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(mine, want)
 
 
 def test_rows_that_count_nothing_leave_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
