@@ -40,8 +40,9 @@ def contents(step: int, world_size: int) -> dict[str, Contents]:
         numels = {name: -(-torch.Size(shape).numel() // world_size) for name, shape in SHAPES.items()}
         return {f"{kind}/{name}": Values(numel, float(step)) for kind in kinds for name, numel in numels.items()}
 
+    state = {"data": {"slot": step, "lane_block": 1}}
     return {
-        CHECKPOINTS: Contents(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, {"data": {"slot": step}}),
+        CHECKPOINTS: Contents(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
         SNAPSHOTS: Contents(shards(("ema",)), {}, SHAPES, {}),
     }
 
