@@ -35,8 +35,7 @@ from streamtrain.monitor.profiler import Profiler
 from streamtrain.monitor.usage import StepClock, Stopwatch, Work, memory_scalars
 from streamtrain.objective.targets import Targets
 from streamtrain.objective.usage import prototype_mass
-from streamtrain.retention import read_best
-from streamtrain.run_folder import saved_steps
+from streamtrain.retention import best_value
 
 MAPS_NAME = "maps.npz"
 Beating = Callable[[Iterable[Any]], Iterable[Any]]
@@ -136,10 +135,12 @@ class Observer:
             found["speed/all_gather_seconds"] = seconds / num_bytes * self._planned.all_gather_bytes_per_step
         if due(step, self._config.evaluation.every):
             figures = self._evaluation.run(self._teacher, beating)
-            settle()
-            if self._evaluation.improved(figures, self._best_value(step)):
-                metric = self._config.evaluation.best
-                self.best = {"step": step, "metric": metric, "value": figures[f"eval/{metric}"]}
+            metric = self._config.evaluation.best
+            if metric is not None and f"eval/{metric}" in figures:
+                settle()
+                value, run_dir = figures[f"eval/{metric}"], Path(self._config.run.dir)
+                if self._evaluation.improved(value, best_value(run_dir, metric, step)):
+                    self.best = {"step": step, "metric": metric, "value": value}
             found |= figures
         return found
 
@@ -163,14 +164,6 @@ class Observer:
                     self.monitor.histogram(step, "teacher/prototype_mass", self._mass.log10())
             if self.monitor.shows and "eval/seconds" in scalars and (shown := self._evaluation.thumbnails()):
                 self.monitor.embedding(step, *shown)
-
-    def _best_value(self, step: int) -> float | None:
-        """That of the best checkpoint up to ``step``, as the run folder has it."""
-        run_dir = Path(self._config.run.dir)
-        best = read_best(run_dir)
-        if best is None or best.get("metric") != self._config.evaluation.best or best["step"] > step:
-            return None
-        return best["value"] if best["step"] in saved_steps(run_dir) else None
 
     def close(self) -> None:
         self._profiler.close()

@@ -42,6 +42,14 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
     return best if whole else None
 
 
+def best_value(run_dir: Path, metric: str, step: int) -> float | None:
+    """That of the best checkpoint by ``metric`` up to ``step``, where it is still there."""
+    best = read_best(run_dir)
+    if best is None or best.get("metric") != metric or best["step"] > step or best["step"] not in saved_steps(run_dir):
+        return None
+    return float(best["value"])
+
+
 def write_best(run_dir: Path, best: Mapping[str, Any]) -> None:
     """Remember the best checkpoint, once it is whole; the one before is no longer kept for being the best.
 

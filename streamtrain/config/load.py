@@ -77,16 +77,6 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(merged, raw)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines can stand for more than any memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As in the library."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"it has an alias, *{self.peek_event().anchor}; write its value out")
-        return super().compose_node(parent, index)
-
-
 def parse_yaml(content: bytes) -> Any:
     """The value of a YAML document that comes from anywhere.
 
@@ -96,7 +86,11 @@ def parse_yaml(content: bytes) -> Any:
     if len(content) > _MAX_YAML_BYTES:
         raise ValueError("it is too large")
     try:
-        return yaml.load(content, Loader=_PlainLoader)
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            # a few lines of them can stand for more than any memory holds
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"it has an alias, *{event.anchor}; write its value out")
+        return yaml.safe_load(content)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:

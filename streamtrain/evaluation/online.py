@@ -154,11 +154,10 @@ class OnlineEvaluation:
         figures = {f"eval/{name}": value for name, value in found.items()}
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
 
-    def improved(self, figures: dict[str, float], best: float | None) -> bool:
-        """Whether what ``evaluation.best`` names is higher than ``best``, as rank 0 finds; all ranks are told."""
-        value = figures.get(f"eval/{self._config.evaluation.best}")
+    def improved(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` is higher than ``best``, as rank 0 finds; all ranks are told."""
         # the last digits may be each rank's own, but all have to save, or none
-        return value is not None and self._of_rank_0(math.isfinite(value) and (best is None or value > best))
+        return self._of_rank_0(math.isfinite(value) and (best is None or value > best))
 
     def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
         """For the projector: this rank's test features [N, D] of the last study, with class names and thumbnails."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamtrain.objective import as_attention
+from streamtrain.objective.as_attention import Inputs
 from streamtrain.objective.logits import Buffer, chunk_rows, chunks, matmul, row_log_sum_exp, scaled_logits
 from streamtrain.objective.sinkhorn import Assignment
 
@@ -128,8 +129,11 @@ def prototype_cross_entropy(
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_features: Tensor, student_weight: Tensor, *rest: Any) -> Tensor:
-        need_gradient = any(ctx.needs_input_grad[:2])
-        loss, gradients = _sweep(student_features, student_weight, *rest, need_gradient=need_gradient)
+        inputs, need_gradient = Inputs(student_features, student_weight, *rest), any(ctx.needs_input_grad[:2])
+        found = None
+        if as_attention.suits(*inputs[:4]):
+            found = as_attention.loss_and_gradients(inputs, need_gradient=need_gradient)
+        loss, gradients = found or _sweep(inputs, need_gradient=need_gradient)
         # a plain attribute, so that the backward can free them before it returns
         ctx.gradients = gradients
         return loss
@@ -142,28 +146,10 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return *(gradient.mul_(grad_output.to(gradient.dtype)) for gradient in gradients), *([None] * 8)
 
 
-def _sweep(
-    features: Tensor,
-    weight: Tensor,
-    teacher_features: Tensor,
-    teacher_weight: Tensor,
-    assignment: Assignment,
-    pair: Tensor | None,
-    row_weight: Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-    chunk: int,
-    *,
-    need_gradient: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def _sweep(inputs: Inputs, *, need_gradient: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Loss and both gradients: one sweep for the softmax' normaliser, one for everything else."""
-    if as_attention.suits(features, weight, teacher_features, teacher_weight):
-        found = as_attention.loss_and_gradients(
-            features, weight, teacher_features, teacher_weight, assignment.column, assignment.row, pair, row_weight,
-            student_temperature, teacher_temperature, chunk, need_gradient=need_gradient,
-        )  # fmt: skip
-        if found is not None:
-            return found
+    features, weight, teacher_features, teacher_weight, assignment, pair, row_weight = inputs[:7]
+    student_temperature, teacher_temperature, chunk = inputs[7:]
     log_normaliser = row_log_sum_exp(features, weight, student_temperature, chunk)
     targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature, chunk)
     # what the target row counts in all (0 where a student row has no target), and each of its parts

@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 from drawn_images import draw_folder
 from ranks import ROOT
-from tiny_backbone import class_folder
 from tiny_run import command, logged
 
 from shards.pack import PackOptions, pack
 from streamtrain.checkpoint import read_weights
-from streamtrain.retention import read_best
-from streamtrain.run_folder import saved_steps
 
 SCRIPT = Path(__file__).with_name("disk_trouble.py")
 NAMESPACE = ("unshare", "--mount", "--map-root-user")
@@ -75,11 +72,8 @@ def test_a_run_whose_disk_is_full_goes_on_to_its_end_and_says_what_is_missing(tm
     if not can_mount(tmp_path):
         pytest.skip("this process may not mount")
     pack(draw_folder(tmp_path / "images", 40), tmp_path / "set", PackOptions())
-    labelled = class_folder(tmp_path / "labelled", ("across", "down"), each=20)
-    settings = ("run.steps=6", "run.keep_last=1", "evaluation.every=1", f"evaluation.train={labelled}")
-    settings += ("evaluation.max_share=1.0", "evaluation.best=knn_20")
     words = {
-        name: [sys.executable, *command(tmp_path / "set", tmp_path / name, *settings)]
+        name: [sys.executable, *command(tmp_path / "set", tmp_path / name, "run.steps=6", "run.keep_last=1")]
         for name in ("straight", "broken")
     }
     run(*words["straight"])
@@ -92,7 +86,7 @@ def test_a_run_whose_disk_is_full_goes_on_to_its_end_and_says_what_is_missing(tm
         mount -t tmpfs -o size={kilobytes * 3 // 2}k tmpfs checkpoints
         {" ".join(f"'{word}'" for word in words["broken"])} > first.out 2> first.err
         echo "exit $?"
-        mount -o remount,size={kilobytes * 4}k checkpoints
+        mount -o remount,size={kilobytes * 3}k checkpoints
         {" ".join(f"'{word}'" for word in words["broken"])} > second.out 2> second.err
         echo "exit $?"
         cp -r checkpoints kept && umount checkpoints && mv kept/* checkpoints
@@ -103,8 +97,6 @@ def test_a_run_whose_disk_is_full_goes_on_to_its_end_and_says_what_is_missing(tm
     assert "error: all steps are done, but its checkpoint could not be written" in error.splitlines()[-1]
     assert "the newest is that of step 1" in error.splitlines()[-1]
     assert "resuming at step 1 from" in (tmp_path / "broken/second.out").read_text()
-    # the best is one that is there
-    assert read_best(tmp_path / "broken")["step"] in saved_steps(tmp_path / "broken")
     assert logged(tmp_path / "broken") == logged(tmp_path / "straight")
     ours, theirs = (read_weights(tmp_path / name) for name in ("broken", "straight"))
     assert all(bool((ours[name] == value).all()) for name, value in theirs.items())

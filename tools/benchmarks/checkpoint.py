@@ -27,7 +27,7 @@ def run(config: Config, ranks: int, steps: int, scratch: Path | None) -> dict[st
         keys = {"steps": 2 * steps, "checkpoint_every": steps, "snapshot_every": 0, "save_in_background": background}
         records, _ = trained(config, ranks, keys, scratch)
         if not any(record.get(STALL) for record in records):
-            raise StreamtrainError(f"nothing was saved in {len(records)} steps")
+            raise StreamtrainError("nothing was saved: give --scratch a folder on a disk with room for two checkpoints")
         found[way] = {tag: sum(record.get(tag, 0.0) for record in records) for tag in (STALL, TOOK)}
         found[way]["step"] = min(record["speed/step_seconds"] for record in records)
     waiting, background_found = found["waiting"], found["background"]
