@@ -57,7 +57,7 @@ class AdamW(torch.optim.Optimizer):
 
     def begin(self, parameter: Tensor, steps: int) -> Moments:
         """Fresh moments, all 0, of a parameter that has seen ``steps`` updates."""
-        step = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
+        step = torch.full((), float(steps), dtype=torch.float32, device=parameter.device)
         moments = self._make_moments(parameter)
         self.state[parameter] = {"step": step, "moments": moments}
         return moments

@@ -17,8 +17,6 @@ from streamtrain.objective.logits import Buffer, accumulator, chunks, row_log_su
 
 # below any sum that can occur; only keeps the logarithm finite where there is no row at all
 TINY = 1e-30
-# sums below this may have lost terms that fp32 cannot hold
-VANISHING = 1e-20
 
 
 @dataclass(frozen=True)
@@ -70,31 +68,39 @@ def sinkhorn(
     row = start
     buffer = Buffer(features.shape[0], chunk, features)
     for iteration in range(iterations):
-        row_sum = torch.zeros_like(start)
+        # logarithm of the row's sum over the chunks so far
+        change = torch.full_like(start, -torch.inf)
         for part in chunks(num_prototypes, chunk):
             scale = column[part] if iteration else None
             entries = scaled_logits(features, weight[part], temperature, scale, buffer.of(part))
             if iteration or valid is not None:
                 entries.add_(row[:, None])
-            # The columns are shifted by their maxima, for an exact log-sum-exp. The rows must not be: that would start
-            # from another matrix and end at another assignment. Scaled by the iteration before, entries are at most
-            # 1 / N and no sum leaves [1 / (K N), K]: plain exponentials can neither overflow nor vanish.
-            shift = None if iteration else _column_maximum(entries, group)
-            if shift is not None:
-                entries.sub_(shift)
-            factor = 1 / (num_prototypes * sum_over_ranks(entries.exp_().sum(0), group).clamp_min(TINY))
-            if shift is None:
+            if iteration:
+                # Scaled by the iteration before, entries are at most 1 / N and no sum leaves [1 / (K N), K]: plain
+                # exponentials can neither overflow nor vanish.
+                factor = _column_factor(entries.exp_().sum(0), num_prototypes, group)
                 column[part] += factor.log()
+                row_sum = (entries @ factor).log()
             else:
+                # Of unscaled entries either sum could leave what fp32 holds. So they are taken down by their columns'
+                # maxima, then by what is left of their rows': each row has an entry of 1, and each column still has
+                # one in a row that the second step left as it was. The others count with what it took from them, and
+                # such a weight vanishes only where the entries would have. (Rows first would leave columns without.)
+                shift = _column_maximum(entries, group)
+                highest = entries.sub_(shift).amax(1).nan_to_num(neginf=0.0)
+                entries.sub_(highest[:, None]).exp_()
+                factor = _column_factor(highest.exp() @ entries, num_prototypes, group)
                 column[part] = factor.log() - shift
-            row_sum += entries @ factor
-        change = row_sum.clamp_min(TINY).log()
-        if iteration == 0 and bool(((row_sum < VANISHING) & torch.isfinite(start)).any()):
-            # a row that every prototype likes far less than it likes another row
-            change = row_log_sum_exp(features, weight, temperature, chunk, column)
+                row_sum = highest + (entries @ factor).log()
+            change = torch.logaddexp(change, row_sum)
         # a row that is not valid has no sum, and its scaling must stay −inf
         row = torch.where(torch.isfinite(start), row - change - total.log(), start)
     return Assignment(column, row + total.log())
+
+
+def _column_factor(sums: Tensor, num_prototypes: int, group: dist.ProcessGroup | None) -> Tensor:
+    """``[chunk]``: what gives each prototype ``1 / num_prototypes`` of the whole, from this rank's ``sums [chunk]``."""
+    return 1 / (num_prototypes * sum_over_ranks(sums, group).clamp_min(TINY))
 
 
 def _column_maximum(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
