@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "streamtrain.errors", "streamtrain.config", "streamtrain.schedules", "streamtrain.presets",
             "streamtrain.terminal",
         ),
+        ("streamtrain.kernels",),
     ),
     (("streamtrain.data",), ("streamtrain.model",), ("streamtrain.objective",)),
     (("streamtrain.learner",),),

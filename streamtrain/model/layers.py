@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamtrain.config.model import ModelConfig
+from streamtrain.model import fused
 from streamtrain.model.attention import attend
 from streamtrain.model.drop_path import DropPath
 from streamtrain.model.layout import Group, Layout
@@ -47,11 +48,15 @@ class QueryKeyValue(Linear):
             self.bias = nn.Parameter(torch.empty(3 * dim if key_bias else 2 * dim))
 
     def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.whole_bias())
+
+    def whole_bias(self) -> Tensor | None:
+        """``[3 * dim]``, zeros for a key part that is absent."""
         bias: Tensor | None = self.bias
         if bias is not None and bias.shape[0] < self.out_features:
             query, value = bias.chunk(2)
             bias = torch.cat([query, torch.zeros_like(query), value])
-        return F.linear(input, self.weight, bias)
+        return bias
 
 
 class Attention(nn.Module):
@@ -76,6 +81,11 @@ class Mlp(nn.Module):
         self.up = Linear(config.dim, config.hidden)
         self.down = Linear(config.hidden, config.dim)
 
+    @property
+    def first(self) -> Linear:
+        """The layer before the activation."""
+        return self.up
+
     def forward(self, tokens: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(tokens)))
 
@@ -87,6 +97,11 @@ class SwiGlu(nn.Module):
         super().__init__()
         self.gate_up = Linear(config.dim, 2 * config.hidden)
         self.down = Linear(config.hidden, config.dim)
+
+    @property
+    def first(self) -> Linear:
+        """The layer before the activation."""
+        return self.gate_up
 
     def forward(self, tokens: Tensor) -> Tensor:
         gate, up = self.gate_up(tokens).chunk(2, dim=-1)
@@ -110,22 +125,26 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP on packed tokens: the unit that is gathered, checkpointed and compiled."""
 
-    def __init__(self, config: ModelConfig, recompute_mlp: bool = False, groups: int = 1) -> None:
+    def __init__(
+        self, config: ModelConfig, recompute_mlp: bool = False, groups: int = 1, kernels: bool = True
+    ) -> None:
         """What the backward recomputes *within* the block, beside what whoever calls it recomputes.
 
         Args:
             recompute_mlp: the activations of the MLP branch.
             groups: above 1, those of either branch that is recomputed, in so many groups of images, so that no
                 more than one group's are alive.
+            kernels: on a CPU, those of our own where they can be used.
         """
         super().__init__()
         self.recompute_mlp = recompute_mlp
         self.groups = groups
+        self.kernels = kernels
         self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.scale1 = LayerScale(config.dim)
         self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
-        self.mlp: nn.Module = SwiGlu(config) if config.mlp == "swiglu" else Mlp(config)
+        self.mlp: Mlp | SwiGlu = SwiGlu(config) if config.mlp == "swiglu" else Mlp(config)
         self.scale2 = LayerScale(config.dim)
 
     def forward(
@@ -141,9 +160,11 @@ class Block(nn.Module):
         With ``chunk`` > 0 (only without gradients) that many images pass at a time and the result
         **overwrites** ``tokens``, so that no more than one chunk's activations are alive.
         """
+        assert not chunk or (not torch.is_grad_enabled() and drop is None)
+        if self.fused(tokens):
+            return self._fused(tokens, layout, tables, drop, in_place=bool(chunk))
         if not chunk:
             return self.transform(tokens, layout, tables, drop)
-        assert not torch.is_grad_enabled() and drop is None
         for view, group, table in zip(layout.views(tokens), layout.groups, tables, strict=True):
             for piece in view.split(chunk):
                 part = Layout((Group(piece.shape[0], group.grid),), layout.num_prefix)
@@ -160,6 +181,26 @@ class Block(nn.Module):
         kept = tokens if drop is None else drop.select(tokens, 1)
         refined = self._grouped(self._refine, kept, inner, tables, self.groups > 1 or self.recompute_mlp)
         return self.scale2(tokens, refined, drop, 1)
+
+    def fused(self, tokens: Tensor) -> bool:
+        """Whether the branches are one operation each, which recompute within themselves."""
+        return self.kernels and fused.suits(
+            tokens, self.norm1.normalized_shape[0], self.mlp.down.in_features, self.attention.num_heads
+        )
+
+    def _fused(
+        self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None, in_place: bool
+    ) -> Tensor:
+        norm, qkv, proj = self.norm1, self.attention.qkv, self.attention.proj
+        bias = qkv.whole_bias()
+        if bias is None:
+            bias = qkv.weight.new_zeros(qkv.out_features)
+        weights = (norm.weight, norm.bias, qkv.weight, bias, proj.weight, proj.bias, self.scale1.gamma)
+        where, heads = fused.place(layout, drop, 0), self.attention.num_heads
+        tokens = fused.attention(tokens, where, tables, heads, weights, norm.eps, in_place)
+        norm, first, down = self.norm2, self.mlp.first, self.mlp.down
+        weights = (norm.weight, norm.bias, first.weight, first.bias, down.weight, down.bias, self.scale2.gamma)
+        return fused.mlp(tokens, fused.place(layout, drop, 1), weights, norm.eps, in_place)
 
     def _attend(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
         return self.attention(self.norm1(tokens), layout, tables)

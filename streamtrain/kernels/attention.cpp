@@ -1,0 +1,396 @@
+// The attention branch of a block: norm, queries, keys and values, RoPE, softmax attention within each image,
+// projection, LayerScale, residual; and its gradients.
+//
+// A tile is one image, or as many small ones as fit; it goes through all of it while it lies in a core's cache. The
+// backward makes again what it needs. Scores are fp32, their softmax is rounded to bf16 for the products.
+#include <torch/library.h>
+
+#include "rows.h"
+
+namespace streamtrain {
+namespace {
+
+using at::Tensor;
+
+// rows of a tile of small images, and queries whose scores are there at once
+constexpr int64_t TILE_ROWS = 256;
+
+// The slots of ``scratch``.
+enum {
+  QKV, PROJ, QKV_BACK, PROJ_BACK, NORMED, HEADS, MERGED, RESULT, STATS, SUMS, GIVEN, BY_MERGED, BY_HEADS, TURNED,
+  GIVEN_TURNED, PAIRS, KEY, VALUE, VALUE_TURNED, KEY_PAIRS, SCORES, BY_SCORES, WEIGHTS, WEIGHT_PAIRS, QUERY_TURNED,
+  BY_TURNED, BY_KEY, BY_VALUE
+};
+
+const bf16* in(const Tensor& tensor) { return tensor.const_data_ptr<bf16>(); }
+
+struct Branch {
+  const Tensor norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma;
+  int64_t dim, heads, head_dim;
+
+  Branch(const std::vector<Tensor>& weights, int64_t num_heads)
+      : norm_weight(weights.at(0)), norm_bias(weights.at(1)), qkv_weight(weights.at(2)), qkv_bias(weights.at(3)),
+        proj_weight(weights.at(4)), proj_bias(weights.at(5)), gamma(weights.at(6)), heads(num_heads) {
+    dim = proj_weight.size(0);
+    head_dim = dim / heads;
+    for (const Tensor& vector : {norm_weight, norm_bias, proj_bias, gamma}) check(vector, {dim});
+    check(qkv_weight, {3 * dim, dim});
+    check(qkv_bias, {3 * dim});
+    check(proj_weight, {dim, dim});
+    TORCH_CHECK(dim % 32 == 0 && head_dim * heads == dim && head_dim % 32 == 0);
+  }
+  float scale() const { return 1.f / std::sqrt(static_cast<float>(head_dim)); }
+};
+
+struct Tile {
+  int64_t first, images, length;
+  // of the image's tokens, [length, head_dim]
+  const bf16 *cosine, *sine;
+  int64_t rows() const { return images * length; }
+};
+
+struct Tiles {
+  std::vector<Tile> all;
+  int64_t threads = at::get_num_threads(), rows = 0, length = 0;
+
+  // ``factors``: cosines and sines of one size of images after the other
+  Tiles(at::IntArrayRef sizes, const std::vector<Tensor>& factors, int64_t head_dim) {
+    int64_t first = 0;
+    for (size_t group = 0; group < sizes.size(); group++) {
+      const Tensor &cosine = factors.at(2 * group), &sine = factors.at(2 * group + 1);
+      const int64_t length_here = cosine.size(0), images = sizes[group] / length_here;
+      check(cosine, {length_here, head_dim});
+      check(sine, {length_here, head_dim});
+      TORCH_CHECK(images * length_here == sizes[group]);
+      const int64_t step = std::max<int64_t>(1, TILE_ROWS / length_here);
+      for (int64_t image = 0; image < images; image += step) {
+        const Tile tile{first + image * length_here, std::min(step, images - image), length_here, in(cosine), in(sine)};
+        all.push_back(tile);
+        rows = std::max(rows, tile.rows());
+      }
+      length = std::max(length, length_here);
+      first += sizes[group];
+    }
+  }
+};
+
+// Turns the vector ``from`` [head_dim] by factors; ``back`` does the opposite.
+template <bool back>
+void turn(const float* from, const bf16* cosine, const bf16* sine, int64_t head_dim, bf16* to) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < head_dim; i += 16) {
+    const int64_t other = i < half ? i + half : i - half;
+    const __m512 turned = _mm512_mul_ps(_mm512_loadu_ps(from + other), load(sine + (back ? other : i)));
+    store(to + i, _mm512_fmadd_ps(_mm512_loadu_ps(from + i), load(cosine + i), turned));
+  }
+}
+
+// What both directions begin with: a tile's normed rows [rows, dim] and its heads [3, heads, rows, head_dim], turned.
+struct Begun {
+  bf16 *normed, *heads;
+  float *mean, *rate, *result;
+
+  Begun(const Branch& branch, const Tiles& tiles, const Tile& tile, const Rows& rows, const bf16* x, const bf16* qkv, float eps) {
+    const int64_t dim = branch.dim, head_dim = branch.head_dim, count = tile.rows();
+    normed = scratch<bf16>(NORMED, tiles.rows * dim);
+    heads = scratch<bf16>(HEADS, 3 * tiles.rows * dim);
+    result = scratch<float>(RESULT, std::max<int64_t>(16, tiles.rows) * std::max(PANEL, head_dim));
+    mean = scratch<float>(STATS, 2 * tiles.rows);
+    rate = mean + tiles.rows;
+    const bf16 *weight = in(branch.norm_weight), *bias = in(branch.norm_bias), *qkv_bias = in(branch.qkv_bias);
+    for (int64_t row = 0; row < count; row++)
+      norm_row(x + rows[tile.first + row] * dim, weight, bias, eps, dim, normed + row * dim, mean[row], rate[row]);
+    for (int64_t head = 0; head < 3 * branch.heads; head++) {
+      const int64_t column = head * head_dim;
+      product(count, head_dim, dim, normed, dim, qkv + column * dim, head_dim, result, head_dim, false);
+      bf16* place = heads + head * count * head_dim;
+      for (int64_t row = 0; row < count; row++, place += head_dim) {
+        float* values = result + row * head_dim;
+        for (int64_t i = 0; i < head_dim; i += 16) {
+          const __m512 value = _mm512_add_ps(_mm512_loadu_ps(values + i), load(qkv_bias + column + i));
+          if (head < 2 * branch.heads)
+            _mm512_storeu_ps(values + i, value);
+          else
+            store(place + i, value);
+        }
+        const int64_t factor = row % tile.length * head_dim;
+        if (head < 2 * branch.heads) turn<false>(values, tile.cosine + factor, tile.sine + factor, head_dim, place);
+      }
+    }
+  }
+};
+
+// The softmax of ``scores`` [count, padded] in place, of which ``length`` columns are keys, the rest becomes 0; rounded to
+// ``weights`` [count, wide], whose columns beyond are 0 too.
+void softmax(float* scores, int64_t count, int64_t length, int64_t padded, float scale, bf16* weights, int64_t wide) {
+  const __mmask16 last = length % 16 ? (1u << length % 16) - 1 : 0xffff;
+  const __m512 factor = _mm512_set1_ps(scale), none = _mm512_set1_ps(-INFINITY);
+  for (int64_t row = 0; row < count; row++) {
+    float* values = scores + row * padded;
+    const auto mask = [&](int64_t i) -> __mmask16 { return i + 16 <= length ? 0xffff : i < length ? last : 0; };
+    __m512 most = none, sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < length; i += 16) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(none, mask(i), values + i));
+    const __m512 shift = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), factor);
+    for (int64_t i = 0; i < padded; i += 16) {
+      const __m512 entry = _mm512_maskz_mov_ps(mask(i), exponential(_mm512_fmsub_ps(_mm512_loadu_ps(values + i), factor, shift)));
+      sum = _mm512_add_ps(sum, entry);
+      _mm512_storeu_ps(values + i, entry);
+    }
+    const __m512 share = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(sum));
+    for (int64_t i = 0; i < padded; i += 16) {
+      const __m512 entry = _mm512_mul_ps(_mm512_loadu_ps(values + i), share);
+      _mm512_storeu_ps(values + i, entry);
+      store(weights + row * wide + i, entry);
+    }
+    for (int64_t i = padded; i < wide; i += 16) store(weights + row * wide + i, _mm512_setzero_ps());
+  }
+}
+
+void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
+             const std::vector<double>& scales, const std::vector<Tensor>& factors, int64_t num_heads,
+             const std::vector<Tensor>& weights, double eps) {
+  const Branch branch(weights, num_heads);
+  const int64_t dim = branch.dim, head_dim = branch.head_dim;
+  check(tokens, {tokens.size(0), dim});
+  check(out, tokens.sizes());
+  const Rows rows(kept, sizes, scales);
+  const Tiles tiles(sizes, factors, head_dim);
+  bf16 *qkv = scratch<bf16>(QKV, 3 * dim * dim), *proj = scratch<bf16>(PROJ, dim * dim);
+  pack_forward(in(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
+  pack_forward(in(branch.proj_weight), dim, dim, PANEL, proj);
+  const bf16 *x = in(tokens), *proj_bias = in(branch.proj_bias), *gamma = in(branch.gamma);
+  bf16* to = out.mutable_data_ptr<bf16>();
+  const int64_t padded_most = rounded(tiles.length, 16), wide_most = rounded(tiles.length, 32);
+  const int64_t queries_most = std::min(tiles.length, TILE_ROWS);
+
+  for_tiles(tiles.all.size(), tiles.threads, [&](int64_t, int64_t index) {
+    const Tile& tile = tiles.all[index];
+    const int64_t count = tile.rows(), length = tile.length, padded = rounded(length, 16), wide = rounded(length, 32);
+    const Begun begun(branch, tiles, tile, rows, x, qkv, eps);
+    bf16* merged = scratch<bf16>(MERGED, tiles.rows * dim);
+    bf16 *key = scratch<bf16>(KEY, padded_most * head_dim), *value = scratch<bf16>(VALUE, wide_most * head_dim);
+    float* scores = scratch<float>(SCORES, queries_most * padded_most);
+    bf16* softmaxed = scratch<bf16>(WEIGHTS, queries_most * wide_most);
+    for (int64_t head = 0; head < branch.heads; head++) {
+      for (int64_t image = 0; image < tile.images; image++) {
+        const auto part = [&](int64_t kind) {
+          return begun.heads + ((kind * branch.heads + head) * count + image * length) * head_dim;
+        };
+        interleave_transposed(part(1), head_dim, length, padded, head_dim, key);
+        interleave(part(2), head_dim, length, wide, head_dim, value);
+        for (int64_t first = 0; first < length; first += TILE_ROWS) {
+          const int64_t queries = std::min(TILE_ROWS, length - first);
+          product(queries, padded, head_dim, part(0) + first * head_dim, head_dim, key, padded, scores, padded, false);
+          softmax(scores, queries, length, padded, branch.scale(), softmaxed, wide);
+          product(queries, head_dim, wide, softmaxed, wide, value, head_dim, begun.result, head_dim, false);
+          for (int64_t row = 0; row < queries; row++)
+            for (int64_t i = 0; i < head_dim; i += 16)
+              store(merged + (image * length + first + row) * dim + head * head_dim + i, _mm512_loadu_ps(begun.result + row * head_dim + i));
+        }
+      }
+    }
+    for (int64_t column = 0; column < dim; column += PANEL) {
+      const int64_t panel = std::min(PANEL, dim - column);
+      product(count, panel, dim, merged, dim, proj + column * dim, panel, begun.result, panel, false);
+      for (int64_t row = 0; row < count; row++) {
+        const int64_t place = rows[tile.first + row] * dim + column;
+        add_branch(x + place, begun.result + row * panel, proj_bias + column, gamma + column, rows.scale[tile.first + row], panel, to + place);
+      }
+    }
+  });
+}
+
+// What a thread sums over its tiles.
+struct Sums {
+  // [panel, dim, PANEL]: ``given.T @ merged`` and ``normed.T @ by_qkv``
+  float *proj, *qkv;
+  float *qkv_bias, *given, *norm_weight, *norm_bias;
+  static int64_t size(int64_t dim) { return 4 * dim * dim + 6 * dim; }
+  Sums(float* memory, int64_t dim) {
+    proj = memory;
+    qkv = proj + dim * dim;
+    qkv_bias = qkv + 3 * dim * dim;
+    given = qkv_bias + 3 * dim;
+    norm_weight = given + dim;
+    norm_bias = norm_weight + dim;
+  }
+};
+
+// The gradient by one image's head, ``by`` its merged result: written to ``to`` [length, stride], the columns of query, key
+// and value ``dim`` apart; its merged result again to ``merged``.
+struct HeadBackward {
+  int64_t length, head_dim, dim, stride;
+  const bf16 *query, *key, *value, *by, *cosine, *sine;
+  float scale;
+  bf16 *merged, *to;
+
+  void operator()(int64_t length_most, float* result) const {
+    const int64_t padded = rounded(length, 16), wide = rounded(length, 32);
+    const int64_t padded_most = rounded(length_most, 16), wide_most = rounded(length_most, 32);
+    const int64_t queries_most = rounded(std::min(length_most, TILE_ROWS), 32);
+    bf16 *key_turned = scratch<bf16>(KEY, padded_most * head_dim), *value_turned = scratch<bf16>(VALUE_TURNED, padded_most * head_dim);
+    bf16 *key_pairs = scratch<bf16>(KEY_PAIRS, wide_most * head_dim), *value_pairs = scratch<bf16>(VALUE, wide_most * head_dim);
+    float *scores = scratch<float>(SCORES, queries_most * padded_most), *by_scores = scratch<float>(BY_SCORES, queries_most * padded_most);
+    bf16 *weights = scratch<bf16>(WEIGHTS, queries_most * wide_most), *pairs = scratch<bf16>(WEIGHT_PAIRS, 2 * queries_most * padded_most);
+    bf16 *query_turned = scratch<bf16>(QUERY_TURNED, head_dim * queries_most), *by_turned = scratch<bf16>(BY_TURNED, head_dim * queries_most);
+    float *by_key = scratch<float>(BY_KEY, head_dim * padded_most), *by_value = scratch<float>(BY_VALUE, head_dim * padded_most);
+    interleave_transposed(key, head_dim, length, padded, head_dim, key_turned);
+    interleave_transposed(value, head_dim, length, padded, head_dim, value_turned);
+    interleave(key, head_dim, length, wide, head_dim, key_pairs);
+    interleave(value, head_dim, length, wide, head_dim, value_pairs);
+    for (int64_t first = 0; first < length; first += TILE_ROWS) {
+      const int64_t queries = std::min(TILE_ROWS, length - first), even = rounded(queries, 32);
+      const bf16 *asked = query + first * head_dim, *given = by + first * head_dim;
+      product(queries, padded, head_dim, asked, head_dim, key_turned, padded, scores, padded, false);
+      softmax(scores, queries, length, padded, scale, weights, wide);
+      product(queries, head_dim, wide, weights, wide, value_pairs, head_dim, result, head_dim, false);
+      product(queries, padded, head_dim, given, head_dim, value_turned, padded, by_scores, padded, false);
+      bf16 *weight_pairs = pairs, *score_pairs = pairs + even * padded;
+      interleave(weights, wide, queries, even, padded, weight_pairs);
+      for (int64_t row = 0; row < queries; row++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < head_dim; i += 16) {
+          const __m512 average = _mm512_loadu_ps(result + row * head_dim + i);
+          sum = _mm512_fmadd_ps(average, load(given + row * head_dim + i), sum);
+          store(merged + (first + row) * dim + i, average);
+        }
+        const __m512 matched = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), factor = _mm512_set1_ps(scale);
+        for (int64_t i = 0; i < padded; i += 16) {
+          const __m512 away = _mm512_sub_ps(_mm512_loadu_ps(by_scores + row * padded + i), matched);
+          store(weights + row * wide + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(scores + row * padded + i), factor), away));
+        }
+      }
+      interleave(weights, wide, queries, even, padded, score_pairs);
+      product(queries, head_dim, wide, weights, wide, key_pairs, head_dim, result, head_dim, false);
+      for (int64_t row = 0; row < queries; row++) {
+        const int64_t factor = (first + row) * head_dim;
+        turn<true>(result + row * head_dim, cosine + factor, sine + factor, head_dim, to + (first + row) * stride);
+      }
+      transpose(asked, head_dim, queries, even, head_dim, query_turned);
+      transpose(given, head_dim, queries, even, head_dim, by_turned);
+      product(head_dim, padded, even, query_turned, even, score_pairs, padded, by_key, padded, first > 0);
+      product(head_dim, padded, even, by_turned, even, weight_pairs, padded, by_value, padded, first > 0);
+    }
+    for (int64_t row = 0; row < length; row += 16) {
+      const int64_t count = std::min<int64_t>(16, length - row);
+      float* block = result;
+      turn_block(by_key + row, padded, head_dim, block);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t factor = (row + i) * head_dim;
+        turn<true>(block + i * head_dim, cosine + factor, sine + factor, head_dim, to + (row + i) * stride + dim);
+      }
+      turn_block(by_value + row, padded, head_dim, block);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < head_dim; k += 16) store(to + (row + i) * stride + 2 * dim + k, _mm512_loadu_ps(block + i * head_dim + k));
+    }
+  }
+
+  // 16 columns of ``from [head_dim, padded]`` as rows: ``out [16, head_dim]``
+  static void turn_block(const float* from, int64_t padded, int64_t head_dim, float* out) {
+    __m512i block[16];
+    for (int64_t k = 0; k < head_dim; k += 16) {
+      for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_si512(from + (k + i) * padded);
+      transpose_16x16(block);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * head_dim + k, block[i]);
+    }
+  }
+};
+
+std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads);
+
+std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
+                             const std::optional<Tensor>& kept, at::IntArrayRef sizes, const std::vector<double>& scales,
+                             const std::vector<Tensor>& factors, int64_t num_heads, const std::vector<Tensor>& weights,
+                             double eps) {
+  const Branch branch(weights, num_heads);
+  const int64_t dim = branch.dim, head_dim = branch.head_dim;
+  check(tokens, {tokens.size(0), dim});
+  check(by_out, tokens.sizes());
+  check(by_tokens, tokens.sizes());
+  const Rows rows(kept, sizes, scales);
+  const Tiles tiles(sizes, factors, head_dim);
+  bf16 *qkv = scratch<bf16>(QKV, 3 * dim * dim), *qkv_back = scratch<bf16>(QKV_BACK, 3 * dim * dim);
+  bf16* proj_back = scratch<bf16>(PROJ_BACK, dim * dim);
+  pack_forward(in(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
+  pack_backward(in(branch.qkv_weight), 3 * dim, dim, PANEL, nullptr, qkv_back);
+  pack_backward(in(branch.proj_weight), dim, dim, head_dim, in(branch.gamma), proj_back);
+  const bf16 *x = in(tokens), *passed = in(by_out), *norm_weight = in(branch.norm_weight);
+  bf16* to = by_tokens.mutable_data_ptr<bf16>();
+  const int64_t most = rounded(tiles.rows, 32), threads = tiles.threads, size = Sums::size(dim);
+  float* memory = scratch<float>(SUMS, threads * size);
+  at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });
+
+  for_tiles(tiles.all.size(), threads, [&](int64_t thread, int64_t index) {
+    const Tile& tile = tiles.all[index];
+    const int64_t count = tile.rows(), length = tile.length, padded = rounded(count, 32);
+    const Sums sums(memory + thread * size, dim);
+    const Begun begun(branch, tiles, tile, rows, x, qkv, eps);
+    bf16 *given = scratch<bf16>(GIVEN, most * dim), *merged = scratch<bf16>(MERGED, most * dim);
+    bf16 *by_merged = scratch<bf16>(BY_MERGED, most * dim), *by_heads = scratch<bf16>(BY_HEADS, 3 * most * dim);
+    bf16 *turned = scratch<bf16>(TURNED, most * dim), *given_turned = scratch<bf16>(GIVEN_TURNED, most * dim);
+    bf16* pairs = scratch<bf16>(PAIRS, most * PANEL);
+    for (int64_t row = 0; row < count; row++) {
+      scale_row(passed + rows[tile.first + row] * dim, rows.scale[tile.first + row], dim, given + row * dim);
+      add_row(sums.given, given + row * dim, dim);
+    }
+    for (int64_t head = 0; head < branch.heads; head++) {
+      const int64_t column = head * head_dim;
+      bf16* by = by_merged + column * count;
+      product(count, head_dim, dim, given, dim, proj_back + column * dim, head_dim, begun.result, head_dim, false);
+      for (int64_t i = 0; i < count * head_dim; i += 16) store(by + i, _mm512_loadu_ps(begun.result + i));
+      for (int64_t image = 0; image < tile.images; image++) {
+        const int64_t first = image * length;
+        const auto part = [&](int64_t kind) { return begun.heads + ((kind * branch.heads + head) * count + first) * head_dim; };
+        const HeadBackward work{length, head_dim, dim, 3 * dim, part(0), part(1), part(2), by + first * head_dim, tile.cosine, tile.sine,
+                                branch.scale(), merged + first * dim + column, by_heads + first * 3 * dim + column};
+        work(tiles.length, begun.result);
+      }
+    }
+    transpose(given, dim, count, padded, dim, given_turned);
+    transpose(begun.normed, dim, count, padded, dim, turned);
+    for (int64_t column = 0; column < dim; column += PANEL) {
+      const int64_t panel = std::min(PANEL, dim - column);
+      interleave(merged + column, dim, count, padded, panel, pairs);
+      product(dim, panel, padded, given_turned, padded, pairs, panel, sums.proj + column * dim, panel, true);
+    }
+    for (int64_t column = 0; column < 3 * dim; column += PANEL) {
+      const int64_t panel = std::min(PANEL, 3 * dim - column);
+      interleave(by_heads + column, 3 * dim, count, padded, panel, pairs);
+      product(dim, panel, padded, turned, padded, pairs, panel, sums.qkv + column * dim, panel, true);
+    }
+    for (int64_t row = 0; row < count; row++) add_row(sums.qkv_bias, by_heads + row * 3 * dim, 3 * dim);
+    // the queries, keys and values have been used
+    float* by_norm = scratch<float>(SCORES, most * dim);
+    for (int64_t column = 0; column < dim; column += PANEL) {
+      const int64_t panel = std::min(PANEL, dim - column);
+      product(count, panel, 3 * dim, by_heads, 3 * dim, qkv_back + column * 3 * dim, panel, by_norm + column, dim, false);
+    }
+    for (int64_t row = 0; row < count; row++) {
+      const int64_t place = rows[tile.first + row] * dim;
+      norm_row_backward(x + place, norm_weight, begun.mean[row], begun.rate[row], dim, by_norm + row * dim, passed + place,
+                        to + place, sums.norm_weight, sums.norm_bias);
+    }
+  });
+  return gradients(branch, memory, threads);
+}
+
+// The threads' sums, added up and turned into the weights' gradients.
+std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads) {
+  const int64_t dim = branch.dim;
+  add_up(memory, Sums::size(dim), threads);
+  const Sums sums(memory, dim);
+  const Tensor proj = whole(sums.proj, dim, dim), gamma = branch.gamma.to(at::kFloat), given = vector(sums.given, dim);
+  // the branch's result, which LayerScale multiplies, is linear in what ``proj`` has summed
+  const Tensor by_gamma = (branch.proj_weight * proj).sum(1) + branch.proj_bias * given;
+  return in_16_bits({vector(sums.norm_weight, dim), vector(sums.norm_bias, dim), whole(sums.qkv, dim, 3 * dim).t(),
+                     vector(sums.qkv_bias, 3 * dim), proj * gamma.unsqueeze(1), given * gamma, by_gamma});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
+  library.def("attention_forward", forward);
+  library.def("attention_backward", backward);
+}
+
+}  // namespace streamtrain

@@ -1,0 +1,65 @@
+"""The kernels for CPUs: compiled when first needed, then kept in the user's cache.
+
+They are for CPUs with AVX-512's bf16 instructions, and are fast where there is a matrix unit beside them (AMX).
+Elsewhere, and where no compiler is at hand, torch's own operations do the same work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.utils import cpp_extension
+
+_FOLDER = Path(__file__).parent
+_WANTED = ("f", "bw", "vl", "dq", "bf16")
+# the same on every machine, so that a cache in a shared home serves them all
+_FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in _WANTED)]
+
+
+@cache
+def usable() -> bool:
+    """Whether ``torch.ops.streamtrain`` has the kernels; compiles them (10 s) if nobody has yet."""
+    able = torch.cpu.get_capabilities()
+    if not all(able.get(f"avx512_{part}", False) for part in _WANTED):
+        return False
+    try:
+        torch.ops.load_library(_library())
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            f"the CPU kernels could not be compiled, so that steps take two to three times as long; install g++ "
+            f"({reason.strip().splitlines()[-1]})",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _library() -> Path:
+    """The compiled library of just these sources and this torch."""
+    sources = sorted(_FOLDER.glob("*.cpp"))
+    compiler = os.environ.get("CXX", "c++")
+    parts = [compiler, *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    folder = Path(cpp_extension.get_default_build_root()) / "streamtrain"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"kernels-{digest}.so"
+    # a lock that ends with its process; the other ranks of this machine wait for the first one
+    with FileLock(folder / f"kernels-{digest}.lock"):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                made = Path(temporary) / library.name
+                headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+                links = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
+                command = [compiler, *_FLAGS, *headers, *map(str, sources), "-o", str(made), *links]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                os.replace(made, library)
+    return library

@@ -1,0 +1,268 @@
+// The MLP branch of a block: norm, up, GELU (or a gated SiLU), down, LayerScale, residual; and its gradients.
+//
+// A tile of rows goes through all of it while it lies in a core's cache, so that the hidden activations, four times as
+// wide as the tokens, never are in memory; the backward makes them again.
+#include <torch/library.h>
+
+#include "rows.h"
+
+namespace streamtrain {
+namespace {
+
+using at::Tensor;
+
+// what a tile's rows may take of the cache
+constexpr int64_t TILE_BYTES = 3 << 19;
+
+// The slots of ``scratch``.
+enum { UP, DOWN, UP_BACK, DOWN_BACK, NORMED, ACTIVE, FIRST, SECOND, THIRD, TURNED, GIVEN, GIVEN_TURNED, PAIRS, STATS, BY_NORM, SUMS };
+
+struct Branch {
+  const Tensor norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, gamma;
+  int64_t dim, hidden;
+  // of the first layer: twice ``hidden`` where gated, the gate first
+  int64_t width;
+  bool gated;
+
+  explicit Branch(const std::vector<Tensor>& weights)
+      : norm_weight(weights.at(0)), norm_bias(weights.at(1)), up_weight(weights.at(2)), up_bias(weights.at(3)),
+        down_weight(weights.at(4)), down_bias(weights.at(5)), gamma(weights.at(6)) {
+    dim = down_weight.size(0);
+    hidden = down_weight.size(1);
+    width = up_weight.size(0);
+    gated = width == 2 * hidden;
+    for (const Tensor& vector : {norm_weight, norm_bias, down_bias, gamma}) check(vector, {dim});
+    check(up_weight, {width, dim});
+    check(up_bias, {width});
+    check(down_weight, {dim, hidden});
+    TORCH_CHECK((gated || width == hidden) && dim % 32 == 0 && hidden % 32 == 0);
+  }
+};
+
+const bf16* in(const Tensor& tensor) { return tensor.const_data_ptr<bf16>(); }
+
+struct Tiles {
+  int64_t threads, rows, count;
+  Tiles(int64_t total, int64_t bytes_a_row) {
+    threads = at::get_num_threads();
+    const int64_t fitting = std::clamp<int64_t>(TILE_BYTES / bytes_a_row, 32, 512);
+    // as many for every thread, of the same size
+    const int64_t tiles = rounded((total + fitting - 1) / fitting, threads);
+    rows = std::max<int64_t>(32, rounded((total + tiles - 1) / tiles, 32));
+    count = (total + rows - 1) / rows;
+  }
+};
+
+// The first layer's packed weights, gate and up one after the other.
+bf16* packed_up(const Branch& branch) {
+  bf16* packed = scratch<bf16>(UP, branch.width * branch.dim);
+  for (int64_t first = 0; first < branch.width; first += branch.hidden)
+    pack_forward(in(branch.up_weight) + first * branch.dim, branch.hidden, branch.dim, PANEL, packed + first * branch.dim);
+  return packed;
+}
+
+// silu(x) and its derivative
+inline void silu(__m512 x, __m512& value, __m512& slope) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  const __m512 gate = _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  value = _mm512_mul_ps(x, gate);
+  slope = _mm512_fmadd_ps(_mm512_sub_ps(x, value), gate, gate);
+}
+
+void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
+             const std::vector<double>& scales, const std::vector<Tensor>& weights, double eps) {
+  const Branch branch(weights);
+  const int64_t dim = branch.dim, hidden = branch.hidden;
+  check(tokens, {tokens.size(0), dim});
+  check(out, tokens.sizes());
+  const Rows rows(kept, sizes, scales);
+  const bf16* up = packed_up(branch);
+  bf16* down = scratch<bf16>(DOWN, dim * hidden);
+  pack_forward(in(branch.down_weight), dim, hidden, PANEL, down);
+  const bf16 *x = in(tokens), *norm_weight = in(branch.norm_weight), *norm_bias = in(branch.norm_bias);
+  const bf16 *up_bias = in(branch.up_bias), *down_bias = in(branch.down_bias), *gamma = in(branch.gamma);
+  bf16* to = out.mutable_data_ptr<bf16>();
+
+  const Tiles tiles(rows.count, 2 * (dim + hidden));
+  for_tiles(tiles.count, tiles.threads, [&](int64_t, int64_t tile) {
+    const int64_t first = tile * tiles.rows, count = std::min(tiles.rows, rows.count - first);
+    bf16 *normed = scratch<bf16>(NORMED, tiles.rows * dim), *active = scratch<bf16>(ACTIVE, tiles.rows * hidden);
+    float *one = scratch<float>(FIRST, tiles.rows * PANEL), *two = scratch<float>(SECOND, tiles.rows * PANEL);
+    float mean, rate;
+    for (int64_t row = 0; row < count; row++)
+      norm_row(x + rows[first + row] * dim, norm_weight, norm_bias, eps, dim, normed + row * dim, mean, rate);
+    for (int64_t column = 0; column < hidden; column += PANEL) {
+      const int64_t panel = std::min(PANEL, hidden - column);
+      product(count, panel, dim, normed, dim, up + column * dim, panel, one, panel, false);
+      if (branch.gated) product(count, panel, dim, normed, dim, up + (hidden + column) * dim, panel, two, panel, false);
+      for (int64_t row = 0; row < count; row++) {
+        for (int64_t i = 0; i < panel; i += 16) {
+          const __m512 value = _mm512_add_ps(_mm512_loadu_ps(one + row * panel + i), load(up_bias + column + i));
+          __m512 result, unused;
+          if (branch.gated) {
+            const __m512 other = _mm512_add_ps(_mm512_loadu_ps(two + row * panel + i), load(up_bias + hidden + column + i));
+            silu(value, result, unused);
+            result = _mm512_mul_ps(result, other);
+          } else {
+            normal(value, result, unused);
+            result = _mm512_mul_ps(result, value);
+          }
+          store(active + row * hidden + column + i, result);
+        }
+      }
+    }
+    for (int64_t column = 0; column < dim; column += PANEL) {
+      const int64_t panel = std::min(PANEL, dim - column);
+      product(count, panel, hidden, active, hidden, down + column * hidden, panel, one, panel, false);
+      for (int64_t row = 0; row < count; row++) {
+        const int64_t place = rows[first + row] * dim + column;
+        add_branch(x + place, one + row * panel, down_bias + column, gamma + column, rows.scale[first + row], panel, to + place);
+      }
+    }
+  });
+}
+
+// What a thread sums over its tiles.
+struct Sums {
+  // [panel, dim, PANEL] of either layer: ``given.T @ active`` and ``normed.T @ by_hidden``
+  float *down, *up;
+  float *up_bias, *given, *norm_weight, *norm_bias;
+  static int64_t size(const Branch& branch) {
+    return branch.dim * (branch.hidden + branch.width) + branch.width + 3 * branch.dim;
+  }
+  Sums(float* memory, const Branch& branch) {
+    down = memory;
+    up = down + branch.dim * branch.hidden;
+    up_bias = up + branch.dim * branch.width;
+    given = up_bias + branch.width;
+    norm_weight = given + branch.dim;
+    norm_bias = norm_weight + branch.dim;
+  }
+};
+
+std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads);
+
+std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
+                             const std::optional<Tensor>& kept, at::IntArrayRef sizes, const std::vector<double>& scales,
+                             const std::vector<Tensor>& weights, double eps) {
+  const Branch branch(weights);
+  const int64_t dim = branch.dim, hidden = branch.hidden, width = branch.width;
+  check(tokens, {tokens.size(0), dim});
+  check(by_out, tokens.sizes());
+  check(by_tokens, tokens.sizes());
+  const Rows rows(kept, sizes, scales);
+  const bf16* up = packed_up(branch);
+  bf16 *up_back = scratch<bf16>(UP_BACK, width * dim), *down_back = scratch<bf16>(DOWN_BACK, dim * hidden);
+  pack_backward(in(branch.up_weight), width, dim, PANEL, nullptr, up_back);
+  pack_backward(in(branch.down_weight), dim, hidden, PANEL, in(branch.gamma), down_back);
+  const bf16 *x = in(tokens), *passed = in(by_out), *up_bias = in(branch.up_bias);
+  const bf16 *norm_weight = in(branch.norm_weight), *norm_bias = in(branch.norm_bias);
+  bf16* to = by_tokens.mutable_data_ptr<bf16>();
+
+  const Tiles tiles(rows.count, 8 * dim + 2 * width);
+  const int64_t most = tiles.rows, threads = tiles.threads, size = Sums::size(branch);
+  float* memory = scratch<float>(SUMS, threads * size);
+  at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });
+  for_tiles(tiles.count, threads, [&](int64_t thread, int64_t tile) {
+    const int64_t first = tile * most, count = std::min(most, rows.count - first), padded = rounded(count, 32);
+    const Sums sums(memory + thread * size, branch);
+    bf16 *normed = scratch<bf16>(NORMED, most * dim), *given = scratch<bf16>(GIVEN, most * dim);
+    bf16 *turned = scratch<bf16>(TURNED, most * dim), *given_turned = scratch<bf16>(GIVEN_TURNED, most * dim);
+    // the gradient of the first layer's result
+    bf16* by_width = scratch<bf16>(ACTIVE, most * width);
+    bf16* pairs = scratch<bf16>(PAIRS, 3 * most * PANEL);
+    float *one = scratch<float>(FIRST, most * PANEL), *two = scratch<float>(SECOND, most * PANEL);
+    float *three = scratch<float>(THIRD, most * PANEL), *by_norm = scratch<float>(BY_NORM, most * dim);
+    float *mean = scratch<float>(STATS, 2 * most), *rate = mean + most;
+    for (int64_t row = 0; row < count; row++) {
+      const int64_t place = rows[first + row] * dim;
+      norm_row(x + place, norm_weight, norm_bias, eps, dim, normed + row * dim, mean[row], rate[row]);
+      scale_row(passed + place, rows.scale[first + row], dim, given + row * dim);
+      add_row(sums.given, given + row * dim, dim);
+    }
+    transpose(normed, dim, count, padded, dim, turned);
+    transpose(given, dim, count, padded, dim, given_turned);
+    for (int64_t column = 0; column < hidden; column += PANEL) {
+      const int64_t panel = std::min(PANEL, hidden - column), upper = hidden + column;
+      bf16 *active = pairs, *by_first = active + padded * panel, *by_second = by_first + padded * panel;
+      product(count, panel, dim, normed, dim, up + column * dim, panel, one, panel, false);
+      product(count, panel, dim, given, dim, down_back + column * dim, panel, two, panel, false);
+      if (branch.gated) product(count, panel, dim, normed, dim, up + upper * dim, panel, three, panel, false);
+      for (int64_t i = 0; i < panel; i += 16) {
+        const __m512 bias = load(up_bias + column + i);
+        const __m512 upper_bias = branch.gated ? load(up_bias + upper + i) : bias;
+        __m512 sum = _mm512_setzero_ps(), upper_sum = sum;
+        for (int64_t row = 0; row < padded; row += 2) {
+          __m256i values[2] = {}, firsts[2] = {}, seconds[2] = {};
+          for (int64_t k = 0; k < std::min<int64_t>(2, count - row); k++) {
+            const int64_t place = (row + k) * panel + i;
+            const __m512 value = _mm512_add_ps(_mm512_loadu_ps(one + place), bias), by = _mm512_loadu_ps(two + place);
+            __m512 result, slope;
+            if (branch.gated) {
+              const __m512 other = _mm512_add_ps(_mm512_loadu_ps(three + place), upper_bias);
+              silu(value, result, slope);
+              const __m512 by_other = _mm512_mul_ps(by, result);
+              seconds[k] = narrow(by_other);
+              upper_sum = _mm512_add_ps(upper_sum, by_other);
+              result = _mm512_mul_ps(result, other);
+              slope = _mm512_mul_ps(slope, other);
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * width + upper + i), seconds[k]);
+            } else {
+              normal(value, result, slope);
+              slope = _mm512_fmadd_ps(value, slope, result);
+              result = _mm512_mul_ps(result, value);
+            }
+            const __m512 by_value = _mm512_mul_ps(by, slope);
+            values[k] = narrow(result);
+            firsts[k] = narrow(by_value);
+            sum = _mm512_add_ps(sum, by_value);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * width + column + i), firsts[k]);
+          }
+          const int64_t pair = row * panel + 2 * i;
+          _mm512_storeu_si512(active + pair, interleaved(values[0], values[1]));
+          _mm512_storeu_si512(by_first + pair, interleaved(firsts[0], firsts[1]));
+          if (branch.gated) _mm512_storeu_si512(by_second + pair, interleaved(seconds[0], seconds[1]));
+        }
+        float* place = sums.up_bias + column + i;
+        _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
+        if (branch.gated) _mm512_storeu_ps(place + hidden, _mm512_add_ps(_mm512_loadu_ps(place + hidden), upper_sum));
+      }
+      product(dim, panel, padded, given_turned, padded, active, panel, sums.down + column * dim, panel, true);
+      product(dim, panel, padded, turned, padded, by_first, panel, sums.up + column * dim, panel, true);
+      if (branch.gated) product(dim, panel, padded, turned, padded, by_second, panel, sums.up + upper * dim, panel, true);
+    }
+    for (int64_t column = 0; column < dim; column += PANEL) {
+      const int64_t panel = std::min(PANEL, dim - column);
+      product(count, panel, width, by_width, width, up_back + column * width, panel, by_norm + column, dim, false);
+    }
+    for (int64_t row = 0; row < count; row++) {
+      const int64_t place = rows[first + row] * dim;
+      norm_row_backward(x + place, norm_weight, mean[row], rate[row], dim, by_norm + row * dim, passed + place, to + place,
+                        sums.norm_weight, sums.norm_bias);
+    }
+  });
+  return gradients(branch, memory, threads);
+}
+
+// The threads' sums, added up and turned into the weights' gradients.
+std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads) {
+  const int64_t dim = branch.dim, hidden = branch.hidden;
+  add_up(memory, Sums::size(branch), threads);
+  const Sums sums(memory, branch);
+  const Tensor down = whole(sums.down, dim, hidden), gamma = branch.gamma.to(at::kFloat), given = vector(sums.given, dim);
+  std::vector<Tensor> up;
+  for (int64_t first = 0; first < branch.width; first += hidden) up.push_back(whole(sums.up + first * dim, dim, hidden).t());
+  // the branch's result, which LayerScale multiplies, is linear in what ``down`` has summed
+  const Tensor by_gamma = (branch.down_weight * down).sum(1) + branch.down_bias * given;
+  return in_16_bits({vector(sums.norm_weight, dim), vector(sums.norm_bias, dim), at::cat(up), vector(sums.up_bias, branch.width),
+                     down * gamma.unsqueeze(1), given * gamma, by_gamma});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
+  library.def("mlp_forward", forward);
+  library.def("mlp_backward", backward);
+}
+
+}  // namespace streamtrain

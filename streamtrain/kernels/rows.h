@@ -1,0 +1,157 @@
+// What is done row by row: layer norm, exponentials, GELU; and which rows a branch computes.
+#pragma once
+
+#include "tiles.h"
+
+#include <cmath>
+#include <vector>
+
+namespace streamtrain {
+
+// Rows of tokens that a branch computes: all, or those of the images that drop-path keeps.
+struct Rows {
+  // null: row i is i
+  const int64_t* index;
+  int64_t count;
+  // what each row's branch counts
+  std::vector<float> scale;
+
+  Rows(const std::optional<at::Tensor>& kept, at::IntArrayRef sizes, at::ArrayRef<double> scales)
+      : index(kept ? kept->const_data_ptr<int64_t>() : nullptr) {
+    TORCH_CHECK(sizes.size() == scales.size() && (!kept || kept->is_contiguous()));
+    for (size_t group = 0; group < sizes.size(); group++) scale.insert(scale.end(), sizes[group], scales[group]);
+    count = scale.size();
+    TORCH_CHECK(!kept || kept->numel() == count);
+  }
+  int64_t operator[](int64_t at) const { return index ? index[at] : at; }
+};
+
+inline void check(const at::Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous() && tensor.sizes() == shape,
+              "expected a contiguous bf16 tensor of shape ", shape, ", not ", tensor.sizes());
+}
+
+// e^x within 2 units of fp32's last place, 0 and inf where it leaves the range; NaN stays NaN
+inline __m512 exponential(__m512 x) {
+  const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+  const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // x less its whole powers of two, in two parts, so that nothing is lost of it
+  __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
+  rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
+  __m512 sum = _mm512_set1_ps(1.f / 720);
+  for (const float factor : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
+  // beyond the range the rest is meaningless
+  const __m512 large = _mm512_min_ps(_mm512_set1_ps(150.f), _mm512_max_ps(_mm512_set1_ps(-150.f), whole));
+  return _mm512_scalef_ps(sum, large);
+}
+
+// GELU's normal distribution at x, and its density. Abramowitz and Stegun 7.1.26, error below 1e-7.
+inline void normal(__m512 x, __m512& distribution, __m512& density) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  const __m512 size = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.707106781f));
+  const __m512 bell = exponential(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f)));
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), one));
+  __m512 tail = _mm512_set1_ps(0.5f * 1.061405429f);
+  for (const float factor : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.f})
+    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(0.5f * factor));
+  tail = _mm512_mul_ps(tail, bell);
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  distribution = _mm512_mask_blend_ps(negative, _mm512_sub_ps(one, tail), tail);
+  density = _mm512_mul_ps(bell, _mm512_set1_ps(0.39894228f));
+}
+
+// Layer norm of one row; ``mean`` and ``rate`` (1 over the deviation) are kept for the backward.
+inline void norm_row(const bf16* x, const bf16* weight, const bf16* bias, float eps, int64_t dim, bf16* to, float& mean,
+                     float& rate) {
+  __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, load(x + i));
+  mean = _mm512_reduce_add_ps(sum) / dim;
+  const __m512 center = _mm512_set1_ps(mean);
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __m512 away = _mm512_sub_ps(load(x + i), center);
+    squares = _mm512_fmadd_ps(away, away, squares);
+  }
+  rate = 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / dim + eps);
+  const __m512 factor = _mm512_set1_ps(rate);
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor);
+    store(to + i, _mm512_fmadd_ps(unit, load(weight + i), load(bias + i)));
+  }
+}
+
+// Its gradient ``by_x`` plus the residual stream's ``passed``, from ``by_norm``; adds to the weight's and the bias'.
+inline void norm_row_backward(const bf16* x, const bf16* weight, float mean, float rate, int64_t dim, const float* by_norm,
+                              const bf16* passed, bf16* by_x, float* by_weight, float* by_bias) {
+  const __m512 center = _mm512_set1_ps(mean), factor = _mm512_set1_ps(rate);
+  __m512 sum = _mm512_setzero_ps(), matched = _mm512_setzero_ps();
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor), by = _mm512_loadu_ps(by_norm + i);
+    _mm512_storeu_ps(by_weight + i, _mm512_fmadd_ps(by, unit, _mm512_loadu_ps(by_weight + i)));
+    _mm512_storeu_ps(by_bias + i, _mm512_add_ps(by, _mm512_loadu_ps(by_bias + i)));
+    const __m512 by_unit = _mm512_mul_ps(by, load(weight + i));
+    sum = _mm512_add_ps(sum, by_unit);
+    matched = _mm512_fmadd_ps(by_unit, unit, matched);
+  }
+  const __m512 level = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / dim), slope = _mm512_set1_ps(_mm512_reduce_add_ps(matched) / dim);
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor);
+    const __m512 by_unit = _mm512_mul_ps(_mm512_loadu_ps(by_norm + i), load(weight + i));
+    const __m512 own = _mm512_sub_ps(_mm512_sub_ps(by_unit, level), _mm512_mul_ps(unit, slope));
+    store(by_x + i, _mm512_fmadd_ps(own, factor, load(passed + i)));
+  }
+}
+
+inline void add_row(float* sum, const bf16* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(sum + i, _mm512_add_ps(_mm512_loadu_ps(sum + i), load(row + i)));
+}
+
+// A branch's result on the residual stream: ``to = x + (branch + bias) * gamma * scale`` for ``count`` columns.
+inline void add_branch(const bf16* x, const float* branch, const bf16* bias, const bf16* gamma, float scale, int64_t count,
+                       bf16* to) {
+  const __m512 share = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 value = _mm512_add_ps(_mm512_loadu_ps(branch + i), load(bias + i));
+    store(to + i, _mm512_fmadd_ps(value, _mm512_mul_ps(load(gamma + i), share), load(x + i)));
+  }
+}
+
+inline void scale_row(const bf16* from, float scale, int64_t count, bf16* to) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < count; i += 16) store(to + i, _mm512_mul_ps(load(from + i), factor));
+}
+
+// The threads' sums ``memory [threads, size]``, added to the first one's; ``size`` a multiple of 16.
+inline void add_up(float* memory, int64_t size, int64_t threads) {
+  at::parallel_for(0, size / 16, 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = 1; thread < threads; thread++)
+      for (int64_t i = 16 * begin; i < 16 * end; i += 16)
+        _mm512_storeu_ps(memory + i, _mm512_add_ps(_mm512_loadu_ps(memory + i), _mm512_loadu_ps(memory + thread * size + i)));
+  });
+}
+
+inline at::Tensor vector(float* from, int64_t count) { return at::from_blob(from, {count}, at::kFloat); }
+
+// Panels ``from [columns / PANEL, rows, PANEL]`` side by side: ``[rows, columns]``.
+inline at::Tensor whole(float* from, int64_t rows, int64_t columns) {
+  std::vector<at::Tensor> panels;
+  for (int64_t column = 0; column < columns; column += PANEL)
+    panels.push_back(at::from_blob(from + column * rows, {rows, std::min(PANEL, columns - column)}, at::kFloat));
+  return at::cat(panels, 1);
+}
+
+inline std::vector<at::Tensor> in_16_bits(std::vector<at::Tensor> values) {
+  for (at::Tensor& each : values) each = each.to(at::kBFloat16, false, true).contiguous();
+  return values;
+}
+
+// Runs ``work(thread, tile)`` for all tiles, those of a thread always the same ones, so that sums do not depend on chance.
+template <class Work>
+void for_tiles(int64_t tiles, int64_t threads, const Work& work) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++)
+      for (int64_t tile = thread; tile < tiles; tile += threads) work(thread, tile);
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+}  // namespace streamtrain

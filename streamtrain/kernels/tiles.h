@@ -1,0 +1,181 @@
+// Matrix products of tiles that lie in a core's cache, and the layouts their factors need.
+//
+// The product itself is oneDNN's, reached through ATen: bf16 factors, fp32 result, by the matrix unit of the CPU. It wants
+// its right factor with two rows interleaved, [rows / 2][columns][2]; here also cut in panels of PANEL columns, so
+// that what a product reads lies together. Rows that are missing (to a multiple of 32) are zeros.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace streamtrain {
+
+using bf16 = at::BFloat16;
+
+// columns of a panel
+constexpr int64_t PANEL = 128;
+
+inline int64_t rounded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Memory that each thread keeps from call to call, by name: mapping it anew would cost more than filling it.
+template <class T>
+T* scratch(int slot, int64_t count) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  struct Buffer {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes = 0;
+  };
+  constexpr int SLOTS = 32;
+  thread_local Buffer buffers[SLOTS];
+  TORCH_INTERNAL_ASSERT(slot < SLOTS);
+  Buffer& buffer = buffers[slot];
+  const size_t wanted = rounded(count * sizeof(T), 4096);
+  if (buffer.bytes < wanted) {
+    buffer.memory.reset();
+    buffer.memory.reset(std::aligned_alloc(64, wanted));
+    TORCH_CHECK(buffer.memory, "no memory for ", wanted, " bytes");
+    buffer.bytes = wanted;
+  }
+  return static_cast<T*>(buffer.memory.get());
+}
+
+// result [m, n] = (or +=) left [m, k] @ right [k, n], the right one interleaved with ``right_width`` columns a row
+inline void product(int64_t m, int64_t n, int64_t k, const bf16* left, int64_t left_stride, const bf16* right,
+                    int64_t right_width, float* result, int64_t result_stride, bool add) {
+  at::native::cpublas::brgemm(m, n, k, left_stride, right_width, result_stride, add, left, right, result, true);
+}
+
+inline __m512 load(const bf16* from) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+inline __m256i narrow(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+
+inline void store(bf16* to, __m512 values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(values));
+}
+
+// 16 columns of two rows, interleaved
+inline __m512i interleaved(__m256i first, __m256i second) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+inline void transpose_16x16(__m512i rows[16]) {
+  __m512i step[16];
+  for (int i = 0; i < 8; i++) {
+    step[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    step[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    for (int j = 0; j < 2; j++) {
+      rows[4 * i + 2 * j] = _mm512_unpacklo_epi64(step[4 * i + j], step[4 * i + j + 2]);
+      rows[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(step[4 * i + j], step[4 * i + j + 2]);
+    }
+  }
+  // rows[4 i + c] now has column c of each group of four columns, of rows 4 i to 4 i + 3
+  for (int c = 0; c < 4; c++) {
+    const __m512i low = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x44), high = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xee);
+    const __m512i low2 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x44), high2 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xee);
+    step[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    step[4 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    step[8 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    step[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+  std::copy(step, step + 16, rows);
+}
+
+// The right factor ``from [rows, columns]``, columns a multiple of 16 and at most a panel: ``to [padded / 2][columns][2]``.
+inline void interleave(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (int64_t row = 0; row < padded; row += 2) {
+    const bf16 *first = from + row * stride, *second = first + stride;
+    for (int64_t column = 0; column < columns; column += 16) {
+      const __m256i left = row < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + column)) : zero;
+      const __m256i right = row + 1 < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + column)) : zero;
+      _mm512_storeu_si512(to + row * columns + 2 * column, interleaved(left, right));
+    }
+  }
+}
+
+// The right factor ``from [width, depth]`` transposed, depth a multiple of 16: ``to [depth / 2][padded][2]``, ``width``
+// padded by zeros to ``padded``, a multiple of 16.
+inline void interleave_transposed(const bf16* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, bf16* to) {
+  __m512i block[16];
+  for (int64_t column = 0; column < padded; column += 16) {
+    for (int64_t row = 0; row < depth; row += 32) {
+      const int64_t pairs = std::min<int64_t>(16, (depth - row) / 2);
+      const __mmask16 mask = (1u << pairs) - 1;
+      for (int i = 0; i < 16; i++)
+        block[i] = column + i < width ? _mm512_maskz_loadu_epi32(mask, from + (column + i) * stride + row) : _mm512_setzero_si512();
+      transpose_16x16(block);
+      for (int i = 0; i < pairs; i++) _mm512_storeu_si512(to + (row / 2 + i) * 2 * padded + 2 * column, block[i]);
+    }
+  }
+}
+
+// ``from [rows, columns]`` transposed as a left factor: ``to [columns, padded]``, zeros beyond ``rows``; ``columns`` a
+// multiple of 16, ``padded`` of 32.
+inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
+  const __m256i zero = _mm256_setzero_si256();
+  __m512i block[16];
+  for (int64_t column = 0; column < columns; column += 16) {
+    for (int64_t row = 0; row < padded; row += 32) {
+      for (int i = 0; i < 16; i++) {
+        const int64_t at = row + 2 * i;
+        const bf16* place = from + at * stride + column;
+        const __m256i first = at < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place)) : zero;
+        const __m256i second = at + 1 < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place + stride)) : zero;
+        block[i] = interleaved(first, second);
+      }
+      transpose_16x16(block);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * padded + row, block[i]);
+    }
+  }
+}
+
+// A weight [out, in] as the right factor of ``tokens @ weight.T``: panels of ``panel`` output features.
+inline void pack_forward(const bf16* weight, int64_t out, int64_t in, int64_t panel, bf16* to) {
+  at::parallel_for(0, (out + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+      const int64_t first = index * panel, width = std::min(panel, out - first);
+      interleave_transposed(weight + first * in, in, width, width, in, to + first * in);
+    }
+  });
+}
+
+// A weight [out, in] as the right factor of ``gradient @ weight``, each row times ``factor [out]`` if given: panels of
+// ``panel`` input features.
+inline void pack_backward(const bf16* weight, int64_t out, int64_t in, int64_t panel, const bf16* factor, bf16* to) {
+  at::parallel_for(0, (in + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+      const int64_t first = index * panel, width = std::min(panel, in - first);
+      bf16* place = to + first * out;
+      if (!factor) {
+        interleave(weight + first, in, out, out, width, place);
+        continue;
+      }
+      for (int64_t row = 0; row < out; row += 2) {
+        const __m512 one = _mm512_set1_ps(factor[row]), two = _mm512_set1_ps(factor[row + 1]);
+        const bf16* from = weight + row * in + first;
+        for (int64_t column = 0; column < width; column += 16) {
+          const __m256i left = narrow(_mm512_mul_ps(load(from + column), one));
+          const __m256i right = narrow(_mm512_mul_ps(load(from + in + column), two));
+          _mm512_storeu_si512(place + row * width + 2 * column, interleaved(left, right));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace streamtrain
