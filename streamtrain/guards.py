@@ -24,7 +24,7 @@ FREE = (
     "run.save_in_background", "run.max_bad_steps", "data.shards", "data.micro_batch", "data.max_unusable_share",
     "data.reader_threads", "data.decode_threads", "data.prefetch", "data.read_ahead_bytes", "data.cache", "data.remote",
     "model.preset", "objective.chunk_bytes", "teacher.chunk", "teacher.average", "engine.device",
-    "engine.checkpointing", "engine.view_groups", "engine.offload_checkpoints", "engine.moments",
+    "engine.checkpointing", "engine.compile", "engine.view_groups", "engine.offload_checkpoints", "engine.moments",
     "engine.moments_ratio", "engine.moments_dir", "engine.live_blocks", "engine.reduce_bucket_bytes",
     "engine.cpu_threads", "engine.collective_timeout_seconds", "engine.hang_timeout_seconds", "init.weights",
     "init.minimum_matched", "monitor", "evaluation",

@@ -76,7 +76,9 @@ class Learner(nn.Module):
             of ``global``, ``patch``, ``koleo``, ``gram`` for each term whose weight is not 0.
         """
         if isinstance(batch, Tensor):
-            return self.backbone.forward_features(self._pixels(batch), self.config.teacher.chunk)
+            # compiled is only what a step meets; an evaluation's images may each have a size of their own
+            with torch.compiler.set_stance("force_eager"):
+                return self.backbone.forward_features(self._pixels(batch), self.config.teacher.chunk)
         return self._teach(batch, weights) if targets is None else self._learn(batch, weights, targets)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from streamtrain.errors import CheckpointError
 from streamtrain.export.adopt import opened_backbone
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import GramTeacher, Learner
+from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
 from streamtrain.objective.targets import TargetMaker
@@ -32,9 +33,9 @@ BACKBONE = "backbone."
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
     """Student and teacher, sharded over all ranks; their values are undefined until written."""
     settings = _settings(config, runtime, accumulation)
-    student = Student(build_sharded(lambda: Learner(config), settings), Block, config, runtime, settings)
+    student = Student(_built(Learner, config, runtime, settings), Block, config, runtime, settings)
     on_host = config.teacher.average == "host"
-    teacher = Teacher(build_sharded(lambda: Learner(config), settings), Block, student, settings, on_host)
+    teacher = Teacher(_built(Learner, config, runtime, settings), Block, student, settings, on_host)
     return student, teacher
 
 
@@ -43,7 +44,7 @@ def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> Gr
     if not config.objective.gram.active:
         return GramAnchor(config, None)
     settings = _settings(config, runtime, accumulation)
-    module = build_sharded(lambda: GramTeacher(config), settings)
+    module = _built(GramTeacher, config, runtime, settings)
     return GramAnchor(config, FrozenNetwork(module, Block, runtime.rank, settings))
 
 
@@ -57,9 +58,18 @@ def build_guide(config: Config, runtime: Runtime, accumulation: int, average: Te
         return average
     theirs = frozen_teacher_config(config)
     settings = _settings(theirs, runtime, accumulation)
-    guide = FrozenNetwork(build_sharded(lambda: Learner(theirs), settings), Block, runtime.rank, settings)
+    guide = FrozenNetwork(_built(Learner, theirs, runtime, settings), Block, runtime.rank, settings)
     fill_frozen_teacher(config, guide)
     return guide
+
+
+def _built(
+    network: Callable[[Config], torch.nn.Module], config: Config, runtime: Runtime, settings: dict[str, Any]
+) -> torch.nn.Module:
+    module = build_sharded(lambda: network(config), settings)
+    if config.engine.compiles(on_gpu=runtime.on_gpu):
+        compile_blocks(module)
+    return module
 
 
 def _settings(config: Config, runtime: Runtime, accumulation: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --
 python tools/bench.py stream --set SET --samples 50000 [--loader] [--json] [a.b=value ...]
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256 [--json] [a.b=value ...]
 python tools/bench.py checkpoint --config vitl16.yaml --ranks 2 [--steps 4] [--scratch DIR] [--json] data.shards=SET
-python tools/bench.py step --config vits16.yaml [--batch 16] [--steps 6] [--data SET] [--compare plain] [--json]
+python tools/bench.py step --config vits16.yaml [--batch 16] [--steps 6] [--data SET] [--compile] [--compare plain]
+    [--json]
 python tools/bench.py memory --config vits16.yaml --ranks 2 [--steps 3] [--json] engine.dtype=bf16 data.shards=SET
 
 Settings come from the default configuration and the overrides.
@@ -170,6 +171,7 @@ def add_step(subjects: Any) -> None:
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps that are timed")
     parser.add_argument("--data", default="synthetic", help="a shard set, or synthetic: noise that is there already")
     parser.add_argument("--ranks", type=int, default=1, help="ranks on this machine")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks on a CPU too: engine.compile=on")
     parser.add_argument("--compare", choices=("plain",), help="the same step in plain PyTorch, one process")
 
 
@@ -177,7 +179,7 @@ def run_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import step
 
     shards = "''" if arguments.data == "synthetic" else arguments.data
-    overrides = [f"data.shards={shards}", *arguments.overrides]
+    overrides = [f"data.shards={shards}", *(["engine.compile=on"] if arguments.compile else []), *arguments.overrides]
     if arguments.batch:
         overrides = [f"data.micro_batch={arguments.batch}", "data.global_batch=null", *overrides]
     config = load_config(arguments.config, overrides)

@@ -72,6 +72,8 @@ class EngineConfig(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     # what the backward recomputes: nothing, each block's MLP (its attention branch is kept), or each whole block
     checkpointing: Literal["none", "selective", "block"] = "block"
+    # the blocks as compiled kernels: on, off, or auto: on a GPU, but not on a CPU, where it does not pay
+    compile: bool | Literal["auto"] = "auto"
     # a block's branches recompute their images in so many groups, one after the other
     view_groups: Positive = 1
     # what is kept between recomputed blocks waits in host memory (on a CPU it is there anyway)
@@ -91,6 +93,10 @@ class EngineConfig(Section):
     collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
     # a rank that gets no further within a micro-batch or between two of them for so long ends; 0: never
     hang_timeout_seconds: float = Field(default=3600.0, ge=0.0)
+
+    def compiles(self, *, on_gpu: bool) -> bool:
+        """Whether blocks are compiled on such a device."""
+        return on_gpu if self.compile == "auto" else self.compile
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> EngineConfig:

@@ -1,6 +1,7 @@
 """Five optimiser steps of the sharded pair on every rank, beside plain unsharded arithmetic; prints JSON on rank 0.
 
-Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS``.
+Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS [COMPILE]``. What is
+compiled is compared with what is not, so that then drop-path and RoPE draw as well.
 """
 
 from __future__ import annotations
@@ -40,19 +41,22 @@ WEIGHTS = LossWeights(1.0, 1.0, 0.1)
 TEMPERATURE, MOMENTUM = 0.05, 0.9
 
 
-def config_of(dtype: str, checkpointing: str, view_groups: str) -> Config:
+def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "off") -> Config:
     head = {"prototypes": 101, "hidden": 24, "bottleneck": 12}
+    drawn = {"drop_path": 0.3, "rope_rescale": 2.0} if compile == "on" else {"drop_path": 0.0}
     return build(
         {
             "run": {"dir": "nowhere"},
             "data": {"micro_batch": MICRO_BATCH},
             "crops": {"global_size": 32, "local_size": 16, "local_count": 2},
-            "model": {"patch_size": 8, "dim": 36, "depth": 3, "num_heads": 3, "layerscale": 0.5, "drop_path": 0.0},
+            "model": {"patch_size": 8, "dim": 36, "depth": 3, "num_heads": 3, "layerscale": 0.5, **drawn},
+            # six images, the last two in a chunk of their own
+            "teacher": {"chunk": 4},
             "objective": {"global_loss": {"head": head}, "patch_loss": {"head": head}},
             "optim": {"clip": 0.5, "layer_decay": 0.8},
             "engine": {
                 "dtype": dtype, "device": "cpu", "cpu_threads": 1, "checkpointing": checkpointing,
-                "view_groups": int(view_groups), "collective_timeout_seconds": 123,
+                "view_groups": int(view_groups), "compile": compile, "collective_timeout_seconds": 123,
             },
         }
     )
@@ -86,10 +90,12 @@ def main() -> None:
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
         average = {name: p.detach().clone() for name, p in plain.named_parameters()}
-        report = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0, "groups": len(student.master_groups)}
+        report: dict[str, Any] = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0}
         live = most_alive(student, report)
 
         for step in range(STEPS):
+            if step == 2:
+                torch.compiler.set_stance("fail_on_recompile")
             student.set_rates(1e-3, 0.04, last_layer_frozen=False)
             batches = [batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)]
             traffic.reset()
@@ -132,11 +138,25 @@ def main() -> None:
         moved = max(
             float((average[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
         )
+        embed(teacher)
         stale = head_gradient(config, runtime.rank, student, maker, handles, teacher)
         if runtime.rank == 0:
             groups = (dist.group.WORLD, deepspeed.utils.groups._get_data_parallel_group())
             timeouts = [group._get_backend(runtime.device).options._timeout.total_seconds() for group in groups]
-            print(json.dumps({**report, "moved": moved, "stale": stale, "timeouts": timeouts}), flush=True)
+            report |= {"moved": moved, "stale": stale, "timeouts": timeouts, "graphs": graphs()}
+            print(json.dumps(report), flush=True)
+
+
+def embed(teacher: Any) -> None:
+    """Of images of a size that no step has, on all ranks."""
+    found = teacher(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
+    assert found.patches.shape[1] == 6 * 5
+
+
+def graphs() -> tuple[int, int]:
+    """What has been compiled so far, and where that broke off."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def head_gradient(config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any) -> float:
@@ -175,7 +195,7 @@ def whole(fragment: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat(pieces)[: torch.Size(shape).numel()].reshape(shape)
 
 
-def most_alive(student: object, report: dict[str, float]) -> list[object]:
+def most_alive(student: object, report: dict[str, Any]) -> list[object]:
     """Hooks that note how many blocks' worth of student parameters are whole at once."""
     blocks = student._engine.module.backbone.blocks
     size = sum(p.ds_numel for p in blocks[0].parameters())

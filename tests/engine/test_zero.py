@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import run_ranks
@@ -18,9 +19,26 @@ SCRIPT = Path(__file__).with_name("sharded_step.py")
 def test_sharded_steps_equal_unsharded_ones(
     world_size: int, dtype: str, checkpointing: str, view_groups: int
 ) -> None:
-    results = run_ranks([SCRIPT, dtype, checkpointing, str(view_groups)], world_size)
+    assert check_steps(world_size, dtype, checkpointing, str(view_groups))["graphs"] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "checkpointing", "view_groups"),
+    [(2, "fp32", "block", 1), (1, "fp32", "none", 1), (2, "fp32", "selective", 2), (1, "bf16", "block", 1)],
+)
+def test_compiled_steps_equal_those_that_are_not(
+    world_size: int, dtype: str, checkpointing: str, view_groups: int
+) -> None:
+    report = check_steps(world_size, dtype, checkpointing, str(view_groups), "on")
+    # the student's forward with drop-path, the teacher's of a chunk and of what is left; later steps may compile none
+    assert report["graphs"] == [3, 0]
+
+
+def check_steps(world_size: int, dtype: str, *arguments: str) -> dict[str, Any]:
+    results = run_ranks([SCRIPT, dtype, *arguments], world_size)
     assert [code for code, _, _ in results] == [0] * world_size, results[0][2][-2000:] + results[-1][2][-2000:]
-    report = json.loads(results[0][1].splitlines()[-1])
+    report: dict[str, Any] = json.loads(results[0][1].splitlines()[-1])
     # accumulation, uneven fragments, two prototype heads; clipping comes after what is compared
     assert report["gradient"] < (1e-4 if dtype == "fp32" else 0.2)
     assert report["loss"] < (1e-5 if dtype == "fp32" else 0.05)
@@ -37,3 +55,4 @@ def test_sharded_steps_equal_unsharded_ones(
     assert report["gathered"] <= (3.01 if world_size > 1 else 0.0)
     # fragments of few values are padded
     assert report["gathered_of_plan"] == pytest.approx(1.0 if world_size > 1 else 0.0, rel=0.02)
+    return report
