@@ -26,8 +26,8 @@ FREE = (
     "model.preset", "objective.chunk_bytes", "teacher.chunk", "teacher.average", "engine.device",
     "engine.checkpointing", "engine.compile", "engine.view_groups", "engine.offload_checkpoints", "engine.moments",
     "engine.moments_ratio", "engine.moments_dir", "engine.live_blocks", "engine.reduce_bucket_bytes",
-    "engine.cpu_threads", "engine.collective_timeout_seconds", "engine.hang_timeout_seconds", "init.weights",
-    "init.minimum_matched", "monitor", "evaluation",
+    "engine.cpu_threads", "engine.cpu_kernels", "engine.collective_timeout_seconds", "engine.hang_timeout_seconds",
+    "init.weights", "init.minimum_matched", "monitor", "evaluation",
 )  # fmt: skip
 FIXED = (
     "run.seed", "data.window", "data.lanes", "model.patch_size", "model.dim", "model.depth", "model.num_heads",

@@ -209,6 +209,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("engine.offload_checkpoints", "true", engine, []),
     ("engine.live_blocks", "5", engine, []),
     ("engine.reduce_bucket_bytes", "1000000", engine, []),
+    ("engine.cpu_kernels", "false", engine, []),
     ("engine.moments", "disk", optimiser, []),
     ("engine.moments_ratio", "0.5", optimiser, ["engine.moments=host"]),
     ("engine.moments_dir", "FOLDER", optimiser, ["engine.moments=disk"]),
