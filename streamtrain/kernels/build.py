@@ -24,19 +24,24 @@ _WANTED = ("f", "bw", "vl", "dq", "bf16")
 _FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in _WANTED)]
 
 
+def able() -> bool:
+    """Whether this CPU has the instructions that the kernels are made of."""
+    found = torch.cpu.get_capabilities()
+    return all(found.get(f"avx512_{part}", False) for part in _WANTED)
+
+
 @cache
 def usable() -> bool:
     """Whether ``torch.ops.streamtrain`` has the kernels; compiles them (10 s) if nobody has yet."""
-    able = torch.cpu.get_capabilities()
-    if not all(able.get(f"avx512_{part}", False) for part in _WANTED):
+    if not able():
         return False
     try:
         torch.ops.load_library(_library())
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            f"the CPU kernels could not be compiled, so that steps take two to three times as long; install g++ "
-            f"({reason.strip().splitlines()[-1]})",
+            "the CPU kernels could not be compiled, so that steps take two to three times as long; they need g++ and "
+            f"a folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
             stacklevel=2,
         )
         return False
@@ -49,7 +54,7 @@ def _library() -> Path:
     compiler = os.environ.get("CXX", "c++")
     parts = [compiler, *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = Path(cpp_extension.get_default_build_root()) / "streamtrain"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "streamtrain"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"kernels-{digest}.so"
     # a lock that ends with its process; the other ranks of this machine wait for the first one

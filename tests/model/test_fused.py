@@ -1,0 +1,269 @@
+"""A block's branches as single operations: as accurate as 16 bits allow, repeatable, and honest about bad numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_kernels import counted, needs_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streamtrain.config.model import ModelConfig
+from streamtrain.kernels.build import usable
+from streamtrain.model import drop_path, fused
+from streamtrain.model.drop_path import DropPath
+from streamtrain.model.initialise import initialise
+from streamtrain.model.layout import Group, Layout
+from streamtrain.model.rope import RopeTable
+from streamtrain.model.vit import VisionTransformer
+
+pytestmark = needs_kernels
+CPU, EPS = torch.device("cpu"), 1e-5
+BRANCHES = ("attention", "mlp")
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    assert usable()
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Case:
+    """One branch on random tokens and weights that all matter."""
+
+    kind: str
+    # (images, tokens of one) of each crop size
+    groups: list[tuple[int, int]]
+    num_heads: int = 2
+    head_dim: int = 32
+    hidden: int = 96
+    gated: bool = False
+    drop_rate: float = 0.0
+    # of the projections to queries, keys and values, or to the hidden features
+    scale: float = 1.5
+    seed: int = 0
+    layout: Layout = field(init=False)
+    drop: DropPath | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draw = torch.Generator().manual_seed(self.seed)
+        self.dim = self.num_heads * self.head_dim
+        self.layout = Layout(tuple(Group(images, (1, length)) for images, length in self.groups), 0)
+        self.drop = None
+        if self.drop_rate:
+            (self.drop,) = drop_path.draw(self.layout, 1, self.drop_rate, self.draw, CPU)
+        width, within = (3 * self.dim, self.dim) if self.kind == "attention" else (self.hidden, self.hidden)
+        width *= 2 if self.gated and self.kind == "mlp" else 1
+        self.tokens = self.noise(self.layout.offset(len(self.groups)), self.dim, scale=2.0)
+        self.gradient = self.noise(*self.tokens.shape)
+        self.weights = [
+            1.0 + self.noise(self.dim, scale=0.2), self.noise(self.dim, scale=0.1),
+            self.noise(width, self.dim, scale=self.scale * self.dim**-0.5), self.noise(width, scale=0.2),
+            self.noise(self.dim, within, scale=within**-0.5), self.noise(self.dim, scale=0.1),
+            0.25 + self.noise(self.dim, scale=0.1),
+        ]  # fmt: skip
+        angles = [self.noise(length, 1, 1, self.head_dim // 2).float() for _, length in self.groups]
+        self.tables = [
+            RopeTable(torch.cat([a.cos()] * 2, -1).bfloat16(), torch.cat([-a.sin(), a.sin()], -1).bfloat16())
+            for a in angles
+        ]
+
+    def noise(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=self.draw)).bfloat16()
+
+    def fused(self, tokens: Tensor, weights: list[Tensor], in_place: bool = False) -> Tensor:
+        branch = BRANCHES.index(self.kind)
+        where = fused.place(self.layout, self.drop, branch)
+        if self.kind == "mlp":
+            return fused.mlp(tokens, where, weights, EPS, in_place)
+        return fused.attention(tokens, where, self.tables, self.num_heads, weights, EPS, in_place)
+
+    def plain(self, tokens: Tensor, weights: list[Tensor]) -> Tensor:
+        """The same from operations of torch, in the tokens' number format."""
+        norm_weight, norm_bias, first, first_bias, last, last_bias, gamma = weights
+        branch, layout = BRANCHES.index(self.kind), self.drop.layout if self.drop else self.layout
+        inner = self.drop.select(tokens, branch) if self.drop else tokens
+        inner = F.linear(F.layer_norm(inner, (self.dim,), norm_weight, norm_bias, EPS), first, first_bias)
+        if self.kind == "attention":
+            inner = torch.cat([self.attended(*each) for each in zip(layout.views(inner), self.tables, strict=True)])
+        elif self.gated:
+            gate, up = inner.chunk(2, -1)
+            inner = F.silu(gate) * up
+        else:
+            inner = F.gelu(inner)
+        inner = F.linear(inner, last, last_bias) * gamma
+        return self.drop.add(tokens, inner, branch) if self.drop else tokens + inner
+
+    def attended(self, packed: Tensor, table: RopeTable) -> Tensor:
+        query, key, value = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        cosine, sine = (factor[:, 0, 0].to(packed.dtype) for factor in (table.cosine, table.sine))
+        query, key = (each * cosine + each.roll(self.head_dim // 2, -1) * sine for each in (query, key))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def results(self, form: str, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        """The output, and the gradients of the tokens and of each weight."""
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in (self.tokens, *self.weights)]
+        output = getattr(self, form)(leaves[0], leaves[1:])
+        return [output.detach(), *torch.autograd.grad(output, leaves, self.gradient.to(dtype))]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def assert_accurate(case: Case) -> None:
+    """No further from exact arithmetic than autograd of the single operations is, in the same number format."""
+    exact, plain, ours = case.results("plain", torch.float64), case.results("plain"), case.results("fused")
+    for name, want, rough, found in zip(
+        ("output", "tokens", "norm", "norm bias", "first", "first bias", "last", "last bias", "gamma"),
+        exact, plain, ours, strict=True,
+    ):  # fmt: skip
+        assert found.dtype == torch.bfloat16 and found.shape == want.shape
+        assert error(found, want) <= 1.2 * error(rough, want) + 1e-3, name
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        # crops as of a real step, and fewer images than threads
+        Case("attention", [(4, 201), (20, 41)], num_heads=6, head_dim=64, drop_rate=0.3),
+        Case("mlp", [(4, 201), (20, 41)], num_heads=6, head_dim=64, hidden=1536, drop_rate=0.3),
+        Case("mlp", [(4, 201), (20, 41)], num_heads=6, head_dim=64, hidden=1024, gated=True, drop_rate=0.3),
+        # longer than the queries whose scores are there at once
+        Case("attention", [(1, 600)], head_dim=64),
+        # scores with a standard deviation of 9
+        Case("attention", [(3, 201)], num_heads=3, head_dim=64, scale=4.5),
+        Case("mlp", [(1, 5)], num_heads=1),
+    ],
+    ids=["attention", "mlp", "swiglu", "long", "sharp", "few"],
+)
+def test_a_branch_is_as_accurate_as_its_operations(case: Case, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    assert_accurate(case)
+
+
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(BRANCHES),
+    groups=st.lists(st.tuples(st.integers(1, 5), st.integers(2, 70)), min_size=1, max_size=3),
+    num_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([32, 64, 96]),
+    hidden=st.integers(1, 10).map(lambda parts: 32 * parts),
+    gated=st.booleans(),
+    drop_rate=st.sampled_from([0.0, 0.4]),
+    num_threads=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_so_it_is_in_any_shape(
+    kind: str, groups: list[tuple[int, int]], num_heads: int, head_dim: int, hidden: int, gated: bool,
+    drop_rate: float, num_threads: int, seed: int,
+) -> None:  # fmt: skip
+    torch.set_num_threads(num_threads)
+    assert_accurate(Case(kind, groups, num_heads, head_dim, hidden, gated, drop_rate, seed=seed))
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_a_branch_repeats_to_the_bit_and_in_place(kind: str) -> None:
+    torch.set_num_threads(2)
+    case = Case(kind, [(7, 50), (9, 17)], drop_rate=0.3)
+    first, *gradients = case.results("fused")
+    # other work in between, of which the kernels' memory is still full
+    Case(kind, [(5, 90)], num_heads=3).results("fused")
+    for found, want in zip(case.results("fused"), (first, *gradients), strict=True):
+        assert torch.equal(found, want)
+    with torch.no_grad():
+        apart = case.fused(case.tokens, case.weights)
+        kept = case.tokens.clone()
+        assert torch.equal(apart, first)
+        within = case.fused(kept, case.weights, in_place=True)
+    assert torch.equal(within, first) and within.data_ptr() == kept.data_ptr()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "case",
+    [Case("attention", [(3, 20)]), Case("mlp", [(3, 20)]), Case("mlp", [(3, 20)], gated=True)],
+    ids=["attention", "mlp", "swiglu"],
+)
+def test_bad_numbers_come_out_as_such(case: Case, bad: float) -> None:
+    """A step that must be left out is known by its loss or its gradient's norm."""
+    for place, value in enumerate((case.tokens, *case.weights, case.gradient)):
+        kept = value.clone()
+        value.flatten()[7] = bad
+        output, *gradients = case.results("fused")
+        value.copy_(kept)
+        assert place == 8 or not output.isfinite().all(), place
+        assert not all(gradient.isfinite().all() for gradient in gradients), place
+    # what is bad in one image stays there
+    case.tokens[25] = bad
+    assert case.results("fused")[0].isfinite().all(1).sum() >= 40
+    case.tokens[25] = 0.0
+
+
+MODEL = ModelConfig.model_validate(
+    {"dim": 64, "depth": 3, "num_heads": 2, "patch_size": 4, "num_registers": 2, "drop_path": 0.3, "rope_rescale": 2.0}
+)
+
+
+def backbone(
+    dtype: torch.dtype, kernels: bool, checkpointing: str = "none", config: ModelConfig = MODEL
+) -> VisionTransformer:
+    """The same weights in every number format, all of which matter."""
+    model = VisionTransformer(config, checkpointing, kernels=kernels)
+    initialise(model, config, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model.bfloat16().to(dtype)
+
+
+def step(model: VisionTransformer) -> list[Tensor]:
+    """A teacher's pass in chunks, then a student's: the features of both, and the gradients of all weights."""
+    draw, dtype = torch.Generator().manual_seed(2), model.norm.weight.dtype
+    crops = [torch.randn(count, 3, size, size, generator=draw).to(dtype) for count, size in ((6, 32), (10, 16))]
+    masks = [torch.rand(6, 64, generator=draw) < 0.4, None]
+    with torch.no_grad():
+        taught = model(crops[:1], chunk=4)[0]
+    features = model(crops, masks, generator=torch.Generator().manual_seed(3))
+    learnt = [piece for each in features for piece in (each.cls, each.patches)]
+    signs = [torch.randn(piece.shape, generator=draw).to(dtype) for piece in learnt]
+    loss = sum((piece * sign).sum() for piece, sign in zip(learnt, signs, strict=True))
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return [taught.cls, taught.patches, *(piece.detach() for piece in learnt), *gradients]
+
+
+@pytest.mark.parametrize("mlp", ["mlp", "swiglu"])
+def test_a_step_of_the_backbone_is_as_accurate_as_without_kernels(mlp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MODEL.model_copy(update={"mlp": mlp, "mlp_hidden": 96})
+    called = counted(monkeypatch.setattr)
+    exact = step(backbone(torch.float64, True, config=config))
+    rough = step(backbone(torch.bfloat16, False, config=config))
+    # other number formats, and whoever asks for none, go without
+    assert not called
+    ours = step(backbone(torch.bfloat16, True, config=config))
+    assert sorted(called) == sorted(
+        f"{kind}_{direction}" for kind in BRANCHES for direction in ("forward", "forward", "backward") * config.depth
+    )
+    for want, plain, found in zip(exact, rough, ours, strict=True):
+        assert error(found, want) <= 1.5 * error(plain, want) + 2e-3
+    total = [torch.cat([value.double().flatten() for value in values]) for values in (exact, rough, ours)]
+    assert error(total[2], total[0]) <= 1.1 * error(total[1], total[0])
+
+
+def test_nothing_is_recomputed_around_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = counted(monkeypatch.setattr)
+    plain = step(backbone(torch.bfloat16, True))
+    count = len(called)
+    for found, want in zip(step(backbone(torch.bfloat16, True, "block")), plain, strict=True):
+        assert torch.equal(found, want)
+    assert len(called) == 2 * count
