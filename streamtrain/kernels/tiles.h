@@ -95,7 +95,7 @@ inline void transpose_16x16(__m512i rows[16]) {
   std::copy(step, step + 16, rows);
 }
 
-// The right factor ``from [rows, columns]``, columns a multiple of 16 and at most a panel: ``to [padded / 2][columns][2]``.
+// The right factor ``from [rows, columns]``, columns a multiple of 16: ``to [padded / 2][columns][2]``.
 inline void interleave(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
   const __m256i zero = _mm256_setzero_si256();
   for (int64_t row = 0; row < padded; row += 2) {

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from streamtrain.kernels.build import usable
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type of logits and sums: fp64 for fp64 features, else fp32."""
@@ -37,15 +39,42 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(left.to(wide), right.to(wide), out=out)
 
 
+def fused(*pairs: tuple[Tensor, Tensor]) -> bool:
+    """Whether the kernels for CPUs take logits of these bottlenecks ``[N, d]`` and prototypes ``[K, d]``."""
+    return (
+        all(each.device.type == "cpu" and each.dtype == torch.bfloat16 for pair in pairs for each in pair)
+        and all(features.shape[1] % 32 == 0 for features, _ in pairs)
+        and usable()
+    )
+
+
 def scaled_logits(
-    features: Tensor, weight: Tensor, temperature: float, column: Tensor | None = None, out: Tensor | None = None
+    features: Tensor,
+    weight: Tensor,
+    temperature: float,
+    column: Tensor | None = None,
+    row: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    exponential: bool = False,
 ) -> Tensor:
-    """``features @ weight.T / temperature + column``, in one pass where the product can do the rest."""
+    """``features @ weight.T / temperature + column + row[:, None]``, or e to that, in as few passes as can be."""
+    if fused((features, weight)):
+        if out is None:
+            out = torch.empty(features.shape[0], weight.shape[0])
+        torch.ops.streamtrain.logits(
+            features.contiguous(), weight.contiguous(), temperature, column, row, exponential, out
+        )
+        return out
     if features.dtype in (torch.float32, torch.float64):
         bias, share = (features.new_empty(()), 0.0) if column is None else (column, 1.0)
-        return torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature, out=out)
-    logits = matmul(features, weight.T, out).div_(temperature)
-    return logits if column is None else logits.add_(column)
+        logits = torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature, out=out)
+    else:
+        logits = matmul(features, weight.T, out).div_(temperature)
+        logits = logits if column is None else logits.add_(column)
+    if row is not None:
+        logits.add_(row[:, None])
+    return logits.exp_() if exponential else logits
 
 
 def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
@@ -88,8 +117,10 @@ def row_log_sum_exp(
     features: Tensor, weight: Tensor, temperature: float, chunk: int, column: Tensor | None = None
 ) -> Tensor:
     """``[num_rows]``: log-sum-exp of each row of ``features @ weight.T / temperature + column``."""
+    if fused((features, weight)):
+        return torch.ops.streamtrain.row_log_sum_exp(features.contiguous(), weight.contiguous(), temperature, column)
     streaming, buffer = RowLogSumExp(features.shape[0], features), Buffer(features.shape[0], chunk, features)
     for part in chunks(weight.shape[0], chunk):
         scale = None if column is None else column[part]
-        streaming.add(scaled_logits(features, weight[part], temperature, scale, buffer.of(part)))
+        streaming.add(scaled_logits(features, weight[part], temperature, scale, out=buffer.of(part)))
     return streaming.value()

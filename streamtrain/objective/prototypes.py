@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from streamtrain.objective import as_attention
-from streamtrain.objective.as_attention import Inputs
-from streamtrain.objective.logits import Buffer, chunk_rows, chunks, matmul, row_log_sum_exp, scaled_logits
+from streamtrain.objective.logits import Buffer, chunk_rows, chunks, fused, matmul, row_log_sum_exp, scaled_logits
 from streamtrain.objective.sinkhorn import Assignment
 
 
@@ -129,11 +127,8 @@ def prototype_cross_entropy(
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_features: Tensor, student_weight: Tensor, *rest: Any) -> Tensor:
-        inputs, need_gradient = Inputs(student_features, student_weight, *rest), any(ctx.needs_input_grad[:2])
-        found = None
-        if as_attention.suits(*inputs[:4]):
-            found = as_attention.loss_and_gradients(inputs, need_gradient=need_gradient)
-        loss, gradients = found or _sweep(inputs, need_gradient=need_gradient)
+        inputs = _Inputs(student_features, student_weight, *rest)
+        loss, gradients = _sweep(inputs, need_gradient=any(ctx.needs_input_grad[:2]))
         # a plain attribute, so that the backward can free them before it returns
         ctx.gradients = gradients
         return loss
@@ -146,23 +141,63 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return *(gradient.mul_(grad_output.to(gradient.dtype)) for gradient in gradients), *([None] * 8)
 
 
-def _sweep(inputs: Inputs, *, need_gradient: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+class _Inputs(NamedTuple):
+    """Those of ``prototype_cross_entropy``."""
+
+    features: Tensor
+    weight: Tensor
+    teacher_features: Tensor
+    teacher_weight: Tensor
+    assignment: Assignment
+    pair: Tensor | None
+    row_weight: Tensor
+    student_temperature: float
+    teacher_temperature: float
+    chunk: int
+
+
+def _sweep(inputs: _Inputs, *, need_gradient: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Loss and both gradients: one sweep for the softmax' normaliser, one for everything else."""
     features, weight, teacher_features, teacher_weight, assignment, pair, row_weight = inputs[:7]
     student_temperature, teacher_temperature, chunk = inputs[7:]
     log_normaliser = row_log_sum_exp(features, weight, student_temperature, chunk)
-    targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature, chunk)
+    row_weight = row_weight.to(log_normaliser.dtype)
     # what the target row counts in all (0 where a student row has no target), and each of its parts
     count = torch.ones_like(row_weight) if pair is None else (pair >= 0).sum(1)
     target_total = (count > 0).to(log_normaliser.dtype)
     target_scale = target_total / count.clamp_min(1)
-    row_weight = row_weight.to(log_normaliser.dtype)
     # exp(logits - this) is the softmax times what the row counts; a row that counts nothing has inf here
-    softmax_shift = (log_normaliser - (row_weight * target_total / student_temperature).log())[:, None]
-    target_factor = (row_weight * target_scale / student_temperature)[:, None]
+    softmax_shift = log_normaliser - (row_weight * target_total / student_temperature).log()
+    target_factor = row_weight * target_scale / student_temperature
+    if fused((features, weight), (teacher_features, teacher_weight)):
+        if pair is None:
+            pair = torch.arange(len(features))[:, None]
+        matched, *gradients = torch.ops.streamtrain.cross_entropy(
+            features.contiguous(), weight.contiguous(), student_temperature, softmax_shift, target_factor,
+            teacher_features.contiguous(), teacher_weight.contiguous(), teacher_temperature,
+            assignment.column.float(), assignment.row.float(), pair.contiguous(), need_gradient,
+        )  # fmt: skip
+    else:
+        matched, *gradients = _chunked(inputs, softmax_shift[:, None], target_factor[:, None], need_gradient)
+    loss = (row_weight * (target_total * log_normaliser - target_scale * matched)).sum()
+    if not gradients:
+        return loss, None
+    features_gradient, weight_gradient = gradients
+    return loss, (features_gradient.to(features.dtype), weight_gradient)
 
-    matched = torch.zeros_like(log_normaliser)
-    features_gradient = torch.zeros_like(features, dtype=log_normaliser.dtype) if need_gradient else None
+
+def _chunked(inputs: _Inputs, softmax_shift: Tensor, target_factor: Tensor, need_gradient: bool) -> list[Tensor]:
+    """What needs the logits of both, a chunk at a time.
+
+    Returns:
+        ``Σ_k target_ik · logit_ik [N]``, the targets summed over the pairs; with ``need_gradient`` also
+        ``exp(logits − shift) − factor · target`` times the prototypes, and transposed times the features.
+    """
+    features, weight, teacher_features, teacher_weight, assignment, pair = inputs[:6]
+    student_temperature, teacher_temperature, chunk = inputs[7:]
+    targets = _Targets(teacher_features, teacher_weight, assignment, pair, teacher_temperature, chunk)
+    matched = torch.zeros_like(softmax_shift[:, 0])
+    features_gradient = torch.zeros_like(features, dtype=matched.dtype) if need_gradient else None
     weight_gradient = torch.empty_like(weight) if need_gradient else None
     student_buffer, product_buffer = (Buffer(features.shape[0], chunk, features) for _ in range(2))
     for part in chunks(weight.shape[0], chunk):
@@ -179,10 +214,9 @@ def _sweep(inputs: Inputs, *, need_gradient: bool) -> tuple[Tensor, tuple[Tensor
         else:
             features_gradient += matmul(difference, weight[part])
             weight_gradient[part] = matmul(difference.T, features).to(weight.dtype)
-    loss = (row_weight * (target_total * log_normaliser - target_scale * matched)).sum()
     if features_gradient is None or weight_gradient is None:
-        return loss, None
-    return loss, (features_gradient.to(features.dtype), weight_gradient)
+        return [matched]
+    return [matched, features_gradient, weight_gradient]
 
 
 class _Targets:
@@ -202,20 +236,21 @@ class _Targets:
         chunk: int,
     ) -> None:
         self.weight, self.column, self.temperature = weight, assignment.column, temperature
-        self.features, self.row = features, assignment.row[:, None]
+        self.features, self.row = features, assignment.row
         self.pairs: tuple[Tensor, ...] = ()
         if pair is not None:
             # one more row, whose P is 0, stands for "no target"
             self.features = torch.cat([features, features.new_zeros(1, features.shape[1])])
-            self.row = torch.cat([self.row, self.row.new_full((1, 1), -torch.inf)])
+            self.row = torch.cat([self.row, self.row.new_full((1,), -torch.inf)])
             self.pairs = torch.where(pair >= 0, pair, features.shape[0]).unbind(1)
         self.buffer = Buffer(self.features.shape[0], chunk, features)
 
     def chunk(self, part: slice) -> Tensor:
         """``[N, chunk]``."""
         out = self.buffer.of(part)
-        entries = scaled_logits(self.features, self.weight[part], self.temperature, self.column[part], out)
-        entries.add_(self.row).exp_()
+        entries = scaled_logits(
+            self.features, self.weight[part], self.temperature, self.column[part], self.row, out, exponential=True
+        )
         if not self.pairs:
             return entries
         target = entries.index_select(0, self.pairs[0])

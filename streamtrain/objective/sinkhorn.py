@@ -72,13 +72,14 @@ def sinkhorn(
         change = torch.full_like(start, -torch.inf)
         for part in chunks(num_prototypes, chunk):
             scale = column[part] if iteration else None
-            entries = scaled_logits(features, weight[part], temperature, scale, buffer.of(part))
-            if iteration or valid is not None:
-                entries.add_(row[:, None])
+            of_row = row if iteration or valid is not None else None
+            entries = scaled_logits(
+                features, weight[part], temperature, scale, of_row, buffer.of(part), exponential=iteration > 0
+            )
             if iteration:
                 # Scaled by the iteration before, entries are at most 1 / N and no sum leaves [1 / (K N), K]: plain
                 # exponentials can neither overflow nor vanish.
-                factor = _column_factor(entries.exp_().sum(0), num_prototypes, group)
+                factor = _column_factor(entries.sum(0), num_prototypes, group)
                 column[part] += factor.log()
                 row_sum = (entries @ factor).log()
             else:

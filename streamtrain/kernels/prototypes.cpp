@@ -1,0 +1,215 @@
+// Logits of bottlenecks against prototypes, and the cross-entropy between the student's and the teacher's, a panel of
+// prototypes at a time: its logits, targets and gradients are made and used up while they lie in a core's cache.
+#include <torch/library.h>
+
+#include "rows.h"
+
+#include <limits>
+
+namespace streamtrain {
+namespace {
+
+using at::Tensor;
+
+// rows whose logits are there at once
+constexpr int64_t BLOCK = 256;
+
+// The slots of ``scratch``.
+enum { STUDENT, TEACHER, WEIGHT, LOGITS, TARGETS, DIFFERENCE, TURNED, ROWS, BY_ROWS, BY_WEIGHT, HIGHEST, MATCHED };
+
+const bf16* in(const Tensor& tensor) { return tensor.const_data_ptr<bf16>(); }
+
+const float* numbers(const Tensor& tensor, int64_t count) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == count,
+              "expected ", count, " dense fp32 numbers, not ", tensor.numel(), " of ", tensor.scalar_type());
+  return tensor.const_data_ptr<float>();
+}
+
+const float* numbers(const std::optional<Tensor>& tensor, int64_t count) { return tensor ? numbers(*tensor, count) : nullptr; }
+
+// Bottlenecks [rows, dim] and prototypes [all, dim].
+struct Factors {
+  const bf16 *features, *weight;
+  int64_t rows, all, dim, panels;
+
+  Factors(const Tensor& left, const Tensor& right)
+      : features(in(left)), weight(in(right)), rows(left.size(0)), all(right.size(0)), dim(right.size(1)) {
+    check(left, {rows, dim});
+    check(right, {all, dim});
+    TORCH_CHECK(dim % 32 == 0);
+    panels = (all + PANEL - 1) / PANEL;
+  }
+  int64_t width(int64_t panel) const { return std::min(PANEL, all - panel * PANEL); }
+  // the panel as a right factor [dim, PANEL], zeros beyond its width
+  void pack(int64_t panel, bf16* to) const {
+    interleave_transposed(weight + panel * PANEL * dim, dim, width(panel), PANEL, dim, to);
+  }
+  // logits [count, PANEL] of the rows from ``first`` on
+  void logits(int64_t first, int64_t count, const bf16* packed, float* to) const {
+    product(count, PANEL, dim, features + first * dim, dim, packed, PANEL, to, PANEL, false);
+  }
+};
+
+// ``exp`` of, or plain, ``features @ weight.T / temperature + column + row``: fp32 ``out [rows, all]``.
+void logits(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column,
+            const std::optional<Tensor>& row, bool exponentiate, const Tensor& out) {
+  const Factors factors(features, weight);
+  const float *of_column = numbers(column, factors.all), *of_row = numbers(row, factors.rows);
+  TORCH_CHECK(out.scalar_type() == at::kFloat && out.is_contiguous() && out.sizes() == at::IntArrayRef({factors.rows, factors.all}));
+  float* to = out.mutable_data_ptr<float>();
+  const __m512 scale = _mm512_set1_ps(1.0 / temperature);
+  for_tiles(factors.panels, at::get_num_threads(), [&](int64_t, int64_t panel) {
+    bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
+    float* found = scratch<float>(LOGITS, BLOCK * PANEL);
+    factors.pack(panel, packed);
+    const int64_t start = panel * PANEL, width = factors.width(panel);
+    for (int64_t first = 0; first < factors.rows; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, factors.rows - first);
+      factors.logits(first, count, packed, found);
+      for (int64_t r = 0; r < count; r++) {
+        const __m512 shift = _mm512_set1_ps(of_row ? of_row[first + r] : 0.f);
+        for (int64_t i = 0; i < width; i += 16) {
+          const __mmask16 mask = width - i >= 16 ? 0xffff : (1u << (width - i)) - 1;
+          __m512 value = _mm512_fmadd_ps(_mm512_loadu_ps(found + r * PANEL + i), scale, shift);
+          if (of_column) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, of_column + start + i));
+          _mm512_mask_storeu_ps(to + (first + r) * factors.all + start + i, mask, exponentiate ? exponential(value) : value);
+        }
+      }
+    }
+  });
+}
+
+// [rows]: log-sum-exp over all prototypes of ``features @ weight.T / temperature + column``.
+Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column) {
+  const Factors factors(features, weight);
+  const float* of_column = numbers(column, factors.all);
+  const int64_t threads = at::get_num_threads(), rows = factors.rows;
+  const __m512 scale = _mm512_set1_ps(1.0 / temperature), none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  // of each thread's prototypes: the largest logit of each row, and the sum of the exponentials of the others over it
+  float *highest = scratch<float>(HIGHEST, 2 * threads * rows), *sums = highest + threads * rows;
+  std::fill(highest, sums, -std::numeric_limits<float>::infinity());
+  std::fill(sums, sums + threads * rows, 0.f);
+  for_tiles(factors.panels, threads, [&](int64_t thread, int64_t panel) {
+    bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
+    float* found = scratch<float>(LOGITS, BLOCK * PANEL);
+    factors.pack(panel, packed);
+    const int64_t start = panel * PANEL, width = factors.width(panel);
+    for (int64_t first = 0; first < rows; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, rows - first);
+      factors.logits(first, count, packed, found);
+      for (int64_t r = 0; r < count; r++) {
+        float& before = highest[thread * rows + first + r];
+        float& sum = sums[thread * rows + first + r];
+        float* values = found + r * PANEL;
+        __m512 most = _mm512_set1_ps(before), total = _mm512_setzero_ps();
+        for (int64_t i = 0; i < PANEL; i += 16) {
+          const __mmask16 mask = width - i >= 16 ? 0xffff : i < width ? (1u << (width - i)) - 1 : 0;
+          __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values + i), scale);
+          if (of_column) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, of_column + start + i));
+          value = _mm512_mask_blend_ps(mask, none, value);
+          _mm512_storeu_ps(values + i, value);
+          most = _mm512_max_ps(value, most);
+        }
+        const float now = _mm512_reduce_max_ps(most);
+        const __m512 shift = _mm512_set1_ps(now);
+        for (int64_t i = 0; i < PANEL; i += 16) total = _mm512_add_ps(total, exponential(_mm512_sub_ps(_mm512_loadu_ps(values + i), shift)));
+        sum = (sum ? sum * std::exp(before - now) : 0.f) + _mm512_reduce_add_ps(total);
+        before = now;
+      }
+    }
+  });
+  const auto shaped = [&](float* from) { return at::from_blob(from, {threads, rows}, at::kFloat); };
+  return at::logsumexp(shaped(highest) + shaped(sums).log(), 0);
+}
+
+// What of the cross-entropy needs the logits of both, row for row of the student's:
+//   matched[i] = sum_k target_ik logit_ik, with target_i = sum_j exp(teacher's logits + column + row) at rows pair_ij
+//   difference_ik = exp(logit_ik - shift_i) - factor_i target_ik
+// Returns matched, and, where ``need_gradient``, difference @ weight (fp32) and difference.T @ features (bf16).
+std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, double temperature, const Tensor& shift,
+                                  const Tensor& factor, const Tensor& teacher_features, const Tensor& teacher_weight,
+                                  double teacher_temperature, const Tensor& column, const Tensor& row, const Tensor& pair,
+                                  bool need_gradient) {
+  const Factors student(features, weight), teacher(teacher_features, teacher_weight);
+  const int64_t rows = student.rows, dim = student.dim, padded = rounded(rows, 32), threads = at::get_num_threads();
+  const float *of_shift = numbers(shift, rows), *of_factor = numbers(factor, rows);
+  const float *of_column = numbers(column, student.all), *of_row = numbers(row, teacher.rows);
+  TORCH_CHECK(pair.scalar_type() == at::kLong && pair.is_contiguous() && pair.size(0) == rows && teacher.all == student.all);
+  TORCH_CHECK(pair.numel() == 0 || (pair.max().item<int64_t>() < teacher.rows));
+  const int64_t pairs = pair.size(1), *mates = pair.const_data_ptr<int64_t>();
+  const __m512 scale = _mm512_set1_ps(1.0 / temperature), teacher_scale = _mm512_set1_ps(1.0 / teacher_temperature);
+
+  Tensor by_weight = need_gradient ? at::empty_like(weight) : Tensor();
+  bf16 *to = need_gradient ? by_weight.mutable_data_ptr<bf16>() : nullptr, *right = scratch<bf16>(ROWS, padded * dim);
+  interleave(student.features, dim, rows, padded, dim, right);
+  const int64_t size = rounded(rows * (1 + dim), 16);
+  float* memory = scratch<float>(MATCHED, threads * size);
+  std::fill(memory, memory + threads * size, 0.f);
+  for_tiles(student.panels, threads, [&](int64_t thread, int64_t panel) {
+    float *matched = memory + thread * size, *by_rows = matched + rows;
+    bf16 *packed = scratch<bf16>(STUDENT, PANEL * dim), *teachers = scratch<bf16>(TEACHER, PANEL * teacher.dim);
+    bf16* back = scratch<bf16>(WEIGHT, PANEL * dim);
+    float *found = scratch<float>(LOGITS, BLOCK * PANEL), *targets = scratch<float>(TARGETS, rounded(teacher.rows, BLOCK) * PANEL);
+    bf16 *difference = scratch<bf16>(DIFFERENCE, padded * PANEL), *turned = scratch<bf16>(TURNED, PANEL * padded);
+    float* result = scratch<float>(BY_WEIGHT, PANEL * dim);
+    const int64_t start = panel * PANEL, width = student.width(panel);
+    student.pack(panel, packed);
+    teacher.pack(panel, teachers);
+    if (need_gradient) interleave(student.weight + start * dim, dim, width, PANEL, dim, back);
+    const auto masked = [&](int64_t i) -> __mmask16 { return width - i >= 16 ? 0xffff : i < width ? (1u << (width - i)) - 1 : 0; };
+    for (int64_t first = 0; first < teacher.rows; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, teacher.rows - first);
+      float* place = targets + first * PANEL;
+      teacher.logits(first, count, teachers, place);
+      for (int64_t r = 0; r < count; r++, place += PANEL) {
+        const __m512 own = _mm512_set1_ps(of_row[first + r]);
+        for (int64_t i = 0; i < PANEL; i += 16) {
+          const __m512 added = _mm512_add_ps(own, _mm512_maskz_loadu_ps(masked(i), of_column + start + i));
+          const __m512 entry = exponential(_mm512_fmadd_ps(_mm512_loadu_ps(place + i), teacher_scale, added));
+          _mm512_storeu_ps(place + i, _mm512_maskz_mov_ps(masked(i), entry));
+        }
+      }
+    }
+    for (int64_t first = 0; first < rows; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, rows - first);
+      student.logits(first, count, packed, found);
+      for (int64_t r = 0; r < count; r++) {
+        const int64_t at = first + r;
+        const __m512 down = _mm512_set1_ps(of_shift[at]), share = _mm512_set1_ps(of_factor[at]);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < PANEL; i += 16) {
+          __m512 target = _mm512_setzero_ps();
+          for (int64_t j = 0; j < pairs; j++) {
+            const int64_t mate = mates[at * pairs + j];
+            if (mate >= 0) target = _mm512_add_ps(target, _mm512_loadu_ps(targets + mate * PANEL + i));
+          }
+          const __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(found + r * PANEL + i), scale);
+          sum = _mm512_fmadd_ps(target, logit, sum);
+          const __m512 entry = _mm512_fnmadd_ps(share, target, exponential(_mm512_sub_ps(logit, down)));
+          if (need_gradient) store(difference + at * PANEL + i, _mm512_maskz_mov_ps(masked(i), entry));
+        }
+        matched[at] += _mm512_reduce_add_ps(sum);
+      }
+      if (need_gradient)
+        product(count, dim, PANEL, difference + first * PANEL, PANEL, back, dim, by_rows + first * dim, dim, true);
+    }
+    if (!need_gradient) return;
+    transpose(difference, PANEL, rows, padded, PANEL, turned);
+    product(PANEL, dim, padded, turned, padded, right, dim, result, dim, false);
+    for (int64_t i = 0; i < width * dim; i += 16) store(to + start * dim + i, _mm512_loadu_ps(result + i));
+  });
+  add_up(memory, size, threads);
+  const Tensor matched = vector(memory, rows).clone();
+  if (!need_gradient) return {matched};
+  return {matched, at::from_blob(memory + rows, {rows, dim}, at::kFloat).clone(), by_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
+  library.def("logits", logits);
+  library.def("row_log_sum_exp", row_log_sum_exp);
+  library.def("cross_entropy", cross_entropy);
+}
+
+}  // namespace streamtrain

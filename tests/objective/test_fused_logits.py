@@ -1,0 +1,166 @@
+"""Logits, their sums and the loss by the kernels for CPUs, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from torch import Tensor
+
+from streamtrain.kernels.build import usable
+from streamtrain.objective import logits as logits_module
+from streamtrain.objective.logits import fused, row_log_sum_exp, scaled_logits
+from streamtrain.objective.prototypes import prototype_cross_entropy
+from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn
+
+pytestmark = pytest.mark.skipif(not usable(), reason="this CPU has no bf16 instructions, or no compiler")
+
+STUDENT, TEACHER = 0.1, 0.05
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    draw = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(draw, dim=-1).bfloat16()
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300))
+
+
+@given(
+    rows=some.integers(0, 300), prototypes=some.integers(1, 400), dim=some.sampled_from([32, 64, 96]),
+    threads=some.sampled_from([1, 2]), seed=some.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_logits_and_their_sums(rows: int, prototypes: int, dim: int, threads: int, seed: int) -> None:
+    features, weight = unit(rows, dim, seed=seed), unit(prototypes, dim, seed=seed + 1)
+    draw = torch.Generator().manual_seed(seed)
+    column, row = torch.randn(prototypes, generator=draw) - 8, torch.randn(rows, generator=draw)
+    row[rows // 2 :: 7] = -torch.inf
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plain = scaled_logits(features, weight, 0.07)
+        taken = scaled_logits(features, weight, 0.07, column, row, exponential=True)
+        sums = row_log_sum_exp(features, weight, 0.07, 64, column)
+    finally:
+        torch.set_num_threads(before)
+    want = features.double() @ weight.double().T / 0.07
+    assert distance(plain, want) < 1e-6
+    assert distance(taken, (want + column + row[:, None]).exp()) < 2e-6
+    assert distance(sums, (want + column).logsumexp(1)) < 1e-6
+
+
+def both_forms(
+    features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, pair: Tensor | None, row_weight: Tensor,
+    valid: Tensor | None = None, temperature: float = TEACHER,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Loss and gradients in bf16 by the kernels, and in float64 chunk by chunk of prototypes."""
+    assert fused((features, weight), (teacher, teacher_weight))
+    assignment = sinkhorn(teacher.double(), teacher_weight.double(), temperature, 3, 64, valid=valid)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        z, w = (each.detach().to(dtype, copy=True).requires_grad_() for each in (features, weight))
+        loss = prototype_cross_entropy(
+            z, w, teacher.to(dtype), teacher_weight.to(dtype), assignment, pair, row_weight.double(), STUDENT,
+            temperature, 64,
+        )  # fmt: skip
+        (2.0 * loss).backward()
+        assert z.grad is not None and w.grad is not None
+        results.append([loss.detach().double(), z.grad.double(), w.grad.double()])
+    return results
+
+
+@pytest.mark.parametrize("valid_rows", [12, 5, 0])
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("teacher_dim", [32, 64])
+def test_the_loss_and_its_gradients(paired: bool, valid_rows: int, teacher_dim: int) -> None:
+    rows = 24 if paired else 12
+    features, weight, teacher = unit(rows, 32, seed=0), unit(301, 32, seed=1), unit(12, teacher_dim, seed=2)
+    pair = torch.randint(-1, 12, (24, 3), generator=torch.Generator().manual_seed(3)) if paired else None
+    row_weight = torch.rand(rows, generator=torch.Generator().manual_seed(4)) / rows
+    row_weight[:3] = 0
+    valid = torch.arange(12) < valid_rows
+    got, expected = both_forms(
+        features, weight, teacher, unit(301, teacher_dim, seed=5), pair, row_weight, valid
+    )
+    for mine, want in zip(got, expected, strict=True):
+        assert distance(mine, want) < 5e-3
+
+
+def test_more_rows_than_a_block() -> None:
+    rows = 600
+    features, weight, teacher = unit(rows, 64, seed=0), unit(200, 64, seed=1), unit(rows, 64, seed=2)
+    got, expected = both_forms(features, weight, teacher, unit(200, 64, seed=5), None, torch.ones(rows) / rows)
+    for mine, want in zip(got, expected, strict=True):
+        assert distance(mine, want) < 5e-3
+
+
+def test_logits_of_hundreds_neither_overflow_nor_vanish() -> None:
+    features, weight, teacher = unit(6, 32, seed=0), 40 * unit(70, 32, seed=1), unit(6, 32, seed=2)
+    got, expected = both_forms(features, weight, teacher, weight, None, torch.ones(6))
+    for mine, want in zip(got, expected, strict=True):
+        assert distance(mine, want) < 5e-3
+
+
+@pytest.mark.parametrize("noise", [3.0, 0.5, 0.05])
+@pytest.mark.parametrize("temperature", [0.1, 0.07, 0.04])
+def test_a_student_near_its_teacher_has_exact_gradients_too(noise: float, temperature: float) -> None:
+    features, weight = unit(16, 64, seed=0), unit(1024, 64, seed=1)
+    other = unit(16, 64, seed=2).double()
+    teacher = torch.nn.functional.normalize(features.double() + noise * other, dim=-1).bfloat16()
+    got, expected = both_forms(features, weight, teacher, weight, None, torch.ones(16), temperature=temperature)
+    for mine, want in zip(got, expected, strict=True):
+        assert distance(mine, want) < 1e-2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoilt", range(4))
+def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None:
+    tensors = [unit(6, 32, seed=0), unit(70, 32, seed=1), unit(6, 32, seed=2), unit(70, 32, seed=1)]
+    tensors[spoilt][2, 3] = value
+    for assign in (
+        sinkhorn(tensors[2], tensors[3], TEACHER, 3, 64),
+        centered_softmax(tensors[2], tensors[3], torch.zeros(70), TEACHER, 64),
+    ):
+        student = [each.clone().requires_grad_() for each in tensors[:2]]
+        loss = prototype_cross_entropy(*student, *tensors[2:], assign, None, torch.ones(6), STUDENT, TEACHER, 64)
+        assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_sinkhorn_is_that_of_float64(scale: float) -> None:
+    features, weight = unit(40, 64, seed=0), (scale * unit(500, 64, seed=1)).bfloat16()
+    valid = torch.arange(40) < 33
+    got, want = (
+        sinkhorn(features.to(kind), weight.to(kind), TEACHER, 3, 96, valid=valid)
+        for kind in (torch.bfloat16, torch.float64)
+    )
+
+    def assigned(found: Assignment) -> Tensor:
+        return (features.double() @ weight.double().T / TEACHER + found.column + found.row[:, None]).exp()
+
+    assert distance(assigned(got), assigned(want)) < 1e-4
+
+
+def test_rows_need_not_be_dense() -> None:
+    features, weight = unit(6, 32, seed=0), unit(70, 32, seed=1)
+    turned = [each.T.contiguous().T for each in (features, weight)]
+    assert torch.equal(scaled_logits(*turned, 0.1), scaled_logits(features, weight, 0.1))
+    assert torch.equal(row_log_sum_exp(*turned, 0.1, 64), row_log_sum_exp(features, weight, 0.1, 64))
+
+
+def test_rows_that_count_nothing_leave_no_gradient() -> None:
+    features, weight, teacher = unit(4, 32, seed=0), unit(70, 32, seed=1), unit(4, 32, seed=2)
+    got, _ = both_forms(features, weight, teacher, weight, None, torch.zeros(4))
+    assert not any(bool(each.any()) for each in got)
+
+
+def test_other_types_shapes_and_devices_keep_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.zeros(3, 32, dtype=torch.bfloat16)
+    assert fused((half, half))
+    for other in (half.float(), half.to("meta"), half[:, :8]):
+        assert not fused((half, half), (other, other))
+    monkeypatch.setattr(logits_module, "usable", lambda: False)
+    assert not fused((half, half))
