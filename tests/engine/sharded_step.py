@@ -1,7 +1,8 @@
 """Five optimiser steps of the sharded pair on every rank, beside plain unsharded arithmetic; prints JSON on rank 0.
 
-Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS [COMPILE]``. What is
-compiled is compared with what is not, so that then drop-path and RoPE draw as well.
+Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS [COMPILE [KERNELS]]``. What
+is compiled, or computed by the CPU's kernels, is compared with what is not, so that then drop-path and RoPE draw as
+well. With KERNELS, on or off, the sizes suit the kernels.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.traffic import Traffic
+from cpu_kernels import counted
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -41,22 +44,24 @@ WEIGHTS = LossWeights(1.0, 1.0, 0.1)
 TEMPERATURE, MOMENTUM = 0.05, 0.9
 
 
-def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "off") -> Config:
+def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "off", kernels: str = "") -> Config:
     head = {"prototypes": 101, "hidden": 24, "bottleneck": 12}
-    drawn = {"drop_path": 0.3, "rope_rescale": 2.0} if compile == "on" else {"drop_path": 0.0}
+    drawn = {"drop_path": 0.3, "rope_rescale": 2.0} if compile == "on" or kernels else {"drop_path": 0.0}
+    sizes = {"dim": 64, "num_heads": 2} if kernels else {"dim": 36, "num_heads": 3}
     return build(
         {
             "run": {"dir": "nowhere"},
             "data": {"micro_batch": MICRO_BATCH},
             "crops": {"global_size": 32, "local_size": 16, "local_count": 2},
-            "model": {"patch_size": 8, "dim": 36, "depth": 3, "num_heads": 3, "layerscale": 0.5, **drawn},
+            "model": {"patch_size": 8, "depth": 3, "layerscale": 0.5, **sizes, **drawn},
             # six images, the last two in a chunk of their own
             "teacher": {"chunk": 4},
             "objective": {"global_loss": {"head": head}, "patch_loss": {"head": head}},
             "optim": {"clip": 0.5, "layer_decay": 0.8},
             "engine": {
                 "dtype": dtype, "device": "cpu", "cpu_threads": 1, "checkpointing": checkpointing,
-                "view_groups": int(view_groups), "compile": compile, "collective_timeout_seconds": 123,
+                "view_groups": int(view_groups), "compile": compile, "cpu_kernels": kernels != "off",
+                "collective_timeout_seconds": 123,
             },
         }
     )
@@ -78,7 +83,7 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
 
 def main() -> None:
     config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
-    traffic = Traffic()
+    traffic, called = Traffic(), counted(setattr)
     with joined(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)
@@ -143,7 +148,7 @@ def main() -> None:
         if runtime.rank == 0:
             groups = (dist.group.WORLD, deepspeed.utils.groups._get_data_parallel_group())
             timeouts = [group._get_backend(runtime.device).options._timeout.total_seconds() for group in groups]
-            report |= {"moved": moved, "stale": stale, "timeouts": timeouts, "graphs": graphs()}
+            report |= {"moved": moved, "stale": stale, "timeouts": timeouts, "graphs": graphs(), "called": len(called)}
             print(json.dumps(report), flush=True)
 
 
