@@ -209,6 +209,17 @@ def test_bad_numbers_come_out_as_such(case: Case, bad: float) -> None:
     case.tokens[25] = 0.0
 
 
+@pytest.mark.parametrize("size", [1e2, 1e6, 1e10, 1e16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_of_any_size_are_right(size: float, gated: bool) -> None:
+    case = Case("mlp", [(4, 20)], scale=size, gated=gated)
+    case.weights[4] /= size**2 if gated else size
+    output, gradient, *_ = case.results("fused")
+    exact, exact_gradient, *_ = case.results("plain", torch.float64)
+    assert error(output, exact) < 0.01
+    assert error(gradient, exact_gradient) < 0.05
+
+
 MODEL = ModelConfig.model_validate(
     {"dim": 64, "depth": 3, "num_heads": 2, "patch_size": 4, "num_registers": 2, "drop_path": 0.3, "rope_rescale": 2.0}
 )
