@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils import cpp_extension
 
 _FOLDER = Path(__file__).parent
 _WANTED = ("f", "bw", "vl", "dq", "bf16")
@@ -32,12 +31,13 @@ def able() -> bool:
 
 @cache
 def usable() -> bool:
-    """Whether ``torch.ops.streamtrain`` has the kernels; compiles them (10 s) if nobody has yet."""
+    """Whether ``torch.ops.streamtrain`` has the kernels; compiles them (half a minute) if nobody has yet."""
     if not able():
         return False
     try:
         torch.ops.load_library(_library())
-    except (OSError, subprocess.CalledProcessError) as error:
+    # a home that nobody knows of, and a file system without locks, are RuntimeErrors
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
             "the CPU kernels could not be compiled, so that steps take two to three times as long; they need g++ and "
@@ -54,7 +54,9 @@ def _library() -> Path:
     compiler = os.environ.get("CXX", "c++")
     parts = [compiler, *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "streamtrain"
+    # where torch's own would lie; to ask torch would, on a CPU, print that there is no GPU
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "streamtrain"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"kernels-{digest}.so"
     # a lock that ends with its process; the other ranks of this machine wait for the first one
@@ -62,9 +64,9 @@ def _library() -> Path:
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 made = Path(temporary) / library.name
-                headers = [f"-I{path}" for path in cpp_extension.include_paths()]
-                links = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-                command = [compiler, *_FLAGS, *headers, *map(str, sources), "-o", str(made), *links]
+                installed = Path(torch.__file__).parent
+                links = [f"-L{installed / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+                command = [compiler, *_FLAGS, f"-I{installed / 'include'}", *map(str, sources), "-o", str(made), *links]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 os.replace(made, library)
     return library
