@@ -120,7 +120,8 @@ def restore(
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
-            teacher.write(read)
+        # which starts as a copy
+        teacher.write(lambda key, _: student.master(key.partition("/")[2]))
         if gram is not None:
             gram.start(None)
         return Position(0, 0, None, None)
@@ -142,10 +143,7 @@ def restore(
 
 @contextmanager
 def starting_values(config: Config, student: Student) -> Iterator[Callable[[str, Fragment], torch.Tensor]]:
-    """Yield what a new run reads its fragments from: ``init.weights`` for the backbone, the seed for the rest.
-
-    Student and teacher read the same, so the teacher starts as a copy.
-    """
+    """Yield what a new run reads its fragments from: ``init.weights`` for the backbone, the seed for the rest."""
     with ExitStack() as stack:
         adopted: Callable[[str], torch.Tensor | None] = lambda name: None  # noqa: E731
         if config.init.weights is not None:

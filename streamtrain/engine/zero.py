@@ -43,9 +43,10 @@ class Fragment:
         return cls(tuple(parameter.ds_shape), start, min(start + numel, parameter.ds_numel), numel)
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
-        """``[numel]``: the fragment of a whole parameter's ``values``, padded with zeros."""
+        """``[numel]``: the fragment of a whole parameter's ``values``, padded with zeros; a view where it is whole."""
         part = values.reshape(-1)[self.start : self.stop]
-        return torch.nn.functional.pad(part, (0, self.numel - part.numel()))
+        padding = self.numel - part.numel()
+        return torch.nn.functional.pad(part, (0, padding)) if padding else part
 
 
 @dataclass(frozen=True)

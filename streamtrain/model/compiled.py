@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from streamtrain.errors import ConfigError
 from streamtrain.model.layers import Block
@@ -23,7 +22,10 @@ def compile_blocks(network: nn.Module) -> None:
     All blocks share what is compiled. The forward around it stays as it is: a sharded engine's hooks, which make the
     parameters whole, chunks, and what is computed again.
     """
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    # takes two seconds to load
+    from torch import _dynamo
+
+    _dynamo.config.recompile_limit = MOST_SHAPES
     for block in network.modules():
         if isinstance(block, Block):
             # those for CPUs are whole branches, which leave nothing to compile
@@ -34,6 +36,8 @@ def compile_blocks(network: nn.Module) -> None:
 
 
 def _with_one_line(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
     def transform(*arguments: Any) -> Tensor:
         try:
             return compiled(*arguments)

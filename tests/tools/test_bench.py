@@ -168,3 +168,5 @@ def test_step_measures_itself_and_the_plain_one() -> None:
     # communication is within the others
     assert 0.9 < sum(shares) - result["communication_share"] <= 1.01
     assert result["peak_ratio"] > 0 and 0 < result["mfu"] < 1
+    parts = [value for key, value in result.items() if key.startswith("start_")]
+    assert min(parts) >= 0 and sum(parts) == pytest.approx(2 * result["start_to_first_step_seconds"])

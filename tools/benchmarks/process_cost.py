@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -43,6 +44,13 @@ def cpu_seconds() -> float:
 def peak_rss_bytes() -> int:
     """The most memory this process ever had resident."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def age_seconds() -> float:
+    """Since this process began, to a hundredth (Linux only)."""
+    # the fields after the name, which may hold anything
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def settle(quiet_seconds: float = 0.3) -> float:
