@@ -176,6 +176,14 @@ class _Sizes:
         return kept[0] * self.global_tokens + kept[1] * self.local_tokens
 
     @property
+    def by_kernels(self) -> bool:
+        """Whether a CPU that has what they need computes blocks by kernels (``streamtrain/model/fused.py``)."""
+        model, engine = self.config.model, self.config.engine
+        asked = engine.cpu_kernels and not engine.compiles(on_gpu=False)
+        fitting = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
+        return asked and fitting and not self.on_gpu and self.item == 2
+
+    @property
     def heads(self) -> list[tuple[str, HeadConfig, int, int]]:
         """Name, sizes, student rows and teacher rows (of one micro-batch) of each head."""
         objective = self.config.objective
@@ -252,8 +260,21 @@ def _branches(s: _Sizes) -> tuple[float, float, float]:
     return attention, mlp, 2 * model.dim
 
 
-def _activations(s: _Sizes) -> Iterator[Part]:
-    config, model, engine = s.config, s.config.model, s.config.engine
+def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
+    model, engine = s.config.model, s.config.engine
+    tokens, item = (s.tokens, "tokens"), (s.item, "B")
+    branches, width, values = (2 * model.depth, "branches"), (model.dim, "values"), (s.block, "values")
+    # all that a branch makes of its input passes through the cache, and is made again in the backward
+    yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
+    yield _part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)
+    yield _part("a block's values laid out", "gpu", ALWAYS, (2, "directions"), values, item)
+    # the number of threads follows from the machine where it is not set
+    threads = (engine.cpu_threads or 1, "threads")
+    yield _part("a block's gradient in fp32", "gpu", ALWAYS, threads, values, (4, "B"))
+
+
+def _blocks(s: _Sizes) -> Iterator[Part]:
+    model, engine = s.config.model, s.config.engine
     attention, mlp, stream = _branches(s)
     item = (s.item, "B")
     kept, tokens = (s.kept_tokens, "kept tokens"), (s.tokens, "tokens")
@@ -281,6 +302,10 @@ def _activations(s: _Sizes) -> Iterator[Part]:
     wide = (3 if model.mlp == "swiglu" else 2) * model.hidden / (groups if engine.checkpointing != "none" else 1)
     yield _part("gradients of activations", "gpu", BACKWARD, kept, (wide + 2 * model.dim, "values"), item)
 
+
+def _activations(s: _Sizes) -> Iterator[Part]:
+    config, model, through, item = s.config, s.config.model, (LOSS, BACKWARD), (s.item, "B")
+    yield from _blocks_by_kernels(s) if s.by_kernels else _blocks(s)
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
     yield _part("embedded pixels", "gpu", through, (patches, "patches"), (3 * 3 * model.patch_size**2, "values"), item)
     for name, head, rows, _ in s.heads:
@@ -293,7 +318,7 @@ def _activations(s: _Sizes) -> Iterator[Part]:
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
     yield _part("teacher's stream", "gpu", TEACHER, stream_tokens, (width, "values"), item)
     peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
-    of_chunk = (chunk * s.global_tokens, "tokens of a chunk")
+    of_chunk = (0 if s.by_kernels else chunk * s.global_tokens, "tokens of a chunk")
     yield _part("teacher's block", "gpu", TEACHER, of_chunk, (peak, "values"), item)
 
     crops = config.crops

@@ -49,6 +49,21 @@ def test_what_costs_memory_costs_it_in_the_plan() -> None:
     assert full.host_bytes > half.host_bytes > base.host_bytes
 
 
+def test_on_a_cpu_a_block_by_kernels_keeps_the_inputs_of_its_branches() -> None:
+    overrides = ("data.micro_batch=16", "data.global_batch=16", "engine.cpu_threads=2")
+    kept = {}
+    for extra in ("engine.cpu_kernels=true", "engine.cpu_kernels=false", "engine.compile=on", "model.dim=360"):
+        config = load_config("vits16.yaml", [*overrides, "model.preset=null", extra])
+        for bf16 in (True, False):
+            parts = {part.name: part for part in plan(config, 1, on_gpu=False, bf16=bf16).parts}
+            kept[extra, bf16] = parts.get("kept between branches")
+            assert (kept[extra, bf16] is None) == ("recomputed block" in parts)
+    of_kernels = kept.pop(("engine.cpu_kernels=true", True))
+    tokens = 16 * (2 * (5 + 14**2) + 8 * (5 + 6**2))
+    assert of_kernels is not None and of_kernels.num_bytes == 12 * 2 * tokens * 384 * 2
+    assert not any(kept.values())
+
+
 def test_recomputation_trades_memory_for_arithmetic() -> None:
     modes = [plan(giant(f"engine.checkpointing={mode}"), 8) for mode in ("none", "selective", "block")]
     assert modes[0].gpu_bytes > modes[1].gpu_bytes > modes[2].gpu_bytes

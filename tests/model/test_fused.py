@@ -271,6 +271,25 @@ def test_a_step_of_the_backbone_is_as_accurate_as_without_kernels(mlp: str, monk
     assert error(total[2], total[0]) <= 1.1 * error(total[1], total[0])
 
 
+def test_a_block_keeps_the_inputs_of_its_branches_alone() -> None:
+    kept: dict[int, torch.Size] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.shape
+        return tensor
+
+    model = backbone(torch.bfloat16, True, "block")
+    tokens = torch.randn(500, MODEL.dim).bfloat16().requires_grad_()
+    layout = Layout((Group(5, (7, 14)),), 2)
+    tables = [RopeTable(*(torch.ones(100, 1, 1, 32, dtype=torch.bfloat16) for _ in range(2)))]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for block in model.blocks:
+            tokens = block(tokens, layout, tables)
+    # and weights, with zeros for the keys' bias
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters()) + MODEL.depth * MODEL.dim
+    assert sum(shape.numel() for shape in kept.values()) == 2 * MODEL.depth * tokens.numel() + weights
+
+
 def test_nothing_is_recomputed_around_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     called = counted(monkeypatch.setattr)
     plain = step(backbone(torch.bfloat16, True))
