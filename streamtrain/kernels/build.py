@@ -36,12 +36,15 @@ def usable() -> bool:
         return False
     try:
         torch.ops.load_library(_library())
+        # one product, which oneDNN may be without, or have been told to do without (ONEDNN_MAX_CPU_ISA)
+        one = torch.zeros(1, 32, dtype=torch.bfloat16)
+        torch.ops.streamtrain.logits(one, one, 1.0, None, None, False, torch.empty(1, 1))
     # a home that nobody knows of, and a file system without locks, are RuntimeErrors
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            "the CPU kernels could not be compiled, so that steps take two to three times as long; they need g++ and "
-            f"a folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
+            "the CPU kernels cannot be used, so that steps take two to three times as long; they need g++ and a folder "
+            f"to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
             stacklevel=2,
         )
         return False

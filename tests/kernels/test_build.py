@@ -32,10 +32,10 @@ print(all(p.grad.isfinite().all() for n, p in model.named_parameters() if "mask"
 """
 
 
-def started(code: str, cache: Path, compiler: Path | str) -> subprocess.Popen[str]:
-    places = {"TORCH_EXTENSIONS_DIR": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT)}
+def started(code: str, cache: Path, compiler: Path | str, **variables: str) -> subprocess.Popen[str]:
+    variables |= {"TORCH_EXTENSIONS_DIR": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, **places}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", code], env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
 
@@ -106,6 +106,13 @@ def no_folder(folder: Path) -> tuple[Path, str]:
 
 
 @needs_kernels
+def test_without_the_instructions_in_onednn_there_is_a_warning_too() -> None:
+    trained = started(TRAIN, build._library().parents[1], os.environ.get("CXX", "c++"), ONEDNN_MAX_CPU_ISA="AVX2")
+    out, err = finished(trained)
+    assert out == "True" and err.count("the CPU kernels cannot be used") == 1
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [(no_compiler, "/nonexistent"), (failing_compiler, "no such instruction"),
@@ -116,7 +123,7 @@ def test_without_a_library_there_is_one_warning_and_training_goes_on(
 ) -> None:
     out, err = finished(started(TRAIN, *trouble(tmp_path)))
     assert out == "True"
-    assert err.count("the CPU kernels could not be compiled") == 1 and "g++" in err and reason in err
+    assert err.count("the CPU kernels cannot be used") == 1 and "g++" in err and reason in err
 
 
 def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(
