@@ -42,11 +42,13 @@ def usable() -> bool:
     # a home that nobody knows of, and a file system without locks, are RuntimeErrors
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warnings.warn(
-            "the CPU kernels cannot be used, so that steps take two to three times as long; they need g++ and a folder "
-            f"to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
-            stacklevel=2,
-        )
+        # one rank of a machine speaks for all
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            warnings.warn(
+                "the CPU kernels cannot be used, so that steps take two to three times as long; they need g++ and a "
+                f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
+                stacklevel=2,
+            )
         return False
     return True
 
