@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_kernels import counted, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joined_processes import run_on_ranks
 from plain_step import plain_losses
 
-from streamtrain.config.load import build
+from streamtrain.config.load import build, merge
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.learner import RECIPE_WEIGHTS, GramTeacher, Learner, LossWeights
@@ -335,3 +336,20 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
     assert found["nearest"] == found["all_ranks"] and found["two"] < found["nearest"]
     # groups of one sample have no neighbours
     assert found["groups"] == 0.0
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernels", [True, False])
+def test_students_and_teachers_compute_by_kernels_where_they_may(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build(merge(config_of(dim=64).model_dump(), {"engine": {"cpu_kernels": kernels}}))
+    learner, gram = learner_of(config, 0).bfloat16(), GramTeacher(config).bfloat16()
+    gram.backbone.load_state_dict(learner.backbone.state_dict())
+    exact = learner_of(config, 0)(batch_of(0).global_crops).patches
+    called = counted(monkeypatch.setattr)
+    with torch.no_grad():
+        for found in (learner(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):
+            assert (found.float() - exact).norm() < 0.05 * exact.norm()
+    # two blocks of two branches, for either
+    assert len(called) == (8 if kernels else 0)
