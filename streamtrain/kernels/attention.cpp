@@ -85,24 +85,24 @@ void turn(const float* from, const bf16* cosine, const bf16* sine, int64_t head_
   }
 }
 
-// What both directions begin with: a tile's normed rows [rows, dim] and its heads [3, heads, rows, head_dim], turned.
+// What both directions begin with: a tile's normed rows [rows, spread(dim)] and its heads [3, heads, rows, head_dim], turned.
 struct Begun {
   bf16 *normed, *heads;
   float *mean, *rate, *result;
 
   Begun(const Branch& branch, const Tiles& tiles, const Tile& tile, const Rows& rows, const bf16* x, const bf16* qkv, float eps) {
-    const int64_t dim = branch.dim, head_dim = branch.head_dim, count = tile.rows();
-    normed = scratch<bf16>(NORMED, tiles.rows * dim);
+    const int64_t dim = branch.dim, head_dim = branch.head_dim, count = tile.rows(), stride = spread(dim);
+    normed = scratch<bf16>(NORMED, tiles.rows * stride);
     heads = scratch<bf16>(HEADS, 3 * tiles.rows * dim);
     result = scratch<float>(RESULT, std::max<int64_t>(16, tiles.rows) * std::max(PANEL, head_dim));
     mean = scratch<float>(STATS, 2 * tiles.rows);
     rate = mean + tiles.rows;
     const bf16 *weight = in(branch.norm_weight), *bias = in(branch.norm_bias), *qkv_bias = in(branch.qkv_bias);
     for (int64_t row = 0; row < count; row++)
-      norm_row(x + rows[tile.first + row] * dim, weight, bias, eps, dim, normed + row * dim, mean[row], rate[row]);
+      norm_row(x + rows[tile.first + row] * dim, weight, bias, eps, dim, normed + row * stride, mean[row], rate[row]);
     for (int64_t head = 0; head < 3 * branch.heads; head++) {
       const int64_t column = head * head_dim;
-      product(count, head_dim, dim, normed, dim, qkv + column * dim, head_dim, result, head_dim, false);
+      product(count, head_dim, dim, normed, stride, qkv + column * dim, head_dim, result, head_dim, false);
       bf16* place = heads + head * count * head_dim;
       for (int64_t row = 0; row < count; row++, place += head_dim) {
         float* values = result + row * head_dim;
@@ -150,7 +150,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
              const std::vector<double>& scales, const std::vector<Tensor>& factors, int64_t num_heads,
              const std::vector<Tensor>& weights, double eps) {
   const Branch branch(weights, num_heads);
-  const int64_t dim = branch.dim, head_dim = branch.head_dim;
+  const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread(dim);
   check(tokens, {tokens.size(0), dim});
   check(out, tokens.sizes());
   const Rows rows(kept, sizes, scales);
@@ -167,7 +167,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
     const Tile& tile = tiles.all[index];
     const int64_t count = tile.rows(), length = tile.length, padded = rounded(length, 16), wide = rounded(length, 32);
     const Begun begun(branch, tiles, tile, rows, x, qkv, eps);
-    bf16* merged = scratch<bf16>(MERGED, tiles.rows * dim);
+    bf16* merged = scratch<bf16>(MERGED, tiles.rows * stride);
     bf16 *key = scratch<bf16>(KEY, padded_most * head_dim), *value = scratch<bf16>(VALUE, wide_most * head_dim);
     float* scores = scratch<float>(SCORES, queries_most * padded_most);
     bf16* softmaxed = scratch<bf16>(WEIGHTS, queries_most * wide_most);
@@ -185,13 +185,13 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
           product(queries, head_dim, wide, softmaxed, wide, value, head_dim, begun.result, head_dim, false);
           for (int64_t row = 0; row < queries; row++)
             for (int64_t i = 0; i < head_dim; i += 16)
-              store(merged + (image * length + first + row) * dim + head * head_dim + i, _mm512_loadu_ps(begun.result + row * head_dim + i));
+              store(merged + (image * length + first + row) * stride + head * head_dim + i, _mm512_loadu_ps(begun.result + row * head_dim + i));
         }
       }
     }
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
-      product(count, panel, dim, merged, dim, proj + column * dim, panel, begun.result, panel, false);
+      product(count, panel, dim, merged, stride, proj + column * dim, panel, begun.result, panel, false);
       for (int64_t row = 0; row < count; row++) {
         const int64_t place = rows[tile.first + row] * dim + column;
         add_branch(x + place, begun.result + row * panel, proj_bias + column, gamma + column, rows.scale[tile.first + row], panel, to + place);
@@ -219,7 +219,7 @@ struct Sums {
 // The gradient by one image's head, ``by`` its merged result: written to ``to`` [length, stride], the columns of query, key
 // and value ``dim`` apart; its merged result again to ``merged``.
 struct HeadBackward {
-  int64_t length, head_dim, dim, stride;
+  int64_t length, head_dim, dim, merged_stride, stride;
   const bf16 *query, *key, *value, *by, *cosine, *sine;
   float scale;
   bf16 *merged, *to;
@@ -232,7 +232,7 @@ struct HeadBackward {
     bf16 *key_pairs = scratch<bf16>(KEY_PAIRS, wide_most * head_dim), *value_pairs = scratch<bf16>(VALUE, wide_most * head_dim);
     float *scores = scratch<float>(SCORES, queries_most * padded_most), *by_scores = scratch<float>(BY_SCORES, queries_most * padded_most);
     bf16 *weights = scratch<bf16>(WEIGHTS, queries_most * wide_most), *pairs = scratch<bf16>(WEIGHT_PAIRS, 2 * queries_most * padded_most);
-    bf16 *query_turned = scratch<bf16>(QUERY_TURNED, head_dim * queries_most), *by_turned = scratch<bf16>(BY_TURNED, head_dim * queries_most);
+    bf16 *query_turned = scratch<bf16>(QUERY_TURNED, head_dim * spread(queries_most)), *by_turned = scratch<bf16>(BY_TURNED, head_dim * spread(queries_most));
     float *by_key = scratch<float>(BY_KEY, head_dim * padded_most), *by_value = scratch<float>(BY_VALUE, head_dim * padded_most);
     interleave_transposed(key, head_dim, length, padded, head_dim, key_turned);
     interleave_transposed(value, head_dim, length, padded, head_dim, value_turned);
@@ -252,7 +252,7 @@ struct HeadBackward {
         for (int64_t i = 0; i < head_dim; i += 16) {
           const __m512 average = _mm512_loadu_ps(result + row * head_dim + i);
           sum = _mm512_fmadd_ps(average, load(given + row * head_dim + i), sum);
-          store(merged + (first + row) * dim + i, average);
+          store(merged + (first + row) * merged_stride + i, average);
         }
         const __m512 matched = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), factor = _mm512_set1_ps(scale);
         for (int64_t i = 0; i < padded; i += 16) {
@@ -268,8 +268,8 @@ struct HeadBackward {
       }
       transpose(asked, head_dim, queries, even, head_dim, query_turned);
       transpose(given, head_dim, queries, even, head_dim, by_turned);
-      product(head_dim, padded, even, query_turned, even, score_pairs, padded, by_key, padded, first > 0);
-      product(head_dim, padded, even, by_turned, even, weight_pairs, padded, by_value, padded, first > 0);
+      product(head_dim, padded, even, query_turned, spread(even), score_pairs, padded, by_key, padded, first > 0);
+      product(head_dim, padded, even, by_turned, spread(even), weight_pairs, padded, by_value, padded, first > 0);
     }
     for (int64_t row = 0; row < length; row += 16) {
       const int64_t count = std::min<int64_t>(16, length - row);
@@ -303,7 +303,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
                              const std::vector<Tensor>& factors, int64_t num_heads, const std::vector<Tensor>& weights,
                              double eps) {
   const Branch branch(weights, num_heads);
-  const int64_t dim = branch.dim, head_dim = branch.head_dim;
+  const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread(dim), by_stride = spread(3 * dim);
   check(tokens, {tokens.size(0), dim});
   check(by_out, tokens.sizes());
   check(by_tokens, tokens.sizes());
@@ -325,45 +325,46 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
     const int64_t count = tile.rows(), length = tile.length, padded = rounded(count, 32);
     const Sums sums(memory + thread * size, dim);
     const Begun begun(branch, tiles, tile, rows, x, qkv, eps);
-    bf16 *given = scratch<bf16>(GIVEN, most * dim), *merged = scratch<bf16>(MERGED, most * dim);
-    bf16 *by_merged = scratch<bf16>(BY_MERGED, most * dim), *by_heads = scratch<bf16>(BY_HEADS, 3 * most * dim);
-    bf16 *turned = scratch<bf16>(TURNED, most * dim), *given_turned = scratch<bf16>(GIVEN_TURNED, most * dim);
+    bf16 *given = scratch<bf16>(GIVEN, most * stride), *merged = scratch<bf16>(MERGED, most * stride);
+    bf16 *by_merged = scratch<bf16>(BY_MERGED, most * dim), *by_heads = scratch<bf16>(BY_HEADS, most * by_stride);
+    bf16 *turned = scratch<bf16>(TURNED, dim * spread(most)), *given_turned = scratch<bf16>(GIVEN_TURNED, dim * spread(most));
+    const int64_t turned_stride = spread(padded);
     bf16* pairs = scratch<bf16>(PAIRS, most * PANEL);
     for (int64_t row = 0; row < count; row++) {
-      scale_row(passed + rows[tile.first + row] * dim, rows.scale[tile.first + row], dim, given + row * dim);
-      add_row(sums.given, given + row * dim, dim);
+      scale_row(passed + rows[tile.first + row] * dim, rows.scale[tile.first + row], dim, given + row * stride);
+      add_row(sums.given, given + row * stride, dim);
     }
     for (int64_t head = 0; head < branch.heads; head++) {
       const int64_t column = head * head_dim;
       bf16* by = by_merged + column * count;
-      product(count, head_dim, dim, given, dim, proj_back + column * dim, head_dim, begun.result, head_dim, false);
+      product(count, head_dim, dim, given, stride, proj_back + column * dim, head_dim, begun.result, head_dim, false);
       for (int64_t i = 0; i < count * head_dim; i += 16) store(by + i, _mm512_loadu_ps(begun.result + i));
       for (int64_t image = 0; image < tile.images; image++) {
         const int64_t first = image * length;
         const auto part = [&](int64_t kind) { return begun.heads + ((kind * branch.heads + head) * count + first) * head_dim; };
-        const HeadBackward work{length, head_dim, dim, 3 * dim, part(0), part(1), part(2), by + first * head_dim, tile.cosine, tile.sine,
-                                branch.scale(), merged + first * dim + column, by_heads + first * 3 * dim + column};
+        const HeadBackward work{length, head_dim, dim, stride, by_stride, part(0), part(1), part(2), by + first * head_dim, tile.cosine, tile.sine,
+                                branch.scale(), merged + first * stride + column, by_heads + first * by_stride + column};
         work(tiles.length, begun.result);
       }
     }
-    transpose(given, dim, count, padded, dim, given_turned);
-    transpose(begun.normed, dim, count, padded, dim, turned);
+    transpose(given, stride, count, padded, dim, given_turned);
+    transpose(begun.normed, stride, count, padded, dim, turned);
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
-      interleave(merged + column, dim, count, padded, panel, pairs);
-      product(dim, panel, padded, given_turned, padded, pairs, panel, sums.proj + column * dim, panel, true);
+      interleave(merged + column, stride, count, padded, panel, pairs);
+      product(dim, panel, padded, given_turned, turned_stride, pairs, panel, sums.proj + column * dim, panel, true);
     }
     for (int64_t column = 0; column < 3 * dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, 3 * dim - column);
-      interleave(by_heads + column, 3 * dim, count, padded, panel, pairs);
-      product(dim, panel, padded, turned, padded, pairs, panel, sums.qkv + column * dim, panel, true);
+      interleave(by_heads + column, by_stride, count, padded, panel, pairs);
+      product(dim, panel, padded, turned, turned_stride, pairs, panel, sums.qkv + column * dim, panel, true);
     }
-    for (int64_t row = 0; row < count; row++) add_row(sums.qkv_bias, by_heads + row * 3 * dim, 3 * dim);
+    for (int64_t row = 0; row < count; row++) add_row(sums.qkv_bias, by_heads + row * by_stride, 3 * dim);
     // the queries, keys and values have been used
     float* by_norm = scratch<float>(SCORES, most * dim);
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
-      product(count, panel, 3 * dim, by_heads, 3 * dim, qkv_back + column * 3 * dim, panel, by_norm + column, dim, false);
+      product(count, panel, 3 * dim, by_heads, by_stride, qkv_back + column * 3 * dim, panel, by_norm + column, dim, false);
     }
     for (int64_t row = 0; row < count; row++) {
       const int64_t place = rows[tile.first + row] * dim;
@@ -379,11 +380,13 @@ std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threa
   const int64_t dim = branch.dim;
   add_up(memory, Sums::size(dim), threads);
   const Sums sums(memory, dim);
-  const Tensor proj = whole(sums.proj, dim, dim), gamma = branch.gamma.to(at::kFloat), given = vector(sums.given, dim);
-  // the branch's result, which LayerScale multiplies, is linear in what ``proj`` has summed
-  const Tensor by_gamma = (branch.proj_weight * proj).sum(1) + branch.proj_bias * given;
-  return in_16_bits({vector(sums.norm_weight, dim), vector(sums.norm_bias, dim), whole(sums.qkv, dim, 3 * dim).t(),
-                     vector(sums.qkv_bias, 3 * dim), proj * gamma.unsqueeze(1), given * gamma, by_gamma});
+  const bf16* gamma = in(branch.gamma);
+  return {
+      gradient(sums.norm_weight, dim), gradient(sums.norm_bias, dim),
+      gradient(sums.qkv, dim, 3 * dim, nullptr, true), gradient(sums.qkv_bias, 3 * dim),
+      gradient(sums.proj, dim, dim, gamma, false), gradient(sums.given, dim, gamma),
+      gradient_by_scale(sums.proj, sums.given, in(branch.proj_weight), in(branch.proj_bias), dim, dim),
+  };
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ inline void silu(__m512 x, __m512& value, __m512& slope) {
 void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
              const std::vector<double>& scales, const std::vector<Tensor>& weights, double eps) {
   const Branch branch(weights);
-  const int64_t dim = branch.dim, hidden = branch.hidden;
+  const int64_t dim = branch.dim, hidden = branch.hidden, stride = spread(dim), active_stride = spread(hidden);
   check(tokens, {tokens.size(0), dim});
   check(out, tokens.sizes());
   const Rows rows(kept, sizes, scales);
@@ -86,15 +86,15 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
   const Tiles tiles(rows.count, 2 * (dim + hidden));
   for_tiles(tiles.count, tiles.threads, [&](int64_t, int64_t tile) {
     const int64_t first = tile * tiles.rows, count = std::min(tiles.rows, rows.count - first);
-    bf16 *normed = scratch<bf16>(NORMED, tiles.rows * dim), *active = scratch<bf16>(ACTIVE, tiles.rows * hidden);
+    bf16 *normed = scratch<bf16>(NORMED, tiles.rows * stride), *active = scratch<bf16>(ACTIVE, tiles.rows * active_stride);
     float *one = scratch<float>(FIRST, tiles.rows * PANEL), *two = scratch<float>(SECOND, tiles.rows * PANEL);
     float mean, rate;
     for (int64_t row = 0; row < count; row++)
-      norm_row(x + rows[first + row] * dim, norm_weight, norm_bias, eps, dim, normed + row * dim, mean, rate);
+      norm_row(x + rows[first + row] * dim, norm_weight, norm_bias, eps, dim, normed + row * stride, mean, rate);
     for (int64_t column = 0; column < hidden; column += PANEL) {
       const int64_t panel = std::min(PANEL, hidden - column);
-      product(count, panel, dim, normed, dim, up + column * dim, panel, one, panel, false);
-      if (branch.gated) product(count, panel, dim, normed, dim, up + (hidden + column) * dim, panel, two, panel, false);
+      product(count, panel, dim, normed, stride, up + column * dim, panel, one, panel, false);
+      if (branch.gated) product(count, panel, dim, normed, stride, up + (hidden + column) * dim, panel, two, panel, false);
       for (int64_t row = 0; row < count; row++) {
         for (int64_t i = 0; i < panel; i += 16) {
           const __m512 value = _mm512_add_ps(_mm512_loadu_ps(one + row * panel + i), load(up_bias + column + i));
@@ -107,13 +107,13 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
             normal(value, result, unused);
             result = _mm512_mul_ps(result, value);
           }
-          store(active + row * hidden + column + i, result);
+          store(active + row * active_stride + column + i, result);
         }
       }
     }
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
-      product(count, panel, hidden, active, hidden, down + column * hidden, panel, one, panel, false);
+      product(count, panel, hidden, active, active_stride, down + column * hidden, panel, one, panel, false);
       for (int64_t row = 0; row < count; row++) {
         const int64_t place = rows[first + row] * dim + column;
         add_branch(x + place, one + row * panel, down_bias + column, gamma + column, rows.scale[first + row], panel, to + place);
@@ -147,6 +147,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
                              const std::vector<Tensor>& weights, double eps) {
   const Branch branch(weights);
   const int64_t dim = branch.dim, hidden = branch.hidden, width = branch.width;
+  const int64_t stride = spread(dim), by_stride = spread(width);
   check(tokens, {tokens.size(0), dim});
   check(by_out, tokens.sizes());
   check(by_tokens, tokens.sizes());
@@ -166,28 +167,29 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   for_tiles(tiles.count, threads, [&](int64_t thread, int64_t tile) {
     const int64_t first = tile * most, count = std::min(most, rows.count - first), padded = rounded(count, 32);
     const Sums sums(memory + thread * size, branch);
-    bf16 *normed = scratch<bf16>(NORMED, most * dim), *given = scratch<bf16>(GIVEN, most * dim);
-    bf16 *turned = scratch<bf16>(TURNED, most * dim), *given_turned = scratch<bf16>(GIVEN_TURNED, most * dim);
+    bf16 *normed = scratch<bf16>(NORMED, most * stride), *given = scratch<bf16>(GIVEN, most * stride);
+    bf16 *turned = scratch<bf16>(TURNED, dim * spread(most)), *given_turned = scratch<bf16>(GIVEN_TURNED, dim * spread(most));
+    const int64_t turned_stride = spread(padded);
     // the gradient of the first layer's result
-    bf16* by_width = scratch<bf16>(ACTIVE, most * width);
+    bf16* by_width = scratch<bf16>(ACTIVE, most * by_stride);
     bf16* pairs = scratch<bf16>(PAIRS, 3 * most * PANEL);
     float *one = scratch<float>(FIRST, most * PANEL), *two = scratch<float>(SECOND, most * PANEL);
     float *three = scratch<float>(THIRD, most * PANEL), *by_norm = scratch<float>(BY_NORM, most * dim);
     float *mean = scratch<float>(STATS, 2 * most), *rate = mean + most;
     for (int64_t row = 0; row < count; row++) {
       const int64_t place = rows[first + row] * dim;
-      norm_row(x + place, norm_weight, norm_bias, eps, dim, normed + row * dim, mean[row], rate[row]);
-      scale_row(passed + place, rows.scale[first + row], dim, given + row * dim);
-      add_row(sums.given, given + row * dim, dim);
+      norm_row(x + place, norm_weight, norm_bias, eps, dim, normed + row * stride, mean[row], rate[row]);
+      scale_row(passed + place, rows.scale[first + row], dim, given + row * stride);
+      add_row(sums.given, given + row * stride, dim);
     }
-    transpose(normed, dim, count, padded, dim, turned);
-    transpose(given, dim, count, padded, dim, given_turned);
+    transpose(normed, stride, count, padded, dim, turned);
+    transpose(given, stride, count, padded, dim, given_turned);
     for (int64_t column = 0; column < hidden; column += PANEL) {
       const int64_t panel = std::min(PANEL, hidden - column), upper = hidden + column;
       bf16 *active = pairs, *by_first = active + padded * panel, *by_second = by_first + padded * panel;
-      product(count, panel, dim, normed, dim, up + column * dim, panel, one, panel, false);
-      product(count, panel, dim, given, dim, down_back + column * dim, panel, two, panel, false);
-      if (branch.gated) product(count, panel, dim, normed, dim, up + upper * dim, panel, three, panel, false);
+      product(count, panel, dim, normed, stride, up + column * dim, panel, one, panel, false);
+      product(count, panel, dim, given, stride, down_back + column * dim, panel, two, panel, false);
+      if (branch.gated) product(count, panel, dim, normed, stride, up + upper * dim, panel, three, panel, false);
       for (int64_t i = 0; i < panel; i += 16) {
         const __m512 bias = load(up_bias + column + i);
         const __m512 upper_bias = branch.gated ? load(up_bias + upper + i) : bias;
@@ -206,7 +208,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
               upper_sum = _mm512_add_ps(upper_sum, by_other);
               result = _mm512_mul_ps(result, other);
               slope = _mm512_mul_ps(slope, other);
-              _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * width + upper + i), seconds[k]);
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * by_stride + upper + i), seconds[k]);
             } else {
               normal(value, result, slope);
               slope = _mm512_fmadd_ps(value, slope, result);
@@ -216,7 +218,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
             values[k] = narrow(result);
             firsts[k] = narrow(by_value);
             sum = _mm512_add_ps(sum, by_value);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * width + column + i), firsts[k]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * by_stride + column + i), firsts[k]);
           }
           const int64_t pair = row * panel + 2 * i;
           _mm512_storeu_si512(active + pair, interleaved(values[0], values[1]));
@@ -227,13 +229,13 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
         _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
         if (branch.gated) _mm512_storeu_ps(place + hidden, _mm512_add_ps(_mm512_loadu_ps(place + hidden), upper_sum));
       }
-      product(dim, panel, padded, given_turned, padded, active, panel, sums.down + column * dim, panel, true);
-      product(dim, panel, padded, turned, padded, by_first, panel, sums.up + column * dim, panel, true);
-      if (branch.gated) product(dim, panel, padded, turned, padded, by_second, panel, sums.up + upper * dim, panel, true);
+      product(dim, panel, padded, given_turned, turned_stride, active, panel, sums.down + column * dim, panel, true);
+      product(dim, panel, padded, turned, turned_stride, by_first, panel, sums.up + column * dim, panel, true);
+      if (branch.gated) product(dim, panel, padded, turned, turned_stride, by_second, panel, sums.up + upper * dim, panel, true);
     }
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
-      product(count, panel, width, by_width, width, up_back + column * width, panel, by_norm + column, dim, false);
+      product(count, panel, width, by_width, by_stride, up_back + column * width, panel, by_norm + column, dim, false);
     }
     for (int64_t row = 0; row < count; row++) {
       const int64_t place = rows[first + row] * dim;
@@ -249,13 +251,16 @@ std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threa
   const int64_t dim = branch.dim, hidden = branch.hidden;
   add_up(memory, Sums::size(branch), threads);
   const Sums sums(memory, branch);
-  const Tensor down = whole(sums.down, dim, hidden), gamma = branch.gamma.to(at::kFloat), given = vector(sums.given, dim);
+  const bf16* gamma = in(branch.gamma);
   std::vector<Tensor> up;
-  for (int64_t first = 0; first < branch.width; first += hidden) up.push_back(whole(sums.up + first * dim, dim, hidden).t());
-  // the branch's result, which LayerScale multiplies, is linear in what ``down`` has summed
-  const Tensor by_gamma = (branch.down_weight * down).sum(1) + branch.down_bias * given;
-  return in_16_bits({vector(sums.norm_weight, dim), vector(sums.norm_bias, dim), at::cat(up), vector(sums.up_bias, branch.width),
-                     down * gamma.unsqueeze(1), given * gamma, by_gamma});
+  for (int64_t first = 0; first < branch.width; first += hidden)
+    up.push_back(gradient(sums.up + first * dim, dim, hidden, nullptr, true));
+  return {
+      gradient(sums.norm_weight, dim), gradient(sums.norm_bias, dim),
+      branch.gated ? at::cat(up) : up[0], gradient(sums.up_bias, branch.width),
+      gradient(sums.down, dim, hidden, gamma, false), gradient(sums.given, dim, gamma),
+      gradient_by_scale(sums.down, sums.given, in(branch.down_weight), in(branch.down_bias), dim, hidden),
+  };
 }
 
 }  // namespace

@@ -150,7 +150,7 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
     bf16 *packed = scratch<bf16>(STUDENT, PANEL * dim), *teachers = scratch<bf16>(TEACHER, PANEL * teacher.dim);
     bf16* back = scratch<bf16>(WEIGHT, PANEL * dim);
     float *found = scratch<float>(LOGITS, BLOCK * PANEL), *targets = scratch<float>(TARGETS, rounded(teacher.rows, BLOCK) * PANEL);
-    bf16 *difference = scratch<bf16>(DIFFERENCE, padded * PANEL), *turned = scratch<bf16>(TURNED, PANEL * padded);
+    bf16 *difference = scratch<bf16>(DIFFERENCE, padded * PANEL), *turned = scratch<bf16>(TURNED, PANEL * spread(padded));
     float* result = scratch<float>(BY_WEIGHT, PANEL * dim);
     const int64_t start = panel * PANEL, width = student.width(panel);
     student.pack(panel, packed);
@@ -195,13 +195,13 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
     }
     if (!need_gradient) return;
     transpose(difference, PANEL, rows, padded, PANEL, turned);
-    product(PANEL, dim, padded, turned, padded, right, dim, result, dim, false);
+    product(PANEL, dim, padded, turned, spread(padded), right, dim, result, dim, false);
     for (int64_t i = 0; i < width * dim; i += 16) store(to + start * dim + i, _mm512_loadu_ps(result + i));
   });
   add_up(memory, size, threads);
-  const Tensor matched = vector(memory, rows).clone();
-  if (!need_gradient) return {matched};
-  return {matched, at::from_blob(memory + rows, {rows, dim}, at::kFloat).clone(), by_weight};
+  const auto copied = [](float* from, at::IntArrayRef shape) { return at::from_blob(from, shape, at::kFloat).clone(); };
+  if (!need_gradient) return {copied(memory, {rows})};
+  return {copied(memory, {rows}), copied(memory + rows, {rows, dim}), by_weight};
 }
 
 }  // namespace

@@ -129,19 +129,54 @@ inline void add_up(float* memory, int64_t size, int64_t threads) {
   });
 }
 
-inline at::Tensor vector(float* from, int64_t count) { return at::from_blob(from, {count}, at::kFloat); }
-
-// Panels ``from [columns / PANEL, rows, PANEL]`` side by side: ``[rows, columns]``.
-inline at::Tensor whole(float* from, int64_t rows, int64_t columns) {
-  std::vector<at::Tensor> panels;
-  for (int64_t column = 0; column < columns; column += PANEL)
-    panels.push_back(at::from_blob(from + column * rows, {rows, std::min(PANEL, columns - column)}, at::kFloat));
-  return at::cat(panels, 1);
+// What threads have summed up, panels ``from [columns / PANEL, rows, PANEL]``, as a gradient [rows, columns], each row
+// times ``factor [rows]`` if given; or, transposed, [columns, rows]. ``rows`` and ``columns`` are multiples of 16.
+inline at::Tensor gradient(const float* from, int64_t rows, int64_t columns, const bf16* factor, bool transposed) {
+  const at::Tensor found = at::empty({transposed ? columns : rows, transposed ? rows : columns}, at::kBFloat16);
+  bf16* to = found.mutable_data_ptr<bf16>();
+  at::parallel_for(0, rows / 16, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t row = 16 * begin; row < 16 * end; row += 16) {
+      for (int64_t column = 0; column < columns; column += 16) {
+        const int64_t first = column / PANEL * PANEL, width = std::min(PANEL, columns - first);
+        const float* place = from + first * rows + row * width + column - first;
+        __m512i block[16];
+        for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_si512(place + i * width);
+        if (transposed) transpose_16x16(block);
+        for (int i = 0; i < 16; i++) {
+          __m512 values = _mm512_castsi512_ps(block[i]);
+          if (factor) values = _mm512_mul_ps(values, _mm512_set1_ps(factor[row + i]));
+          store(to + (transposed ? (column + i) * rows + row : (row + i) * columns + column), values);
+        }
+      }
+    }
+  });
+  return found;
 }
 
-inline std::vector<at::Tensor> in_16_bits(std::vector<at::Tensor> values) {
-  for (at::Tensor& each : values) each = each.to(at::kBFloat16, false, true).contiguous();
-  return values;
+// The gradient [rows] by LayerScale's factors. What they multiply is linear in what the last layer, ``weight``
+// [rows, columns] and ``bias``, has summed: panels ``from`` by its rows, ``given`` by its bias.
+inline at::Tensor gradient_by_scale(const float* from, const float* given, const bf16* weight, const bf16* bias, int64_t rows,
+                                    int64_t columns) {
+  const at::Tensor found = at::empty({rows}, at::kBFloat16);
+  bf16* to = found.mutable_data_ptr<bf16>();
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t column = 0; column < columns; column += 16) {
+        const int64_t first = column / PANEL * PANEL, width = std::min(PANEL, columns - first);
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(from + first * rows + row * width + column - first), load(weight + row * columns + column), sum);
+      }
+      to[row] = _mm512_reduce_add_ps(sum) + given[row] * bias[row];
+    }
+  });
+  return found;
+}
+
+inline at::Tensor gradient(const float* from, int64_t count, const bf16* factor = nullptr) {
+  const at::Tensor found = at::empty({count}, at::kBFloat16);
+  bf16* to = found.mutable_data_ptr<bf16>();
+  for (int64_t i = 0; i < count; i++) to[i] = factor ? from[i] * factor[i] : from[i];
+  return found;
 }
 
 // Runs ``work(thread, tile)`` for all tiles, those of a thread always the same ones, so that sums do not depend on chance.

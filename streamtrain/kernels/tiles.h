@@ -21,9 +21,16 @@ namespace streamtrain {
 using bf16 = at::BFloat16;
 
 // columns of a panel
-constexpr int64_t PANEL = 128;
+constexpr int64_t PANEL = 64;
 
 inline int64_t rounded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// The stride for rows of ``width`` numbers, an odd number of cache lines: of a power of two, a tile's rows would all want
+// the same few places of the cache.
+inline int64_t spread(int64_t width) {
+  const int64_t lines = (width + 31) / 32;
+  return 32 * (lines + 1 - lines % 2);
+}
 
 // Memory that each thread keeps from call to call, by name: mapping it anew would cost more than filling it.
 template <class T>
@@ -124,9 +131,10 @@ inline void interleave_transposed(const bf16* from, int64_t stride, int64_t widt
   }
 }
 
-// ``from [rows, columns]`` transposed as a left factor: ``to [columns, padded]``, zeros beyond ``rows``; ``columns`` a
-// multiple of 16, ``padded`` of 32.
+// ``from [rows, columns]`` transposed as a left factor: ``to [columns, spread(padded)]``, zeros beyond ``rows``; ``columns``
+// a multiple of 16, ``padded`` of 32.
 inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
+  const int64_t to_stride = spread(padded);
   const __m256i zero = _mm256_setzero_si256();
   __m512i block[16];
   for (int64_t column = 0; column < columns; column += 16) {
@@ -139,7 +147,7 @@ inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t pa
         block[i] = interleaved(first, second);
       }
       transpose_16x16(block);
-      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * padded + row, block[i]);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * to_stride + row, block[i]);
     }
   }
 }
