@@ -12,22 +12,26 @@ import torch
 import torch.distributed as dist
 
 from streamtrain import checkpoint
+from streamtrain.config.engine import EngineConfig
 from streamtrain.config.tree import Config
 from streamtrain.distillation import fill_frozen_teacher, frozen_teacher_config
 from streamtrain.engine.frozen import FrozenNetwork, ShardedNetwork
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
-from streamtrain.errors import CheckpointError
+from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.export.adopt import opened_backbone
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import GramTeacher, Learner
 from streamtrain.model.compiled import compile_blocks
+from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
 from streamtrain.objective.targets import TargetMaker
 
 BACKBONE = "backbone."
+# of the first GPUs that multiply 8-bit floating-point numbers
+FP8_CAPABILITY = (8, 9)
 
 
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
@@ -67,9 +71,25 @@ def _built(
     network: Callable[[Config], torch.nn.Module], config: Config, runtime: Runtime, settings: dict[str, Any]
 ) -> torch.nn.Module:
     module = build_sharded(lambda: network(config), settings)
-    if config.engine.compiles(on_gpu=runtime.on_gpu):
-        compile_blocks(module)
+    prepare_blocks(module, config.engine, runtime)
     return module
+
+
+def prepare_blocks(network: torch.nn.Module, engine: EngineConfig, runtime: Runtime) -> None:
+    """Let the blocks compute as ``engine`` wishes.
+
+    Raises:
+        ConfigError: if this device cannot.
+    """
+    if engine.fp8:
+        if runtime.dtype != torch.bfloat16:
+            raise ConfigError("engine.fp8 needs bf16, and this device computes in fp32; set engine.dtype=bf16")
+        if runtime.on_gpu and torch.cuda.get_device_capability(runtime.device) < FP8_CAPABILITY:
+            name = runtime.described["device"]
+            raise ConfigError(f"engine.fp8: this GPU ({name}) has no products in 8-bit floating point; set it to false")
+        compute_in_fp8(network)
+    if engine.compiles(on_gpu=runtime.on_gpu):
+        compile_blocks(network)
 
 
 def _settings(config: Config, runtime: Runtime, accumulation: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from streamtrain.engine.zero import engine_config
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.learner import Learner, LossWeights
 from streamtrain.model.initialise import initialise
+from streamtrain.networks import prepare_blocks
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.train import StepValues
@@ -126,6 +127,14 @@ def engine(config: Config) -> object:
     return engine_config(config, runtime, 2, 1000), told, blocks
 
 
+def blocks(config: Config) -> object:
+    """How the blocks compute, in bf16 on a CPU."""
+    runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), Learner(config)
+    prepare_blocks(learner, config.engine, runtime)
+    block = learner.backbone.blocks[0]
+    return block.kernels, "transform" in vars(block), block.attention.qkv.product.__module__
+
+
 def gram(config: Config) -> object:
     """What the Gram teacher asks, and when it is refreshed."""
     anchor = GramAnchor(config, lambda crops, grid: torch.randn(len(crops), grid[0] * grid[1], 6, generator=draw()))
@@ -205,6 +214,8 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
         "lr": "0.5", "weight_decay": "0.5", "momentum": "0.5", "teacher_temperature": "0.5", "freeze_last_layer": "3",
     }.items()),
     ("engine.checkpointing", "none", engine, []),
+    ("engine.compile", "on", blocks, []),
+    ("engine.fp8", "true", blocks, []),
     ("engine.view_groups", "2", engine, []),
     ("engine.offload_checkpoints", "true", engine, []),
     ("engine.live_blocks", "5", engine, []),
@@ -220,7 +231,7 @@ READ = {
     "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads", "data.max_pixels",
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
     "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.collective_timeout_seconds",
-    "engine.compile", "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds",
+    "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds",
     "evaluation.best", "evaluation.evaluators", "evaluation.every", "evaluation.images", "evaluation.max_share",
     "evaluation.test", "evaluation.train", "init.minimum_matched", "init.weights", "monitor.collapse.every",
     "monitor.collapse.images", "monitor.collapse.max_entropy", "monitor.collapse.min_entropy",

@@ -65,11 +65,13 @@ class OptimConfig(Section):
 
 
 class EngineConfig(Section):
-    """``engine``: how the step is computed; ``dtype`` alone affects results beyond rounding."""
+    """``engine``: how the step is computed; ``dtype`` and ``fp8`` alone affect results beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # auto: bf16 where the device multiplies it natively, else fp32
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    # with bf16, the blocks' matrix products in 8 bits, for a GPU that has such (compute capability 8.9)
+    fp8: bool = False
     # what the backward recomputes: nothing, each block's MLP (its attention branch is kept), or each whole block
     checkpointing: Literal["none", "selective", "block"] = "block"
     # the blocks as compiled kernels: on, off, or auto: on a GPU, but not on a CPU, where it does not pay
@@ -107,6 +109,8 @@ class EngineConfig(Section):
             raise ValueError(f"moments_ratio has an effect only with moments: host or disk, not {self.moments}")
         if self.moments_dir is not None and self.moments != "disk":
             raise ValueError(f"moments_dir has an effect only with moments: disk, not {self.moments}")
+        if self.fp8 and self.dtype == "fp32":
+            raise ValueError("fp8 needs bf16 beside it; use dtype: bf16 or auto")
         if self.view_groups > 1 and self.checkpointing == "none":
             raise ValueError("view_groups has an effect only with checkpointing: selective or block")
         if self.offload_checkpoints and self.checkpointing != "block":

@@ -54,6 +54,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _widths_fit_fp8(self) -> Config:
+        for name, width in (("dim", self.model.dim), ("mlp_hidden", self.model.hidden)):
+            if self.engine.fp8 and width % 16:
+                raise ValueError(f"model.{name} is {width}; with engine.fp8 it must be a multiple of 16")
+        return self
+
+    @model_validator(mode="after")
     def _nothing_masked_by_a_frozen_teacher(self) -> Config:
         if self.teacher.kind == "frozen":
             if self.masks != MasksConfig():

@@ -179,7 +179,7 @@ class _Sizes:
     def by_kernels(self) -> bool:
         """Whether a CPU that has what they need computes blocks by kernels (``streamtrain/model/fused.py``)."""
         model, engine = self.config.model, self.config.engine
-        asked = engine.cpu_kernels and not engine.compiles(on_gpu=False)
+        asked = engine.cpu_kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
         fitting = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
         return asked and fitting and not self.on_gpu and self.item == 2
 
@@ -301,6 +301,11 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
     # gradients of the MLP's widest stretch, and of the stream
     wide = (3 if model.mlp == "swiglu" else 2) * model.hidden / (groups if engine.checkpointing != "none" else 1)
     yield _part("gradients of activations", "gpu", BACKWARD, kept, (wide + 2 * model.dim, "values"), item)
+    if engine.fp8:
+        # of what a product is given, the widest; on the way there in fp32 where that is not one kernel
+        widest = ((2 if model.mlp == "swiglu" else 1) * model.hidden, "values")
+        size = (1 if engine.compiles(on_gpu=s.on_gpu) else 5, "B")
+        yield _part("a factor in 8 bits", "gpu", through, kept, widest, size)
 
 
 def _activations(s: _Sizes) -> Iterator[Part]:

@@ -24,8 +24,14 @@ from streamtrain.model.rope import RopeTable
 class Linear(nn.Linear):
     """A linear layer that leaves its storage untouched when built."""
 
+    # of input, weight and bias; another one may take its place
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -48,7 +54,7 @@ class QueryKeyValue(Linear):
             self.bias = nn.Parameter(torch.empty(3 * dim if key_bias else 2 * dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.whole_bias())
+        return self.product(input, self.weight, self.whole_bias())
 
     def whole_bias(self) -> Tensor | None:
         """``[3 * dim]``, zeros for a key part that is absent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -118,6 +119,25 @@ def test_koleo_groups_that_the_ranks_cannot_form_are_refused() -> None:
         koleo.samples(3, 2)
     with pytest.raises(ConfigError, match=r"group_size has an effect only with distributed"):
         build({"objective": {"koleo": {"group_size": 8}}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"engine": {"fp8": True, "dtype": "fp32"}}, r"fp8 needs bf16"),
+        ({"engine": {"fp8": True}, "model": {"dim": 24, "num_heads": 2}}, r"model.dim is 24; with engine.fp8"),
+        ({"engine": {"fp8": True}, "model": {"mlp_hidden": 100}}, r"model.mlp_hidden is 100; with engine.fp8"),
+    ],
+)
+def test_fp8_where_it_cannot_be_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(sections)
+
+
+@pytest.mark.parametrize(("word", "expected"), [("on", (True, True)), ("off", (False, False)), ("auto", (True, False))])
+def test_compiling_follows_the_device_unless_it_is_said(word: str, expected: tuple[bool, bool]) -> None:
+    engine = load_config("vits16.yaml", [f"engine.compile={word}"]).engine
+    assert (engine.compiles(on_gpu=True), engine.compiles(on_gpu=False)) == expected
 
 
 _TREES = st.recursive(

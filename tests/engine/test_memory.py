@@ -52,7 +52,8 @@ def test_what_costs_memory_costs_it_in_the_plan() -> None:
 def test_on_a_cpu_a_block_by_kernels_keeps_the_inputs_of_its_branches() -> None:
     overrides = ("data.micro_batch=16", "data.global_batch=16", "engine.cpu_threads=2")
     kept = {}
-    for extra in ("engine.cpu_kernels=true", "engine.cpu_kernels=false", "engine.compile=on", "model.dim=360"):
+    others = ("engine.cpu_kernels=false", "engine.compile=on", "engine.fp8=true", "model.dim=360")
+    for extra in ("engine.cpu_kernels=true", *others):
         config = load_config("vits16.yaml", [*overrides, "model.preset=null", extra])
         for bf16 in (True, False):
             parts = {part.name: part for part in plan(config, 1, on_gpu=False, bf16=bf16).parts}
