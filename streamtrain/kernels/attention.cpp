@@ -160,6 +160,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
   pack_forward(in(branch.proj_weight), dim, dim, PANEL, proj);
   const bf16 *x = in(tokens), *proj_bias = in(branch.proj_bias), *gamma = in(branch.gamma);
   bf16* to = out.mutable_data_ptr<bf16>();
+  rows.pass_others(x, tokens.size(0), dim, to);
   const int64_t padded_most = rounded(tiles.length, 16), wide_most = rounded(tiles.length, 32);
   const int64_t queries_most = std::min(tiles.length, TILE_ROWS);
 
@@ -316,6 +317,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   pack_backward(in(branch.proj_weight), dim, dim, head_dim, in(branch.gamma), proj_back);
   const bf16 *x = in(tokens), *passed = in(by_out), *norm_weight = in(branch.norm_weight);
   bf16* to = by_tokens.mutable_data_ptr<bf16>();
+  rows.pass_others(passed, tokens.size(0), dim, to);
   const int64_t most = rounded(tiles.rows, 32), threads = tiles.threads, size = Sums::size(dim);
   float* memory = scratch<float>(SUMS, threads * size);
   at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });

@@ -82,6 +82,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
   const bf16 *x = in(tokens), *norm_weight = in(branch.norm_weight), *norm_bias = in(branch.norm_bias);
   const bf16 *up_bias = in(branch.up_bias), *down_bias = in(branch.down_bias), *gamma = in(branch.gamma);
   bf16* to = out.mutable_data_ptr<bf16>();
+  rows.pass_others(x, tokens.size(0), dim, to);
 
   const Tiles tiles(rows.count, 2 * (dim + hidden));
   for_tiles(tiles.count, tiles.threads, [&](int64_t, int64_t tile) {
@@ -159,6 +160,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   const bf16 *x = in(tokens), *passed = in(by_out), *up_bias = in(branch.up_bias);
   const bf16 *norm_weight = in(branch.norm_weight), *norm_bias = in(branch.norm_bias);
   bf16* to = by_tokens.mutable_data_ptr<bf16>();
+  rows.pass_others(passed, tokens.size(0), dim, to);
 
   const Tiles tiles(rows.count, 8 * dim + 2 * width);
   const int64_t most = tiles.rows, threads = tiles.threads, size = Sums::size(branch);

@@ -21,9 +21,22 @@ struct Rows {
     TORCH_CHECK(sizes.size() == scales.size() && (!kept || kept->is_contiguous()));
     for (size_t group = 0; group < sizes.size(); group++) scale.insert(scale.end(), sizes[group], scales[group]);
     count = scale.size();
-    TORCH_CHECK(!kept || kept->numel() == count);
+    TORCH_CHECK(!kept || (kept->numel() == count && std::is_sorted(index, index + count)));
   }
   int64_t operator[](int64_t at) const { return index ? index[at] : at; }
+
+  // The rows that are not among these, of ``total``, go from one tensor [total, dim] to another as they are.
+  void pass_others(const bf16* from, int64_t total, int64_t dim, bf16* to) const {
+    if (from == to) return;
+    const auto pass = [&](int64_t first, int64_t end) { std::copy(from + first * dim, from + end * dim, to + first * dim); };
+    int64_t next = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t row = (*this)[i];
+      if (row > next) pass(next, row);
+      next = row + 1;
+    }
+    pass(next, total);
+  }
 };
 
 inline void check(const at::Tensor& tensor, at::IntArrayRef shape) {

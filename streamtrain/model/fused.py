@@ -81,7 +81,7 @@ def _branch(
     if torch.is_grad_enabled():
         assert not in_place
         return _Branch.apply(kind, tokens, where, settings, eps, *weights)
-    out = tokens if in_place else tokens.clone()
+    out = tokens if in_place else torch.empty_like(tokens)
     _kernel(kind, "forward")(tokens, out, *where, *settings, list(weights), eps)
     return out
 
@@ -95,7 +95,7 @@ class _Branch(torch.autograd.Function):
     def forward(
         ctx: Any, kind: str, tokens: Tensor, where: Place, settings: tuple[Any, ...], eps: float, *weights: Tensor
     ) -> Tensor:
-        out = tokens.clone()
+        out = torch.empty_like(tokens)
         _kernel(kind, "forward")(tokens, out, *where, *settings, list(weights), eps)
         # parameters themselves, since a sharded engine frees their values until the backward
         ctx.save_for_backward(tokens, *weights)
@@ -108,6 +108,6 @@ class _Branch(torch.autograd.Function):
         (by_out,), (tokens, *weights) = grad_outputs, ctx.saved_tensors
         kind, where, settings, eps = ctx.rest
         by_out = by_out.contiguous()
-        by_tokens = by_out.clone()
+        by_tokens = torch.empty_like(by_out)
         by_weights = _kernel(kind, "backward")(by_out, tokens, by_tokens, *where, *settings, weights, eps)
         return None, by_tokens, None, None, None, *by_weights
