@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from reading import RefuseReading
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
@@ -113,20 +113,6 @@ def test_a_step_of_both_networks_waits_for_no_gpu(dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class Refuse(TorchDispatchMode):
-    """What a GPU would have to be waited for."""
-
-    READING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero", "_unique2")
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operation.overloadpacket.__name__
-        assert name not in self.READING, f"{name} reads a value"
-        if name.startswith("index"):
-            given = [each for each in args[1] if each is not None] if isinstance(args[1], list | tuple) else []
-            assert not any(each.dtype in (torch.bool, torch.uint8) for each in given), f"{name} counts a mask"
-        return operation(*args, **(kwargs or {}))
-
-
 READERS: dict[str, Callable[[torch.Tensor], object]] = {
     "bool": lambda x: bool(x.any()), "item": lambda x: x[0].item(), "mask": lambda x: x[x > 1],
     "nonzero": lambda x: x.nonzero(), "assigned": lambda x: x.__setitem__(x > 1, 0.0), "unique": lambda x: x.unique(),
@@ -139,7 +125,7 @@ def test_what_reads_a_value_is_found(name: str) -> None:
         if name == "assigned" and device == "meta":
             continue
         values = torch.ones(3, device=device)
-        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Refuse():
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), RefuseReading():
             READERS[name](values)
 
 
@@ -156,7 +142,7 @@ def test_clipping_and_the_optimiser_read_no_value(moments: str, monkeypatch: pyt
         for _, parameter in named:
             parameter.grad = torch.rand(600)
         set_rates(adamw.param_groups, 1e-2, 0.1, last_layer_frozen=False)
-        with Refuse() if watched else torch.no_grad():
+        with RefuseReading() if watched else torch.no_grad():
             parameters = [parameter for _, parameter in named]
             clipping.apply({0: [parameter.grad for parameter in parameters]}, [parameters])
             adamw.step()
