@@ -41,7 +41,7 @@ def started(code: str, cache: Path, compiler: Path | str, **variables: str) -> s
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out.strip(), err
 
