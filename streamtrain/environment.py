@@ -17,6 +17,7 @@ ENVIRONMENT_NAME = "environment.json"
 _LIBRARIES = ("torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchao")
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("shards", "streamtrain")
+_SOURCES = (".py", ".cpp", ".h")
 
 
 def program() -> dict[str, str]:
@@ -45,7 +46,8 @@ def environment(world_size: int) -> dict[str, Any]:
 def _code_digest() -> str:
     """Of all source files, committed or not; 12 hexadecimal digits."""
     total = hashlib.sha256()
-    for path in sorted(path for package in _PACKAGES for path in (_ROOT / package).rglob("*.py")):
+    files = (path for package in _PACKAGES for path in (_ROOT / package).rglob("*") if path.suffix in _SOURCES)
+    for path in sorted(files):
         content = path.read_bytes()
         total.update(f"{path.relative_to(_ROOT)} {len(content)}\n".encode() + content)
     return total.hexdigest()[:12]
