@@ -22,6 +22,8 @@ Place = Literal["gpu", "host", "disk"]
 CONTEXT_BYTES = 1_500_000_000
 # an interpreter with torch, DeepSpeed and DALI, as measured by `tools/bench.py memory`
 PROCESS_BYTES = 800_000_000
+# of tensors freed on a CPU, at most, that stay with the process for the next ones (``streamtrain/kernels/memory.cpp``)
+KEPT_BYTES = 2**30
 # of the allocator, in percent of what is allocated
 FRAGMENTATION = 0.03
 # ranks that share a host

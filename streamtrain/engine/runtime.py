@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.config.engine import EngineConfig
+from streamtrain.engine.memory import KEPT_BYTES
 from streamtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,11 +127,15 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     import deepspeed
     import torch
 
+    from streamtrain.kernels.build import usable
+
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(config.cpu_threads or launch.cores)
+        if config.cpu_kernels and usable():
+            torch.ops.streamtrain.keep_memory(KEPT_BYTES)
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.utils.logger.addFilter(lambda record: not any(part in record.getMessage() for part in INTENDED))
     # On CPU DeepSpeed would compile a shared-memory all-reduce at the first start. A process killed meanwhile leaves

@@ -79,6 +79,24 @@ void logits(const Tensor& features, const Tensor& weight, double temperature, co
   });
 }
 
+// ``entries [rows, columns]`` become ``exp(entries - row)``.
+void exponentiate(const Tensor& entries, const Tensor& row) {
+  const int64_t rows = entries.size(0), columns = entries.size(1);
+  numbers(entries, rows * columns);
+  const float* shift = numbers(row, rows);
+  float* values = entries.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const __m512 down = _mm512_set1_ps(shift[r]);
+      for (int64_t i = 0; i < columns; i += 16) {
+        const __mmask16 mask = columns - i >= 16 ? 0xffff : (1u << (columns - i)) - 1;
+        float* place = values + r * columns + i;
+        _mm512_mask_storeu_ps(place, mask, exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, place), down)));
+      }
+    }
+  });
+}
+
 // [rows]: log-sum-exp over all prototypes of ``features @ weight.T / temperature + column``.
 Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column) {
   const Factors factors(features, weight);
@@ -208,6 +226,7 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
 
 TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
   library.def("logits", logits);
+  library.def("exponentiate", exponentiate);
   library.def("row_log_sum_exp", row_log_sum_exp);
   library.def("cross_entropy", cross_entropy);
 }

@@ -77,6 +77,14 @@ def scaled_logits(
     return logits.exp_() if exponential else logits
 
 
+def exponentiate(entries: Tensor, row: Tensor, like: tuple[Tensor, Tensor]) -> Tensor:
+    """``exp(entries - row[:, None])`` in place, of logits of the features and prototypes ``like``."""
+    if fused(like):
+        torch.ops.streamtrain.exponentiate(entries, row)
+        return entries
+    return entries.sub_(row[:, None]).exp_()
+
+
 def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
     """Prototypes of one chunk, so that its fp32 logits of ``num_rows`` take ``chunk_bytes`` at most.
 

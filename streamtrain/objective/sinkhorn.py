@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from streamtrain.objective.distributed import max_over_ranks, sum_over_ranks
-from streamtrain.objective.logits import Buffer, accumulator, chunks, row_log_sum_exp, scaled_logits
+from streamtrain.objective.logits import Buffer, accumulator, chunks, exponentiate, row_log_sum_exp, scaled_logits
 
 # below any sum that can occur; only keeps the logarithm finite where there is no row at all
 TINY = 1e-30
@@ -89,7 +89,7 @@ def sinkhorn(
                 # such a weight vanishes only where the entries would have. (Rows first would leave columns without.)
                 shift = _column_maximum(entries, group)
                 highest = entries.sub_(shift).amax(1).nan_to_num(neginf=0.0)
-                entries.sub_(highest[:, None]).exp_()
+                entries = exponentiate(entries, highest, (features, weight))
                 factor = _column_factor(highest.exp() @ entries, num_prototypes, group)
                 column[part] = factor.log() - shift
                 row_sum = highest + (entries @ factor).log()
