@@ -38,7 +38,7 @@ def usable() -> bool:
         torch.ops.load_library(_library())
         # one product, which oneDNN may be without, or have been told to do without (ONEDNN_MAX_CPU_ISA)
         one = torch.zeros(1, 32, dtype=torch.bfloat16)
-        torch.ops.streamtrain.logits(one, one, 1.0, None, None, False, torch.empty(1, 1))
+        torch.ops.streamtrain.logits(one, one, 1.0, None, torch.empty(1, 1))
     # a home that nobody knows of, and a file system without locks, are RuntimeErrors
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()

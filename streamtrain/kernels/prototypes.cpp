@@ -13,6 +13,8 @@ using at::Tensor;
 
 // rows whose logits are there at once
 constexpr int64_t BLOCK = 256;
+// below any sum that can occur; keeps the logarithm finite where there is no row at all
+constexpr float LEAST = 1e-30f;
 
 // The slots of ``scratch``.
 enum { STUDENT, TEACHER, WEIGHT, LOGITS, TARGETS, DIFFERENCE, TURNED, ROWS, BY_ROWS, BY_WEIGHT, HIGHEST, MATCHED };
@@ -26,6 +28,9 @@ const float* numbers(const Tensor& tensor, int64_t count) {
 }
 
 const float* numbers(const std::optional<Tensor>& tensor, int64_t count) { return tensor ? numbers(*tensor, count) : nullptr; }
+
+// which of the 16 columns from ``i`` on are among the first ``width``
+__mmask16 columns_from(int64_t i, int64_t width) { return width - i >= 16 ? 0xffff : i < width ? (1u << (width - i)) - 1 : 0; }
 
 // Bottlenecks [rows, dim] and prototypes [all, dim].
 struct Factors {
@@ -50,12 +55,11 @@ struct Factors {
   }
 };
 
-// ``exp`` of, or plain, ``features @ weight.T / temperature + column + row``: fp32 ``out [rows, all]``.
-void logits(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column,
-            const std::optional<Tensor>& row, bool exponentiate, const Tensor& out) {
+// ``features @ weight.T / temperature + column``: fp32 ``out [rows, all]``.
+void logits(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column, const Tensor& out) {
   const Factors factors(features, weight);
-  const float *of_column = numbers(column, factors.all), *of_row = numbers(row, factors.rows);
-  TORCH_CHECK(out.scalar_type() == at::kFloat && out.is_contiguous() && out.sizes() == at::IntArrayRef({factors.rows, factors.all}));
+  const float* of_column = numbers(column, factors.all);
+  numbers(out, factors.rows * factors.all);
   float* to = out.mutable_data_ptr<float>();
   const __m512 scale = _mm512_set1_ps(1.0 / temperature);
   for_tiles(factors.panels, at::get_num_threads(), [&](int64_t, int64_t panel) {
@@ -67,77 +71,114 @@ void logits(const Tensor& features, const Tensor& weight, double temperature, co
       const int64_t count = std::min(BLOCK, factors.rows - first);
       factors.logits(first, count, packed, found);
       for (int64_t r = 0; r < count; r++) {
-        const __m512 shift = _mm512_set1_ps(of_row ? of_row[first + r] : 0.f);
         for (int64_t i = 0; i < width; i += 16) {
-          const __mmask16 mask = width - i >= 16 ? 0xffff : (1u << (width - i)) - 1;
-          __m512 value = _mm512_fmadd_ps(_mm512_loadu_ps(found + r * PANEL + i), scale, shift);
+          const __mmask16 mask = columns_from(i, width);
+          __m512 value = _mm512_mul_ps(_mm512_loadu_ps(found + r * PANEL + i), scale);
           if (of_column) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, of_column + start + i));
-          _mm512_mask_storeu_ps(to + (first + r) * factors.all + start + i, mask, exponentiate ? exponential(value) : value);
+          _mm512_mask_storeu_ps(to + (first + r) * factors.all + start + i, mask, value);
         }
       }
     }
   });
 }
 
-// ``entries [rows, columns]`` become ``exp(entries - row)``.
-void exponentiate(const Tensor& entries, const Tensor& row) {
-  const int64_t rows = entries.size(0), columns = entries.size(1);
-  numbers(entries, rows * columns);
-  const float* shift = numbers(row, rows);
-  float* values = entries.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      const __m512 down = _mm512_set1_ps(shift[r]);
-      for (int64_t i = 0; i < columns; i += 16) {
-        const __mmask16 mask = columns - i >= 16 ? 0xffff : (1u << (columns - i)) - 1;
-        float* place = values + r * columns + i;
-        _mm512_mask_storeu_ps(place, mask, exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, place), down)));
-      }
+// Log-sum-exps of rows over panels that come one after the other, those of a thread apart from the others'.
+struct RowSums {
+  int64_t threads, rows;
+  // the largest logit of each row, and the sum of the exponentials of all over it
+  float *highest, *sums;
+
+  explicit RowSums(int64_t rows) : threads(at::get_num_threads()), rows(rows) {
+    highest = scratch<float>(HIGHEST, 2 * threads * rows);
+    sums = highest + threads * rows;
+    std::fill(highest, sums, -std::numeric_limits<float>::infinity());
+    std::fill(sums, sums + threads * rows, 0.f);
+  }
+  // ``logits * scale + column`` of a row, of which the first ``width`` count; overwrites them
+  void add(int64_t thread, int64_t row, float* logits, __m512 scale, const float* column, int64_t width) const {
+    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    float &before = highest[thread * rows + row], &sum = sums[thread * rows + row];
+    __m512 most = _mm512_set1_ps(before), total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < PANEL; i += 16) {
+      const __mmask16 mask = columns_from(i, width);
+      __m512 value = _mm512_mul_ps(_mm512_loadu_ps(logits + i), scale);
+      if (column) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, column + i));
+      value = _mm512_mask_blend_ps(mask, none, value);
+      _mm512_storeu_ps(logits + i, value);
+      most = _mm512_max_ps(value, most);
     }
-  });
-}
+    const float now = _mm512_reduce_max_ps(most);
+    const __m512 shift = _mm512_set1_ps(now);
+    for (int64_t i = 0; i < PANEL; i += 16) total = _mm512_add_ps(total, exponential(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift)));
+    if (sum && now != before) sum *= std::exp(before - now);
+    sum += _mm512_reduce_add_ps(total);
+    before = now;
+  }
+  Tensor whole() const {
+    const auto shaped = [&](float* from) { return at::from_blob(from, {threads, rows}, at::kFloat); };
+    return at::logsumexp(shaped(highest) + shaped(sums).log(), 0);
+  }
+};
 
 // [rows]: log-sum-exp over all prototypes of ``features @ weight.T / temperature + column``.
 Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column) {
   const Factors factors(features, weight);
   const float* of_column = numbers(column, factors.all);
-  const int64_t threads = at::get_num_threads(), rows = factors.rows;
-  const __m512 scale = _mm512_set1_ps(1.0 / temperature), none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  // of each thread's prototypes: the largest logit of each row, and the sum of the exponentials of the others over it
-  float *highest = scratch<float>(HIGHEST, 2 * threads * rows), *sums = highest + threads * rows;
-  std::fill(highest, sums, -std::numeric_limits<float>::infinity());
-  std::fill(sums, sums + threads * rows, 0.f);
-  for_tiles(factors.panels, threads, [&](int64_t thread, int64_t panel) {
+  const __m512 scale = _mm512_set1_ps(1.0 / temperature);
+  const RowSums sums(factors.rows);
+  for_tiles(factors.panels, sums.threads, [&](int64_t thread, int64_t panel) {
     bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
     float* found = scratch<float>(LOGITS, BLOCK * PANEL);
     factors.pack(panel, packed);
-    const int64_t start = panel * PANEL, width = factors.width(panel);
-    for (int64_t first = 0; first < rows; first += BLOCK) {
-      const int64_t count = std::min(BLOCK, rows - first);
+    for (int64_t first = 0; first < factors.rows; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, factors.rows - first);
       factors.logits(first, count, packed, found);
-      for (int64_t r = 0; r < count; r++) {
-        float& before = highest[thread * rows + first + r];
-        float& sum = sums[thread * rows + first + r];
-        float* values = found + r * PANEL;
-        __m512 most = _mm512_set1_ps(before), total = _mm512_setzero_ps();
-        for (int64_t i = 0; i < PANEL; i += 16) {
-          const __mmask16 mask = width - i >= 16 ? 0xffff : i < width ? (1u << (width - i)) - 1 : 0;
-          __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values + i), scale);
-          if (of_column) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, of_column + start + i));
-          value = _mm512_mask_blend_ps(mask, none, value);
-          _mm512_storeu_ps(values + i, value);
-          most = _mm512_max_ps(value, most);
-        }
-        const float now = _mm512_reduce_max_ps(most);
-        const __m512 shift = _mm512_set1_ps(now);
-        for (int64_t i = 0; i < PANEL; i += 16) total = _mm512_add_ps(total, exponential(_mm512_sub_ps(_mm512_loadu_ps(values + i), shift)));
-        sum = (sum ? sum * std::exp(before - now) : 0.f) + _mm512_reduce_add_ps(total);
-        before = now;
-      }
+      for (int64_t r = 0; r < count; r++)
+        sums.add(thread, first + r, found + r * PANEL, scale, of_column ? of_column + panel * PANEL : nullptr, factors.width(panel));
     }
   });
-  const auto shaped = [&](float* from) { return at::from_blob(from, {threads, rows}, at::kFloat); };
-  return at::logsumexp(shaped(highest) + shaped(sums).log(), 0);
+  return sums.whole();
+}
+
+// Of each prototype the largest of these rows' ``features @ weight.T / temperature + row``, and the sum of the
+// exponentials of all over it. Where no other rank has rows, ``alone``, instead: the scaling of each prototype that
+// gives it ``1 / all`` of the whole, and the rows' log-sum-exps so scaled, without ``row``.
+std::vector<Tensor> sinkhorn(const Tensor& features, const Tensor& weight, double temperature, const Tensor& row, bool alone) {
+  const Factors factors(features, weight);
+  const float* of_row = numbers(row, factors.rows);
+  const __m512 scale = _mm512_set1_ps(1.0 / temperature);
+  const float nothing = -std::numeric_limits<float>::infinity();
+  const Tensor highest = at::empty({factors.all}, at::kFloat), sum = at::empty({factors.all}, at::kFloat);
+  float *of_highest = highest.mutable_data_ptr<float>(), *of_sum = sum.mutable_data_ptr<float>();
+  const RowSums rows(factors.rows);
+  for_tiles(factors.panels, rows.threads, [&](int64_t thread, int64_t panel) {
+    bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
+    float* found = scratch<float>(TARGETS, std::max<int64_t>(1, factors.rows) * PANEL);
+    factors.pack(panel, packed);
+    for (int64_t first = 0; first < factors.rows; first += BLOCK)
+      factors.logits(first, std::min(BLOCK, factors.rows - first), packed, found + first * PANEL);
+    const int64_t width = factors.width(panel);
+    float most[PANEL], total[PANEL];
+    for (int64_t i = 0; i < PANEL; i += 16) {
+      const auto entry = [&](int64_t r) {
+        return _mm512_fmadd_ps(_mm512_loadu_ps(found + r * PANEL + i), scale, _mm512_set1_ps(of_row[r]));
+      };
+      __m512 top = _mm512_set1_ps(nothing), over = _mm512_setzero_ps();
+      for (int64_t r = 0; r < factors.rows; r++) top = _mm512_max_ps(entry(r), top);
+      // without a row that counts the sum is to be 0, not the NaN of infinities
+      const __m512 shift = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, _mm512_set1_ps(nothing), _CMP_EQ_OQ), _mm512_setzero_ps());
+      for (int64_t r = 0; r < factors.rows; r++) over = _mm512_add_ps(over, exponential(_mm512_sub_ps(entry(r), shift)));
+      _mm512_storeu_ps(most + i, top);
+      _mm512_storeu_ps(total + i, over);
+    }
+    if (alone) {
+      for (int64_t i = 0; i < width; i++) most[i] = -((most[i] == nothing ? 0.f : most[i]) + std::log(factors.all * (total[i] < LEAST ? LEAST : total[i])));
+      for (int64_t r = 0; r < factors.rows; r++) rows.add(thread, r, found + r * PANEL, scale, most, width);
+    }
+    std::copy(most, most + width, of_highest + panel * PANEL);
+    std::copy(total, total + width, of_sum + panel * PANEL);
+  });
+  return {highest, alone ? rows.whole() : sum};
 }
 
 // What of the cross-entropy needs the logits of both, row for row of the student's:
@@ -174,7 +215,7 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
     student.pack(panel, packed);
     teacher.pack(panel, teachers);
     if (need_gradient) interleave(student.weight + start * dim, dim, width, PANEL, dim, back);
-    const auto masked = [&](int64_t i) -> __mmask16 { return width - i >= 16 ? 0xffff : i < width ? (1u << (width - i)) - 1 : 0; };
+    const auto masked = [&](int64_t i) { return columns_from(i, width); };
     for (int64_t first = 0; first < teacher.rows; first += BLOCK) {
       const int64_t count = std::min(BLOCK, teacher.rows - first);
       float* place = targets + first * PANEL;
@@ -226,8 +267,8 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
 
 TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
   library.def("logits", logits);
-  library.def("exponentiate", exponentiate);
   library.def("row_log_sum_exp", row_log_sum_exp);
+  library.def("sinkhorn", sinkhorn);
   library.def("cross_entropy", cross_entropy);
 }
 

@@ -49,40 +49,18 @@ def fused(*pairs: tuple[Tensor, Tensor]) -> bool:
 
 
 def scaled_logits(
-    features: Tensor,
-    weight: Tensor,
-    temperature: float,
-    column: Tensor | None = None,
-    row: Tensor | None = None,
-    out: Tensor | None = None,
-    *,
-    exponential: bool = False,
+    features: Tensor, weight: Tensor, temperature: float, column: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """``features @ weight.T / temperature + column + row[:, None]``, or e to that, in as few passes as can be."""
+    """``features @ weight.T / temperature + column``, in one pass where the product can do the rest."""
     if fused((features, weight)):
-        if out is None:
-            out = torch.empty(features.shape[0], weight.shape[0])
-        torch.ops.streamtrain.logits(
-            features.contiguous(), weight.contiguous(), temperature, column, row, exponential, out
-        )
-        return out
+        logits = torch.empty(features.shape[0], weight.shape[0]) if out is None else out
+        torch.ops.streamtrain.logits(features.contiguous(), weight.contiguous(), temperature, column, logits)
+        return logits
     if features.dtype in (torch.float32, torch.float64):
         bias, share = (features.new_empty(()), 0.0) if column is None else (column, 1.0)
-        logits = torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature, out=out)
-    else:
-        logits = matmul(features, weight.T, out).div_(temperature)
-        logits = logits if column is None else logits.add_(column)
-    if row is not None:
-        logits.add_(row[:, None])
-    return logits.exp_() if exponential else logits
-
-
-def exponentiate(entries: Tensor, row: Tensor, like: tuple[Tensor, Tensor]) -> Tensor:
-    """``exp(entries - row[:, None])`` in place, of logits of the features and prototypes ``like``."""
-    if fused(like):
-        torch.ops.streamtrain.exponentiate(entries, row)
-        return entries
-    return entries.sub_(row[:, None]).exp_()
+        return torch.addmm(bias, features, weight.T, beta=share, alpha=1.0 / temperature, out=out)
+    logits = matmul(features, weight.T, out).div_(temperature)
+    return logits if column is None else logits.add_(column)
 
 
 def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
@@ -130,5 +108,5 @@ def row_log_sum_exp(
     streaming, buffer = RowLogSumExp(features.shape[0], features), Buffer(features.shape[0], chunk, features)
     for part in chunks(weight.shape[0], chunk):
         scale = None if column is None else column[part]
-        streaming.add(scaled_logits(features, weight[part], temperature, scale, out=buffer.of(part)))
+        streaming.add(scaled_logits(features, weight[part], temperature, scale, buffer.of(part)))
     return streaming.value()

@@ -236,21 +236,20 @@ class _Targets:
         chunk: int,
     ) -> None:
         self.weight, self.column, self.temperature = weight, assignment.column, temperature
-        self.features, self.row = features, assignment.row
+        self.features, self.row = features, assignment.row[:, None]
         self.pairs: tuple[Tensor, ...] = ()
         if pair is not None:
             # one more row, whose P is 0, stands for "no target"
             self.features = torch.cat([features, features.new_zeros(1, features.shape[1])])
-            self.row = torch.cat([self.row, self.row.new_full((1,), -torch.inf)])
+            self.row = torch.cat([self.row, self.row.new_full((1, 1), -torch.inf)])
             self.pairs = torch.where(pair >= 0, pair, features.shape[0]).unbind(1)
         self.buffer = Buffer(self.features.shape[0], chunk, features)
 
     def chunk(self, part: slice) -> Tensor:
         """``[N, chunk]``."""
         out = self.buffer.of(part)
-        entries = scaled_logits(
-            self.features, self.weight[part], self.temperature, self.column[part], self.row, out, exponential=True
-        )
+        entries = scaled_logits(self.features, self.weight[part], self.temperature, self.column[part], out)
+        entries.add_(self.row).exp_()
         if not self.pairs:
             return entries
         target = entries.index_select(0, self.pairs[0])

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from streamtrain.objective.distributed import max_over_ranks, sum_over_ranks
-from streamtrain.objective.logits import Buffer, accumulator, chunks, exponentiate, row_log_sum_exp, scaled_logits
+from streamtrain.objective.distributed import max_over_ranks, sum_over_ranks, world_size
+from streamtrain.objective.logits import Buffer, accumulator, chunks, fused, row_log_sum_exp, scaled_logits
 
 # below any sum that can occur; only keeps the logarithm finite where there is no row at all
 TINY = 1e-30
@@ -64,6 +64,8 @@ def sinkhorn(
     if valid is not None:
         start = start.masked_fill(~valid, -torch.inf)
     total = sum_over_ranks(torch.isfinite(start).sum().to(dtype), group).clamp_min(1.0)
+    if fused((features, weight)):
+        return _by_kernels(features.contiguous(), weight.contiguous(), temperature, iterations, group, start, total)
     column = torch.empty(num_prototypes, dtype=dtype, device=features.device)
     row = start
     buffer = Buffer(features.shape[0], chunk, features)
@@ -72,14 +74,13 @@ def sinkhorn(
         change = torch.full_like(start, -torch.inf)
         for part in chunks(num_prototypes, chunk):
             scale = column[part] if iteration else None
-            of_row = row if iteration or valid is not None else None
-            entries = scaled_logits(
-                features, weight[part], temperature, scale, of_row, buffer.of(part), exponential=iteration > 0
-            )
+            entries = scaled_logits(features, weight[part], temperature, scale, buffer.of(part))
+            if iteration or valid is not None:
+                entries.add_(row[:, None])
             if iteration:
                 # Scaled by the iteration before, entries are at most 1 / N and no sum leaves [1 / (K N), K]: plain
                 # exponentials can neither overflow nor vanish.
-                factor = _column_factor(entries.sum(0), num_prototypes, group)
+                factor = _column_factor(entries.exp_().sum(0), num_prototypes, group)
                 column[part] += factor.log()
                 row_sum = (entries @ factor).log()
             else:
@@ -89,13 +90,32 @@ def sinkhorn(
                 # such a weight vanishes only where the entries would have. (Rows first would leave columns without.)
                 shift = _column_maximum(entries, group)
                 highest = entries.sub_(shift).amax(1).nan_to_num(neginf=0.0)
-                entries = exponentiate(entries, highest, (features, weight))
+                entries.sub_(highest[:, None]).exp_()
                 factor = _column_factor(highest.exp() @ entries, num_prototypes, group)
                 column[part] = factor.log() - shift
                 row_sum = highest + (entries @ factor).log()
             change = torch.logaddexp(change, row_sum)
         # a row that is not valid has no sum, and its scaling must stay −inf
         row = torch.where(torch.isfinite(start), row - change - total.log(), start)
+    return Assignment(column, row + total.log())
+
+
+def _by_kernels(
+    features: Tensor, weight: Tensor, temperature: float, iterations: int, group: dist.ProcessGroup | None,
+    start: Tensor, total: Tensor,
+) -> Assignment:
+    """The same by the kernels for CPUs, each sum as an exact log-sum-exp."""  # fmt: skip
+    alone = world_size(group) == 1
+    row = start
+    for _ in range(iterations):
+        column, row_sum = torch.ops.streamtrain.sinkhorn(features, weight, temperature, row, alone)
+        if not alone:
+            shift = max_over_ranks(column.clone(), group).nan_to_num(neginf=0.0)
+            factor = _column_factor(row_sum * (column - shift).exp(), weight.shape[0], group)
+            column = factor.log() - shift
+            row_sum = torch.ops.streamtrain.row_log_sum_exp(features, weight, temperature, column)
+        # a row that is not valid keeps its scaling of −inf
+        row = torch.where(torch.isfinite(start), -row_sum - total.log(), start)
     return Assignment(column, row + total.log())
 
 

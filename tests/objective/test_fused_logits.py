@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from joined_processes import run_on_ranks
 from torch import Tensor
 
 from streamtrain.kernels.build import usable
@@ -36,19 +40,18 @@ def distance(got: Tensor, want: Tensor) -> float:
 def test_logits_and_their_sums(rows: int, prototypes: int, dim: int, threads: int, seed: int) -> None:
     features, weight = unit(rows, dim, seed=seed), unit(prototypes, dim, seed=seed + 1)
     draw = torch.Generator().manual_seed(seed)
-    column, row = torch.randn(prototypes, generator=draw) - 8, torch.randn(rows, generator=draw)
-    row[rows // 2 :: 7] = -torch.inf
+    column = torch.randn(prototypes, generator=draw) - 8
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         plain = scaled_logits(features, weight, 0.07)
-        taken = scaled_logits(features, weight, 0.07, column, row, exponential=True)
+        scaled = scaled_logits(features, weight, 0.07, column)
         sums = row_log_sum_exp(features, weight, 0.07, 64, column)
     finally:
         torch.set_num_threads(before)
     want = features.double() @ weight.double().T / 0.07
     assert distance(plain, want) < 1e-6
-    assert distance(taken, (want + column + row[:, None]).exp()) < 2e-6
+    assert distance(scaled, want + column) < 1e-6
     assert distance(sums, (want + column).logsumexp(1)) < 1e-6
 
 
@@ -130,9 +133,10 @@ def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_sinkhorn_is_that_of_float64(scale: float) -> None:
+@pytest.mark.parametrize("valid_rows", [40, 33, 0])
+def test_sinkhorn_is_that_of_float64(valid_rows: int, scale: float) -> None:
     features, weight = unit(40, 64, seed=0), (scale * unit(500, 64, seed=1)).bfloat16()
-    valid = torch.arange(40) < 33
+    valid = torch.arange(40) < valid_rows
     got, want = (
         sinkhorn(features.to(kind), weight.to(kind), TEACHER, 3, 96, valid=valid)
         for kind in (torch.bfloat16, torch.float64)
@@ -142,6 +146,21 @@ def test_sinkhorn_is_that_of_float64(scale: float) -> None:
         return (features.double() @ weight.double().T / TEACHER + found.column + found.row[:, None]).exp()
 
     assert distance(assigned(got), assigned(want)) < 1e-4
+
+
+def test_sinkhorn_over_ranks_is_that_of_all_rows_in_one(tmp_path: Path) -> None:
+    run_on_ranks(_sinkhorn_over_ranks, tmp_path)
+
+
+def _sinkhorn_over_ranks(rank: int) -> None:
+    features, weight = unit(40, 64, seed=0), (20 * unit(300, 64, seed=1)).bfloat16()
+    alone = [dist.new_group([each]) for each in range(2)][rank]
+    for cut, valid_rows in ((25, 40), (25, 20), (40, 33)):
+        valid, mine = torch.arange(40) < valid_rows, slice(None, cut) if rank == 0 else slice(cut, None)
+        whole = sinkhorn(features.double(), weight.double(), TEACHER, 3, 96, alone, valid)
+        got = sinkhorn(features[mine], weight, TEACHER, 3, 96, None, valid[mine])
+        assert distance(got.column.exp(), whole.column.exp()) < 1e-4
+        assert distance(got.row.exp(), whole.row[mine].exp()) < 1e-4
 
 
 def test_rows_need_not_be_dense() -> None:
