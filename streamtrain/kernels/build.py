@@ -45,7 +45,7 @@ def usable() -> bool:
         # one rank of a machine speaks for all
         if os.environ.get("LOCAL_RANK", "0") == "0":
             warnings.warn(
-                "the CPU kernels cannot be used, so that steps take two to three times as long; they need g++ and a "
+                "the CPU kernels cannot be used, so that steps take about twice as long; they need g++ and a "
                 f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
                 stacklevel=2,
             )
