@@ -125,5 +125,6 @@ class ObjectiveConfig(Section):
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
 
-    # affects memory and speed only: bytes of one chunk's logits, the prototypes being taken chunk by chunk
+    # affects memory and speed only: bytes of one chunk's logits, the prototypes being taken chunk by chunk;
+    # the CPU's kernels take 64 at a time
     chunk_bytes: int = Field(default=8 * 2**20, ge=2**16)

@@ -127,15 +127,13 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     import deepspeed
     import torch
 
-    from streamtrain.kernels.build import usable
+    from streamtrain.kernels.build import found, use
 
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(config.cpu_threads or launch.cores)
-        if config.cpu_kernels and usable():
-            torch.ops.streamtrain.keep_memory(KEPT_BYTES)
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.utils.logger.addFilter(lambda record: not any(part in record.getMessage() for part in INTENDED))
     # On CPU DeepSpeed would compile a shared-memory all-reduce at the first start. A process killed meanwhile leaves
@@ -148,7 +146,17 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
     # DeepSpeed's own collectives run in a copy of the group of all ranks, which it makes without regard to the time-out
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed.utils.groups._clone_world_group())
-    yield Runtime(launch, device, torch.bfloat16 if in_16_bits(config, cuda) else torch.float32)
+    if not cuda:
+        # some of their collectives differ from those without them
+        kernels = torch.tensor(int(config.cpu_kernels and found()))
+        torch.distributed.all_reduce(kernels, torch.distributed.ReduceOp.MIN)
+        use(bool(kernels))
+        if kernels:
+            torch.ops.streamtrain.keep_memory(KEPT_BYTES)
+    try:
+        yield Runtime(launch, device, torch.bfloat16 if in_16_bits(config, cuda) else torch.float32)
+    finally:
+        use(True)
     # after an error the other ranks are not at this point: leaving is then the launcher's work
     torch.distributed.destroy_process_group()
 
@@ -161,8 +169,9 @@ def in_16_bits(config: EngineConfig, cuda: bool) -> bool:
 def _tune_allocation() -> None:
     """Large tensors come in large pages and go back to the system when they are freed (glibc on Linux; else nothing).
 
-    A step makes and frees activations of tens of megabytes. By default each is mapped anew in small pages, whose first
-    touch costs as much as a pass over them, or stays with the process for good.
+    That is without the kernels, which keep the memory themselves. A step makes and frees activations of tens of
+    megabytes. By default each is mapped anew in small pages, whose first touch costs as much as a pass over them, or
+    stays with the process for good.
     """
     # read by torch when it first allocates
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -153,7 +153,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
   const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread(dim);
   check(tokens, {tokens.size(0), dim});
   check(out, tokens.sizes());
-  const Rows rows(kept, sizes, scales);
+  const Rows rows(kept, sizes, scales, tokens.size(0));
   const Tiles tiles(sizes, factors, head_dim);
   bf16 *qkv = scratch<bf16>(QKV, 3 * dim * dim), *proj = scratch<bf16>(PROJ, dim * dim);
   pack_forward(in(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
@@ -308,7 +308,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   check(tokens, {tokens.size(0), dim});
   check(by_out, tokens.sizes());
   check(by_tokens, tokens.sizes());
-  const Rows rows(kept, sizes, scales);
+  const Rows rows(kept, sizes, scales, tokens.size(0));
   const Tiles tiles(sizes, factors, head_dim);
   bf16 *qkv = scratch<bf16>(QKV, 3 * dim * dim), *qkv_back = scratch<bf16>(QKV_BACK, 3 * dim * dim);
   bf16* proj_back = scratch<bf16>(PROJ_BACK, dim * dim);

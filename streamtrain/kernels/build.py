@@ -29,8 +29,24 @@ def able() -> bool:
     return all(found.get(f"avx512_{part}", False) for part in _WANTED)
 
 
-@cache
+class _Choice:
+    """Of this process, as torch's number of threads is: the ranks of a run have to agree on it."""
+
+    wanted = True
+
+
+def use(wanted: bool) -> None:
+    """Whether kernels are to be used from now on, where they can be."""
+    _Choice.wanted = wanted
+
+
 def usable() -> bool:
+    """Whether kernels are wanted, and ``torch.ops.streamtrain`` has them."""
+    return _Choice.wanted and found()
+
+
+@cache
+def found() -> bool:
     """Whether ``torch.ops.streamtrain`` has the kernels; compiles them (half a minute) if nobody has yet."""
     if not able():
         return False
@@ -42,13 +58,11 @@ def usable() -> bool:
     # a home that nobody knows of, and a file system without locks, are RuntimeErrors
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        # one rank of a machine speaks for all
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            warnings.warn(
-                "the CPU kernels cannot be used, so that steps take about twice as long; they need g++ and a "
-                f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
-                stacklevel=2,
-            )
+        warnings.warn(
+            "the CPU kernels cannot be used, so that steps take about twice as long; they need g++ and a "
+            f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -62,8 +76,10 @@ def _library() -> Path:
     # where torch's own would lie; to ask torch would, on a CPU, print that there is no GPU
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "streamtrain"
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"kernels-{digest}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
     # a lock that ends with its process; the other ranks of this machine wait for the first one
     with FileLock(folder / f"kernels-{digest}.lock"):
         if not library.exists():

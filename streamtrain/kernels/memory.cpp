@@ -4,6 +4,7 @@
 // first written to, as several passes over it; what the C library keeps comes in pieces that fit worse from step to step.
 #include <ATen/ATen.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -30,6 +31,7 @@ class Keeping final : public c10::Allocator {
   void limit(size_t bytes) {
     const std::lock_guard lock(mutex_);
     most_ = bytes;
+    while (kept_ > most_) give_back(free_.begin());
   }
 
   c10::DataPtr allocate(size_t bytes) override {
@@ -67,7 +69,10 @@ class Keeping final : public c10::Allocator {
   using Place = std::multimap<size_t, Freed>::iterator;
   static constexpr size_t PAGE = 4096;
 
-  Keeping() : before_(c10::GetCPUAllocator()) {}
+  Keeping() : before_(c10::GetCPUAllocator()) {
+    // a child must not begin with a lock that another thread of its parent held
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); }, [] { instance().mutex_.unlock(); });
+  }
 
   static void release(void* memory) { instance().take(memory); }
 

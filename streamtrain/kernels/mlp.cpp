@@ -47,7 +47,7 @@ struct Tiles {
     threads = at::get_num_threads();
     const int64_t fitting = std::clamp<int64_t>(TILE_BYTES / bytes_a_row, 32, 512);
     // as many for every thread, of the same size
-    const int64_t tiles = rounded((total + fitting - 1) / fitting, threads);
+    const int64_t tiles = std::max(threads, rounded((total + fitting - 1) / fitting, threads));
     rows = std::max<int64_t>(32, rounded((total + tiles - 1) / tiles, 32));
     count = (total + rows - 1) / rows;
   }
@@ -75,7 +75,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
   const int64_t dim = branch.dim, hidden = branch.hidden, stride = spread(dim), active_stride = spread(hidden);
   check(tokens, {tokens.size(0), dim});
   check(out, tokens.sizes());
-  const Rows rows(kept, sizes, scales);
+  const Rows rows(kept, sizes, scales, tokens.size(0));
   const bf16* up = packed_up(branch);
   bf16* down = scratch<bf16>(DOWN, dim * hidden);
   pack_forward(in(branch.down_weight), dim, hidden, PANEL, down);
@@ -152,7 +152,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   check(tokens, {tokens.size(0), dim});
   check(by_out, tokens.sizes());
   check(by_tokens, tokens.sizes());
-  const Rows rows(kept, sizes, scales);
+  const Rows rows(kept, sizes, scales, tokens.size(0));
   const bf16* up = packed_up(branch);
   bf16 *up_back = scratch<bf16>(UP_BACK, width * dim), *down_back = scratch<bf16>(DOWN_BACK, dim * hidden);
   pack_backward(in(branch.up_weight), width, dim, PANEL, nullptr, up_back);

@@ -16,12 +16,16 @@ struct Rows {
   // what each row's branch counts
   std::vector<float> scale;
 
-  Rows(const std::optional<at::Tensor>& kept, at::IntArrayRef sizes, at::ArrayRef<double> scales)
+  // of tokens ``total``
+  Rows(const std::optional<at::Tensor>& kept, at::IntArrayRef sizes, at::ArrayRef<double> scales, int64_t total)
       : index(kept ? kept->const_data_ptr<int64_t>() : nullptr) {
     TORCH_CHECK(sizes.size() == scales.size() && (!kept || kept->is_contiguous()));
     for (size_t group = 0; group < sizes.size(); group++) scale.insert(scale.end(), sizes[group], scales[group]);
     count = scale.size();
-    TORCH_CHECK(!kept || (kept->numel() == count && std::is_sorted(index, index + count)));
+    TORCH_CHECK(count <= total, count, " rows of ", total);
+    if (!kept) return;
+    TORCH_CHECK(kept->numel() == count && std::is_sorted(index, index + count), "rows must be sorted, and as many as their sizes say");
+    TORCH_CHECK(!count || (index[0] >= 0 && index[count - 1] < total), "rows beyond the ", total, " that there are");
   }
   int64_t operator[](int64_t at) const { return index ? index[at] : at; }
 
@@ -41,7 +45,8 @@ struct Rows {
 
 inline void check(const at::Tensor& tensor, at::IntArrayRef shape) {
   TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous() && tensor.sizes() == shape,
-              "expected a contiguous bf16 tensor of shape ", shape, ", not ", tensor.sizes());
+              "expected a contiguous bf16 tensor of shape ", shape, ", not one of ", tensor.scalar_type(), ", shape ",
+              tensor.sizes(), " and strides ", tensor.strides());
 }
 
 // e^x within 2 units of fp32's last place, inf above its range and 0 below that of its normal numbers; NaN stays NaN

@@ -46,7 +46,7 @@ T* scratch(int slot, int64_t count) {
   thread_local Buffer buffers[SLOTS];
   TORCH_INTERNAL_ASSERT(slot < SLOTS);
   Buffer& buffer = buffers[slot];
-  const size_t wanted = rounded(count * sizeof(T), 4096);
+  const size_t wanted = std::max<int64_t>(4096, rounded(count * sizeof(T), 4096));
   if (buffer.bytes < wanted) {
     buffer.memory.reset();
     buffer.memory.reset(std::aligned_alloc(64, wanted));
@@ -59,6 +59,9 @@ T* scratch(int slot, int64_t count) {
 // result [m, n] = (or +=) left [m, k] @ right [k, n], the right one interleaved with ``right_width`` columns a row
 inline void product(int64_t m, int64_t n, int64_t k, const bf16* left, int64_t left_stride, const bf16* right,
                     int64_t right_width, float* result, int64_t result_stride, bool add) {
+  if (!k && !add)
+    for (int64_t row = 0; row < m; row++) std::fill_n(result + row * result_stride, n, 0.f);
+  if (!m || !k) return;
   at::native::cpublas::brgemm(m, n, k, left_stride, right_width, result_stride, add, left, right, result, true);
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_kernels import needs_kernels
+from ranks import run_ranks
 from ranks import ROOT
 
 from streamtrain.kernels import build
@@ -126,12 +127,20 @@ def test_without_a_library_there_is_one_warning_and_training_goes_on(
     assert err.count("the CPU kernels cannot be used") == 1 and "g++" in err and reason in err
 
 
+@needs_kernels
+def test_a_rank_without_kernels_means_a_run_without(tmp_path: Path) -> None:
+    """Sinkhorn's collectives are others with them."""
+    results = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path], 2)
+    assert [(status, out.split()[-2:]) for status, out, _ in results] == [(0, ["True", "False"]), (0, ["False", "False"])]
+    assert "the CPU kernels cannot be used" in results[1][2]
+
+
 def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
-    assert not build.usable.__wrapped__()
+    assert not build.found.__wrapped__()
     assert not list(tmp_path.iterdir()) and not recwarn.list
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MB = 2**20
 # what keeps memory does so for a whole process, hence one for each test
 BEGIN = f"""
-import os, threading, torch
+import os, signal, threading, torch
 from streamtrain.kernels.build import usable
 assert usable()
 MB, keep = {MB}, torch.ops.streamtrain.keep_memory
@@ -37,6 +37,7 @@ tensors = [make(50).fill_(1) for _ in range(10)]
 full = resident(); tensors.clear()
 assert 180 < full - resident() < 280, (full, resident())
 keep(0)
+assert full - resident() > 480, (full, resident())
 """,
     "what nobody wants is given back": """
 keep(300 * MB)
@@ -57,11 +58,20 @@ def free():
 threads = [threading.Thread(target=free) for _ in range(4)]
 [each.start() for each in threads]; [each.join() for each in threads]
 assert [int(each[0]) for each in tensors] == [0, 1, 2, 3]
-child = os.fork()
-if not child:
-    torch.ones(4 * MB).mul_(2.0); tensors.clear()
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        make(1)
+threads = [threading.Thread(target=busy) for _ in range(2)]
+[each.start() for each in threads]
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        make(3).fill_(2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set(); [each.join() for each in threads]
 """,
     "tensors from before, resized, shared and as arrays": """
 before = make(8).fill_(3)

@@ -176,6 +176,12 @@ def test_rows_that_count_nothing_leave_no_gradient() -> None:
     assert not any(bool(each.any()) for each in got)
 
 
+def test_no_rows_at_all() -> None:
+    features, weight = unit(0, 32, seed=0), unit(70, 32, seed=1)
+    (loss, *gradients), _ = both_forms(features, weight, features, weight, None, torch.ones(0))
+    assert float(loss) == 0.0 and not any(bool(each.any()) for each in gradients)
+
+
 def test_other_types_shapes_and_devices_keep_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.zeros(3, 32, dtype=torch.bfloat16)
     assert fused((half, half))
