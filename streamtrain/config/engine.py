@@ -91,8 +91,8 @@ class EngineConfig(Section):
     reduce_bucket_bytes: int = Field(default=64 * 2**20, ge=2**16)
     # torch threads of a rank on CPU; 0: the cores of this machine divided by its ranks
     cpu_threads: NonNegative = 0
-    # on a CPU, blocks and prototypes by kernels of our own, where the processors and the sizes allow it and all ranks have
-    # a compiler at hand (affects speed, memory and rounding only)
+    # on a CPU, blocks and prototypes by kernels of our own, where the processors and the sizes allow it and all ranks
+    # have a compiler at hand (affects speed, memory and rounding only)
     cpu_kernels: bool = True
     # a rank that waits so long for another one in a collective operation ends
     collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
