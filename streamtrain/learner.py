@@ -57,7 +57,7 @@ class Learner(nn.Module):
         objective = config.objective
         engine = config.engine
         self.backbone = VisionTransformer(
-            config.model, engine.checkpointing, engine.view_groups, engine.offload_checkpoints, engine.cpu_kernels
+            config.model, engine.checkpointing, engine.view_groups, engine.offload_checkpoints
         )
         self.global_head = ProjectionHead(config.model.dim, objective.global_loss.head)
         self.patch_head = (
@@ -220,7 +220,7 @@ class GramTeacher(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = VisionTransformer(config.model, kernels=config.engine.cpu_kernels)
+        self.backbone = VisionTransformer(config.model)
 
     @torch.no_grad()
     def forward(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from joined_processes import run_on_ranks
 from plain_step import plain_losses
 
-from streamtrain.config.load import build, merge
+from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
+from streamtrain.kernels.build import _Choice
 from streamtrain.learner import RECIPE_WEIGHTS, GramTeacher, Learner, LossWeights
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.distributed import sum_over_ranks
@@ -343,7 +344,8 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
 def test_students_and_teachers_compute_by_kernels_where_they_may(
     kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = build(merge(config_of(dim=64).model_dump(), {"engine": {"cpu_kernels": kernels}}))
+    config = config_of(dim=64)
+    monkeypatch.setattr(_Choice, "wanted", kernels)
     learner, gram = learner_of(config, 0).bfloat16(), GramTeacher(config).bfloat16()
     gram.backbone.load_state_dict(learner.backbone.state_dict())
     exact = learner_of(config, 0)(batch_of(0).global_crops).patches

@@ -131,21 +131,19 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP on packed tokens: the unit that is gathered, checkpointed and compiled."""
 
-    def __init__(
-        self, config: ModelConfig, recompute_mlp: bool = False, groups: int = 1, kernels: bool = True
-    ) -> None:
+    def __init__(self, config: ModelConfig, recompute_mlp: bool = False, groups: int = 1) -> None:
         """What the backward recomputes *within* the block, beside what whoever calls it recomputes.
 
         Args:
             recompute_mlp: the activations of the MLP branch.
             groups: above 1, those of either branch that is recomputed, in so many groups of images, so that no
                 more than one group's are alive.
-            kernels: on a CPU, those of our own where they can be used.
         """
         super().__init__()
         self.recompute_mlp = recompute_mlp
         self.groups = groups
-        self.kernels = kernels
+        # False where the branches' parts are replaced, which those for CPUs do not know of
+        self.kernels = True
         self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.scale1 = LayerScale(config.dim)

@@ -68,17 +68,15 @@ class VisionTransformer(nn.Module):
     """A DINOv3-style backbone (Siméoni et al. 2025, section 3.2). It owns no parameters of its own."""
 
     def __init__(
-        self, config: ModelConfig, checkpointing: str = "none", view_groups: int = 1, offload: bool = False,
-        kernels: bool = True,
+        self, config: ModelConfig, checkpointing: str = "none", view_groups: int = 1, offload: bool = False
     ) -> None:
-        """What the backward of training recomputes; gradients are the same throughout.
+        """What the backward of training recomputes; gradients are the same throughout. Kernels for CPUs choose.
 
         Args:
             checkpointing: ``none``, ``selective`` (each block's MLP branch) or ``block`` (each whole block).
             view_groups: what is recomputed is so in this many groups of images.
             offload: with ``block``, what is kept between the blocks waits in host memory.
-            kernels: as a ``Block``'s. What they recompute is their own.
-        """  # fmt: skip
+        """
         super().__init__()
         if checkpointing not in ("none", "selective", "block"):
             raise ValueError(f"checkpointing must be 'none', 'selective' or 'block', not {checkpointing!r}")
@@ -90,7 +88,7 @@ class VisionTransformer(nn.Module):
         self.rope = Rope(config)
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(
-            [Block(config, checkpointing == "selective", view_groups, kernels) for _ in range(config.depth)]
+            [Block(config, checkpointing == "selective", view_groups) for _ in range(config.depth)]
         )
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         # None: the common norm serves for it

@@ -129,10 +129,17 @@ def test_without_a_library_there_is_one_warning_and_training_goes_on(
 @needs_kernels
 def test_a_rank_without_kernels_means_a_run_without(tmp_path: Path) -> None:
     """Sinkhorn's collectives are others with them."""
-    results = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path], 2)
+    results = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path, "true"], 2)
     told = [(status, out.split()[-2:]) for status, out, _ in results]
     assert told == [(0, ["True", "False"]), (0, ["False", "False"])]
     assert "the CPU kernels cannot be used" in results[1][2]
+
+
+@needs_kernels
+def test_the_key_is_obeyed_by_all_that_asks(tmp_path: Path) -> None:
+    for key, used in (("true", "True"), ("false", "False")):
+        ((status, out, _),) = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path, key], 1)
+        assert (status, out.split()[-2:]) == (0, ["True", used])
 
 
 def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(

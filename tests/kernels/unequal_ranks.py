@@ -1,4 +1,4 @@
-"""Ranks of which the last one cannot compile the kernels: what each of them then uses within a run."""
+"""FOLDER KEY: what ranks use within a run with engine.cpu_kernels=KEY, of whom the second cannot compile them."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from streamtrain.config.engine import EngineConfig
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.kernels.build import found, usable
 
-with joined(EngineConfig(device="cpu"), Launch.from_environment()):
+with joined(EngineConfig(device="cpu", cpu_kernels=sys.argv[2]), Launch.from_environment()):
     print(found(), usable())

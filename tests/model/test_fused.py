@@ -229,7 +229,9 @@ def backbone(
     dtype: torch.dtype, kernels: bool, checkpointing: str = "none", config: ModelConfig = MODEL
 ) -> VisionTransformer:
     """The same weights in every number format, all of which matter."""
-    model = VisionTransformer(config, checkpointing, kernels=kernels)
+    model = VisionTransformer(config, checkpointing)
+    for block in model.blocks:
+        block.kernels = kernels
     initialise(model, config, seed=0)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
