@@ -1,4 +1,4 @@
-"""Where the kernels for CPUs can be tested."""
+"""Where the kernels for CPUs can be tested, and in which numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from streamtrain.kernels import build
 from streamtrain.model import fused
 
 # a compiler that is there and fails is for the tests to find
-RUNS = build.able() and shutil.which(os.environ.get("CXX", "c++")) is not None
-needs_kernels = pytest.mark.skipif(not RUNS, reason="this CPU has no AVX-512 for bf16, or there is no C++ compiler")
+_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
+_ALL = (torch.bfloat16, torch.float32)
+# the first of them is what a run computes in unless it says otherwise
+NUMBERS = [dtype for dtype in _ALL if _COMPILER and build.able(dtype)]
+REASON = "this CPU has no instructions for kernels in such numbers, or there is no C++ compiler"
+needs_kernels = pytest.mark.skipif(not NUMBERS, reason=REASON)
+in_each_number = pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=pytest.mark.skipif(dtype not in NUMBERS, reason=REASON)) for dtype in _ALL]
+)
 
 
 def counted(patch: Callable[[Any, str, Any], None]) -> list[str]:

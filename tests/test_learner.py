@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import counted, needs_kernels
+from cpu_kernels import counted, in_each_number
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joined_processes import run_on_ranks
@@ -339,16 +339,16 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
     assert found["groups"] == 0.0
 
 
-@needs_kernels
+@in_each_number
 @pytest.mark.parametrize("kernels", [True, False])
 def test_students_and_teachers_compute_by_kernels_where_they_may(
-    kernels: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(dim=64)
     monkeypatch.setattr(_Choice, "wanted", kernels)
-    learner, gram = learner_of(config, 0).bfloat16(), GramTeacher(config).bfloat16()
+    learner, gram = learner_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
     gram.backbone.load_state_dict(learner.backbone.state_dict())
-    exact = learner_of(config, 0)(batch_of(0).global_crops).patches
+    exact = learner_of(config, 0).double()(batch_of(0).global_crops).patches
     called = counted(monkeypatch.setattr)
     with torch.no_grad():
         for found in (learner(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from cpu_kernels import needs_kernels
 
 from streamtrain.kernels import build
@@ -93,8 +94,9 @@ def test_the_source_distribution_holds_what_a_wheel_is_made_of(source: Path, tmp
 def test_the_kernels_of_the_wheel_are_those_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """The library's name is a digest of its sources, so that one compilation serves both."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    assert build.usable()
-    code = "from streamtrain.kernels import build; assert build.usable(); print(build.__file__, build._library())"
+    assert build.usable(torch.float32)
+    code = "import torch; from streamtrain.kernels import build; assert build.usable(torch.float32)"
+    code += "; print(build.__file__, build._library())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     installed = tmp_path / "streamtrain" / "kernels" / "build.py"

@@ -183,7 +183,7 @@ class _Sizes:
         model, engine = self.config.model, self.config.engine
         asked = engine.cpu_kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
         fitting = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
-        return asked and fitting and not self.on_gpu and self.item == 2
+        return asked and fitting and not self.on_gpu
 
     @property
     def heads(self) -> list[tuple[str, HeadConfig, int, int]]:

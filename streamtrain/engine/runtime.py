@@ -146,15 +146,16 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
     # DeepSpeed's own collectives run in a copy of the group of all ranks, which it makes without regard to the time-out
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed.utils.groups._clone_world_group())
+    dtype = torch.bfloat16 if in_16_bits(config, cuda) else torch.float32
     if not cuda:
         # some of their collectives differ from those without them
-        kernels = torch.tensor(int(config.cpu_kernels and found()))
+        kernels = torch.tensor(int(config.cpu_kernels and found(dtype)))
         torch.distributed.all_reduce(kernels, torch.distributed.ReduceOp.MIN)
         use(bool(kernels))
         if kernels:
             torch.ops.streamtrain.keep_memory(KEPT_BYTES)
     try:
-        yield Runtime(launch, device, torch.bfloat16 if in_16_bits(config, cuda) else torch.float32)
+        yield Runtime(launch, device, dtype)
     finally:
         use(True)
     # after an error the other ranks are not at this point: leaving is then the launcher's work

@@ -2,7 +2,7 @@
 // projection, LayerScale, residual; and its gradients.
 //
 // A tile is one image, or as many small ones as fit; it goes through all of it while it lies in a core's cache. The
-// backward makes again what it needs. Scores are fp32, their softmax is rounded to bf16 for the products.
+// backward makes again what it needs. Scores are fp32, their softmax is rounded to the tokens' type for the products.
 #include <torch/library.h>
 
 #include "rows.h"
@@ -22,8 +22,7 @@ enum {
   BY_TURNED, BY_KEY, BY_VALUE
 };
 
-const bf16* in(const Tensor& tensor) { return tensor.const_data_ptr<bf16>(); }
-
+template <class T>
 struct Branch {
   const Tensor norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma;
   int64_t dim, heads, head_dim;
@@ -33,24 +32,26 @@ struct Branch {
         proj_weight(weights.at(4)), proj_bias(weights.at(5)), gamma(weights.at(6)), heads(num_heads) {
     dim = proj_weight.size(0);
     head_dim = dim / heads;
-    for (const Tensor& vector : {norm_weight, norm_bias, proj_bias, gamma}) check(vector, {dim});
-    check(qkv_weight, {3 * dim, dim});
-    check(qkv_bias, {3 * dim});
-    check(proj_weight, {dim, dim});
+    for (const Tensor& vector : {norm_weight, norm_bias, proj_bias, gamma}) check<T>(vector, {dim});
+    check<T>(qkv_weight, {3 * dim, dim});
+    check<T>(qkv_bias, {3 * dim});
+    check<T>(proj_weight, {dim, dim});
     TORCH_CHECK(dim % 32 == 0 && head_dim * heads == dim && head_dim % 32 == 0);
   }
   float scale() const { return 1.f / std::sqrt(static_cast<float>(head_dim)); }
 };
 
+template <class T>
 struct Tile {
   int64_t first, images, length;
   // of the image's tokens, [length, head_dim]
-  const bf16 *cosine, *sine;
+  const T *cosine, *sine;
   int64_t rows() const { return images * length; }
 };
 
+template <class T>
 struct Tiles {
-  std::vector<Tile> all;
+  std::vector<Tile<T>> all;
   int64_t threads = at::get_num_threads(), rows = 0, length = 0;
 
   // ``factors``: cosines and sines of one size of images after the other
@@ -59,12 +60,12 @@ struct Tiles {
     for (size_t group = 0; group < sizes.size(); group++) {
       const Tensor &cosine = factors.at(2 * group), &sine = factors.at(2 * group + 1);
       const int64_t length_here = cosine.size(0), images = sizes[group] / length_here;
-      check(cosine, {length_here, head_dim});
-      check(sine, {length_here, head_dim});
+      check<T>(cosine, {length_here, head_dim});
+      check<T>(sine, {length_here, head_dim});
       TORCH_CHECK(images * length_here == sizes[group]);
       const int64_t step = std::max<int64_t>(1, TILE_ROWS / length_here);
       for (int64_t image = 0; image < images; image += step) {
-        const Tile tile{first + image * length_here, std::min(step, images - image), length_here, in(cosine), in(sine)};
+        const Tile<T> tile{first + image * length_here, std::min(step, images - image), length_here, in<T>(cosine), in<T>(sine)};
         all.push_back(tile);
         rows = std::max(rows, tile.rows());
       }
@@ -75,8 +76,8 @@ struct Tiles {
 };
 
 // Turns the vector ``from`` [head_dim] by factors; ``back`` does the opposite.
-template <bool back>
-void turn(const float* from, const bf16* cosine, const bf16* sine, int64_t head_dim, bf16* to) {
+template <bool back, class T>
+void turn(const float* from, const T* cosine, const T* sine, int64_t head_dim, T* to) {
   const int64_t half = head_dim / 2;
   for (int64_t i = 0; i < head_dim; i += 16) {
     const int64_t other = i < half ? i + half : i - half;
@@ -86,24 +87,25 @@ void turn(const float* from, const bf16* cosine, const bf16* sine, int64_t head_
 }
 
 // What both directions begin with: a tile's normed rows [rows, spread(dim)] and its heads [3, heads, rows, head_dim], turned.
+template <class T>
 struct Begun {
-  bf16 *normed, *heads;
+  T *normed, *heads;
   float *mean, *rate, *result;
 
-  Begun(const Branch& branch, const Tiles& tiles, const Tile& tile, const Rows& rows, const bf16* x, const bf16* qkv, float eps) {
-    const int64_t dim = branch.dim, head_dim = branch.head_dim, count = tile.rows(), stride = spread(dim);
-    normed = scratch<bf16>(NORMED, tiles.rows * stride);
-    heads = scratch<bf16>(HEADS, 3 * tiles.rows * dim);
+  Begun(const Branch<T>& branch, const Tiles<T>& tiles, const Tile<T>& tile, const Rows& rows, const T* x, const T* qkv, float eps) {
+    const int64_t dim = branch.dim, head_dim = branch.head_dim, count = tile.rows(), stride = spread<T>(dim);
+    normed = scratch<T>(NORMED, tiles.rows * stride);
+    heads = scratch<T>(HEADS, 3 * tiles.rows * dim);
     result = scratch<float>(RESULT, std::max<int64_t>(16, tiles.rows) * std::max(PANEL, head_dim));
     mean = scratch<float>(STATS, 2 * tiles.rows);
     rate = mean + tiles.rows;
-    const bf16 *weight = in(branch.norm_weight), *bias = in(branch.norm_bias), *qkv_bias = in(branch.qkv_bias);
+    const T *weight = in<T>(branch.norm_weight), *bias = in<T>(branch.norm_bias), *qkv_bias = in<T>(branch.qkv_bias);
     for (int64_t row = 0; row < count; row++)
       norm_row(x + rows[tile.first + row] * dim, weight, bias, eps, dim, normed + row * stride, mean[row], rate[row]);
     for (int64_t head = 0; head < 3 * branch.heads; head++) {
       const int64_t column = head * head_dim;
       product(count, head_dim, dim, normed, stride, qkv + column * dim, head_dim, result, head_dim, false);
-      bf16* place = heads + head * count * head_dim;
+      T* place = heads + head * count * head_dim;
       for (int64_t row = 0; row < count; row++, place += head_dim) {
         float* values = result + row * head_dim;
         for (int64_t i = 0; i < head_dim; i += 16) {
@@ -122,7 +124,8 @@ struct Begun {
 
 // The softmax of ``scores`` [count, padded] in place, of which ``length`` columns are keys, the rest becomes 0; rounded to
 // ``weights`` [count, wide], whose columns beyond are 0 too.
-void softmax(float* scores, int64_t count, int64_t length, int64_t padded, float scale, bf16* weights, int64_t wide) {
+template <class T>
+void softmax(float* scores, int64_t count, int64_t length, int64_t padded, float scale, T* weights, int64_t wide) {
   const __mmask16 last = length % 16 ? (1u << length % 16) - 1 : 0xffff;
   const __m512 factor = _mm512_set1_ps(scale), none = _mm512_set1_ps(-INFINITY);
   for (int64_t row = 0; row < count; row++) {
@@ -146,39 +149,40 @@ void softmax(float* scores, int64_t count, int64_t length, int64_t padded, float
   }
 }
 
+template <class T>
 void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
              const std::vector<double>& scales, const std::vector<Tensor>& factors, int64_t num_heads,
              const std::vector<Tensor>& weights, double eps) {
-  const Branch branch(weights, num_heads);
-  const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread(dim);
-  check(tokens, {tokens.size(0), dim});
-  check(out, tokens.sizes());
+  const Branch<T> branch(weights, num_heads);
+  const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread<T>(dim);
+  check<T>(tokens, {tokens.size(0), dim});
+  check<T>(out, tokens.sizes());
   const Rows rows(kept, sizes, scales, tokens.size(0));
-  const Tiles tiles(sizes, factors, head_dim);
-  bf16 *qkv = scratch<bf16>(QKV, 3 * dim * dim), *proj = scratch<bf16>(PROJ, dim * dim);
-  pack_forward(in(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
-  pack_forward(in(branch.proj_weight), dim, dim, PANEL, proj);
-  const bf16 *x = in(tokens), *proj_bias = in(branch.proj_bias), *gamma = in(branch.gamma);
-  bf16* to = out.mutable_data_ptr<bf16>();
+  const Tiles<T> tiles(sizes, factors, head_dim);
+  T *qkv = scratch<T>(QKV, 3 * dim * dim), *proj = scratch<T>(PROJ, dim * dim);
+  pack_forward(in<T>(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
+  pack_forward(in<T>(branch.proj_weight), dim, dim, PANEL, proj);
+  const T *x = in<T>(tokens), *proj_bias = in<T>(branch.proj_bias), *gamma = in<T>(branch.gamma);
+  T* to = out.mutable_data_ptr<T>();
   rows.pass_others(x, tokens.size(0), dim, to);
-  const int64_t padded_most = rounded(tiles.length, 16), wide_most = rounded(tiles.length, 32);
+  const int64_t padded_most = rounded(tiles.length, 16), wide_most = rounded(tiles.length, LINE<T>);
   const int64_t queries_most = std::min(tiles.length, TILE_ROWS);
 
   for_tiles(tiles.all.size(), tiles.threads, [&](int64_t, int64_t index) {
-    const Tile& tile = tiles.all[index];
-    const int64_t count = tile.rows(), length = tile.length, padded = rounded(length, 16), wide = rounded(length, 32);
-    const Begun begun(branch, tiles, tile, rows, x, qkv, eps);
-    bf16* merged = scratch<bf16>(MERGED, tiles.rows * stride);
-    bf16 *key = scratch<bf16>(KEY, padded_most * head_dim), *value = scratch<bf16>(VALUE, wide_most * head_dim);
+    const Tile<T>& tile = tiles.all[index];
+    const int64_t count = tile.rows(), length = tile.length, padded = rounded(length, 16), wide = rounded(length, LINE<T>);
+    const Begun<T> begun(branch, tiles, tile, rows, x, qkv, eps);
+    T* merged = scratch<T>(MERGED, tiles.rows * stride);
+    T *key = scratch<T>(KEY, padded_most * head_dim), *value = scratch<T>(VALUE, wide_most * head_dim);
     float* scores = scratch<float>(SCORES, queries_most * padded_most);
-    bf16* softmaxed = scratch<bf16>(WEIGHTS, queries_most * wide_most);
+    T* softmaxed = scratch<T>(WEIGHTS, queries_most * wide_most);
     for (int64_t head = 0; head < branch.heads; head++) {
       for (int64_t image = 0; image < tile.images; image++) {
         const auto part = [&](int64_t kind) {
           return begun.heads + ((kind * branch.heads + head) * count + image * length) * head_dim;
         };
-        interleave_transposed(part(1), head_dim, length, padded, head_dim, key);
-        interleave(part(2), head_dim, length, wide, head_dim, value);
+        as_right_transposed(part(1), head_dim, length, padded, head_dim, key);
+        as_right(part(2), head_dim, length, wide, head_dim, value);
         for (int64_t first = 0; first < length; first += TILE_ROWS) {
           const int64_t queries = std::min(TILE_ROWS, length - first);
           product(queries, padded, head_dim, part(0) + first * head_dim, head_dim, key, padded, scores, padded, false);
@@ -219,58 +223,64 @@ struct Sums {
 
 // The gradient by one image's head, ``by`` its merged result: written to ``to`` [length, stride], the columns of query, key
 // and value ``dim`` apart; its merged result again to ``merged``.
+template <class T>
 struct HeadBackward {
   int64_t length, head_dim, dim, merged_stride, stride;
-  const bf16 *query, *key, *value, *by, *cosine, *sine;
+  const T *query, *key, *value, *by, *cosine, *sine;
   float scale;
-  bf16 *merged, *to;
+  T *merged, *to;
 
   void operator()(int64_t length_most, float* result) const {
-    const int64_t padded = rounded(length, 16), wide = rounded(length, 32);
-    const int64_t padded_most = rounded(length_most, 16), wide_most = rounded(length_most, 32);
-    const int64_t queries_most = rounded(std::min(length_most, TILE_ROWS), 32);
-    bf16 *key_turned = scratch<bf16>(KEY, padded_most * head_dim), *value_turned = scratch<bf16>(VALUE_TURNED, padded_most * head_dim);
-    bf16 *key_pairs = scratch<bf16>(KEY_PAIRS, wide_most * head_dim), *value_pairs = scratch<bf16>(VALUE, wide_most * head_dim);
+    constexpr bool exact = std::is_same_v<T, float>;
+    const int64_t padded = rounded(length, 16), wide = rounded(length, LINE<T>);
+    const int64_t padded_most = rounded(length_most, 16), wide_most = rounded(length_most, LINE<T>);
+    const int64_t queries_most = rounded(std::min(length_most, TILE_ROWS), LINE<T>);
+    T *key_turned = scratch<T>(KEY, padded_most * head_dim), *value_turned = scratch<T>(VALUE_TURNED, padded_most * head_dim);
+    T *key_pairs = scratch<T>(KEY_PAIRS, wide_most * head_dim), *value_pairs = scratch<T>(VALUE, wide_most * head_dim);
     float *scores = scratch<float>(SCORES, queries_most * padded_most), *by_scores = scratch<float>(BY_SCORES, queries_most * padded_most);
-    bf16 *weights = scratch<bf16>(WEIGHTS, queries_most * wide_most), *pairs = scratch<bf16>(WEIGHT_PAIRS, 2 * queries_most * padded_most);
-    bf16 *query_turned = scratch<bf16>(QUERY_TURNED, head_dim * spread(queries_most)), *by_turned = scratch<bf16>(BY_TURNED, head_dim * spread(queries_most));
+    T *weights = scratch<T>(WEIGHTS, queries_most * wide_most), *pairs = scratch<T>(WEIGHT_PAIRS, 2 * queries_most * padded_most);
+    T *query_turned = scratch<T>(QUERY_TURNED, head_dim * spread<T>(queries_most)), *by_turned = scratch<T>(BY_TURNED, head_dim * spread<T>(queries_most));
     float *by_key = scratch<float>(BY_KEY, head_dim * padded_most), *by_value = scratch<float>(BY_VALUE, head_dim * padded_most);
-    interleave_transposed(key, head_dim, length, padded, head_dim, key_turned);
-    interleave_transposed(value, head_dim, length, padded, head_dim, value_turned);
-    interleave(key, head_dim, length, wide, head_dim, key_pairs);
-    interleave(value, head_dim, length, wide, head_dim, value_pairs);
+    as_right_transposed(key, head_dim, length, padded, head_dim, key_turned);
+    as_right_transposed(value, head_dim, length, padded, head_dim, value_turned);
+    as_right(key, head_dim, length, wide, head_dim, key_pairs);
+    as_right(value, head_dim, length, wide, head_dim, value_pairs);
     for (int64_t first = 0; first < length; first += TILE_ROWS) {
-      const int64_t queries = std::min(TILE_ROWS, length - first), even = rounded(queries, 32);
-      const bf16 *asked = query + first * head_dim, *given = by + first * head_dim;
+      const int64_t queries = std::min(TILE_ROWS, length - first), even = rounded(queries, LINE<T>);
+      const T *asked = query + first * head_dim, *given = by + first * head_dim;
       product(queries, padded, head_dim, asked, head_dim, key_turned, padded, scores, padded, false);
       softmax(scores, queries, length, padded, scale, weights, wide);
       product(queries, head_dim, wide, weights, wide, value_pairs, head_dim, result, head_dim, false);
       product(queries, padded, head_dim, given, head_dim, value_turned, padded, by_scores, padded, false);
-      bf16 *weight_pairs = pairs, *score_pairs = pairs + even * padded;
-      interleave(weights, wide, queries, even, padded, weight_pairs);
+      T *weight_pairs = pairs, *score_pairs = pairs + even * padded;
+      as_right(weights, wide, queries, even, padded, weight_pairs);
       for (int64_t row = 0; row < queries; row++) {
+        // the average of the scores' gradients; in fp32 from themselves, since a rounded result would make it three times
+        // as rough
         __m512 sum = _mm512_setzero_ps();
         for (int64_t i = 0; i < head_dim; i += 16) {
           const __m512 average = _mm512_loadu_ps(result + row * head_dim + i);
-          sum = _mm512_fmadd_ps(average, load(given + row * head_dim + i), sum);
+          if (!exact) sum = _mm512_fmadd_ps(average, load(given + row * head_dim + i), sum);
           store(merged + (first + row) * merged_stride + i, average);
         }
+        for (int64_t i = 0; exact && i < padded; i += 16)
+          sum = _mm512_fmadd_ps(_mm512_loadu_ps(scores + row * padded + i), _mm512_loadu_ps(by_scores + row * padded + i), sum);
         const __m512 matched = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), factor = _mm512_set1_ps(scale);
         for (int64_t i = 0; i < padded; i += 16) {
           const __m512 away = _mm512_sub_ps(_mm512_loadu_ps(by_scores + row * padded + i), matched);
           store(weights + row * wide + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(scores + row * padded + i), factor), away));
         }
       }
-      interleave(weights, wide, queries, even, padded, score_pairs);
+      as_right(weights, wide, queries, even, padded, score_pairs);
       product(queries, head_dim, wide, weights, wide, key_pairs, head_dim, result, head_dim, false);
       for (int64_t row = 0; row < queries; row++) {
         const int64_t factor = (first + row) * head_dim;
         turn<true>(result + row * head_dim, cosine + factor, sine + factor, head_dim, to + (first + row) * stride);
       }
-      transpose(asked, head_dim, queries, even, head_dim, query_turned);
-      transpose(given, head_dim, queries, even, head_dim, by_turned);
-      product(head_dim, padded, even, query_turned, spread(even), score_pairs, padded, by_key, padded, first > 0);
-      product(head_dim, padded, even, by_turned, spread(even), weight_pairs, padded, by_value, padded, first > 0);
+      as_left_transposed(asked, head_dim, queries, even, head_dim, query_turned);
+      as_left_transposed(given, head_dim, queries, even, head_dim, by_turned);
+      product(head_dim, padded, even, query_turned, spread<T>(even), score_pairs, padded, by_key, padded, first > 0);
+      product(head_dim, padded, even, by_turned, spread<T>(even), weight_pairs, padded, by_value, padded, first > 0);
     }
     for (int64_t row = 0; row < length; row += 16) {
       const int64_t count = std::min<int64_t>(16, length - row);
@@ -297,68 +307,70 @@ struct HeadBackward {
   }
 };
 
-std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads);
+template <class T>
+std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads);
 
+template <class T>
 std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
                              const std::optional<Tensor>& kept, at::IntArrayRef sizes, const std::vector<double>& scales,
                              const std::vector<Tensor>& factors, int64_t num_heads, const std::vector<Tensor>& weights,
                              double eps) {
-  const Branch branch(weights, num_heads);
-  const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread(dim), by_stride = spread(3 * dim);
-  check(tokens, {tokens.size(0), dim});
-  check(by_out, tokens.sizes());
-  check(by_tokens, tokens.sizes());
+  const Branch<T> branch(weights, num_heads);
+  const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread<T>(dim), by_stride = spread<T>(3 * dim);
+  check<T>(tokens, {tokens.size(0), dim});
+  check<T>(by_out, tokens.sizes());
+  check<T>(by_tokens, tokens.sizes());
   const Rows rows(kept, sizes, scales, tokens.size(0));
-  const Tiles tiles(sizes, factors, head_dim);
-  bf16 *qkv = scratch<bf16>(QKV, 3 * dim * dim), *qkv_back = scratch<bf16>(QKV_BACK, 3 * dim * dim);
-  bf16* proj_back = scratch<bf16>(PROJ_BACK, dim * dim);
-  pack_forward(in(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
-  pack_backward(in(branch.qkv_weight), 3 * dim, dim, PANEL, nullptr, qkv_back);
-  pack_backward(in(branch.proj_weight), dim, dim, head_dim, in(branch.gamma), proj_back);
-  const bf16 *x = in(tokens), *passed = in(by_out), *norm_weight = in(branch.norm_weight);
-  bf16* to = by_tokens.mutable_data_ptr<bf16>();
+  const Tiles<T> tiles(sizes, factors, head_dim);
+  T *qkv = scratch<T>(QKV, 3 * dim * dim), *qkv_back = scratch<T>(QKV_BACK, 3 * dim * dim);
+  T* proj_back = scratch<T>(PROJ_BACK, dim * dim);
+  pack_forward(in<T>(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
+  pack_backward(in<T>(branch.qkv_weight), 3 * dim, dim, PANEL, nullptr, qkv_back);
+  pack_backward(in<T>(branch.proj_weight), dim, dim, head_dim, in<T>(branch.gamma), proj_back);
+  const T *x = in<T>(tokens), *passed = in<T>(by_out), *norm_weight = in<T>(branch.norm_weight);
+  T* to = by_tokens.mutable_data_ptr<T>();
   rows.pass_others(passed, tokens.size(0), dim, to);
-  const int64_t most = rounded(tiles.rows, 32), threads = tiles.threads, size = Sums::size(dim);
+  const int64_t most = rounded(tiles.rows, LINE<T>), threads = tiles.threads, size = Sums::size(dim);
   float* memory = scratch<float>(SUMS, threads * size);
   at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });
 
   for_tiles(tiles.all.size(), threads, [&](int64_t thread, int64_t index) {
-    const Tile& tile = tiles.all[index];
-    const int64_t count = tile.rows(), length = tile.length, padded = rounded(count, 32);
+    const Tile<T>& tile = tiles.all[index];
+    const int64_t count = tile.rows(), length = tile.length, padded = rounded(count, LINE<T>);
     const Sums sums(memory + thread * size, dim);
-    const Begun begun(branch, tiles, tile, rows, x, qkv, eps);
-    bf16 *given = scratch<bf16>(GIVEN, most * stride), *merged = scratch<bf16>(MERGED, most * stride);
-    bf16 *by_merged = scratch<bf16>(BY_MERGED, most * dim), *by_heads = scratch<bf16>(BY_HEADS, most * by_stride);
-    bf16 *turned = scratch<bf16>(TURNED, dim * spread(most)), *given_turned = scratch<bf16>(GIVEN_TURNED, dim * spread(most));
-    const int64_t turned_stride = spread(padded);
-    bf16* pairs = scratch<bf16>(PAIRS, most * PANEL);
+    const Begun<T> begun(branch, tiles, tile, rows, x, qkv, eps);
+    T *given = scratch<T>(GIVEN, most * stride), *merged = scratch<T>(MERGED, most * stride);
+    T *by_merged = scratch<T>(BY_MERGED, most * dim), *by_heads = scratch<T>(BY_HEADS, most * by_stride);
+    T *turned = scratch<T>(TURNED, dim * spread<T>(most)), *given_turned = scratch<T>(GIVEN_TURNED, dim * spread<T>(most));
+    const int64_t turned_stride = spread<T>(padded);
+    T* pairs = scratch<T>(PAIRS, most * PANEL);
     for (int64_t row = 0; row < count; row++) {
       scale_row(passed + rows[tile.first + row] * dim, rows.scale[tile.first + row], dim, given + row * stride);
       add_row(sums.given, given + row * stride, dim);
     }
     for (int64_t head = 0; head < branch.heads; head++) {
       const int64_t column = head * head_dim;
-      bf16* by = by_merged + column * count;
+      T* by = by_merged + column * count;
       product(count, head_dim, dim, given, stride, proj_back + column * dim, head_dim, begun.result, head_dim, false);
       for (int64_t i = 0; i < count * head_dim; i += 16) store(by + i, _mm512_loadu_ps(begun.result + i));
       for (int64_t image = 0; image < tile.images; image++) {
         const int64_t first = image * length;
         const auto part = [&](int64_t kind) { return begun.heads + ((kind * branch.heads + head) * count + first) * head_dim; };
-        const HeadBackward work{length, head_dim, dim, stride, by_stride, part(0), part(1), part(2), by + first * head_dim, tile.cosine, tile.sine,
+        const HeadBackward<T> work{length, head_dim, dim, stride, by_stride, part(0), part(1), part(2), by + first * head_dim, tile.cosine, tile.sine,
                                 branch.scale(), merged + first * stride + column, by_heads + first * by_stride + column};
         work(tiles.length, begun.result);
       }
     }
-    transpose(given, stride, count, padded, dim, given_turned);
-    transpose(begun.normed, stride, count, padded, dim, turned);
+    as_left_transposed(given, stride, count, padded, dim, given_turned);
+    as_left_transposed(begun.normed, stride, count, padded, dim, turned);
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
-      interleave(merged + column, stride, count, padded, panel, pairs);
+      as_right(merged + column, stride, count, padded, panel, pairs);
       product(dim, panel, padded, given_turned, turned_stride, pairs, panel, sums.proj + column * dim, panel, true);
     }
     for (int64_t column = 0; column < 3 * dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, 3 * dim - column);
-      interleave(by_heads + column, by_stride, count, padded, panel, pairs);
+      as_right(by_heads + column, by_stride, count, padded, panel, pairs);
       product(dim, panel, padded, turned, turned_stride, pairs, panel, sums.qkv + column * dim, panel, true);
     }
     for (int64_t row = 0; row < count; row++) add_row(sums.qkv_bias, by_heads + row * by_stride, 3 * dim);
@@ -378,24 +390,25 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
 }
 
 // The threads' sums, added up and turned into the weights' gradients.
-std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads) {
+template <class T>
+std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads) {
   const int64_t dim = branch.dim;
   add_up(memory, Sums::size(dim), threads);
   const Sums sums(memory, dim);
-  const bf16* gamma = in(branch.gamma);
+  const T* gamma = in<T>(branch.gamma);
   return {
-      gradient(sums.norm_weight, dim), gradient(sums.norm_bias, dim),
-      gradient(sums.qkv, dim, 3 * dim, nullptr, true), gradient(sums.qkv_bias, 3 * dim),
-      gradient(sums.proj, dim, dim, gamma, false), gradient(sums.given, dim, gamma),
-      gradient_by_scale(sums.proj, sums.given, in(branch.proj_weight), in(branch.proj_bias), dim, dim),
+      gradient<T>(sums.norm_weight, dim), gradient<T>(sums.norm_bias, dim),
+      gradient<T>(sums.qkv, dim, 3 * dim, nullptr, true), gradient<T>(sums.qkv_bias, 3 * dim),
+      gradient<T>(sums.proj, dim, dim, gamma, false), gradient<T>(sums.given, dim, gamma),
+      gradient_by_scale<T>(sums.proj, sums.given, in<T>(branch.proj_weight), in<T>(branch.proj_bias), dim, dim),
   };
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
-  library.def("attention_forward", forward);
-  library.def("attention_backward", backward);
+  library.def("attention_forward", ByType<forward<bf16>, forward<float>>::call);
+  library.def("attention_backward", ByType<backward<bf16>, backward<float>>::call);
 }
 
 }  // namespace streamtrain

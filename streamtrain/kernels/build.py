@@ -1,7 +1,8 @@
 """The kernels for CPUs: compiled when first needed, then kept in the user's cache.
 
-They are for CPUs with AVX-512's bf16 instructions, and are fast where there is a matrix unit beside them (AMX).
-Elsewhere, and where no compiler is at hand, torch's own operations do the same work.
+They are for CPUs with AVX-512, and compute in fp32 or, where it has instructions for that, in bf16, which is fast where
+there is a matrix unit beside them (AMX). Elsewhere, and where no compiler is at hand, torch's own operations do the
+same work.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -18,15 +21,17 @@ import torch
 from filelock import FileLock
 
 _FOLDER = Path(__file__).parent
-_WANTED = ("f", "bw", "vl", "dq", "bf16")
+_WANTED = ("f", "bw", "vl", "dq")
 # the same on every machine, so that a cache in a shared home serves them all
-_FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in _WANTED)]
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in (*_WANTED, "bf16"))]
 
 
-def able() -> bool:
-    """Whether this CPU has the instructions that the kernels are made of."""
-    found = torch.cpu.get_capabilities()
-    return all(found.get(f"avx512_{part}", False) for part in _WANTED)
+def able(dtype: torch.dtype) -> bool:
+    """Whether there are kernels that compute in such numbers, and this CPU has the instructions they are made of."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    has = torch.cpu.get_capabilities()
+    return all(has.get(f"avx512_{part}", False) for part in (*_WANTED, *(["bf16"] if dtype == torch.bfloat16 else [])))
 
 
 class _Choice:
@@ -40,20 +45,20 @@ def use(wanted: bool) -> None:
     _Choice.wanted = wanted
 
 
-def usable() -> bool:
-    """Whether kernels are wanted, and ``torch.ops.streamtrain`` has them."""
-    return _Choice.wanted and found()
+def usable(dtype: torch.dtype) -> bool:
+    """Whether kernels are wanted, and ``torch.ops.streamtrain`` has those for such numbers."""
+    return _Choice.wanted and found(dtype)
 
 
 @cache
-def found() -> bool:
-    """Whether ``torch.ops.streamtrain`` has the kernels; compiles them (half a minute) if nobody has yet."""
-    if not able():
+def found(dtype: torch.dtype) -> bool:
+    """Whether ``torch.ops.streamtrain`` has kernels for such numbers; compiles them (half a minute) if need be."""
+    if not able(dtype):
         return False
     try:
         torch.ops.load_library(_library())
         # one product, which oneDNN may be without, or have been told to do without (ONEDNN_MAX_CPU_ISA)
-        one = torch.zeros(1, 32, dtype=torch.bfloat16)
+        one = torch.zeros(1, 32, dtype=dtype)
         torch.ops.streamtrain.logits(one, one, 1.0, None, torch.empty(1, 1))
     # a home that nobody knows of, and a file system without locks, are RuntimeErrors
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -84,10 +89,24 @@ def _library() -> Path:
     with FileLock(folder / f"kernels-{digest}.lock"):
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                print("compiling the kernels for CPUs: once, half a minute", file=sys.stderr, flush=True)
                 made = Path(temporary) / library.name
-                installed = Path(torch.__file__).parent
-                links = [f"-L{installed / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-                command = [compiler, *_FLAGS, f"-I{installed / 'include'}", *map(str, sources), "-o", str(made), *links]
-                subprocess.run(command, check=True, capture_output=True, text=True)
+                _compile(compiler, sources, made)
                 os.replace(made, library)
     return library
+
+
+def _compile(compiler: str, sources: list[Path], library: Path) -> None:
+    installed = Path(torch.__file__).parent
+    objects = [library.with_name(f"{source.stem}.o") for source in sources]
+
+    def run(*arguments: str | Path) -> None:
+        subprocess.run([compiler, *_FLAGS, *arguments], check=True, capture_output=True, text=True)
+
+    def compile_one(source: Path, to: Path) -> None:
+        run(f"-I{installed / 'include'}", "-c", source, "-o", to)
+
+    # at once, each in a process of its own
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, sources, objects))
+    run("-shared", *objects, "-o", library, f"-L{installed / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch")

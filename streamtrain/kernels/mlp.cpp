@@ -17,6 +17,7 @@ constexpr int64_t TILE_BYTES = 3 << 19;
 // The slots of ``scratch``.
 enum { UP, DOWN, UP_BACK, DOWN_BACK, NORMED, ACTIVE, FIRST, SECOND, THIRD, TURNED, GIVEN, GIVEN_TURNED, PAIRS, STATS, BY_NORM, SUMS };
 
+template <class T>
 struct Branch {
   const Tensor norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, gamma;
   int64_t dim, hidden;
@@ -31,15 +32,13 @@ struct Branch {
     hidden = down_weight.size(1);
     width = up_weight.size(0);
     gated = width == 2 * hidden;
-    for (const Tensor& vector : {norm_weight, norm_bias, down_bias, gamma}) check(vector, {dim});
-    check(up_weight, {width, dim});
-    check(up_bias, {width});
-    check(down_weight, {dim, hidden});
+    for (const Tensor& vector : {norm_weight, norm_bias, down_bias, gamma}) check<T>(vector, {dim});
+    check<T>(up_weight, {width, dim});
+    check<T>(up_bias, {width});
+    check<T>(down_weight, {dim, hidden});
     TORCH_CHECK((gated || width == hidden) && dim % 32 == 0 && hidden % 32 == 0);
   }
 };
-
-const bf16* in(const Tensor& tensor) { return tensor.const_data_ptr<bf16>(); }
 
 struct Tiles {
   int64_t threads, rows, count;
@@ -54,10 +53,11 @@ struct Tiles {
 };
 
 // The first layer's packed weights, gate and up one after the other.
-bf16* packed_up(const Branch& branch) {
-  bf16* packed = scratch<bf16>(UP, branch.width * branch.dim);
+template <class T>
+T* packed_up(const Branch<T>& branch) {
+  T* packed = scratch<T>(UP, branch.width * branch.dim);
   for (int64_t first = 0; first < branch.width; first += branch.hidden)
-    pack_forward(in(branch.up_weight) + first * branch.dim, branch.hidden, branch.dim, PANEL, packed + first * branch.dim);
+    pack_forward(in<T>(branch.up_weight) + first * branch.dim, branch.hidden, branch.dim, PANEL, packed + first * branch.dim);
   return packed;
 }
 
@@ -69,25 +69,26 @@ inline void silu(__m512 x, __m512& value, __m512& slope) {
   slope = _mm512_fmadd_ps(_mm512_sub_ps(x, value), gate, gate);
 }
 
+template <class T>
 void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
              const std::vector<double>& scales, const std::vector<Tensor>& weights, double eps) {
-  const Branch branch(weights);
-  const int64_t dim = branch.dim, hidden = branch.hidden, stride = spread(dim), active_stride = spread(hidden);
-  check(tokens, {tokens.size(0), dim});
-  check(out, tokens.sizes());
+  const Branch<T> branch(weights);
+  const int64_t dim = branch.dim, hidden = branch.hidden, stride = spread<T>(dim), active_stride = spread<T>(hidden);
+  check<T>(tokens, {tokens.size(0), dim});
+  check<T>(out, tokens.sizes());
   const Rows rows(kept, sizes, scales, tokens.size(0));
-  const bf16* up = packed_up(branch);
-  bf16* down = scratch<bf16>(DOWN, dim * hidden);
-  pack_forward(in(branch.down_weight), dim, hidden, PANEL, down);
-  const bf16 *x = in(tokens), *norm_weight = in(branch.norm_weight), *norm_bias = in(branch.norm_bias);
-  const bf16 *up_bias = in(branch.up_bias), *down_bias = in(branch.down_bias), *gamma = in(branch.gamma);
-  bf16* to = out.mutable_data_ptr<bf16>();
+  const T* up = packed_up(branch);
+  T* down = scratch<T>(DOWN, dim * hidden);
+  pack_forward(in<T>(branch.down_weight), dim, hidden, PANEL, down);
+  const T *x = in<T>(tokens), *norm_weight = in<T>(branch.norm_weight), *norm_bias = in<T>(branch.norm_bias);
+  const T *up_bias = in<T>(branch.up_bias), *down_bias = in<T>(branch.down_bias), *gamma = in<T>(branch.gamma);
+  T* to = out.mutable_data_ptr<T>();
   rows.pass_others(x, tokens.size(0), dim, to);
 
-  const Tiles tiles(rows.count, 2 * (dim + hidden));
+  const Tiles tiles(rows.count, sizeof(T) * (dim + hidden));
   for_tiles(tiles.count, tiles.threads, [&](int64_t, int64_t tile) {
     const int64_t first = tile * tiles.rows, count = std::min(tiles.rows, rows.count - first);
-    bf16 *normed = scratch<bf16>(NORMED, tiles.rows * stride), *active = scratch<bf16>(ACTIVE, tiles.rows * active_stride);
+    T *normed = scratch<T>(NORMED, tiles.rows * stride), *active = scratch<T>(ACTIVE, tiles.rows * active_stride);
     float *one = scratch<float>(FIRST, tiles.rows * PANEL), *two = scratch<float>(SECOND, tiles.rows * PANEL);
     float mean, rate;
     for (int64_t row = 0; row < count; row++)
@@ -128,10 +129,12 @@ struct Sums {
   // [panel, dim, PANEL] of either layer: ``given.T @ active`` and ``normed.T @ by_hidden``
   float *down, *up;
   float *up_bias, *given, *norm_weight, *norm_bias;
-  static int64_t size(const Branch& branch) {
+  template <class T>
+  static int64_t size(const Branch<T>& branch) {
     return branch.dim * (branch.hidden + branch.width) + branch.width + 3 * branch.dim;
   }
-  Sums(float* memory, const Branch& branch) {
+  template <class T>
+  Sums(float* memory, const Branch<T>& branch) {
     down = memory;
     up = down + branch.dim * branch.hidden;
     up_bias = up + branch.dim * branch.width;
@@ -141,40 +144,42 @@ struct Sums {
   }
 };
 
-std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads);
+template <class T>
+std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads);
 
+template <class T>
 std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
                              const std::optional<Tensor>& kept, at::IntArrayRef sizes, const std::vector<double>& scales,
                              const std::vector<Tensor>& weights, double eps) {
-  const Branch branch(weights);
+  const Branch<T> branch(weights);
   const int64_t dim = branch.dim, hidden = branch.hidden, width = branch.width;
-  const int64_t stride = spread(dim), by_stride = spread(width);
-  check(tokens, {tokens.size(0), dim});
-  check(by_out, tokens.sizes());
-  check(by_tokens, tokens.sizes());
+  const int64_t stride = spread<T>(dim), by_stride = spread<T>(width);
+  check<T>(tokens, {tokens.size(0), dim});
+  check<T>(by_out, tokens.sizes());
+  check<T>(by_tokens, tokens.sizes());
   const Rows rows(kept, sizes, scales, tokens.size(0));
-  const bf16* up = packed_up(branch);
-  bf16 *up_back = scratch<bf16>(UP_BACK, width * dim), *down_back = scratch<bf16>(DOWN_BACK, dim * hidden);
-  pack_backward(in(branch.up_weight), width, dim, PANEL, nullptr, up_back);
-  pack_backward(in(branch.down_weight), dim, hidden, PANEL, in(branch.gamma), down_back);
-  const bf16 *x = in(tokens), *passed = in(by_out), *up_bias = in(branch.up_bias);
-  const bf16 *norm_weight = in(branch.norm_weight), *norm_bias = in(branch.norm_bias);
-  bf16* to = by_tokens.mutable_data_ptr<bf16>();
+  const T* up = packed_up(branch);
+  T *up_back = scratch<T>(UP_BACK, width * dim), *down_back = scratch<T>(DOWN_BACK, dim * hidden);
+  pack_backward(in<T>(branch.up_weight), width, dim, PANEL, nullptr, up_back);
+  pack_backward(in<T>(branch.down_weight), dim, hidden, PANEL, in<T>(branch.gamma), down_back);
+  const T *x = in<T>(tokens), *passed = in<T>(by_out), *up_bias = in<T>(branch.up_bias);
+  const T *norm_weight = in<T>(branch.norm_weight), *norm_bias = in<T>(branch.norm_bias);
+  T* to = by_tokens.mutable_data_ptr<T>();
   rows.pass_others(passed, tokens.size(0), dim, to);
 
-  const Tiles tiles(rows.count, 8 * dim + 2 * width);
+  const Tiles tiles(rows.count, sizeof(T) * (4 * dim + width));
   const int64_t most = tiles.rows, threads = tiles.threads, size = Sums::size(branch);
   float* memory = scratch<float>(SUMS, threads * size);
   at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });
   for_tiles(tiles.count, threads, [&](int64_t thread, int64_t tile) {
-    const int64_t first = tile * most, count = std::min(most, rows.count - first), padded = rounded(count, 32);
+    const int64_t first = tile * most, count = std::min(most, rows.count - first), padded = rounded(count, LINE<T>);
     const Sums sums(memory + thread * size, branch);
-    bf16 *normed = scratch<bf16>(NORMED, most * stride), *given = scratch<bf16>(GIVEN, most * stride);
-    bf16 *turned = scratch<bf16>(TURNED, dim * spread(most)), *given_turned = scratch<bf16>(GIVEN_TURNED, dim * spread(most));
-    const int64_t turned_stride = spread(padded);
+    T *normed = scratch<T>(NORMED, most * stride), *given = scratch<T>(GIVEN, most * stride);
+    T *turned = scratch<T>(TURNED, dim * spread<T>(most)), *given_turned = scratch<T>(GIVEN_TURNED, dim * spread<T>(most));
+    const int64_t turned_stride = spread<T>(padded);
     // the gradient of the first layer's result
-    bf16* by_width = scratch<bf16>(ACTIVE, most * by_stride);
-    bf16* pairs = scratch<bf16>(PAIRS, 3 * most * PANEL);
+    T* by_width = scratch<T>(ACTIVE, most * by_stride);
+    T* pairs = scratch<T>(PAIRS, 3 * most * PANEL);
     float *one = scratch<float>(FIRST, most * PANEL), *two = scratch<float>(SECOND, most * PANEL);
     float *three = scratch<float>(THIRD, most * PANEL), *by_norm = scratch<float>(BY_NORM, most * dim);
     float *mean = scratch<float>(STATS, 2 * most), *rate = mean + most;
@@ -184,11 +189,11 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
       scale_row(passed + place, rows.scale[first + row], dim, given + row * stride);
       add_row(sums.given, given + row * stride, dim);
     }
-    transpose(normed, stride, count, padded, dim, turned);
-    transpose(given, stride, count, padded, dim, given_turned);
+    as_left_transposed(normed, stride, count, padded, dim, turned);
+    as_left_transposed(given, stride, count, padded, dim, given_turned);
     for (int64_t column = 0; column < hidden; column += PANEL) {
       const int64_t panel = std::min(PANEL, hidden - column), upper = hidden + column;
-      bf16 *active = pairs, *by_first = active + padded * panel, *by_second = by_first + padded * panel;
+      T *active = pairs, *by_first = active + padded * panel, *by_second = by_first + padded * panel;
       product(count, panel, dim, normed, stride, up + column * dim, panel, one, panel, false);
       product(count, panel, dim, given, stride, down_back + column * dim, panel, two, panel, false);
       if (branch.gated) product(count, panel, dim, normed, stride, up + upper * dim, panel, three, panel, false);
@@ -197,7 +202,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
         const __m512 upper_bias = branch.gated ? load(up_bias + upper + i) : bias;
         __m512 sum = _mm512_setzero_ps(), upper_sum = sum;
         for (int64_t row = 0; row < padded; row += 2) {
-          __m256i values[2] = {}, firsts[2] = {}, seconds[2] = {};
+          Sixteen<T> values[2] = {}, firsts[2] = {}, seconds[2] = {};
           for (int64_t k = 0; k < std::min<int64_t>(2, count - row); k++) {
             const int64_t place = (row + k) * panel + i;
             const __m512 value = _mm512_add_ps(_mm512_loadu_ps(one + place), bias), by = _mm512_loadu_ps(two + place);
@@ -206,26 +211,26 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
               const __m512 other = _mm512_add_ps(_mm512_loadu_ps(three + place), upper_bias);
               silu(value, result, slope);
               const __m512 by_other = _mm512_mul_ps(by, result);
-              seconds[k] = narrow(by_other);
+              seconds[k] = narrow<T>(by_other);
               upper_sum = _mm512_add_ps(upper_sum, by_other);
               result = _mm512_mul_ps(result, other);
               slope = _mm512_mul_ps(slope, other);
-              _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * by_stride + upper + i), seconds[k]);
+              put(by_width + (row + k) * by_stride + upper + i, seconds[k]);
             } else {
               normal(value, result, slope);
               slope = _mm512_fmadd_ps(value, slope, result);
               result = _mm512_mul_ps(result, value);
             }
             const __m512 by_value = _mm512_mul_ps(by, slope);
-            values[k] = narrow(result);
-            firsts[k] = narrow(by_value);
+            values[k] = narrow<T>(result);
+            firsts[k] = narrow<T>(by_value);
             sum = _mm512_add_ps(sum, by_value);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_width + (row + k) * by_stride + column + i), firsts[k]);
+            put(by_width + (row + k) * by_stride + column + i, firsts[k]);
           }
-          const int64_t pair = row * panel + 2 * i;
-          _mm512_storeu_si512(active + pair, interleaved(values[0], values[1]));
-          _mm512_storeu_si512(by_first + pair, interleaved(firsts[0], firsts[1]));
-          if (branch.gated) _mm512_storeu_si512(by_second + pair, interleaved(seconds[0], seconds[1]));
+          const int64_t pair = row * panel;
+          put_rows(active + pair, panel, i, values[0], values[1]);
+          put_rows(by_first + pair, panel, i, firsts[0], firsts[1]);
+          if (branch.gated) put_rows(by_second + pair, panel, i, seconds[0], seconds[1]);
         }
         float* place = sums.up_bias + column + i;
         _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
@@ -249,27 +254,28 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
 }
 
 // The threads' sums, added up and turned into the weights' gradients.
-std::vector<Tensor> gradients(const Branch& branch, float* memory, int64_t threads) {
+template <class T>
+std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads) {
   const int64_t dim = branch.dim, hidden = branch.hidden;
   add_up(memory, Sums::size(branch), threads);
   const Sums sums(memory, branch);
-  const bf16* gamma = in(branch.gamma);
+  const T* gamma = in<T>(branch.gamma);
   std::vector<Tensor> up;
   for (int64_t first = 0; first < branch.width; first += hidden)
-    up.push_back(gradient(sums.up + first * dim, dim, hidden, nullptr, true));
+    up.push_back(gradient<T>(sums.up + first * dim, dim, hidden, nullptr, true));
   return {
-      gradient(sums.norm_weight, dim), gradient(sums.norm_bias, dim),
-      branch.gated ? at::cat(up) : up[0], gradient(sums.up_bias, branch.width),
-      gradient(sums.down, dim, hidden, gamma, false), gradient(sums.given, dim, gamma),
-      gradient_by_scale(sums.down, sums.given, in(branch.down_weight), in(branch.down_bias), dim, hidden),
+      gradient<T>(sums.norm_weight, dim), gradient<T>(sums.norm_bias, dim),
+      branch.gated ? at::cat(up) : up[0], gradient<T>(sums.up_bias, branch.width),
+      gradient<T>(sums.down, dim, hidden, gamma, false), gradient<T>(sums.given, dim, gamma),
+      gradient_by_scale<T>(sums.down, sums.given, in<T>(branch.down_weight), in<T>(branch.down_bias), dim, hidden),
   };
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
-  library.def("mlp_forward", forward);
-  library.def("mlp_backward", backward);
+  library.def("mlp_forward", ByType<forward<bf16>, forward<float>>::call);
+  library.def("mlp_backward", ByType<backward<bf16>, backward<float>>::call);
 }
 
 }  // namespace streamtrain

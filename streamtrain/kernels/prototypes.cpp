@@ -19,8 +19,6 @@ constexpr float LEAST = 1e-30f;
 // The slots of ``scratch``.
 enum { STUDENT, TEACHER, WEIGHT, LOGITS, TARGETS, DIFFERENCE, TURNED, ROWS, BY_ROWS, BY_WEIGHT, HIGHEST, MATCHED };
 
-const bf16* in(const Tensor& tensor) { return tensor.const_data_ptr<bf16>(); }
-
 const float* numbers(const Tensor& tensor, int64_t count) {
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == count,
               "expected ", count, " dense fp32 numbers, not ", tensor.numel(), " of ", tensor.scalar_type());
@@ -33,37 +31,39 @@ const float* numbers(const std::optional<Tensor>& tensor, int64_t count) { retur
 __mmask16 columns_from(int64_t i, int64_t width) { return width - i >= 16 ? 0xffff : i < width ? (1u << (width - i)) - 1 : 0; }
 
 // Bottlenecks [rows, dim] and prototypes [all, dim].
+template <class T>
 struct Factors {
-  const bf16 *features, *weight;
+  const T *features, *weight;
   int64_t rows, all, dim, panels;
 
   Factors(const Tensor& left, const Tensor& right)
-      : features(in(left)), weight(in(right)), rows(left.size(0)), all(right.size(0)), dim(right.size(1)) {
-    check(left, {rows, dim});
-    check(right, {all, dim});
+      : features(in<T>(left)), weight(in<T>(right)), rows(left.size(0)), all(right.size(0)), dim(right.size(1)) {
+    check<T>(left, {rows, dim});
+    check<T>(right, {all, dim});
     TORCH_CHECK(dim % 32 == 0);
     panels = (all + PANEL - 1) / PANEL;
   }
   int64_t width(int64_t panel) const { return std::min(PANEL, all - panel * PANEL); }
   // the panel as a right factor [dim, PANEL], zeros beyond its width
-  void pack(int64_t panel, bf16* to) const {
-    interleave_transposed(weight + panel * PANEL * dim, dim, width(panel), PANEL, dim, to);
+  void pack(int64_t panel, T* to) const {
+    as_right_transposed(weight + panel * PANEL * dim, dim, width(panel), PANEL, dim, to);
   }
   // logits [count, PANEL] of the rows from ``first`` on
-  void logits(int64_t first, int64_t count, const bf16* packed, float* to) const {
+  void logits(int64_t first, int64_t count, const T* packed, float* to) const {
     product(count, PANEL, dim, features + first * dim, dim, packed, PANEL, to, PANEL, false);
   }
 };
 
 // ``features @ weight.T / temperature + column``: fp32 ``out [rows, all]``.
+template <class T>
 void logits(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column, const Tensor& out) {
-  const Factors factors(features, weight);
+  const Factors<T> factors(features, weight);
   const float* of_column = numbers(column, factors.all);
   numbers(out, factors.rows * factors.all);
   float* to = out.mutable_data_ptr<float>();
   const __m512 scale = _mm512_set1_ps(1.0 / temperature);
   for_tiles(factors.panels, at::get_num_threads(), [&](int64_t, int64_t panel) {
-    bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
+    T* packed = scratch<T>(STUDENT, PANEL * factors.dim);
     float* found = scratch<float>(LOGITS, BLOCK * PANEL);
     factors.pack(panel, packed);
     const int64_t start = panel * PANEL, width = factors.width(panel);
@@ -121,13 +121,14 @@ struct RowSums {
 };
 
 // [rows]: log-sum-exp over all prototypes of ``features @ weight.T / temperature + column``.
+template <class T>
 Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temperature, const std::optional<Tensor>& column) {
-  const Factors factors(features, weight);
+  const Factors<T> factors(features, weight);
   const float* of_column = numbers(column, factors.all);
   const __m512 scale = _mm512_set1_ps(1.0 / temperature);
   const RowSums sums(factors.rows);
   for_tiles(factors.panels, sums.threads, [&](int64_t thread, int64_t panel) {
-    bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
+    T* packed = scratch<T>(STUDENT, PANEL * factors.dim);
     float* found = scratch<float>(LOGITS, BLOCK * PANEL);
     factors.pack(panel, packed);
     for (int64_t first = 0; first < factors.rows; first += BLOCK) {
@@ -143,8 +144,9 @@ Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temp
 // Of each prototype the largest of these rows' ``features @ weight.T / temperature + row``, and the sum of the
 // exponentials of all over it. Where no other rank has rows, ``alone``, instead: the scaling of each prototype that
 // gives it ``1 / all`` of the whole, and the rows' log-sum-exps so scaled, without ``row``.
+template <class T>
 std::vector<Tensor> sinkhorn(const Tensor& features, const Tensor& weight, double temperature, const Tensor& row, bool alone) {
-  const Factors factors(features, weight);
+  const Factors<T> factors(features, weight);
   const float* of_row = numbers(row, factors.rows);
   const __m512 scale = _mm512_set1_ps(1.0 / temperature);
   const float nothing = -std::numeric_limits<float>::infinity();
@@ -152,7 +154,7 @@ std::vector<Tensor> sinkhorn(const Tensor& features, const Tensor& weight, doubl
   float *of_highest = highest.mutable_data_ptr<float>(), *of_sum = sum.mutable_data_ptr<float>();
   const RowSums rows(factors.rows);
   for_tiles(factors.panels, rows.threads, [&](int64_t thread, int64_t panel) {
-    bf16* packed = scratch<bf16>(STUDENT, PANEL * factors.dim);
+    T* packed = scratch<T>(STUDENT, PANEL * factors.dim);
     float* found = scratch<float>(TARGETS, std::max<int64_t>(1, factors.rows) * PANEL);
     factors.pack(panel, packed);
     for (int64_t first = 0; first < factors.rows; first += BLOCK)
@@ -184,13 +186,14 @@ std::vector<Tensor> sinkhorn(const Tensor& features, const Tensor& weight, doubl
 // What of the cross-entropy needs the logits of both, row for row of the student's:
 //   matched[i] = sum_k target_ik logit_ik, with target_i = sum_j exp(teacher's logits + column + row) at rows pair_ij
 //   difference_ik = exp(logit_ik - shift_i) - factor_i target_ik
-// Returns matched, and, where ``need_gradient``, difference @ weight (fp32) and difference.T @ features (bf16).
+// Returns matched, and, where ``need_gradient``, difference @ weight (fp32) and difference.T @ features.
+template <class T>
 std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, double temperature, const Tensor& shift,
                                   const Tensor& factor, const Tensor& teacher_features, const Tensor& teacher_weight,
                                   double teacher_temperature, const Tensor& column, const Tensor& row, const Tensor& pair,
                                   bool need_gradient) {
-  const Factors student(features, weight), teacher(teacher_features, teacher_weight);
-  const int64_t rows = student.rows, dim = student.dim, padded = rounded(rows, 32), threads = at::get_num_threads();
+  const Factors<T> student(features, weight), teacher(teacher_features, teacher_weight);
+  const int64_t rows = student.rows, dim = student.dim, padded = rounded(rows, LINE<T>), threads = at::get_num_threads();
   const float *of_shift = numbers(shift, rows), *of_factor = numbers(factor, rows);
   const float *of_column = numbers(column, student.all), *of_row = numbers(row, teacher.rows);
   TORCH_CHECK(pair.scalar_type() == at::kLong && pair.is_contiguous() && pair.size(0) == rows && teacher.all == student.all);
@@ -199,22 +202,22 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
   const __m512 scale = _mm512_set1_ps(1.0 / temperature), teacher_scale = _mm512_set1_ps(1.0 / teacher_temperature);
 
   Tensor by_weight = need_gradient ? at::empty_like(weight) : Tensor();
-  bf16 *to = need_gradient ? by_weight.mutable_data_ptr<bf16>() : nullptr, *right = scratch<bf16>(ROWS, padded * dim);
-  interleave(student.features, dim, rows, padded, dim, right);
+  T *to = need_gradient ? by_weight.mutable_data_ptr<T>() : nullptr, *right = scratch<T>(ROWS, padded * dim);
+  as_right(student.features, dim, rows, padded, dim, right);
   const int64_t size = rounded(rows * (1 + dim), 16);
   float* memory = scratch<float>(MATCHED, threads * size);
   std::fill(memory, memory + threads * size, 0.f);
   for_tiles(student.panels, threads, [&](int64_t thread, int64_t panel) {
     float *matched = memory + thread * size, *by_rows = matched + rows;
-    bf16 *packed = scratch<bf16>(STUDENT, PANEL * dim), *teachers = scratch<bf16>(TEACHER, PANEL * teacher.dim);
-    bf16* back = scratch<bf16>(WEIGHT, PANEL * dim);
+    T *packed = scratch<T>(STUDENT, PANEL * dim), *teachers = scratch<T>(TEACHER, PANEL * teacher.dim);
+    T* back = scratch<T>(WEIGHT, PANEL * dim);
     float *found = scratch<float>(LOGITS, BLOCK * PANEL), *targets = scratch<float>(TARGETS, rounded(teacher.rows, BLOCK) * PANEL);
-    bf16 *difference = scratch<bf16>(DIFFERENCE, padded * PANEL), *turned = scratch<bf16>(TURNED, PANEL * spread(padded));
+    T *difference = scratch<T>(DIFFERENCE, padded * PANEL), *turned = scratch<T>(TURNED, PANEL * spread<T>(padded));
     float* result = scratch<float>(BY_WEIGHT, PANEL * dim);
     const int64_t start = panel * PANEL, width = student.width(panel);
     student.pack(panel, packed);
     teacher.pack(panel, teachers);
-    if (need_gradient) interleave(student.weight + start * dim, dim, width, PANEL, dim, back);
+    if (need_gradient) as_right(student.weight + start * dim, dim, width, PANEL, dim, back);
     const auto masked = [&](int64_t i) { return columns_from(i, width); };
     for (int64_t first = 0; first < teacher.rows; first += BLOCK) {
       const int64_t count = std::min(BLOCK, teacher.rows - first);
@@ -253,8 +256,8 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
         product(count, dim, PANEL, difference + first * PANEL, PANEL, back, dim, by_rows + first * dim, dim, true);
     }
     if (!need_gradient) return;
-    transpose(difference, PANEL, rows, padded, PANEL, turned);
-    product(PANEL, dim, padded, turned, spread(padded), right, dim, result, dim, false);
+    as_left_transposed(difference, PANEL, rows, padded, PANEL, turned);
+    product(PANEL, dim, padded, turned, spread<T>(padded), right, dim, result, dim, false);
     for (int64_t i = 0; i < width * dim; i += 16) store(to + start * dim + i, _mm512_loadu_ps(result + i));
   });
   add_up(memory, size, threads);
@@ -266,10 +269,10 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(streamtrain, library) {
-  library.def("logits", logits);
-  library.def("row_log_sum_exp", row_log_sum_exp);
-  library.def("sinkhorn", sinkhorn);
-  library.def("cross_entropy", cross_entropy);
+  library.def("logits", ByType<logits<bf16>, logits<float>>::call);
+  library.def("row_log_sum_exp", ByType<row_log_sum_exp<bf16>, row_log_sum_exp<float>>::call);
+  library.def("sinkhorn", ByType<sinkhorn<bf16>, sinkhorn<float>>::call);
+  library.def("cross_entropy", ByType<cross_entropy<bf16>, cross_entropy<float>>::call);
 }
 
 }  // namespace streamtrain

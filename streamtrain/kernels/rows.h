@@ -30,7 +30,8 @@ struct Rows {
   int64_t operator[](int64_t at) const { return index ? index[at] : at; }
 
   // The rows that are not among these, of ``total``, go from one tensor [total, dim] to another as they are.
-  void pass_others(const bf16* from, int64_t total, int64_t dim, bf16* to) const {
+  template <class T>
+  void pass_others(const T* from, int64_t total, int64_t dim, T* to) const {
     if (from == to) return;
     const auto pass = [&](int64_t first, int64_t end) { std::copy(from + first * dim, from + end * dim, to + first * dim); };
     int64_t next = 0;
@@ -43,11 +44,31 @@ struct Rows {
   }
 };
 
-inline void check(const at::Tensor& tensor, at::IntArrayRef shape) {
-  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16 && tensor.is_contiguous() && tensor.sizes() == shape,
-              "expected a contiguous bf16 tensor of shape ", shape, ", not one of ", tensor.scalar_type(), ", shape ",
-              tensor.sizes(), " and strides ", tensor.strides());
+template <class T>
+constexpr at::ScalarType TYPE = c10::CppTypeToScalarType<T>::value;
+
+template <class T>
+void check(const at::Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK(tensor.scalar_type() == TYPE<T> && tensor.is_contiguous() && tensor.sizes() == shape,
+              "expected a contiguous tensor of ", TYPE<T>, " and shape ", shape, ", not one of ", tensor.scalar_type(),
+              ", shape ", tensor.sizes(), " and strides ", tensor.strides());
 }
+
+template <class T>
+const T* in(const at::Tensor& tensor) {
+  return tensor.const_data_ptr<T>();
+}
+
+// An operation in either type, by that of its first tensor.
+template <auto of_bf16, auto of_fp32>
+struct ByType;
+
+template <class Result, class First, class... Others, Result (*of_bf16)(First, Others...), Result (*of_fp32)(First, Others...)>
+struct ByType<of_bf16, of_fp32> {
+  static Result call(First first, Others... others) {
+    return (first.scalar_type() == at::kFloat ? of_fp32 : of_bf16)(first, others...);
+  }
+};
 
 // e^x within 2 units of fp32's last place, inf above its range and 0 below that of its normal numbers; NaN stays NaN
 inline __m512 exponential(__m512 x) {
@@ -80,7 +101,8 @@ inline void normal(__m512 x, __m512& distribution, __m512& density) {
 }
 
 // Layer norm of one row; ``mean`` and ``rate`` (1 over the deviation) are kept for the backward.
-inline void norm_row(const bf16* x, const bf16* weight, const bf16* bias, float eps, int64_t dim, bf16* to, float& mean,
+template <class T>
+void norm_row(const T* x, const T* weight, const T* bias, float eps, int64_t dim, T* to, float& mean,
                      float& rate) {
   __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, load(x + i));
@@ -99,8 +121,9 @@ inline void norm_row(const bf16* x, const bf16* weight, const bf16* bias, float 
 }
 
 // Its gradient ``by_x`` plus the residual stream's ``passed``, from ``by_norm``; adds to the weight's and the bias'.
-inline void norm_row_backward(const bf16* x, const bf16* weight, float mean, float rate, int64_t dim, const float* by_norm,
-                              const bf16* passed, bf16* by_x, float* by_weight, float* by_bias) {
+template <class T>
+void norm_row_backward(const T* x, const T* weight, float mean, float rate, int64_t dim, const float* by_norm,
+                              const T* passed, T* by_x, float* by_weight, float* by_bias) {
   const __m512 center = _mm512_set1_ps(mean), factor = _mm512_set1_ps(rate);
   __m512 sum = _mm512_setzero_ps(), matched = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 16) {
@@ -120,13 +143,15 @@ inline void norm_row_backward(const bf16* x, const bf16* weight, float mean, flo
   }
 }
 
-inline void add_row(float* sum, const bf16* row, int64_t count) {
+template <class T>
+void add_row(float* sum, const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(sum + i, _mm512_add_ps(_mm512_loadu_ps(sum + i), load(row + i)));
 }
 
 // A branch's result on the residual stream: ``to = x + (branch + bias) * gamma * scale`` for ``count`` columns.
-inline void add_branch(const bf16* x, const float* branch, const bf16* bias, const bf16* gamma, float scale, int64_t count,
-                       bf16* to) {
+template <class T>
+void add_branch(const T* x, const float* branch, const T* bias, const T* gamma, float scale, int64_t count,
+                       T* to) {
   const __m512 share = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < count; i += 16) {
     const __m512 value = _mm512_add_ps(_mm512_loadu_ps(branch + i), load(bias + i));
@@ -134,7 +159,8 @@ inline void add_branch(const bf16* x, const float* branch, const bf16* bias, con
   }
 }
 
-inline void scale_row(const bf16* from, float scale, int64_t count, bf16* to) {
+template <class T>
+void scale_row(const T* from, float scale, int64_t count, T* to) {
   const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < count; i += 16) store(to + i, _mm512_mul_ps(load(from + i), factor));
 }
@@ -150,9 +176,10 @@ inline void add_up(float* memory, int64_t size, int64_t threads) {
 
 // What threads have summed up, panels ``from [columns / PANEL, rows, PANEL]``, as a gradient [rows, columns], each row
 // times ``factor [rows]`` if given; or, transposed, [columns, rows]. ``rows`` and ``columns`` are multiples of 16.
-inline at::Tensor gradient(const float* from, int64_t rows, int64_t columns, const bf16* factor, bool transposed) {
-  const at::Tensor found = at::empty({transposed ? columns : rows, transposed ? rows : columns}, at::kBFloat16);
-  bf16* to = found.mutable_data_ptr<bf16>();
+template <class T>
+at::Tensor gradient(const float* from, int64_t rows, int64_t columns, const T* factor, bool transposed) {
+  const at::Tensor found = at::empty({transposed ? columns : rows, transposed ? rows : columns}, TYPE<T>);
+  T* to = found.mutable_data_ptr<T>();
   at::parallel_for(0, rows / 16, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = 16 * begin; row < 16 * end; row += 16) {
       for (int64_t column = 0; column < columns; column += 16) {
@@ -174,10 +201,11 @@ inline at::Tensor gradient(const float* from, int64_t rows, int64_t columns, con
 
 // The gradient [rows] by LayerScale's factors. What they multiply is linear in what the last layer, ``weight``
 // [rows, columns] and ``bias``, has summed: panels ``from`` by its rows, ``given`` by its bias.
-inline at::Tensor gradient_by_scale(const float* from, const float* given, const bf16* weight, const bf16* bias, int64_t rows,
+template <class T>
+at::Tensor gradient_by_scale(const float* from, const float* given, const T* weight, const T* bias, int64_t rows,
                                     int64_t columns) {
-  const at::Tensor found = at::empty({rows}, at::kBFloat16);
-  bf16* to = found.mutable_data_ptr<bf16>();
+  const at::Tensor found = at::empty({rows}, TYPE<T>);
+  T* to = found.mutable_data_ptr<T>();
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       __m512 sum = _mm512_setzero_ps();
@@ -191,9 +219,10 @@ inline at::Tensor gradient_by_scale(const float* from, const float* given, const
   return found;
 }
 
-inline at::Tensor gradient(const float* from, int64_t count, const bf16* factor = nullptr) {
-  const at::Tensor found = at::empty({count}, at::kBFloat16);
-  bf16* to = found.mutable_data_ptr<bf16>();
+template <class T>
+at::Tensor gradient(const float* from, int64_t count, const T* factor = nullptr) {
+  const at::Tensor found = at::empty({count}, TYPE<T>);
+  T* to = found.mutable_data_ptr<T>();
   for (int64_t i = 0; i < count; i++) to[i] = factor ? from[i] * factor[i] : from[i];
   return found;
 }

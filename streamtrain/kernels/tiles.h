@@ -1,8 +1,9 @@
 // Matrix products of tiles that lie in a core's cache, and the layouts their factors need.
 //
-// The product itself is oneDNN's, reached through ATen: bf16 factors, fp32 result, by the matrix unit of the CPU. It wants
-// its right factor with two rows interleaved, [rows / 2][columns][2]; here also cut in panels of PANEL columns, so
-// that what a product reads lies together. Rows that are missing (to a multiple of 32) are zeros.
+// The product itself is oneDNN's, reached through ATen: factors in bf16, by the matrix unit of the CPU where it has one, or
+// in fp32; its result in fp32. A right factor in bf16 has to have two rows interleaved, [rows / 2][columns][2]; either is
+// cut in panels of PANEL columns, so that what a product reads lies together. Rows that are missing (to a multiple of
+// LINE) are zeros.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,21 +16,29 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 namespace streamtrain {
 
 using bf16 = at::BFloat16;
 
+// numbers of a cache line; T is bf16 or float, here and below
+template <class T>
+constexpr int64_t LINE = 64 / sizeof(T);
 // columns of a panel
 constexpr int64_t PANEL = 64;
+// terms that a product in fp32 sums up at once: a sum of 4096 one after the other would be three times as rough
+template <class T>
+constexpr int64_t AT_ONCE = std::is_same_v<T, float> ? 512 : INT64_MAX;
 
 inline int64_t rounded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // The stride for rows of ``width`` numbers, an odd number of cache lines: of a power of two, a tile's rows would all want
 // the same few places of the cache.
-inline int64_t spread(int64_t width) {
-  const int64_t lines = (width + 31) / 32;
-  return 32 * (lines + 1 - lines % 2);
+template <class T>
+int64_t spread(int64_t width) {
+  const int64_t lines = (width + LINE<T> - 1) / LINE<T>;
+  return LINE<T> * (lines + 1 - lines % 2);
 }
 
 // Memory that each thread keeps from call to call, by name: mapping it anew would cost more than filling it.
@@ -56,29 +65,67 @@ T* scratch(int slot, int64_t count) {
   return static_cast<T*>(buffer.memory.get());
 }
 
-// result [m, n] = (or +=) left [m, k] @ right [k, n], the right one interleaved with ``right_width`` columns a row
-inline void product(int64_t m, int64_t n, int64_t k, const bf16* left, int64_t left_stride, const bf16* right,
-                    int64_t right_width, float* result, int64_t result_stride, bool add) {
+// result [m, n] = (or +=) left [m, k] @ right [k, n], the right one with ``right_width`` columns a row
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, const T* left, int64_t left_stride, const T* right, int64_t right_width,
+             float* result, int64_t result_stride, bool add) {
   if (!k && !add)
     for (int64_t row = 0; row < m; row++) std::fill_n(result + row * result_stride, n, 0.f);
   if (!m || !k) return;
-  at::native::cpublas::brgemm(m, n, k, left_stride, right_width, result_stride, add, left, right, result, true);
+  constexpr bool interleaved = std::is_same_v<T, bf16>;
+  for (int64_t first = 0; first < k; first += AT_ONCE<T>)
+    at::native::cpublas::brgemm(m, n, std::min(AT_ONCE<T>, k - first), left_stride, right_width, result_stride, add || first,
+                                left + first, right + first * right_width, result, interleaved);
 }
 
-inline __m512 load(const bf16* from) {
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+inline __m256i raw(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+
+inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+
+inline __m512 load(const bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw(from)), 16)); }
+
+// 16 numbers as they are stored
+template <class T>
+struct Stored {
+  using type = __m256i;
+};
+template <>
+struct Stored<float> {
+  using type = __m512;
+};
+template <class T>
+using Sixteen = typename Stored<T>::type;
+
+template <class T>
+Sixteen<T> narrow(__m512 values) {
+  if constexpr (std::is_same_v<T, float>)
+    return values;
+  else
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
 }
 
-inline __m256i narrow(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+inline void put(float* to, __m512 values) { _mm512_storeu_ps(to, values); }
 
-inline void store(bf16* to, __m512 values) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(values));
+inline void put(bf16* to, __m256i values) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), values); }
+
+template <class T>
+void store(T* to, __m512 values) {
+  put(to, narrow<T>(values));
 }
 
 // 16 columns of two rows, interleaved
 inline __m512i interleaved(__m256i first, __m256i second) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+// 16 columns from ``column`` on of two rows of a right factor, which begin at ``to`` and are ``width`` wide.
+inline void put_rows(float* to, int64_t width, int64_t column, __m512 first, __m512 second) {
+  put(to + column, first);
+  put(to + width + column, second);
+}
+
+inline void put_rows(bf16* to, int64_t, int64_t column, __m256i first, __m256i second) {
+  _mm512_storeu_si512(to + 2 * column, interleaved(first, second));
 }
 
 inline void transpose_16x16(__m512i rows[16]) {
@@ -105,22 +152,24 @@ inline void transpose_16x16(__m512i rows[16]) {
   std::copy(step, step + 16, rows);
 }
 
-// The right factor ``from [rows, columns]``, columns a multiple of 16: ``to [padded / 2][columns][2]``.
-inline void interleave(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
+// The right factor ``from [rows, columns]``, columns a multiple of 16, with zeros for rows from ``rows`` to ``padded``.
+inline void as_right(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
   const __m256i zero = _mm256_setzero_si256();
   for (int64_t row = 0; row < padded; row += 2) {
     const bf16 *first = from + row * stride, *second = first + stride;
-    for (int64_t column = 0; column < columns; column += 16) {
-      const __m256i left = row < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + column)) : zero;
-      const __m256i right = row + 1 < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + column)) : zero;
-      _mm512_storeu_si512(to + row * columns + 2 * column, interleaved(left, right));
-    }
+    for (int64_t column = 0; column < columns; column += 16)
+      put_rows(to + row * columns, columns, column, row < rows ? raw(first + column) : zero, row + 1 < rows ? raw(second + column) : zero);
   }
 }
 
-// The right factor ``from [width, depth]`` transposed, depth a multiple of 16: ``to [depth / 2][padded][2]``, ``width``
-// padded by zeros to ``padded``, a multiple of 16.
-inline void interleave_transposed(const bf16* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, bf16* to) {
+inline void as_right(const float* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, float* to) {
+  for (int64_t row = 0; row < rows; row++) std::copy_n(from + row * stride, columns, to + row * columns);
+  std::fill(to + rows * columns, to + padded * columns, 0.f);
+}
+
+// The right factor that is ``from [width, depth]`` transposed: ``to [depth][padded]``, ``width`` padded by zeros to
+// ``padded``, a multiple of 16 as ``depth`` is.
+inline void as_right_transposed(const bf16* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, bf16* to) {
   __m512i block[16];
   for (int64_t column = 0; column < padded; column += 16) {
     for (int64_t row = 0; row < depth; row += 32) {
@@ -134,10 +183,26 @@ inline void interleave_transposed(const bf16* from, int64_t stride, int64_t widt
   }
 }
 
-// ``from [rows, columns]`` transposed as a left factor: ``to [columns, spread(padded)]``, zeros beyond ``rows``; ``columns``
-// a multiple of 16, ``padded`` of 32.
-inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
-  const int64_t to_stride = spread(padded);
+// ``from [rows, columns]`` transposed: ``to [columns, to_stride]``, zeros from ``rows`` to ``padded``, a multiple of 16 as
+// ``columns`` is.
+inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, float* to, int64_t to_stride) {
+  __m512i block[16];
+  for (int64_t column = 0; column < columns; column += 16) {
+    for (int64_t row = 0; row < padded; row += 16) {
+      for (int i = 0; i < 16; i++)
+        block[i] = row + i < rows ? _mm512_loadu_si512(from + (row + i) * stride + column) : _mm512_setzero_si512();
+      transpose_16x16(block);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * to_stride + row, block[i]);
+    }
+  }
+}
+
+inline void as_right_transposed(const float* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, float* to) {
+  transpose(from, stride, width, padded, depth, to, padded);
+}
+
+// ``padded`` here a multiple of 32.
+inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to, int64_t to_stride) {
   const __m256i zero = _mm256_setzero_si256();
   __m512i block[16];
   for (int64_t column = 0; column < columns; column += 16) {
@@ -145,9 +210,7 @@ inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t pa
       for (int i = 0; i < 16; i++) {
         const int64_t at = row + 2 * i;
         const bf16* place = from + at * stride + column;
-        const __m256i first = at < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place)) : zero;
-        const __m256i second = at + 1 < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place + stride)) : zero;
-        block[i] = interleaved(first, second);
+        block[i] = interleaved(at < rows ? raw(place) : zero, at + 1 < rows ? raw(place + stride) : zero);
       }
       transpose_16x16(block);
       for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (column + i) * to_stride + row, block[i]);
@@ -155,34 +218,41 @@ inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t pa
   }
 }
 
+// The same as a left factor, of the stride spread(padded).
+template <class T>
+void as_left_transposed(const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, T* to) {
+  transpose(from, stride, rows, padded, columns, to, spread<T>(padded));
+}
+
 // A weight [out, in] as the right factor of ``tokens @ weight.T``: panels of ``panel`` output features.
-inline void pack_forward(const bf16* weight, int64_t out, int64_t in, int64_t panel, bf16* to) {
+template <class T>
+void pack_forward(const T* weight, int64_t out, int64_t in, int64_t panel, T* to) {
   at::parallel_for(0, (out + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; index++) {
       const int64_t first = index * panel, width = std::min(panel, out - first);
-      interleave_transposed(weight + first * in, in, width, width, in, to + first * in);
+      as_right_transposed(weight + first * in, in, width, width, in, to + first * in);
     }
   });
 }
 
 // A weight [out, in] as the right factor of ``gradient @ weight``, each row times ``factor [out]`` if given: panels of
 // ``panel`` input features.
-inline void pack_backward(const bf16* weight, int64_t out, int64_t in, int64_t panel, const bf16* factor, bf16* to) {
+template <class T>
+void pack_backward(const T* weight, int64_t out, int64_t in, int64_t panel, const std::type_identity_t<T>* factor, T* to) {
   at::parallel_for(0, (in + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; index++) {
       const int64_t first = index * panel, width = std::min(panel, in - first);
-      bf16* place = to + first * out;
+      T* place = to + first * out;
       if (!factor) {
-        interleave(weight + first, in, out, out, width, place);
+        as_right(weight + first, in, out, out, width, place);
         continue;
       }
       for (int64_t row = 0; row < out; row += 2) {
         const __m512 one = _mm512_set1_ps(factor[row]), two = _mm512_set1_ps(factor[row + 1]);
-        const bf16* from = weight + row * in + first;
+        const T* from = weight + row * in + first;
         for (int64_t column = 0; column < width; column += 16) {
-          const __m256i left = narrow(_mm512_mul_ps(load(from + column), one));
-          const __m256i right = narrow(_mm512_mul_ps(load(from + in + column), two));
-          _mm512_storeu_si512(place + row * width + 2 * column, interleaved(left, right));
+          const Sixteen<T> left = narrow<T>(_mm512_mul_ps(load(from + column), one));
+          put_rows(place + row * width, width, column, left, narrow<T>(_mm512_mul_ps(load(from + in + column), two)));
         }
       }
     }

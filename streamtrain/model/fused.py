@@ -1,4 +1,4 @@
-"""The branches of a block as one operation each, for 16-bit tokens on a CPU (``streamtrain/kernels``).
+"""The branches of a block as one operation each, on a CPU (``streamtrain/kernels``).
 
 A branch passes through in tiles that fit a core's cache, and its backward makes again what it needs. It keeps its
 input only, so that nothing needs to be recomputed around it.
@@ -40,10 +40,9 @@ def suits(tokens: Tensor, dim: int, hidden: int, num_heads: int) -> bool:
     """Whether the branches of a block of this size, on these tokens, can be computed so."""
     return (
         tokens.device.type == "cpu"
-        and tokens.dtype == torch.bfloat16
         and all(width % 32 == 0 for width in (dim, hidden, dim // num_heads))
         and not torch.compiler.is_compiling()
-        and usable()
+        and usable(tokens.dtype)
     )
 
 

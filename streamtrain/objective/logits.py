@@ -42,9 +42,9 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 def fused(*pairs: tuple[Tensor, Tensor]) -> bool:
     """Whether the kernels for CPUs take logits of these bottlenecks ``[N, d]`` and prototypes ``[K, d]``."""
     return (
-        all(each.device.type == "cpu" and each.dtype == torch.bfloat16 for pair in pairs for each in pair)
+        all(each.device.type == "cpu" and each.dtype == pairs[0][0].dtype for pair in pairs for each in pair)
         and all(features.shape[1] % 32 == 0 for features, _ in pairs)
-        and usable()
+        and usable(pairs[0][0].dtype)
     )
 
 

@@ -96,6 +96,8 @@ def main() -> None:
         plain, plain_teacher = Learner(config), Learner(config)
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
+            for block in network.backbone.blocks:
+                block.kernels = False
         average = {name: p.detach().clone() for name, p in plain.named_parameters()}
         report: dict[str, Any] = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0}
         live = most_alive(student, report)

@@ -59,9 +59,10 @@ def test_on_a_cpu_a_block_by_kernels_keeps_the_inputs_of_its_branches() -> None:
             parts = {part.name: part for part in plan(config, 1, on_gpu=False, bf16=bf16).parts}
             kept[extra, bf16] = parts.get("kept between branches")
             assert (kept[extra, bf16] is None) == ("recomputed block" in parts)
-    of_kernels = kept.pop(("engine.cpu_kernels=true", True))
     tokens = 16 * (2 * (5 + 14**2) + 8 * (5 + 6**2))
-    assert of_kernels is not None and of_kernels.num_bytes == 12 * 2 * tokens * 384 * 2
+    for bf16, item in ((True, 2), (False, 4)):
+        of_kernels = kept.pop(("engine.cpu_kernels=true", bf16))
+        assert of_kernels is not None and of_kernels.num_bytes == 12 * 2 * tokens * 384 * item
     assert not any(kept.values())
 
 

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_kernels import needs_kernels
+from cpu_kernels import in_each_number, needs_kernels
 from ranks import ROOT, run_ranks
 
 from streamtrain.kernels import build
 
-USE = "from streamtrain.kernels.build import usable; print(usable())"
+# calls of a compiler: one for each source, and the linking
+STEPS = len(list(Path(build.__file__).parent.glob("*.cpp"))) + 1
+USE = "import torch; from streamtrain.kernels.build import usable; print(usable(torch.float32))"
 TRAIN = """
 import torch
 from streamtrain.config.model import ModelConfig
 from streamtrain.model.initialise import initialise
 from streamtrain.model.vit import VisionTransformer
 config = ModelConfig.model_validate({"dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8})
-model = VisionTransformer(config, "block").bfloat16()
+model = VisionTransformer(config, "block").to(torch.float32)
 initialise(model, config, 0)
 model([torch.randn(2, 3, 16, 16)], generator=torch.Generator())[0].cls.square().sum().backward()
 print(all(p.grad.isfinite().all() for n, p in model.named_parameters() if "mask" not in n))
@@ -60,7 +62,7 @@ def calls(folder: Path) -> list[int]:
 
 
 def copying() -> str:
-    """What a compiler with a cache does: gives what it has made before, in a second."""
+    """What a compiler with a cache does: gives the library that it has made before, in a second; also as its parts."""
     made = shlex.quote(str(build._library()))
     return f'sleep 1\nwhile [ "$1" != -o ]; do shift; done\ncp {made} "$2"'
 
@@ -70,22 +72,24 @@ def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
     program = compiler(tmp_path, copying())
     both = [started(USE, tmp_path / "cache", program) for _ in range(2)]
     assert [finished(process)[0] for process in both] == ["True", "True"]
-    assert len(calls(tmp_path)) == 1
+    assert len(calls(tmp_path)) == STEPS
 
 
 @needs_kernels
 def test_a_start_killed_while_it_compiles_hinders_no_other(tmp_path: Path) -> None:
     killed = started(USE, tmp_path / "cache", compiler(tmp_path, "exec sleep 60"))
     deadline = time.monotonic() + 60
-    while not calls(tmp_path):
+    while len(calls(tmp_path)) < STEPS - 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     waiting = started(USE, tmp_path / "cache", compiler(tmp_path, copying()))
     killed.kill()
     killed.wait()
-    os.kill(calls(tmp_path)[0], signal.SIGKILL)
+    left = calls(tmp_path)
+    for call in left:
+        os.kill(call, signal.SIGKILL)
     assert finished(waiting)[0] == "True"
-    assert len(calls(tmp_path)) == 2
+    assert len(calls(tmp_path)) == len(left) + STEPS
 
 
 def no_compiler(folder: Path) -> tuple[Path, str]:
@@ -105,11 +109,13 @@ def no_folder(folder: Path) -> tuple[Path, str]:
     return folder / "file" / "cache", "c++"
 
 
-@needs_kernels
-def test_without_the_instructions_in_onednn_there_is_a_warning_too() -> None:
-    trained = started(TRAIN, build._library().parents[1], os.environ.get("CXX", "c++"), ONEDNN_MAX_CPU_ISA="AVX2")
+@in_each_number
+def test_without_the_instructions_in_onednn_there_is_a_warning_too(dtype: torch.dtype) -> None:
+    """It has products in fp32 without them."""
+    code = TRAIN.replace("torch.float32", str(dtype))
+    trained = started(code, build._library().parents[1], os.environ.get("CXX", "c++"), ONEDNN_MAX_CPU_ISA="AVX2")
     out, err = finished(trained)
-    assert out == "True" and err.count("the CPU kernels cannot be used") == 1
+    assert out == "True" and err.count("the CPU kernels cannot be used") == (dtype == torch.bfloat16)
 
 
 @needs_kernels
@@ -146,8 +152,8 @@ def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
-    assert not build.found.__wrapped__()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True, "avx512_bf16": True})
+    assert not any(build.found.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16))
     assert not list(tmp_path.iterdir()) and not recwarn.list
 
 
@@ -155,5 +161,8 @@ def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(
 @pytest.mark.slow
 def test_the_compiler_of_this_machine_makes_it_from_nothing(tmp_path: Path) -> None:
     both = [started(USE, tmp_path, os.environ.get("CXX", "c++")) for _ in range(2)]
-    assert [finished(process) for process in both] == [("True", "")] * 2
+    (one, told), (other, told_other) = (finished(process) for process in both)
+    assert one == other == "True"
+    # by the one that compiles, and nothing else by either
+    assert (told + told_other).splitlines() == ["compiling the kernels for CPUs: once, half a minute"]
     assert len(list(tmp_path.rglob("*.so"))) == 1

@@ -15,7 +15,7 @@ MB = 2**20
 BEGIN = f"""
 import os, signal, threading, torch
 from streamtrain.kernels.build import usable
-assert usable()
+assert usable(torch.float32)
 MB, keep = {MB}, torch.ops.streamtrain.keep_memory
 def make(size):
     return torch.empty(round(size * MB), dtype=torch.uint8)

@@ -12,5 +12,5 @@ from streamtrain.config.engine import EngineConfig
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.kernels.build import found, usable
 
-with joined(EngineConfig(device="cpu", cpu_kernels=sys.argv[2]), Launch.from_environment()):
-    print(found(), usable())
+with joined(EngineConfig(device="cpu", cpu_kernels=sys.argv[2]), Launch.from_environment()) as runtime:
+    print(found(runtime.dtype), usable(runtime.dtype))
