@@ -143,6 +143,6 @@ def test_clipping_and_the_optimiser_read_no_value(moments: str, monkeypatch: pyt
             parameter.grad = torch.rand(600)
         set_rates(adamw.param_groups, 1e-2, 0.1, last_layer_frozen=False)
         with RefuseReading() if watched else torch.no_grad():
-            parameters = [parameter for _, parameter in named]
-            clipping.apply({0: [parameter.grad for parameter in parameters]}, [parameters])
+            clipping.apply((parameter, parameter.grad) for _, parameter in named)
+            adamw.divisor = torch.ones(())
             adamw.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,14 @@ class ModuleClipping:
         self._norms: torch.Tensor | None = None
 
     @torch.no_grad()
-    def apply(
-        self, gradients: Mapping[int, Sequence[torch.Tensor]], groups: Sequence[Sequence[torch.nn.Parameter]]
-    ) -> torch.Tensor:
-        """Clip in place: ``gradients[i][j]`` is this rank's part of the gradient of parameter ``groups[i][j]``.
+    def apply(self, gradients: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> torch.Tensor:
+        """Clip in place: parameters, each with this rank's part of its gradient.
 
         Returns the sum of the modules' norms before, a scalar on their device.
         """
         parts: list[list[torch.Tensor]] = [[] for _ in self._modules]
-        for index, group in enumerate(groups):
-            for parameter, gradient in zip(group, gradients[index], strict=True):
-                parts[self._module_of[id(parameter)]].append(gradient)
+        for parameter, gradient in gradients:
+            parts[self._module_of[id(parameter)]].append(gradient)
         squares = torch.stack([_square(of_module) for of_module in parts])
         dist.all_reduce(squares)
         self._norms = squares.sqrt()

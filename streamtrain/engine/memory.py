@@ -236,17 +236,19 @@ def _kept_moments(s: _Sizes) -> int:
 
 def _gathers(s: _Sizes) -> Iterator[Part]:
     engine = s.config.engine
-    bucket = engine.reduce_bucket_bytes
+    several = s.world_size > 1
+    # one rank puts its gradients away as they are
+    bucket = engine.reduce_bucket_bytes if several else 0
     yield _part("reduce bucket", "gpu", ALWAYS, (bucket, "B"))
     # one rank's shard is the whole parameter: it is used in place
-    copies = 0 if s.world_size == 1 else engine.live_blocks if s.on_gpu else 1
+    copies = (engine.live_blocks if s.on_gpu else 1) if several else 0
     values = (s.block, "values")
     yield _part("gathered blocks", "gpu", (TEACHER, BACKWARD), (copies, "blocks"), values, (s.item, "B"))
     yield _part("gradient of a block", "gpu", BACKWARD, values, (s.item, "B"))
     # The bucket is reduced when the next gradient finds no room in it, one that never does on its own. Reduce-scatter
     # interleaves it anew, and its result is turned into fp32.
-    full = min(max(bucket // s.item, s.largest_whole), s.numel)
-    yield _part("reduce-scatter", "gpu", BACKWARD, (full, "values"), (s.item if s.world_size > 1 else 0, "B"))
+    full = min(max(bucket // s.item, s.largest_whole), s.numel) if several else 0
+    yield _part("reduce-scatter", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
     own = (full / s.world_size, "values")
     yield _part("reduced gradients in fp32", "gpu", BACKWARD, own, (4 if s.item == 2 else 0, "B"))
 
@@ -365,8 +367,6 @@ def _prototypes(s: _Sizes) -> Iterator[Part]:
 
 def _step(s: _Sizes) -> Iterator[Part]:
     engine = s.config.engine
-    # one after the other: DeepSpeed's norm in fp64, then one flat tensor at a time
-    yield _part("flat gradient or its norm", "gpu", OPTIMISER, (max(4 * s.largest_flat, 8 * s.largest_shard), "B"))
     if engine.moments == "8bit":
         staged = (min(EIGHT_BIT_STAGED, s.largest_flat), "values")
         yield _part("8-bit staging", "gpu", OPTIMISER, staged, (EIGHT_BIT_SEARCH_BYTES, "B"))

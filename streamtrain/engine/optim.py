@@ -49,6 +49,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "betas": config.betas, "eps": config.eps})
         self._make_moments = make_moments
+        # what gradients are divided by on the way into an update, a scalar
+        self.divisor: Tensor | None = None
 
     def moments(self, parameter: Tensor) -> Moments | None:
         """The moments of a flat parameter; None before its first update."""
@@ -77,7 +79,7 @@ class AdamW(torch.optim.Optimizer):
                         [parameter[part]], [parameter.grad[part]], [first], [second], [],
                         # counted up by each call
                         [step.clone()],
-                        fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                        grad_scale=self.divisor, fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
                         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
                     )  # fmt: skip
                 step += 1

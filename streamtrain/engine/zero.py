@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from streamtrain.config.tree import Config
 from streamtrain.engine.clipping import ModuleClipping
+from streamtrain.engine.gradients import FlatGradients
 from streamtrain.engine.moments import KEYS
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
@@ -80,12 +81,13 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
     ``block_numel`` (parameters of one backbone block) bounds what is gathered: DeepSpeed's defaults would
     keep the whole model alive.
     """
-    on_gpu = runtime.device.type == "cuda"
+    on_gpu, several = runtime.device.type == "cuda", runtime.world_size > 1
     zero = {
         "stage": 3,
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
-        "reduce_bucket_size": config.engine.reduce_bucket_bytes // runtime.dtype.itemsize,
+        # one rank has nothing to reduce
+        "reduce_bucket_size": config.engine.reduce_bucket_bytes // runtime.dtype.itemsize if several else 1,
         "sub_group_size": SUB_GROUP_NUMEL,
         "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
         "stage3_max_reuse_distance": 0,
@@ -131,6 +133,8 @@ class Student:
             values = self._optimizer.fp16_partitioned_groups_flat
             for master, value in zip(self.master_groups, values, strict=True):
                 master.data = value
+        clip = config.optim.clip if config.optim.clip_per == "global" else 0.0
+        self._gradients = FlatGradients(self._optimizer, self._adamw, runtime.world_size, clip)
         self.module = module
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
@@ -148,6 +152,8 @@ class Student:
         """Forward and backward of one micro-batch; returns the losses, detached."""
         losses = self._engine(*inputs)
         self._engine.backward(losses["total"])
+        if self._engine.is_gradient_accumulation_boundary():
+            self._gradients.complete()
         self._doubtful.append(losses["total"].detach())
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -160,24 +166,19 @@ class Student:
         """
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
-            gradients = self._optimizer.averaged_gradients
+            parts = list(self._gradients.parts())
             if self.sample_gradients:
-                self.gradient_samples = sampled(
-                    (self._names[id(parameter)], gradient)
-                    for index, group in enumerate(self._optimizer.fp16_groups)
-                    for parameter, gradient in zip(group, gradients[index], strict=True)
-                )
+                self.gradient_samples = sampled((self._names[id(parameter)], part) for parameter, part in parts)
             if self._clipping is not None:
-                self._doubtful.append(self._clipping.apply(gradients, self._optimizer.fp16_groups))
+                self._doubtful.append(self._clipping.apply(parts))
             # The engine leaves out an update whose gradient has no finite norm, which all ranks reduce together and
             # read at once. What else must be finite travels with it: times 0 it is 0, or NaN.
-            gradients[0][0].view(-1)[:1].add_(torch.stack(self._doubtful).sum() * 0)
+            parts[0][1][:1].add_(torch.stack(self._doubtful).sum() * 0)
             self._doubtful.clear()
             before_update()
         self._engine.step()
         if last:
-            # The engine would take the gradient of a parameter that takes no part in the next step to be this one's.
-            self._optimizer.grad_partitions_flat_buffer.zero_()
+            self._gradients.forget()
 
     @property
     def applied(self) -> bool:

@@ -1,0 +1,115 @@
+"""What becomes of gradients between the backward and the update.
+
+DeepSpeed (0.19) holds a rank's gradients in one flat fp32 tensor, but on the way passes over them some twenty times:
+copied into a bucket, from there into another, divided by the number of ranks, widened, copied; for the update widened
+once more for their norm, flattened into fresh memory, scaled. Here they are read once for each thing that is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from streamtrain.engine.optim import AdamW
+
+# values whose squares are summed up in fp32; the sums of rows of this length in fp64
+ROW = 2**14
+
+
+class FlatGradients:
+    """This rank's part of the gradient of each parameter, summed over the micro-batches of a step, fp32.
+
+    Takes the place of methods of DeepSpeed's optimiser: of those that put away what has been reduced (with one rank:
+    what there is to reduce), that find the norm, and that prepare an update and clip it.
+    """
+
+    def __init__(self, zero: Any, adamw: AdamW, world_size: int, clip: float) -> None:
+        """Args:
+        zero: DeepSpeed's optimiser.
+        adamw: which divides by what clipping asks for, while it reads the gradient anyway.
+        world_size: number of ranks.
+        clip: the largest norm of a whole gradient; 0: any.
+        """  # fmt: skip
+        self._zero, self._adamw, self._clip = zero, adamw, clip
+        flat = zero.grad_partitions_flat_buffer
+        sizes = [parameter.partition_numel() for group in zero.fp16_groups for parameter in group]
+        assert sum(sizes) == flat.numel() and flat.dtype == torch.float32
+        order = [parameter for group in zero.fp16_groups for parameter in group]
+        self._parts = dict(zip((p.ds_id for p in order), flat.split(sizes), strict=True))
+        self._groups = flat.split([sum(p.partition_numel() for p in group) for group in zero.fp16_groups])
+        # parameters with a gradient in this step
+        self._present: set[int] = set()
+        self._replace("partition_grads", self._put_away)
+        self._replace("_get_norm_groups", self._norms)
+        self._replace("_prepare_fp32_grad_for_sub_group", self._prepare)
+        self._replace("unscale_and_clip_grads", self._clip_group)
+        if world_size == 1:
+            self._replace("reduce_independent_p_g_buckets_and_remove_grads", self._take)
+
+    def _replace(self, name: str, method: Callable[..., Any]) -> None:
+        # a method of another name would be left as it is, and these here not called
+        assert callable(getattr(self._zero, name))
+        setattr(self._zero, name, method)
+
+    def complete(self) -> None:
+        """All micro-batches of a step have been seen: what took no part in any has a gradient of 0."""
+        for name, part in self._parts.items():
+            if name not in self._present:
+                part.zero_()
+
+    def forget(self) -> None:
+        """The next gradient is the first one of another step."""
+        self._present.clear()
+
+    def parts(self) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+        """Each parameter with its gradient ``[numel of the fragment]``, a view."""
+        for group in self._zero.fp16_groups:
+            for parameter in group:
+                yield parameter, self._parts[parameter.ds_id]
+
+    @torch.no_grad()
+    def _take(self, parameter: torch.nn.Parameter) -> None:
+        """With one rank: a whole gradient, which need not be averaged with others."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self._add(parameter, self._parts[parameter.ds_id].view_as(gradient), gradient)
+
+    @torch.no_grad()
+    def _put_away(self, parameters: Iterable[torch.nn.Parameter], partitions: Iterable[Tensor]) -> None:
+        """With several ranks: this one's part of their average."""
+        for parameter, partition in zip(parameters, partitions, strict=True):
+            parameter.grad = None
+            # a fragment that ends in padding has less of it
+            self._add(parameter, self._parts[parameter.ds_id][: len(partition)], partition)
+
+    def _add(self, parameter: torch.nn.Parameter, part: Tensor, gradient: Tensor) -> None:
+        if parameter.ds_id in self._present:
+            part.add_(gradient)
+        else:
+            part.copy_(gradient)
+            self._present.add(parameter.ds_id)
+
+    def _norms(self) -> list[Tensor]:
+        """The L2 norm of the gradient over all ranks; -1 (as DeepSpeed has it) where it is not finite."""
+        square = torch.stack([_square(group) for group in self._groups]).sum()
+        dist.all_reduce(square)
+        return [torch.where(square.isfinite(), square.sqrt(), -1.0).float()]
+
+    def _prepare(self, group: int) -> None:
+        self._zero.fp32_partitioned_groups_flat[group].grad = self._groups[group]
+        self._zero.averaged_gradients[group] = None
+
+    def _clip_group(self, group: int, norm: Tensor) -> None:
+        # as torch.nn.utils.clip_grad_norm_
+        self._adamw.divisor = ((norm + 1e-6) / self._clip).clamp_min(1.0) if self._clip else None
+
+
+def _square(values: Tensor) -> Tensor:
+    """Squared L2 norm of ``values [numel]``, fp64, always summed in the same order."""
+    whole = len(values) // ROW * ROW
+    rows = torch.linalg.vector_norm(values[:whole].view(-1, ROW), dim=1)
+    return rows.double().square().sum() + torch.linalg.vector_norm(values[whole:]).double().square()
