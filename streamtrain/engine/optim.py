@@ -79,8 +79,9 @@ class AdamW(torch.optim.Optimizer):
                         [parameter[part]], [parameter.grad[part]], [first], [second], [],
                         # counted up by each call
                         [step.clone()],
-                        grad_scale=self.divisor, fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                        grad_scale=self.divisor, fused=True, amsgrad=False, maximize=False, lr=group["lr"],
+                        beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                        weight_decay=group["weight_decay"],
                     )  # fmt: skip
                 step += 1
 
