@@ -28,20 +28,21 @@ class FlatGradients:
     """
 
     def __init__(self, zero: Any, adamw: AdamW, world_size: int, clip: float) -> None:
-        """Args:
-        zero: DeepSpeed's optimiser.
-        adamw: which divides by what clipping asks for, while it reads the gradient anyway.
-        world_size: number of ranks.
-        clip: the largest norm of a whole gradient; 0: any.
-        """  # fmt: skip
+        """Take over from DeepSpeed's optimiser.
+
+        Args:
+            zero: that optimiser.
+            adamw: which divides by what clipping asks for, while it reads the gradient anyway.
+            world_size: number of ranks.
+            clip: the largest norm of a whole gradient; 0: any.
+        """
         self._zero, self._adamw, self._clip = zero, adamw, clip
         flat = zero.grad_partitions_flat_buffer
-        sizes = [parameter.partition_numel() for group in zero.fp16_groups for parameter in group]
-        assert sum(sizes) == flat.numel() and flat.dtype == torch.float32
-        order = [parameter for group in zero.fp16_groups for parameter in group]
-        self._parts = dict(zip((p.ds_id for p in order), flat.split(sizes), strict=True))
-        self._groups = flat.split([sum(p.partition_numel() for p in group) for group in zero.fp16_groups])
-        # parameters with a gradient in this step
+        assert flat.dtype == torch.float32
+        sizes = {p.ds_id: p.partition_numel() for group in zero.fp16_groups for p in group}
+        self._parts = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+        self._groups = flat.split([sum(sizes[p.ds_id] for p in group) for group in zero.fp16_groups])
+        # DeepSpeed's numbers of the parameters that have a gradient in this step
         self._present: set[int] = set()
         self._replace("partition_grads", self._put_away)
         self._replace("_get_norm_groups", self._norms)
@@ -57,8 +58,8 @@ class FlatGradients:
 
     def complete(self) -> None:
         """All micro-batches of a step have been seen: what took no part in any has a gradient of 0."""
-        for name, part in self._parts.items():
-            if name not in self._present:
+        for number, part in self._parts.items():
+            if number not in self._present:
                 part.zero_()
 
     def forget(self) -> None:

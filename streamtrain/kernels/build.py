@@ -64,7 +64,7 @@ def found(dtype: torch.dtype) -> bool:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            "the CPU kernels cannot be used, so that steps take two to three times as long; they need g++ and a "
+            "the CPU kernels cannot be used, so that steps take twice as long, or longer; they need g++ and a "
             f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
             stacklevel=2,
         )

@@ -129,6 +129,8 @@ def main() -> None:
                     dist.all_reduce(mean)
                     report["loss"] = abs(float(mean) / runtime.world_size - float(expected["loss"]))
                 student.step()
+            if step == 0:
+                report |= clipped(config, student, expected)
             with reading():
                 teacher.update(MOMENTUM)
             gathered = traffic.gathered_bytes
@@ -155,11 +157,17 @@ def main() -> None:
             float((average[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
         )
         embed(teacher)
-        stale = head_gradient(config, runtime.rank, student, maker, handles, teacher)
+        student.set_rates(0.0, 0.0, last_layer_frozen=False)
+        none, late, early = (
+            head_gradient(config, runtime.rank, student, maker, handles, teacher, micros)
+            for micros in ([(0, 0.0), (1, 0.0)], [(0, 0.0), (1, 0.1)], [(1, 0.1), (0, 0.0)])
+        )
+        stale, swapped = float(none.abs().max()), float((late - early).abs().max() / early.abs().max())
         if runtime.rank == 0:
             groups = (dist.group.WORLD, deepspeed.utils.groups._get_data_parallel_group())
             timeouts = [group._get_backend(runtime.device).options._timeout.total_seconds() for group in groups]
-            report |= {"moved": moved, "stale": stale, "timeouts": timeouts, "graphs": graphs(), "called": len(called)}
+            report |= {"moved": moved, "stale": stale, "swapped": swapped}
+            report |= {"timeouts": timeouts, "graphs": graphs(), "called": len(called)}
             print(json.dumps(report), flush=True)
 
 
@@ -175,18 +183,32 @@ def graphs() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def head_gradient(config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any) -> float:
-    """Norm of the gradient that the patch head is given by a step whose patch loss has no weight."""
-    weights = LossWeights(1.0, 0.0, 0.1)
-    for micro in range(ACCUMULATION):
-        batch = batch_of(config, STEPS, rank, micro)
+def clipped(config: Config, student: Any, expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far the first update's moments and gradient norm are from those of the clipped ``expected`` gradient."""
+    gradients = {name: value for name, value in expected.items() if name != "loss"}
+    norm = float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
+    assert norm > 1.5 * config.optim.clip
+    share, shards, error = (1 - config.optim.betas[0]) * config.optim.clip / norm, student.shards(), 0.0
+    for name, gradient in gradients.items():
+        moment = whole(shards[f"exp_avg/{name}"].read(), student.fragments[name].shape)
+        error = max(error, float((moment - share * gradient).norm() / (share * gradient).norm().clamp_min(1e-12)))
+    return {"moment": error, "norm": abs(student.gradient_norms()["optim/gradient_norm"] / norm - 1)}
+
+
+def head_gradient(
+    config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any,
+    micros: list[tuple[int, float]],
+) -> torch.Tensor:  # fmt: skip
+    """The patch head's gradient in a step of such micro-batches, each with a weight of its patch loss."""
+    for micro, weight in micros:
+        weights, batch = LossWeights(1.0, weight, 0.1), batch_of(config, STEPS, rank, micro)
         (targets,) = maker.make([teacher(batch, None, weights)], handles, TEMPERATURE)
         student.accumulate(batch, targets, weights)
-        if micro == ACCUMULATION - 1:
+        if (micro, weight) == micros[-1]:
             names = [name for name in student.parameters if name.startswith("patch_head")]
-            return max(float(safe_get_full_grad(student.parameters[name]).norm()) for name in names)
+            found = torch.cat([safe_get_full_grad(student.parameters[name]).flatten() for name in names])
         student.step()
-    raise AssertionError
+    return found
 
 
 def plain_step(
