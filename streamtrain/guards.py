@@ -38,14 +38,15 @@ FLAG = "--accept-changes"
 _MISSING = "not there"
 
 
-def made_by(config: Config) -> dict[str, Any]:
-    """What a checkpoint keeps of what made it: the resolved ``config``, and the ``program``."""
-    return {"config": _plain(config), "program": program()}
+def made_by(config: Config, dtype: str) -> dict[str, Any]:
+    """What a checkpoint keeps of what made it: the resolved ``config``, the ``program``, and in what it computed."""
+    return {"config": _plain(config), "program": program(), "dtype": dtype}
 
 
 def check_resume(
-    config: Config, source: Path, saved: Mapping[str, Any], world_size: int, accept_changes: bool
-) -> list[str]:
+    config: Config, source: Path, saved: Mapping[str, Any], world_size: int, accept_changes: bool,
+    dtype: str | None = None,
+) -> list[str]:  # fmt: skip
     """Whether ``config`` may go on from a checkpoint; returns the changes that were accepted, as text.
 
     Another run's checkpoint (``--resume``) begins a new stage, whose settings are meant to differ; of them only those
@@ -55,6 +56,7 @@ def check_resume(
         source: the checkpoint.
         saved: what it says of itself (``saved_state``).
         world_size: ranks of this start.
+        dtype: what this start computes in, which ``auto`` leaves to the machine; None: not known yet.
 
     Raises:
         CheckpointError: it may not; names each difference.
@@ -81,6 +83,8 @@ def check_resume(
         found += [text for _, text in _differences(was, program())]
     else:
         found.append(f"{source.name} does not say by which program")
+    if dtype is not None and saved.get("dtype", dtype) != dtype:
+        found.append(f"it computed in {_shown(saved['dtype'])}, and this machine would in {dtype}")
     if found and not accept_changes:
         raise CheckpointError(
             f"{run_dir} was made otherwise: {'; '.join(found)}; start it as it was, or add {FLAG} to go on all the same"

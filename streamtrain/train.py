@@ -108,8 +108,10 @@ def train(
     global_batch, accumulation = config.batch_split(launch.world_size)
     run_dir = Path(config.run.dir)
 
-    requests, origin = Requests(run_dir, launch.rank), made_by(config)
+    requests = Requests(run_dir, launch.rank)
     with joined(config.engine, launch) as runtime:
+        dtype = runtime.described["dtype"]
+        origin = made_by(config, dtype)
         if launch.rank == 0:
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
         planned = plan(config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16)
@@ -123,8 +125,9 @@ def train(
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
         if position.source is not None and (saved := saved_state(position.source)) is not None:
-            # the newest checkpoint, with which the start was compared, may have turned out damaged
-            check_resume(config, position.source, saved, launch.world_size, accept_changes)
+            # the newest checkpoint, with which the start was compared, may have turned out damaged; and in what this
+            # machine computes has only been known since
+            check_resume(config, position.source, saved, launch.world_size, accept_changes, dtype)
         quarantine = Quarantine(run_dir / QUARANTINE_NAME, config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,

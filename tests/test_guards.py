@@ -24,7 +24,7 @@ from streamtrain.run_folder import STATE_NAME, folder_of, saved_state, starting_
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The folder of a run on two ranks."""
-    checkpoint(tmp_path, 3, **made_by(build(settings(tmp_path))))
+    checkpoint(tmp_path, 3, **made_by(build(settings(tmp_path)), "fp32"))
     return tmp_path
 
 
@@ -46,12 +46,14 @@ def told(run: Path, changes: dict[str, Any], *, ranks: int = 2, accept: bool = F
     return resumed(build(settings(run, **changes)), run, ranks, accept)
 
 
-def resumed(config: Config, run: Path, ranks: int = 2, accept: bool = False) -> list[str]:
+def resumed(
+    config: Config, run: Path, ranks: int = 2, accept: bool = False, dtype: str | None = None
+) -> list[str]:
     source = starting_checkpoint(run, None)
     assert source is not None
     saved = saved_state(source)
     assert saved is not None
-    return check_resume(config, source, saved, ranks, accept)
+    return check_resume(config, source, saved, ranks, accept, dtype)
 
 
 def test_every_key_is_of_one_kind_and_the_guide_lists_them() -> None:
@@ -105,7 +107,7 @@ def test_what_changes_results_is_refused_or_accepted(run: Path) -> None:
 
 
 def test_another_program_is_told(run: Path) -> None:
-    was = made_by(build(settings(run)))
+    was = made_by(build(settings(run)), "fp32")
     assert was["program"] == program() and {"torch", "deepspeed", "numpy", "code"} <= set(program())
     was["program"] |= {"torch": "1.0", "code": "0123456789ab", "cupy": "3"}
     checkpoint(run, 3, **was)
@@ -116,10 +118,22 @@ def test_another_program_is_told(run: Path) -> None:
     assert len(told(run, {}, accept=True)) == 3
 
 
+def test_a_machine_that_computes_in_other_numbers_is_told(run: Path) -> None:
+    """``engine.dtype=auto`` leaves that to the machine."""
+    config = build(settings(run))
+    assert resumed(config, run, dtype="fp32") == []
+    with pytest.raises(CheckpointError, match=f"it computed in fp32, and this machine would in bf16; .*{FLAG}"):
+        resumed(config, run, dtype="bf16")
+    assert len(resumed(config, run, dtype="bf16", accept=True)) == 1
+    # what an earlier version saved does not say
+    checkpoint(run, 3, **{key: value for key, value in made_by(config, "fp32").items() if key != "dtype"})
+    assert resumed(config, run, dtype="bf16") == []
+
+
 @pytest.mark.parametrize("content", [None, 3, [], "text"])
 @pytest.mark.parametrize("name", ["config", "program"])
 def test_what_a_checkpoint_does_not_say_is_no_agreement(run: Path, name: str, content: Any) -> None:
-    checkpoint(run, 3, **made_by(build(settings(run))) | {name: content})
+    checkpoint(run, 3, **made_by(build(settings(run)), "fp32") | {name: content})
     with pytest.raises(CheckpointError, match=f"step-000000003 does not say .*add {FLAG}"):
         told(run, {})
     assert len(told(run, {}, accept=True)) == 1
@@ -127,7 +141,7 @@ def test_what_a_checkpoint_does_not_say_is_no_agreement(run: Path, name: str, co
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[" * 10_000, b"[]", b'{"data": {"lane_block": 1}}'])
 def test_what_a_damaged_checkpoint_says_is_not_believed(run: Path, content: bytes | None) -> None:
-    newer = checkpoint(run, 7, **made_by(build(settings(run))))
+    newer = checkpoint(run, 7, **made_by(build(settings(run)), "fp32"))
     assert starting_checkpoint(run, None) == newer
     (newer / STATE_NAME).unlink()
     if content is not None:

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shards.pack import PackOptions, pack
 from streamtrain import checkpoint
 from streamtrain.config.load import read_resolved
+from streamtrain.run_folder import saved_state
 
 MAIN = ROOT / "streamtrain" / "main.py"
 HEAD = "{prototypes: 64, hidden: 16, bottleneck: 8}"
@@ -248,6 +249,8 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     process.kill()
     process.communicate()
     assert checkpoint.saved_steps(run) == [1]
+    saved = saved_state(checkpoint.folder_of(run, 1))
+    assert saved is not None and saved["dtype"] == "fp32"
     expect_success(run_ranks(command(shards, run, *settings, "--dry-run"), 1))
     results = run_ranks(command(shards, run, *changes, "--accept-changes"), 1)
     expect_success(results)

@@ -310,7 +310,7 @@ def whole_checkpoint() -> dict[str, bytes]:
     folder.mkdir()
     state = {"version": 2, "step": 3, "world_size": 1, "shapes": {"a": [3, 2]}, "skipped_steps": 0}
     state["data"] = {"version": 1, "digest": "x", "seed": 0, "lane_block": 1, "next_slot": 24}
-    state |= made_by(build_config({}))
+    state |= made_by(build_config({}), "fp32")
     (folder / "state.json").write_text(json.dumps(state))
     write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Values()})
     return {path.name: path.read_bytes() for path in folder.iterdir()}
