@@ -83,7 +83,10 @@ class FlatGradients:
     def _put_away(self, parameters: Iterable[torch.nn.Parameter], partitions: Iterable[Tensor]) -> None:
         """With several ranks: this one's part of their average."""
         for parameter, partition in zip(parameters, partitions, strict=True):
-            parameter.grad = None
+            whole, parameter.grad = parameter.grad, None
+            if whole is not None and whole.is_cuda:
+                # the stream that reduces, this one, may still be reading what another one is about to reuse
+                whole.record_stream(torch.cuda.current_stream())
             # a fragment that ends in padding has less of it
             self._add(parameter, self._parts[parameter.ds_id][: len(partition)], partition)
 
