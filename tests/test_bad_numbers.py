@@ -36,6 +36,18 @@ def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     return whole | {f"centre/{name}": value for name, value in load_file(folder / checkpoint.SHARED_NAME).items()}
 
 
+@pytest.mark.parametrize("clip_per", ["global", "module"])
+def test_the_step_after_a_bad_one_is_sound_where_a_rank_holds_padding_alone(
+    clip_per: str, shards: Path, tmp_path: Path
+) -> None:
+    words = command(shards, tmp_path / "run", "run.steps=3")
+    small = ("model.dim=4", "model.num_heads=1", "data.global_batch=12", "objective.centering=softmax")
+    plan = json.dumps({"what": "loss", "rank": 2, "steps": [2]})
+    results = run_ranks([SCRIPT, plan, *words[1:], *small, f"optim.clip_per={clip_per}"], 3)
+    assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {2}"])] * 3, results[0][2]
+    assert [line.partition(",")[0] for line in warnings(results[0][2])] == ["warning: step 2 was left out"]
+
+
 def warnings(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith("warning")]
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+# values whose squares are summed up in fp32, which holds them up to 1e19; the sums of such rows are in fp64
+ROW = 2**14
+
 
 class ModuleClipping:
     """Scales each module's gradient down to a norm of at most ``limit``, on shards.
@@ -31,9 +34,9 @@ class ModuleClipping:
         parts: list[list[torch.Tensor]] = [[] for _ in self._modules]
         for parameter, gradient in gradients:
             parts[self._module_of[id(parameter)]].append(gradient)
-        squares = torch.stack([_square(of_module) for of_module in parts])
+        squares = torch.stack([squared_norm(of_module) for of_module in parts])
         dist.all_reduce(squares)
-        self._norms = squares.sqrt()
+        self._norms = squares.sqrt().float()
         # as torch.nn.utils.clip_grad_norm_
         factors = (self._limit / (self._norms + 1e-6)).clamp_max(1.0)
         for of_module, factor in zip(parts, factors, strict=True):
@@ -49,7 +52,11 @@ class ModuleClipping:
         return {tag: float(self._norms.square().sum().sqrt()), **{f"{tag}/{name}": norm for name, norm in each.items()}}
 
 
-def _square(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared L2 norm of all of them together, fp32, always summed in the same order."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.stack(norms).square().sum()
+def squared_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared L2 norm of fp32 ``gradients [numel]`` together, fp64, always summed in the same order."""
+    norms = []
+    for gradient in gradients:
+        whole = len(gradient) // ROW * ROW
+        norms += [torch.linalg.vector_norm(gradient[:whole].view(-1, ROW), dim=1)]
+        norms += [torch.linalg.vector_norm(gradient[whole:])[None]]
+    return torch.cat(norms).double().square().sum()

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from streamtrain.engine.clipping import squared_norm
 from streamtrain.engine.optim import AdamW
-
-# values whose squares are summed up in fp32; the sums of rows of this length in fp64
-ROW = 2**14
 
 
 class FlatGradients:
@@ -32,7 +31,7 @@ class FlatGradients:
 
         Args:
             zero: that optimiser.
-            adamw: which divides by what clipping asks for, while it reads the gradient anyway.
+            adamw: which divides by what clipping asks for, while it passes over the gradient anyway.
             world_size: number of ranks.
             clip: the largest norm of a whole gradient; 0: any.
         """
@@ -58,6 +57,8 @@ class FlatGradients:
 
     def complete(self) -> None:
         """All micro-batches of a step have been seen: what took no part in any has a gradient of 0."""
+        # else a DeepSpeed that no longer calls what is replaced here would train on nothing
+        assert self._present, f"no gradient has come by: DeepSpeed {deepspeed.__version__} is not known to streamtrain"
         for number, part in self._parts.items():
             if number not in self._present:
                 part.zero_()
@@ -87,8 +88,10 @@ class FlatGradients:
             if whole is not None and whole.is_cuda:
                 # the stream that reduces, this one, may still be reading what another one is about to reuse
                 whole.record_stream(torch.cuda.current_stream())
-            # a fragment that ends in padding has less of it
-            self._add(parameter, self._parts[parameter.ds_id][: len(partition)], partition)
+            part = self._parts[parameter.ds_id]
+            # padding, in which a step that was left out may have put what is not finite
+            part[len(partition) :].zero_()
+            self._add(parameter, part[: len(partition)], partition)
 
     def _add(self, parameter: torch.nn.Parameter, part: Tensor, gradient: Tensor) -> None:
         if parameter.ds_id in self._present:
@@ -99,7 +102,7 @@ class FlatGradients:
 
     def _norms(self) -> list[Tensor]:
         """The L2 norm of the gradient over all ranks; -1 (as DeepSpeed has it) where it is not finite."""
-        square = torch.stack([_square(group) for group in self._groups]).sum()
+        square = squared_norm(self._groups)
         dist.all_reduce(square)
         return [torch.where(square.isfinite(), square.sqrt(), -1.0).float()]
 
@@ -110,10 +113,3 @@ class FlatGradients:
     def _clip_group(self, group: int, norm: Tensor) -> None:
         # as torch.nn.utils.clip_grad_norm_
         self._adamw.divisor = ((norm + 1e-6) / self._clip).clamp_min(1.0) if self._clip else None
-
-
-def _square(values: Tensor) -> Tensor:
-    """Squared L2 norm of ``values [numel]``, fp64, always summed in the same order."""
-    whole = len(values) // ROW * ROW
-    rows = torch.linalg.vector_norm(values[:whole].view(-1, ROW), dim=1)
-    return rows.double().square().sum() + torch.linalg.vector_norm(values[whole:]).double().square()

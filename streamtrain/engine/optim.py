@@ -49,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "betas": config.betas, "eps": config.eps})
         self._make_moments = make_moments
-        # what gradients are divided by on the way into an update, a scalar
+        # what gradients are divided by on the way into an update, and stay so, a scalar
         self.divisor: Tensor | None = None
 
     def moments(self, parameter: Tensor) -> Moments | None:
