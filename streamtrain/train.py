@@ -25,6 +25,7 @@ from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
 from streamtrain.gram_anchor import GramAnchor
 from streamtrain.guards import check_resume, made_by
+from streamtrain.kernels.build import usable
 from streamtrain.learner import LossWeights
 from streamtrain.monitor.panel import batch_panel
 from streamtrain.monitor.usage import peak_bytes
@@ -114,7 +115,10 @@ def train(
         origin = made_by(config, dtype)
         if launch.rank == 0:
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
-        planned = plan(config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16)
+        planned = plan(
+            config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
+            kernels=not runtime.on_gpu and usable(runtime.dtype),
+        )  # fmt: skip
         runtime.say(at_start(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)
         # a frozen network takes the average's place as the one that teaches

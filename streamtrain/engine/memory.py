@@ -95,17 +95,18 @@ class Plan:
 STATES = ("student values", "masters", "gradients", "moments", "teacher values", "averages")
 
 
-def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True) -> Plan:
+def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True, kernels: bool = True) -> Plan:
     """The plan of each of ``world_size`` ranks.
 
     Args:
         on_gpu: whether the ranks compute on GPUs; else "gpu" stands for what a rank's network takes of the host.
         bf16: whether the network computes in 16 bits.
+        kernels: whether CPUs have what kernels need, where they are asked for.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
     """
-    sizes = _Sizes.of(config, world_size, on_gpu, bf16)
+    sizes = _Sizes.of(config, world_size, on_gpu, bf16, kernels)
     parts = [*_states(sizes), *_gathers(sizes), *_activations(sizes), *_prototypes(sizes), *_step(sizes), *_host(sizes)]
     parts += _disk(sizes)
     return Plan(
@@ -125,14 +126,15 @@ class _Sizes:
     config: Config
     world_size: int
     on_gpu: bool
+    # whether CPUs have what kernels need
+    kernels: bool
     # bytes of a computed value
     item: int
     accumulation: int
     numel: int
     shard: int
-    # of each flat tensor, and of the largest shard and whole parameter
+    # of each flat tensor, and of the largest parameter
     flats: tuple[int, ...]
-    largest_shard: int
     largest_whole: int
     block: int
     # tokens of a global and of a local crop
@@ -141,7 +143,7 @@ class _Sizes:
     masked_rows: int
 
     @classmethod
-    def of(cls, config: Config, world_size: int, on_gpu: bool, bf16: bool) -> _Sizes:
+    def of(cls, config: Config, world_size: int, on_gpu: bool, bf16: bool, kernels: bool) -> _Sizes:
         _, accumulation = config.batch_split(world_size)
         part = partition(parameter_shapes(config), config, world_size)
         prefix = 1 + config.model.num_registers
@@ -149,8 +151,8 @@ class _Sizes:
         crops, batch = config.crops, config.data.micro_batch
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
         return cls(
-            config, world_size, on_gpu, 2 if bf16 else 4, accumulation, part.numel, part.shard_numel,
-            part.flat_numels, part.largest_shard_numel, part.largest_numel,
+            config, world_size, on_gpu, kernels, 2 if bf16 else 4, accumulation, part.numel, part.shard_numel,
+            part.flat_numels, part.largest_numel,
             sum(map(math.prod, block_shapes(config.model).values())),
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows,
         )  # fmt: skip
@@ -179,9 +181,9 @@ class _Sizes:
 
     @property
     def by_kernels(self) -> bool:
-        """Whether a CPU that has what they need computes blocks by kernels (``streamtrain/model/fused.py``)."""
+        """Whether CPUs compute blocks by kernels (``streamtrain/model/fused.py``)."""
         model, engine = self.config.model, self.config.engine
-        asked = engine.cpu_kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
+        asked = engine.cpu_kernels and self.kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
         fitting = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
         return asked and fitting and not self.on_gpu
 

@@ -93,7 +93,6 @@ class Partition:
     shard_numel: int
     # of each flat tensor
     flat_numels: tuple[int, ...]
-    largest_shard_numel: int
     largest_numel: int
 
 
@@ -116,6 +115,5 @@ def partition(shapes: Shapes, config: Config, world_size: int) -> Partition:
                 filled = 0
         if filled:
             flats.append(filled)
-    every = [size for sizes in groups.values() for size in sizes]
     numels = [math.prod(shape) for shape in shapes.values()]
-    return Partition(sum(numels), sum(every), tuple(flats), max(every), max(numels))
+    return Partition(sum(numels), sum(map(sum, groups.values())), tuple(flats), max(numels))

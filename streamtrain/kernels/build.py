@@ -62,10 +62,11 @@ def found(dtype: torch.dtype) -> bool:
         torch.ops.streamtrain.logits(one, one, 1.0, None, torch.empty(1, 1))
     # a home that nobody knows of, and a file system without locks, are RuntimeErrors
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = [line for line in lines if "error" in line or "cannot find" in line] or lines[-1:]
         warnings.warn(
             "the CPU kernels cannot be used, so that steps take twice as long, or longer; they need g++ and a "
-            f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[-1] if reason else type(error).__name__}",
+            f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[0] if reason else type(error).__name__}",
             stacklevel=2,
         )
         return False
@@ -106,7 +107,7 @@ def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     def compile_one(source: Path, to: Path) -> None:
         run(f"-I{installed / 'include'}", "-c", source, "-o", to)
 
-    # at once, each in a process of its own
-    with ThreadPoolExecutor() as pool:
+    # each in a process of its own, which takes most of a gigabyte
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
     run("-shared", *objects, "-o", library, f"-L{installed / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch")

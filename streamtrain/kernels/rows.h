@@ -103,7 +103,7 @@ inline void normal(__m512 x, __m512& distribution, __m512& density) {
 // Layer norm of one row; ``mean`` and ``rate`` (1 over the deviation) are kept for the backward.
 template <class T>
 void norm_row(const T* x, const T* weight, const T* bias, float eps, int64_t dim, T* to, float& mean,
-                     float& rate) {
+              float& rate) {
   __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, load(x + i));
   mean = _mm512_reduce_add_ps(sum) / dim;
@@ -123,7 +123,7 @@ void norm_row(const T* x, const T* weight, const T* bias, float eps, int64_t dim
 // Its gradient ``by_x`` plus the residual stream's ``passed``, from ``by_norm``; adds to the weight's and the bias'.
 template <class T>
 void norm_row_backward(const T* x, const T* weight, float mean, float rate, int64_t dim, const float* by_norm,
-                              const T* passed, T* by_x, float* by_weight, float* by_bias) {
+                       const T* passed, T* by_x, float* by_weight, float* by_bias) {
   const __m512 center = _mm512_set1_ps(mean), factor = _mm512_set1_ps(rate);
   __m512 sum = _mm512_setzero_ps(), matched = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 16) {

@@ -79,7 +79,7 @@ def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
 def test_a_start_killed_while_it_compiles_hinders_no_other(tmp_path: Path) -> None:
     killed = started(USE, tmp_path / "cache", compiler(tmp_path, "exec sleep 60"))
     deadline = time.monotonic() + 60
-    while len(calls(tmp_path)) < STEPS - 1:
+    while len(calls(tmp_path)) < min(STEPS - 1, os.cpu_count() or 1):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     waiting = started(USE, tmp_path / "cache", compiler(tmp_path, copying()))
