@@ -119,8 +119,8 @@ def optimiser(config: Config) -> object:
 
 
 def engine(config: Config) -> object:
-    """What DeepSpeed and the blocks are told."""
-    runtime = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.float32)
+    """What DeepSpeed and the blocks of one of two ranks are told."""
+    runtime = Runtime(Launch(0, 2, 0, 2), torch.device("cpu"), torch.float32)
     learner = Learner(config)
     told = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
     blocks = {key: value for key, value in vars(learner.backbone.blocks[0]).items() if isinstance(value, str | int)}

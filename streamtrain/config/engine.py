@@ -88,6 +88,7 @@ class EngineConfig(Section):
     moments_dir: str | None = None
     # un-sharded parameters that may be alive at once, in blocks of the backbone
     live_blocks: Positive = 3
+    # of several ranks; one has nothing to reduce
     reduce_bucket_bytes: int = Field(default=64 * 2**20, ge=2**16)
     # torch threads of a rank on CPU; 0: the cores of this machine divided by its ranks
     cpu_threads: NonNegative = 0
