@@ -84,7 +84,8 @@ def check_resume(
     else:
         found.append(f"{source.name} does not say by which program")
     if dtype is not None and saved.get("dtype", dtype) != dtype:
-        found.append(f"it computed in {_shown(saved['dtype'])}, and this machine would in {dtype}")
+        kept = _shown(saved["dtype"])
+        found.append(f"it computed in {kept}, and this machine would in {dtype} (engine.dtype={kept} keeps it)")
     if found and not accept_changes:
         raise CheckpointError(
             f"{run_dir} was made otherwise: {'; '.join(found)}; start it as it was, or add {FLAG} to go on all the same"

@@ -1,8 +1,9 @@
 """What becomes of gradients between the backward and the update.
 
-DeepSpeed (0.19) holds a rank's gradients in one flat fp32 tensor, but on the way passes over them some twenty times:
-copied into a bucket, from there into another, divided by the number of ranks, widened, copied; for the update widened
-once more for their norm, flattened into fresh memory, scaled. Here they are read once for each thing that is wanted.
+DeepSpeed (0.19) holds a rank's gradients in one flat fp32 tensor, but takes ten operations on all of them: it copies
+them into a bucket and from there into another, divides by the number of ranks, reduces, widens, copies; for the update
+it widens once more, takes the norm, flattens into fresh memory, scales. Here they are put where they stay, and read
+once for the norm and once for the update.
 """
 
 from __future__ import annotations
@@ -26,16 +27,14 @@ class FlatGradients:
     what there is to reduce), that find the norm, and that prepare an update and clip it.
     """
 
-    def __init__(self, zero: Any, adamw: AdamW, world_size: int, clip: float) -> None:
+    def __init__(self, zero: Any, adamw: AdamW) -> None:
         """Take over from DeepSpeed's optimiser.
 
         Args:
             zero: that optimiser.
             adamw: which divides by what clipping asks for, while it passes over the gradient anyway.
-            world_size: number of ranks.
-            clip: the largest norm of a whole gradient; 0: any.
         """
-        self._zero, self._adamw, self._clip = zero, adamw, clip
+        self._zero, self._adamw = zero, adamw
         flat = zero.grad_partitions_flat_buffer
         assert flat.dtype == torch.float32
         sizes = {p.ds_id: p.partition_numel() for group in zero.fp16_groups for p in group}
@@ -47,7 +46,7 @@ class FlatGradients:
         self._replace("_get_norm_groups", self._norms)
         self._replace("_prepare_fp32_grad_for_sub_group", self._prepare)
         self._replace("unscale_and_clip_grads", self._clip_group)
-        if world_size == 1:
+        if dist.get_world_size() == 1:
             self._replace("reduce_independent_p_g_buckets_and_remove_grads", self._take)
 
     def _replace(self, name: str, method: Callable[..., Any]) -> None:
@@ -112,4 +111,5 @@ class FlatGradients:
 
     def _clip_group(self, group: int, norm: Tensor) -> None:
         # as torch.nn.utils.clip_grad_norm_
-        self._adamw.divisor = ((norm + 1e-6) / self._clip).clamp_min(1.0) if self._clip else None
+        limit = self._zero.clip_grad
+        self._adamw.divisor = ((norm + 1e-6) / limit).clamp_min(1.0) if limit else None

@@ -237,19 +237,17 @@ def _kept_moments(s: _Sizes) -> int:
 
 
 def _gathers(s: _Sizes) -> Iterator[Part]:
-    engine = s.config.engine
-    several = s.world_size > 1
-    # one rank puts its gradients away as they are
-    bucket = engine.reduce_bucket_bytes if several else 0
-    yield _part("reduce bucket", "gpu", ALWAYS, (bucket, "B"))
-    # one rank's shard is the whole parameter: it is used in place
-    copies = (engine.live_blocks if s.on_gpu else 1) if several else 0
-    values = (s.block, "values")
-    yield _part("gathered blocks", "gpu", (TEACHER, BACKWARD), (copies, "blocks"), values, (s.item, "B"))
+    engine, values = s.config.engine, (s.block, "values")
     yield _part("gradient of a block", "gpu", BACKWARD, values, (s.item, "B"))
+    if s.world_size == 1:
+        # one rank's shard is the whole parameter: it is used in place, and its gradient put away as it is
+        return
+    yield _part("reduce bucket", "gpu", ALWAYS, (engine.reduce_bucket_bytes, "B"))
+    copies = (engine.live_blocks if s.on_gpu else 1, "blocks")
+    yield _part("gathered blocks", "gpu", (TEACHER, BACKWARD), copies, values, (s.item, "B"))
     # The bucket is reduced when the next gradient finds no room in it, one that never does on its own. Reduce-scatter
     # interleaves it anew, and its result is turned into fp32.
-    full = min(max(bucket // s.item, s.largest_whole), s.numel) if several else 0
+    full = min(max(engine.reduce_bucket_bytes // s.item, s.largest_whole), s.numel)
     yield _part("reduce-scatter", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
     own = (full / s.world_size, "values")
     yield _part("reduced gradients in fp32", "gpu", BACKWARD, own, (4 if s.item == 2 else 0, "B"))

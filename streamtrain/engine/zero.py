@@ -133,8 +133,7 @@ class Student:
             values = self._optimizer.fp16_partitioned_groups_flat
             for master, value in zip(self.master_groups, values, strict=True):
                 master.data = value
-        clip = config.optim.clip if config.optim.clip_per == "global" else 0.0
-        self._gradients = FlatGradients(self._optimizer, self._adamw, runtime.world_size, clip)
+        self._gradients = FlatGradients(self._optimizer, self._adamw)
         self.module = module
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}

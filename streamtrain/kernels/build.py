@@ -22,16 +22,17 @@ from filelock import FileLock
 
 _FOLDER = Path(__file__).parent
 _WANTED = ("f", "bw", "vl", "dq")
+_FOR_BF16 = (*_WANTED, "bf16")
 # the same on every machine, so that a cache in a shared home serves them all
-_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in (*_WANTED, "bf16"))]
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in _FOR_BF16)]
 
 
 def able(dtype: torch.dtype) -> bool:
     """Whether there are kernels that compute in such numbers, and this CPU has the instructions they are made of."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
-    has = torch.cpu.get_capabilities()
-    return all(has.get(f"avx512_{part}", False) for part in (*_WANTED, *(["bf16"] if dtype == torch.bfloat16 else [])))
+    has, wanted = torch.cpu.get_capabilities(), _FOR_BF16 if dtype == torch.bfloat16 else _WANTED
+    return all(has.get(f"avx512_{part}", False) for part in wanted)
 
 
 class _Choice:
