@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,12 +88,11 @@ class Learner(nn.Module):
         if not weights.global_loss and not weights.patch_loss:
             return TeacherFeatures(None, None, batch.masks.weight)
         crops = [self._pixels(batch.global_crops)]
-        tokens, _ = self.backbone.encode(crops, [None], chunk=self.config.teacher.chunk)
         layout = self.backbone.layout(crops)
-        rows = {"global": layout.cls_rows(0, tokens.device)}
+        rows = {"global": layout.cls_rows(0, crops[0].device)}
         if weights.patch_loss:
             rows["masked"] = layout.patch_rows(0, batch.masks.index)
-        found = self._normalised(tokens, rows)
+        found = self._encoded(crops, [None], rows, chunk=self.config.teacher.chunk)
         of_global = self.global_head(found["global"]) if weights.global_loss else None
         of_patch = found.get("masked")
         if of_patch is not None and self.patch_head is not None:
@@ -131,9 +131,7 @@ class Learner(nn.Module):
         device = crops[0].device
         seed = derive_seed(self.config.run.seed, MODEL, int(batch.slots[0]))
         generator = torch.Generator(device).manual_seed(seed)
-        tokens, _ = self.backbone.encode(crops, [*masks, *[None] * (len(crops) - 1)], generator)
         layout = self.backbone.layout(crops)
-
         rows = {"global": layout.cls_rows(0, device)}
         if weights.gram:
             every = torch.arange(batch.masks.grid_mask.numel(), device=device)
@@ -142,20 +140,29 @@ class Learner(nn.Module):
             rows["masked"] = layout.patch_rows(0, batch.masks.index)
         if with_local:
             rows["local"] = layout.cls_rows(1, device)
-        found = self._normalised(tokens, rows)
+        found = self._encoded(crops, [*masks, *[None] * (len(crops) - 1)], rows, generator)
         if weights.gram and weights.patch_loss:
             found["masked"] = found["patches"].index_select(0, batch.masks.index)
         patches = found["patches"].unflatten(0, batch.masks.grid_mask.shape) if weights.gram else None
         return StudentFeatures(found["global"], found.get("local"), found.get("masked"), patches)
 
-    def _normalised(self, tokens: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The final norms of packed ``tokens``, each called once: per token, so only for the rows somebody wants."""
+    def _encoded(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        rows: dict[str, Tensor],
+        generator: torch.Generator | None = None,
+        chunk: int = 0,
+    ) -> dict[str, Tensor]:
+        """Normalised features of the tokens somebody wants, each of the final norms called once."""
+        tokens, _ = self.backbone.encode(crops, masks, generator, chunk, rows=torch.cat(list(rows.values())))
+        pieces = dict(zip(rows, tokens.split([len(row) for row in rows.values()]), strict=True))
         norms = {"global": self.backbone.norm_of_cls, "local": self.backbone.norm_of_local_cls}
         found: dict[str, Tensor] = {}
         for norm in dict.fromkeys(norms.get(name, self.backbone.norm) for name in rows):
-            mine = {name: row for name, row in rows.items() if norms.get(name, self.backbone.norm) is norm}
-            pieces = norm(tokens.index_select(0, torch.cat(list(mine.values()))))
-            found |= dict(zip(mine, pieces.split([len(row) for row in mine.values()]), strict=True))
+            mine = {name: piece for name, piece in pieces.items() if norms.get(name, self.backbone.norm) is norm}
+            normalised = norm(tokens if len(mine) == len(pieces) else torch.cat(list(mine.values())))
+            found |= dict(zip(mine, normalised.split([len(piece) for piece in mine.values()]), strict=True))
         return found
 
     def _global_loss(self, student: StudentFeatures, targets: Targets, local_weight: float) -> Tensor:

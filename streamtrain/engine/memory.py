@@ -354,9 +354,10 @@ def _prototypes(s: _Sizes) -> Iterator[Part]:
     # never fewer than 64 prototypes: many rows may need more than was asked for
     chunk = max(s.config.objective.chunk_bytes, *(64 * 4 * s.accumulation * rows for _, _, _, rows in s.heads))
     largest = max(head.prototypes * head.bottleneck for _, head, _, _ in s.heads)
-    sharded = s.world_size > 1
-    yield _part("teacher's prototypes gathered", "gpu", (TARGETS, LOSS), (largest, "values"), (s.item, "B"))
-    yield _part("student's prototypes gathered", "gpu", LOSS, (largest * sharded, "values"), (s.item, "B"))
+    # one rank's shard is the whole
+    gathered = ((largest if s.world_size > 1 else 0), "values")
+    yield _part("teacher's prototypes gathered", "gpu", (TARGETS, LOSS), gathered, (s.item, "B"))
+    yield _part("student's prototypes gathered", "gpu", LOSS, gathered, (s.item, "B"))
     for name, head, _, _ in s.heads:
         values = (head.prototypes * head.bottleneck, "values")
         yield _part(f"{name} prototypes' gradient", "gpu", (LOSS, BACKWARD), values, (s.item, "B"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from streamtrain.config.tree import Config
@@ -71,6 +72,10 @@ class ShardedWeight:
     @contextmanager
     def gathered(self) -> Iterator[torch.Tensor]:
         """Yield the whole tensor, without gradient; it is released at the end of the block."""
+        if dist.get_world_size() == 1:
+            # the shard is the whole already, which DeepSpeed would copy
+            yield self._parameter.ds_tensor.detach().view(self._parameter.ds_shape)
+            return
         with deepspeed.zero.GatheredParameters([self._parameter]):
             yield self._parameter.detach()
 

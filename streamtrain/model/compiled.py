@@ -31,8 +31,9 @@ def compile_blocks(network: nn.Module) -> None:
             # those for CPUs are whole branches, which leave nothing to compile
             block.kernels = False
             # numbers that differ from call to call must not make shapes variable
-            compiled = torch.compile(block.transform, fullgraph=True, dynamic=False)
-            block.transform = _with_one_line(compiled)  # type: ignore[method-assign]
+            for part in ("transform", "attend", "refine"):
+                compiled = torch.compile(getattr(block, part), fullgraph=True, dynamic=False)
+                setattr(block, part, _with_one_line(compiled))
 
 
 def _with_one_line(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,27 @@ class DropPath:
         for rows, piece, scale in pieces:
             result.index_add_(0, rows, piece, alpha=scale)
         return result
+
+
+class Wanted(NamedTuple):
+    """The rows of a last block's result that somebody reads."""
+
+    # packed rows of tokens, int64 [wanted rows], in any order and as often as wanted
+    rows: Tensor
+    # [wanted rows, 1]: what the MLP branch of each counts, 0 where drop-path leaves it out; None: 1
+    counts: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, drop: DropPath | None, tokens: Tensor) -> Wanted:
+        """``rows`` of ``tokens [num_tokens, dim]``. How many of them are left out is never asked: no host waits."""
+        if drop is None:
+            return cls(rows, None)
+        # in 16 bits a count would be rounded
+        exact = torch.promote_types(tokens.dtype, torch.float32)
+        counts = torch.zeros(len(tokens), 1, dtype=exact, device=tokens.device)
+        for kept, scale in zip(drop.rows[1].split(drop.layout.sizes()), drop.scales, strict=True):
+            counts[kept] = scale
+        return cls(rows, counts.index_select(0, rows))
 
 
 def draw(layout: Layout, depth: int, rate: float, generator: torch.Generator, device: torch.device) -> list[DropPath]:

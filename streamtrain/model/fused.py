@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from streamtrain.kernels.build import usable
-from streamtrain.model.drop_path import DropPath
+from streamtrain.model.drop_path import DropPath, Wanted
 from streamtrain.model.layout import Layout
 from streamtrain.model.rope import RopeTable
 
@@ -34,6 +34,16 @@ def place(layout: Layout, drop: DropPath | None, branch: int) -> Place:
     if drop is None:
         return Place(None, layout.sizes(), [1.0] * len(layout.groups))
     return Place(drop.rows[branch], drop.layout.sizes(), list(drop.scales))
+
+
+def place_of(wanted: Wanted) -> Place:
+    """Those of the rows that are wanted, taken out of the others, that the MLP branch computes."""
+    if wanted.counts is None:
+        return Place(None, [len(wanted.rows)], [1.0])
+    counts = wanted.counts.flatten()
+    kept = counts.nonzero().flatten()
+    scales, sizes = counts[kept].unique_consecutive(return_counts=True)
+    return Place(kept, sizes.tolist(), scales.tolist())
 
 
 def suits(tokens: Tensor, dim: int, hidden: int, num_heads: int) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from streamtrain.config.model import ModelConfig
 from streamtrain.model import fused
 from streamtrain.model.attention import attend
-from streamtrain.model.drop_path import DropPath
+from streamtrain.model.drop_path import DropPath, Wanted
 from streamtrain.model.layout import Group, Layout
 from streamtrain.model.rope import RopeTable
 
@@ -158,32 +158,70 @@ class Block(nn.Module):
         tables: list[RopeTable],
         drop: DropPath | None = None,
         chunk: int = 0,
+        wanted: Wanted | None = None,
     ) -> Tensor:
-        """``[num_tokens, dim]`` to the same.
+        """``[num_tokens, dim]`` to the same; with ``wanted`` to those rows only, whose MLP branch alone is computed.
 
         With ``chunk`` > 0 (only without gradients) that many images pass at a time and the result
         **overwrites** ``tokens``, so that no more than one chunk's activations are alive.
         """
         assert not chunk or (not torch.is_grad_enabled() and drop is None)
         if self.fused(tokens):
-            return self._fused(tokens, layout, tables, drop, in_place=bool(chunk))
+            return self._fused(tokens, layout, tables, drop, bool(chunk), wanted)
         if not chunk:
-            return self.transform(tokens, layout, tables, drop)
+            return self.transform(tokens, layout, tables, drop, wanted)
+        through = self.transform if wanted is None else self.attend
         for view, group, table in zip(layout.views(tokens), layout.groups, tables, strict=True):
             for piece in view.split(chunk):
                 part = Layout((Group(piece.shape[0], group.grid),), layout.num_prefix)
                 flat = piece.flatten(0, 1)
-                flat.copy_(self.transform(flat, part, [table], None))
-        return tokens
+                flat.copy_(through(flat, part, [table], None))
+        if wanted is None:
+            return tokens
+        pieces = tokens.index_select(0, wanted.rows).split(chunk * layout.length(0))
+        return torch.cat([self.refine(piece, layout, tables, None, None) for piece in pieces])
 
-    def transform(self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None) -> Tensor:
+    def transform(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        tables: list[RopeTable],
+        drop: DropPath | None,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
         """Both residual branches; with ``drop`` each computes its kept images only."""
+        # not by the instance, whose two parts may be compiled on their own
+        tokens = Block.attend(self, tokens, layout, tables, drop)
+        return Block.refine(self, tokens, layout, tables, drop, wanted)
+
+    def attend(self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None) -> Tensor:
+        """The attention branch."""
         inner = layout if drop is None else drop.layout
         kept = tokens if drop is None else drop.select(tokens, 0)
         attended = self._grouped(self._attend, kept, inner, tables, self.groups > 1 and not self.recompute_mlp)
-        tokens = self.scale1(tokens, attended, drop, 0)
+        return self.scale1(tokens, attended, drop, 0)
+
+    def refine(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        tables: list[RopeTable],
+        drop: DropPath | None,
+        wanted: Wanted | None,
+    ) -> Tensor:
+        """The MLP branch."""
+        recompute = self.groups > 1 or self.recompute_mlp
+        if wanted is not None:
+            kept = tokens.index_select(0, wanted.rows)
+            # to the groups, images of one token
+            inner = Layout((Group(len(kept), (1, 1)),), 0)
+            refined = self._grouped(self._refine, kept, inner, tables, recompute)
+            if wanted.counts is not None:
+                refined = (refined * wanted.counts).to(refined.dtype)
+            return self.scale2(kept, refined, None, 1)
+        inner = layout if drop is None else drop.layout
         kept = tokens if drop is None else drop.select(tokens, 1)
-        refined = self._grouped(self._refine, kept, inner, tables, self.groups > 1 or self.recompute_mlp)
+        refined = self._grouped(self._refine, kept, inner, tables, recompute)
         return self.scale2(tokens, refined, drop, 1)
 
     def fused(self, tokens: Tensor) -> bool:
@@ -193,7 +231,13 @@ class Block(nn.Module):
         )
 
     def _fused(
-        self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None, in_place: bool
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        tables: list[RopeTable],
+        drop: DropPath | None,
+        in_place: bool,
+        wanted: Wanted | None,
     ) -> Tensor:
         norm, qkv, proj = self.norm1, self.attention.qkv, self.attention.proj
         bias = qkv.whole_bias()
@@ -204,7 +248,9 @@ class Block(nn.Module):
         tokens = fused.attention(tokens, where, tables, heads, weights, norm.eps, in_place)
         norm, first, down = self.norm2, self.mlp.first, self.mlp.down
         weights = (norm.weight, norm.bias, first.weight, first.bias, down.weight, down.bias, self.scale2.gamma)
-        return fused.mlp(tokens, fused.place(layout, drop, 1), weights, norm.eps, in_place)
+        if wanted is None:
+            return fused.mlp(tokens, fused.place(layout, drop, 1), weights, norm.eps, in_place)
+        return fused.mlp(tokens.index_select(0, wanted.rows), fused.place_of(wanted), weights, norm.eps, in_place)
 
     def _attend(self, tokens: Tensor, layout: Layout, tables: list[RopeTable]) -> Tensor:
         return self.attention(self.norm1(tokens), layout, tables)

@@ -118,12 +118,15 @@ class VisionTransformer(nn.Module):
         generator: torch.Generator | None = None,
         chunk: int = 0,
         keep: Sequence[int] = (),
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Packed tokens before the final norm, and copies of the stream after the blocks in ``keep``.
 
         With a generator (training) drop-path and RoPE augmentation are drawn from it; without, there are none.
-        ``chunk`` > 0, only without gradients, bounds the images in flight within a block.
+        ``chunk`` > 0, only without gradients, bounds the images in flight within a block. With ``rows``, int64, the
+        result is of these tokens alone, and the last block computes nothing after its attention that they do not need.
         """
+        assert rows is None or len(self.blocks) - 1 not in keep
         layout = self.layout(crops)
         tokens = self.embedding(crops, masks)
         tables = [self.rope.table(group.grid, tokens.device, tokens.dtype, generator) for group in layout.groups]
@@ -134,14 +137,16 @@ class VisionTransformer(nn.Module):
         recompute = self.checkpointing == "block" and torch.is_grad_enabled()
         for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             assert isinstance(block, Block)
+            last = index == len(self.blocks) - 1
+            wanted = drop_path.Wanted.of(rows, drop, tokens) if last and rows is not None else None
             if recompute and not block.fused(tokens):
                 # nothing random happens inside a block, so no random state needs saving
                 with save_on_cpu(pin_memory=tokens.is_cuda) if self.offload else nullcontext():
                     tokens = checkpoint(
-                        block, tokens, layout, tables, drop, use_reentrant=False, preserve_rng_state=False
+                        block, tokens, layout, tables, drop, 0, wanted, use_reentrant=False, preserve_rng_state=False
                     )
             else:
-                tokens = block(tokens, layout, tables, drop, chunk)
+                tokens = block(tokens, layout, tables, drop, chunk, wanted)
             if index in keep:
                 kept.append(tokens.clone() if chunk else tokens)
         return tokens, kept
