@@ -207,9 +207,9 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
 
 // What a thread sums over its tiles.
 struct Sums {
-  // [panel, dim, PANEL]: ``given.T @ merged`` and ``normed.T @ by_qkv``
+  // [panel, dim, PANEL]: ``given.T @ merged`` and ``normed.T @ by_qkv``; begun by the first tile
   float *proj, *qkv;
-  float *qkv_bias, *given, *norm_weight, *norm_bias;
+  float *qkv_bias, *given, *norm_weight, *norm_bias, *end;
   static int64_t size(int64_t dim) { return 4 * dim * dim + 6 * dim; }
   Sums(float* memory, int64_t dim) {
     proj = memory;
@@ -218,7 +218,9 @@ struct Sums {
     given = qkv_bias + 3 * dim;
     norm_weight = given + dim;
     norm_bias = norm_weight + dim;
+    end = norm_bias + dim;
   }
+  void begin_vectors() const { std::fill(qkv_bias, end, 0.f); }
 };
 
 // The gradient by one image's head, ``by`` its merged result: written to ``to`` [length, stride], the columns of query, key
@@ -308,7 +310,7 @@ struct HeadBackward {
 };
 
 template <class T>
-std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads);
+std::vector<Tensor> gradients(const Branch<T>& branch, const Sums& sums, const Parts& parts);
 
 template <class T>
 std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
@@ -332,12 +334,15 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   rows.pass_others(passed, tokens.size(0), dim, to);
   const int64_t most = rounded(tiles.rows, LINE<T>), threads = tiles.threads, size = Sums::size(dim);
   float* memory = scratch<float>(SUMS, threads * size);
-  at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });
+  const int64_t used = std::min<int64_t>(threads, tiles.all.size());
+  if (!used) std::fill(memory, memory + size, 0.f);
 
   for_tiles(tiles.all.size(), threads, [&](int64_t thread, int64_t index) {
     const Tile<T>& tile = tiles.all[index];
     const int64_t count = tile.rows(), length = tile.length, padded = rounded(count, LINE<T>);
     const Sums sums(memory + thread * size, dim);
+    const bool more = index >= threads;
+    if (!more) sums.begin_vectors();
     const Begun<T> begun(branch, tiles, tile, rows, x, qkv, eps);
     T *given = scratch<T>(GIVEN, most * stride), *merged = scratch<T>(MERGED, most * stride);
     T *by_merged = scratch<T>(BY_MERGED, most * dim), *by_heads = scratch<T>(BY_HEADS, most * by_stride);
@@ -366,12 +371,12 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
       as_right(merged + column, stride, count, padded, panel, pairs);
-      product(dim, panel, padded, given_turned, turned_stride, pairs, panel, sums.proj + column * dim, panel, true);
+      product(dim, panel, padded, given_turned, turned_stride, pairs, panel, sums.proj + column * dim, panel, more);
     }
     for (int64_t column = 0; column < 3 * dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, 3 * dim - column);
       as_right(by_heads + column, by_stride, count, padded, panel, pairs);
-      product(dim, panel, padded, turned, turned_stride, pairs, panel, sums.qkv + column * dim, panel, true);
+      product(dim, panel, padded, turned, turned_stride, pairs, panel, sums.qkv + column * dim, panel, more);
     }
     for (int64_t row = 0; row < count; row++) add_row(sums.qkv_bias, by_heads + row * by_stride, 3 * dim);
     // the queries, keys and values have been used
@@ -386,21 +391,18 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
                         to + place, sums.norm_weight, sums.norm_bias);
     }
   });
-  return gradients(branch, memory, threads);
+  return gradients(branch, Sums(memory, dim), Parts{size, used});
 }
 
-// The threads' sums, added up and turned into the weights' gradients.
 template <class T>
-std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads) {
+std::vector<Tensor> gradients(const Branch<T>& branch, const Sums& sums, const Parts& parts) {
   const int64_t dim = branch.dim;
-  add_up(memory, Sums::size(dim), threads);
-  const Sums sums(memory, dim);
   const T* gamma = in<T>(branch.gamma);
   return {
-      gradient<T>(sums.norm_weight, dim), gradient<T>(sums.norm_bias, dim),
-      gradient<T>(sums.qkv, dim, 3 * dim, nullptr, true), gradient<T>(sums.qkv_bias, 3 * dim),
-      gradient<T>(sums.proj, dim, dim, gamma, false), gradient<T>(sums.given, dim, gamma),
-      gradient_by_scale<T>(sums.proj, sums.given, in<T>(branch.proj_weight), in<T>(branch.proj_bias), dim, dim),
+      gradient<T>(parts, sums.norm_weight, dim), gradient<T>(parts, sums.norm_bias, dim),
+      gradient<T>(parts, sums.qkv, dim, 3 * dim, nullptr, true), gradient<T>(parts, sums.qkv_bias, 3 * dim),
+      gradient<T>(parts, sums.proj, dim, dim, gamma, false), gradient<T>(parts, sums.given, dim, gamma),
+      gradient_by_scale<T>(parts, sums.proj, sums.given, in<T>(branch.proj_weight), in<T>(branch.proj_bias), dim, dim),
   };
 }
 

@@ -106,8 +106,7 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
             silu(value, result, unused);
             result = _mm512_mul_ps(result, other);
           } else {
-            normal(value, result, unused);
-            result = _mm512_mul_ps(result, value);
+            gelu<T>(value, result, unused);
           }
           store(active + row * active_stride + column + i, result);
         }
@@ -126,9 +125,9 @@ void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor
 
 // What a thread sums over its tiles.
 struct Sums {
-  // [panel, dim, PANEL] of either layer: ``given.T @ active`` and ``normed.T @ by_hidden``
+  // [panel, dim, PANEL] of either layer: ``given.T @ active`` and ``normed.T @ by_hidden``; begun by the first tile
   float *down, *up;
-  float *up_bias, *given, *norm_weight, *norm_bias;
+  float *up_bias, *given, *norm_weight, *norm_bias, *end;
   template <class T>
   static int64_t size(const Branch<T>& branch) {
     return branch.dim * (branch.hidden + branch.width) + branch.width + 3 * branch.dim;
@@ -141,11 +140,13 @@ struct Sums {
     given = up_bias + branch.width;
     norm_weight = given + branch.dim;
     norm_bias = norm_weight + branch.dim;
+    end = norm_bias + branch.dim;
   }
+  void begin_vectors() const { std::fill(up_bias, end, 0.f); }
 };
 
 template <class T>
-std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads);
+std::vector<Tensor> gradients(const Branch<T>& branch, const Sums& sums, const Parts& parts);
 
 template <class T>
 std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
@@ -170,10 +171,12 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
   const Tiles tiles(rows.count, sizeof(T) * (4 * dim + width));
   const int64_t most = tiles.rows, threads = tiles.threads, size = Sums::size(branch);
   float* memory = scratch<float>(SUMS, threads * size);
-  at::parallel_for(0, threads * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 0.f); });
+  if (!tiles.count) std::fill(memory, memory + size, 0.f);
   for_tiles(tiles.count, threads, [&](int64_t thread, int64_t tile) {
     const int64_t first = tile * most, count = std::min(most, rows.count - first), padded = rounded(count, LINE<T>);
     const Sums sums(memory + thread * size, branch);
+    const bool more = tile >= threads;
+    if (!more) sums.begin_vectors();
     T *normed = scratch<T>(NORMED, most * stride), *given = scratch<T>(GIVEN, most * stride);
     T *turned = scratch<T>(TURNED, dim * spread<T>(most)), *given_turned = scratch<T>(GIVEN_TURNED, dim * spread<T>(most));
     const int64_t turned_stride = spread<T>(padded);
@@ -217,9 +220,7 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
               slope = _mm512_mul_ps(slope, other);
               put(by_width + (row + k) * by_stride + upper + i, seconds[k]);
             } else {
-              normal(value, result, slope);
-              slope = _mm512_fmadd_ps(value, slope, result);
-              result = _mm512_mul_ps(result, value);
+              gelu<T>(value, result, slope);
             }
             const __m512 by_value = _mm512_mul_ps(by, slope);
             values[k] = narrow<T>(result);
@@ -236,9 +237,9 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
         _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
         if (branch.gated) _mm512_storeu_ps(place + hidden, _mm512_add_ps(_mm512_loadu_ps(place + hidden), upper_sum));
       }
-      product(dim, panel, padded, given_turned, turned_stride, active, panel, sums.down + column * dim, panel, true);
-      product(dim, panel, padded, turned, turned_stride, by_first, panel, sums.up + column * dim, panel, true);
-      if (branch.gated) product(dim, panel, padded, turned, turned_stride, by_second, panel, sums.up + upper * dim, panel, true);
+      product(dim, panel, padded, given_turned, turned_stride, active, panel, sums.down + column * dim, panel, more);
+      product(dim, panel, padded, turned, turned_stride, by_first, panel, sums.up + column * dim, panel, more);
+      if (branch.gated) product(dim, panel, padded, turned, turned_stride, by_second, panel, sums.up + upper * dim, panel, more);
     }
     for (int64_t column = 0; column < dim; column += PANEL) {
       const int64_t panel = std::min(PANEL, dim - column);
@@ -250,24 +251,21 @@ std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const T
                         sums.norm_weight, sums.norm_bias);
     }
   });
-  return gradients(branch, memory, threads);
+  return gradients(branch, Sums(memory, branch), Parts{size, std::min(threads, tiles.count)});
 }
 
-// The threads' sums, added up and turned into the weights' gradients.
 template <class T>
-std::vector<Tensor> gradients(const Branch<T>& branch, float* memory, int64_t threads) {
+std::vector<Tensor> gradients(const Branch<T>& branch, const Sums& sums, const Parts& parts) {
   const int64_t dim = branch.dim, hidden = branch.hidden;
-  add_up(memory, Sums::size(branch), threads);
-  const Sums sums(memory, branch);
   const T* gamma = in<T>(branch.gamma);
   std::vector<Tensor> up;
   for (int64_t first = 0; first < branch.width; first += hidden)
-    up.push_back(gradient<T>(sums.up + first * dim, dim, hidden, nullptr, true));
+    up.push_back(gradient<T>(parts, sums.up + first * dim, dim, hidden, nullptr, true));
   return {
-      gradient<T>(sums.norm_weight, dim), gradient<T>(sums.norm_bias, dim),
-      branch.gated ? at::cat(up) : up[0], gradient<T>(sums.up_bias, branch.width),
-      gradient<T>(sums.down, dim, hidden, gamma, false), gradient<T>(sums.given, dim, gamma),
-      gradient_by_scale<T>(sums.down, sums.given, in<T>(branch.down_weight), in<T>(branch.down_bias), dim, hidden),
+      gradient<T>(parts, sums.norm_weight, dim), gradient<T>(parts, sums.norm_bias, dim),
+      branch.gated ? at::cat(up) : up[0], gradient<T>(parts, sums.up_bias, branch.width),
+      gradient<T>(parts, sums.down, dim, hidden, gamma, false), gradient<T>(parts, sums.given, dim, gamma),
+      gradient_by_scale<T>(parts, sums.down, sums.given, in<T>(branch.down_weight), in<T>(branch.down_bias), dim, hidden),
   };
 }
 

@@ -260,7 +260,7 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
     product(PANEL, dim, padded, turned, spread<T>(padded), right, dim, result, dim, false);
     for (int64_t i = 0; i < width * dim; i += 16) store(to + start * dim + i, _mm512_loadu_ps(result + i));
   });
-  add_up(memory, size, threads);
+  Parts{size, threads}.add_up(memory);
   const auto copied = [](float* from, at::IntArrayRef shape) { return at::from_blob(from, shape, at::kFloat).clone(); };
   if (!need_gradient) return {copied(memory, {rows})};
   return {copied(memory, {rows}), copied(memory + rows, {rows, dim}), by_weight};
