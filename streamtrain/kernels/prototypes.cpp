@@ -15,6 +15,8 @@ using at::Tensor;
 constexpr int64_t BLOCK = 256;
 // below any sum that can occur; keeps the logarithm finite where there is no row at all
 constexpr float LEAST = 1e-30f;
+// of a row's sum, below which what was too small for a number could matter: all of that is less than 2e-38
+constexpr float VANISHING = 1e-25f;
 
 // The slots of ``scratch``.
 enum { STUDENT, TEACHER, WEIGHT, LOGITS, TARGETS, DIFFERENCE, TURNED, ROWS, BY_ROWS, BY_WEIGHT, HIGHEST, MATCHED };
@@ -147,40 +149,66 @@ Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temp
 template <class T>
 std::vector<Tensor> sinkhorn(const Tensor& features, const Tensor& weight, double temperature, const Tensor& row, bool alone) {
   const Factors<T> factors(features, weight);
-  const float* of_row = numbers(row, factors.rows);
+  const int64_t count = factors.rows, threads = at::get_num_threads();
+  const float* of_row = numbers(row, count);
   const __m512 scale = _mm512_set1_ps(1.0 / temperature);
   const float nothing = -std::numeric_limits<float>::infinity();
   const Tensor highest = at::empty({factors.all}, at::kFloat), sum = at::empty({factors.all}, at::kFloat);
   float *of_highest = highest.mutable_data_ptr<float>(), *of_sum = sum.mutable_data_ptr<float>();
-  const RowSums rows(factors.rows);
-  for_tiles(factors.panels, rows.threads, [&](int64_t thread, int64_t panel) {
+  // [threads, rows, 16]: of each row what the columns' scalings make of the exponentials
+  const Parts parts{16 * count, threads};
+  float* scaled = scratch<float>(HIGHEST, alone ? threads * parts.size : 0);
+  if (alone) std::fill(scaled, scaled + threads * parts.size, 0.f);
+  for_tiles(factors.panels, threads, [&](int64_t thread, int64_t panel) {
     T* packed = scratch<T>(STUDENT, PANEL * factors.dim);
-    float* found = scratch<float>(TARGETS, std::max<int64_t>(1, factors.rows) * PANEL);
+    float* found = scratch<float>(TARGETS, std::max<int64_t>(1, count) * PANEL);
     factors.pack(panel, packed);
-    for (int64_t first = 0; first < factors.rows; first += BLOCK)
-      factors.logits(first, std::min(BLOCK, factors.rows - first), packed, found + first * PANEL);
-    const int64_t width = factors.width(panel);
-    float most[PANEL], total[PANEL];
+    for (int64_t first = 0; first < count; first += BLOCK)
+      factors.logits(first, std::min(BLOCK, count - first), packed, found + first * PANEL);
+    const int64_t width = factors.width(panel), start = panel * PANEL;
+    float most[PANEL], total[PANEL], factor[PANEL];
     for (int64_t i = 0; i < PANEL; i += 16) {
       const auto entry = [&](int64_t r) {
         return _mm512_fmadd_ps(_mm512_loadu_ps(found + r * PANEL + i), scale, _mm512_set1_ps(of_row[r]));
       };
       __m512 top = _mm512_set1_ps(nothing), over = _mm512_setzero_ps();
-      for (int64_t r = 0; r < factors.rows; r++) top = _mm512_max_ps(entry(r), top);
+      for (int64_t r = 0; r < count; r++) top = _mm512_max_ps(entry(r), top);
       // without a row that counts the sum is to be 0, not the NaN of infinities
       const __m512 shift = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, _mm512_set1_ps(nothing), _CMP_EQ_OQ), _mm512_setzero_ps());
-      for (int64_t r = 0; r < factors.rows; r++) over = _mm512_add_ps(over, exponential(_mm512_sub_ps(entry(r), shift)));
-      _mm512_storeu_ps(most + i, top);
+      for (int64_t r = 0; r < count; r++) {
+        const __m512 power = exponential(_mm512_sub_ps(entry(r), shift));
+        if (alone) _mm512_storeu_ps(found + r * PANEL + i, power);
+        over = _mm512_add_ps(over, power);
+      }
+      _mm512_storeu_ps(most + i, alone ? shift : top);
       _mm512_storeu_ps(total + i, over);
     }
     if (alone) {
-      for (int64_t i = 0; i < width; i++) most[i] = -((most[i] == nothing ? 0.f : most[i]) + std::log(factors.all * (total[i] < LEAST ? LEAST : total[i])));
-      for (int64_t r = 0; r < factors.rows; r++) rows.add(thread, r, found + r * PANEL, scale, most, width);
+      for (int64_t i = 0; i < PANEL; i++) {
+        const float all = factors.all * (total[i] < LEAST ? LEAST : total[i]);
+        most[i] = -most[i] - std::log(all);
+        factor[i] = i < width ? 1.f / all : 0.f;
+      }
+      for (int64_t r = 0; r < count; r++) {
+        __m512 own = _mm512_loadu_ps(scaled + thread * parts.size + 16 * r);
+        for (int64_t i = 0; i < PANEL; i += 16) own = _mm512_fmadd_ps(_mm512_loadu_ps(found + r * PANEL + i), _mm512_loadu_ps(factor + i), own);
+        _mm512_storeu_ps(scaled + thread * parts.size + 16 * r, own);
+      }
     }
-    std::copy(most, most + width, of_highest + panel * PANEL);
-    std::copy(total, total + width, of_sum + panel * PANEL);
+    std::copy(most, most + width, of_highest + start);
+    std::copy(total, total + width, of_sum + start);
   });
-  return {highest, alone ? rows.whole() : sum};
+  if (!alone) return {highest, sum};
+  const Tensor row_sum = at::empty({count}, at::kFloat);
+  float* of_row_sum = row_sum.mutable_data_ptr<float>();
+  bool vanished = false;
+  for (int64_t r = 0; r < count; r++) {
+    const float own = _mm512_reduce_add_ps(parts(scaled + 16 * r));
+    of_row_sum[r] = std::log(own) - of_row[r];
+    vanished |= own < VANISHING && of_row[r] != nothing;
+  }
+  // a row far below the others in each column, as there may be before the first scaling, has lost exponentials that count
+  return {highest, vanished ? row_log_sum_exp<T>(features, weight, temperature, highest) : row_sum};
 }
 
 // What of the cross-entropy needs the logits of both, row for row of the student's:

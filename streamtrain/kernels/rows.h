@@ -104,7 +104,7 @@ inline void normal(__m512 x, __m512& distribution, __m512& density) {
 // both are taken to be as there: the factor of x is off by 2e-5 at most, the derivative by 1.2e-4, where rounding to bf16
 // moves a number about 1 by 2e-3.
 template <class T>
-void gelu(__m512 x, __m512& value, __m512& slope) {
+[[gnu::always_inline]] inline void gelu(__m512 x, __m512& value, __m512& slope) {
   if constexpr (std::is_same_v<T, float>) {
     normal(x, value, slope);
     slope = _mm512_fmadd_ps(x, slope, value);

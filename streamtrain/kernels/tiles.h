@@ -128,7 +128,7 @@ inline void put_rows(bf16* to, int64_t, int64_t column, __m256i first, __m256i s
   _mm512_storeu_si512(to + 2 * column, interleaved(first, second));
 }
 
-inline void transpose_16x16(__m512i rows[16]) {
+[[gnu::always_inline]] inline void transpose_16x16(__m512i rows[16]) {
   __m512i step[16];
   for (int i = 0; i < 8; i++) {
     step[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
