@@ -69,13 +69,15 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     crops, objective, batch, drop = config.crops, config.objective, config.data.micro_batch, config.model.drop_path
     seen = _Crops.of(config.model, crops.global_count * batch, sizes.global_size, drop)
     local = _Crops.of(config.model, crops.local_count * batch, sizes.local_size, drop)
-    total = _student(config, seen) + _student(config, local)
-    total += _forward(teacher.model, seen)
-
     rows = seen.images * seen.patches
     if config.teacher.kind == "ema":
         alignment = math.gcd(batch, config.masks.group)
         rows = max_rows(config.masks, batch, crops.global_count, seen.patches, alignment)
+    # of the last block's result only these are read: CLS, and what is masked or all patches
+    of_student = seen.images + (seen.images * seen.patches if objective.gram.active else rows)
+    total = _student(config, seen, of_student) + _student(config, local, local.images)
+    total += _forward(teacher.model, seen, seen.images + rows)
+
     ours, theirs = objective.global_loss.head, teacher.objective.global_loss.head
     total += _heads(config, teacher, ours, theirs, seen.images + local.images, seen.images)
     if objective.patch_loss.kind == "ibot":
@@ -83,7 +85,8 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
         total += _heads(config, teacher, ours, theirs, rows, rows)
     if objective.gram.active:
         shown = _Crops.of(config.model, seen.images, sizes.gram_size or sizes.global_size, 0.0)
-        total += _forward(config.model, shown) + _gram_matrices(config, seen)
+        every = shown.images * _tokens(config.model, shown)
+        total += _forward(config.model, shown, every) + _gram_matrices(config, seen)
     return total
 
 
@@ -106,26 +109,38 @@ def _embedding(model: ModelConfig, crops: _Crops) -> float:
     return 2.0 * crops.images * crops.patches * 3 * model.patch_size**2 * model.dim
 
 
-def _forward(model: ModelConfig, crops: _Crops) -> StepFlops:
-    """A backbone without gradients."""
-    flops = model.depth * sum(_block(model, crops, crops.images)) + _embedding(model, crops)
+def _read_share(model: ModelConfig, crops: _Crops, read: int) -> float:
+    """Of the crops' tokens: the last block's MLP computes no others."""
+    return read / (crops.images * _tokens(model, crops)) if crops.images else 0.0
+
+
+def _forward(model: ModelConfig, crops: _Crops, read: int) -> StepFlops:
+    """A backbone without gradients, of whose result ``read`` tokens are read."""
+    attention, mlp = _block(model, crops, crops.images)
+    mlps = (model.depth - 1 + _read_share(model, crops, read)) * mlp
+    flops = model.depth * attention + mlps + _embedding(model, crops)
     return StepFlops(flops, flops)
 
 
-def _student(config: Config, crops: _Crops) -> StepFlops:
-    """The student's backbone, forward and backward."""
+def _student(config: Config, crops: _Crops, read: int) -> StepFlops:
+    """The student's backbone, forward and backward, of whose result ``read`` tokens are read."""
     model, engine = config.model, config.engine
     attention, mlp = _block(model, crops, crops.kept)
+    share = _read_share(model, crops, read)
+    attentions, mlps = model.depth * attention, (model.depth - 1 + share) * mlp
+    # what is read of those that drop-path leaves out is computed and taken 0 times
+    done = (model.depth - 1) * mlp + share * _block(model, crops, crops.images)[1]
     # a branch that is recomputed on its own ends before its last product, whose result was kept
     rows = 2.0 * crops.kept * _tokens(model, crops)
-    inner_attention, inner_mlp = attention - rows * model.dim**2, mlp - rows * model.dim * model.hidden
-    again = {"none": 0.0, "selective": inner_mlp, "block": attention + mlp}[engine.checkpointing]
+    inner_attentions = attentions - model.depth * rows * model.dim**2
+    inner_done = done * (1.0 - rows * model.dim * model.hidden / mlp) if mlp else 0.0
+    again = {"none": 0.0, "selective": inner_done, "block": attentions + done}[engine.checkpointing]
     if engine.view_groups > 1 and engine.checkpointing == "block":
         # the groups are recomputed within a block that is recomputed itself
-        again += inner_attention + inner_mlp
+        again += inner_attentions + inner_done
     # nobody asks for the gradient of the pixels
-    flops = model.depth * 3.0 * (attention + mlp) + 2.0 * _embedding(model, crops)
-    return StepFlops(flops, flops + model.depth * again)
+    embedding = 2.0 * _embedding(model, crops)
+    return StepFlops(3.0 * (attentions + mlps) + embedding, 3.0 * (attentions + done) + embedding + again)
 
 
 def _heads(

@@ -267,7 +267,8 @@ def _branches(s: _Sizes) -> tuple[float, float, float]:
 def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
     model, engine = s.config.model, s.config.engine
     tokens, item = (s.tokens, "tokens"), (s.item, "B")
-    branches, width, values = (2 * model.depth, "branches"), (model.dim, "values"), (s.block, "values")
+    # the last one's input is few rows
+    branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
     # all that a branch makes of its input passes through the cache, and is made again in the backward
     yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
     yield _part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)

@@ -65,7 +65,7 @@ def test_on_a_cpu_a_block_by_kernels_keeps_the_inputs_of_its_branches() -> None:
     tokens = 16 * (2 * (5 + 14**2) + 8 * (5 + 6**2))
     for bf16, item in ((True, 2), (False, 4)):
         of_kernels = kept.pop(("engine.cpu_kernels=true", bf16))
-        assert of_kernels is not None and of_kernels.num_bytes == 12 * 2 * tokens * 384 * item
+        assert of_kernels is not None and of_kernels.num_bytes == (12 * 2 - 1) * tokens * 384 * item
     assert not any(kept.values())
 
 
@@ -76,11 +76,11 @@ def test_recomputation_trades_memory_for_arithmetic() -> None:
 
 
 def test_the_arithmetic_of_a_dense_step() -> None:
-    """About 6 multiply-adds' worth a parameter and token for the student, 2 for the teacher."""
+    """About 6 operations a parameter and token for the student, 2 for the teacher, less most of the last MLP."""
     config = giant("model.drop_path=0.0", "engine.checkpointing=none", "data.global_batch=128")
     planned = plan(config, 8)
     student, teacher = 128 * (2 * 261 + 8 * 54), 128 * 2 * 261
-    expected = 6.7e9 * (6 * student + 2 * teacher)
+    expected = 6.7e9 * (1 - 2 / 3 / 40) * (6 * student + 2 * teacher)
     assert 1.0 < planned.flops_per_step / expected < 1.25
     # the student twice and the teacher once, in 16 bits, without a rank's own eighth
     assert planned.all_gather_bytes_per_step == pytest.approx(3 * 7.028e9 * 2 * 7 / 8, rel=0.03)
