@@ -56,7 +56,7 @@ class Wanted(NamedTuple):
         exact = torch.promote_types(tokens.dtype, torch.float32)
         counts = torch.zeros(len(tokens), 1, dtype=exact, device=tokens.device)
         for kept, scale in zip(drop.rows[1].split(drop.layout.sizes()), drop.scales, strict=True):
-            counts[kept] = scale
+            counts.index_fill_(0, kept, scale)
         return cls(rows, counts.index_select(0, rows))
 
 

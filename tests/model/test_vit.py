@@ -12,6 +12,7 @@ from streamtrain.config.model import ModelConfig
 from streamtrain.model.initialise import initialise
 from streamtrain.model.vit import VisionTransformer
 
+CPU = torch.device("cpu")
 TINY = {"dim": 48, "depth": 3, "num_heads": 3, "patch_size": 4, "num_registers": 2, "drop_path": 0.0}
 
 
@@ -232,6 +233,74 @@ def test_cls_and_registers_may_have_a_norm_of_their_own() -> None:
         for after in (untied.forward_features(pixels), last):
             torch.testing.assert_close(after.cls, tied.forward_features(pixels).cls + 1.0)
             assert torch.equal(after.patches, tied.forward_features(pixels).patches)
+
+
+def wanted_rows(model: VisionTransformer, crops: list[Tensor], seed: int = 3) -> Tensor:
+    """CLS of all, and some patches, two of which more than once."""
+    layout = model.layout(crops)
+    patches = torch.randperm(layout.sizes()[0], generator=torch.Generator().manual_seed(seed))[:9]
+    return torch.cat([layout.cls_rows(0, CPU), patches, patches[:2], layout.cls_rows(1, CPU)])
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("checkpointing", "groups", "fields"),
+    [
+        ("none", 1, {}),
+        ("selective", 1, {}),
+        ("selective", 2, {}),
+        ("block", 1, {"mlp": "swiglu", "mlp_hidden": 80}),
+        ("block", 3, {}),
+        # wide enough for a CPU's kernels, where it has such
+        ("block", 1, {"dim": 64, "num_heads": 2}),
+        ("block", 1, {"dim": 64, "num_heads": 2, "mlp": "swiglu", "mlp_hidden": 96}),
+    ],
+)
+def test_rows_that_somebody_reads_are_those_of_the_whole_with_the_same_gradients(
+    checkpointing: str, groups: int, fields: dict[str, object], drop_rate: float
+) -> None:
+    model = make(checkpointing, groups, drop_path=drop_rate, rope_rescale=2.0, **fields)
+    crops = [images(6, 3, 32, 32), images(5, 3, 16, 16, seed=1)]
+    rows = wanted_rows(model, crops)
+    by = images(len(rows), model.norm.normalized_shape[0], seed=4)
+    found = []
+    for only in (False, True):
+        model.zero_grad()
+        draw = torch.Generator().manual_seed(0)
+        if only:
+            tokens, _ = model.encode(crops, [None, None], draw, rows=rows)
+        else:
+            tokens = model.encode(crops, [None, None], draw)[0].index_select(0, rows)
+        tokens.backward(by)
+        found.append([tokens.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"dim": 64, "num_heads": 2}])
+@pytest.mark.parametrize("chunk", [0, 1, 4])
+def test_a_teacher_gives_the_same_rows_whatever_its_chunk(chunk: int, fields: dict[str, object]) -> None:
+    model = make(**fields)
+    crops = [images(6, 3, 32, 32), images(5, 3, 16, 16, seed=1)]
+    rows = wanted_rows(model, crops)
+    with torch.no_grad():
+        whole, _ = model.encode(crops, [None, None])
+        tokens, _ = model.encode(crops, [None, None], chunk=chunk, rows=rows)
+    torch.testing.assert_close(tokens, whole[rows])
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_the_last_mlp_computes_no_other_rows(chunk: int) -> None:
+    model = make()
+    seen: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    crops = [images(6, 3, 32, 32), images(5, 3, 16, 16, seed=1)]
+    rows = wanted_rows(model, crops)
+    with torch.no_grad():
+        model.encode(crops, [None, None], chunk=chunk, rows=rows)
+    assert sum(seen) == 2 * sum(model.layout(crops).sizes()) + len(rows)
 
 
 def test_bf16_pass_is_near_the_fp32_one() -> None:
