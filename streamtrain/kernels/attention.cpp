@@ -151,13 +151,13 @@ void softmax(float* scores, int64_t count, int64_t length, int64_t padded, float
 
 template <class T>
 void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
-             const std::vector<double>& scales, const std::vector<Tensor>& factors, int64_t num_heads,
-             const std::vector<Tensor>& weights, double eps) {
+             const std::vector<double>& scales, const std::optional<Tensor>& counts, const std::vector<Tensor>& factors,
+             int64_t num_heads, const std::vector<Tensor>& weights, double eps) {
   const Branch<T> branch(weights, num_heads);
   const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread<T>(dim);
   check<T>(tokens, {tokens.size(0), dim});
   check<T>(out, tokens.sizes());
-  const Rows rows(kept, sizes, scales, tokens.size(0));
+  const Rows rows(kept, sizes, scales, counts, tokens.size(0));
   const Tiles<T> tiles(sizes, factors, head_dim);
   T *qkv = scratch<T>(QKV, 3 * dim * dim), *proj = scratch<T>(PROJ, dim * dim);
   pack_forward(in<T>(branch.qkv_weight), 3 * dim, dim, head_dim, qkv);
@@ -315,14 +315,14 @@ std::vector<Tensor> gradients(const Branch<T>& branch, const Sums& sums, const P
 template <class T>
 std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
                              const std::optional<Tensor>& kept, at::IntArrayRef sizes, const std::vector<double>& scales,
-                             const std::vector<Tensor>& factors, int64_t num_heads, const std::vector<Tensor>& weights,
-                             double eps) {
+                             const std::optional<Tensor>& counts, const std::vector<Tensor>& factors, int64_t num_heads,
+                             const std::vector<Tensor>& weights, double eps) {
   const Branch<T> branch(weights, num_heads);
   const int64_t dim = branch.dim, head_dim = branch.head_dim, stride = spread<T>(dim), by_stride = spread<T>(3 * dim);
   check<T>(tokens, {tokens.size(0), dim});
   check<T>(by_out, tokens.sizes());
   check<T>(by_tokens, tokens.sizes());
-  const Rows rows(kept, sizes, scales, tokens.size(0));
+  const Rows rows(kept, sizes, scales, counts, tokens.size(0));
   const Tiles<T> tiles(sizes, factors, head_dim);
   T *qkv = scratch<T>(QKV, 3 * dim * dim), *qkv_back = scratch<T>(QKV_BACK, 3 * dim * dim);
   T* proj_back = scratch<T>(PROJ_BACK, dim * dim);

@@ -71,12 +71,13 @@ inline void silu(__m512 x, __m512& value, __m512& slope) {
 
 template <class T>
 void forward(const Tensor& tokens, const Tensor& out, const std::optional<Tensor>& kept, at::IntArrayRef sizes,
-             const std::vector<double>& scales, const std::vector<Tensor>& weights, double eps) {
+             const std::vector<double>& scales, const std::optional<Tensor>& counts, const std::vector<Tensor>& weights,
+             double eps) {
   const Branch<T> branch(weights);
   const int64_t dim = branch.dim, hidden = branch.hidden, stride = spread<T>(dim), active_stride = spread<T>(hidden);
   check<T>(tokens, {tokens.size(0), dim});
   check<T>(out, tokens.sizes());
-  const Rows rows(kept, sizes, scales, tokens.size(0));
+  const Rows rows(kept, sizes, scales, counts, tokens.size(0));
   const T* up = packed_up(branch);
   T* down = scratch<T>(DOWN, dim * hidden);
   pack_forward(in<T>(branch.down_weight), dim, hidden, PANEL, down);
@@ -151,14 +152,14 @@ std::vector<Tensor> gradients(const Branch<T>& branch, const Sums& sums, const P
 template <class T>
 std::vector<Tensor> backward(const Tensor& by_out, const Tensor& tokens, const Tensor& by_tokens,
                              const std::optional<Tensor>& kept, at::IntArrayRef sizes, const std::vector<double>& scales,
-                             const std::vector<Tensor>& weights, double eps) {
+                             const std::optional<Tensor>& counts, const std::vector<Tensor>& weights, double eps) {
   const Branch<T> branch(weights);
   const int64_t dim = branch.dim, hidden = branch.hidden, width = branch.width;
   const int64_t stride = spread<T>(dim), by_stride = spread<T>(width);
   check<T>(tokens, {tokens.size(0), dim});
   check<T>(by_out, tokens.sizes());
   check<T>(by_tokens, tokens.sizes());
-  const Rows rows(kept, sizes, scales, tokens.size(0));
+  const Rows rows(kept, sizes, scales, counts, tokens.size(0));
   const T* up = packed_up(branch);
   T *up_back = scratch<T>(UP_BACK, width * dim), *down_back = scratch<T>(DOWN_BACK, dim * hidden);
   pack_backward(in<T>(branch.up_weight), width, dim, PANEL, nullptr, up_back);

@@ -16,12 +16,18 @@ struct Rows {
   // what each row's branch counts
   std::vector<float> scale;
 
-  // of tokens ``total``
-  Rows(const std::optional<at::Tensor>& kept, at::IntArrayRef sizes, at::ArrayRef<double> scales, int64_t total)
+  // of tokens ``total``; ``counts`` [rows], if given, are factors of the groups' scales
+  Rows(const std::optional<at::Tensor>& kept, at::IntArrayRef sizes, at::ArrayRef<double> scales,
+       const std::optional<at::Tensor>& counts, int64_t total)
       : index(kept ? kept->const_data_ptr<int64_t>() : nullptr) {
     TORCH_CHECK(sizes.size() == scales.size() && (!kept || kept->is_contiguous()));
     for (size_t group = 0; group < sizes.size(); group++) scale.insert(scale.end(), sizes[group], scales[group]);
     count = scale.size();
+    if (counts) {
+      TORCH_CHECK(counts->scalar_type() == at::kFloat && counts->is_contiguous() && counts->numel() == count);
+      const float* factors = counts->const_data_ptr<float>();
+      for (int64_t row = 0; row < count; row++) scale[row] *= factors[row];
+    }
     TORCH_CHECK(count <= total, count, " rows of ", total);
     if (!kept) return;
     TORCH_CHECK(kept->numel() == count && std::is_sorted(index, index + count), "rows must be sorted, and as many as their sizes say");

@@ -27,6 +27,8 @@ class Place(NamedTuple):
     # of each group: its kept tokens, and what they count
     sizes: list[int]
     scales: list[float]
+    # fp32 [kept tokens]: factors of that, of each; None: 1
+    counts: Tensor | None = None
 
 
 def place(layout: Layout, drop: DropPath | None, branch: int) -> Place:
@@ -37,13 +39,8 @@ def place(layout: Layout, drop: DropPath | None, branch: int) -> Place:
 
 
 def place_of(wanted: Wanted) -> Place:
-    """Those of the rows that are wanted, taken out of the others, that the MLP branch computes."""
-    if wanted.counts is None:
-        return Place(None, [len(wanted.rows)], [1.0])
-    counts = wanted.counts.flatten()
-    kept = counts.nonzero().flatten()
-    scales, sizes = counts[kept].unique_consecutive(return_counts=True)
-    return Place(kept, sizes.tolist(), scales.tolist())
+    """All rows that are wanted, taken out of the others; those that drop-path leaves out, few, count 0."""
+    return Place(None, [len(wanted.rows)], [1.0], wanted.counts)
 
 
 def suits(tokens: Tensor, dim: int, hidden: int, num_heads: int) -> bool:
