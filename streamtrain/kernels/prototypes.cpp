@@ -13,6 +13,8 @@ using at::Tensor;
 
 // rows whose logits are there at once
 constexpr int64_t BLOCK = 256;
+// panels of prototypes that the loss takes together, at most
+constexpr int64_t MOST_PANELS = 4;
 // below any sum that can occur; keeps the logarithm finite where there is no row at all
 constexpr float LEAST = 1e-30f;
 // of a row's sum, below which what was too small for a number could matter: all of that is less than 2e-38
@@ -235,58 +237,67 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
   const int64_t size = rounded(rows * (1 + dim), 16);
   float* memory = scratch<float>(MATCHED, threads * size);
   std::fill(memory, memory + threads * size, 0.f);
-  for_tiles(student.panels, threads, [&](int64_t thread, int64_t panel) {
+  // Panels that pass together: so the sums of the rows' gradients, which no cache holds, are read and written less often.
+  const int64_t together = std::clamp<int64_t>(student.panels / threads, 1, MOST_PANELS), across = together * PANEL;
+  const int64_t stride = spread<T>(across);
+  for_tiles((student.panels + together - 1) / together, threads, [&](int64_t thread, int64_t tile) {
     float *matched = memory + thread * size, *by_rows = matched + rows;
     T *packed = scratch<T>(STUDENT, PANEL * dim), *teachers = scratch<T>(TEACHER, PANEL * teacher.dim);
-    T* back = scratch<T>(WEIGHT, PANEL * dim);
+    T* back = scratch<T>(WEIGHT, across * dim);
     float *found = scratch<float>(LOGITS, BLOCK * PANEL), *targets = scratch<float>(TARGETS, rounded(teacher.rows, BLOCK) * PANEL);
-    T *difference = scratch<T>(DIFFERENCE, padded * PANEL), *turned = scratch<T>(TURNED, PANEL * spread<T>(padded));
+    T *differences = scratch<T>(DIFFERENCE, padded * stride), *turned = scratch<T>(TURNED, PANEL * spread<T>(padded));
     float* result = scratch<float>(BY_WEIGHT, PANEL * dim);
-    const int64_t start = panel * PANEL, width = student.width(panel);
-    student.pack(panel, packed);
-    teacher.pack(panel, teachers);
-    if (need_gradient) as_right(student.weight + start * dim, dim, width, PANEL, dim, back);
-    const auto masked = [&](int64_t i) { return columns_from(i, width); };
-    for (int64_t first = 0; first < teacher.rows; first += BLOCK) {
-      const int64_t count = std::min(BLOCK, teacher.rows - first);
-      float* place = targets + first * PANEL;
-      teacher.logits(first, count, teachers, place);
-      for (int64_t r = 0; r < count; r++, place += PANEL) {
-        const __m512 own = _mm512_set1_ps(of_row[first + r]);
-        for (int64_t i = 0; i < PANEL; i += 16) {
-          const __m512 added = _mm512_add_ps(own, _mm512_maskz_loadu_ps(masked(i), of_column + start + i));
-          const __m512 entry = exponential(_mm512_fmadd_ps(_mm512_loadu_ps(place + i), teacher_scale, added));
-          _mm512_storeu_ps(place + i, _mm512_maskz_mov_ps(masked(i), entry));
-        }
-      }
-    }
-    for (int64_t first = 0; first < rows; first += BLOCK) {
-      const int64_t count = std::min(BLOCK, rows - first);
-      student.logits(first, count, packed, found);
-      for (int64_t r = 0; r < count; r++) {
-        const int64_t at = first + r;
-        const __m512 down = _mm512_set1_ps(of_shift[at]), share = _mm512_set1_ps(of_factor[at]);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < PANEL; i += 16) {
-          __m512 target = _mm512_setzero_ps();
-          for (int64_t j = 0; j < pairs; j++) {
-            const int64_t mate = mates[at * pairs + j];
-            if (mate >= 0) target = _mm512_add_ps(target, _mm512_loadu_ps(targets + mate * PANEL + i));
+    const int64_t end = std::min(student.panels, (tile + 1) * together), start_of_all = tile * across;
+    for (int64_t panel = tile * together; panel < end; panel++) {
+      T* difference = differences + (panel * PANEL - start_of_all);
+      const int64_t start = panel * PANEL, width = student.width(panel);
+      student.pack(panel, packed);
+      teacher.pack(panel, teachers);
+      const auto masked = [&](int64_t i) { return columns_from(i, width); };
+      for (int64_t first = 0; first < teacher.rows; first += BLOCK) {
+        const int64_t count = std::min(BLOCK, teacher.rows - first);
+        float* place = targets + first * PANEL;
+        teacher.logits(first, count, teachers, place);
+        for (int64_t r = 0; r < count; r++, place += PANEL) {
+          const __m512 own = _mm512_set1_ps(of_row[first + r]);
+          for (int64_t i = 0; i < PANEL; i += 16) {
+            const __m512 added = _mm512_add_ps(own, _mm512_maskz_loadu_ps(masked(i), of_column + start + i));
+            const __m512 entry = exponential(_mm512_fmadd_ps(_mm512_loadu_ps(place + i), teacher_scale, added));
+            _mm512_storeu_ps(place + i, _mm512_maskz_mov_ps(masked(i), entry));
           }
-          const __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(found + r * PANEL + i), scale);
-          sum = _mm512_fmadd_ps(target, logit, sum);
-          const __m512 entry = _mm512_fnmadd_ps(share, target, exponential(_mm512_sub_ps(logit, down)));
-          if (need_gradient) store(difference + at * PANEL + i, _mm512_maskz_mov_ps(masked(i), entry));
         }
-        matched[at] += _mm512_reduce_add_ps(sum);
       }
-      if (need_gradient)
-        product(count, dim, PANEL, difference + first * PANEL, PANEL, back, dim, by_rows + first * dim, dim, true);
+      for (int64_t first = 0; first < rows; first += BLOCK) {
+        const int64_t count = std::min(BLOCK, rows - first);
+        student.logits(first, count, packed, found);
+        for (int64_t r = 0; r < count; r++) {
+          const int64_t at = first + r;
+          const __m512 down = _mm512_set1_ps(of_shift[at]), share = _mm512_set1_ps(of_factor[at]);
+          __m512 sum = _mm512_setzero_ps();
+          for (int64_t i = 0; i < PANEL; i += 16) {
+            __m512 target = _mm512_setzero_ps();
+            for (int64_t j = 0; j < pairs; j++) {
+              const int64_t mate = mates[at * pairs + j];
+              if (mate >= 0) target = _mm512_add_ps(target, _mm512_loadu_ps(targets + mate * PANEL + i));
+            }
+            const __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(found + r * PANEL + i), scale);
+            sum = _mm512_fmadd_ps(target, logit, sum);
+            const __m512 entry = _mm512_fnmadd_ps(share, target, exponential(_mm512_sub_ps(logit, down)));
+            if (need_gradient) store(difference + at * stride + i, _mm512_maskz_mov_ps(masked(i), entry));
+          }
+          matched[at] += _mm512_reduce_add_ps(sum);
+        }
+      }
+      if (!need_gradient) continue;
+      as_left_transposed(difference, stride, rows, padded, PANEL, turned);
+      product(PANEL, dim, padded, turned, spread<T>(padded), right, dim, result, dim, false);
+      for (int64_t i = 0; i < width * dim; i += 16) store(to + start * dim + i, _mm512_loadu_ps(result + i));
     }
     if (!need_gradient) return;
-    as_left_transposed(difference, PANEL, rows, padded, PANEL, turned);
-    product(PANEL, dim, padded, turned, spread<T>(padded), right, dim, result, dim, false);
-    for (int64_t i = 0; i < width * dim; i += 16) store(to + start * dim + i, _mm512_loadu_ps(result + i));
+    const int64_t columns = (end - tile * together) * PANEL;
+    as_right(student.weight + start_of_all * dim, dim, std::min(columns, student.all - start_of_all), columns, dim, back);
+    for (int64_t first = 0; first < rows; first += BLOCK)
+      product(std::min(BLOCK, rows - first), dim, columns, differences + first * stride, stride, back, dim, by_rows + first * dim, dim, true);
   });
   Parts{size, threads}.add_up(memory);
   const auto copied = [](float* from, at::IntArrayRef shape) { return at::from_blob(from, shape, at::kFloat).clone(); };
