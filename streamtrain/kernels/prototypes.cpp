@@ -86,41 +86,43 @@ void logits(const Tensor& features, const Tensor& weight, double temperature, co
   });
 }
 
-// Log-sum-exps of rows over panels that come one after the other, those of a thread apart from the others'.
+// Log-sum-exps of rows over panels that come one after the other, those of a thread and of every 16th column apart from the
+// others'.
 struct RowSums {
   int64_t threads, rows;
-  // the largest logit of each row, and the sum of the exponentials of all over it
+  // [threads, rows, 16]: the largest logit, and the sum of the exponentials of all over it
   float *highest, *sums;
 
   explicit RowSums(int64_t rows) : threads(at::get_num_threads()), rows(rows) {
-    highest = scratch<float>(HIGHEST, 2 * threads * rows);
-    sums = highest + threads * rows;
+    const int64_t all = 16 * threads * rows;
+    highest = scratch<float>(HIGHEST, 2 * all);
+    sums = highest + all;
     std::fill(highest, sums, -std::numeric_limits<float>::infinity());
-    std::fill(sums, sums + threads * rows, 0.f);
+    std::fill(sums, sums + all, 0.f);
   }
-  // ``logits * scale + column`` of a row, of which the first ``width`` count; overwrites them
-  void add(int64_t thread, int64_t row, float* logits, __m512 scale, const float* column, int64_t width) const {
+  // ``logits * scale + column`` of a row, of which the first ``width`` count
+  void add(int64_t thread, int64_t row, const float* logits, __m512 scale, const float* column, int64_t width) const {
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    float &before = highest[thread * rows + row], &sum = sums[thread * rows + row];
-    __m512 most = _mm512_set1_ps(before), total = _mm512_setzero_ps();
+    float *highest_here = highest + 16 * (thread * rows + row), *sum_here = sums + 16 * (thread * rows + row);
+    const __m512 before = _mm512_loadu_ps(highest_here);
+    __m512 values[PANEL / 16], most = before, sum = _mm512_loadu_ps(sum_here);
     for (int64_t i = 0; i < PANEL; i += 16) {
       const __mmask16 mask = columns_from(i, width);
       __m512 value = _mm512_mul_ps(_mm512_loadu_ps(logits + i), scale);
       if (column) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, column + i));
-      value = _mm512_mask_blend_ps(mask, none, value);
-      _mm512_storeu_ps(logits + i, value);
-      most = _mm512_max_ps(value, most);
+      values[i / 16] = _mm512_mask_blend_ps(mask, none, value);
+      most = _mm512_max_ps(values[i / 16], most);
     }
-    const float now = _mm512_reduce_max_ps(most);
-    const __m512 shift = _mm512_set1_ps(now);
-    for (int64_t i = 0; i < PANEL; i += 16) total = _mm512_add_ps(total, exponential(_mm512_sub_ps(_mm512_loadu_ps(logits + i), shift)));
-    if (sum && now != before) sum *= std::exp(before - now);
-    sum += _mm512_reduce_add_ps(total);
-    before = now;
+    // where there has been nothing yet the sum is to be 0, not the NaN of infinities
+    const __m512 shift = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, none, _CMP_EQ_OQ), _mm512_setzero_ps());
+    if (_mm512_cmp_ps_mask(most, before, _CMP_NEQ_UQ)) sum = _mm512_mul_ps(sum, exponential(_mm512_sub_ps(before, shift)));
+    for (const __m512 value : values) sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(value, shift)));
+    _mm512_storeu_ps(highest_here, most);
+    _mm512_storeu_ps(sum_here, sum);
   }
   Tensor whole() const {
-    const auto shaped = [&](float* from) { return at::from_blob(from, {threads, rows}, at::kFloat); };
-    return at::logsumexp(shaped(highest) + shaped(sums).log(), 0);
+    const auto shaped = [&](float* from) { return at::from_blob(from, {threads, rows, 16}, at::kFloat); };
+    return at::logsumexp(shaped(highest) + shaped(sums).log(), {0, 2});
   }
 };
 
