@@ -141,10 +141,15 @@ def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None
         assert not loss.isfinite()
 
 
+@pytest.mark.parametrize("far_below", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("valid_rows", [40, 33, 0])
-def test_sinkhorn_is_that_of_float64(valid_rows: int, scale: float) -> None:
+def test_sinkhorn_is_that_of_float64(valid_rows: int, scale: float, far_below: bool) -> None:
     features, weight = unit(40, 64, seed=0), scale * unit(500, 64, seed=1)
+    if far_below:
+        # of the first row no column's exponential is a number beside the others'
+        features, weight = features.abs(), weight.abs()
+        features[0] *= -1
     valid = torch.arange(40) < valid_rows
     got, want = (
         sinkhorn(features.to(kind), weight.to(kind), TEACHER, 3, 96, valid=valid)
