@@ -267,10 +267,11 @@ def _branches(s: _Sizes) -> tuple[float, float, float]:
 def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
     model, engine = s.config.model, s.config.engine
     tokens, item = (s.tokens, "tokens"), (s.item, "B")
-    # the last one's input is few rows
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
     # all that a branch makes of its input passes through the cache, and is made again in the backward
     yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
+    read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.active else s.masked_rows)
+    yield _part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
     yield _part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)
     yield _part("a block's values laid out", "gpu", ALWAYS, (2, "directions"), values, item)
     # the number of threads follows from the machine where it is not set
@@ -356,7 +357,7 @@ def _prototypes(s: _Sizes) -> Iterator[Part]:
     chunk = max(s.config.objective.chunk_bytes, *(64 * 4 * s.accumulation * rows for _, _, _, rows in s.heads))
     largest = max(head.prototypes * head.bottleneck for _, head, _, _ in s.heads)
     # one rank's shard is the whole
-    gathered = ((largest if s.world_size > 1 else 0), "values")
+    gathered = (largest if s.world_size > 1 else 0, "values")
     yield _part("teacher's prototypes gathered", "gpu", (TARGETS, LOSS), gathered, (s.item, "B"))
     yield _part("student's prototypes gathered", "gpu", LOSS, gathered, (s.item, "B"))
     for name, head, _, _ in s.heads:

@@ -71,7 +71,7 @@ class ShardedWeight:
 
     @contextmanager
     def gathered(self) -> Iterator[torch.Tensor]:
-        """Yield the whole tensor, without gradient; it is released at the end of the block."""
+        """Yield the whole tensor, without gradient and to be read only; it is released at the end of the block."""
         if dist.get_world_size() == 1:
             # the shard is the whole already, which DeepSpeed would copy
             yield self._parameter.ds_tensor.detach().view(self._parameter.ds_shape)

@@ -1,5 +1,6 @@
 // Logits of bottlenecks against prototypes, and the cross-entropy between the student's and the teacher's, a panel of
-// prototypes at a time: its logits, targets and gradients are made and used up while they lie in a core's cache.
+// prototypes at a time (in the loss up to four): its logits, targets and gradients are made and used up while they lie in a
+// core's cache.
 #include <torch/library.h>
 
 #include "rows.h"
@@ -149,7 +150,7 @@ Tensor row_log_sum_exp(const Tensor& features, const Tensor& weight, double temp
 
 // Of each prototype the largest of these rows' ``features @ weight.T / temperature + row``, and the sum of the
 // exponentials of all over it. Where no other rank has rows, ``alone``, instead: the scaling of each prototype that
-// gives it ``1 / all`` of the whole, and the rows' log-sum-exps so scaled, without ``row``.
+// gives it ``1 / all`` of the whole, and the rows' log-sum-exps so scaled, without ``row``; of no use where that is -inf.
 template <class T>
 std::vector<Tensor> sinkhorn(const Tensor& features, const Tensor& weight, double temperature, const Tensor& row, bool alone) {
   const Factors<T> factors(features, weight);

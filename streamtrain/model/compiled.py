@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from streamtrain.errors import ConfigError
 from streamtrain.model.layers import Block
 
-# Shapes that are met of one block: with and without a gradient, a chunk and what is left over, for each crop size.
-# Beyond torch's own limit of 8 it would stop compiling.
+# Shapes that are met of one block: with and without a gradient, a chunk and what is left over, for each crop size; and
+# of the last one, with the rows that are read of it. Beyond torch's own limit of 8 it would stop compiling.
 MOST_SHAPES = 64
 
 
@@ -39,11 +39,11 @@ def compile_blocks(network: nn.Module) -> None:
 def _with_one_line(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    def transform(*arguments: Any) -> Tensor:
+    def in_one_line(*arguments: Any) -> Tensor:
         try:
             return compiled(*arguments)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             told = str(error).strip().partition("\n")[0]
             raise ConfigError(f"the blocks cannot be compiled here ({told}); set engine.compile=off") from error
 
-    return transform
+    return in_one_line

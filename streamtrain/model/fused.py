@@ -27,7 +27,7 @@ class Place(NamedTuple):
     # of each group: its kept tokens, and what they count
     sizes: list[int]
     scales: list[float]
-    # fp32 [kept tokens]: factors of that, of each; None: 1
+    # fp32, one a kept token: a factor of that; None: 1
     counts: Tensor | None = None
 
 

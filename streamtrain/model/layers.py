@@ -189,7 +189,7 @@ class Block(nn.Module):
         drop: DropPath | None,
         wanted: Wanted | None = None,
     ) -> Tensor:
-        """Both residual branches; with ``drop`` each computes its kept images only."""
+        """Both branches, with ``drop`` of its kept images only each; for ``wanted`` see ``forward``."""
         # not by the instance, whose two parts may be compiled on their own
         tokens = Block.attend(self, tokens, layout, tables, drop)
         return Block.refine(self, tokens, layout, tables, drop, wanted)

@@ -104,7 +104,7 @@ def _by_kernels(
     features: Tensor, weight: Tensor, temperature: float, iterations: int, group: dist.ProcessGroup | None,
     start: Tensor, total: Tensor,
 ) -> Assignment:
-    """The same by the kernels for CPUs, each sum as an exact log-sum-exp."""  # fmt: skip
+    """The same by the kernels for CPUs; over several ranks the rows' sums take a sweep of their own."""  # fmt: skip
     alone = world_size(group) == 1
     row = start
     for _ in range(iterations):
