@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ ROUGH = {torch.bfloat16: 5e-3, torch.float32: 5e-6}
 def unit(*shape: int, seed: int, dtype: torch.dtype = NUMBERS[0] if NUMBERS else torch.float32) -> Tensor:
     draw = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(draw, dim=-1).to(dtype)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -80,6 +89,7 @@ def both_forms(
     return results
 
 
+@pytest.mark.usefixtures("threads")
 @in_each_number
 @pytest.mark.parametrize("valid_rows", [12, 5, 0])
 @pytest.mark.parametrize("paired", [True, False])
@@ -97,6 +107,7 @@ def test_the_loss_and_its_gradients(paired: bool, valid_rows: int, teacher_dim: 
         assert distance(mine, want) < ROUGH[dtype]
 
 
+@pytest.mark.usefixtures("threads")
 @in_each_number
 def test_more_rows_than_a_block(dtype: torch.dtype) -> None:
     rows = 600
@@ -141,6 +152,7 @@ def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None
         assert not loss.isfinite()
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("far_below", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("valid_rows", [40, 33, 0])
