@@ -240,7 +240,7 @@ std::vector<Tensor> cross_entropy(const Tensor& features, const Tensor& weight, 
   const int64_t size = rounded(rows * (1 + dim), 16);
   float* memory = scratch<float>(MATCHED, threads * size);
   std::fill(memory, memory + threads * size, 0.f);
-  // Panels that pass together: so the sums of the rows' gradients, which no cache holds, are read and written less often.
+  // Panels that pass together: so the sums of the rows' gradients, often larger than a core's cache, are read and written less.
   const int64_t together = std::clamp<int64_t>(student.panels / threads, 1, MOST_PANELS), across = together * PANEL;
   const int64_t stride = spread<T>(across);
   for_tiles((student.panels + together - 1) / together, threads, [&](int64_t thread, int64_t tile) {
