@@ -18,7 +18,7 @@ setup(
         "streamtrain.configs",
     ],
     package_dir={"streamtrain.configs": "configs"},
-    package_data={"streamtrain.configs": ["*.yaml"], "streamtrain.kernels": ["*.h", "*.cpp"]},
+    package_data={"streamtrain.configs": ["*.yaml"], "streamtrain.ops.cpu": ["*.h", "*.cpp"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.14",

@@ -13,16 +13,23 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shards.errors import ShardError
-from shards.mixture import AnySet
+from shards.reading.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.stream import check_cache, check_state, identity_of, order_of, try_cache
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
-from streamtrain.guards import FLAG, check_resume
-from streamtrain.monitor.trackers import check_trackers
-from streamtrain.run_folder import check_weights, held, make_run_folder, nothing_left, saved_state, starting_checkpoint
+from streamtrain.reporting.trackers import check_trackers
+from streamtrain.run.directory import (
+    check_weights,
+    held,
+    make_run_folder,
+    nothing_left,
+    saved_state,
+    starting_checkpoint,
+)
+from streamtrain.run.resume_policy import FLAG, check_resume
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -96,7 +103,7 @@ def main() -> int:
         shard_set = check(config, launch, source, arguments.accept_changes)
         with held(run_dir, launch.rank):
             choose_accelerator(config.engine, launch)
-            from streamtrain.train import dry_run, train  # torch and DeepSpeed take seconds to load
+            from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from streamtrain.kernels import build
 from streamtrain.model import fused
+from streamtrain.ops.cpu import build
 
 # a compiler that is there and fails is for the tests to find
 _COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.pack import PackOptions, pack
-from shards.source import ShardSet
+from shards.packing.pack import PackOptions, pack
+from shards.reading.source import ShardSet
 
 
 def drawn_image(number: int, width: int = 40, height: int = 30) -> Image.Image:

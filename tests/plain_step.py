@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.learner import Learner
+from streamtrain.training.ssl_model import Learner
 
 
 class PlainBackbone(nn.Module):

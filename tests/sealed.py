@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamtrain.durable import sum_of
-from streamtrain.manifest import MANIFEST_NAME, write_manifest
+from streamtrain.run.atomic_io import sum_of
+from streamtrain.run.step_manifest import MANIFEST_NAME, write_manifest
 
 
 def seal(folder: Path) -> None:

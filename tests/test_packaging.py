@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpu_kernels import needs_kernels
 
-from streamtrain.kernels import build
+from streamtrain.ops.cpu import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -95,7 +95,7 @@ def test_the_kernels_of_the_wheel_are_those_of_the_checkout(wheel: Path, tmp_pat
     """The library's name is a digest of its sources, so that one compilation serves both."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert build.usable(torch.float32)
-    code = "import torch; from streamtrain.kernels import build; assert build.usable(torch.float32)"
+    code = "import torch; from streamtrain.ops.cpu import build; assert build.usable(torch.float32)"
     code += "; print(build.__file__, build._library())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

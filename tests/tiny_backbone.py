@@ -11,8 +11,8 @@ from PIL import Image
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
-from streamtrain.export.folder import export_safetensors
-from streamtrain.export.load import Backbone, load_untrained
+from streamtrain.interop.folder import export_safetensors
+from streamtrain.interop.load import Backbone, load_untrained
 
 TINY = {"patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2, "drop_path": 0.0}
 CROPS = {"global_size": 32, "local_size": 16}

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
-from streamtrain.retention import read_best
 
 if TYPE_CHECKING:
-    from streamtrain.export.load import Backbone
+    from streamtrain.interop.load import Backbone
 
 BEST = "best"
 
@@ -33,7 +33,7 @@ def load_backbone(arguments: argparse.Namespace) -> Backbone:
     Raises:
         StreamtrainError: if they name none, or two.
     """
-    from streamtrain.export.load import load_run, load_untrained, load_weights  # torch takes seconds to load
+    from streamtrain.interop.load import load_run, load_untrained, load_weights  # torch takes seconds to load
 
     if arguments.untrained:
         if (arguments.run is None) == (arguments.config is None):

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.pack import PackOptions, pack
-from shards.shard_set import ShardSet
+from shards.packing.pack import PackOptions, pack
+from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import build, load_config, merge, read_resolved
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, compose
 from streamtrain.evaluation.maps import fit_to_patches, read_image
-from streamtrain.monitor.panel import batch_panel
+from streamtrain.reporting.panel import batch_panel
 
 SHOWN_SIDE = 200
 

@@ -25,7 +25,7 @@ from outputs import writing
 from streamtrain.errors import StreamtrainError
 
 if TYPE_CHECKING:
-    from streamtrain.export.folder import BackboneConfig
+    from streamtrain.interop.folder import BackboneConfig
 
 
 def main() -> int:
@@ -47,9 +47,9 @@ def export(arguments: argparse.Namespace, out: Path) -> str:
     """Write the backbone; returns what to say of it."""
     # torch takes seconds to load
     from streamtrain.config.load import RESOLVED_NAME
-    from streamtrain.export.folder import CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME, export_safetensors
-    from streamtrain.export.hf import export_hf
-    from streamtrain.export.timm_folder import export_timm
+    from streamtrain.interop.folder import CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME, export_safetensors
+    from streamtrain.interop.hf import export_hf
+    from streamtrain.interop.timm_folder import export_timm
 
     if out.exists() and not (out.is_dir() and ((out / CONFIG_NAME).is_file() or not any(out.iterdir()))):
         raise StreamtrainError(f"{out} exists and is no earlier export: choose another --out")
@@ -69,8 +69,8 @@ def export(arguments: argparse.Namespace, out: Path) -> str:
 
 def with_losses(config: BackboneConfig, run_dir: Path) -> BackboneConfig:
     """``config`` whose origin also tells the losses of its step, where they are on record."""
-    from streamtrain.monitor.metrics import read_metrics
-    from streamtrain.run_folder import METRICS_NAME
+    from streamtrain.reporting.metrics import read_metrics
+    from streamtrain.run.directory import METRICS_NAME
 
     path, step = run_dir / METRICS_NAME, config.origin.get("step")
     record = next((line for line in read_metrics(path) if line["step"] == step), {}) if path.is_file() else {}

@@ -15,8 +15,8 @@ from streamtrain.evaluation.images import LabelledImages, match_classes, open_im
 from streamtrain.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from streamtrain.evaluation.linear import EPOCHS, linear_accuracy
 from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
-from streamtrain.export.folder import IMAGENET_MEAN, IMAGENET_STD
-from streamtrain.terminal import progress_bar
+from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
+from streamtrain.reporting.terminal import progress_bar
 
 PIXELS_SIZE = 32  # of the raw-pixel baseline, unless --size says another
 

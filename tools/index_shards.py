@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shards.adopt import adopt
 from shards.errors import ShardError
+from shards.packing.index_tars import adopt
 
 _HELP = """\
 Make a shard set of WebDataset tars that exist already, without copying them: an index of every

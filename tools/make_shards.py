@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
-from shards.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
-from shards.pack import PackOptions, pack
-from shards.parquet import Columns
+from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
+from shards.packing.pack import PackOptions, pack
+from shards.packing.parquet import Columns
 
 _HELP = """\
 Pack images into a shard set: WebDataset tars, an index of every image, and a manifest.

@@ -22,7 +22,7 @@ from streamtrain.evaluation.maps import (
     read_image,
     similarity_maps,
 )
-from streamtrain.export.folder import BackboneConfig
+from streamtrain.interop.folder import BackboneConfig
 
 SHOWN_SIDE = 400  # shorter side in pixels of an image on the page
 

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from streamtrain.config.load import load_config
 from streamtrain.config.section import parse_bytes
-from streamtrain.engine.fitting import fit, fits, step_seconds
-from streamtrain.engine.memory import PHASES, Plan, plan
-from streamtrain.engine.plan_text import gigabytes, table
 from streamtrain.errors import StreamtrainError
+from streamtrain.planning.fitting import fit, fits, step_seconds
+from streamtrain.planning.memory import PHASES, Plan, plan
+from streamtrain.planning.plan_text import gigabytes, table
 
 
 def main() -> int:

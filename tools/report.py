@@ -20,15 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from outputs import writing
 
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
-from streamtrain.engine.flops import step_flops
-from streamtrain.engine.memory import plan
-from streamtrain.engine.plan_text import gigabytes, of_rank
-from streamtrain.environment import ENVIRONMENT_NAME
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.report import Picture, numbers_of, png_of, render
-from streamtrain.monitor.metrics import read_metrics
-from streamtrain.run_folder import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
+from streamtrain.planning.flops import step_flops
+from streamtrain.planning.memory import plan
+from streamtrain.planning.plan_text import gigabytes, of_rank
+from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
+from streamtrain.run.provenance import ENVIRONMENT_NAME
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def page_of(run: Path) -> str:
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
         raise StreamtrainError(f"{run} has nothing to report yet: no step stands in its {METRICS_NAME}")
-    from streamtrain.monitor.events import latest_images  # TensorBoard takes a second to load
+    from streamtrain.reporting.events import latest_images  # TensorBoard takes a second to load
 
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=order)
     # A run is on every chart alone, so a name for it would say nothing.

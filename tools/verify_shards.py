@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
-from shards.images import DEFAULT_MAX_PIXELS
-from shards.manifest import counted
-from shards.verify import load_manifest, verify
+from shards.format.images import DEFAULT_MAX_PIXELS
+from shards.format.set_manifest import counted
+from shards.packing.verify import load_manifest, verify
 
 _HELP = """\
 Read everything in a shard set: every tar, both indexes, the manifest, every checksum, and a full

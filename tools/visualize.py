@@ -31,8 +31,8 @@ from shards.errors import ShardError
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, compose
 from streamtrain.evaluation.chart import charts_of
-from streamtrain.monitor.metrics import read_metrics
-from streamtrain.run_folder import METRICS_NAME
+from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.directory import METRICS_NAME
 
 CURVES = (
     "loss/total", "loss/global", "loss/patch", "loss/koleo", "eval/knn_20", "eval/linear", "features/rank",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from shards.store import Patience
+from shards.storage.store import Patience
 from streamtrain.config.section import NonNegative, Positive, Probability, Section, Size, branch
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shards.mixture import AnySet, open_sets
+from shards.reading.mixture import AnySet, open_sets
 from streamtrain.config.data import DataConfig
 from streamtrain.config.section import STEPS_PER_EPOCH
 from streamtrain.config.tree import Config

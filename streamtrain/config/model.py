@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from streamtrain.config.presets import PRESETS
 from streamtrain.config.section import NonNegative, Positive, Section
-from streamtrain.presets import PRESETS
 
 
 class ModelConfig(Section):
     """``model``: all of it affects results.
 
-    ``preset`` names a row of ``streamtrain.presets``; any field given beside it replaces the preset's.
+    ``preset`` names a row of ``streamtrain.config.presets``; any field given beside it replaces the preset's.
     """
 
     preset: str | None = None

@@ -1,4 +1,4 @@
-"""Values that change with the step; their evaluation is ``streamtrain.schedules``."""
+"""Values that change with the step; their evaluation is ``streamtrain.config.values``."""
 
 from __future__ import annotations
 

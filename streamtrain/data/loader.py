@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shards.cache import ShardCache
-from shards.mixture import AnySet
-from shards.quarantine import Quarantine
-from shards.source import Source
+from shards.reading.cache import ShardCache
+from shards.reading.mixture import AnySet
+from shards.reading.quarantine import Quarantine
+from shards.reading.source import Source
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import Finished, Producer

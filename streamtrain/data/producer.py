@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shards.source import Samples, Source
+from shards.reading.source import Samples, Source
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shards.cache import ShardCache, bytes_in_use, copy_bytes
-from shards.ledger import Ledger, space_for
-from shards.mixture import AnySet, Mixture, stream_order
-from shards.order import Order, SlotOrder
+from shards.reading.cache import ShardCache, bytes_in_use, copy_bytes
+from shards.reading.ledger import Ledger, space_for
+from shards.reading.mixture import AnySet, Mixture, stream_order
+from shards.reading.order import Order, SlotOrder
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 

@@ -21,7 +21,7 @@ from streamtrain.engine.moments import (
     TensorMoments,
     eight_bit_maps,
 )
-from streamtrain.engine.rules import GroupRule, rule_of
+from streamtrain.planning.parameter_groups import GroupRule, rule_of
 
 
 def parameter_groups(

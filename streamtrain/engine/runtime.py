@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.config.engine import EngineConfig
-from streamtrain.engine.memory import KEPT_BYTES
 from streamtrain.errors import ConfigError
+from streamtrain.planning.memory import KEPT_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     import deepspeed
     import torch
 
-    from streamtrain.kernels.build import found, use
+    from streamtrain.ops.cpu.build import found, use
 
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:

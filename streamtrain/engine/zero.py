@@ -25,7 +25,7 @@ from streamtrain.engine.moments import KEYS
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.samples import sampled
-from streamtrain.engine.shapes import SUB_GROUP_NUMEL
+from streamtrain.planning.shapes import SUB_GROUP_NUMEL
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.mixture import AnySet, JoinedSet
 from shards.randomness import uniforms
-from shards.shard_set import ShardSet
+from shards.reading.mixture import AnySet, JoinedSet
+from shards.reading.shard_set import ShardSet
 from streamtrain.config.tree import Config
 from streamtrain.evaluation.images import LabelledImages, images_of_set, match_classes, open_images, split_images
 

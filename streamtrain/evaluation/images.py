@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from shards.errors import SampleError
 from shards.randomness import permutation
-from shards.shard_set import ShardSet
+from shards.reading.shard_set import ShardSet
 from streamtrain.errors import StreamtrainError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}

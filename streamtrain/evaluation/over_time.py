@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from streamtrain.durable import replace_file
 from streamtrain.evaluation.canvas import Tile, compose, enlarge, mark, viridis
 from streamtrain.evaluation.maps import principal_components, similarity_maps
+from streamtrain.run.atomic_io import replace_file
 
 # moments that are shown, and the side in pixels of a map on the page
 COLUMNS, SIDE = 6, 128

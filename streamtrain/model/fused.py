@@ -1,4 +1,4 @@
-"""The branches of a block as one operation each, on a CPU (``streamtrain/kernels``).
+"""The branches of a block as one operation each, on a CPU (``streamtrain/ops/cpu``).
 
 A branch passes through in tiles that fit a core's cache, and its backward makes again what it needs. It keeps its
 input only, so that nothing needs to be recomputed around it.
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from streamtrain.kernels.build import usable
 from streamtrain.model.drop_path import DropPath, Wanted
 from streamtrain.model.layout import Layout
 from streamtrain.model.rope import RopeTable
+from streamtrain.ops.cpu.build import usable
 
 
 class Place(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from streamtrain.kernels.build import usable
+from streamtrain.ops.cpu.build import usable
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from drawn_images import draw_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.pack import PackOptions, pack
+from shards.packing.pack import PackOptions, pack
 from streamtrain.config.load import build, load_config, merge, parse_override, preset_folders, read_resolved, to_yaml
 from streamtrain.errors import ConfigError
 

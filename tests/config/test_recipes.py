@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamtrain.config.load import load_config
-from streamtrain.schedules import value_at
+from streamtrain.config.values import value_at
 
 
 def test_the_gram_stage_refreshes_three_times_and_ramps_its_weights() -> None:

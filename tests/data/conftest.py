@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.index import save_index
-from shards.pack import PackOptions, pack
-from shards.source import ShardSet
+from shards.format.index import save_index
+from shards.packing.pack import PackOptions, pack
+from shards.reading.source import ShardSet
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.data import DataConfig
 from streamtrain.config.run import RunConfig

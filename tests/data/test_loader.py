@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from shards.errors import SampleError, ShardError
-from shards.order import Order
-from shards.pack import PackOptions, pack
-from shards.quarantine import Quarantine
+from shards.packing.pack import PackOptions, pack
+from shards.reading.order import Order
+from shards.reading.quarantine import Quarantine
 from streamtrain.config.data import DataConfig, SetShare
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config

@@ -16,9 +16,9 @@ from faulty_server import FaultyServer, faulty_server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.manifest import Manifest
-from shards.order import Order
-from shards.shard_set import ShardSet
+from shards.format.set_manifest import Manifest
+from shards.reading.order import Order
+from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import build, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader, micro_batch_slots

@@ -25,13 +25,13 @@ from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.masking import draw_masks, rasterise
-from streamtrain.engine.memory import plan
 from streamtrain.engine.runtime import Launch, joined
-from streamtrain.learner import Learner, LossWeights
 from streamtrain.model.initialise import initialise
-from streamtrain.networks import build_networks, restore
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.planning.memory import plan
+from streamtrain.training.build import build_networks, restore
+from streamtrain.training.ssl_model import Learner, LossWeights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -13,7 +13,7 @@ from streamtrain.config.engine import EngineConfig, OptimConfig
 from streamtrain.engine import moments as moments_room
 from streamtrain.engine.moments import BLOCK, KEYS, EightBitMoments, FileMoments, Moments, SplitMoments, TensorMoments
 from streamtrain.engine.optim import AdamW, moments_maker, set_rates
-from streamtrain.engine.rules import GroupRule
+from streamtrain.planning.parameter_groups import GroupRule
 
 CPU = torch.device("cpu")
 CONFIG = OptimConfig(betas=(0.9, 0.95))

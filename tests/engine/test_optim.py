@@ -7,7 +7,7 @@ import torch
 
 from streamtrain.config.engine import OptimConfig
 from streamtrain.engine.optim import parameter_groups, set_rates
-from streamtrain.engine.rules import GroupRule, rule_of
+from streamtrain.planning.parameter_groups import GroupRule, rule_of
 
 CONFIG = OptimConfig(layer_decay=0.5, patch_embed_lr=0.2)
 

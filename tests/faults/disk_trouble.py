@@ -14,9 +14,9 @@ from pathlib import Path
 import torch.distributed as dist
 from faults.test_writer import contents
 
+from streamtrain.checkpoint.writer import Contents, Saver
 from streamtrain.config.run import RunConfig
-from streamtrain.run_folder import CHECKPOINTS
-from streamtrain.saver import Contents, Saver
+from streamtrain.run.directory import CHECKPOINTS
 
 run, kind = Path(sys.argv[1]), sys.argv[2]
 folder = run / "checkpoints"

@@ -26,20 +26,20 @@ from drawn_images import drawn_image, encoded
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from shards.adopt import adopt
 from shards.errors import ShardError
-from shards.index import RECORD, build, dali_index, load_index, parse_index, save_index
-from shards.inputs import list_inputs
-from shards.manifest import Manifest
-from shards.shard_set import ShardSet
-from streamtrain.checkpoint import opened, write_fragments
+from shards.format.index import RECORD, build, dali_index, load_index, parse_index, save_index
+from shards.format.set_manifest import Manifest
+from shards.packing.index_tars import adopt
+from shards.packing.inputs import list_inputs
+from shards.reading.shard_set import ShardSet
+from streamtrain.checkpoint.reader import opened, write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
-from streamtrain.durable import sum_of
 from streamtrain.errors import StreamtrainError
-from streamtrain.guards import check_resume, made_by
-from streamtrain.manifest import MANIFEST_NAME, fault_of, write_manifest
-from streamtrain.run_folder import saved_state
+from streamtrain.run.atomic_io import sum_of
+from streamtrain.run.directory import saved_state
+from streamtrain.run.resume_policy import check_resume, made_by
+from streamtrain.run.step_manifest import MANIFEST_NAME, fault_of, write_manifest
 
 ROOM_BYTES = 512 << 20
 BLOCK = tarfile.BLOCKSIZE

@@ -10,9 +10,9 @@ import pytest
 from faults.test_writer import SHAPES, saved
 from joined_processes import run_on_ranks
 
-from streamtrain.checkpoint import newest_whole, read_weights
+from streamtrain.checkpoint.reader import newest_whole, read_weights
 from streamtrain.errors import CheckpointError
-from streamtrain.run_folder import folder_of, saved_steps, starting_checkpoint
+from streamtrain.run.directory import folder_of, saved_steps, starting_checkpoint
 
 RANK_1 = "rank-00001-of-00002.safetensors"
 

@@ -13,8 +13,8 @@ from drawn_images import draw_folder
 from ranks import ROOT
 from tiny_run import command, logged
 
-from shards.pack import PackOptions, pack
-from streamtrain.checkpoint import read_weights
+from shards.packing.pack import PackOptions, pack
+from streamtrain.checkpoint.reader import read_weights
 
 SCRIPT = Path(__file__).with_name("disk_trouble.py")
 NAMESPACE = ("unshare", "--mount", "--map-root-user")

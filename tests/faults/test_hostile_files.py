@@ -26,10 +26,15 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 BOUNDED = """
 import resource, sys
 from pathlib import Path
-from shards import adopt, errors, images, inputs, manifest, shard_set
+from shards.packing import index_tars as adopt
+from shards.format import images
+from shards.packing import inputs
+from shards.format import set_manifest as manifest
+from shards.reading import shard_set
+from shards import errors
 from streamtrain import errors as ours
 from streamtrain.config.load import read_resolved
-from streamtrain.manifest import fault_of
+from streamtrain.run.step_manifest import fault_of
 work, path = sys.argv[1:]
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
@@ -226,7 +231,7 @@ def test_a_manifest_cannot_name_files_elsewhere_or_start_a_command(tmp_path: Pat
 def made(path: Path, document: dict[str, object]) -> Path:
     """A set's folder with that manifest."""
     path.mkdir()
-    from shards.manifest import Manifest, ShardEntry
+    from shards.format.set_manifest import Manifest, ShardEntry
 
     entries = tuple(ShardEntry(**one) for one in document["shards"])  # type: ignore[attr-defined]
     document["digest"] = Manifest(entries).digest

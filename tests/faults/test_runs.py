@@ -17,10 +17,10 @@ from faults.test_damage import flip_a_bit
 from ranks import run_ranks, start_ranks
 from tiny_run import command, logged
 
-from shards.pack import PackOptions, pack
-from streamtrain import checkpoint
-from streamtrain.manifest import fault_of
-from streamtrain.run_folder import SNAPSHOTS, folder_of, saved_steps
+from shards.packing.pack import PackOptions, pack
+from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.run.directory import SNAPSHOTS, folder_of, saved_steps
+from streamtrain.run.step_manifest import fault_of
 
 PATIENCE_SECONDS = 300
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")

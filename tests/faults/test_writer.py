@@ -15,11 +15,11 @@ from faults.failing_disk import FailingDisk, cut_power
 from joined_processes import run_on_ranks
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from streamtrain.checkpoint import read_weights
+from streamtrain.checkpoint.reader import read_weights
+from streamtrain.checkpoint.writer import Contents, Saver
 from streamtrain.config.run import RunConfig
-from streamtrain.manifest import fault_of
-from streamtrain.run_folder import CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
-from streamtrain.saver import Contents, Saver
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
+from streamtrain.run.step_manifest import fault_of
 
 SHAPES = {"backbone.a": (30, 7), "head.b": (5,)}
 # the hardest case: the old one goes as soon as the new one is there

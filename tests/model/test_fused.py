@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamtrain.config.model import ModelConfig
-from streamtrain.kernels.build import usable
 from streamtrain.model import drop_path, fused
 from streamtrain.model.drop_path import DropPath
 from streamtrain.model.initialise import initialise
 from streamtrain.model.layout import Group, Layout
 from streamtrain.model.rope import RopeTable
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.ops.cpu.build import usable
 
 pytestmark = needs_kernels
 CPU, EPS = torch.device("cpu"), 1e-5

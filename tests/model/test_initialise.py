@@ -7,8 +7,8 @@ import torch
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
-from streamtrain.learner import Learner
 from streamtrain.model.initialise import initial_value, initialise
+from streamtrain.training.ssl_model import Learner
 
 
 def tiny() -> Config:

@@ -14,7 +14,7 @@ import pytest
 from drawn_images import drawn_image, encoded
 from PIL import Image
 
-from shards.pack import PackOptions, pack
+from shards.packing.pack import PackOptions, pack
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
 
@@ -129,10 +129,10 @@ def test_the_plain_step_has_the_losses_of_ours() -> None:
     from benchmarks.step import synthetic
 
     from streamtrain.config.load import load_config
-    from streamtrain.learner import Learner
     from streamtrain.model.initialise import initialise
     from streamtrain.objective.prototypes import PlainWeight
     from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+    from streamtrain.training.ssl_model import Learner
 
     config = load_config("vits16.yaml", [*TINY, "data.micro_batch=4"])
     batch = synthetic(config, torch.device("cpu"))

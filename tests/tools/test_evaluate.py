@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_backbone import CROPS, TINY, class_folder, tiny_weights
 
-from shards.pack import PackOptions, pack
+from shards.packing.pack import PackOptions, pack
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
 

@@ -12,8 +12,8 @@ import pytest
 from tiny_backbone import tiny_config
 
 from streamtrain.config.load import build, to_yaml
-from streamtrain.monitor.monitor import Monitor
-from streamtrain.run_folder import describe_run
+from streamtrain.reporting.monitor import Monitor
+from streamtrain.run.directory import describe_run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

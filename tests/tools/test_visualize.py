@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_backbone import class_folder, tiny_weights
 
-from streamtrain.monitor.metrics import MetricsLog
+from streamtrain.reporting.metrics import MetricsLog
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.training import trained
 from streamtrain.config.tree import Config
-from streamtrain.engine.memory import plan
 from streamtrain.errors import StreamtrainError
+from streamtrain.planning.memory import plan
 
 
 def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.process_cost import in_fresh_process, peak_rss_bytes
-from shards.order import Order
+from shards.reading.order import Order
 
 
 def run(

@@ -24,11 +24,11 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
 from streamtrain.data.masking import draw_masks, rasterise
-from streamtrain.engine.flops import step_flops
-from streamtrain.engine.memory import plan
-from streamtrain.engine.peak import peak_flops
 from streamtrain.engine.runtime import Launch, Runtime, choose_accelerator, in_16_bits, joined
-from streamtrain.monitor.usage import peak_rss_bytes
+from streamtrain.planning.flops import step_flops
+from streamtrain.planning.memory import plan
+from streamtrain.planning.peak import peak_flops
+from streamtrain.reporting.usage import peak_rss_bytes
 
 WARM_UP = 2
 HEADS = ("global_head", "patch_head")
@@ -106,7 +106,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     start = Start()
     launch = Launch.from_environment()
     choose_accelerator(config.engine, launch)
-    import streamtrain.networks  # noqa: F401  (with DeepSpeed)
+    import streamtrain.training.build  # noqa: F401  (with DeepSpeed)
 
     start.end("imports")
     traffic = Traffic()
@@ -129,9 +129,9 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
 def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, start: Start) -> Iterator[float]:
     """Do the steps; yields the seconds of each."""
-    from streamtrain.learner import LossWeights
-    from streamtrain.networks import build_networks, restore
     from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+    from streamtrain.training.build import build_networks, restore
+    from streamtrain.training.ssl_model import LossWeights
 
     _, accumulation = config.batch_split(runtime.world_size)
     student, teacher = build_networks(config, runtime, accumulation)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.process_cost import in_fresh_process, rss_bytes
-from shards.source import Source
+from shards.reading.source import Source
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader, micro_batch_slots

@@ -1,0 +1,255 @@
+"""What to pack: the images of a folder, a list file, a tar or parquet files, here or in a store, each with its label.
+
+A folder or a tar gives labels by class folders: once the folders that all images share are taken off, the first that
+remains is an image's class, and class names in sorted order get the labels 0, 1, 2 … A tar in WebDataset form gives its
+own labels in ``.cls``. A list file holds a path or URL a line, relative to itself, with a tab and a label if it has
+labels. Parquet files have a column of labels. The label -1 is none.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from shards.errors import ShardError
+from shards.format.files import partial_path
+from shards.format.index import LABEL_EXTENSION, NO_LABEL, checked_label, read_label, read_members, split_name
+from shards.format.items import FileRange, Inputs, Item, RemoteObject, with_class_folders, with_class_names
+from shards.format.tars import is_url
+from shards.packing.parquet import SUFFIX as PARQUET_SUFFIX
+from shards.packing.parquet import Columns, list_parquet
+from shards.storage.remote_folder import RemoteFolder
+
+# What is tried; a file of another kind is passed over without a word, one of these that fails is reported.
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".tga", ".jp2"]
+)
+_DECOMPRESSORS = {".gz": gzip, ".tgz": gzip, ".xz": lzma, ".txz": lzma, ".bz2": bz2, ".tbz2": bz2}
+_TAR_SUFFIX = ".tar"
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+
+
+def needs_unpacking(src: str) -> bool:
+    """Whether a source is a tar of which a plain local copy must be made before its members can be read at random."""
+    return is_compressed_tar(src) or (is_url(src) and src.endswith(_TAR_SUFFIX))
+
+
+def unpack(src: str, target: Path) -> None:
+    """Write the plain local copy of a tar that is compressed, or in a store, or both.
+
+    Raises:
+        ShardError: it cannot be had, is damaged, or has no images; names the source, not the copy.
+    """
+    path = Path(src)
+    if is_url(src):
+        folder, _, name = src.rpartition("/")
+        path = partial_path(target) if is_compressed_tar(src) else target
+        path.unlink(missing_ok=True)
+        store = RemoteFolder(folder)
+        store.download(name, path, store.size(name))
+    if is_compressed_tar(src):
+        try:
+            _decompress(src, path, target)
+        finally:
+            if is_url(src):
+                path.unlink(missing_ok=True)
+    _with_images(_list_tar(target, src), src)
+
+
+def _decompress(src: str, path: Path, target: Path) -> None:
+    try:
+        packed = _DECOMPRESSORS[_suffix(src)].open(path)
+    except OSError as error:
+        raise ShardError(f"--src {src} cannot be read ({error.strerror})") from error
+    try:
+        with packed, open(target, "wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        # gzip and bz2 call bad data an OSError too, but one that no system call has numbered
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ShardError(
+            f"{src} cannot be decompressed ({error}); fetch it again, or rename it if it is compressed otherwise"
+        ) from error
+
+
+def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
+    """The images of a source that needs no unpacking, in an order that depends on their names only.
+
+    Args:
+        src: a path or URL.
+        columns: of parquet files.
+
+    Raises:
+        ShardError: no such source, or no images in it.
+    """
+    columns = columns or Columns()
+    path = Path(src)
+    if not src.strip():
+        raise ShardError("--src is empty; give a folder of images, a list file, a tar, a parquet or a URL")
+    if is_url(src):
+        _refuse_by_name(src)
+        inputs = _list_remote(src, columns)
+    elif path.is_dir():
+        inputs = _list_folder(path, columns)
+    elif not path.exists():
+        raise ShardError(f"--src {src} does not exist; give a folder of images, a list file, a tar, a parquet or a URL")
+    elif not path.is_file():
+        raise ShardError(f"--src {src} is neither a folder nor a regular file; give a folder, a list file or a tar")
+    elif path.suffix.lower() == _TAR_SUFFIX:
+        inputs = _list_tar(path, src)
+    elif path.suffix.lower() == PARQUET_SUFFIX:
+        inputs = list_parquet([src], [path.name], columns, 0)
+    else:
+        _refuse_by_name(src)
+        inputs = _list_file(path)
+    return _with_images(inputs, src)
+
+
+def is_compressed_tar(src: str) -> bool:
+    """Whether a path or URL is by its name a compressed tar that can be unpacked."""
+    return _suffix(src) in _DECOMPRESSORS and (_TAR_SUFFIX in PurePosixPath(src).suffixes or _suffix(src)[1] == "t")
+
+
+def refuse_zstd(src: str) -> None:
+    """Raises a ShardError for a path or URL that by its name is a tar compressed with zstd."""
+    if _suffix(src) == ".tzst" or (_suffix(src) == ".zst" and _TAR_SUFFIX in PurePosixPath(src).suffixes):
+        raise ShardError(f"--src {src}: zstd is not supported; decompress it first (zstd -d), and give the .tar")
+
+
+def _refuse_by_name(src: str) -> None:
+    refuse_zstd(src)
+    if _is_image_name(src) and not src.endswith("/"):
+        folder = src.rpartition("/")[0] or "."
+        raise ShardError(f"--src {src} is a single image, which is no source; give its folder, {folder}")
+
+
+def _with_images(inputs: Inputs, src: str) -> Inputs:
+    if not inputs.items:
+        raise ShardError(
+            f"no images in {src}; files ending in .jpg, .png, .webp, .tif, .gif or .bmp are looked for, or .parquet"
+        )
+    return inputs
+
+
+def _suffix(src: str) -> str:
+    return PurePosixPath(src).suffix.lower()
+
+
+def _is_image_name(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _list_folder(src: Path, columns: Columns) -> Inputs:
+    names = sorted((folder.relative_to(src) / file).as_posix() for folder, files in _walk(src) for file in files)
+    images = [name for name in names if _is_image_name(name)]
+    tables = [name for name in names if name.lower().endswith(PARQUET_SUFFIX)]
+    if tables and not images:
+        return list_parquet([str(src / name) for name in tables], tables, columns, len(names) - len(tables))
+    items = [Item(name, NO_LABEL, FileRange(src / name)) for name in images]
+    return with_class_folders(items, len(names) - len(images))
+
+
+def _list_remote(src: str, columns: Columns) -> Inputs:
+    folder = src.rstrip("/")
+    if folder.lower().endswith(PARQUET_SUFFIX):
+        return list_parquet([folder], [folder.rpartition("/")[2]], columns, 0)
+    tree = RemoteFolder(folder).tree()
+    images = [name for name in tree if _is_image_name(name) and not _is_hidden(name)]
+    tables = [name for name in tree if name.lower().endswith(PARQUET_SUFFIX) and not _is_hidden(name)]
+    if tables and not images:
+        return list_parquet([f"{folder}/{name}" for name in tables], tables, columns, len(tree) - len(tables))
+    plain = unquote if folder.startswith("http") else str  # links on web pages are in their escaped form
+    items = [Item(plain(name), NO_LABEL, RemoteObject(folder, name, tree[name])) for name in images]
+    return with_class_folders(items, len(tree) - len(images))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _walk(src: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders and their files, through symbolic links, each folder once."""
+    seen = set()
+    for folder, folders, files in os.walk(src, followlinks=True, onerror=_raise_unreadable):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), files
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise ShardError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+
+def _list_tar(path: Path, src: str) -> Inputs:
+    """The images of a plain tar at ``path``; errors call it ``src``."""
+    items: list[Item] = []
+    labels: dict[str, int] = {}
+    others = 0
+    with open(path, "rb") as archive:
+        for member in read_members(archive, src):
+            name = member.name.removeprefix("./").lstrip("/")
+            if _is_image_name(name):
+                items.append(Item(name, NO_LABEL, FileRange(path, member.offset_data, member.size)))
+            elif name.endswith("." + LABEL_EXTENSION):
+                position = archive.tell()
+                labels[split_name(name)[0]] = read_label(archive, member.offset_data, member.size, f"{src}: {name}")
+                archive.seek(position)
+            else:
+                others += 1
+    if labels:
+        labelled = [replace(item, label=labels.get(split_name(item.name)[0], NO_LABEL)) for item in items]
+        return Inputs(tuple(labelled), (), others)
+    return with_class_folders(items, others)
+
+
+def _list_file(src: Path) -> Inputs:
+    try:
+        lines = src.read_text(encoding="utf-8-sig").splitlines()  # some editors put a byte order mark first
+    except OSError as error:
+        raise ShardError(f"--src {src} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ShardError(f"--src {src} is neither a folder, a tar nor a text file with a path a line") from error
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ShardError(f"--src {src} has a NUL byte in line {number}; a list is a text file with a path a line")
+    entries = [line.partition("\t")[::2] for line in lines if line.strip()]
+    if not entries:
+        raise ShardError(f"--src {src} lists no images; a list is a text file with a path a line")
+    names = [path.strip() for path, _ in entries]
+    classes, labels = _stated_labels([label.strip() for _, label in entries], [f"{src}: {name}" for name in names])
+    items = []
+    for name, label in zip(names, labels, strict=True):
+        folder, _, file = name.rpartition("/")
+        items.append(Item(name, label, RemoteObject(folder, file) if is_url(name) else FileRange(src.parent / name)))
+    return Inputs(tuple(items), classes, 0)
+
+
+def _stated_labels(stated: Sequence[str], places: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """The classes and the labels of a list whose labels are numbers, or names; errors name the label's place."""
+    numbers = [_NUMBER.fullmatch(label) is not None for label in stated]
+    if not any(numbers):
+        return with_class_names(stated)
+    labels = []
+    for label, number, place in zip(stated, numbers, places, strict=True):
+        if label and not number:
+            raise ShardError(
+                f"{place}: the label {label!r} is a name, but {stated[numbers.index(True)]!r} is a number; "
+                "give every image a number, or every image a name"
+            )
+        labels.append(checked_label(float(label) if "." in label else int(label), place) if label else NO_LABEL)
+    return (), labels

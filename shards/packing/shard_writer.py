@@ -1,0 +1,91 @@
+"""One shard as it is written: a USTAR WebDataset tar under a temporary name, then its two indexes, then renames."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from shards.format.files import partial_path, write_whole
+from shards.format.images import Prepared
+from shards.format.index import LABEL_EXTENSION, NO_LABEL, RECORD, Component, Sample, dali_index, save_index
+from shards.format.set_manifest import ShardEntry
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardWriter:
+    """Writes shard ``number`` of a set; the bytes depend on what is added only.
+
+    Args:
+        set_dir: the set's folder; ``shards/`` and ``index/`` exist in it.
+        number: of the shard.
+    """
+
+    def __init__(self, set_dir: Path, number: int) -> None:
+        self._tar = set_dir / "shards" / f"{number:06d}.tar"
+        self._index = set_dir / "index" / f"{number:06d}"
+        self._file = open(partial_path(self._tar), "wb")  # noqa: SIM115 - closed by finish and discard
+        self._hash = hashlib.sha256()
+        self._records: list[tuple[int, ...]] = []
+        self._samples: list[Sample] = []
+        self.num_bytes = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Images added so far."""
+        return len(self._records)
+
+    @staticmethod
+    def bytes_for(image: Prepared, label: int) -> int:
+        """What adding an image would add to the tar, in bytes."""
+        payload = _BLOCK + _padded(len(image.payload))
+        return payload if label == NO_LABEL else payload + 2 * _BLOCK
+
+    def add(self, key: str, image: Prepared, label: int) -> None:
+        """Append a sample."""
+        components = [self._member(key, image.extension, image.payload)]
+        if label != NO_LABEL:
+            components.append(self._member(key, LABEL_EXTENSION, str(label).encode()))
+        crc32 = zlib.crc32(image.payload)
+        self._records.append((components[0].offset, len(image.payload), crc32, image.width, image.height, label, 0))
+        self._samples.append(Sample(key, tuple(components)))
+
+    def finish(self) -> ShardEntry:
+        """Complete the tar and its indexes, durably, and give them their names."""
+        self._write(bytes(2 * _BLOCK))
+        self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        save_index(np.array(self._records, dtype=RECORD), self._index.with_suffix(".npy"))
+        write_whole(self._index.with_suffix(".idx"), dali_index(tuple(self._samples)))
+        os.replace(partial_path(self._tar), self._tar)
+        return ShardEntry(self._tar.name, self.num_bytes, self.num_samples, self._hash.hexdigest())
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        partial_path(self._tar).unlink(missing_ok=True)
+
+    def _member(self, key: str, extension: str, content: bytes) -> Component:
+        header = tarfile.TarInfo(f"{key}.{extension}")
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.num_bytes
+        self._write(content)
+        self._write(bytes(_padded(len(content)) - len(content)))
+        return Component(extension, offset, len(content), header.name)
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self.num_bytes += len(content)
+
+
+def _padded(length: int) -> int:
+    return -(-length // _BLOCK) * _BLOCK

@@ -1,0 +1,167 @@
+"""A backbone as a Hugging Face folder that ``AutoModel.from_pretrained`` loads, and such a folder as a backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamtrain.config.model import ModelConfig
+from streamtrain.errors import StreamtrainError
+from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD, RECIPE_NAME, BackboneConfig, check_one_norm
+from streamtrain.interop.naming import to_hf
+from streamtrain.model.vit import VisionTransformer
+
+MODEL_TYPE = "dinov3_vit"
+BICUBIC = 3  # Pillow's number of it
+
+
+def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
+    """Write config, weights, image preprocessing and a model card for ``transformers`` to ``out``.
+
+    The tensors are shared with ``model``, not copied.
+
+    Raises:
+        StreamtrainError: if ``transformers`` is not installed or too old, or its family cannot express the model.
+    """
+    check_one_norm(config, "transformers")
+    try:
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    except ImportError:
+        raise StreamtrainError(
+            "--to hf needs transformers with DINOv3 (4.56 or later): pip install -U transformers"
+        ) from None
+    with torch.device("meta"):
+        theirs = DINOv3ViTModel(DINOv3ViTConfig(**hf_config(config)))
+    saved = to_hf(model.state_dict())
+    state = {}
+    for name in theirs.state_dict():
+        # Blocks of the live model lie one level deeper than those of its files.
+        value = saved.pop(name if name in saved else name.removeprefix("model."))
+        # Of one matrix's parts, such as query, key and value, transformers would copy each that shares a storage.
+        state[name] = torch.from_numpy(value.detach().numpy())
+    assert not saved, f"no place for {sorted(saved)}"
+    theirs.load_state_dict(state, assign=True)
+    theirs.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
+    (out / "README.md").write_text(model_card(config), encoding="utf-8")
+
+
+def hf_config(config: BackboneConfig) -> dict[str, Any]:
+    """The arguments of ``DINOv3ViTConfig``."""
+    model = config.model
+    return {
+        "patch_size": model.patch_size,
+        "hidden_size": model.dim,
+        "intermediate_size": model.hidden,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "hidden_act": "silu" if model.mlp == "swiglu" else "gelu",
+        "use_gated_mlp": model.mlp == "swiglu",
+        "num_register_tokens": model.num_registers,
+        "layer_norm_eps": model.norm_eps,
+        "layerscale_value": model.layerscale,
+        "rope_theta": model.rope_base,
+        "query_bias": model.qkv_bias,
+        "key_bias": model.key_bias,
+        "value_bias": model.qkv_bias,
+        "image_size": config.image_size,
+        "pos_embed_rescale": model.rope_rescale,
+        "pos_embed_jitter": model.rope_jitter,
+        "pos_embed_shift": model.rope_shift,
+    }
+
+
+def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> BackboneConfig:
+    """What a folder's ``config.json`` and ``preprocessor_config.json`` (None: there is none) say, in our terms.
+
+    Raises:
+        StreamtrainError: for a variant that our model cannot be.
+    """
+    # Files leave out what equals the defaults of the class; these are its defaults.
+    read = {
+        "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
+        "num_attention_heads": 6, "hidden_act": "gelu", "use_gated_mlp": False, "num_register_tokens": 0,
+        "layer_norm_eps": 1e-5, "layerscale_value": 1.0, "rope_theta": 100.0, "query_bias": True,
+        "key_bias": False, "value_bias": True, "image_size": 224, "proj_bias": True, "mlp_bias": True,
+        **document,
+    }  # fmt: skip
+    wanted = {
+        "hidden_act": "silu" if read["use_gated_mlp"] else "gelu",
+        "value_bias": read["query_bias"],
+        "proj_bias": True,
+        "mlp_bias": True,
+    }
+    for key, value in wanted.items():
+        if read[key] != value:
+            raise StreamtrainError(f"a DINOv3 ViT with {key} {read[key]!r} is not supported, only {value!r}")
+    model = ModelConfig(
+        preset=None,
+        patch_size=read["patch_size"],
+        dim=read["hidden_size"],
+        depth=read["num_hidden_layers"],
+        num_heads=read["num_attention_heads"],
+        mlp="swiglu" if read["use_gated_mlp"] else "gelu",
+        mlp_hidden=read["intermediate_size"],
+        num_registers=read["num_register_tokens"],
+        layerscale=read["layerscale_value"],
+        norm_eps=read["layer_norm_eps"],
+        rope_base=read["rope_theta"],
+        qkv_bias=read["query_bias"],
+        key_bias=read["key_bias"],
+    )
+    colours = preprocessor or {}
+    return BackboneConfig(
+        model=model,
+        image_size=read["image_size"],
+        mean=colours.get("image_mean", IMAGENET_MEAN),
+        std=colours.get("image_std", IMAGENET_STD),
+        origin={"source": "transformers"},
+    )
+
+
+def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
+    """What ``AutoImageProcessor`` reads: how images were shown in training."""
+    return {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+
+
+def model_card(config: BackboneConfig) -> str:
+    """A short page on what this is and how to use it."""
+    model = config.model
+    origin = "\n".join(f"- {key}: {value}" for key, value in config.origin.items() if value is not None)
+    if "run" in config.origin:
+        origin += f"\n\nAll settings of the training are in `{RECIPE_NAME}`."
+    return f"""---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags: [dinov3, self-supervised, streamtrain]
+---
+# Vision transformer, {model.dim} wide, {model.depth} deep
+
+Trained without labels by streamtrain with the DINOv3 objective (arXiv:2508.10104):
+patches of {model.patch_size} px, {model.num_heads} heads, {model.num_registers} register tokens, {model.mlp} MLP,
+axial RoPE; global crops of {config.image_size} px.
+
+```python
+from transformers import AutoModel
+model = AutoModel.from_pretrained("PATH")
+output = model(pixel_values)         # [N, 3, H, W], normalised by the mean and std of preprocessor_config.json
+output.pooler_output                 # [N, {model.dim}], one vector an image
+output.last_hidden_state[:, {1 + model.num_registers}:]   # [N, patches, {model.dim}], row by row
+```
+
+{origin}
+"""

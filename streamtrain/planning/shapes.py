@@ -1,0 +1,119 @@
+"""Names and shapes of a ``Learner``'s parameters, and the flat tensors that ZeRO-3 makes of them; without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from streamtrain.config.model import HeadConfig, ModelConfig
+from streamtrain.config.tree import Config
+from streamtrain.planning.parameter_groups import GroupRule, rule_of
+
+# DeepSpeed updates so many values at a time: a sub-group of a parameter group ends once it has them
+SUB_GROUP_NUMEL = 100_000_000
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def parameter_shapes(config: Config) -> Shapes:
+    """Every parameter in the order of ``Learner.named_parameters()``."""
+    objective = config.objective
+    shapes = {f"backbone.{name}": shape for name, shape in backbone_shapes(config.model).items()}
+    shapes |= dict(_head("global_head", config.model.dim, objective.global_loss.head))
+    if objective.patch_loss.kind == "ibot":
+        shapes |= dict(_head("patch_head", config.model.dim, objective.patch_loss.head))
+    return shapes
+
+
+def backbone_shapes(model: ModelConfig) -> Shapes:
+    """Every parameter of the backbone, in its own order."""
+    dim = model.dim
+    shapes: Shapes = {
+        "embedding.cls_token": (1, dim),
+        "embedding.register_tokens": (model.num_registers, dim),
+        "embedding.mask_token": (1, dim),
+        "embedding.projection.weight": (dim, 3 * model.patch_size**2),
+        "embedding.projection.bias": (dim,),
+    }
+    for index in range(model.depth):
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block_shapes(model).items()}
+    shapes |= dict(_norm("norm", dim))
+    if model.cls_norm:
+        shapes |= dict(_norm("cls_norm", dim))
+    if model.local_norm:
+        shapes |= dict(_norm("local_norm", dim))
+    return shapes
+
+
+def block_shapes(model: ModelConfig) -> Shapes:
+    """Every parameter of one block."""
+    dim, hidden = model.dim, model.hidden
+    shapes: Shapes = dict(_norm("norm1", dim))
+    shapes["attention.qkv.weight"] = (3 * dim, dim)
+    if model.qkv_bias:
+        shapes["attention.qkv.bias"] = (3 * dim if model.key_bias else 2 * dim,)
+    shapes |= dict(_linear("attention.proj", dim, dim))
+    shapes["scale1.gamma"] = (dim,)
+    shapes |= dict(_norm("norm2", dim))
+    if model.mlp == "swiglu":
+        shapes |= dict(_linear("mlp.gate_up", dim, 2 * hidden))
+    else:
+        shapes |= dict(_linear("mlp.up", dim, hidden))
+    shapes |= dict(_linear("mlp.down", hidden, dim))
+    shapes["scale2.gamma"] = (dim,)
+    return shapes
+
+
+def _norm(name: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (dim,)
+    yield f"{name}.bias", (dim,)
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (outputs, inputs)
+    yield f"{name}.bias", (outputs,)
+
+
+def _head(name: str, dim: int, head: HeadConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    sizes = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
+    for index, (inputs, outputs) in enumerate(pairwise(sizes)):
+        yield from _linear(f"{name}.projection.layers.{index}", inputs, outputs)
+    yield f"{name}.prototypes.weight", (head.prototypes, head.bottleneck)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What one rank holds of a set of parameters, in values."""
+
+    # whole parameters
+    numel: int
+    # of this rank, with the padding
+    shard_numel: int
+    # of each flat tensor
+    flat_numels: tuple[int, ...]
+    largest_numel: int
+
+
+def partition(shapes: Shapes, config: Config, world_size: int) -> Partition:
+    """Each parameter is cut into ``world_size`` equal parts, the last one padded (so all ranks hold alike).
+
+    Flat tensors: parameters of one rule, in order, until ``SUB_GROUP_NUMEL`` is reached.
+    """
+    groups: dict[GroupRule, list[int]] = {}
+    for name, shape in shapes.items():
+        rule = rule_of(name, len(shape), config.model.depth, config.optim)
+        groups.setdefault(rule, []).append(-(-math.prod(shape) // world_size))
+    flats: list[int] = []
+    for sizes in groups.values():
+        filled = 0
+        for size in sizes:
+            filled += size
+            if filled >= SUB_GROUP_NUMEL < sum(sizes):
+                flats.append(filled)
+                filled = 0
+        if filled:
+            flats.append(filled)
+    numels = [math.prod(shape) for shape in shapes.values()]
+    return Partition(sum(numels), sum(map(sum, groups.values())), tuple(flats), max(numels))

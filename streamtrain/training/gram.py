@@ -1,0 +1,85 @@
+"""The Gram teacher over a run: when it is filled, what it asks of a micro-batch (Siméoni et al. 2025, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from streamtrain.checkpoint.reader import Reader
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.engine.frozen import FrozenNetwork
+from streamtrain.engine.teacher import Teacher
+from streamtrain.engine.zero import Fragment, Shard
+from streamtrain.errors import StreamtrainError
+from streamtrain.interop.families import KINDS
+from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.objective.gram import GramTargets
+
+BACKBONE = "backbone."
+KIND = "gram"
+# what takes no part in the features of unmasked global crops
+_UNUSED = ("embedding.mask_token", *(f"{norm}.{part}" for norm in ("cls_norm", "local_norm") for part in KINDS))
+
+
+class GramAnchor:
+    """Does nothing, and costs nothing, where ``network`` is None because the objective has no Gram term."""
+
+    def __init__(self, config: Config, network: FrozenNetwork | None) -> None:
+        self._config, self._network = config, network
+        self._filled = False
+
+    def start(self, reader: Reader | None) -> None:
+        """Take the values that a checkpoint has, or those that the configuration names; the EMA teacher's come later.
+
+        Raises:
+            StreamtrainError: if ``objective.gram.teacher`` is not a backbone of this model.
+        """
+        if self._network is None:
+            return
+        if reader is not None and reader.has(f"{KIND}/{next(iter(self._network.parameters))}"):
+            self._network.write(lambda name, fragment: reader.read(f"{KIND}/{name}", fragment))
+            self._filled = True
+        elif self._config.objective.gram.teacher != "ema":
+            self._read_weights(self._network, Path(self._config.objective.gram.teacher).expanduser())
+            self._filled = True
+
+    def refresh(self, step: int, weight: float, teacher: Teacher, before: Callable[[], None]) -> None:
+        """Become a copy of the teacher where that is due after ``step`` completed steps, but call ``before`` first."""
+        due = self._config.objective.gram.refresh.due(step) or (weight > 0 and not self._filled)
+        if self._network is not None and due:
+            before()
+            # partitioned alike, so that every rank has what it needs
+            self._network.write(lambda name, _: teacher.average(name))
+            self._filled = True
+
+    def targets(self, batch: Batch, weight: float) -> GramTargets | None:
+        """What is asked of the student on ``batch``; None where the term has no weight."""
+        if self._network is None or not weight:
+            return None
+        gram, patch = self._config.objective.gram, self._config.model.patch_size
+        grid = (batch.global_crops.shape[1] // patch, batch.global_crops.shape[2] // patch)
+        crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
+        features = self._network(crops, grid)
+        return GramTargets(features, gram.level, gram.negatives, gram.tokens, self._config.objective.chunk_bytes)
+
+    def shards(self) -> dict[str, Shard]:
+        """What a checkpoint keeps of this rank: ``gram/name``, once there is something."""
+        if self._network is None or not self._filled:
+            return {}
+        return {f"{KIND}/{name}": shard for name, shard in self._network.shards()}
+
+    def _read_weights(self, network: FrozenNetwork, path: Path) -> None:
+        shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
+        with opened_backbone(path, shapes) as (read, report):
+            lacking = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
+            if lacking:
+                raise StreamtrainError(f"objective.gram.teacher {path} lacks {', '.join(lacking[:5])}")
+
+            def value(name: str, fragment: Fragment) -> torch.Tensor:
+                found = read(name.removeprefix(BACKBONE))
+                return torch.zeros(fragment.numel) if found is None else fragment.cut(found)
+
+            network.write(value)

@@ -1,0 +1,95 @@
+"""Checkpoints are read by anybody: in any pieces, whatever the number of ranks that wrote them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from sealed import seal
+
+from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.errors import CheckpointError
+
+SHAPES = {"backbone.a": (3, 7), "backbone.b": (5,), "head.c": (1,)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    start: int
+    stop: int
+    numel: int
+
+
+def value(name: str) -> torch.Tensor:
+    return torch.arange(torch.Size(SHAPES[name]).numel(), dtype=torch.float32).reshape(SHAPES[name]) + len(name)
+
+
+def write(folder: Path, world_size: int) -> None:
+    """As so many ranks save it, but by the format's own library."""
+    folder.mkdir(parents=True)
+    for rank in range(world_size):
+        tensors = {}
+        for name in SHAPES:
+            flat = value(name).flatten()
+            numel = -(-len(flat) // world_size)
+            padded = torch.nn.functional.pad(flat, (0, numel * world_size - len(flat)))
+            tensors[f"ema/{name}"] = padded[rank * numel : (rank + 1) * numel].clone()
+        save_file(tensors, folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors")
+    save_file({}, folder / "shared.safetensors")
+    state = {"version": checkpoint.VERSION, "step": 7, "world_size": world_size, "shapes": SHAPES}
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
+
+
+@settings(max_examples=30, deadline=None)
+@given(world_size=st.integers(1, 6), data=st.data())
+def test_any_piece_of_any_number_of_ranks(
+    world_size: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    write(checkpoint.folder_of(run, 7), world_size)
+    with checkpoint.opened(checkpoint.folder_of(run, 7)) as reader:
+        for name in SHAPES:
+            flat = value(name).flatten()
+            start = data.draw(st.integers(0, len(flat)))
+            stop = data.draw(st.integers(start, len(flat)))
+            padding = data.draw(st.integers(0, 3))
+            expected = torch.nn.functional.pad(flat[start:stop], (0, padding))
+            assert torch.equal(reader.read(f"ema/{name}", Piece(start, stop, stop - start + padding)), expected)
+    found = checkpoint.read_weights(run)
+    assert all(torch.equal(found[name], value(name)) for name in SHAPES)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "header", "garbage"])
+def test_a_damaged_file_is_told_in_one_line(damage: str, tmp_path: Path) -> None:
+    folder = checkpoint.folder_of(tmp_path, 7)
+    write(folder, 2)
+    path = folder / "rank-00001-of-00002.safetensors"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"torn": content[:-3], "header": content[:20], "garbage": b"\xff" * 64}[damage])
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        checkpoint.read_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sides", [(3, 22), (2**40, 2**12), (2**52, 2**52)])
+def test_a_shape_of_more_values_than_there_are_is_told_before_any_memory_is_taken(
+    sides: tuple[int, int], tmp_path: Path
+) -> None:
+    folder = checkpoint.folder_of(tmp_path, 7)
+    write(folder, 2)
+    state = json.loads((folder / "state.json").read_text())
+    state["shapes"]["backbone.a"] = sides
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
+    with pytest.raises(CheckpointError, match=r"fewer values of ema/backbone\.a than its state\.json says"):
+        checkpoint.read_weights(tmp_path)

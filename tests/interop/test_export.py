@@ -1,0 +1,121 @@
+"""Exports as users make them, each loaded again by another tool's path."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drawn_images import draw_folder
+from ranks import ROOT, run_ranks
+from tiny_backbone import tiny_weights
+from tiny_run import command
+
+from shards.packing.pack import PackOptions, pack
+from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.interop.load import load_weights
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture()
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny_weights(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return tmp_path
+
+
+def export(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+    result: int = importlib.import_module("export").main()
+    return result
+
+
+@pytest.mark.parametrize("kind", ["hf", "timm", "safetensors"])
+def test_each_kind_is_written_and_written_again(
+    kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "hf":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    for _ in range(2):
+        assert export(monkeypatch, "--weights", "weights", "--to", kind, "--out", "out") == 0
+        assert capsys.readouterr().out.startswith("wrote out/model.safetensors (0.0 M parameters")
+    assert (place / "out" / "config.json").is_file() and not (place / "out" / "recipe.yaml").exists()
+    if kind != "timm":
+        load_weights(place / "out")
+
+
+def test_mistakes_end_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.txt").write_text("precious")
+    (place / "file").write_text("x")
+    for source, out, words in (
+        (["--weights", "weights"], "mine", "no earlier export"),
+        (["--weights", "weights"], "file", "no earlier export"),
+        (["--weights", "weights"], "file/below", "cannot write file/below (Not a directory); choose another --out"),
+        (["--run", "nowhere"], "out", "not a run folder"),
+        ([], "out", "give the network"),
+    ):
+        assert export(monkeypatch, *source, "--to", "safetensors", "--out", out) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert [path.name for path in (place / "mine").iterdir()] == ["thesis.txt"]
+
+
+# memory of this process alone, in bytes, that libraries loaded beforehand do not count in
+GROWTH = """
+import importlib, json, re, sys, threading
+def resident():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+import streamtrain.interop.hf, streamtrain.interop.load, streamtrain.reporting.metrics, safetensors.torch
+from transformers import DINOv3ViTModel
+before, highest, over = resident(), 0, threading.Event()
+def watch():
+    global highest
+    while not over.wait(0.005):
+        highest = max(highest, resident())
+watcher = threading.Thread(target=watch)
+watcher.start()
+code = importlib.import_module("export").main()
+over.set()
+watcher.join()
+print(json.dumps({"code": code, "growth": highest - before}))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_checkpoint_is_exported_within_the_memory_of_its_weights(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pack(draw_folder(tmp_path / "images", 12), tmp_path / "set", PackOptions())
+    run = tmp_path / "run"
+    large = ("run.steps=1", "model.dim=768", "model.depth=6", "model.num_heads=12")
+    results = run_ranks(command(tmp_path / "set", run, *large), 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    trained = checkpoint.read_weights(run)
+    for kind in ("hf", "timm", "safetensors"):
+        out = tmp_path / kind
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, "--run", str(run), "--to", kind, "--out", str(out)],
+            capture_output=True, text=True, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PATH": "/usr/bin"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = json.loads(done.stdout.splitlines()[-1])
+        size = (out / "model.safetensors").stat().st_size
+        assert told["code"] == 0 and size > 150e6 and told["growth"] < 1.2 * size, (kind, told["growth"] / size)
+        assert (out / "recipe.yaml").read_bytes() == (run / "config.yaml").read_bytes()
+    for kind in ("hf", "safetensors"):
+        state = load_weights(tmp_path / kind).model.state_dict()
+        assert all(torch.equal(value, trained[f"backbone.{name}"]) for name, value in state.items())
+    _, report = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    card = (tmp_path / "hf" / "README.md").read_text()
+    digest = json.loads((tmp_path / "set" / "manifest.json").read_text())["digest"]
+    for words in ("step: 1", f"data_digest: {digest}", "images_seen: 8", "loss/total: ", "recipe.yaml"):
+        assert words in card

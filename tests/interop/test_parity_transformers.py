@@ -1,0 +1,59 @@
+"""Every preset's shape, at reduced depth, gives the features of transformers' DINOv3 at any size of image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamtrain.config.crops import CropsConfig
+from streamtrain.config.model import ModelConfig
+from streamtrain.config.presets import PRESETS
+from streamtrain.interop.folder import BackboneConfig
+from streamtrain.interop.hf import hf_config
+from streamtrain.interop.naming import from_hf, to_hf
+from streamtrain.model.vit import VisionTransformer
+
+SIZES = [(224, 224), (256, 256), (512, 512), (192, 320)]
+# two blocks of them take seconds a size on a CPU
+WIDE = {"vit7b16"}
+
+
+def backbone(preset: str, depth: int) -> tuple[VisionTransformer, BackboneConfig]:
+    """A preset's shape in which every part has a say: the usual start has LayerScale near 0 and no biases."""
+    config = ModelConfig(preset=preset, depth=depth, drop_path=0.0)
+    model = VisionTransformer(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.named_parameters():
+        if name.endswith("gamma"):
+            value.uniform_(0.3, 0.7, generator=generator)
+        elif "norm" in name and name.endswith("weight"):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.dim() == 2 and "token" not in name:
+            value.normal_(0.0, value.shape[1] ** -0.5, generator=generator)
+        else:
+            value.normal_(0.0, 0.2, generator=generator)
+    return model, BackboneConfig(model=config, image_size=CropsConfig().global_size)
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=pytest.mark.slow) if name in WIDE else name for name in PRESETS]
+)
+def test_features_equal_transformers_at_every_size(preset: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, config = backbone(preset, depth=1 if preset in WIDE else 2)
+    reference = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**hf_config(config))).eval()
+    saved = to_hf(model.state_dict())
+    # blocks of the live model lie one level deeper than those of its files
+    state = {name: saved[name.removeprefix("model.")] for name in reference.state_dict()}
+    reference.load_state_dict(state, assign=True)
+    back = from_hf(state)
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items() if name in back)
+    generator = torch.Generator().manual_seed(1)
+    for size in SIZES:
+        images = torch.randn(1, 3, *size, generator=generator)
+        ours = model.forward_features(images)
+        with torch.no_grad():
+            theirs = reference(images).last_hidden_state
+        tokens = torch.cat([ours.cls[:, None], ours.registers, ours.patches], dim=1)
+        assert tokens.std() > 0.5
+        torch.testing.assert_close(tokens, theirs, rtol=1e-5, atol=1e-5, msg=lambda told, size=size: f"{size}: {told}")

@@ -1,0 +1,168 @@
+"""The kernels' library: compiled once whoever asks, and not missed where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_kernels import in_each_number, needs_kernels
+from ranks import ROOT, run_ranks
+
+from streamtrain.ops.cpu import build
+
+# calls of a compiler: one for each source, and the linking
+STEPS = len(list(Path(build.__file__).parent.glob("*.cpp"))) + 1
+USE = "import torch; from streamtrain.ops.cpu.build import usable; print(usable(torch.float32))"
+TRAIN = """
+import torch
+from streamtrain.config.model import ModelConfig
+from streamtrain.model.initialise import initialise
+from streamtrain.model.vit import VisionTransformer
+config = ModelConfig.model_validate({"dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8})
+model = VisionTransformer(config, "block").to(torch.float32)
+initialise(model, config, 0)
+model([torch.randn(2, 3, 16, 16)], generator=torch.Generator())[0].cls.square().sum().backward()
+print(all(p.grad.isfinite().all() for n, p in model.named_parameters() if "mask" not in n))
+"""
+
+
+def started(code: str, cache: Path, compiler: Path | str, **variables: str) -> subprocess.Popen[str]:
+    variables |= {"TORCH_EXTENSIONS_DIR": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def compiler(folder: Path, work: str) -> Path:
+    """A program that notes each call of it (its process) in ``calls``, then does ``work``."""
+    script = folder / "compiler"
+    script.write_text(f"#!/bin/sh\necho $$ >> {shlex.quote(str(folder / 'calls'))}\n{work}\n")
+    script.chmod(0o755)
+    return script
+
+
+def calls(folder: Path) -> list[int]:
+    log = folder / "calls"
+    return [int(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def copying() -> str:
+    """What a compiler with a cache does: gives the library that it has made before, in a second; also as its parts."""
+    made = shlex.quote(str(build._library()))
+    return f'sleep 1\nwhile [ "$1" != -o ]; do shift; done\ncp {made} "$2"'
+
+
+@needs_kernels
+def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
+    program = compiler(tmp_path, copying())
+    both = [started(USE, tmp_path / "cache", program) for _ in range(2)]
+    assert [finished(process)[0] for process in both] == ["True", "True"]
+    assert len(calls(tmp_path)) == STEPS
+
+
+@needs_kernels
+def test_a_start_killed_while_it_compiles_hinders_no_other(tmp_path: Path) -> None:
+    killed = started(USE, tmp_path / "cache", compiler(tmp_path, "exec sleep 60"))
+    deadline = time.monotonic() + 60
+    while len(calls(tmp_path)) < min(STEPS - 1, os.cpu_count() or 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    waiting = started(USE, tmp_path / "cache", compiler(tmp_path, copying()))
+    killed.kill()
+    killed.wait()
+    left = calls(tmp_path)
+    for call in left:
+        os.kill(call, signal.SIGKILL)
+    assert finished(waiting)[0] == "True"
+    assert len(calls(tmp_path)) == len(left) + STEPS
+
+
+def no_compiler(folder: Path) -> tuple[Path, str]:
+    return folder / "cache", "/nonexistent"
+
+
+def failing_compiler(folder: Path) -> tuple[Path, str]:
+    return folder / "cache", str(compiler(folder, "echo 'no such instruction' >&2\nexit 1"))
+
+
+def broken_library(folder: Path) -> tuple[Path, str]:
+    return folder / "cache", str(compiler(folder, 'while [ "$1" != -o ]; do shift; done\necho nothing > "$2"'))
+
+
+def no_folder(folder: Path) -> tuple[Path, str]:
+    (folder / "file").touch()
+    return folder / "file" / "cache", "c++"
+
+
+@in_each_number
+def test_without_the_instructions_in_onednn_there_is_a_warning_too(dtype: torch.dtype) -> None:
+    """It has products in fp32 without them."""
+    code = TRAIN.replace("torch.float32", str(dtype))
+    trained = started(code, build._library().parents[1], os.environ.get("CXX", "c++"), ONEDNN_MAX_CPU_ISA="AVX2")
+    out, err = finished(trained)
+    assert out == "True" and err.count("the CPU kernels cannot be used") == (dtype == torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [(no_compiler, "/nonexistent"), (failing_compiler, "no such instruction"),
+     (broken_library, "Could not load this library"), (no_folder, "Not a directory")],
+)  # fmt: skip
+def test_without_a_library_there_is_one_warning_and_training_goes_on(
+    trouble: Callable[[Path], tuple[Path, str]], reason: str, tmp_path: Path
+) -> None:
+    out, err = finished(started(TRAIN, *trouble(tmp_path)))
+    assert out == "True"
+    assert err.count("the CPU kernels cannot be used") == 1 and "g++" in err and reason in err
+
+
+@needs_kernels
+def test_a_rank_without_kernels_means_a_run_without(tmp_path: Path) -> None:
+    """Sinkhorn's collectives are others with them."""
+    results = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path, "true"], 2)
+    told = [(status, out.split()[-2:]) for status, out, _ in results]
+    assert told == [(0, ["True", "False"]), (0, ["False", "False"])]
+    assert "the CPU kernels cannot be used" in results[1][2]
+
+
+@needs_kernels
+def test_the_key_is_obeyed_by_all_that_asks(tmp_path: Path) -> None:
+    for key, used in (("true", "True"), ("false", "False")):
+        ((status, out, _),) = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path, key], 1)
+        assert (status, out.split()[-2:]) == (0, ["True", used])
+
+
+def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True, "avx512_bf16": True})
+    assert not any(build.found.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert not list(tmp_path.iterdir()) and not recwarn.list
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_the_compiler_of_this_machine_makes_it_from_nothing(tmp_path: Path) -> None:
+    both = [started(USE, tmp_path, os.environ.get("CXX", "c++")) for _ in range(2)]
+    (one, told), (other, told_other) = (finished(process) for process in both)
+    assert one == other == "True"
+    # by the one that compiles, and nothing else by either
+    assert (told + told_other).splitlines() == ["compiling the kernels for CPUs: once, half a minute"]
+    assert len(list(tmp_path.rglob("*.so"))) == 1

@@ -1,0 +1,33 @@
+"""The torch-free shapes are those of the real network, in order, for every recipe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamtrain.config.load import load_config, preset_folders
+from streamtrain.planning.shapes import block_shapes, parameter_shapes
+from streamtrain.training.ssl_model import Learner
+
+RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("overrides", [(), ("objective.patch_loss.kind=cosine", "model.key_bias=false")])
+def test_names_order_and_shapes_are_the_learner_s(recipe: str, overrides: tuple[str, ...]) -> None:
+    config = load_config(recipe, overrides)
+    with torch.device("meta"):
+        learner = Learner(config)
+    expected = [(name, tuple(parameter.shape)) for name, parameter in learner.named_parameters()]
+    assert list(parameter_shapes(config).items()) == expected
+    block = learner.backbone.blocks[0]
+    assert list(block_shapes(config.model).items()) == [(n, tuple(p.shape)) for n, p in block.named_parameters()]
+
+
+def test_the_giant_is_as_large_as_published() -> None:
+    def millions(part: str) -> int:
+        numels = (torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(part))
+        return round(sum(numels) / 1e6)
+
+    shapes = parameter_shapes(load_config("giant.yaml"))
+    assert (millions("backbone."), millions("global_head."), millions("patch_head.")) == (6716, 239, 73)

@@ -1,0 +1,126 @@
+"""What docs/monitoring.md lists is what a run writes, and nothing less or more."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+from drawn_images import packed_set
+from faulty_server import faulty_server
+from ranks import ROOT, run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_backbone import class_folder
+from tiny_run import command
+
+from shards.reading.source import ShardSet
+from streamtrain.config.load import read_resolved
+from streamtrain.evaluation.features import extract_features
+from streamtrain.evaluation.held_out import held_out
+from streamtrain.evaluation.knn import knn_accuracy
+from streamtrain.evaluation.linear import linear_accuracy
+from streamtrain.interop.load import load_run
+
+STEPS = 30
+CLASSES = ("across", "down")
+# everything that may be seen, often; thresholds of the collapse watch that nothing meets; features that are not all
+# nearly alike, as those of a new network with a small LayerScale, whose nearest neighbours rounding decides
+EVERYTHING = (
+    f"run.steps={STEPS}", "monitor.tensorboard=true", "monitor.panel_every=10", "monitor.histogram_every=10",
+    "monitor.peak_flops=1e12", "monitor.collapse={every: 2, start: 1, min_rank: 1.0}", "optim.clip_per=module",
+    "objective.gram.weight=1.0", "evaluation.every=10", "evaluation.evaluators=[knn, linear, patches]",
+    "evaluation.max_share=1.0", "evaluation.best=knn_20", "monitor.profile={start: 2, steps: 1}",
+    "run.checkpoint_every=5", "run.keep_last=1", "schedules.lr=1e-3", "model.layerscale=0.5",
+)  # fmt: skip
+
+
+def documented() -> dict[str, set[str]]:
+    """Tags by the heading they stand under; what stands outside of tables does not count."""
+    tags: dict[str, set[str]] = {}
+    heading = ""
+    for line in (ROOT / "docs" / "monitoring.md").read_text().splitlines():
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
+        elif line.startswith("| `"):
+            tags.setdefault(heading, set()).update(re.findall(r"`([^`]+)`", line.split("|")[1]))
+    return tags
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("monitoring")
+    packed_set(folder, 40, shard_bytes=8_000)
+    labelled = class_folder(folder / "labelled", CLASSES, each=20)
+    with faulty_server(folder) as server:
+        shards = f"{server.url}/set"
+        cache = f"data.cache={{dir: {folder / 'cache'}, limit: 1MB}}"
+        words = command(shards, folder / "run", *EVERYTHING, cache, f"evaluation.train={labelled}")
+        results = run_ranks(words, 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    assert "has failed" not in results[0][2]
+    return folder / "run"
+
+
+def test_every_documented_tag_is_there_and_every_tag_is_documented(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    found = documented()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {tag for record in records for tag in record} - {"step", "slot"}
+    assert set(tags["scalars"]) == found["Scalars"] == logged
+    texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary")}
+    shown = {*tags["images"], *tags["histograms"], *texts}
+    # of the blocks, the first one is listed
+    assert {tag for tag in shown if "block_" not in tag or "block_00" in tag} == found["Pictures, histograms, text"]
+    assert len(records) == STEPS and {"custom_scalars__config__", "_hparams_/session_start_info"} <= {
+        *tags["tensors"], *events.summary_metadata,
+    }  # fmt: skip
+
+
+def test_pictures_come_at_their_interval_and_the_network_is_seen_before_its_first_step(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [image.step for image in events.Images("data/crops")] == [1, 10, 20, 30]
+    for tag in ("features/pca", "features/similarity"):
+        images = events.Images(tag)
+        assert [image.step for image in images] == [0, 10, 20, 30]
+        assert images[0].encoded_image_string != images[-1].encoded_image_string
+    assert sorted(path.name for path in (run / "tensorboard" / "projector").glob("*.tsv")) == [
+        "first-labels.tsv", "first.tsv", "latest-labels.tsv", "latest.tsv",
+    ]  # fmt: skip
+    labels = (run / "tensorboard" / "projector" / "latest-labels.tsv").read_text().split()
+    assert set(labels) == set(CLASSES) and len(labels) == 4  # rank 0's half of a fifth of 40
+
+
+def test_what_two_ranks_found_while_training_is_what_one_finds_in_the_checkpoint(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval/knn_20" in record] == [10, 20, 30]
+    config, backbone = read_resolved(run), load_run(run)
+    images, _ = held_out(config, ShardSet.open(run.parent / "set"))
+    assert images is not None and backbone.config.origin["step"] == STEPS
+    crops = {"size": config.crops.global_size, "mean": config.crops.mean, "std": config.crops.std}
+    train, test = (extract_features(backbone.model, each, **crops) for each in (images.train, images.test))
+    expected = knn_accuracy(*train, *test)
+    assert {count: records[-1][f"eval/knn_{count}"] for count in (10, 20)} == pytest.approx(expected)
+    assert records[-1]["eval/linear"] == pytest.approx(linear_accuracy(*train, *test).accuracy, abs=0.13)
+
+
+def test_the_best_checkpoint_stays(run: Path) -> None:
+    best = json.loads((run / "best.json").read_text())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = {record["step"]: record["eval/knn_20"] for record in records if "eval/knn_20" in record}
+    first_best = next(step for step, value in values.items() if value == max(values.values()))
+    assert best == {"step": first_best, "metric": "knn_20", "value": values[first_best]}
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == sorted({f"step-{first_best:09d}", f"step-{STEPS:09d}"})
+
+
+def test_a_trace_of_the_steps_asked_for(run: Path) -> None:
+    traces = sorted(path.name for path in (run / "profile").iterdir())
+    assert traces == [f"steps-2-2-rank-{rank}.json.gz" for rank in range(2)]
+    with gzip.open(run / "profile" / traces[0]) as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert "aten::addmm" in names

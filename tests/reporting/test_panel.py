@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from streamtrain.reporting.panel import crops_panel, draw_mask
+
+
+def test_mask_covers_its_patches_and_no_others() -> None:
+    crop = np.full((8, 8, 3), 200, np.uint8)
+    mask = np.zeros(16, bool)
+    mask[[0, 6]] = True
+    drawn = draw_mask(crop, mask)
+    changed = (drawn != crop).any(-1)
+    expected = np.zeros((8, 8), bool)
+    expected[0:2, 0:2] = expected[2:4, 4:6] = True
+    assert np.array_equal(changed, expected)
+    assert (crop == 200).all()
+
+
+@pytest.mark.parametrize(("size", "local", "views"), [(160, 96, 8), (224, 96, 8), (32, 16, 4), (64, 32, 0)])
+def test_panel_holds_every_view_of_the_samples_it_shows(size: int, local: int, views: int) -> None:
+    batch, rows = 3, 2
+    # Each crop is one flat colour, so that its presence and its area can be read off the panel.
+    grey = torch.arange(2 * batch, dtype=torch.uint8)
+    crops = grey.reshape(-1, 1, 1, 1).expand(-1, size, size, 3).contiguous()
+    small = (100 + torch.arange(views * batch, dtype=torch.uint8)).reshape(-1, 1, 1, 1)
+    panel = crops_panel(
+        crops, small.expand(-1, local, local, 3), torch.zeros(2 * batch, 16, dtype=torch.bool), batch, rows
+    )
+    assert panel.dtype == np.uint8 and panel.ndim == 3 and panel.shape[2] == 3
+    zoom = max(128 // size, 1)
+    values, counts = np.unique(panel[..., 0], return_counts=True)
+    area = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    shown = {view * batch + row for view in range(2) for row in range(rows)}
+    assert {value for value in area if value < 100} == shown
+    assert all(area[value] == (size * zoom) ** 2 for value in shown)
+    locals_shown = {100 + view * batch + row for view in range(views) for row in range(rows)}
+    assert {value for value in area if 100 <= value < 240} == locals_shown
+    assert all(area[value] == (local * zoom) ** 2 for value in locals_shown)
+
+
+def test_more_rows_than_samples_shows_all() -> None:
+    crops, masks = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.bool)
+    no_local = torch.zeros(0, 16, 16, 3, dtype=torch.uint8)
+    one = crops_panel(crops, no_local, masks, 1, 1)
+    assert np.array_equal(crops_panel(crops, no_local, masks, 1, 9), one)

@@ -1,0 +1,87 @@
+"""The real libraries, offline and into a folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import ROOT
+
+from streamtrain.config.load import build
+from streamtrain.config.tree import Config
+from streamtrain.errors import ConfigError
+from streamtrain.reporting import trackers
+from streamtrain.reporting.monitor import Monitor
+
+
+def a_run(*names: str, **monitor: Any) -> Config:
+    return build({"monitor": {"trackers": names, "tensorboard": False, "progress": False, **monitor}})
+
+
+def report(folder: Path, config: Config, start_step: int, stop_step: int) -> None:
+    monitor = Monitor(folder, config, rank=0, start_step=start_step)
+    monitor.text("run/config", "seed: 0")
+    for step in range(start_step + 1, stop_step + 1):
+        monitor.log(step, 8 * step, {"loss/total": 1.0 / step, "optim/gradient_norm": float("nan")})
+    monitor.panel(stop_step, np.full((8, 12, 3), 200, np.uint8))
+    monitor.histogram(stop_step, "weights/embedding", torch.randn(100))
+    monitor.close()
+
+
+def test_mlflow_has_one_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    config = a_run("mlflow", project="the project")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    report(folder, config, 0, 3)
+    report(folder, config, 3, 5)
+    assert "has failed" not in capsys.readouterr().err
+    (experiment,) = mlflow.search_experiments(filter_string="name = 'the project'")
+    (run,) = mlflow.MlflowClient().search_runs([experiment.experiment_id])
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss/total")
+    assert [(point.step, point.value) for point in history] == [(step, 1.0 / step) for step in range(1, 6)]
+    assert run.data.params["model.dim"] == "384" and run.info.run_name == "run"
+    shown = mlflow.artifacts.list_artifacts(run_id=run.info.run_id, artifact_path="data/crops")
+    assert [Path(item.path).name for item in shown] == ["000000003.png", "000000005.png"]
+
+
+def test_wandb_takes_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in {"MODE": "offline", "SILENT": "true", "CACHE_DIR": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    # after a crash steps are done again; the library goes on with the run that is open
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers.WandbTracker, "close", lambda self: None)
+        report(tmp_path, a_run("wandb"), 0, 7)
+    report(tmp_path, a_run("wandb"), 2, 4)
+    assert "has failed" not in capsys.readouterr().err
+    wandb.teardown()
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    written = log.read_bytes()
+    assert written.count(b"0.3333333") == 2 * written.count(b"0.1666666") > 0
+    for words in (b"loss/total", b"data/crops", b"weights/embedding", b"run/config", b"model.dim"):
+        assert words in written, words
+
+
+def test_a_library_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="mlflow is not installed; pip install mlflow-skinny"):
+        trackers.check_trackers(a_run("mlflow").monitor)
+
+
+def test_nothing_is_loaded_that_nobody_asked_for() -> None:
+    # DeepSpeed, which the engine loads, takes wandb along where it finds it
+    code = "import streamtrain.reporting.monitor, sys; assert not {'wandb', 'mlflow'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

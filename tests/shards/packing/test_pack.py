@@ -1,0 +1,333 @@
+"""The same source gives the same set, whatever the workers and the interruptions."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from drawn_images import draw_folder, drawn_image, encoded
+
+from shards.errors import ShardError
+from shards.format.items import sample_key
+from shards.packing.pack import PackOptions, PackReport, pack
+from shards.packing.verify import verify
+from shards.reading.source import ShardSet
+
+_SMALL = PackOptions(shard_bytes=20_000)
+
+
+def _labels(shard_set: ShardSet) -> list[int]:
+    return [int(label) for shard in range(len(shard_set.sizes)) for label in shard_set.records(shard)["label"]]
+
+
+def _payloads(shard_set: ShardSet) -> list[bytes]:
+    return [shard_set.read(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
+
+
+def _tree(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def _rejected(out: Path) -> dict[str, str]:
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 50, ("b", "a"))
+    (images / "a" / "broken.jpg").write_bytes(b"text")
+    reports = [pack(images, tmp_path / f"set{workers}", _SMALL, workers=workers) for workers in (1, 2)]
+    assert _tree(tmp_path / "set1") == _tree(tmp_path / "set2")
+    assert reports[0].manifest.digest == reports[1].manifest.digest
+    assert verify(tmp_path / "set1") == []
+
+
+def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", 6, ("dog", "cat", "a bird"))
+    pack(tmp_path / "images", tmp_path / "set", _SMALL)
+    shard_set = ShardSet.open(tmp_path / "set")
+    assert shard_set.classes == ("a bird", "cat", "dog")
+    assert _labels(shard_set) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_flat_folder_or_a_single_class_has_no_labels(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "parent" / "photos", 3)
+    for number, src in enumerate((tmp_path / "parent", tmp_path / "parent" / "photos")):
+        pack(src, tmp_path / f"set{number}", _SMALL)
+        shard_set = ShardSet.open(tmp_path / f"set{number}")
+        assert (shard_set.classes, _labels(shard_set)) == ((), [-1, -1, -1])
+        with tarfile.open(shard_set.tar_path(0)) as tar:
+            assert all(name.endswith(".jpg") for name in tar.getnames())
+
+
+def test_a_list_file_with_labels_by_number_or_by_name(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", 3)
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    for number, (labels, classes, expected) in enumerate(
+        [("70 ", (), [7, 0, -1]), ("yxy", ("x", "y"), [1, 0, 1]), ("   ", (), [-1, -1, -1])]
+    ):
+        lines = [f"images/{name}\t{label}".rstrip() for name, label in zip(names, labels, strict=True)]
+        (tmp_path / "list.txt").write_text("\n".join(lines) + "\n\n")
+        pack(tmp_path / "list.txt", tmp_path / f"set{number}", _SMALL)
+        shard_set = ShardSet.open(tmp_path / f"set{number}")
+        assert (shard_set.classes, _labels(shard_set)) == (classes, expected)
+
+
+def test_a_list_from_an_editor_that_marks_utf8_and_labels_of_minus_one(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 3)
+    names = sorted(path.name for path in images.iterdir())
+    lines = [f"images/{name}\t{label}" for name, label in zip(names, ("2", "-1", "3.0"), strict=True)]
+    (tmp_path / "list.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
+    shard_set = ShardSet.open(tmp_path / "set")
+    assert (shard_set.classes, _labels(shard_set)) == ((), [2, -1, 3])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a.jpg\t1\nb.jpg\t99999999999\n", r"list\.txt: b\.jpg: the label 99999999999 is no whole number from 0"),
+        ("a.jpg\t1\nb.jpg\t-2\n", r"list\.txt: b\.jpg: the label -2 is no"),
+        ("a.jpg\t0.5\n", r"list\.txt: a\.jpg: the label 0\.5 is no"),
+        ("a.jpg\towl\nb.jpg\t-1\n", r"list\.txt: a\.jpg: the label 'owl' is a name, but '-1' is a number"),
+        ("a.jpg\nb\0.jpg\n", r"list\.txt has a NUL byte in line 2"),
+        ("", r"list\.txt lists no images"),
+        (" \n\n", r"list\.txt lists no images"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(ShardError, match=said):
+        pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("fault", ["junk", "cut", "flipped"])
+@pytest.mark.parametrize("suffix", ["gz", "xz", "bz2"])
+def test_a_compressed_tar_that_is_damaged_is_named_itself(tmp_path: Path, suffix: str, fault: str) -> None:
+    source = tmp_path / f"images.tar.{suffix}"
+    with tarfile.open(source, f"w:{suffix}") as tar:
+        tar.add(draw_folder(tmp_path / "images", 3), "images")
+    whole = source.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(byte ^ 0xFF for byte in whole[middle : middle + 64]) + whole[middle + 64 :]
+    source.write_bytes({"junk": b"no tar" * 100, "cut": whole[:middle], "flipped": flipped}[fault])
+    with pytest.raises(ShardError, match=rf"images\.tar\.{suffix} cannot be decompressed \(.+\); fetch it again"):
+        pack(source, tmp_path / "set", _SMALL)
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_tar_in_a_compressed_file_or_a_store_is_named_by_its_source(tmp_path: Path) -> None:
+    plain = tmp_path / "images.tar"
+    with tarfile.open(plain, "w") as tar:
+        tar.add(draw_folder(tmp_path / "images", 3), "images")
+    plain.write_bytes(plain.read_bytes()[:3000])
+    (tmp_path / "images.tgz").write_bytes(gzip.compress(plain.read_bytes()))
+    for source in (str(tmp_path / "images.tgz"), plain.as_uri()):
+        with pytest.raises(ShardError, match=f"^{re.escape(source)} is (cut short|not a complete tar)") as raised:
+            pack(source, tmp_path / "set", _SMALL)
+        assert "packing.tar" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tgz", "tar.bz2"])
+def test_tars_pack_as_their_folder_would(tmp_path: Path, suffix: str) -> None:
+    images = draw_folder(tmp_path / "images", 6, ("cat", "dog"))
+    mode = {"tar": "w", "tgz": "w:gz"}.get(suffix, f"w:{suffix.removeprefix('tar.')}")
+    with tarfile.open(tmp_path / f"images.{suffix}", mode) as tar:
+        for path in sorted(images.rglob("*")):
+            tar.add(path, path.relative_to(tmp_path), recursive=False)
+    pack(images, tmp_path / "from_folder", _SMALL)
+    pack(tmp_path / f"images.{suffix}", tmp_path / "from_tar", _SMALL)
+    folder, archive = ShardSet.open(tmp_path / "from_folder"), ShardSet.open(tmp_path / "from_tar")
+    assert _payloads(folder) == _payloads(archive)
+    assert _labels(folder) == _labels(archive)
+    assert folder.classes == archive.classes
+    assert sorted(path.name for path in (tmp_path / "from_tar").iterdir()) == [
+        "index",
+        "manifest.json",
+        "rejected.jsonl",
+        "shards",
+    ]
+
+
+def test_a_webdataset_keeps_its_own_labels(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "foreign.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, label in enumerate((5, 3)):
+            for extension, content in (("cls", str(label).encode()), ("jpg", encoded(drawn_image(number)))):
+                info = tarfile.TarInfo(f"folder/größe {number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    pack(tmp_path / "foreign.tar", tmp_path / "set", _SMALL)
+    assert _labels(ShardSet.open(tmp_path / "set")) == [5, 3]
+
+
+def test_what_does_not_decode_is_listed_with_its_reason(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 4)
+    whole = encoded(drawn_image(9, 150, 100))
+    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "empty.png").write_bytes(b"")
+    (images / "text.jpg").write_bytes(b"hello")
+    (images / "large.png").write_bytes(encoded(drawn_image(1, 200, 200), "PNG"))
+    (images / "notes.txt").write_bytes(b"not tried")
+    (images / "animated.gif").write_bytes(encoded(drawn_image(2), "GIF"))
+    os.symlink("nowhere", images / "dangling.jpg")
+    report = pack(images, tmp_path / "set", PackOptions(max_pixels=30_000), workers=1)
+    rejected = _rejected(tmp_path / "set")
+    assert set(rejected) == {"cut.jpg", "empty.png", "text.jpg", "large.png", "dangling.jpg"}
+    assert "truncated" in rejected["cut.jpg"]
+    assert rejected["empty.png"] == "the file is empty"
+    assert rejected["text.jpg"] == "not an image that Pillow knows"
+    assert rejected["large.png"] == "200x200 is more than 30000 pixels"
+    assert rejected["dangling.jpg"] == "No such file or directory"
+    assert (report.manifest.num_samples, report.num_rejected, report.num_ignored) == (5, 5, 1)
+
+
+def test_what_is_no_file_is_listed_and_never_waited_for(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 2)
+    os.mkfifo(images / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(images / "socket.png"))  # such paths are at most 108 bytes long
+        pack(images, tmp_path / "set", _SMALL)
+    assert _rejected(tmp_path / "set") == {"pipe.jpg": "not a regular file", "socket.png": "not a regular file"}
+    os.mkfifo(tmp_path / "images.tar")
+    with pytest.raises(ShardError, match="neither a folder nor a regular file"):
+        pack(tmp_path / "images.tar", tmp_path / "other", _SMALL)
+
+
+def test_shuffle_and_dedup(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 20)
+    shutil.copy(images / "image 003.jpg", images / "image 003 again.jpg")
+    pack(images, tmp_path / "sorted", PackOptions(dedup=True))
+    pack(images, tmp_path / "shuffled", PackOptions(shuffle=1, dedup=True))
+    in_order, shuffled = (_payloads(ShardSet.open(tmp_path / name)) for name in ("sorted", "shuffled"))
+    assert in_order != shuffled
+    assert sorted(in_order) == sorted(shuffled)
+    assert len(in_order) == 20
+    assert list(_rejected(tmp_path / "sorted")) == ["image 003.jpg"]  # "image 003 again.jpg" sorts before it
+
+
+def test_keys_are_unique_and_without_spaces() -> None:
+    assert sample_key(3, "a b/c.d.jpg") == "000000003_a_b_c_d"
+    assert sample_key(3, "größe.jpg") == "000000003_gr_e"
+    assert sample_key(3, "猫.jpg") == "000000003"
+    assert len(sample_key(10**9, "x" * 300 + ".jpg")) < 90
+
+
+def test_a_folder_for_one_set_only(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 6)
+    first = pack(images, tmp_path / "set", _SMALL)
+    before = _tree(tmp_path / "set")
+    assert pack(images, tmp_path / "set", _SMALL) == first  # the same again is no error and no work
+    assert _tree(tmp_path / "set") == before
+    (tmp_path / "set" / "rejected.jsonl").rename(tmp_path / "aside")
+    assert pack(images, tmp_path / "set", _SMALL) == replace(first, num_rejected=None)
+    (tmp_path / "aside").rename(tmp_path / "set" / "rejected.jsonl")
+    with pytest.raises(ShardError, match="already holds another shard set"):
+        pack(images, tmp_path / "set", PackOptions(max_side=10))
+    with pytest.raises(ShardError, match="holds other files"):
+        pack(images, images, _SMALL)
+    assert _tree(tmp_path / "set") == before
+
+
+def test_what_lies_where_shards_would_go_is_left_alone(tmp_path: Path) -> None:
+    images, out = draw_folder(tmp_path / "images", 6), tmp_path / "set"
+    for folder in ("shards", "index"):
+        (out / folder).mkdir(parents=True)
+        (out / folder / "mine.tar").write_text("precious")
+        before = _tree(out)
+        with pytest.raises(ShardError, match=r"holds other files, such as \w+/mine.tar; choose a new folder"):
+            pack(images, out, _SMALL)
+        assert _tree(out) == before
+        shutil.rmtree(out / folder)
+
+
+def test_another_source_with_the_same_names_is_another_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
+    options = PackOptions(shard_bytes=20_000, dedup=True)
+    _interrupted(images, out, 1, monkeypatch)
+    other = shutil.copytree(images, tmp_path / "other")
+    (other / "image 049.jpg").write_bytes(encoded(drawn_image(77)) + b"another")
+    with pytest.raises(ShardError, match="interrupted packing of another source"):
+        pack(other, out, options)
+    pack(images, out, options)
+    with pytest.raises(ShardError, match="already holds another shard set"):
+        pack(other, out, options)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _interrupted(images: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack until ``after`` shards are complete, then stop as if the disk had vanished."""
+    from shards.packing.shard_writer import ShardWriter
+
+    whole = ShardWriter.finish
+    left = [after]
+
+    def finish(writer: ShardWriter) -> object:
+        if left[0] == 0:
+            raise _Stop
+        left[0] -= 1
+        return whole(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", finish)
+        with pytest.raises(_Stop):
+            pack(images, out, PackOptions(shard_bytes=20_000, dedup=True))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupted_packing_goes_on_to_the_same_set(
+    tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = draw_folder(tmp_path / "images", 50)
+    (images / "broken.jpg").write_bytes(b"text")
+    shutil.copy(images / "image 000.jpg", images / "z same.jpg")
+    options = PackOptions(shard_bytes=20_000, dedup=True)
+    expected: PackReport = pack(images, tmp_path / "unbroken", options)
+    out = tmp_path / "set"
+    _interrupted(images, out, after, monkeypatch)
+    with pytest.raises(ShardError, match="not a finished shard set"):
+        ShardSet.open(out)
+    with pytest.raises(ShardError, match="interrupted packing of another source"):
+        pack(images, out, PackOptions(shard_bytes=30_000))
+    for torn in (".packing.jsonl.partial", ".manifest.json.partial", "shards/.000001.tar.partial"):
+        (out / torn).write_text("torn by a kill")
+    journal = out / "packing.jsonl"
+    journal.write_text(journal.read_text() + '{"shard": {"na')  # a line torn by a kill
+    assert pack(images, out, options) == expected
+    assert _tree(out) == _tree(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("lost", ["shards/000000.tar", "index/000001.npy", "index/000000.idx"])
+def test_shards_that_were_lost_since_are_packed_again(
+    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
+    options = PackOptions(shard_bytes=20_000, dedup=True)
+    pack(images, tmp_path / "unbroken", options)
+    _interrupted(images, out, 2, monkeypatch)
+    (out / lost).unlink()
+    pack(images, out, options)
+    assert _tree(out) == _tree(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("first_line", ["garbage", "{}", "[1]"])
+def test_a_damaged_journal_is_not_ours(tmp_path: Path, first_line: str) -> None:
+    images, out = draw_folder(tmp_path / "images", 6), tmp_path / "set"
+    out.mkdir()
+    (out / "packing.jsonl").write_text(first_line + "\n")
+    with pytest.raises(ShardError, match="delete it or choose a new folder"):
+        pack(images, out, _SMALL)

@@ -1,0 +1,329 @@
+"""Shards come once, ahead of need, within the limit, and give the same images, whatever fails on the way."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_images import drawn_image, encoded, packed_set
+from faulty_server import FaultyServer, faulty_server
+from PIL import Image
+from watched_folder import watched
+
+from shards.errors import ShardError
+from shards.format.set_manifest import Manifest
+from shards.packing.pack import PackOptions, pack
+from shards.reading.cache import CachedShard, ShardCache, bytes_in_use, copy_bytes
+from shards.reading.ledger import Ledger
+from shards.reading.mixture import AnySet, open_sets, stream_order
+from shards.reading.order import Block
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
+from shards.storage.store import Patience
+
+_ROOT = Path(__file__).resolve().parents[3]
+_EAGER = Patience(20.0, 1.5, 0.01, 0.05)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """A set of 60 images in shards of a few."""
+    return packed_set(tmp_path_factory.mktemp("origin"), 60, shard_bytes=12_000)
+
+
+@pytest.fixture
+def server(local: ShardSet, tmp_path: Path) -> Iterator[FaultyServer]:
+    shutil.copytree(local.path, tmp_path / "served" / "set")
+    with faulty_server(tmp_path / "served") as running:
+        yield running
+
+
+@contextmanager
+def opened_cache(
+    shard_set: AnySet, folder: Path, limit: int, blocks: Iterator[Block], downloads: int = 3
+) -> Iterator[ShardCache]:
+    cache = ShardCache(
+        Ledger(folder, limit), shard_set.remote, blocks, start_slot=0, horizon_slots=1000, downloads=downloads
+    )
+    try:
+        yield cache
+    finally:
+        cache.close()
+
+
+def stream(shard_set: AnySet, folder: Path | None = None, limit: int = 0, epochs: int = 2) -> list[tuple[int, bytes]]:
+    """Shards and payloads of two epochs in batches of 6; through a cache if there is a folder."""
+    order = stream_order(shard_set, seed=3, window=2, lanes=2, lane_block=3)
+    end = epochs * shard_set.num_samples
+
+    def read(readable: AnySet, on_read: Callable[[int], None] | None = None) -> list[tuple[int, bytes]]:
+        source = Source(readable, order, threads=3, on_read=on_read)
+        batches = list(source.batches(np.arange(at, at + 6) for at in range(0, end, 6)))
+        source.close()
+        return [
+            (int(shard), payload.tobytes())
+            for batch in batches
+            for shard, payload in zip(batch.shards, batch.payloads, strict=True)
+        ]
+
+    if folder is None:
+        return read(shard_set)
+    blocks = itertools.takewhile(lambda block: block.first_slot < end, order.blocks(0, range(order.num_lanes)))
+    with opened_cache(shard_set, folder, limit, blocks) as cache:
+        return read(shard_set.reading_copies(cache), cache.passed)
+
+
+def window_bytes(shard_set: ShardSet, shards: int) -> int:
+    return bytes_in_use(shard_set.manifest.shards, shards, processes=1)
+
+
+def test_the_stream_is_the_local_one_whatever_fails_and_the_limit_holds(
+    local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = ShardSet.open(f"{server.url}/set", _EAGER)
+    faults = ["503", "cut", None, "short", "stall", None, "503", None, None, "whole", "cut", None, "short", None]
+    server.faults = [*faults]
+    limit = window_bytes(local, 5)
+    with caplog.at_level(logging.WARNING, "shards.storage.store"), watched(tmp_path / "cache") as most:
+        assert stream(remote, tmp_path / "cache", limit) == stream(local)
+    assert window_bytes(local, 3) < most[0] <= limit
+    assert not server.faults
+    logged = [record for record in caplog.records if "attempt" in record.getMessage()]
+    assert len(logged) >= sum(fault not in (None, "whole") for fault in faults)
+    assert remote.traffic.num_retries == len(logged)
+    assert remote.traffic.num_bytes >= local.manifest.num_bytes
+
+
+def test_with_room_for_all_each_shard_comes_once_and_stays(
+    local: ShardSet, server: FaultyServer, tmp_path: Path
+) -> None:
+    expected = stream(local)
+    for _ in range(2):
+        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        assert stream(remote, tmp_path / "cache", 10 * local.manifest.num_bytes) == expected
+    gets = Counter(path for path, _ in server.gets)
+    assert {gets[f"/set/shards/{shard.name}"] for shard in local.manifest.shards} == {1}
+    assert gets["/set/manifest.json"] == 2
+
+
+def test_a_smaller_limit_fetches_again_what_it_had_to_give_up(
+    local: ShardSet, server: FaultyServer, tmp_path: Path
+) -> None:
+    remote = ShardSet.open(f"{server.url}/set", _EAGER)
+    limit = window_bytes(local, 4)
+    with watched(tmp_path / "cache") as most:
+        assert stream(remote, tmp_path / "cache", limit) == stream(local)
+    assert most[0] <= limit
+
+
+def test_shards_of_one_name_in_two_sets_never_mix(local: ShardSet, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    shutil.copytree(local.path, served / "a")
+    for number in range(30):
+        path = served / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(drawn_image(100 + number), "PNG"))
+    pack(served / "images", served / "b", PackOptions(shard_bytes=20_000))
+    shares = [("a", 2.0), ("b", 1.0)]
+    with faulty_server(served) as server:
+        near = open_sets([(str(served / name), weight) for name, weight in shares])
+        far = open_sets([(f"{server.url}/{name}", weight) for name, weight in shares], _EAGER)
+        assert stream(far, tmp_path / "cache", 10**7) == stream(near)
+        # the same URLs, other contents: nothing of the old ones is used
+        shutil.rmtree(served / "a")
+        shutil.copytree(served / "b", served / "a")
+        near, far = ShardSet.open(served / "a"), ShardSet.open(f"{server.url}/a", _EAGER)
+        assert stream(far, tmp_path / "cache", 10**7) == stream(near)
+
+
+def test_what_is_not_as_the_manifest_says_is_one_clear_error(
+    local: ShardSet, server: FaultyServer, tmp_path: Path
+) -> None:
+    tar = server.root / "set" / "shards" / "000002.tar"
+    content = tar.read_bytes()
+    for number, wrong in enumerate([content[:-1] + b"?", content[:5000], content + b"more"]):
+        tar.write_bytes(wrong)
+        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        if len(wrong) > len(content):
+            # what comes after the end is not read
+            assert stream(remote, tmp_path / f"cache{number}", 10**7) == stream(local)
+            continue
+        with pytest.raises(ShardError, match=r"/set/shards/000002\.tar (is not the file|gives 5000 bytes)"):
+            stream(remote, tmp_path / f"cache{number}", 10**7)
+    server.gone.add("/set/shards/000002.tar")
+    with pytest.raises(ShardError, match=r"/set/shards/000002\.tar does not exist"):
+        stream(remote, tmp_path / "cache", 10**7)
+
+
+def test_a_fault_ahead_of_need_is_an_error_only_when_needed(server: FaultyServer, tmp_path: Path) -> None:
+    remote = ShardSet.open(f"{server.url}/set", _EAGER)
+    server.gone.add("/set/shards/000001.tar")
+    blocks = [Block(0, 9, (0,)), Block(10, 19, (1,)), Block(20, 29, (2,))]
+    with opened_cache(remote, tmp_path / "cache", 10**7, iter(blocks)) as cache:
+        assert isinstance(cache.get(0), CachedShard)
+        assert isinstance(cache.get(2), CachedShard)
+        with pytest.raises(ShardError, match=r"000001\.tar does not exist"):
+            cache.get(1)
+        server.gone.clear()
+        assert isinstance(cache.get(1), CachedShard)
+
+
+def test_shards_come_before_they_are_needed_as_far_as_there_is_room(
+    local: ShardSet, server: FaultyServer, tmp_path: Path
+) -> None:
+    remote, folder = ShardSet.open(f"{server.url}/set", _EAGER), tmp_path / "cache"
+    blocks = [Block(10 * shard, 10 * shard + 9, (shard,)) for shard in range(7)]
+    limit = bytes_in_use(local.manifest.shards, 3, 1)
+
+    def there() -> int:
+        return len(list(folder.glob("*.shard")))
+
+    def settle(count: int) -> None:
+        patience = time.monotonic() + 10
+        while there() < count and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert there() == count
+
+    with opened_cache(remote, folder, limit, iter(blocks)) as cache:
+        settle(3)
+        held = [cache.get(shard) for shard in range(3)]
+        assert (cache.hits, cache.misses) == (3, 0)
+        # shard 3 may take nobody's place: the others are needed sooner, and so is it read where it lies
+        assert cache.get(3) is None
+        assert cache.misses == 1
+        del held
+        cache.passed(10)
+        assert isinstance(cache.get(3), CachedShard)
+        assert cache.get(0) is None  # it had to make room, and nothing speaks of it any more
+        cache.passed(80)
+        assert cache.get(6) is None
+
+
+def test_a_copy_that_was_damaged_is_replaced_by_the_original(
+    local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote, folder = ShardSet.open(f"{server.url}/set", _EAGER), tmp_path / "cache"
+    with opened_cache(remote, folder, 10**7, iter([Block(0, 59, (0,))])) as cache:
+        through = remote.reading_copies(cache)
+        assert through.read(0, 1) == local.read(0, 1)
+        (copy,) = folder.glob("*.shard")
+        with open(copy, "r+b") as file:
+            file.seek(int(local.record(0, 2)["offset"]) + 20)
+            file.write(b"XXXX")
+        with caplog.at_level(logging.WARNING, "shards.reading.shard_set"):
+            assert through.read(0, 2) == local.read(0, 2)
+        assert "the copy in the cache is given up" in caplog.text
+        patience = time.monotonic() + 10
+        while through.read(0, 2) == local.read(0, 2) and not copy.exists() and time.monotonic() < patience:
+            time.sleep(0.01)
+        caplog.clear()
+        assert through.read(0, 2) == local.read(0, 2) and not caplog.text  # the copy is whole again
+        assert through.key(0, 2) == local.key(0, 2)
+        np.testing.assert_array_equal(through.records(0), local.records(0))
+
+
+_ONE_SHARD = """
+import resource, sys
+from pathlib import Path
+from shards.reading.cache import ShardCache
+from shards.reading.ledger import Ledger
+from shards.reading.order import Block
+from shards.reading.shard_set import ShardSet
+from shards.storage.store import Patience
+url, folder, largest = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+remote = ShardSet.open(url, Patience(60.0, 20.0, 0.01, 0.05))
+if largest:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+ledger = Ledger(folder, 10**8)
+cache = ShardCache(ledger, remote.remote, iter([Block(0, 9, (0,))]), start_slot=0, horizon_slots=9, downloads=1)
+print(len(cache.get(0).read(10**9, 0)))
+cache.close()
+"""
+
+
+def one_shard(server: FaultyServer, folder: Path, largest: int = 0) -> subprocess.Popen[str]:
+    """A process that opens the first shard of the set through a cache."""
+    words = [sys.executable, "-c", _ONE_SHARD, f"{server.url}/set", str(folder), str(largest)]
+    return subprocess.Popen(words, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_disk_that_takes_no_more_is_one_clear_error(server: FaultyServer, tmp_path: Path) -> None:
+    child = one_shard(server, tmp_path / "cache", largest=4000)
+    _, errors = child.communicate(timeout=60)
+    said = errors.strip().splitlines()[-1]
+    assert "ShardError: the cache folder" in said and "000000.tar (File too large); free space there" in said
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_download_goes_on_after_a_kill_and_several_processes_share_one(
+    local: ShardSet, tmp_path: Path
+) -> None:
+    # a shard of three pieces
+    big = tmp_path / "served" / "set"
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 300, 400, 3), np.uint8)
+    for number, pixels in enumerate(noise):
+        (tmp_path / "images" / f"{number:02d}.png").write_bytes(encoded(Image.fromarray(pixels), "PNG"))
+    pack(tmp_path / "images", big, PackOptions(shard_bytes=1 << 30))
+    (entry,) = ShardSet.open(big).manifest.shards
+    assert entry.bytes > 12 << 20
+    folder, path = tmp_path / "cache", f"/set/shards/{entry.name}"
+    with faulty_server(tmp_path / "served") as server:
+        server.faults = [None, None, None, None, "stall"]  # manifest, index, two pieces of the tar, and the third
+        child = one_shard(server, folder)
+        patience = time.monotonic() + 30
+        while sum(place == path for place, _ in server.gets) < 3 and time.monotonic() < patience:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        (partial,) = folder.glob("*.partial")
+        assert partial.stat().st_size == 8 << 20
+        assert partial.name.endswith(f".{copy_bytes(entry)}.partial")
+
+        server.gets.clear()
+        others = [one_shard(server, folder) for _ in range(2)]
+        said = [other.communicate(timeout=60) for other in others]
+        assert [out.strip() for out, _ in said] == [str(entry.bytes)] * 2, said
+        # the rest of it came once, for both
+        assert Counter(place for place, _ in server.gets)[path] == -(-entry.bytes // (4 << 20)) - 2
+    assert sorted(name.rpartition(".")[2] for name in os.listdir(folder)) == ["lock", "shard"]
+
+
+def test_closing_ends_whoever_waits(server: FaultyServer, tmp_path: Path) -> None:
+    remote = ShardSet.open(f"{server.url}/set", Patience(60.0, 20.0, 20.0, 20.0))
+    server.faults = ["503"] * 100
+    with opened_cache(remote, tmp_path / "cache", 10**7, iter([Block(0, 9, (0,))]), downloads=1) as cache:
+        threading.Timer(0.3, cache.close).start()
+        with pytest.raises(ShardError, match="the cache is closed"):
+            cache.get(0)
+    assert not list((tmp_path / "cache").glob("*.user"))
+
+
+def test_without_a_cache_an_index_is_read_once_however_many_shards_are_in_use(tmp_path: Path) -> None:
+    one = packed_set(tmp_path, 4)
+    (entry,) = one.manifest.shards
+    shards = [replace(entry, name=f"{number:06d}.tar") for number in range(210)]
+    for shard in shards[1:]:
+        shutil.copy(one.index_path(0), one.path / "index" / shard.index_name)
+    Manifest(tuple(shards)).save(one.path)
+    with faulty_server(tmp_path) as server:
+        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        for _ in range(2):
+            for shard in range(210):
+                assert remote.record(shard, 0) == one.record(0, 0)
+        gets = Counter(path for path, _ in server.gets)
+    assert len(gets) == 211 and set(gets.values()) == {1}

@@ -1,0 +1,180 @@
+"""Unusable samples are named, replaced by the slot alone, and stop a run only when they are too many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_images import packed_set
+from faulty_server import faulty_server
+
+from shards.errors import SampleError, ShardError
+from shards.reading.order import Order
+from shards.reading.quarantine import Entry, Quarantine
+from shards.reading.source import Samples, ShardSet, Source
+from shards.storage.store import Patience
+
+_COUNT = 120
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> ShardSet:
+    """A set of which samples 1 and 4 of the first shard and 2 of the third were changed after packing."""
+    shard_set = packed_set(tmp_path, _COUNT)
+    for shard, sample in ((0, 1), (0, 4), (2, 2)):
+        with open(shard_set.tar_path(shard), "r+b") as tar:
+            tar.seek(int(shard_set.record(shard, sample)["offset"]) + 50)
+            tar.write(b"damage")
+    return shard_set
+
+
+def _epoch(shard_set: ShardSet, quarantine: Quarantine, batch: int = 10, first: int = 0) -> list[Samples]:
+    source = Source(shard_set, Order(shard_set.sizes, seed=1, window=2, lanes=4), threads=2, quarantine=quarantine)
+    batches = list(source.batches(np.arange(at, at + batch) for at in range(first, _COUNT, batch)))
+    source.close()
+    return batches
+
+
+def _sequence(batches: list[Samples]) -> list[tuple[int, int]]:
+    return [place for batch in batches for place in zip(batch.shards.tolist(), batch.samples.tolist(), strict=True)]
+
+
+def _log(path: Path) -> list[Entry]:
+    return [Entry(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def test_exactly_the_changed_samples_are_logged_and_replaced(damaged: ShardSet, tmp_path: Path) -> None:
+    log = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(log)
+    batches = _epoch(damaged, quarantine)
+    entries = _log(log)
+    bad = {("000000.tar", 1), ("000000.tar", 4), ("000002.tar", 2)}
+    assert {(entry.shard, entry.index) for entry in entries} == bad
+    assert quarantine.num_entries >= len(entries) >= 3
+    assert all("CRC" in entry.reason and entry.stage == "read" and entry.key for entry in entries)
+    assert sum(len(batch.slots) for batch in batches) == _COUNT
+    assert not {(damaged.name(shard), sample) for shard, sample in _sequence(batches)} & bad
+    for batch in batches:
+        for row, payload in enumerate(batch.payloads):
+            assert payload.tobytes() == damaged.read(int(batch.shards[row]), int(batch.samples[row]))
+    untouched = [
+        place for slot, place in enumerate(_sequence(batches)) if slot not in {entry.slot for entry in entries}
+    ]
+    assert len(set(untouched)) == len(untouched) == _COUNT - len({entry.slot for entry in entries})
+
+
+def test_substitutes_are_the_same_for_any_batch_and_any_resume(damaged: ShardSet, tmp_path: Path) -> None:
+    log = tmp_path / "quarantine.jsonl"
+    expected = _sequence(_epoch(damaged, Quarantine(log)))
+    written = log.read_bytes()
+    assert _sequence(_epoch(damaged, Quarantine(), batch=3)) == expected
+    assert _sequence(_epoch(damaged, Quarantine(log), batch=40, first=40)) == expected[40:]
+    assert log.read_bytes() == written  # what is known is not logged twice
+
+
+def test_what_failed_once_stays_replaced_at_its_slot(damaged: ShardSet, tmp_path: Path) -> None:
+    log = tmp_path / "quarantine.jsonl"
+    expected = _sequence(_epoch(damaged, Quarantine(log)))
+    mended = packed_set(tmp_path / "again", _COUNT)
+    assert mended.digest == damaged.digest
+    assert _sequence(_epoch(mended, Quarantine(log))) == expected
+    assert _sequence(_epoch(mended, Quarantine())) != expected
+
+
+def test_images_that_do_not_decode_are_replaced_everywhere(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, _COUNT)
+    log = tmp_path / "quarantine.jsonl"
+    order = Order(shard_set.sizes, seed=1)
+    source = Source(shard_set, order, threads=1, quarantine=Quarantine(log))
+    batch = source.fetch(np.arange(8))
+    replaced = source.replace(batch, 3, "the decoder said no")
+    assert replaced.slots is batch.slots
+    keep = np.arange(8) != 3
+    assert (replaced.samples[keep] == batch.samples[keep]).all()
+    place = (batch.shards[3], batch.samples[3])
+    assert (replaced.shards[3], replaced.samples[3]) != place
+    assert replaced.payloads[3].tobytes() == shard_set.read(int(replaced.shards[3]), int(replaced.samples[3]))
+    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.places(np.arange(8))
+    later = source.fetch(np.arange(_COUNT, 2 * _COUNT))
+    assert place not in _sequence([later])
+    source.close()
+    assert [(entry.slot, entry.stage, entry.reason) for entry in _log(log)] == [(3, "decode", "the decoder said no")]
+
+    strict = Source(shard_set, order, threads=1)
+    with pytest.raises(SampleError, match="the decoder said no"):
+        strict.replace(strict.fetch(np.arange(8)), 3, "the decoder said no")
+    strict.close()
+
+
+def test_images_above_max_pixels_are_rejected_before_they_are_decoded(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, _COUNT)
+    quarantine = Quarantine(max_rate=1.0)
+    source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=2, quarantine=quarantine, max_pixels=1000)
+    batch = source.fetch(np.arange(60))
+    assert (batch.sizes.prod(axis=1) <= 1000).all()
+    assert quarantine.num_entries > 0
+    source.close()
+
+
+def test_a_shard_that_goes_while_it_is_needed_is_no_fault_of_its_images(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, _COUNT)
+    shard_set.tar_path(1).unlink()
+    quarantine = Quarantine(max_rate=1.0)
+    with pytest.raises(ShardError, match=r"000001\.tar is gone; put it back"):
+        _epoch(shard_set, quarantine)
+    assert quarantine.num_entries == 0
+
+
+def test_too_many_stop_the_run_with_a_report(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, _COUNT)
+    for shard in range(1, len(shard_set.sizes)):
+        shard_set.tar_path(shard).write_bytes(bytes(shard_set.tar_path(shard).stat().st_size))
+    log = tmp_path / "quarantine.jsonl"
+    with pytest.raises(ShardError, match=r"could not be used .* far above .* 0\.01; .* latest: .*quarantine\.jsonl"):
+        _epoch(shard_set, Quarantine(log))
+    shard_set.tar_path(0).write_bytes(bytes(shard_set.tar_path(0).stat().st_size))
+    with pytest.raises(ShardError, match="100 images in a row cannot be used"):
+        _epoch(shard_set, Quarantine(max_rate=1e6))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_share_at_the_bound_by_chance_stops_nothing(seed: int) -> None:
+    quarantine = Quarantine(max_rate=0.01)
+    bad = np.random.default_rng(seed).random(20_000) < 0.01
+    error = SampleError("000000.tar", 0, "key", "reason")
+    for slot in range(20_000):
+        quarantine.count_slot()
+        if bad[slot]:
+            quarantine.add(slot, error, "read")
+    with pytest.raises(ShardError, match="far above"):
+        for slot in range(20_000, 21_000):
+            quarantine.count_slot()
+            quarantine.add(slot, error, "read")
+
+
+def test_ranks_share_one_log_and_a_torn_line_harms_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "quarantine.jsonl"
+    log.write_text('{"slot": 3, "sha')
+    first, second = Quarantine(log), Quarantine(log)
+    error = SampleError("000000.tar", 5, "key", "broken")
+    for slot in (10, 30):
+        first.add(slot, error, "decode")
+        second.add(slot, error, "decode")
+    assert second.holds(99, "000000.tar", 5)
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_shard_that_is_gone_is_no_fault_of_its_images(tmp_path: Path) -> None:
+    packed_set(tmp_path, 40)
+    with faulty_server(tmp_path) as server:
+        remote = ShardSet.open(f"{server.url}/set", Patience(20.0, 2.0, 0.01, 0.05))
+        server.gone.add("/set/shards/000001.tar")
+        log = tmp_path / "quarantine.jsonl"
+        source = Source(remote, Order(remote.sizes, seed=1), threads=2, quarantine=Quarantine(log, max_rate=1.0))
+        with pytest.raises(ShardError, match=r"/set/shards/000001\.tar does not exist") as raised:
+            list(source.batches([np.arange(40)]))
+        assert not isinstance(raised.value, SampleError)
+        assert not log.exists()
+        source.close()

@@ -1,0 +1,29 @@
+"""Load a run's newest checkpoint on these ranks and write what they hold: ``reload_checkpoint.py RUN OUT MOMENTS``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.config.load import build, merge, read_resolved
+from streamtrain.engine.runtime import Launch, joined
+from streamtrain.objective.targets import TargetMaker
+from streamtrain.run.directory import CHECKPOINTS
+from streamtrain.training.build import build_networks, restore
+from streamtrain.training.gram import GramAnchor
+
+run_dir, out, moments = sys.argv[1:]
+changes = {"engine": {"moments": moments, "moments_dir": f"{out}/moments" if moments == "disk" else None}}
+config = build(merge(read_resolved(run_dir).model_dump(), changes))
+with joined(config.engine, Launch.from_environment()) as runtime:
+    student, teacher = build_networks(config, runtime, 1)
+    maker = TargetMaker(config.objective)
+    position = restore(config, None, student, teacher, maker, GramAnchor(config, None))
+    shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
+    shards = student.shards() | teacher.shards()
+    Path(out).mkdir(exist_ok=True)
+    saver = Saver(Path(out), config.run)
+    saver.save(position.step, {CHECKPOINTS: Contents(shards, maker.state_dict(), shapes, {"data": position.data})})
+    saver.wait()
+    assert saver.failure is None, saver.failure

@@ -1,0 +1,114 @@
+"""A run over a set of which one image in a hundred is damaged, in five ways, before and after it was indexed."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_images import drawn_image, encoded
+from ranks import run_ranks, start_ranks
+from test_train import expect_success, wait_for_steps
+from tiny_run import command, logged
+
+from shards.packing.index_tars import adopt
+from shards.packing.verify import verify
+from shards.reading.order import Order
+from shards.reading.shard_set import ShardSet
+
+NUM_SHARDS, NUM_PER_SHARD, BATCH = 5, 100, 20
+NUM_IMAGES = NUM_SHARDS * NUM_PER_SHARD
+WAYS = ("truncated", "zeroed tail", "text", "flipped bits", "empty")
+Place = tuple[str, int]  # tar, sample
+
+
+def damaged(payload: bytes, way: str) -> bytes:
+    """What is left of an image."""
+    half = len(payload) // 2
+    if way == "flipped bits":
+        changed = bytearray(payload)
+        for at in range(len(payload) - 40, len(payload) - 10, 7):  # in the scan, which lies behind the tables
+            changed[at] ^= 0x10
+        return bytes(changed)
+    return {
+        "truncated": payload[:half],
+        "zeroed tail": payload[:half].ljust(len(payload), b"\0"),
+        "text": (b"<html>not found</html> " * len(payload))[: len(payload)],
+        "empty": b"",
+    }[way]
+
+
+@pytest.fixture(scope="module")
+def places() -> dict[str, dict[Place, str]]:
+    """Where the damage is and of which way it is, before and after indexing."""
+    drawn = np.random.default_rng(3).permutation(NUM_IMAGES)[: 2 * len(WAYS)].tolist()
+    named = [(f"{n // NUM_PER_SHARD:06d}-{n // NUM_PER_SHARD}.tar", n % NUM_PER_SHARD) for n in drawn]
+    return {
+        "before": dict(zip(named[: len(WAYS)], WAYS, strict=True)),
+        "after": dict(zip(named[len(WAYS) :], WAYS, strict=True)),
+    }
+
+
+@pytest.fixture(scope="module")
+def shard_set(places: dict[str, dict[Place, str]], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Tars of others, damaged, indexed where they lie, and damaged again."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for shard in range(NUM_SHARDS):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for sample in range(NUM_PER_SHARD):
+                payload = encoded(drawn_image(shard * NUM_PER_SHARD + sample, 36, 28))
+                way = places["before"].get((f"{shard:06d}-{shard}.tar", sample))
+                payload = damaged(payload, way) if way else payload
+                header = tarfile.TarInfo(f"{shard}-{sample:03d}.jpg")
+                header.size = len(payload)
+                tar.addfile(header, io.BytesIO(payload))
+    adopt([str(folder)], folder / "set")
+    shard_set = ShardSet.open(folder / "set")
+    for (name, sample), way in places["after"].items():
+        shard = int(name[:6])
+        payload = shard_set.read(shard, sample)
+        with open(shard_set.tar_path(shard), "r+b") as tar_file:
+            tar_file.seek(int(shard_set.record(shard, sample)["offset"]))
+            tar_file.write(damaged(payload, way).ljust(len(payload), b"\xff"))
+    return ShardSet.open(folder / "set")
+
+
+def quarantined(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_a_run_names_exactly_the_damaged_images_and_replaces_them_alike_after_a_kill(
+    shard_set: ShardSet, places: dict[str, dict[Place, str]], tmp_path: Path
+) -> None:
+    # what decodes to another picture only a checksum can tell, and here that was made of the damaged bytes
+    expected = {place for place, way in places["before"].items() if way != "flipped bits"} | set(places["after"])
+    faults = [fault for fault in verify(shard_set.path) if fault.index is not None]
+    assert {(fault.place.removeprefix("shards/"), fault.index) for fault in faults} == expected
+
+    settings = (f"run.steps={NUM_IMAGES // BATCH}", f"data.micro_batch={BATCH}", "run.checkpoint_every=4")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    expect_success(run_ranks(command(shard_set.path, straight, *settings), 1))
+    log = quarantined(straight)
+    order = Order(shard_set.sizes, 0, lanes=2, lane_block=BATCH // 2)
+    _, shards, samples = order.locate(np.arange(NUM_IMAGES))
+    stands = zip(map(shard_set.name, shards.tolist()), samples.tolist(), strict=True)
+    slots = {place: slot for slot, place in enumerate(stands)}
+    consumed = [entry for entry in log if int(str(entry["slot"])) < NUM_IMAGES]
+    assert {(entry["shard"], entry["index"]) for entry in consumed} == expected
+    assert {(entry["shard"], entry["index"]) for entry in log} == expected  # threads read ahead into the next epoch
+    assert {slots[place] for place in expected} <= {entry["slot"] for entry in consumed}
+
+    processes = start_ranks(command(shard_set.path, broken, *settings), 1)
+    wait_for_steps(broken, 10, processes)
+    processes[0].kill()
+    processes[0].communicate()
+    expect_success(run_ranks(command(shard_set.path, broken, *settings), 1))
+    assert logged(broken) == logged(straight)
+
+    def known(run_dir: Path) -> set[str]:
+        return {json.dumps(entry) for entry in quarantined(run_dir) if int(str(entry["slot"])) < NUM_IMAGES}
+
+    assert known(broken) == known(straight)

@@ -1,0 +1,50 @@
+"""One run goes on with another number of ranks, and with another place for its moments: 2, then 1, then 3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_train import command, expect_success, losses, shards  # noqa: F401 - a fixture
+
+from streamtrain.checkpoint import reader as checkpoint
+
+RELOAD = Path(__file__).with_name("reload_checkpoint.py")
+# divisible by 1, 2 and 3 ranks of micro-batches of 2, which is also KoLeo's group
+FIXED = ("data.global_batch=12", "data.micro_batch=2", "run.keep_last=0", "run.checkpoint_every=0")
+# a schedule must not depend on where a part of the run ends
+CONSTANT = {"lr": "peak: 1.0e-3, warmup: 2", "weight_decay": "peak: 0.04", "momentum": "peak: 0.99",
+            "teacher_temperature": "peak: 0.05, warmup: 2"}  # fmt: skip
+SCHEDULES = [f"schedules.{name}={{kind: constant, end: null, {rest}}}" for name, rest in CONSTANT.items()]
+# ranks, the step they train to, and where their moments lie
+PARTS = ((2, 3, "host"), (1, 5, "disk"), (3, 8, "device"))
+
+
+def whole_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every master, moment and average, gathered."""
+    with checkpoint.opened(checkpoint.folder_of(run_dir, step)) as reader:
+        kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
+        return {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+
+
+@pytest.mark.slow
+def test_two_one_three_ranks(shards: Path, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+    settings = (*FIXED, *SCHEDULES, "engine.dtype=fp32")
+    straight, changing = tmp_path / "straight", tmp_path / "changing"
+    expect_success(run_ranks(command(shards, straight, *settings, "run.steps=8"), 1))
+    for world_size, steps, moments in PARTS:
+        words = command(shards, changing, *settings, f"run.steps={steps}", f"engine.moments={moments}")
+        expect_success(run_ranks(words, world_size))
+        following = {2: 1, 1: 3, 3: 2}[world_size]
+        out = tmp_path / f"{world_size}-to-{following}"
+        expect_success(run_ranks([RELOAD, changing, out, moments], following))
+        before, after = whole_state(changing, steps), whole_state(out, steps)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+    ours, theirs = losses(changing), losses(straight)
+    assert [record["slot"] for record in ours.values()] == [record["slot"] for record in theirs.values()]
+    for step, record in theirs.items():
+        for name in ("loss/total", "loss/global", "loss/patch", "loss/koleo"):
+            assert ours[step][name] == pytest.approx(record[name], abs=1e-3), (step, name)

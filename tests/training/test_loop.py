@@ -1,0 +1,264 @@
+"""The whole line in real processes: kill and resume, launchers, stopping, and what a wrong start says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn_images import draw_folder
+from ranks import ROOT, free_port, run_ranks, start_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shards.packing.pack import PackOptions, pack
+from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.config.load import read_resolved
+from streamtrain.run.directory import saved_state
+
+MAIN = ROOT / "streamtrain" / "main.py"
+HEAD = "{prototypes: 64, hidden: 16, bottleneck: 8}"
+TINY = (
+    "model.patch_size=8", "model.dim=16", "model.depth=2", "model.num_heads=2", "model.drop_path=0.2",
+    "crops.global_size=32", "crops.local_size=16", "crops.local_count=2", "data.lanes=4", "data.window=2",
+    f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}",
+    "engine.cpu_threads=1", "engine.device=cpu", "data.decode_threads=1", "monitor.progress=false",
+)  # fmt: skip
+LOGGED = (
+    "loss/total", "loss/global", "loss/patch", "loss/koleo", "optim/lr", "optim/weight_decay", "optim/gradient_norm",
+    "teacher/momentum", "teacher/temperature", "speed/images_per_second", "data/wait_share", "memory/rss_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    pack(draw_folder(folder / "images", 40), folder / "shards", PackOptions(shard_bytes=8_000))
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def mixture(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The set and another one, of which every fourth image comes."""
+    folder = tmp_path_factory.mktemp("other")
+    pack(draw_folder(folder / "images", 13), folder / "shards", PackOptions(shard_bytes=8_000))
+    return f"[{{shards: {shards}, weight: 3}}, {{shards: {folder / 'shards'}, weight: 1}}]"
+
+
+def command(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
+    given = [f"data.shards={shards}", f"run.dir={run_dir}"]
+    return [str(MAIN), "--config", "vits16.yaml", *TINY, *given, *overrides]
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, Any]]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "slot"))} for r in records}
+
+
+def expect_success(results: Sequence[tuple[int, str, str]]) -> None:
+    assert [code for code, _, _ in results] == [0] * len(results), "\n".join(err[-3000:] for _, _, err in results)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    """On one rank and with centres; on two ranks and with Sinkhorn: ``faults/test_runs.py``."""
+    # 12 steps of 8 samples pass twice over the 40 samples; the kill falls between two checkpoints
+    settings = ("run.steps=12", "run.checkpoint_every=2", "data.global_batch=8", "data.micro_batch=2",
+                "objective.centering=softmax", "objective.patch_loss.kind=cosine")  # fmt: skip
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    expect_success(run_ranks(command(shards, straight, *settings), 1))
+
+    processes = start_ranks(command(shards, broken, *settings), 1)
+    wait_for_steps(broken, 5, processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    # that of step 4 was begun only when that of step 2 was whole
+    assert checkpoint.latest_step(broken) in range(2, 12, 2)
+    # what a kill in the middle of a write leaves behind
+    with open(broken / "metrics.jsonl", "a") as log:
+        log.write('{"step": 99, "lo')
+    resumed = run_ranks(command(shards, broken, *settings), 1)
+    expect_success(resumed)
+    assert len(re.findall(r"^resuming at step \d+ from .*/checkpoints/step-", resumed[0][1], re.MULTILINE)) == 1
+
+    assert losses(broken) == losses(straight)
+    for which in ("teacher", "student"):
+        ours, theirs = (checkpoint.read_weights(run, which=which) for run in (broken, straight))
+        assert ours.keys() == theirs.keys() and all(bool((ours[k] == theirs[k]).all()) for k in ours)
+
+
+def losses_so_far(run_dir: Path) -> list[str]:
+    log = run_dir / "metrics.jsonl"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for_steps(run_dir: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Until so many steps are logged; a rank that ends before that fails the test with what it said."""
+    deadline = time.monotonic() + 200
+    while len(losses_so_far(run_dir)) < steps:
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, ended[0].communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def launchers(world_size: int) -> dict[str, list[str]]:
+    bin_folder = Path(sys.executable).parent
+    port = str(free_port())
+    return {
+        "python": [sys.executable],
+        "deepspeed": [str(bin_folder / "deepspeed"), "--num_gpus", str(world_size), "--master_port", port],
+        "torchrun": [str(bin_folder / "torchrun"), "--nproc_per_node", str(world_size), "--master_port", port],
+    }
+
+
+@pytest.mark.parametrize(("launcher", "world_size"), [("python", 1), ("deepspeed", 2), ("torchrun", 2)])
+def test_every_launcher_trains_and_everything_is_logged(
+    shards: Path, tmp_path: Path, launcher: str, world_size: int
+) -> None:
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    words = command(shards, tmp_path / "run", "run.steps=2", "data.micro_batch=4")
+    done = subprocess.run(
+        [*launchers(world_size)[launcher], *words], env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "untested" not in done.stdout + done.stderr
+    run = tmp_path / "run"
+    assert [record["slot"] for record in losses(run).values()] == [4 * world_size, 8 * world_size]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(LOGGED) <= set(tags["scalars"]) and tags["images"]
+    assert set(LOGGED) <= set(json.loads(losses_so_far(run)[-1]))
+    assert (run / "config.yaml").exists() and json.loads((run / "environment.json").read_text())["program"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-000000002"
+
+
+def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: Path) -> None:
+    words = command(shards, tmp_path / "run", "run.steps=100000", "data.micro_batch=2", "run.checkpoint_every=0")
+    processes = start_ranks(words, 2)
+    wait_for_steps(tmp_path / "run", 1, processes)
+    # nobody else may write to the folder meanwhile; the other ranks of such a start are its launcher's to end
+    (code, _, errors), = run_ranks(words, 1)
+    assert code == 2 and f"another run is writing to {tmp_path / 'run'}" in errors.strip().splitlines()[-1]
+    processes[1].send_signal(signal.SIGTERM)
+    ended = [(process.communicate(timeout=100), process.returncode) for process in processes]
+    assert [code for _, code in ended] == [75, 75], ended[0][0][1][-2000:]
+    last = max(losses(tmp_path / "run"))
+    assert checkpoint.latest_step(tmp_path / "run") == last
+    assert f"stopped at step {last}, checkpoint saved; the same command goes on" in ended[0][0][0]
+    assert "stopped at" not in ended[1][0][0]
+    # and a run that has all its steps says so, on one rank
+    results = run_ranks([*words, f"run.steps={last}"], 2)
+    assert [(code, out) for code, out, _ in results] == [
+        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to go on\n"), (0, "")
+    ]  # fmt: skip
+
+
+def test_a_dry_run_draws_a_panel_and_trains_nothing(mixture: str, tmp_path: Path) -> None:
+    results = run_ranks([*command(mixture, tmp_path / "run"), "--dry-run"], 1)
+    expect_success(results)
+    assert "53 samples in 75.0% of" in results[0][1]
+    assert (tmp_path / "run/dry_run.png").stat().st_size > 1000
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+WRONG_STARTS = {
+    "wrong key": (["run.step=3"], "unknown key run.step; did you mean run.steps?"),
+    "missing set": (["data.shards=absent"], "absent"),
+    "no set": (["data.shards=''"], "data.shards is not set"),
+    "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
+    "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
+    "foreign": (["run.dir=FOREIGN"], "holds no run but other files, such as config.yaml"),
+    "weights": (["init.weights=absent"], "init.weights: the weights absent cannot be read"),
+    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run folder"),
+    "resume": (["--resume", "absent", "run.seed=1"], "--resume absent holds no checkpoint"),
+}
+
+
+def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "environment.json"):
+        (foreign / name).write_text("{}\n")
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # every import becomes a line of the errors
+    started = {
+        name: start_ranks(
+            command(shards, tmp_path / "run", *(word.replace("FOREIGN", str(foreign)) for word in overrides)), 2
+        )
+        for name, (overrides, _) in WRONG_STARTS.items()
+    }
+    for name, (_, told) in WRONG_STARTS.items():
+        for process in started[name]:
+            errors = process.communicate(timeout=100)[1]
+            lines = [line for line in errors.splitlines() if not line.startswith("import time:")]
+            assert process.returncode == 2 and len(lines) == 1, (name, lines)
+            assert lines[0].startswith("error: ") and told in lines[0], (name, lines)
+            # which is why the answer comes at once
+            assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE), name
+    assert not (tmp_path / "run").exists()
+    assert all((foreign / name).read_text() == "{}\n" for name in ("config.yaml", "metrics.jsonl", "environment.json"))
+    assert len(list(foreign.iterdir())) == 3
+
+
+def test_another_run_than_the_checkpoints_is_refused_at_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = tmp_path / "run", ("run.steps=2", "data.micro_batch=4")
+    expect_success(run_ranks(command(shards, run, "run.steps=1", "data.micro_batch=4"), 1))
+    pack(draw_folder(tmp_path / "images", 12), tmp_path / "other", PackOptions())
+    other = f"data.shards={tmp_path / 'other'}"
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    started = [
+        (start_ranks(command(shards, run, *settings, *overrides), 1)[0], told)
+        for overrides, told in (
+            (["model.dim=32"], "cannot go on with other values of model.dim was 16 and is now 32"),
+            ([other], "digest was"),
+            (["optim.clip=1.0"], "optim.clip was 3.0 and is now 1.0; start it as it was, or add --accept-changes"),
+            (["run.seed=4", "--accept-changes"], "run.seed was 0 and is now 4"),
+            ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "holds no checkpoint"),
+            ([f"run.dir={tmp_path / 'new'}", "--resume", str(run), other], "digest was"),
+        )
+    ]
+    for process, told in started:
+        errors = process.communicate(timeout=100)[1]
+        assert process.returncode == 2 and told in errors.strip().splitlines()[-1]
+        assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE), told
+    monkeypatch.delenv("PYTHONPROFILEIMPORTTIME")
+    # the run itself is as it was, until a change is asked for, which then needs no asking again
+    assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
+    changes = (*settings, other, "optim.clip=1.0")
+    # one that ends before its first checkpoint has changed nothing
+    endless = ("--accept-changes", "run.steps=1000", "run.checkpoint_every=0")
+    process, = start_ranks(command(shards, run, *changes, *endless), 1)
+    while read_resolved(run).optim.clip != 1.0:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert checkpoint.saved_steps(run) == [1]
+    saved = saved_state(checkpoint.folder_of(run, 1))
+    assert saved is not None and saved["dtype"] == "fp32"
+    expect_success(run_ranks(command(shards, run, *settings, "--dry-run"), 1))
+    results = run_ranks(command(shards, run, *changes, "--accept-changes"), 1)
+    expect_success(results)
+    assert re.search(r"^going on with changes: optim.clip was 3.0 and is now 1.0; digest was", results[0][1])
+    expect_success(run_ranks(command(shards, run, *changes, "run.steps=3"), 1))
+    assert [record["slot"] for record in losses(run).values()] == [4, 8, 12]
+    # until something in it is lost
+    for step in checkpoint.saved_steps(run):
+        (checkpoint.folder_of(run, step) / checkpoint.SHARED_NAME).unlink()
+    (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
+    assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]

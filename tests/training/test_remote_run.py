@@ -1,0 +1,157 @@
+"""Training from a server that fails in every way: the samples of a local run, through a cache within its limit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+from drawn_images import packed_set
+from faulty_s3 import FaultyS3, faulty_s3
+from faulty_server import FaultyServer, faulty_server
+from ranks import run_ranks
+from tiny_run import command, logged
+from watched_folder import watched
+
+from shards.reading.cache import bytes_in_use
+from shards.reading.order import Order
+from shards.reading.shard_set import ShardSet
+
+STEPS = 24  # of 8 samples: two epochs
+SETTINGS = (f"run.steps={STEPS}", "data.window=2", "run.checkpoint_every=3", "data.read_ahead_bytes=4000")
+FAULTS = [None, "503", "cut", None, "short", "stall", "whole", None, "503", "cut", None, "short", None]
+
+
+@dataclass
+class Remote:
+    """A set behind a server."""
+
+    url: str
+    server: FaultyServer | FaultyS3
+    path: str  # of the set, as ``server.gone`` has it
+
+    def fault_count(self) -> int:
+        """How many faults the server has shown so far."""
+        if isinstance(self.server, FaultyS3):
+            return sum(fault != "404" for fault in self.server.served)
+        return sum(fault not in (None, "whole") for _, fault in self.server.gets)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return packed_set(tmp_path_factory.mktemp("origin"), 96, shard_bytes=8_000)
+
+
+@pytest.fixture(scope="module")
+def expected(local: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> dict[int, object]:
+    """What a run from the local set logs."""
+    run_dir = tmp_path_factory.mktemp("local")
+    results = run_ranks(command(local.path, run_dir, *SETTINGS), 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    return logged(run_dir)
+
+
+@contextmanager
+def behind(kind: str, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
+    if kind == "http":
+        with faulty_server(local.path.parent) as server:
+            yield Remote(f"{server.url}/set", server, "/set")
+        return
+    with faulty_s3() as s3:
+        for name, value in {
+            "AWS_ENDPOINT_URL": s3.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
+        store.mkdir("bucket")
+        store.put(str(local.path), "bucket/set", recursive=True)
+        yield Remote("s3://bucket/set", s3, "/bucket/set")
+
+
+def late_shard_of_rank_0(local: ShardSet) -> str:
+    """The tar that rank 0, and nobody else, comes to last in the first epoch."""
+    order = Order(local.sizes, seed=0, window=2, lanes=2, lane_block=4)
+    assert order.num_lanes == 2
+
+    def read_by(lane: int) -> list[int]:
+        blocks = itertools.takewhile(lambda block: block.first_slot < local.num_samples, order.blocks(0, [lane]))
+        return [shard for block in blocks for shard in block.shards]
+
+    *_, last = (shard for shard in read_by(0) if shard not in read_by(1))
+    return local.name(last)
+
+
+def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tuple[list[str], int]:
+    """The command of a run through a cache, and the cache's limit."""
+    # two lanes of two shards are in use at a time, and one shard more may come
+    limit = bytes_in_use(local.manifest.shards, 5, 2)
+    assert local.manifest.num_bytes > 1.5 * limit
+    settings = [*SETTINGS, f"data.cache.dir={cache}", f"data.cache.limit={limit}"]
+    return command(remote.url, run_dir, *settings, "data.remote={stall_seconds: 1.5, deadline_seconds: 60}"), limit
+
+
+def finish(words: list[str], remote: Remote) -> str:
+    """Run to the end through faults; what the ranks had to say."""
+    remote.server.faults = [*FAULTS]
+    results = run_ranks(words, 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    assert not remote.server.faults
+    return "".join(errors for _, _, errors in results)
+
+
+def check(run_dir: Path, expected: dict[int, object], said: str, remote: Remote, most: int, limit: int) -> None:
+    assert logged(run_dir) == expected
+    assert 0.6 * limit < most <= limit
+    told = len(re.findall(r"attempt \d+ failed", said)) - len(re.findall("not found", said))
+    assert told >= remote.fault_count() >= sum(fault not in (None, "whole") for fault in FAULTS)
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["data/downloaded_bytes"] > 0 and 0 < last["data/cache_hit_share"] <= 1 and "data/retries" in last
+
+
+def test_over_http_two_ranks_train_on_the_same_samples_whatever_the_server_does(
+    local: ShardSet, expected: dict[int, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run_dir = tmp_path / "cache", tmp_path / "run"
+    with behind("http", local, monkeypatch) as remote, watched(cache) as most:
+        words, limit = words_of(remote, local, cache, run_dir)
+        missing = late_shard_of_rank_0(local)
+        remote.server.gone.add(f"{remote.path}/shards/{missing}")
+        remote.server.faults = [None, "503", None, "cut", None, "short"]
+        (code, _, first), (other, _, second) = run_ranks(words, 2)
+        assert code == 2 and other != 0 and "Traceback" not in first, first[-3000:]
+        assert f"error: {remote.url}/shards/{missing} does not exist\n" in first
+        assert 0 < len(logged(run_dir)) < STEPS
+
+        # the shard is back, and the same command goes on
+        remote.server.gone.clear()
+        said = first + second + finish(words, remote)
+    check(run_dir, expected, said, remote, most[0], limit)
+
+
+def test_from_s3_two_ranks_train_on_the_same_samples_whatever_the_server_does(
+    local: ShardSet, expected: dict[int, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run_dir = tmp_path / "cache", tmp_path / "run"
+    with behind("s3", local, monkeypatch) as remote, watched(cache) as most:
+        words, limit = words_of(remote, local, cache, run_dir)
+        said = finish(words, remote)
+    check(run_dir, expected, said, remote, most[0], limit)
+
+
+def test_a_cache_folder_that_cannot_be_used_is_told_before_torch_is_loaded(
+    local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    (tmp_path / "file").touch()
+    with behind("http", local, monkeypatch) as remote:
+        words, _ = words_of(remote, local, tmp_path / "file" / "cache", tmp_path / "run")
+        ((code, _, errors),) = run_ranks(words, 1)
+    assert code == 2 and f"error: the cache folder {tmp_path / 'file' / 'cache'} cannot be used" in errors
+    assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE)

@@ -1,0 +1,121 @@
+"""Later stages in the whole line: Gram anchoring with mixed sizes, killed and resumed, and distillation."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from drawn_images import draw_folder
+from ranks import run_ranks, start_ranks
+from tiny_run import command, logged
+
+from shards.packing.pack import PackOptions, pack
+from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.reporting.metrics import read_metrics
+
+GRAM = (
+    "run.steps=11", "objective.gram.weight={peak: 2.0, delay: 3, warmup: 2}", "objective.gram.size=48",
+    "objective.gram.refresh={first: 6, every: 2, limit: 2}", "run.keep_last=3",
+    "objective.global_loss.local_weight={start: 1.0, peak: 0.5, delay: 3, warmup: 2}",
+    "crops.sizes=[{share: 0.5}, {share: 0.5, global_size: 48, gram_size: 64}]",
+    "optim.clip_per=module", "optim.clip=1.0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a set and a run of three steps."""
+    folder = tmp_path_factory.mktemp("stages")
+    pack(draw_folder(folder / "images", 24), folder / "set", PackOptions())
+    results = run_ranks(command(folder / "set", folder / "run", "run.steps=3"), 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    return folder
+
+
+def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Path, tmp_path: Path) -> None:
+    def words(run: str) -> list[str]:
+        return [*command(stage_one / "set", tmp_path / run, *GRAM), "--resume", str(stage_one / "run")]
+
+    results = run_ranks(words("straight"), 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    processes = start_ranks(words("broken"), 2)
+    deadline = time.monotonic() + 200
+    while (checkpoint.latest_step(tmp_path / "broken") or 0) < 7:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    results = run_ranks(words("broken"), 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    straight, broken = logged(tmp_path / "straight"), logged(tmp_path / "broken")
+    assert straight == broken and list(straight) == list(range(4, 12))
+    ours, theirs = (checkpoint.read_weights(tmp_path / run, 11, "student") for run in ("straight", "broken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # the weight is 0 in the step after the delay, and the term costs nothing there
+    assert "loss/gram" not in straight[4] and all("loss/gram" in straight[step] for step in range(5, 12))
+    assert {"optim/gradient_norm", "optim/gradient_norm/backbone", "optim/gradient_norm/patch_head"} <= set(straight[4])
+
+    # the Gram teacher is the average of the last refresh, after 8 steps
+    with checkpoint.opened(checkpoint.folder_of(tmp_path / "straight", 11)) as reader:
+        gram = {name: reader.whole(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
+    with checkpoint.opened(checkpoint.folder_of(tmp_path / "straight", 9)) as reader:
+        before = {name: reader.whole(f"gram/{name}") for name in gram}
+        average = reader.whole("ema/backbone.norm.weight")
+    assert all(torch.equal(gram[name], before[name]) for name in gram)
+    assert not torch.equal(average, gram["backbone.norm.weight"])
+
+
+@pytest.mark.slow
+def test_a_mixed_resolution_stage_sees_each_size_in_its_share(stage_one: Path, tmp_path: Path) -> None:
+    """The shares of giant_highres.yaml over forty steps, its sizes scaled down."""
+    sizes = {32: (0.3, 48), 40: (0.3, 64), 48: (0.3, 64), 56: (0.05, 72), 64: (0.05, 80)}
+    entries = [
+        f"{{share: {share}, global_size: {side}, local_size: {16 + 8 * index}, gram_size: {gram}}}"
+        for index, (side, (share, gram)) in enumerate(sizes.items())
+    ]
+    given = [f"crops.sizes=[{', '.join(entries)}]", "run.steps=43", "run.checkpoint_every=0"]
+    given += ["objective.gram.weight=1.5", "objective.koleo={distributed: true, group_size: 8}"]
+    words = [*command(stage_one / "set", tmp_path / "run", *given), "--resume", str(stage_one / "run")]
+    results = run_ranks(words, 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert all(record["loss/gram"] > 0 for record in records)
+    seen = Counter(record["data/global_size"] for record in records)
+    assert sum(seen.values()) == 40 and all(abs(seen[side] - 40 * share) <= 1 for side, (share, _) in sizes.items())
+
+
+def test_a_gram_teacher_from_a_checkpoint_and_none_that_does_not_fit(stage_one: Path, tmp_path: Path) -> None:
+    folder = checkpoint.folder_of(stage_one / "run", 2)
+    given = ["run.steps=1", "objective.gram.weight=1.0", f"objective.gram.teacher={folder}"]
+    ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 1)
+    assert code == 0, errors[-3000:]
+    with checkpoint.opened(checkpoint.folder_of(tmp_path / "run", 1)) as reader:
+        ours = reader.whole("gram/backbone.blocks.1.mlp.up.weight")
+    assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
+    ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
+    assert code == 2 and "choose the model section" in errors.strip().splitlines()[-1]
+
+
+def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Path) -> None:
+    given = [
+        "run.steps=3", "model.dim=16", "model.depth=1", "teacher.kind=frozen", f"teacher.weights={stage_one / 'run'}",
+    ]  # fmt: skip
+    results = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    assert all(record["loss/patch"] > 0 for record in logged(tmp_path / "run").values())
+    # the student's average is there for whoever exports or evaluates it
+    assert checkpoint.read_weights(tmp_path / "run")["backbone.norm.weight"].shape == (16,)
+    for overrides, told in (
+        (["objective.global_loss.head.prototypes=33"], "objective.global_loss.head.prototypes is 33, but the teacher"),
+        (["objective.patch_loss.kind=cosine"], "model.dim is 16, but the teacher"),
+        ([f"teacher.weights={tmp_path / 'absent'}"], "is not a run folder"),
+        (["masks.probability=0.4"], "masks has no effect with teacher.kind: frozen"),
+        (["teacher.kind=ema"], "need each other"),
+    ):
+        ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "no", *given, *overrides), 1)
+        assert code == 2 and told in errors.strip().splitlines()[-1], errors[-2000:]
