@@ -15,7 +15,7 @@ import pytest
 from drawn_images import draw_folder
 
 from shards.errors import ShardError
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACK = [sys.executable, str(_ROOT / "tools" / "make_shards.py")]

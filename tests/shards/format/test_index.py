@@ -16,9 +16,9 @@ from shards.format.index import (
     NO_LABEL,
     RECORD,
     UNREADABLE,
-    build,
-    dali_index,
+    build_index,
     load_index,
+    make_dali_index,
     make_record,
     parse_label,
     save_index,
@@ -63,7 +63,7 @@ def test_foreign_tars_with_long_and_utf8_names_and_several_components(form: int)
         ],
         form,
     )
-    index = build(archive, "foreign.tar")
+    index = build_index(archive, "foreign.tar")
     assert [sample.key for sample in index.samples] == [_LONG, "größe", "last"]
     assert index.records["label"].tolist() == [7, NO_LABEL, NO_LABEL]
     assert index.records["width"].tolist() == [20, 21, 22]
@@ -87,14 +87,14 @@ def test_labels_that_are_no_integers_are_no_labels() -> None:
 def test_a_label_that_no_index_can_hold_is_named_with_its_member(label: int) -> None:
     archive = _tar([("a.jpg", encoded(drawn_image(0))), ("a.cls", str(label).encode())], tarfile.USTAR_FORMAT)
     with pytest.raises(ShardError, match=rf"^x\.tar: a\.cls: the label {label} is no whole number from 0"):
-        build(archive, "x.tar")
+        build_index(archive, "x.tar")
 
 
 @pytest.mark.parametrize("keep", [100, 700, 1500])
 def test_a_cut_tar_is_named(keep: int) -> None:
     content = _tar([("a.jpg", bytes(600)), ("b.jpg", bytes(600))], tarfile.USTAR_FORMAT).getvalue()
     with pytest.raises(ShardError, match=r"mine\.tar"):
-        build(io.BytesIO(content[:keep]), "mine.tar")
+        build_index(io.BytesIO(content[:keep]), "mine.tar")
 
 
 def test_a_damaged_header_in_the_middle_is_no_end() -> None:
@@ -103,11 +103,11 @@ def test_a_damaged_header_in_the_middle_is_no_end() -> None:
     second = content.index(b"1.jpg")
     content[second + 3] ^= 1
     with pytest.raises(ShardError, match=f"set.tar is damaged at byte {second}"):
-        build(io.BytesIO(content), "set.tar")
+        build_index(io.BytesIO(content), "set.tar")
     # a tar that ends without its two blocks of zeros is whole all the same
     bare = bytes(_tar(members, tarfile.USTAR_FORMAT).getvalue()).rstrip(b"\0")
     bare += b"\0" * (-len(bare) % tarfile.BLOCKSIZE)
-    assert len(build(io.BytesIO(bare), "set.tar").samples) == 4
+    assert len(build_index(io.BytesIO(bare), "set.tar").samples) == 4
 
 
 def test_a_sideways_image_has_the_size_that_is_shown() -> None:
@@ -142,4 +142,4 @@ def test_the_index_file_round_trips_and_its_faults_are_named(tmp_path: Path) -> 
 def test_dalis_index_refuses_names_with_spaces() -> None:
     archive = _tar([("a b.jpg", encoded(drawn_image(0)))], tarfile.USTAR_FORMAT)
     with pytest.raises(ShardError, match="a b"):
-        dali_index(build(archive, "x.tar").samples)
+        make_dali_index(build_index(archive, "x.tar").samples)

@@ -11,7 +11,7 @@ from drawn_images import drawn_image, encoded, packed_set
 from PIL import Image, ImageOps
 
 from shards.packing.pack import PackOptions, pack
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 
 def test_webdataset_reads_our_tars(tmp_path: Path) -> None:

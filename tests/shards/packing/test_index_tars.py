@@ -16,11 +16,12 @@ from drawn_images import drawn_image, encoded, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import ShardError
-from shards.packing.index_tars import adopt
+from shards.packing.index_tars import index_tars
 from shards.packing.verify import verify
 from shards.reading.order import Order
-from shards.reading.source import ShardSet, Source
-from shards.storage.store import Patience
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
+from shards.storage.store import RetryPolicy
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -44,7 +45,7 @@ def _foreign_tar(path: Path, first: int, count: int) -> None:
 def test_tars_of_the_same_name_in_two_folders_are_two_shards(tmp_path: Path, workers: int) -> None:
     for number, folder in enumerate("ab"):
         _foreign_tar(tmp_path / folder / "000.tar", 10 * number, 10)
-    report = adopt([str(tmp_path / "a"), str(tmp_path / "b" / "*.tar")], tmp_path / "set", workers=workers)
+    report = index_tars([str(tmp_path / "a"), str(tmp_path / "b" / "*.tar")], tmp_path / "set", workers=workers)
     assert (report.num_unreadable, report.without_dali, report.empty) == (0, (), ())
     shard_set = ShardSet.open(tmp_path / "set")
     assert [entry.name for entry in shard_set.manifest.shards] == ["000000-000.tar", "000001-000.tar"]
@@ -66,7 +67,7 @@ def test_spaces_and_unreadable_images_are_reported(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
     with tarfile.open(tmp_path / "texts.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("readme.txt"))
-    report = adopt([str(tmp_path)], tmp_path / "set")
+    report = index_tars([str(tmp_path)], tmp_path / "set")
     assert report.num_unreadable == 1
     assert "a b.jpg" in report.without_dali[0]
     assert [Path(url).name for url in report.empty] == ["texts.tar"]
@@ -76,7 +77,7 @@ def test_spaces_and_unreadable_images_are_reported(tmp_path: Path) -> None:
 def test_a_remote_set_gives_the_same_stream_as_the_local_one_whatever_fails(tmp_path: Path) -> None:
     local = packed_set(tmp_path, 40, ("cat", "dog"))
     _foreign_tar(tmp_path / "foreign" / "000.tar", 0, 10)
-    eager = Patience(20.0, 1.0, 0.01, 0.05)
+    eager = RetryPolicy(20.0, 1.0, 0.01, 0.05)
 
     def stream(shard_set: ShardSet) -> list[tuple[int, int, bytes]]:
         source = Source(shard_set, Order(shard_set.sizes, seed=3, window=2, lanes=4), threads=3)
@@ -95,7 +96,7 @@ def test_a_remote_set_gives_the_same_stream_as_the_local_one_whatever_fails(tmp_
         assert stream(remote) == stream(local)
         assert len(server.faults) == 0
 
-        adopt([f"{server.url}/foreign/000.tar"], tmp_path / "adopted")
+        index_tars([f"{server.url}/foreign/000.tar"], tmp_path / "adopted")
         adopted = ShardSet.open(tmp_path / "adopted")
         assert adopted.manifest.shards[0].url == f"{server.url}/foreign/000.tar"
         assert adopted.read(0, 3) == encoded(drawn_image(3), "PNG")

@@ -17,10 +17,10 @@ import pytest
 from drawn_images import draw_folder, drawn_image, encoded
 
 from shards.errors import ShardError
-from shards.format.items import sample_key
+from shards.packing.items import sample_key
 from shards.packing.pack import PackOptions, PackReport, pack
 from shards.packing.verify import verify
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _SMALL = PackOptions(shard_bytes=20_000)
 

@@ -21,7 +21,7 @@ from shards.packing.inputs import list_inputs
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
 from shards.packing.verify import verify
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _SMALL = PackOptions(shard_bytes=20_000)
 _STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])

@@ -23,9 +23,10 @@ from shards.packing.pack import PackOptions, pack, scratch_folder
 from shards.packing.upload import Upload
 from shards.packing.verify import verify
 from shards.reading.order import Order
-from shards.reading.source import ShardSet, Source
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
 from shards.storage.remote_folder import RemoteFolder
-from shards.storage.store import Patience, Store
+from shards.storage.store import RetryPolicy, Store
 
 _SMALL = PackOptions(shard_bytes=20_000)
 
@@ -104,7 +105,7 @@ def test_an_interrupted_upload_goes_on_and_sends_nothing_twice(
         with pytest.raises(KeyboardInterrupt):
             pack(images, bucket, _SMALL, scratch=tmp_path / "scratch")
     with pytest.raises(ShardError, match="does not exist"):
-        Store(bucket, Patience(1.0, 1.0, 0.01)).load("manifest.json", bytes)
+        Store(bucket, RetryPolicy(1.0, 1.0, 0.01)).load("manifest.json", bytes)
     with pytest.raises(ShardError, match="interrupted packing of another source"):
         pack(images, bucket, PackOptions(shard_bytes=30_000), scratch=tmp_path / "other scratch")
     assert not (tmp_path / "other scratch").exists()
@@ -143,7 +144,7 @@ def test_an_upload_whose_shards_were_taken_away_says_what_to_do(
         pack(images, "http://127.0.0.1:1/set", _SMALL)
     closed = (tmp_path / "file").as_uri() + "/set"
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr(RemoteFolder.__init__, "__defaults__", (Patience(0.2, 1.0, 0.01, 0.02),))
+    monkeypatch.setattr(RemoteFolder.__init__, "__defaults__", (RetryPolicy(0.2, 1.0, 0.01, 0.02),))
     with pytest.raises(ShardError, match=r"/set/packing\.jsonl cannot be written \(.*\); mend that and run this again"):
         pack(images, closed, _SMALL, scratch=tmp_path / "scratch")
 
@@ -200,7 +201,7 @@ def test_a_store_that_fails_stops_the_packing_and_a_vanished_object_does_not(
     files = fsspec.filesystem("memory")
     for number in range(4):
         files.pipe_file(f"/bucket/images/{number}.jpg", encoded(drawn_image(number)))
-    eager = functools.partial(Store, patience=Patience(0.3, 1.0, 0.01, 0.02))
+    eager = functools.partial(Store, patience=RetryPolicy(0.3, 1.0, 0.01, 0.02))
     monkeypatch.setattr(items, "store_at", eager)
     inner = type(files).cat_file
 
@@ -229,13 +230,13 @@ def test_faults_of_a_remote_set_are_those_of_its_local_copy(tmp_path: Path) -> N
     tar_path.write_bytes(tar_path.read_bytes()[:15_000])
     (path / "index" / "000000.idx").unlink()
     (path / "shards" / "left_over.tar").write_bytes(b"")
-    expected = [(fault.place, fault.index, fault.key) for fault in verify(path)]
-    assert [(fault.place, fault.index, fault.key) for fault in verify(url)] == expected
+    expected = [(fault.file, fault.index, fault.key) for fault in verify(path)]
+    assert [(fault.file, fault.index, fault.key) for fault in verify(url)] == expected
     assert ("shards/000000.tar", 3) in [(place, index) for place, index, _ in expected] and len(expected) > 5
 
 
 def test_a_remote_set_without_one_of_its_tars_and_one_that_points_to_tars(tmp_path: Path) -> None:
-    from shards.packing.index_tars import adopt
+    from shards.packing.index_tars import index_tars
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -245,9 +246,9 @@ def test_a_remote_set_without_one_of_its_tars_and_one_that_points_to_tars(tmp_pa
             payload = encoded(drawn_image(number))
             header.size = len(payload)
             tar.addfile(header, io.BytesIO(payload))
-    adopt([(foreign / "a b.tar").as_uri().replace("%20", " ")], tmp_path / "adopted")
+    index_tars([(foreign / "a b.tar").as_uri().replace("%20", " ")], tmp_path / "adopted")
     assert len(load_index(tmp_path / "adopted" / "index" / "000000-a b.npy")) == 3
     assert verify(tmp_path / "adopted") == []
     (foreign / "a b.tar").unlink()
     (fault,) = verify(tmp_path / "adopted")
-    assert fault.place == "shards/000000-a b.tar" and fault.reason.endswith("a b.tar does not exist")
+    assert fault.file == "shards/000000-a b.tar" and fault.reason.endswith("a b.tar does not exist")

@@ -11,7 +11,7 @@ from drawn_images import drawn_image, encoded, packed_set
 
 from shards.format.index import load_index, save_index
 from shards.packing.verify import verify
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_changed_images_are_named(shard_set: ShardSet) -> None:
     _overwrite(shard_set, 1, 2, bytes(length))
     for workers in (1, 2):
         faults = verify(shard_set.path, workers=workers)
-        assert [(fault.place, fault.index) for fault in faults] == [
+        assert [(fault.file, fault.index) for fault in faults] == [
             ("shards/000000.tar", None),
             ("shards/000000.tar", 1),
             ("shards/000001.tar", None),
@@ -50,7 +50,7 @@ def test_images_that_were_broken_when_indexed_are_found_by_decoding(shard_set: S
     records["crc32"][3] = zlib.crc32(shard_set.tar_path(0).read_bytes()[records["offset"][3] :][:length])
     save_index(records, index)
     faults = verify(shard_set.path)
-    assert [(fault.place, fault.index) for fault in faults] == [("shards/000000.tar", None), ("shards/000000.tar", 3)]
+    assert [(fault.file, fault.index) for fault in faults] == [("shards/000000.tar", None), ("shards/000000.tar", 3)]
     assert "truncated" in faults[1].reason
 
 
@@ -62,7 +62,7 @@ def test_damaged_files_are_named(shard_set: ShardSet) -> None:
     with open(path / "index" / "000001.idx", "a") as index:
         index.write("jpg 1 2 three\n")
     (path / "shards" / "left_over.tar").write_bytes(b"")
-    found = {(fault.place, fault.reason.split(" ")[0]) for fault in verify(path) if fault.index is None}
+    found = {(fault.file, fault.reason.split(" ")[0]) for fault in verify(path) if fault.index is None}
     assert found == {
         ("shards/000000.tar", "has"),
         ("shards/000000.tar", "its"),
@@ -78,4 +78,4 @@ def test_an_index_that_points_elsewhere_is_named(shard_set: ShardSet) -> None:
     records = np.array(load_index(index))
     records["offset"][1] += 512
     save_index(records, index)
-    assert ("index/000000.npy", 1) in [(fault.place, fault.index) for fault in verify(shard_set.path)]
+    assert ("index/000000.npy", 1) in [(fault.file, fault.index) for fault in verify(shard_set.path)]

@@ -25,18 +25,18 @@ from PIL import Image
 from watched_folder import watched
 
 from shards.errors import ShardError
-from shards.format.set_manifest import Manifest
+from shards.format.set_manifest import SetManifest
 from shards.packing.pack import PackOptions, pack
-from shards.reading.cache import CachedShard, ShardCache, bytes_in_use, copy_bytes
+from shards.reading.cache import CachedShard, ShardCache, copy_bytes, min_cache_bytes
 from shards.reading.ledger import Ledger
-from shards.reading.mixture import AnySet, open_sets, stream_order
-from shards.reading.order import Block
+from shards.reading.mixture import AnySet, build_order, open_sets
+from shards.reading.order import Window
 from shards.reading.shard_set import ShardSet
 from shards.reading.source import Source
-from shards.storage.store import Patience
+from shards.storage.store import RetryPolicy
 
 _ROOT = Path(__file__).resolve().parents[3]
-_EAGER = Patience(20.0, 1.5, 0.01, 0.05)
+_EAGER = RetryPolicy(20.0, 1.5, 0.01, 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def server(local: ShardSet, tmp_path: Path) -> Iterator[FaultyServer]:
 
 @contextmanager
 def opened_cache(
-    shard_set: AnySet, folder: Path, limit: int, blocks: Iterator[Block], downloads: int = 3
+    shard_set: AnySet, folder: Path, limit: int, windows: Iterator[Window], downloads: int = 3
 ) -> Iterator[ShardCache]:
     cache = ShardCache(
-        Ledger(folder, limit), shard_set.remote, blocks, start_slot=0, horizon_slots=1000, downloads=downloads
+        Ledger(folder, limit), shard_set.remote_shard, windows, start_slot=0, horizon_slots=1000, downloads=downloads
     )
     try:
         yield cache
@@ -67,7 +67,7 @@ def opened_cache(
 
 def stream(shard_set: AnySet, folder: Path | None = None, limit: int = 0, epochs: int = 2) -> list[tuple[int, bytes]]:
     """Shards and payloads of two epochs in batches of 6; through a cache if there is a folder."""
-    order = stream_order(shard_set, seed=3, window=2, lanes=2, lane_block=3)
+    order = build_order(shard_set, seed=3, window=2, lanes=2, lane_block=3)
     end = epochs * shard_set.num_samples
 
     def read(readable: AnySet, on_read: Callable[[int], None] | None = None) -> list[tuple[int, bytes]]:
@@ -82,13 +82,13 @@ def stream(shard_set: AnySet, folder: Path | None = None, limit: int = 0, epochs
 
     if folder is None:
         return read(shard_set)
-    blocks = itertools.takewhile(lambda block: block.first_slot < end, order.blocks(0, range(order.num_lanes)))
-    with opened_cache(shard_set, folder, limit, blocks) as cache:
-        return read(shard_set.reading_copies(cache), cache.passed)
+    windows = itertools.takewhile(lambda block: block.first_slot < end, order.windows(0, range(order.num_lanes)))
+    with opened_cache(shard_set, folder, limit, windows) as cache:
+        return read(shard_set.with_copies(cache), cache.mark_consumed)
 
 
 def window_bytes(shard_set: ShardSet, shards: int) -> int:
-    return bytes_in_use(shard_set.manifest.shards, shards, processes=1)
+    return min_cache_bytes(shard_set.manifest.shards, shards, processes=1)
 
 
 def test_the_stream_is_the_local_one_whatever_fails_and_the_limit_holds(
@@ -172,8 +172,8 @@ def test_what_is_not_as_the_manifest_says_is_one_clear_error(
 def test_a_fault_ahead_of_need_is_an_error_only_when_needed(server: FaultyServer, tmp_path: Path) -> None:
     remote = ShardSet.open(f"{server.url}/set", _EAGER)
     server.gone.add("/set/shards/000001.tar")
-    blocks = [Block(0, 9, (0,)), Block(10, 19, (1,)), Block(20, 29, (2,))]
-    with opened_cache(remote, tmp_path / "cache", 10**7, iter(blocks)) as cache:
+    windows = [Window(0, 9, (0,)), Window(10, 19, (1,)), Window(20, 29, (2,))]
+    with opened_cache(remote, tmp_path / "cache", 10**7, iter(windows)) as cache:
         assert isinstance(cache.get(0), CachedShard)
         assert isinstance(cache.get(2), CachedShard)
         with pytest.raises(ShardError, match=r"000001\.tar does not exist"):
@@ -186,8 +186,8 @@ def test_shards_come_before_they_are_needed_as_far_as_there_is_room(
     local: ShardSet, server: FaultyServer, tmp_path: Path
 ) -> None:
     remote, folder = ShardSet.open(f"{server.url}/set", _EAGER), tmp_path / "cache"
-    blocks = [Block(10 * shard, 10 * shard + 9, (shard,)) for shard in range(7)]
-    limit = bytes_in_use(local.manifest.shards, 3, 1)
+    windows = [Window(10 * shard, 10 * shard + 9, (shard,)) for shard in range(7)]
+    limit = min_cache_bytes(local.manifest.shards, 3, 1)
 
     def there() -> int:
         return len(list(folder.glob("*.shard")))
@@ -198,7 +198,7 @@ def test_shards_come_before_they_are_needed_as_far_as_there_is_room(
             time.sleep(0.01)
         assert there() == count
 
-    with opened_cache(remote, folder, limit, iter(blocks)) as cache:
+    with opened_cache(remote, folder, limit, iter(windows)) as cache:
         settle(3)
         held = [cache.get(shard) for shard in range(3)]
         assert (cache.hits, cache.misses) == (3, 0)
@@ -206,10 +206,10 @@ def test_shards_come_before_they_are_needed_as_far_as_there_is_room(
         assert cache.get(3) is None
         assert cache.misses == 1
         del held
-        cache.passed(10)
+        cache.mark_consumed(10)
         assert isinstance(cache.get(3), CachedShard)
         assert cache.get(0) is None  # it had to make room, and nothing speaks of it any more
-        cache.passed(80)
+        cache.mark_consumed(80)
         assert cache.get(6) is None
 
 
@@ -217,8 +217,8 @@ def test_a_copy_that_was_damaged_is_replaced_by_the_original(
     local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     remote, folder = ShardSet.open(f"{server.url}/set", _EAGER), tmp_path / "cache"
-    with opened_cache(remote, folder, 10**7, iter([Block(0, 59, (0,))])) as cache:
-        through = remote.reading_copies(cache)
+    with opened_cache(remote, folder, 10**7, iter([Window(0, 59, (0,))])) as cache:
+        through = remote.with_copies(cache)
         assert through.read(0, 1) == local.read(0, 1)
         (copy,) = folder.glob("*.shard")
         with open(copy, "r+b") as file:
@@ -241,15 +241,15 @@ import resource, sys
 from pathlib import Path
 from shards.reading.cache import ShardCache
 from shards.reading.ledger import Ledger
-from shards.reading.order import Block
+from shards.reading.order import Window
 from shards.reading.shard_set import ShardSet
-from shards.storage.store import Patience
+from shards.storage.store import RetryPolicy
 url, folder, largest = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-remote = ShardSet.open(url, Patience(60.0, 20.0, 0.01, 0.05))
+remote = ShardSet.open(url, RetryPolicy(60.0, 20.0, 0.01, 0.05))
 if largest:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 ledger = Ledger(folder, 10**8)
-cache = ShardCache(ledger, remote.remote, iter([Block(0, 9, (0,))]), start_slot=0, horizon_slots=9, downloads=1)
+cache = ShardCache(ledger, remote.remote_shard, iter([Window(0, 9, (0,))]), start_slot=0, horizon_slots=9, downloads=1)
 print(len(cache.get(0).read(10**9, 0)))
 cache.close()
 """
@@ -304,9 +304,9 @@ def test_a_download_goes_on_after_a_kill_and_several_processes_share_one(
 
 
 def test_closing_ends_whoever_waits(server: FaultyServer, tmp_path: Path) -> None:
-    remote = ShardSet.open(f"{server.url}/set", Patience(60.0, 20.0, 20.0, 20.0))
+    remote = ShardSet.open(f"{server.url}/set", RetryPolicy(60.0, 20.0, 20.0, 20.0))
     server.faults = ["503"] * 100
-    with opened_cache(remote, tmp_path / "cache", 10**7, iter([Block(0, 9, (0,))]), downloads=1) as cache:
+    with opened_cache(remote, tmp_path / "cache", 10**7, iter([Window(0, 9, (0,))]), downloads=1) as cache:
         threading.Timer(0.3, cache.close).start()
         with pytest.raises(ShardError, match="the cache is closed"):
             cache.get(0)
@@ -319,7 +319,7 @@ def test_without_a_cache_an_index_is_read_once_however_many_shards_are_in_use(tm
     shards = [replace(entry, name=f"{number:06d}.tar") for number in range(210)]
     for shard in shards[1:]:
         shutil.copy(one.index_path(0), one.path / "index" / shard.index_name)
-    Manifest(tuple(shards)).save(one.path)
+    SetManifest(tuple(shards)).save(one.path)
     with faulty_server(tmp_path) as server:
         remote = ShardSet.open(f"{server.url}/set", _EAGER)
         for _ in range(2):

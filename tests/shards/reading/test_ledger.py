@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from watched_folder import folder_bytes
 
 from shards.errors import ShardError
-from shards.reading.ledger import FAR, Ledger, Refusal, Reservation
+from shards.reading.ledger import NEVER, Ledger, Refusal, Reservation
 
 _ROOT = Path(__file__).resolve().parents[3]
 _SIZES = {hashlib.md5(name).hexdigest(): 100 * (number + 1) for number, name in enumerate((b"a", b"b", b"c", b"d"))}
@@ -47,7 +47,7 @@ class _Processes(RuleBasedStateMachine):
         for _, descriptor in self.reading:
             os.close(descriptor)
         for reservation in self.coming.values():
-            reservation.leave()
+            reservation.release()
         for ledger in self.ledgers:
             ledger.close()
         shutil.rmtree(self.folder)
@@ -63,7 +63,7 @@ class _Processes(RuleBasedStateMachine):
         before = self.ledgers[0].present()
         given = self.ledgers[which % len(self.ledgers)].reserve(key, _SIZES[key])
         gone = before - self.ledgers[0].present()
-        use = {key: min([FAR, *(told[key] for told in self.told if key in told)]) for key in _SIZES}
+        use = {key: min([NEVER, *(told[key] for told in self.told if key in told)]) for key in _SIZES}
         assert not gone & {key for key, _ in self.reading}
         if isinstance(given, Reservation):
             assert key not in before and key not in self.coming
@@ -83,7 +83,7 @@ class _Processes(RuleBasedStateMachine):
         self.coming[key].path.write_bytes(b"x" * int(part * _SIZES[key]))
 
     @precondition(lambda self: self.coming)
-    @rule(data=st.data(), how=st.sampled_from(["commit", "leave", "give_back"]))
+    @rule(data=st.data(), how=st.sampled_from(["commit", "release", "discard"]))
     def end(self, data: st.DataObject, how: str) -> None:
         key = data.draw(st.sampled_from(sorted(self.coming)))
         reservation = self.coming.pop(key)
@@ -213,7 +213,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 _COMPETE = """
 import os, random, sys, time
 from pathlib import Path
-from shards.reading.ledger import FAR, Ledger, Refusal
+from shards.reading.ledger import NEVER, Ledger, Refusal
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 ledger, draw = Ledger(folder, 20_000), random.Random(seed)
 while True:

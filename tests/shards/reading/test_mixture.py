@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.reading.mixture import JoinedSet, Mixture, open_sets, stream_order
+from shards.reading.mixture import JoinedSet, Mixture, build_order, open_sets
 from shards.reading.quarantine import Quarantine
-from shards.reading.source import ShardSet, Source
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
 
 _SIZES = ([4, 0, 5], [7], [3, 3])
 
@@ -77,11 +78,11 @@ def test_a_slot_depends_on_nothing_that_was_asked_before() -> None:
 def test_blocks_tell_ahead_which_shards_each_slot_reads(mixture: Mixture, start: int, data: st.DataObject) -> None:
     lanes = data.draw(st.sets(st.integers(0, mixture.num_lanes - 1), min_size=1))
     slots = np.arange(start, start + 2 * mixture.cycle)
-    blocks = list(itertools.takewhile(lambda block: block.first_slot <= slots[-1], mixture.blocks(start, lanes)))
+    windows = list(itertools.takewhile(lambda block: block.first_slot <= slots[-1], mixture.windows(start, lanes)))
     _, shards, _ = mixture.locate(slots)
     for slot, shard, lane in zip(slots.tolist(), shards.tolist(), mixture.lanes_of(slots).tolist(), strict=True):
         if lane in lanes:
-            assert any(block.first_slot <= slot <= block.last_slot and shard in block.shards for block in blocks)
+            assert any(block.first_slot <= slot <= block.last_slot and shard in block.shards for block in windows)
     np.testing.assert_array_equal(mixture.lanes_of(slots), mixture.lanes_of(slots + mixture.lane_cycle))
 
 
@@ -124,11 +125,11 @@ def test_the_digest_names_the_sets_and_their_shares(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lane_block", [1, 7, 5000])
 def test_a_share_is_kept_to_a_thousandth(tmp_path: Path, lane_block: int) -> None:
     location = str(packed_set(tmp_path, 5).path)
-    order = stream_order(open_sets([(location, 0.7), (location, 0.299), (location, 0.001)]), 0, 2, 4, lane_block)
+    order = build_order(open_sets([(location, 0.7), (location, 0.299), (location, 0.001)]), 0, 2, 4, lane_block)
     assert isinstance(order, Mixture) and order.cycle % (4 * lane_block) == 0
     np.testing.assert_allclose(np.array(order.counts) / order.cycle, [0.7, 0.299, 0.001], atol=1e-3)
     with pytest.raises(ShardError, match="leave that set out"):
-        stream_order(open_sets([(location, 1), (location, 1e-6)]), 0, 2, 4, lane_block)
+        build_order(open_sets([(location, 1), (location, 1e-6)]), 0, 2, 4, lane_block)
 
 
 def test_unusable_images_are_logged_with_their_set_and_stay_replaced(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_unusable_images_are_logged_with_their_set_and_stay_replaced(tmp_path: P
     log = tmp_path / "quarantine.jsonl"
 
     def places() -> list[tuple[int, int]]:
-        source = Source(joined, stream_order(joined, 1, 2, 4, 1), threads=2, quarantine=Quarantine(log, max_rate=1.0))
+        source = Source(joined, build_order(joined, 1, 2, 4, 1), threads=2, quarantine=Quarantine(log, max_rate=1.0))
         batch = source.fetch(np.arange(45))
         row = int(np.flatnonzero(batch.shards < len(members[0].sizes))[0])
         batch = source.replace(batch, row, "does not decode")

@@ -74,12 +74,12 @@ def test_a_block_stays_within_its_window_of_shards(order: Order) -> None:
 def test_blocks_tell_ahead_which_shards_each_slot_reads(order: Order, start: int, data: st.DataObject) -> None:
     lanes = data.draw(st.sets(st.integers(0, order.num_lanes - 1), min_size=1))
     end = start + 2 * order.num_samples + order.lane_cycle
-    blocks = list(itertools.takewhile(lambda block: block.first_slot < end, order.blocks(start, lanes)))
-    assert blocks == sorted(blocks, key=lambda block: block.first_slot)
+    windows = list(itertools.takewhile(lambda block: block.first_slot < end, order.windows(start, lanes)))
+    assert windows == sorted(windows, key=lambda block: block.first_slot)
     slots = np.arange(start, end)
     slots = slots[np.isin(order.lanes_of(slots), list(lanes))]
     told: dict[int, set[int]] = {int(slot): set() for slot in slots}
-    for block in blocks:
+    for block in windows:
         assert len(block.shards) <= order.window and block.last_slot >= start
         for slot in range(max(start, block.first_slot), min(block.last_slot + 1, end)):
             if slot in told:
@@ -88,7 +88,7 @@ def test_blocks_tell_ahead_which_shards_each_slot_reads(order: Order, start: int
         assert shard in told[slot]
     # and nothing is told that is not read
     read = set(order.locate(slots)[1].tolist())
-    for block in blocks:
+    for block in windows:
         if start <= block.first_slot and block.last_slot < end:
             assert set(block.shards) <= read
 

@@ -13,8 +13,9 @@ from faulty_server import faulty_server
 from shards.errors import SampleError, ShardError
 from shards.reading.order import Order
 from shards.reading.quarantine import Entry, Quarantine
-from shards.reading.source import Samples, ShardSet, Source
-from shards.storage.store import Patience
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Samples, Source
+from shards.storage.store import RetryPolicy
 
 _COUNT = 120
 
@@ -96,7 +97,7 @@ def test_images_that_do_not_decode_are_replaced_everywhere(tmp_path: Path) -> No
     place = (batch.shards[3], batch.samples[3])
     assert (replaced.shards[3], replaced.samples[3]) != place
     assert replaced.payloads[3].tobytes() == shard_set.read(int(replaced.shards[3]), int(replaced.samples[3]))
-    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.places(np.arange(8))
+    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.locate(np.arange(8))
     later = source.fetch(np.arange(_COUNT, 2 * _COUNT))
     assert place not in _sequence([later])
     source.close()
@@ -169,7 +170,7 @@ def test_ranks_share_one_log_and_a_torn_line_harms_nothing(tmp_path: Path) -> No
 def test_a_shard_that_is_gone_is_no_fault_of_its_images(tmp_path: Path) -> None:
     packed_set(tmp_path, 40)
     with faulty_server(tmp_path) as server:
-        remote = ShardSet.open(f"{server.url}/set", Patience(20.0, 2.0, 0.01, 0.05))
+        remote = ShardSet.open(f"{server.url}/set", RetryPolicy(20.0, 2.0, 0.01, 0.05))
         server.gone.add("/set/shards/000001.tar")
         log = tmp_path / "quarantine.jsonl"
         source = Source(remote, Order(remote.sizes, seed=1), threads=2, quarantine=Quarantine(log, max_rate=1.0))

@@ -12,7 +12,8 @@ from drawn_images import packed_set
 
 from shards.errors import SampleError, ShardError
 from shards.reading.order import Order
-from shards.reading.source import ShardSet, Source
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pytest
 from faulty_server import FaultyServer, faulty_server
 
 from shards.errors import ShardError
-from shards.storage.store import Interrupted, Patience, Store
+from shards.storage.store import DownloadStopped, RetryPolicy, Store
 
 _CONTENT = np.random.default_rng(0).bytes((9 << 20) + 123)  # three pieces
-_EAGER = Patience(deadline_seconds=20.0, stall_seconds=1.5, first_pause_seconds=0.01, longest_pause_seconds=0.05)
+_EAGER = RetryPolicy(deadline_seconds=20.0, stall_seconds=1.5, first_pause_seconds=0.01, longest_pause_seconds=0.05)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_absence_and_hopelessness_name_the_object(server: FaultyServer) -> None:
     for ask in (lambda: store.load("big", bytes), lambda: store.read("big", 0, 5), lambda: store.size("big")):
         with pytest.raises(ShardError, match=r"127\.0\.0\.1:\d+/set/big does not exist"):
             ask()
-    store = Store(f"{server.url}/set", Patience(0.5, 1.5, 0.01, 0.05))
+    store = Store(f"{server.url}/set", RetryPolicy(0.5, 1.5, 0.01, 0.05))
     server.faults = ["503"] * 1000
     began = time.monotonic()
     with pytest.raises(ShardError, match=r"set/small could not be read in \d+ attempts over .*503"):
@@ -119,18 +119,18 @@ def test_an_object_that_came_short_without_a_word_is_fetched_again(server: Fault
 
 
 def test_an_object_shorter_than_it_should_be_is_told_at_once(server: FaultyServer, tmp_path: Path) -> None:
-    store = Store(f"{server.url}/set", Patience(3600.0, 1.5, 0.01, 0.05))
+    store = Store(f"{server.url}/set", RetryPolicy(3600.0, 1.5, 0.01, 0.05))
     with pytest.raises(ShardError, match=r"set/big gives 1048699 bytes from 8388608 on instead of 1611392"):
         store.download("big", tmp_path / "got", 10_000_000)
     assert store.traffic.num_bytes == 8 << 20 and store.traffic.num_retries == 4
 
 
 def test_a_download_stops_when_told_and_keeps_what_it_has(server: FaultyServer, tmp_path: Path) -> None:
-    store, stop = Store(f"{server.url}/set", Patience(3600.0, 1.5, 60.0, 60.0)), threading.Event()
+    store, stop = Store(f"{server.url}/set", RetryPolicy(3600.0, 1.5, 60.0, 60.0)), threading.Event()
     server.faults = [None, "503"]
     threading.Timer(0.5, stop.set).start()
     began = time.monotonic()
-    with pytest.raises(Interrupted):
+    with pytest.raises(DownloadStopped):
         store.download("big", tmp_path / "got", len(_CONTENT), stop=stop)
     assert time.monotonic() - began < 10
     assert (tmp_path / "got").read_bytes() == _CONTENT[: 4 << 20]
