@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ShardError(ValueError):
-    """An image, shard, index or manifest is missing or damaged; the message is one line that says what to do."""
+    """An image, shard, index or manifest is missing or damaged; the message is one line with the remedy."""
 
     def __init__(self, message: str) -> None:
         # messages quote file names and values, which may contain line breaks

@@ -123,7 +123,7 @@ def pack(
 
     Raises:
         ShardError: there are no images or none can be used, the source cannot be read, or the folder or URL cannot
-            hold the set; says what to do.
+            hold the set; the message gives the remedy.
     """
     src, upload, folder = str(src), None, Path(out)
     if is_url(str(out)):
@@ -159,7 +159,7 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
         allowed = {*_SET_NAMES, *(partial_path(out / name).name for name in _SET_NAMES)}
         foreign = sorted({entry.name for entry in out.iterdir()} - allowed)
         if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, MARKER_NAME)):
-            # files in shards/ and index/ would be replaced, so refuse those that no packing has written
+            # files in shards/ and index/ would be replaced: refuse them unless an earlier packing wrote them
             foreign += sorted(
                 str(entry.relative_to(out)) for name in ("shards", "index") for entry in (out / name).glob("*")
             )

@@ -237,7 +237,7 @@ class ShardCache:
                 del self._waiting[shard]
 
     def _plan(self) -> None:
-        """Plan the next shards, as many as fit into the folder."""
+        """Plan the next shards, up to the size limit of the folder."""
         planned: dict[int, _PlannedShard] = {}
         num_bytes = 0
         number = 0

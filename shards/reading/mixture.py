@@ -260,7 +260,7 @@ def open_sets(shares: Sequence[tuple[str, float]], policy: RetryPolicy | None = 
         the set, or a ``JoinedSet`` of several.
 
     Raises:
-        ShardError: a set is missing or unfinished, or a file is missing or truncated; says what to do.
+        ShardError: a set is missing or unfinished, or a file is missing or truncated; the message gives the remedy.
     """
     members = [ShardSet.open(location, policy) for location, _ in shares]
     return members[0] if len(members) == 1 else JoinedSet(members, [weight for _, weight in shares])

@@ -1,7 +1,7 @@
 """Sample order of the stream: a pure function from (shard sizes, seed, slot) to a sample.
 
 Slot s is the s-th sample ever consumed. With N samples, epoch e is exactly slots [eN, (e+1)N) and visits every sample
-once. Three shuffles, none of which needs a list of samples:
+once. Three shuffles, without any list of samples:
 
 1. each epoch permutes the shards; their samples, concatenated, form a line of N positions;
 2. the line is cut into ``lanes`` contiguous segments, and slot s reads from segment ``(s // lane_block) % lanes``, so

@@ -166,7 +166,7 @@ class ShardSet:
             policy: how long to retry requests to a remote set.
 
         Raises:
-            ShardError: the set is missing or unfinished, or a file is missing or truncated; says what to do.
+            ShardError: the set is unfinished, or a file is missing or truncated; the message gives the remedy.
         """
         if is_url(str(path)):
             store = Store(str(path), policy)

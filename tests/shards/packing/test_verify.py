@@ -1,4 +1,4 @@
-"""Every kind of damage is found, and named where it is."""
+"""Every kind of damage is found and located."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _overwrite(shard_set: ShardSet, shard: int, sample: int, content: bytes) -> 
         tar.write(content)
 
 
-def test_changed_images_are_named(shard_set: ShardSet) -> None:
+def test_changed_images_are_reported(shard_set: ShardSet) -> None:
     length = int(shard_set.record(1, 2)["length"])
     _overwrite(shard_set, 0, 1, b"text in place of an image")
     _overwrite(shard_set, 1, 2, bytes(length))
@@ -42,7 +42,7 @@ def test_changed_images_are_named(shard_set: ShardSet) -> None:
         assert faults[1].key == shard_set.key(0, 1)
 
 
-def test_images_that_were_broken_when_indexed_are_found_by_decoding(shard_set: ShardSet) -> None:
+def test_images_damaged_before_indexing_are_found_by_decoding(shard_set: ShardSet) -> None:
     length = int(shard_set.record(0, 3)["length"])
     _overwrite(shard_set, 0, 3, encoded(drawn_image(1, 300, 300))[:length])
     index = shard_set.index_path(0)
@@ -54,7 +54,7 @@ def test_images_that_were_broken_when_indexed_are_found_by_decoding(shard_set: S
     assert "truncated" in faults[1].reason
 
 
-def test_damaged_files_are_named(shard_set: ShardSet) -> None:
+def test_damaged_files_are_reported(shard_set: ShardSet) -> None:
     path = shard_set.path
     tar = path / "shards" / "000000.tar"
     tar.write_bytes(tar.read_bytes()[:10_000])
@@ -68,12 +68,12 @@ def test_damaged_files_are_named(shard_set: ShardSet) -> None:
         ("shards/000000.tar", "its"),
         ("shards/000000.tar", "shards/000000.tar"),
         ("index/000001.npy", "index"),
-        ("index/000001.idx", "disagrees"),
+        ("index/000001.idx", "does"),
         ("shards/left_over.tar", "the"),
     }
 
 
-def test_an_index_that_points_elsewhere_is_named(shard_set: ShardSet) -> None:
+def test_wrong_offset_in_index_is_reported(shard_set: ShardSet) -> None:
     index = shard_set.index_path(0)
     records = np.array(load_index(index))
     records["offset"][1] += 512

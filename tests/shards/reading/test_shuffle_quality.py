@@ -15,7 +15,7 @@ class ShuffleQuality:
     """Measured over one epoch; a full permutation has correlation 0 and 1 for all others.
 
     Attributes:
-        displacement: mean distance between a sample's positions on disk and in the epoch, relative to that of a full
+        displacement: mean distance between a sample's positions on disk and in the epoch, relative to a full
             permutation.
         neighbour_correlation: correlation between the positions on disk of consecutive samples.
         distinct_shards: mean number of shards in a batch, relative to a batch of a full permutation.
