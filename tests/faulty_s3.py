@@ -47,9 +47,7 @@ class FaultyS3:
             return [body]
         return self._broken(fault, environ, start_response)
 
-    def _broken(
-        self, fault: str, environ: dict[str, Any], start_response: Callable[..., Any]
-    ) -> Iterator[bytes]:
+    def _broken(self, fault: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
         response: list[Any] = []
         body = b"".join(self._s3(environ, lambda status, headers, *_: response.extend([status, headers])))
         half, (status, headers) = body[: len(body) // 2], response

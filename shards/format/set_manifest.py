@@ -37,18 +37,6 @@ class ShardEntry:
     url: str = ""  # URL or absolute path of a tar outside the set; empty for shards/NAME of the set
 
     @property
-    def error(self) -> str | None:
-        """The first invalid field, as text, or None."""
-        if not all(isinstance(text, str) for text in (self.name, self.sha256, self.url)):
-            return "a name, checksum or URL is not a string"
-        if not _NAME.fullmatch(self.name):
-            return f"{self.name!r} is not a valid tar name"
-        for number in (self.bytes, self.samples):
-            if type(number) is not int or not 0 <= number < 2**53:
-                return f"{number!r} is not a number of bytes or samples"
-        return None
-
-    @property
     def index_name(self) -> str:
         """File name of the shard's index in index/."""
         return self.name.removesuffix(".tar") + ".npy"
@@ -88,12 +76,6 @@ class SetManifest:
         """32 hex digits that identify the stream: each tar's name, sample count and SHA-256, in order."""
         content = json.dumps([[shard.name, shard.samples, shard.sha256] for shard in self.shards])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-    def _error(self) -> str | None:
-        """Return the first invalid value of an untrusted manifest, as text, or None."""
-        if not all(isinstance(text, str) for text in (*self.classes, self.fingerprint)):
-            return "a class or the fingerprint is not a string"
-        return next((error for shard in self.shards if (error := shard.error) is not None), None)
 
     def save(self, set_dir: Path | str) -> None:
         """Write ``manifest.json`` atomically."""
@@ -146,7 +128,7 @@ class SetManifest:
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
             manifest = cls(shards, tuple(content["classes"]), content["fingerprint"])
             stated = content["digest"]
-            invalid = manifest._error()
+            invalid = _find_error(manifest)
         except (KeyError, TypeError) as error:
             raise ShardError(f"{path} misses a field ({error}); copy the set again, or pack it again") from error
         if invalid is not None:
@@ -161,6 +143,21 @@ class SetManifest:
 def counted(number: int, noun: str) -> str:
     """Return a count with its noun: "1 shard", "3 shards"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _find_error(manifest: SetManifest) -> str | None:
+    """Return the first invalid value of an untrusted manifest, as text, or None."""
+    if not all(isinstance(text, str) for text in (*manifest.classes, manifest.fingerprint)):
+        return "a class or the fingerprint is not a string"
+    for shard in manifest.shards:
+        if not all(isinstance(text, str) for text in (shard.name, shard.sha256, shard.url)):
+            return "a name, checksum or URL is not a string"
+        if not _NAME.fullmatch(shard.name):
+            return f"{shard.name!r} is not a valid tar name"
+        for number in (shard.bytes, shard.samples):
+            if type(number) is not int or not 0 <= number < 2**53:
+                return f"{number!r} is not a number of bytes or samples"
+    return None
 
 
 def _explain_missing(set_dir: Path) -> str:

@@ -49,9 +49,7 @@ class _IndexedTar:
     dali_error: str
 
 
-def index_tars(
-    sources: Sequence[str], out: Path | str, *, workers: int = 1, progress: bool = False
-) -> IndexReport:
+def index_tars(sources: Sequence[str], out: Path | str, *, workers: int = 1, progress: bool = False) -> IndexReport:
     """Make a shard set of existing WebDataset tars, which stay where they are.
 
     A sample's image is its first member with an image extension, its label the integer in its ``.cls`` member.

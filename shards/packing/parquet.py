@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from shards.errors import ShardError
 from shards.format.index import NO_LABEL, check_label
 from shards.packing.items import Inputs, Item, SourceUnreachable, number_classes
-from shards.storage.store import BULK_POLICY, Store, is_url
+from shards.storage.store import BULK_POLICY, PermanentError, Store, is_url
 
 SUFFIX = ".parquet"
 _LABEL_COLUMN = "label"
@@ -180,45 +180,41 @@ def _open_file(location: str) -> Any:
     return _read_file(location, lambda: parquet.ParquetFile(source))
 
 
+class _DamagedFile(ShardError):
+    """The file was received in full and is damaged."""
+
+
 def _read_file(location: str, read: Callable[[], Result]) -> Result:
     """Return ``read()``, retried for a file in a store; errors name the file."""
+
+    def attempt() -> Result:
+        try:
+            return read()
+        except _pyarrow().ArrowInvalid as error:
+            raise _DamagedFile(f"{location} cannot be read ({_one_line(error)}); upload it again") from error
+        except ValueError as error:
+            # fsspec raises it if the server ignores a range or reports no length, other errors for network problems
+            if not location.startswith("http"):
+                raise
+            raise PermanentError(
+                f"{location} cannot be read by byte ranges ({_one_line(error)}); give a local copy"
+            ) from error
+
     try:
         if not is_url(location):
             return read()
         folder, _, name = location.rpartition("/")
-        outcome = Store(folder, BULK_POLICY).retry(name, lambda: _classify_errors(read, location))
-        if isinstance(outcome, _NoRanges):
-            raise outcome
-        return outcome
+        return Store(folder, BULK_POLICY).retry(name, attempt)
     except ShardError as error:
-        if isinstance(error, (_Damaged, _NoRanges)) or not is_url(location):
+        if isinstance(error, (_DamagedFile, PermanentError)) or not is_url(location):
             raise
         raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
     except (ValueError, OSError) as error:  # pyarrow's errors are among these
-        raise ShardError(f"{location} cannot be read ({' '.join(str(error).split())}); fetch it again") from error
+        raise ShardError(f"{location} cannot be read ({_one_line(error)}); fetch it again") from error
 
 
-class _Damaged(ShardError):
-    """The file was received in full and is damaged."""
-
-
-class _NoRanges(ShardError):
-    """The server does not support byte ranges, so retrying is pointless."""
-
-
-def _classify_errors(read: Callable[[], Result], location: str) -> Result | _NoRanges:
-    """Return ``read()``; a ``_NoRanges`` error is returned, not raised, so that it is not retried."""
-    try:
-        return read()
-    except _pyarrow().ArrowInvalid as error:
-        raise _Damaged(f"{location} cannot be read ({' '.join(str(error).split())}); upload it again") from error
-    except ValueError as error:
-        # fsspec raises ValueError if the server ignores a range or reports no length, other errors for network problems
-        if not location.startswith("http"):
-            raise
-        return _NoRanges(
-            f"{location} cannot be read by byte ranges ({' '.join(str(error).split())}); give a local copy"
-        )
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _pyarrow() -> Any:

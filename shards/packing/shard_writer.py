@@ -38,11 +38,6 @@ class ShardWriter:
         self._samples: list[Sample] = []
         self.num_bytes = 0
 
-    @property
-    def num_samples(self) -> int:
-        """Number of images added so far."""
-        return len(self._records)
-
     @staticmethod
     def bytes_for(image: PreparedImage, label: int) -> int:
         """Return the bytes that adding an image would add to the tar."""
@@ -68,7 +63,7 @@ class ShardWriter:
         save_index(np.array(self._records, dtype=RECORD), self._index.with_suffix(".npy"))
         write_whole(self._index.with_suffix(".idx"), make_dali_index(tuple(self._samples)))
         os.replace(partial_path(self._tar), self._tar)
-        return ShardEntry(self._tar.name, self.num_bytes, self.num_samples, self._hash.hexdigest())
+        return ShardEntry(self._tar.name, self.num_bytes, len(self._records), self._hash.hexdigest())
 
     def discard(self) -> None:
         """Delete the unfinished tar."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shards.errors import ShardError
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
-from shards.storage.store import open_writable
+from shards.storage.store import BULK_POLICY, Store
 
 REJECTED_NAME = "rejected.jsonl"
 MARKER_NAME = "packing.note"
@@ -28,7 +28,9 @@ class Upload:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
-        self._store = open_writable(url)
+        if url.startswith(("http://", "https://")):
+            raise ShardError(f"--out {url} is read-only; give a folder, or a URL such as s3://bucket/set")
+        self._store = Store(url, BULK_POLICY)
         self._present: dict[str, int | None] = {}
         self._fingerprint = ""
 

@@ -55,11 +55,7 @@ class _Task:
 
 
 def verify(
-    location: Path | str,
-    *,
-    workers: int = 1,
-    max_pixels: int = images.DEFAULT_MAX_PIXELS,
-    progress: bool = False,
+    location: Path | str, *, workers: int = 1, max_pixels: int = images.DEFAULT_MAX_PIXELS, progress: bool = False
 ) -> list[Fault]:
     """Return every fault of a set, in the order of its shards; an empty list means that the set is intact.
 

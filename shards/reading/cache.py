@@ -68,7 +68,7 @@ class CachedShard:
         return np.frombuffer(os.pread(self._descriptor, RECORD.itemsize, offset), RECORD)[0]
 
     def read(self, length: int, offset: int) -> bytes:
-        """See ``Tar.read``."""
+        """See ``OpenShard.read``."""
         return os.pread(self._descriptor, min(length, max(0, self._entry.bytes - offset)), offset)
 
     def __del__(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from shards import randomness
 from shards.errors import SampleError, ShardError
 from shards.reading.order import Order, Window
-from shards.reading.shard_set import OpenShard, RemoteShard, ShardCopies, ShardSet
+from shards.reading.shard_set import RemoteShard, ShardCopies, ShardSet
 from shards.storage.store import RetryPolicy, Traffic
 
 _MIN_CYCLE = 1000  # slots; weights are accurate to a thousandth of the stream
@@ -87,12 +87,12 @@ class Mixture:
 
     @property
     def num_lanes(self) -> int:
-        """See ``SlotOrder.num_lanes``; lanes are numbered through all members."""
+        """Number of lanes, numbered through all members."""
         return int(self._first_lane[-1])
 
     @property
     def lane_cycle(self) -> int:
-        """See ``SlotOrder.lane_cycle``."""
+        """Number of slots after which the sequence of lanes repeats."""
         repeats = (o.lane_cycle // math.gcd(o.lane_cycle, c) for o, c in zip(self._orders, self.counts, strict=True))
         return self.cycle * math.lcm(*repeats)
 
@@ -224,28 +224,15 @@ class JoinedSet:
 
     def with_copies(self, copies: ShardCopies) -> JoinedSet:
         """See ``ShardSet.with_copies``; the copies are numbered through all members."""
-        firsts = self._first_shard[:-1].tolist()
-        members = zip(self.members, firsts, strict=True)
-        return JoinedSet([m.with_copies(_MemberCopies(copies, first)) for m, first in members], self.weights)
+        members = zip(self.members, self._first_shard[:-1].tolist(), strict=True)
+        return JoinedSet([member.with_copies(copies, first) for member, first in members], self.weights)
 
     def _own(self, shard: int) -> tuple[int, int]:
         member = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
         return member, shard - int(self._first_shard[member])
 
 
-class _MemberCopies:
-    """The copies of one member of a joined set, with the member's own shard numbers."""
-
-    def __init__(self, copies: ShardCopies, first_shard: int) -> None:
-        self._copies, self._first_shard = copies, first_shard
-
-    def get(self, shard: int) -> OpenShard | None:
-        return self._copies.get(self._first_shard + shard)
-
-    def discard(self, shard: int) -> None:
-        self._copies.discard(self._first_shard + shard)
-
-
+AnyOrder: TypeAlias = Order | Mixture
 AnySet: TypeAlias = ShardSet | JoinedSet
 
 
@@ -266,7 +253,7 @@ def open_sets(shares: Sequence[tuple[str, float]], policy: RetryPolicy | None = 
     return members[0] if len(members) == 1 else JoinedSet(members, [weight for _, weight in shares])
 
 
-def build_order(shard_set: AnySet, seed: int, window: int, lanes: int, lane_block: int) -> Order | Mixture:
+def build_order(shard_set: AnySet, seed: int, window: int, lanes: int, lane_block: int) -> AnyOrder:
     """Return the order of the stream over an opened set; for the arguments, see ``Order``.
 
     Raises:

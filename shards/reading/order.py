@@ -29,7 +29,6 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -47,30 +46,6 @@ class Window:
     first_slot: int  # first and last slot that read these shards
     last_slot: int
     shards: tuple[int, ...]
-
-
-class SlotOrder(Protocol):
-    """Interface of an ``Order`` or a ``Mixture``, as sources and prefetching use it."""
-
-    @property
-    def num_lanes(self) -> int:
-        """Number of lanes, which are read round-robin."""
-
-    @property
-    def lane_cycle(self) -> int:
-        """Number of slots after which the sequence of lanes repeats."""
-
-    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See ``Order.locate``."""
-
-    def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
-        """See ``Order.substitute``."""
-
-    def lanes_of(self, slots: np.ndarray) -> np.ndarray:
-        """See ``Order.lanes_of``."""
-
-    def windows(self, start_slot: int, lanes: Collection[int]) -> Iterator[Window]:
-        """See ``Order.windows``."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +105,12 @@ class Order:
 
     @property
     def num_lanes(self) -> int:
-        """See ``SlotOrder.num_lanes``."""
+        """Number of lanes, which are read round-robin."""
         return self.lanes
 
     @property
     def lane_cycle(self) -> int:
-        """See ``SlotOrder.lane_cycle``."""
+        """Number of slots after which the sequence of lanes repeats."""
         return self.lanes * self.lane_block
 
     def lanes_of(self, slots: np.ndarray) -> np.ndarray:

@@ -28,15 +28,8 @@ _MAX_OPEN_SHARDS = 200  # of a local set, with two open files each; the usual li
 _MAX_INDEX_BYTES = 512 << 20  # memory for the indexes of a remote set
 
 
-class Tar(Protocol):
-    """A tar that is read by byte span. Safe to share between threads."""
-
-    def read(self, length: int, offset: int) -> bytes:
-        """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
-
-
 class LocalTar:
-    """A tar on a local or mounted disk; opened on the first read, closed with its last reference."""
+    """A tar on a local or mounted disk; opened on the first read, closed with its last reference. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,7 +37,7 @@ class LocalTar:
         self._lock = threading.Lock()
 
     def read(self, length: int, offset: int) -> bytes:
-        """See ``Tar.read``."""
+        """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
         with self._lock:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -56,7 +49,7 @@ class LocalTar:
 
 
 class RemoteTar:
-    """A tar in a store, read by byte span without a local copy."""
+    """A tar in a store, read by byte span without a local copy. Thread-safe."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
@@ -67,7 +60,7 @@ class RemoteTar:
         return self.store.url_of(self.name)
 
     def read(self, length: int, offset: int) -> bytes:
-        """See ``Tar.read``; retries as the store does.
+        """Return bytes of the tar; retries as the store does.
 
         Raises:
             ShardError: the tar is missing or unreachable. Unlike a damaged image, this must stop the reader, which
@@ -86,13 +79,13 @@ class OpenShard(Protocol):
         """Return the index record of one sample."""
 
     def read(self, length: int, offset: int) -> bytes:
-        """See ``Tar.read``."""
+        """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
 
 
 class _OriginalShard:
     """An ``OpenShard`` of the set itself, rather than a copy of it."""
 
-    def __init__(self, records: np.ndarray, tar: Tar) -> None:
+    def __init__(self, records: np.ndarray, tar: LocalTar | RemoteTar) -> None:
         self._records, self.read = records, tar.read
 
     def records(self) -> np.ndarray:
@@ -121,22 +114,6 @@ class ShardCopies(Protocol):
         """Drop the damaged copy of a shard."""
 
 
-class Readable(Protocol):
-    """The interface that a ``Source`` needs: a ``ShardSet``, or a ``JoinedSet`` of several."""
-
-    def name(self, shard: int) -> str:
-        """See ``ShardSet.name``."""
-
-    def record(self, shard: int, sample: int) -> np.void:
-        """See ``ShardSet.record``."""
-
-    def read(self, shard: int, sample: int) -> bytes:
-        """See ``ShardSet.read``."""
-
-    def key(self, shard: int, sample: int) -> str:
-        """See ``ShardSet.key``."""
-
-
 class ShardSet:
     """A shard set on a local or mounted disk, or below a URL and read by byte span. Safe to share between threads.
 
@@ -154,6 +131,7 @@ class ShardSet:
         self._policy, self._store = policy, store
         self._stores: dict[str, Store] = {}  # of tars outside the set, by URL of the folder
         self._copies: ShardCopies | None = None
+        self._first_copy = 0
         self._open: OrderedDict[int, _OriginalShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -237,10 +215,10 @@ class ShardSet:
         tar = self._remote_tar(entry)
         return None if tar is None else RemoteShard(entry, tar, partial(self._load_records, entry))
 
-    def with_copies(self, copies: ShardCopies) -> ShardSet:
-        """Return this set reading local copies where they exist."""
+    def with_copies(self, copies: ShardCopies, first_shard: int = 0) -> ShardSet:
+        """Return this set reading local copies where they exist; ``first_shard`` is its first number in ``copies``."""
         shard_set = copy.copy(self)
-        shard_set._copies = copies
+        shard_set._copies, shard_set._first_copy = copies, first_shard
         return shard_set
 
     def records(self, shard: int) -> np.ndarray:
@@ -265,7 +243,7 @@ class ShardSet:
                 raise
             logger.warning("%s; dropping the cached copy and reading the original", str(error))
         # outside the handler: the error's traceback holds the last reference to the copy
-        self._copies.discard(shard)
+        self._copies.discard(self._first_copy + shard)
         return self._read_verified(self._original(shard), shard, sample)
 
     def key(self, shard: int, sample: int) -> str:
@@ -298,7 +276,7 @@ class ShardSet:
         return SampleError(self.manifest.shards[shard].name, sample, self.key(shard, sample), reason)
 
     def _shard(self, shard: int) -> OpenShard:
-        copied = self._copies.get(shard) if self._copies is not None else None
+        copied = self._copies.get(self._first_copy + shard) if self._copies is not None else None
         return self._original(shard) if copied is None else copied
 
     def _original(self, shard: int) -> OpenShard:

@@ -11,9 +11,8 @@ import numpy as np
 
 from shards.errors import SampleError, ShardError
 from shards.format.index import RECORD, UNREADABLE
-from shards.reading.order import SlotOrder
+from shards.reading.mixture import AnyOrder, AnySet
 from shards.reading.quarantine import MAX_SUBSTITUTES, Quarantine
-from shards.reading.shard_set import Readable
 
 _SAMPLES_PER_TASK = 8
 _BATCHES_AHEAD = 16
@@ -70,8 +69,8 @@ class Source:
 
     def __init__(
         self,
-        shard_set: Readable,
-        order: SlotOrder,
+        shard_set: AnySet,
+        order: AnyOrder,
         *,
         threads: int = 4,
         max_bytes_in_flight: int = 256 << 20,

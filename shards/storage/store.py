@@ -23,7 +23,6 @@ import tenacity
 from shards.errors import ShardError
 
 _PIECE_BYTES = 4 << 20
-_READ_ONLY_PROTOCOLS = ("http", "https")
 # object stores in which fsspec's makedirs would create a bucket
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "oci", "oss")
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
@@ -65,9 +64,13 @@ class DownloadStopped(Exception):
     """The ``stop`` event of a download was set."""
 
 
-# Attempts allowed per kind of error; all others are retried until the deadline. A store may report a new object as
-# missing for a moment, and a ShardError means that the received bytes are wrong.
-_MAX_ATTEMPTS = {FileNotFoundError: 3, ShardError: 5, PermissionError: 1, DownloadStopped: 1}
+class PermanentError(ShardError):
+    """An error that a retry cannot fix."""
+
+
+# Attempts allowed per kind of error, by the first match; all others are retried until the deadline. A store may report
+# a new object as missing for a moment, and a ShardError means that the received bytes are wrong.
+_MAX_ATTEMPTS = {PermanentError: 1, ShardError: 5, FileNotFoundError: 3, PermissionError: 1, DownloadStopped: 1}
 
 
 class Store:
@@ -97,11 +100,6 @@ class Store:
             raise ShardError(f"{url} cannot be read ({error}); use http(s)://, s3://, gs:// or hf://") from error
         if self._protocol == "s3":
             self._files.retries = 1  # see _fsspec_options
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether the protocol supports writing."""
-        return self._protocol not in _READ_ONLY_PROTOCOLS
 
     def url_of(self, name: str) -> str:
         """Return the URL of an object."""
@@ -167,12 +165,7 @@ class Store:
         return cast(BinaryIO, self.retry(name, lambda: self._files.open(self._path(name), "rb")))
 
     def download(
-        self,
-        name: str,
-        target: Path,
-        num_bytes: int,
-        sha256: str | None = None,
-        stop: threading.Event | None = None,
+        self, name: str, target: Path, num_bytes: int, sha256: str | None = None, stop: threading.Event | None = None
     ) -> None:
         """Fetch an object to a file, continuing from the bytes that the file already holds.
 
@@ -308,18 +301,6 @@ class Store:
 def is_url(location: str) -> bool:
     """Return whether a location is read through a ``Store`` rather than as a local path."""
     return "://" in location or location.startswith("pipe:")
-
-
-def open_writable(url: str) -> Store:
-    """Open a store for writing.
-
-    Raises:
-        ShardError: as ``Store``, or its protocol is read-only.
-    """
-    store = Store(url, BULK_POLICY)
-    if not store.is_writable:
-        raise ShardError(f"--out {url} is read-only; give a folder, or a URL such as s3://bucket/set")
-    return store
 
 
 def _fsspec_options(protocol: str) -> dict[str, Any]:

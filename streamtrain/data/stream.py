@@ -11,8 +11,8 @@ import numpy as np
 
 from shards.reading.cache import ShardCache, copy_bytes, min_cache_bytes
 from shards.reading.ledger import Ledger, available_bytes
-from shards.reading.mixture import AnySet, Mixture, build_order
-from shards.reading.order import Order, SlotOrder
+from shards.reading.mixture import AnyOrder, AnySet, Mixture, build_order
+from shards.reading.order import Order
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -68,7 +68,7 @@ def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: 
     return sides
 
 
-def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
+def lanes_read(order: AnyOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
     """The lanes that serve a share of every batch (such as ``range(0, 8)``, its first eight samples)."""
     period = math.lcm(global_batch, order.lane_cycle)
     steps = period // global_batch
@@ -80,7 +80,7 @@ def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: rang
 
 
 def check_cache(
-    config: Config, shard_set: AnySet, order: SlotOrder, rank: int, world_size: int, local_world_size: int
+    config: Config, shard_set: AnySet, order: AnyOrder, rank: int, world_size: int, local_world_size: int
 ) -> None:
     """Whether ``data.cache`` makes sense, is large enough for what the ranks of this machine read, and has the disk.
 
@@ -125,7 +125,7 @@ def try_cache(config: Config) -> None:
 def open_cache(
     config: Config,
     shard_set: AnySet,
-    order: SlotOrder,
+    order: AnyOrder,
     *,
     rank: int,
     world_size: int,

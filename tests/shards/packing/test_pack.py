@@ -250,9 +250,7 @@ def test_foreign_files_in_shard_folders_are_kept(tmp_path: Path) -> None:
         shutil.rmtree(out / folder)
 
 
-def test_same_names_with_other_content_is_another_packing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_names_with_other_content_is_another_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
     options = PackOptions(shard_bytes=20_000, dedup=True)
     _interrupted(images, out, 1, monkeypatch)
@@ -312,9 +310,7 @@ def test_interrupted_packing_resumes_to_the_same_set(
 
 
 @pytest.mark.parametrize("lost", ["shards/000000.tar", "index/000001.npy", "index/000000.idx"])
-def test_lost_shards_are_packed_again(
-    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_shards_are_packed_again(tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
     options = PackOptions(shard_bytes=20_000, dedup=True)
     pack(images, tmp_path / "unbroken", options)

@@ -87,13 +87,18 @@ def test_float_labels_and_errors_of_labels(tmp_path: Path) -> None:
     floats = _write(tmp_path / "floats.parquet", range(4), [2.0, float("nan"), None, -1.0])
     pack(floats, tmp_path / "set", _SMALL)
     assert [label for _, label in _content(tmp_path / "set")] == [2, -1, -1, -1]
-    for number, (labels, message) in enumerate((
-        ([0.5, 1.0], r"bad\.parquet: column 'label': the label 0\.5 is not a whole number"),
-        ([1, 99999999999], "the label 99999999999 is not a whole number from 0 to 2147483647"),
-        ([1, -7], "the label -7 is not"),
-        ([1.0, float("inf")], "the label inf is not"),
-        ([[1], [2, 3]], "contains list, not numbers or names; name another column with --label-column, or '' for no"),
-    )):
+    for number, (labels, message) in enumerate(
+        (
+            ([0.5, 1.0], r"bad\.parquet: column 'label': the label 0\.5 is not a whole number"),
+            ([1, 99999999999], "the label 99999999999 is not a whole number from 0 to 2147483647"),
+            ([1, -7], "the label -7 is not"),
+            ([1.0, float("inf")], "the label inf is not"),
+            (
+                [[1], [2, 3]],
+                "contains list, not numbers or names; name another column with --label-column, or '' for no",
+            ),
+        )
+    ):
         bad = _write(tmp_path / f"{number}" / "bad.parquet", range(2), labels)
         with pytest.raises(ShardError, match=message):
             list_inputs(str(bad))

@@ -19,13 +19,13 @@ from drawn_images import draw_folder, drawn_image, encoded, packed_set
 from shards.errors import ShardError
 from shards.format.index import load_index
 from shards.packing import items
+from shards.packing import upload as upload_module
 from shards.packing.pack import PackOptions, pack, scratch_folder
 from shards.packing.upload import Upload
 from shards.packing.verify import verify
 from shards.reading.order import Order
 from shards.reading.shard_set import ShardSet
 from shards.reading.source import Source
-from shards.storage import store as store_module
 from shards.storage.store import RetryPolicy, Store
 
 _SMALL = PackOptions(shard_bytes=20_000)
@@ -63,9 +63,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_uploaded_set_equals_local_set_and_manifest_is_sent_last(
-    tmp_path: Path, bucket: str, sent: list[str]
-) -> None:
+def test_uploaded_set_equals_local_set_and_manifest_is_sent_last(tmp_path: Path, bucket: str, sent: list[str]) -> None:
     images = draw_folder(tmp_path / "images", 50, ("cat", "dog"))
     (images / "cat" / "broken.jpg").write_bytes(b"text")
     local = pack(images, tmp_path / "set", _SMALL)
@@ -121,9 +119,7 @@ def test_interrupted_upload_resumes_and_sends_nothing_twice(
     assert twice == ([] if kept else ["shards/000000.tar"])
 
 
-def test_errors_of_uploads(
-    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_uploads(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = draw_folder(tmp_path / "images", 50)
     pack(images, bucket, _SMALL, scratch=tmp_path / "whole")
     entries = list(ShardSet.open(bucket).manifest.shards)
@@ -144,7 +140,7 @@ def test_errors_of_uploads(
         pack(images, "http://127.0.0.1:1/set", _SMALL)
     closed = (tmp_path / "file").as_uri() + "/set"
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr(store_module, "BULK_POLICY", RetryPolicy(0.2, 1.0, 0.01, 0.02))
+    monkeypatch.setattr(upload_module, "BULK_POLICY", RetryPolicy(0.2, 1.0, 0.01, 0.02))
     with pytest.raises(ShardError, match=r"/set/packing\.jsonl cannot be written \(.*\); fix that and re-run"):
         pack(images, closed, _SMALL, scratch=tmp_path / "scratch")
 

@@ -108,9 +108,7 @@ def test_stream_equals_local_stream_within_the_limit_despite_faults(
     assert remote.traffic.num_bytes >= local.manifest.num_bytes
 
 
-def test_each_shard_is_fetched_once_if_all_fit(
-    local: ShardSet, server: FaultyServer, tmp_path: Path
-) -> None:
+def test_each_shard_is_fetched_once_if_all_fit(local: ShardSet, server: FaultyServer, tmp_path: Path) -> None:
     expected = stream(local)
     for _ in range(2):
         remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
@@ -120,9 +118,7 @@ def test_each_shard_is_fetched_once_if_all_fit(
     assert gets["/set/manifest.json"] == 2
 
 
-def test_evicted_shards_are_fetched_again(
-    local: ShardSet, server: FaultyServer, tmp_path: Path
-) -> None:
+def test_evicted_shards_are_fetched_again(local: ShardSet, server: FaultyServer, tmp_path: Path) -> None:
     remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
     limit = window_bytes(local, 4)
     with watched(tmp_path / "cache") as most:
@@ -269,9 +265,7 @@ def test_full_disk_is_an_error(server: FaultyServer, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_download_resumes_after_a_kill_and_is_shared_by_processes(
-    local: ShardSet, tmp_path: Path
-) -> None:
+def test_download_resumes_after_a_kill_and_is_shared_by_processes(local: ShardSet, tmp_path: Path) -> None:
     # a shard of three pieces
     big = tmp_path / "served" / "set"
     (tmp_path / "images").mkdir()

@@ -60,9 +60,7 @@ def test_exactly_the_changed_samples_are_logged_and_replaced(damaged: ShardSet, 
     for batch in batches:
         for row, payload in enumerate(batch.payloads):
             assert payload.tobytes() == damaged.read(int(batch.shards[row]), int(batch.samples[row]))
-    untouched = [
-        pair for slot, pair in enumerate(_sequence(batches)) if slot not in {entry.slot for entry in entries}
-    ]
+    untouched = [pair for slot, pair in enumerate(_sequence(batches)) if slot not in {entry.slot for entry in entries}]
     assert len(set(untouched)) == len(untouched) == _COUNT - len({entry.slot for entry in entries})
 
 
