@@ -134,9 +134,7 @@ class SetManifest:
         if invalid is not None:
             raise ShardError(f"{path} is damaged: {invalid}; copy the set again, or pack it again")
         if stated != manifest.digest:
-            raise ShardError(
-                f"{path} was edited: it states digest {stated}, its content has {manifest.digest}; copy the set again"
-            )
+            raise ShardError(f"{path} was edited: digest {stated}, expected {manifest.digest}; copy the set again")
         return manifest
 
 

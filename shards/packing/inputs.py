@@ -76,9 +76,7 @@ def _decompress(src: str, path: Path, target: Path) -> None:
         # gzip and bz2 raise an OSError without errno for bad data
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ShardError(
-            f"{src} cannot be decompressed ({error}); fetch it again, or rename it if its suffix is wrong"
-        ) from error
+        raise ShardError(f"{src} cannot be decompressed ({error}); fetch it again, or fix its suffix") from error
 
 
 def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
@@ -134,9 +132,7 @@ def _refuse_by_name(src: str) -> None:
 
 def _require_images(inputs: Inputs, src: str) -> Inputs:
     if not inputs.items:
-        raise ShardError(
-            f"no images in {src}; supported are files ending in .jpg, .png, .webp, .tif, .gif or .bmp, and .parquet"
-        )
+        raise ShardError(f"no images in {src}; supported are .jpg, .png, .webp, .tif, .gif, .bmp and .parquet files")
     return inputs
 
 

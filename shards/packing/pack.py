@@ -160,17 +160,13 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
         foreign = sorted({entry.name for entry in out.iterdir()} - allowed)
         if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, MARKER_NAME)):
             # files in shards/ and index/ would be replaced: refuse them unless an earlier packing wrote them
-            foreign += sorted(
-                str(entry.relative_to(out)) for name in ("shards", "index") for entry in (out / name).glob("*")
-            )
+            foreign += sorted(str(entry.relative_to(out)) for entry in (*out.glob("shards/*"), *out.glob("index/*")))
         if foreign:
             raise ShardError(f"{option} {out} has other files, such as {foreign[0]}; choose a new folder")
         lock = filelock.FileLock(out / _LOCK, timeout=0)
         lock.acquire()
     except filelock.Timeout as error:
-        raise ShardError(
-            f"another make_shards is packing into {out}; wait for it or choose another {option}"
-        ) from error
+        raise ShardError(f"another packing into {out} is running; wait for it or choose another {option}") from error
     except OSError as error:
         raise ShardError(f"{option} {out} cannot be written to ({error.strerror}); choose another folder") from error
     try:
@@ -221,10 +217,8 @@ class _Packing:
         if not done.shards:
             _remove_unfinished(out)
             first = done.rejected[0]
-            raise ShardError(
-                f"none of the {len(inputs.items)} images in {self.src} can be used; "
-                f"the first: {first['path']}: {first['reason']}"
-            )
+            count, reason = len(inputs.items), f"{first['path']}: {first['reason']}"
+            raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}")
         lines = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected)
         write_whole(out / REJECTED_NAME, lines.encode())
         manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint)
@@ -284,12 +278,8 @@ class _Packing:
         since.shards, since.next_position = [entry], position
         if self.upload:
             self.upload.send_shard(entry)
-        line = {
-            "shard": asdict(entry),
-            "next_position": position,
-            "rejected": since.rejected,
-            "seen": sorted(since.seen),
-        }
+        seen = sorted(since.seen)
+        line = {"shard": asdict(entry), "next_position": position, "rejected": since.rejected, "seen": seen}
         with open(self.out / JOURNAL_NAME, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()

@@ -196,9 +196,8 @@ def _read_file(location: str, read: Callable[[], Result]) -> Result:
             # fsspec raises it if the server ignores a range or reports no length, other errors for network problems
             if not location.startswith("http"):
                 raise
-            raise PermanentError(
-                f"{location} cannot be read by byte ranges ({_one_line(error)}); give a local copy"
-            ) from error
+            reason = f"cannot be read by byte ranges ({_one_line(error)})"
+            raise PermanentError(f"{location} {reason}; give a local copy") from error
 
     try:
         if not is_url(location):

@@ -120,9 +120,7 @@ class Ledger:
                 # an earlier run may have had a higher limit
                 self._make_room(self._scan(), 0, next_use=-1)
         except OSError as error:
-            raise ShardError(
-                f"the cache folder {folder} cannot be used ({error.strerror}); give another folder"
-            ) from error
+            raise ShardError(f"the cache folder {folder} cannot be used ({error.strerror}); give another") from error
 
     def open(self, key: str, num_bytes: int) -> int | None:
         """Return a descriptor of a complete file, which stays in the cache until it is closed; None if there is none.

@@ -54,15 +54,11 @@ class Mixture:
         self.counts = _apportion(weights, cycle)
         self.cycle, self.seed, self.window = cycle, seed, window
         self.lanes, self.lane_block = lanes, lane_block
+        seeds = [randomness.derive_seed(seed, randomness.MIXTURE, member) for member in range(len(sizes))]
+        lane_blocks = [max(1, lane_block * count // cycle) for count in self.counts]
         self._orders = [
-            Order(
-                member_sizes,
-                randomness.derive_seed(seed, randomness.MIXTURE, member),
-                window,
-                lanes,
-                max(1, lane_block * self.counts[member] // cycle),
-            )
-            for member, member_sizes in enumerate(sizes)
+            Order(member_sizes, member_seed, window, lanes, member_block)
+            for member_sizes, member_seed, member_block in zip(sizes, seeds, lane_blocks, strict=True)
         ]
         self._first_shard = np.cumsum([0, *(len(member_sizes) for member_sizes in sizes)])
         # The ideal position of the k-th of a member's c slots is (k + 1/2) / c of the cycle; sorting by it spreads the

@@ -160,9 +160,8 @@ class Order:
         assert lanes, "at least one lane is needed"
         for epoch in itertools.count(start_slot // self.num_samples):
             windows = [window for lane in lanes for window in self._lane_windows(epoch, lane)]
-            yield from sorted(
-                (window for window in windows if window.last_slot >= start_slot), key=lambda window: window.first_slot
-            )
+            windows.sort(key=lambda window: window.first_slot)
+            yield from (window for window in windows if window.last_slot >= start_slot)
 
     def _lane_windows(self, epoch: int, lane: int) -> Iterator[Window]:
         table = self._epoch(epoch)
@@ -175,11 +174,8 @@ class Order:
             first, last = max(int(table.starts[start]), begin), min(int(table.starts[stop]), end) - 1
             if first <= last:  # otherwise all its shards are empty
                 shards = table.shards[start:stop]
-                yield Window(
-                    self._slot_at(table, lane, first),
-                    self._slot_at(table, lane, last),
-                    tuple(shards[self.sizes[shards] > 0].tolist()),
-                )
+                used = tuple(shards[self.sizes[shards] > 0].tolist())
+                yield Window(self._slot_at(table, lane, first), self._slot_at(table, lane, last), used)
 
     def _slot_at(self, table: _Epoch, lane: int, position: int) -> int:
         """Return the slot at which a lane reaches a position of its segment."""

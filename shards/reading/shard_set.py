@@ -326,8 +326,6 @@ class ShardSet:
             index = f"index/{entry.index_name}"
             records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)))
         if len(records) != entry.samples:
-            raise ShardError(
-                f"index {entry.index_name} has {len(records)} samples, the manifest says {entry.samples}; "
-                "copy the set again, or pack it again"
-            )
+            counts = f"{len(records)} samples, the manifest says {entry.samples}"
+            raise ShardError(f"index {entry.index_name} has {counts}; copy the set again, or pack it again")
         return records

@@ -1,4 +1,4 @@
-"""Shards are fetched once, ahead of use, within the limit, and give the same images despite faults."""
+"""Shards are prefetched once, within the limit, and give the same images despite faults."""
 
 from __future__ import annotations
 
