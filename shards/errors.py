@@ -1,24 +1,24 @@
-"""The one error of the data floor that a user can mend."""
+"""Errors of the data layer that the user can fix."""
 
 from __future__ import annotations
 
 
 class ShardError(ValueError):
-    """Images, shards, an index or a manifest are at fault; the message is one line that says what to do."""
+    """An image, shard, index or manifest is missing or damaged; the message is one line with the remedy."""
 
     def __init__(self, message: str) -> None:
-        # names and values from anywhere may be part of it
+        # messages quote file names and values, which may contain line breaks
         super().__init__(" ".join(message.splitlines()))
 
 
 class SampleError(ShardError):
-    """One image of a set cannot be used.
+    """One image of a set is unusable.
 
     Attributes:
-        shard: the name of the tar.
-        index: the sample's number in it.
-        key: its WebDataset key.
-        reason: what is wrong with it.
+        shard: file name of the tar.
+        index: number of the sample in the tar.
+        key: WebDataset key of the sample.
+        reason: why it is unusable.
     """
 
     def __init__(self, shard: str, index: int, key: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""A real S3-compatible server on loopback that fails as it is told."""
+"""S3-compatible server on loopback that injects faults."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 
 class FaultyS3:
-    """A WSGI application in front of moto's S3; ``faults`` is a list of faults to come, one for each GET of an object.
+    """A WSGI application in front of moto's S3; ``faults`` lists the faults of the next GETs of objects.
 
     Faults: "503", "stall" (sends half, then nothing), "cut" (closes in the middle), "short" (fewer bytes, with a
-    matching length), "whole" (ignores the range). ``served`` logs the faults; ``gone`` names paths that do not exist.
+    matching length), "whole" (ignores the range). ``served`` logs the faults; ``gone`` has the missing paths.
     """
 
     def __init__(self) -> None:
@@ -41,18 +41,16 @@ class FaultyS3:
         self.served.append(fault)
         if fault in ("404", "503"):
             code = {"404": "NoSuchKey", "503": "SlowDown"}[fault]
-            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as told</Message></Error>".encode()
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
             headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
-            start_response(f"{fault} as told", headers)
+            start_response(f"{fault} injected", headers)
             return [body]
         return self._broken(fault, environ, start_response)
 
-    def _broken(
-        self, fault: str, environ: dict[str, Any], start_response: Callable[..., Any]
-    ) -> Iterator[bytes]:
-        said: list[Any] = []
-        body = b"".join(self._s3(environ, lambda status, headers, *_: said.extend([status, headers])))
-        half, (status, headers) = body[: len(body) // 2], said
+    def _broken(self, fault: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        response: list[Any] = []
+        body = b"".join(self._s3(environ, lambda status, headers, *_: response.extend([status, headers])))
+        half, (status, headers) = body[: len(body) // 2], response
         length = half if fault == "short" else body
         kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
         start_response(status, [*kept, ("Content-Length", str(len(length)))])
@@ -60,7 +58,7 @@ class FaultyS3:
         if fault == "stall":
             self.closing.wait(20)
         if fault != "short":
-            raise ConnectionResetError("as told")
+            raise ConnectionResetError("injected")
 
 
 class _Handler(WSGIRequestHandler):
@@ -73,7 +71,7 @@ class _Handler(WSGIRequestHandler):
 
 @contextmanager
 def faulty_s3() -> Iterator[FaultyS3]:
-    """A running server; ``url`` is what clients need as ``AWS_ENDPOINT_URL``."""
+    """Run a server; clients need its ``url`` as ``AWS_ENDPOINT_URL``."""
     application = FaultyS3()
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Handler)
     application.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that serves a folder in ranges, and fails as it is told."""
+"""HTTP server on loopback that serves a folder with byte ranges and injects faults."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves ``root``; ``faults`` is a list of faults to come, one for each GET: None serves well.
+    """Serves ``root``; ``faults`` lists the faults of the next GETs, None for no fault.
 
     Faults: "503", "stall" (sends half, then nothing), "cut" (closes in the middle), "short" (fewer bytes, with a
-    matching length), "whole" (ignores the range). ``gone`` names paths that do not exist; ``gets`` logs (path, fault).
+    matching length), "whole" (ignores the range). ``gone`` has the missing paths; ``gets`` logs (path, fault).
     """
 
     daemon_threads = True
@@ -31,16 +31,16 @@ class FaultyServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL of the server."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients may leave."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for the receipt of its header
+    disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its header
     server: FaultyServer
 
     def log_message(self, *_: object) -> None:
@@ -50,8 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve(None, body=False)
 
     def do_GET(self) -> None:
-        there = self.path not in self.server.gone
-        fault = self.server.faults.pop(0) if there and self.server.faults else None
+        exists = self.path not in self.server.gone
+        fault = self.server.faults.pop(0) if exists and self.server.faults else None
         self.server.gets.append((self.path, fault))
         self._serve(fault, body=True)
 
@@ -64,9 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(503)
             return
         content = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and fault != "whole":
-            begin, end = int(asked[1]), min(int(asked[2] or len(content) - 1) + 1, len(content))
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if requested and fault != "whole":
+            begin, end = int(requested[1]), min(int(requested[2] or len(content) - 1) + 1, len(content))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
             content = content[begin:end]
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def faulty_server(root: Path) -> Iterator[FaultyServer]:
-    """A running server."""
+    """Run a server."""
     server = FaultyServer(root)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

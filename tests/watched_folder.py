@@ -1,4 +1,4 @@
-"""How much a folder holds, as somebody else counts it."""
+"""Independent measurement of the size of a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def folder_bytes(folder: Path) -> int:
-    """The bytes of all files of a folder; names that are gone meanwhile are left out."""
+    """Return the bytes of all files in a folder, without files that disappear meanwhile."""
     total = 0
     for entry in os.scandir(folder):
         try:
@@ -22,7 +22,7 @@ def folder_bytes(folder: Path) -> int:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that a folder has had at any moment so far, as the one entry of the list; looks all the time."""
+    """Measure a folder continuously; yields a list with one entry, the largest size in bytes so far."""
     most, stop = [0], threading.Event()
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON that comes from anywhere."""
+"""Atomic file writes, checksums, and bounded parsing of untrusted JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 _PIECE_BYTES = 1 << 20
-# of a JSON document, which takes a few dozen times as much memory at the worst
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 64 << 20  # parsing can take a few dozen times as much memory
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, make it durable, and rename it: no reader sees a part of it."""
+    """Write a file atomically and durably: under a temporary name, with fsync, then renamed."""
     partial = partial_path(path)
     with open(partial, "wb") as file:
         file.write(data)
@@ -24,18 +23,18 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary name beside a file under which it is written."""
+    """Return the temporary name, in the same folder, under which a file is written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def remove_partials(folder: Path) -> None:
-    """Take away the temporary files that a killed process left in a folder."""
+    """Delete the temporary files that a killed process left in a folder."""
     for partial in folder.glob(".*.partial"):
         partial.unlink()
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
+    """Return the SHA-256 of a file, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_PIECE_BYTES):
@@ -44,24 +43,24 @@ def file_sha256(path: Path) -> str:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON document.
+    """Parse a JSON document.
 
     Raises:
-        ValueError: it is none, or too large or too deep to be one of ours.
+        ValueError: the content is not JSON, larger than ``MAX_JSON_BYTES``, or nested too deep.
     """
     if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"{len(content)} bytes are more than a description takes")
+        raise ValueError(f"{len(content)} bytes are more than the limit of {MAX_JSON_BYTES}")
     try:
         return json.loads(content)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Read and parse a JSON file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: as ``parse_json``.
     """
     with open(path, "rb") as file:

@@ -1,9 +1,12 @@
-"""What Pillow says about an image's bytes: its size from the header, and whether it decodes in full."""
+"""Image validation with Pillow: size, full decode, and conversion of formats that DALI cannot decode."""
 
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,24 +14,38 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 from shards.errors import ShardError
-from shards.format.silent_damage import check_whole
 
-DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
+DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_BYTES = 1 << 30  # of an encoded image
-MAX_SIDE = 65_535  # what the index's 16-bit width and height hold
+MAX_SIDE = 65_535  # pixels; width and height are 16 bits in the index
 DEFAULT_QUALITY = 95
 
-# Formats that both Pillow and DALI decode to the same picture, by Pillow's name, with the extension that they get in a
-# shard. Everything else is transcoded: GIF and the rarer TIFFs stop DALI's decoder.
+# Formats that Pillow and DALI decode to the same pixels, by Pillow's name, with their extension in a shard. All others
+# are transcoded: GIF and the rarer TIFF modes fail in DALI's decoder.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif"}
 _KEPT_TIFF_MODES = ("L", "RGB")
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
+# Detection of damage that Pillow ignores: PNG chunks with wrong checksums, and JPEG data that end early. When the data
+# end before the last row, a JPEG decoder fills the rest with grey and only issues a warning, which Pillow drops. So if
+# the last decoded pixel has exactly this grey, noise is appended to every scan and the image is decoded again: if the
+# pixels change, the data were incomplete.
+_JPEG_FORMATS = ("JPEG", "MPO")
+_GREY = range(127, 130)  # value of a block without coefficients, after any colour conversion
+_SEGMENT = re.compile(rb"\xff+([^\x00\xff])")
+_END_OF_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # arithmetic coders may omit the end of their data
+_SCAN, _END = 0xDA, 0xD9
+_NOISE = bytes(37 * number % 251 for number in range(2048))  # without 0xFF, which would begin a marker
+_NOISE_PIECES = 4
+_PNG_HEADER_BYTES = 8
+
 
 @dataclass(frozen=True)
-class Prepared:
-    """An image that is known to decode, as it goes into a shard."""
+class PreparedImage:
+    """An image that has been decoded in full, ready to be stored in a shard."""
 
     payload: bytes
     extension: str
@@ -37,15 +54,15 @@ class Prepared:
 
 
 def read_size(payload: bytes) -> tuple[int, int]:
-    """(width, height) in pixels as displayed (with the EXIF orientation applied), from the header.
+    """Return (width, height) in pixels from the header, with the EXIF orientation applied.
 
     Raises:
-        ShardError: no known image format, with the reason.
+        ShardError: the header cannot be read; gives the reason.
     """
     try:
         with Image.open(io.BytesIO(payload)) as image:
             return _displayed_size(image)
-    except Exception as error:  # Pillow's plug-ins raise nearly everything on broken headers
+    except Exception as error:  # Pillow's plug-ins raise many kinds of errors on broken headers
         raise ShardError(_reason(error)) from error
 
 
@@ -56,17 +73,17 @@ def prepare(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     quality: int = DEFAULT_QUALITY,
     upright: bool = False,
-) -> Prepared:
-    """Decode an image in full and say what to store: the same bytes wherever DALI can decode them.
+) -> PreparedImage:
+    """Decode an image in full and return what to store: the same bytes where DALI can decode them.
 
     Args:
-        max_side: images with a longer side are shrunk to it and stored as JPEG.
-        max_pixels: images with more pixels are refused before they are decoded.
-        quality: of the JPEGs made by ``max_side`` and ``upright``.
-        upright: turn images that carry an EXIF rotation, rather than leave that to the decoder.
+        max_side: images with a longer side are shrunk to this many pixels and stored as JPEG.
+        max_pixels: images with more pixels are rejected before decoding.
+        quality: JPEG quality for images re-encoded by ``max_side`` or ``upright``.
+        upright: apply an EXIF rotation to the pixels instead of leaving it to the decoder.
 
     Raises:
-        ShardError: not an image, truncated, broken or too large, with the reason.
+        ShardError: not an image, truncated, damaged or too large; gives the reason.
     """
     if not payload:
         raise ShardError("the file is empty")
@@ -76,77 +93,68 @@ def prepare(
             if width * height > max_pixels:
                 raise ShardError(f"{width}x{height} is more than {max_pixels} pixels")
             width, height = _displayed_size(image)
-            turned = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
-            if turned or (max_side is not None and max(width, height) > max_side):
+            is_rotated = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
+            if is_rotated or (max_side is not None and max(width, height) > max_side):
                 return _encode_jpeg(payload, image, max_side, quality)
             image.load()
-            check_whole(payload, image)
+            _check_integrity(payload, image)
             extension = _KEPT_FORMATS.get(image.format or "")
             if extension is None or (extension == "tif" and image.mode not in _KEPT_TIFF_MODES):
                 return _encode_png(image)
     except ShardError:
         raise
-    except Exception as error:  # as above: truncation is an OSError, broken chunks a SyntaxError
+    except Exception as error:  # truncation is an OSError, a broken PNG chunk a SyntaxError
         raise ShardError(_reason(error)) from error
     if max(width, height) > MAX_SIDE:
         raise ShardError(f"{width}x{height} is longer than {MAX_SIDE} pixels on a side; pack with --max-side")
-    return Prepared(payload, extension, width, height)
-
-
-def check_decodes(payload: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
-    """Decode an image in full.
-
-    Raises:
-        ShardError: it does not decode to its last row, with the reason.
-    """
-    prepare(payload, max_pixels=max_pixels)
+    return PreparedImage(payload, extension, width, height)
 
 
 @contextmanager
 def tolerant_pillow() -> Iterator[None]:
-    """Within this, Pillow has no pixel bound of its own (``max_pixels`` alone decides) and prints no warnings.
+    """Disable Pillow's warnings and its own pixel limit, so that only ``max_pixels`` applies.
 
-    For processes or moments with one thread only: both settings are the process's.
+    Both settings are global to the process: use only while a single thread decodes.
     """
-    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS = bound
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _displayed_size(image: Image.Image) -> tuple[int, int]:
     if image.format == "TIFF":
-        image.load()  # turns the image itself; what a TIFF says before depends on Pillow's version
+        image.load()  # applies the orientation; the size before loading depends on Pillow's version
         return image.size
     width, height = image.size
     return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
 
 
-def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> Prepared:
+def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
     if max_side is not None:
-        image.draft(None, (2 * max_side, 2 * max_side))  # lets the JPEG decoder do the coarse part of the shrinking
+        image.draft(None, (2 * max_side, 2 * max_side))  # the JPEG decoder shrinks by a power of two while decoding
     image.load()
-    check_whole(payload, image)
-    plain = _plain(image)
+    _check_integrity(payload, image)
+    converted = _to_8_bit(image)
     if max_side is not None:
-        plain.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        converted.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    plain.save(buffer, "JPEG", quality=quality)
-    return Prepared(buffer.getvalue(), "jpg", *plain.size)
+    converted.save(buffer, "JPEG", quality=quality)
+    return PreparedImage(buffer.getvalue(), "jpg", *converted.size)
 
 
-def _encode_png(image: Image.Image) -> Prepared:
-    plain = _plain(image)
+def _encode_png(image: Image.Image) -> PreparedImage:
+    converted = _to_8_bit(image)
     buffer = io.BytesIO()
-    plain.save(buffer, "PNG")
-    return Prepared(buffer.getvalue(), "png", *plain.size)
+    converted.save(buffer, "PNG")
+    return PreparedImage(buffer.getvalue(), "png", *converted.size)
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """The first frame, upright, as 8-bit grey or RGB."""
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Return the first frame, upright, as 8-bit greyscale or RGB."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 256).convert("L")  # `convert` alone clips to white
     if image.mode in ("I", "F"):
@@ -156,7 +164,79 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """An error as one short line, without Pillow's object addresses."""
+    """Return an error as one line, without Pillow's object addresses."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow knows"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_integrity(payload: bytes, image: Image.Image) -> None:
+    """Check for damage that decoding does not report.
+
+    Args:
+        image: decoded from the payload, at any scale, not rotated.
+
+    Raises:
+        ShardError: the payload is damaged; gives the reason.
+    """
+    if image.format in _JPEG_FORMATS:
+        _check_jpeg(payload, image)
+    elif image.format == "PNG":
+        _check_png(payload)
+
+
+def _check_jpeg(payload: bytes, image: Image.Image) -> None:
+    corner = image.getpixel((image.width - 1, image.height - 1))
+    if not all(value in _GREY for value in (corner if isinstance(corner, tuple) else (corner,))):
+        return
+    longer = _with_noise(payload)
+    if longer is not None and _coarse(payload) != _coarse(longer):
+        raise ShardError("the image data end before the last row")
+
+
+def _check_png(payload: bytes) -> None:
+    """Verify the checksums of all critical chunks, up to IEND."""
+    offset = _PNG_HEADER_BYTES
+    kind = b""
+    while kind != b"IEND":
+        length = int.from_bytes(payload[offset : offset + 4], "big")
+        end = offset + 8 + length
+        kind = payload[offset + 4 : offset + 8]
+        if end + 4 > len(payload):
+            raise ShardError("the file ends before the image does")
+        if kind[:1].isupper() and zlib.crc32(payload[offset + 4 : end]) != struct.unpack_from(">I", payload, end)[0]:
+            raise ShardError(f"the checksum of its {kind.decode('ascii', 'replace')} chunk differs")
+        offset = end + 4
+
+
+def _coarse(payload: bytes) -> bytes:
+    """Return the pixels of a JPEG at 1/8 scale, which depend only on the first coefficient of each block."""
+    with Image.open(io.BytesIO(payload)) as image:
+        image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+        return image.tobytes()
+
+
+def _with_noise(payload: bytes) -> bytes | None:
+    """Return the JPEG with noise at the end of each scan, skipped in a complete image; None if not supported."""
+    pieces, offset = [payload[:2]], 2
+    while (segment := _SEGMENT.match(payload, offset)) is not None:
+        marker = segment[1][0]
+        if marker == _END:
+            return b"".join([*pieces, payload[offset:]])
+        length = int.from_bytes(payload[segment.end() : segment.end() + 2], "big")
+        data = segment.end() + length
+        if marker & 0xF0 == 0xC0 and marker not in (0xC4, 0xC8, 0xCC, *_HUFFMAN_FRAMES):
+            return None
+        pieces.append(payload[offset:data])
+        offset = data
+        if marker == _SCAN:
+            end = _END_OF_SCAN.search(payload, data)
+            if end is None:
+                return None
+            offset = end.start()
+            restarts = _RESTART.findall(payload, data, offset)
+            following = restarts[-1][1] - 0xD0 + 1 if restarts else 0
+            # in a scan with restart markers, the decoder searches for the next marker before it continues
+            noise = (_NOISE + bytes([0xFF, 0xD0 + (following + number) % 8]) for number in range(_NOISE_PIECES))
+            pieces += [payload[data:offset], *noise]
+    return None

@@ -1,6 +1,6 @@
-"""Make a set of tars that others wrote, where they lie: indexes and a manifest that points to them, and no copy.
+"""Indexing existing tars in place: a shard set of indexes and a manifest that points to the tars, without copies.
 
-Each tar is read once from end to end, for the checksum of every image and of the whole.
+Each tar is read once in full, for its checksum and that of every image.
 """
 
 from __future__ import annotations
@@ -18,54 +18,66 @@ from tqdm import tqdm
 
 from shards.errors import ShardError
 from shards.format.files import file_sha256, write_whole
-from shards.format.index import UNREADABLE, build, dali_index, save_index
-from shards.format.set_manifest import FILE_NAME, Manifest, ShardEntry
-from shards.format.tars import is_url
+from shards.format.index import UNREADABLE, build_index, make_dali_index, save_index
+from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry
 from shards.packing.inputs import is_compressed_tar, refuse_zstd
 from shards.packing.parallel import ordered_map
-from shards.storage.store import Store
+from shards.storage.store import Store, is_url
 
 
 @dataclass(frozen=True)
-class AdoptReport:
-    """What came of indexing."""
+class IndexReport:
+    """Result of indexing.
 
-    manifest: Manifest
-    num_unreadable: int  # images whose header could not be read; a reader replaces them by others
-    without_dali: tuple[str, ...]  # tars for which DALI's index cannot be written, each with the reason
-    empty: tuple[str, ...]  # tars without any image, which are left out
+    Attributes:
+        manifest: of the new set.
+        num_unreadable: images whose header could not be read; readers replace them.
+        without_dali: tars for which DALI's index cannot be written, each with the reason.
+        empty: tars without images, which are omitted.
+    """
+
+    manifest: SetManifest
+    num_unreadable: int
+    without_dali: tuple[str, ...]
+    empty: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Adopted:
+class _IndexedTar:
     entry: ShardEntry
     num_unreadable: int
-    dali_refusal: str
+    dali_error: str
 
 
-def adopt(sources: Sequence[str], out: Path, *, workers: int = 1, progress: bool = False) -> AdoptReport:
-    """Index tars in place.
+def index_tars(sources: Sequence[str], out: Path | str, *, workers: int = 1, progress: bool = False) -> IndexReport:
+    """Make a shard set of existing WebDataset tars, which stay where they are.
+
+    A sample's image is its first member with an image extension, its label the integer in its ``.cls`` member.
 
     Args:
-        sources: tars, folders of tars or patterns of local tars; tars and folders may be URLs.
-        out: the folder of the set; new or empty. It gets indexes and a manifest.
-        workers: processes; 1 works in this one.
-        progress: show a bar on stderr, where that is a terminal.
+        sources: tars, folders of tars, or patterns of local tars; tars and folders may be URLs.
+        out: folder of the set, new or empty; receives the indexes and the manifest.
+        workers: number of processes; 1 uses the calling process.
+        progress: show a progress bar on stderr if it is a terminal.
+
+    Returns:
+        the manifest, and the tars and images that cannot be used in full.
 
     Raises:
-        ShardError: no tars, no images, a damaged tar, or a folder that cannot take the set.
+        ShardError: there are no tars or no images, a tar is damaged, or the folder cannot hold the set.
     """
+    out = Path(out)
     locations = [location for source in sources for location in _tars_of(source)]
     if not locations:
         raise ShardError(f"no .tar files in {', '.join(sources)}")
     with _new_folder(out):
-        return _adopt_all(locations, out, workers, progress)
+        return _index_all(locations, out, workers, progress)
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[None]:
-    """The folder of a set in the making; taken away again if nothing comes of it."""
-    made = not out.exists()
+    """Create the folder of a set; remove it again if indexing fails."""
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
@@ -77,38 +89,38 @@ def _new_folder(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         shutil.rmtree(out / "index")
-        if made:
+        if is_new:
             shutil.rmtree(out)
         raise
 
 
-def _adopt_all(locations: Sequence[str], out: Path, workers: int, progress: bool) -> AdoptReport:
-    # Tars of different folders may share a name, so the number goes first.
+def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool) -> IndexReport:
+    # tars of different folders may have the same name, so a number is prepended
     tasks = [(location, f"{number:06d}-{location.rpartition('/')[2]}") for number, location in enumerate(locations)]
-    work = ordered_map(partial(_adopt_one, out), tasks, workers)
+    work = ordered_map(partial(_index_one, out), tasks, workers)
     done = list(tqdm(work, desc="indexing", unit=" tars", total=len(tasks), disable=None if progress else True))
-    manifest = Manifest(tuple(one.entry for one in done if one.entry.samples))
+    manifest = SetManifest(tuple(one.entry for one in done if one.entry.samples))
     if not manifest.shards:
         raise ShardError(f"no images in {len(locations)} tars, such as {locations[0]}")
     manifest.save(out)
-    return AdoptReport(
+    return IndexReport(
         manifest,
         sum(one.num_unreadable for one in done),
-        tuple(f"{one.entry.url}: {one.dali_refusal}" for one in done if one.dali_refusal),
+        tuple(f"{one.entry.url}: {one.dali_error}" for one in done if one.dali_error),
         tuple(one.entry.url for one in done if not one.entry.samples),
     )
 
 
 def _tars_of(source: str) -> list[str]:
-    """The tars that a source names, as absolute paths or URLs, sorted."""
+    """Return the tars of a source as absolute paths or URLs, sorted."""
     if not source.strip():
         raise ShardError("--src is empty; give tars, a folder of tars, a pattern or a URL")
     if is_url(source):
-        store = Store(source)  # refuses what cannot be read
+        store = Store(source)  # raises for unsupported URLs
         _refuse_compressed(source)
         if source.endswith(".tar"):
             return [source]
-        names = store.names("")
+        names = store.list_folder("")
         if FILE_NAME in names:
             raise ShardError(f"--src {source} already is a shard set; train from it as it is")
         return [store.url_of(name) for name in names if name.endswith(".tar")]
@@ -117,21 +129,21 @@ def _tars_of(source: str) -> list[str]:
         if (path / FILE_NAME).is_file():
             raise ShardError(f"--src {source} already is a shard set; train from it as it is")
         return sorted(str(tar.resolve()) for tar in path.glob("*.tar"))
-    found = sorted(str(Path(match).resolve()) for match in glob.glob(source))
-    if not found:
+    locations = sorted(str(Path(match).resolve()) for match in glob.glob(source))
+    if not locations:
         raise ShardError(f"--src {source} does not exist; give tars, a folder of tars, a pattern or a URL")
-    for location in found:
+    for location in locations:
         _refuse_compressed(location)
-    return found
+    return locations
 
 
 def _refuse_compressed(location: str) -> None:
     refuse_zstd(location)
     if is_compressed_tar(location):
-        raise ShardError(f"--src {location} is compressed, so no image can be read by itself; use tools/make_shards.py")
+        raise ShardError(f"--src {location} is compressed, so single images cannot be read; use tools/make_shards.py")
 
 
-def _adopt_one(out: Path, task: tuple[str, str]) -> _Adopted:
+def _index_one(out: Path, task: tuple[str, str]) -> _IndexedTar:
     location, name = task
     if not is_url(location):
         return _index_file(Path(location), out, ShardEntry(name, 0, 0, "", location))
@@ -143,19 +155,19 @@ def _adopt_one(out: Path, task: tuple[str, str]) -> _Adopted:
         return _index_file(copy, out, ShardEntry(name, 0, 0, "", location))
 
 
-def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _Adopted:
+def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _IndexedTar:
     try:
         with open(tar, "rb") as archive:
-            index = build(archive, entry.url)
+            index = build_index(archive, entry.url)
         entry = replace(entry, bytes=tar.stat().st_size, samples=len(index.records), sha256=file_sha256(tar))
     except OSError as error:
         raise ShardError(f"{entry.url} cannot be read ({error.strerror})") from error
-    refusal = ""
+    dali_error = ""
     if entry.samples:
         path = out / "index" / entry.index_name
         save_index(index.records, path)
         try:
-            write_whole(path.with_suffix(".idx"), dali_index(index.samples))
+            write_whole(path.with_suffix(".idx"), make_dali_index(index.samples))
         except ShardError as error:
-            refusal = str(error)
-    return _Adopted(entry, int((index.records["flags"] & UNREADABLE != 0).sum()), refusal)
+            dali_error = str(error)
+    return _IndexedTar(entry, int((index.records["flags"] & UNREADABLE != 0).sum()), dali_error)

@@ -1,9 +1,9 @@
-"""What to pack: the images of a folder, a list file, a tar or parquet files, here or in a store, each with its label.
+"""Listing the images to pack, with labels: from a folder, a list file, a tar or Parquet files, local or in a store.
 
-A folder or a tar gives labels by class folders: once the folders that all images share are taken off, the first that
-remains is an image's class, and class names in sorted order get the labels 0, 1, 2 … A tar in WebDataset form gives its
-own labels in ``.cls``. A list file holds a path or URL a line, relative to itself, with a tab and a label if it has
-labels. Parquet files have a column of labels. The label -1 is none.
+In a folder or tar, labels come from class folders: the first folder level at which the images differ is an image's
+class, and the sorted class names get the labels 0, 1, 2, ... A WebDataset tar has its labels in ``.cls`` members. A
+list file has one path or URL per line, relative to the file, optionally followed by a tab and a label. Parquet files
+have a label column. The label -1 means no label.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from urllib.parse import unquote
 
 from shards.errors import ShardError
 from shards.format.files import partial_path
-from shards.format.index import LABEL_EXTENSION, NO_LABEL, checked_label, read_label, read_members, split_name
-from shards.format.items import FileRange, Inputs, Item, RemoteObject, with_class_folders, with_class_names
-from shards.format.tars import is_url
+from shards.format.index import LABEL_EXTENSION, NO_LABEL, check_label, read_label, read_members, split_name
+from shards.packing.items import FileSpan, Inputs, Item, RemoteObject, label_by_folder, number_classes
 from shards.packing.parquet import SUFFIX as PARQUET_SUFFIX
 from shards.packing.parquet import Columns, list_parquet
-from shards.storage.remote_folder import RemoteFolder
+from shards.storage.store import BULK_POLICY, Store, is_url
 
-# What is tried; a file of another kind is passed over without a word, one of these that fails is reported.
+# Files with other suffixes are ignored silently; a file with one of these that fails to decode is reported.
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".tga", ".jp2"]
 )
@@ -39,22 +38,22 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
 def needs_unpacking(src: str) -> bool:
-    """Whether a source is a tar of which a plain local copy must be made before its members can be read at random."""
+    """Return whether a source is a tar that needs an uncompressed local copy for random access."""
     return is_compressed_tar(src) or (is_url(src) and src.endswith(_TAR_SUFFIX))
 
 
 def unpack(src: str, target: Path) -> None:
-    """Write the plain local copy of a tar that is compressed, or in a store, or both.
+    """Write the uncompressed local copy of a tar that is compressed, in a store, or both.
 
     Raises:
-        ShardError: it cannot be had, is damaged, or has no images; names the source, not the copy.
+        ShardError: the tar cannot be fetched, is damaged, or has no images; names the source, not the copy.
     """
     path = Path(src)
     if is_url(src):
         folder, _, name = src.rpartition("/")
         path = partial_path(target) if is_compressed_tar(src) else target
         path.unlink(missing_ok=True)
-        store = RemoteFolder(folder)
+        store = Store(folder, BULK_POLICY)
         store.download(name, path, store.size(name))
     if is_compressed_tar(src):
         try:
@@ -62,7 +61,7 @@ def unpack(src: str, target: Path) -> None:
         finally:
             if is_url(src):
                 path.unlink(missing_ok=True)
-    _with_images(_list_tar(target, src), src)
+    _require_images(_list_tar(target, src), src)
 
 
 def _decompress(src: str, path: Path, target: Path) -> None:
@@ -74,23 +73,21 @@ def _decompress(src: str, path: Path, target: Path) -> None:
         with packed, open(target, "wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        # gzip and bz2 call bad data an OSError too, but one that no system call has numbered
+        # gzip and bz2 raise an OSError without errno for bad data
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ShardError(
-            f"{src} cannot be decompressed ({error}); fetch it again, or rename it if it is compressed otherwise"
-        ) from error
+        raise ShardError(f"{src} cannot be decompressed ({error}); fetch it again, or fix its suffix") from error
 
 
 def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
-    """The images of a source that needs no unpacking, in an order that depends on their names only.
+    """List the images of a source that needs no unpacking, in an order that depends only on their names.
 
     Args:
-        src: a path or URL.
-        columns: of parquet files.
+        src: path or URL.
+        columns: columns of Parquet files.
 
     Raises:
-        ShardError: no such source, or no images in it.
+        ShardError: the source does not exist or has no images.
     """
     columns = columns or Columns()
     path = Path(src)
@@ -112,32 +109,30 @@ def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
     else:
         _refuse_by_name(src)
         inputs = _list_file(path)
-    return _with_images(inputs, src)
+    return _require_images(inputs, src)
 
 
 def is_compressed_tar(src: str) -> bool:
-    """Whether a path or URL is by its name a compressed tar that can be unpacked."""
+    """Return whether a path or URL has the name of a compressed tar that can be unpacked."""
     return _suffix(src) in _DECOMPRESSORS and (_TAR_SUFFIX in PurePosixPath(src).suffixes or _suffix(src)[1] == "t")
 
 
 def refuse_zstd(src: str) -> None:
-    """Raises a ShardError for a path or URL that by its name is a tar compressed with zstd."""
+    """Raise a ShardError if a path or URL has the name of a tar compressed with zstd."""
     if _suffix(src) == ".tzst" or (_suffix(src) == ".zst" and _TAR_SUFFIX in PurePosixPath(src).suffixes):
-        raise ShardError(f"--src {src}: zstd is not supported; decompress it first (zstd -d), and give the .tar")
+        raise ShardError(f"--src {src}: zstd is not supported; decompress it first (zstd -d) and give the .tar")
 
 
 def _refuse_by_name(src: str) -> None:
     refuse_zstd(src)
     if _is_image_name(src) and not src.endswith("/"):
         folder = src.rpartition("/")[0] or "."
-        raise ShardError(f"--src {src} is a single image, which is no source; give its folder, {folder}")
+        raise ShardError(f"--src {src} is a single image; give its folder, {folder}")
 
 
-def _with_images(inputs: Inputs, src: str) -> Inputs:
+def _require_images(inputs: Inputs, src: str) -> Inputs:
     if not inputs.items:
-        raise ShardError(
-            f"no images in {src}; files ending in .jpg, .png, .webp, .tif, .gif or .bmp are looked for, or .parquet"
-        )
+        raise ShardError(f"no images in {src}; supported are .jpg, .png, .webp, .tif, .gif, .bmp and .parquet files")
     return inputs
 
 
@@ -156,22 +151,22 @@ def _list_folder(src: Path, columns: Columns) -> Inputs:
     tables = [name for name in names if name.lower().endswith(PARQUET_SUFFIX)]
     if tables and not images:
         return list_parquet([str(src / name) for name in tables], tables, columns, len(names) - len(tables))
-    items = [Item(name, NO_LABEL, FileRange(src / name)) for name in images]
-    return with_class_folders(items, len(names) - len(images))
+    items = [Item(name, NO_LABEL, FileSpan(src / name)) for name in images]
+    return label_by_folder(items, len(names) - len(images))
 
 
 def _list_remote(src: str, columns: Columns) -> Inputs:
     folder = src.rstrip("/")
     if folder.lower().endswith(PARQUET_SUFFIX):
         return list_parquet([folder], [folder.rpartition("/")[2]], columns, 0)
-    tree = RemoteFolder(folder).tree()
+    tree = Store(folder, BULK_POLICY).list_tree()
     images = [name for name in tree if _is_image_name(name) and not _is_hidden(name)]
     tables = [name for name in tree if name.lower().endswith(PARQUET_SUFFIX) and not _is_hidden(name)]
     if tables and not images:
         return list_parquet([f"{folder}/{name}" for name in tables], tables, columns, len(tree) - len(tables))
-    plain = unquote if folder.startswith("http") else str  # links on web pages are in their escaped form
+    plain = unquote if folder.startswith("http") else str  # links on web pages are percent-encoded
     items = [Item(plain(name), NO_LABEL, RemoteObject(folder, name, tree[name])) for name in images]
-    return with_class_folders(items, len(tree) - len(images))
+    return label_by_folder(items, len(tree) - len(images))
 
 
 def _is_hidden(name: str) -> bool:
@@ -179,7 +174,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(src: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders and their files, through symbolic links, each folder once."""
+    """Yield folders and their files, following symbolic links, each folder once."""
     seen = set()
     for folder, folders, files in os.walk(src, followlinks=True, onerror=_raise_unreadable):
         status = os.stat(folder)
@@ -196,7 +191,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _list_tar(path: Path, src: str) -> Inputs:
-    """The images of a plain tar at ``path``; errors call it ``src``."""
+    """List the images of an uncompressed tar at ``path``; errors name it ``src``."""
     items: list[Item] = []
     labels: dict[str, int] = {}
     others = 0
@@ -204,7 +199,7 @@ def _list_tar(path: Path, src: str) -> Inputs:
         for member in read_members(archive, src):
             name = member.name.removeprefix("./").lstrip("/")
             if _is_image_name(name):
-                items.append(Item(name, NO_LABEL, FileRange(path, member.offset_data, member.size)))
+                items.append(Item(name, NO_LABEL, FileSpan(path, member.offset_data, member.size)))
             elif name.endswith("." + LABEL_EXTENSION):
                 position = archive.tell()
                 labels[split_name(name)[0]] = read_label(archive, member.offset_data, member.size, f"{src}: {name}")
@@ -214,42 +209,42 @@ def _list_tar(path: Path, src: str) -> Inputs:
     if labels:
         labelled = [replace(item, label=labels.get(split_name(item.name)[0], NO_LABEL)) for item in items]
         return Inputs(tuple(labelled), (), others)
-    return with_class_folders(items, others)
+    return label_by_folder(items, others)
 
 
 def _list_file(src: Path) -> Inputs:
     try:
-        lines = src.read_text(encoding="utf-8-sig").splitlines()  # some editors put a byte order mark first
+        lines = src.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte order mark
     except OSError as error:
         raise ShardError(f"--src {src} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ShardError(f"--src {src} is neither a folder, a tar nor a text file with a path a line") from error
+        raise ShardError(f"--src {src} is neither a folder, a tar nor a text file with one path per line") from error
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
-            raise ShardError(f"--src {src} has a NUL byte in line {number}; a list is a text file with a path a line")
+            raise ShardError(f"--src {src}: NUL byte in line {number}; a list is a text file with one path per line")
     entries = [line.partition("\t")[::2] for line in lines if line.strip()]
     if not entries:
-        raise ShardError(f"--src {src} lists no images; a list is a text file with a path a line")
+        raise ShardError(f"--src {src} lists no images; a list is a text file with one path per line")
     names = [path.strip() for path, _ in entries]
-    classes, labels = _stated_labels([label.strip() for _, label in entries], [f"{src}: {name}" for name in names])
+    classes, labels = _parse_labels([label.strip() for _, label in entries], [f"{src}: {name}" for name in names])
     items = []
     for name, label in zip(names, labels, strict=True):
         folder, _, file = name.rpartition("/")
-        items.append(Item(name, label, RemoteObject(folder, file) if is_url(name) else FileRange(src.parent / name)))
+        items.append(Item(name, label, RemoteObject(folder, file) if is_url(name) else FileSpan(src.parent / name)))
     return Inputs(tuple(items), classes, 0)
 
 
-def _stated_labels(stated: Sequence[str], places: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """The classes and the labels of a list whose labels are numbers, or names; errors name the label's place."""
+def _parse_labels(stated: Sequence[str], entries: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Return the classes and labels of a list with numbers or names as labels; errors name the entry."""
     numbers = [_NUMBER.fullmatch(label) is not None for label in stated]
     if not any(numbers):
-        return with_class_names(stated)
+        return number_classes(stated)
     labels = []
-    for label, number, place in zip(stated, numbers, places, strict=True):
-        if label and not number:
+    for label, is_number, entry in zip(stated, numbers, entries, strict=True):
+        if label and not is_number:
             raise ShardError(
-                f"{place}: the label {label!r} is a name, but {stated[numbers.index(True)]!r} is a number; "
+                f"{entry}: the label {label!r} is a name, but {stated[numbers.index(True)]!r} is a number; "
                 "give every image a number, or every image a name"
             )
-        labels.append(checked_label(float(label) if "." in label else int(label), place) if label else NO_LABEL)
+        labels.append(check_label(float(label) if "." in label else int(label), entry) if label else NO_LABEL)
     return (), labels

@@ -1,4 +1,4 @@
-"""A function over many tasks in worker processes: results in order, a bounded number of tasks ahead."""
+"""Map over tasks in worker processes, with results in order and a bounded number of tasks ahead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from shards.errors import ShardError
 
-_TASKS_AHEAD = 3  # for each worker
+_TASKS_AHEAD = 3  # per worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -26,40 +26,40 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Generator[Result, None, None]:
-    """``function`` of each task, in order. Close the generator to stop early.
+    """Yield ``function(task)`` for each task, in order. Close the generator to stop early.
 
     Args:
         function: a picklable function, or a ``functools.partial`` of one.
-        workers: processes; 1 works in this one.
+        workers: number of processes; 1 uses the calling process.
 
     Raises:
-        ShardError: a worker died.
+        ShardError: a worker process died.
     """
     if workers == 1:
         yield from map(function, tasks)
         return
-    # A fresh interpreter for each worker: forking a process that may hold threads and locks is not safe.
+    # spawn, because forking a process that may have threads and locks is unsafe
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            with _interrupts_held_back():  # any of the first tasks may start a worker
+            with _interrupts_blocked():  # any of the first tasks may start a worker
                 pending.append(pool.submit(function, task))
             if len(pending) > _TASKS_AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ShardError("a worker process died, most likely for want of memory; use fewer --workers") from error
+        raise ShardError("a worker process died, most likely out of memory; use fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C: it is the parent's affair, which hears of it afterwards."""
-    resource_tracker.ensure_running()  # starting it would let interrupts through
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT: processes started inside inherit this, so only the parent handles Ctrl-C, after the block."""
+    resource_tracker.ensure_running()  # starting it inside would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -68,7 +68,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    """Never outlive the parent: an orphan would wait for work for ever."""
+    """Exit when the parent dies; an orphan would wait for tasks forever."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""One shard as it is written: a USTAR WebDataset tar under a temporary name, then its two indexes, then renames."""
+"""Writing one shard: a USTAR WebDataset tar under a temporary name, its two indexes, then the rename."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from shards.format.files import partial_path, write_whole
-from shards.format.images import Prepared
-from shards.format.index import LABEL_EXTENSION, NO_LABEL, RECORD, Component, Sample, dali_index, save_index
+from shards.format.images import PreparedImage
+from shards.format.index import LABEL_EXTENSION, NO_LABEL, RECORD, Component, Sample, make_dali_index, save_index
 from shards.format.set_manifest import ShardEntry
 
 _BLOCK = tarfile.BLOCKSIZE
 
 
 class ShardWriter:
-    """Writes shard ``number`` of a set; the bytes depend on what is added only.
+    """Writes one shard of a set; the bytes depend only on the samples added.
 
     Args:
-        set_dir: the set's folder; ``shards/`` and ``index/`` exist in it.
-        number: of the shard.
+        set_dir: folder of the set, with the subfolders ``shards/`` and ``index/``.
+        number: of the shard in the set.
+
+    Attributes:
+        num_bytes: size of the tar so far.
     """
 
     def __init__(self, set_dir: Path, number: int) -> None:
@@ -35,18 +38,13 @@ class ShardWriter:
         self._samples: list[Sample] = []
         self.num_bytes = 0
 
-    @property
-    def num_samples(self) -> int:
-        """Images added so far."""
-        return len(self._records)
-
     @staticmethod
-    def bytes_for(image: Prepared, label: int) -> int:
-        """What adding an image would add to the tar, in bytes."""
+    def bytes_for(image: PreparedImage, label: int) -> int:
+        """Return the bytes that adding an image would add to the tar."""
         payload = _BLOCK + _padded(len(image.payload))
         return payload if label == NO_LABEL else payload + 2 * _BLOCK
 
-    def add(self, key: str, image: Prepared, label: int) -> None:
+    def add(self, key: str, image: PreparedImage, label: int) -> None:
         """Append a sample."""
         components = [self._member(key, image.extension, image.payload)]
         if label != NO_LABEL:
@@ -56,19 +54,19 @@ class ShardWriter:
         self._samples.append(Sample(key, tuple(components)))
 
     def finish(self) -> ShardEntry:
-        """Complete the tar and its indexes, durably, and give them their names."""
+        """Complete the tar and its indexes durably under their final names."""
         self._write(bytes(2 * _BLOCK))
         self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         save_index(np.array(self._records, dtype=RECORD), self._index.with_suffix(".npy"))
-        write_whole(self._index.with_suffix(".idx"), dali_index(tuple(self._samples)))
+        write_whole(self._index.with_suffix(".idx"), make_dali_index(tuple(self._samples)))
         os.replace(partial_path(self._tar), self._tar)
-        return ShardEntry(self._tar.name, self.num_bytes, self.num_samples, self._hash.hexdigest())
+        return ShardEntry(self._tar.name, self.num_bytes, len(self._records), self._hash.hexdigest())
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Delete the unfinished tar."""
         self._file.close()
         partial_path(self._tar).unlink(missing_ok=True)
 

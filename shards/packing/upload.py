@@ -1,104 +1,105 @@
-"""A shard set on its way to a URL: shard by shard as they are packed, the manifest last.
+"""Uploading a shard set to a URL, shard by shard while it is packed, the manifest last.
 
-While it goes on, an object at the URL tells which packing it is; what is there already with its right length was sent
-by an earlier attempt at the very same, and is not sent again.
+Until the upload is complete, a marker object at the URL identifies the packing. Objects that already exist with the
+right length were sent by an earlier attempt of the same packing and are not sent again.
 """
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 from shards.errors import ShardError
-from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, Manifest, ShardEntry
-from shards.storage.remote_folder import writable_folder
+from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
+from shards.storage.store import BULK_POLICY, Store
 
 REJECTED_NAME = "rejected.jsonl"
-NOTE_NAME = "packing.note"
-_OURS = ("shards", "index", FILE_NAME, REJECTED_NAME, JOURNAL_NAME)
+MARKER_NAME = "packing.note"
+_SET_NAMES = ("shards", "index", FILE_NAME, REJECTED_NAME, JOURNAL_NAME)
 
 
 class Upload:
-    """Sends a set's files from the folder in which it is packed.
+    """Sends the files of a set from the folder in which it is packed.
 
     Args:
         url: of the set.
-        folder: where it is packed; a shard's files leave it once they are sent.
+        folder: in which the set is packed; the files of a shard are deleted once they are sent.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url, folder
-        self._remote = writable_folder(url)
-        self._there: dict[str, int | None] = {}
+        if url.startswith(("http://", "https://")):
+            raise ShardError(f"--out {url} is read-only; give a folder, or a URL such as s3://bucket/set")
+        self._store = Store(url, BULK_POLICY)
+        self._present: dict[str, int | None] = {}
         self._fingerprint = ""
 
-    def finished(self, fingerprint: str) -> tuple[Manifest, int | None] | None:
-        """The set that is there already and how many images it rejected, if it is the very one that is to be made.
+    def find_finished(self, fingerprint: str) -> tuple[SetManifest, int | None] | None:
+        """Return the finished set at the URL and its number of rejected images, or None if there is no set.
 
         Raises:
-            ShardError: something else is there.
+            ShardError: there is another set, or other files.
         """
-        self._there = self._remote.tree()
-        foreign = [name for name in self._there if name.split("/")[0] not in _OURS]
+        self._present = self._store.list_tree()
+        foreign = [name for name in self._present if name.split("/")[0] not in _SET_NAMES]
         if foreign:
-            raise ShardError(f"--out {self.url} holds other files, such as {foreign[0]}; choose a new folder")
-        if FILE_NAME not in self._there:
+            raise ShardError(f"--out {self.url} has other files, such as {foreign[0]}; choose a new folder")
+        if FILE_NAME not in self._present:
             return None
-        manifest = self._remote.load(FILE_NAME, partial(Manifest.parse, path=self._remote.url_of(FILE_NAME)))
+        manifest = SetManifest.fetch(self._store)
         if manifest.fingerprint != fingerprint:
-            raise ShardError(f"--out {self.url} already holds another shard set; choose a new folder, or delete that")
-        if JOURNAL_NAME in self._there:  # of an attempt that was ended at its very end
-            self._remote.remove(JOURNAL_NAME)
-        if REJECTED_NAME not in self._there:
+            raise ShardError(f"--out {self.url} already contains another shard set; choose a new folder, or delete it")
+        if JOURNAL_NAME in self._present:  # of an attempt interrupted just before its end
+            self._store.remove(JOURNAL_NAME)
+        if REJECTED_NAME not in self._present:
             return manifest, None
-        return manifest, self._remote.load(REJECTED_NAME, lambda content: len(content.splitlines()))
+        return manifest, self._store.load(REJECTED_NAME, lambda content: len(content.splitlines()))
 
     def begin(self, fingerprint: str, packed: list[ShardEntry]) -> None:
-        """See that nothing but an earlier attempt at the same has begun there.
+        """Check that the URL is empty or contains an earlier attempt of the same packing.
 
         Args:
-            packed: shards that are known to be there.
+            packed: shards that an earlier attempt has sent.
 
         Raises:
-            ShardError: something else has begun there, or one of these shards is there no more.
+            ShardError: the URL contains something else, or one of these shards is missing.
         """
-        if JOURNAL_NAME in self._there:
-            if self._remote.load(JOURNAL_NAME, bytes) != _note(fingerprint):
+        if JOURNAL_NAME in self._present:
+            if self._store.load(JOURNAL_NAME, bytes) != _marker(fingerprint):
                 raise ShardError(
-                    f"--out {self.url} holds an interrupted packing of another source or with other options; delete "
+                    f"--out {self.url} contains an interrupted packing of another source or with other options; delete "
                     "it or choose a new folder"
                 )
-        elif self._there:
-            raise ShardError(f"--out {self.url} holds other files, such as {min(self._there)}; choose a new folder")
-        gone = [entry.name for entry in packed if self._there.get(f"shards/{entry.name}") != entry.bytes]
-        if gone:
-            raise ShardError(f"{self.url}/shards/{gone[0]} is gone; to pack it anew, delete {self.folder}")
+        elif self._present:
+            raise ShardError(f"--out {self.url} has other files, such as {min(self._present)}; choose a new folder")
+        missing = [entry.name for entry in packed if self._present.get(f"shards/{entry.name}") != entry.bytes]
+        if missing:
+            raise ShardError(f"{self.url}/shards/{missing[0]} is missing; to pack it again, delete {self.folder}")
         self._fingerprint = fingerprint
 
-    def shard(self, entry: ShardEntry) -> None:
-        """Send a complete shard with its indexes, and take it away here."""
-        if JOURNAL_NAME not in self._there:
-            note = self.folder / NOTE_NAME
-            note.write_bytes(_note(self._fingerprint))
-            self._send(note, JOURNAL_NAME)
+    def send_shard(self, entry: ShardEntry) -> None:
+        """Send a complete shard with its indexes, and delete the local files."""
+        if JOURNAL_NAME not in self._present:
+            marker = self.folder / MARKER_NAME
+            marker.write_bytes(_marker(self._fingerprint))
+            self._send(marker, JOURNAL_NAME)
         stem = entry.name.removesuffix(".tar")
         for name in (f"index/{stem}.npy", f"index/{stem}.idx", f"shards/{entry.name}"):
             self._send(self.folder / name, name)
 
-    def finish(self, manifest: Manifest) -> None:
-        """Send what comes last, and forget what was here."""
+    def finish(self, manifest: SetManifest) -> None:
+        """Send the list of rejected images and the manifest, and remove the marker."""
         self._send(self.folder / REJECTED_NAME, REJECTED_NAME)
         manifest.save(self.folder)
         self._send(self.folder / FILE_NAME, FILE_NAME)
-        self._remote.remove(JOURNAL_NAME)
+        self._store.remove(JOURNAL_NAME)
 
     def _send(self, source: Path, name: str) -> None:
-        if self._there.get(name) != source.stat().st_size:
-            self._remote.upload(source, name)
-            self._there[name] = source.stat().st_size
+        if self._present.get(name) != source.stat().st_size:
+            self._store.upload(source, name)
+            self._present[name] = source.stat().st_size
         source.unlink()
 
 
-def _note(fingerprint: str) -> bytes:
+def _marker(fingerprint: str) -> bytes:
     return (json.dumps({"fingerprint": fingerprint}) + "\n").encode()

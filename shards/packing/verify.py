@@ -1,4 +1,4 @@
-"""Read everything in a shard set and report every fault: tars, indexes, manifest, checksums, and a full decode."""
+"""Full verification of a shard set: tars, indexes, manifest, checksums, and a decode of every image."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from tqdm import tqdm
 from shards.errors import SampleError, ShardError
 from shards.format import images
 from shards.format.files import file_sha256
-from shards.format.index import Sample, dali_index, load_index, read_samples
-from shards.format.set_manifest import FILE_NAME, Manifest, ShardEntry
-from shards.format.tars import is_url
+from shards.format.index import Sample, load_index, make_dali_index, read_samples
+from shards.format.set_manifest import SetManifest, ShardEntry
 from shards.packing.parallel import ordered_map
-from shards.reading.source import ShardSet
-from shards.storage.store import Store
+from shards.reading.shard_set import ShardSet
+from shards.storage.store import Store, is_url
 
 _IMAGES_PER_TASK = 64
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a set.
+    """One defect of a set.
 
     Attributes:
-        place: the file, relative to the set.
-        index: the sample's number in its shard; None where a whole file is at fault.
-        key: the sample's WebDataset key.
-        reason: what is wrong.
+        file: path relative to the set.
+        reason: description of the defect.
+        index: number of the sample in its shard; None if the defect concerns the whole file.
+        key: WebDataset key of the sample.
     """
 
-    place: str
+    file: str
     reason: str
     index: int | None = None
     key: str = ""
 
     def __str__(self) -> str:
         sample = "" if self.index is None else f", sample {self.index} (key {self.key!r})"
-        return f"{self.place}{sample}: {self.reason}"
+        return f"{self.file}{sample}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A shard's files (begin is None), a range of its images, or all of a shard that must be fetched first."""
+    """A shard's files (``begin`` is None), a range of its images, or a whole remote shard."""
 
     shard: int
     begin: int | None = None
@@ -56,48 +55,36 @@ class _Task:
 
 
 def verify(
-    location: Path | str,
-    *,
-    workers: int = 1,
-    max_pixels: int = images.DEFAULT_MAX_PIXELS,
-    progress: bool = False,
+    location: Path | str, *, workers: int = 1, max_pixels: int = images.DEFAULT_MAX_PIXELS, progress: bool = False
 ) -> list[Fault]:
-    """Every fault of a set, in the order of its shards; an empty list means that all is well.
+    """Return every fault of a set, in the order of its shards; an empty list means that the set is intact.
 
     Args:
-        location: the set's folder, or its URL; shards in a store are fetched to a folder for temporary files.
-        workers: decoding processes; 1 decodes in this one.
+        location: folder or URL of the set; each worker fetches remote shards one by one to a temporary folder.
+        workers: number of decoding processes; 1 decodes in the calling process.
         max_pixels: images with more pixels are faults.
-        progress: show a bar on stderr, where that is a terminal.
+        progress: show a progress bar on stderr if it is a terminal.
 
     Raises:
-        ShardError: there is no set, or its manifest cannot be read, or a store cannot be reached.
+        ShardError: the set is missing, its manifest cannot be read, or a store cannot be reached.
     """
     location = str(location)
-    manifest = load_manifest(location)
-    _open.cache_clear()  # an earlier call may have seen other files
-    faults = _strangers(location, manifest)
+    manifest = SetManifest.load(location)
+    _open.cache_clear()  # the files may have changed since an earlier call
+    faults = _unlisted_files(location, manifest)
     tasks = list(_tasks(location, manifest))
     bar = tqdm(
         desc="verifying", unit=" images", total=manifest.num_samples, disable=None if progress else True, smoothing=0.05
     )
     with bar:
         results = ordered_map(partial(_check, location, max_pixels), tasks, workers)
-        for task, found in zip(tasks, results, strict=True):
-            faults += found
+        for task, task_faults in zip(tasks, results, strict=True):
+            faults += task_faults
             bar.update(0 if task.begin is None else task.end - task.begin)
     return faults
 
 
-def load_manifest(location: str) -> Manifest:
-    """The manifest of a set at a path or URL; raises as ``Manifest.load``."""
-    if not is_url(location):
-        return Manifest.load(location)
-    store = Store(location)
-    return store.load(FILE_NAME, partial(Manifest.parse, path=store.url_of(FILE_NAME)))
-
-
-def _tasks(location: str, manifest: Manifest) -> Iterator[_Task]:
+def _tasks(location: str, manifest: SetManifest) -> Iterator[_Task]:
     for shard, entry in enumerate(manifest.shards):
         if is_url(entry.url or location):
             yield _Task(shard, 0, entry.samples, remote=True)
@@ -107,24 +94,24 @@ def _tasks(location: str, manifest: Manifest) -> Iterator[_Task]:
             yield _Task(shard, begin, min(begin + _IMAGES_PER_TASK, entry.samples))
 
 
-def _strangers(location: str, manifest: Manifest) -> list[Fault]:
-    """Files among the shards that the manifest does not name: plain WebDataset readers would take them in."""
-    known = {entry.name for entry in manifest.shards}
+def _unlisted_files(location: str, manifest: SetManifest) -> list[Fault]:
+    """Return a fault for each file in shards/ that the manifest does not list: WebDataset readers would read it."""
+    listed = {entry.name for entry in manifest.shards}
     if not is_url(location):
         folder = Path(location) / "shards"
-        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     elif all(entry.url for entry in manifest.shards):
-        found = []
+        present = []
     else:
-        found = Store(location).names("shards")
-    return [Fault(f"shards/{name}", "the manifest does not name this file") for name in found if name not in known]
+        present = Store(location).list_folder("shards")
+    return [Fault(f"shards/{name}", "the manifest does not list this file") for name in present if name not in listed]
 
 
 def _check(location: str, max_pixels: int, task: _Task) -> list[Fault]:
     shard_set = _open(location)
     with images.tolerant_pillow():
         if task.remote:
-            return list(_check_fetched(location, shard_set.manifest.shards[task.shard], max_pixels))
+            return list(_check_remote(location, shard_set.manifest.shards[task.shard], max_pixels))
         if task.begin is None:
             return list(_check_files(shard_set, task.shard))
         return list(_check_images(shard_set, task.shard, range(task.begin, task.end), max_pixels))
@@ -132,12 +119,12 @@ def _check(location: str, max_pixels: int, task: _Task) -> list[Fault]:
 
 @lru_cache(maxsize=1)
 def _open(location: str) -> ShardSet:
-    """The set as a worker reads it, task after task; not ``ShardSet.open``, which stops at the first missing file."""
-    return ShardSet(Path(location), load_manifest(location))
+    """Return a set, cached for the tasks of a worker; unlike ``ShardSet.open``, missing files are not an error."""
+    return ShardSet(Path(location), SetManifest.load(location))
 
 
-def _check_fetched(location: str, entry: ShardEntry, max_pixels: int) -> Iterator[Fault]:
-    """Everything about a shard in a store: fetched, and looked at as a set of one shard."""
+def _check_remote(location: str, entry: ShardEntry, max_pixels: int) -> Iterator[Fault]:
+    """Fetch a shard from a store and check it as a local set of one shard."""
     stem = entry.name.removesuffix(".tar")
     tar = entry.url or f"{location.rstrip('/')}/shards/{entry.name}"
     with tempfile.TemporaryDirectory(prefix="verify_shards-") as folder:
@@ -151,13 +138,13 @@ def _check_fetched(location: str, entry: ShardEntry, max_pixels: int) -> Iterato
             if not _fetch(source, copy / name) and source == tar:
                 yield Fault(name, f"{tar} does not exist")
                 return
-        fetched = ShardSet(copy, Manifest((replace(entry, url=""),)))
+        fetched = ShardSet(copy, SetManifest((replace(entry, url=""),)))
         yield from _check_files(fetched, 0)
         yield from _check_images(fetched, 0, range(entry.samples), max_pixels)
 
 
 def _fetch(source: str, target: Path) -> bool:
-    """Whether there is such a file, which then is at ``target``."""
+    """Copy a file to ``target``; return whether it exists."""
     if not is_url(source):
         if Path(source).is_file():
             shutil.copyfile(source, target)
@@ -174,73 +161,73 @@ def _fetch(source: str, target: Path) -> bool:
 
 
 def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
-    """The tar's length, checksum and structure, and whether both indexes agree with it."""
+    """Check the tar's length, checksum and structure, and that both indexes match it."""
     entry = shard_set.manifest.shards[shard]
     tar, index = shard_set.tar_path(shard), shard_set.index_path(shard)
-    place, index_place = f"shards/{entry.name}", f"index/{index.name}"
+    tar_name, index_name = f"shards/{entry.name}", f"index/{index.name}"
     try:
         num_bytes = tar.stat().st_size
         if num_bytes != entry.bytes:
-            yield Fault(place, f"has {num_bytes} bytes, the manifest says {entry.bytes}")
+            yield Fault(tar_name, f"has {num_bytes} bytes, the manifest says {entry.bytes}")
         if file_sha256(tar) != entry.sha256:
-            yield Fault(place, "its SHA-256 differs from the manifest's")
+            yield Fault(tar_name, "its SHA-256 differs from the manifest's")
         with open(tar, "rb") as archive:
-            samples = tuple(sample for sample in read_samples(archive, place) if sample.image is not None)
+            samples = tuple(sample for sample in read_samples(archive, tar_name) if sample.image is not None)
     except OSError as error:
-        yield Fault(place, f"cannot be read ({error.strerror})")
+        yield Fault(tar_name, f"cannot be read ({error.strerror})")
         return
     except ShardError as error:
-        yield Fault(place, str(error))
+        yield Fault(tar_name, str(error))
         return
     if len(samples) != entry.samples:
-        yield Fault(place, f"holds {len(samples)} images, the manifest says {entry.samples}")
-    yield from _check_index(index, index_place, samples)
+        yield Fault(tar_name, f"has {len(samples)} images, the manifest says {entry.samples}")
+    yield from _check_index(index, index_name, samples)
     yield from _check_dali_index(index.with_suffix(".idx"), f"index/{index.stem}.idx", samples)
 
 
-def _check_index(path: Path, place: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
+def _check_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
     try:
         records = load_index(path)
     except ShardError as error:
-        yield Fault(place, str(error))
+        yield Fault(name, str(error))
         return
     if len(records) != len(samples):
-        yield Fault(place, f"holds {len(records)} samples, the tar {len(samples)}")
+        yield Fault(name, f"has {len(records)} samples, the tar has {len(samples)}")
         return
     for number, (record, sample) in enumerate(zip(records, samples, strict=True)):
         assert sample.image is not None
         if (int(record["offset"]), int(record["length"])) != (sample.image.offset, sample.image.length):
-            yield Fault(place, "does not say where the image lies in the tar", number, sample.key)
+            yield Fault(name, "has a wrong offset or length for the image", number, sample.key)
 
 
-def _check_dali_index(path: Path, place: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
+def _check_dali_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
     try:
-        expected = dali_index(samples)
+        expected = make_dali_index(samples)
     except ShardError:
-        return  # names that DALI's index cannot hold: there is none
+        return  # no index is written for names that DALI cannot read
     try:
         stored = path.read_bytes()
     except OSError as error:
-        yield Fault(place, f"cannot be read ({error})")
+        yield Fault(name, f"cannot be read ({error})")
         return
     if stored != expected:
-        yield Fault(place, "disagrees with the tar")
+        yield Fault(name, "does not match the tar")
 
 
 def _check_images(shard_set: ShardSet, shard: int, numbers: range, max_pixels: int) -> Iterator[Fault]:
-    """Each image's checksum, size and full decode."""
-    place = f"shards/{shard_set.manifest.shards[shard].name}"
+    """Check each image's checksum and size, and decode it in full."""
+    name = f"shards/{shard_set.manifest.shards[shard].name}"
     try:
         records = shard_set.records(shard)
     except ShardError:
-        return  # no tar or no index, which the check of the files reports once
+        return  # a missing tar or index is reported by _check_files
     for number in numbers:
         try:
             image = images.prepare(shard_set.read(shard, number), max_pixels=max_pixels)
         except SampleError as error:
-            yield Fault(place, error.reason, number, error.key)
+            yield Fault(name, error.reason, number, error.key)
         except ShardError as error:
-            yield Fault(place, str(error), number, shard_set.key(shard, number))
+            yield Fault(name, str(error), number, shard_set.key(shard, number))
         else:
             if (image.width, image.height) != (int(records[number]["width"]), int(records[number]["height"])):
-                yield Fault(place, "the index has another width or height", number, shard_set.key(shard, number))
+                yield Fault(name, "the index has another width or height", number, shard_set.key(shard, number))

@@ -1,10 +1,10 @@
-"""Local copies of remote shards, fetched ahead of need into a folder of bounded size.
+"""Local copies of remote shards, prefetched into a folder of bounded size.
 
-Which shards a process reads, and when, follows from the order alone (``shards.reading.order.Block``). Threads fetch
-them in that order, each with its index behind it in one file, as far ahead as the limit of the folder allows
-(``shards.reading.ledger``). A reader waits for a shard that is being fetched. It reads the original where the folder
-has no room, because all cached shards are in use or needed sooner, and for shards outside the order. So no reader
-waits for room, and processes that share a folder cannot block each other.
+The order alone determines which shards a process reads and when (``shards.reading.order.Window``). Threads fetch the
+shards in that order, each into one file with its index appended, as far ahead as the folder's size limit allows
+(``shards.reading.ledger``). A reader waits for a shard that is being fetched. It reads the original when the folder has
+no room, because all cached shards are in use or needed sooner, and for shards outside the order. So no reader waits
+for room, and processes that share a folder cannot block each other.
 """
 
 from __future__ import annotations
@@ -27,48 +27,48 @@ from shards.errors import ShardError
 from shards.format.index import RECORD
 from shards.format.set_manifest import ShardEntry
 from shards.reading.ledger import USE_BYTES, Ledger, Refusal, Reservation
-from shards.reading.order import Block
+from shards.reading.order import Window
 from shards.reading.shard_set import RemoteShard
-from shards.storage.store import Interrupted
+from shards.storage.store import DownloadStopped
 
-_OPEN_SHARDS = 200  # copies that are kept open; the usual limit of open files is 1024
-_BUSY_SECONDS = 0.2  # between two looks at a shard that another process fetches
-_FULL_SECONDS = 1.0  # between two attempts to find room
-_TELL_SECONDS = 5.0  # between two messages to the other processes
+_MAX_OPEN_COPIES = 200  # the usual limit of open files is 1024
+_BUSY_SECONDS = 0.2  # until a shard that another process fetches is checked again
+_FULL_SECONDS = 1.0  # until the next attempt to find room
+_PUBLISH_SECONDS = 5.0  # between two updates for the other processes
 _JOIN_SECONDS = 2.0
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def copy_bytes(entry: ShardEntry) -> int:
-    """The length of a shard's copy: the tar, and its index behind it."""
+    """Return the length in bytes of a shard's copy: the tar with its index appended."""
     return entry.bytes + entry.samples * RECORD.itemsize
 
 
-def bytes_in_use(entries: Sequence[ShardEntry], num_shards: int, processes: int) -> int:
-    """The least limit of a folder that holds any ``num_shards`` of these at a time, for so many processes."""
+def min_cache_bytes(entries: Sequence[ShardEntry], num_shards: int, processes: int) -> int:
+    """Return the smallest cache limit, in bytes, that fits any ``num_shards`` of the shards for ``processes``."""
     largest = sorted(map(copy_bytes, entries), reverse=True)[:num_shards]
     return sum(largest) + processes * USE_BYTES * (len(largest) + 1)
 
 
 class CachedShard:
-    """A copy, which stays in the cache as long as this object lives."""
+    """A copy of a shard (an ``OpenShard``), which stays in the cache while this object exists."""
 
     def __init__(self, descriptor: int, entry: ShardEntry) -> None:
         self._descriptor, self._entry = descriptor, entry
 
     def records(self) -> np.ndarray:
-        """As ``OpenShard.records``."""
+        """See ``OpenShard.records``."""
         content = os.pread(self._descriptor, self._entry.samples * RECORD.itemsize, self._entry.bytes)
         return np.frombuffer(content, RECORD)
 
     def record(self, sample: int) -> np.void:
-        """As ``OpenShard.record``."""
+        """See ``OpenShard.record``."""
         offset = self._entry.bytes + range(self._entry.samples)[sample] * RECORD.itemsize
         return np.frombuffer(os.pread(self._descriptor, RECORD.itemsize, offset), RECORD)[0]
 
     def read(self, length: int, offset: int) -> bytes:
-        """As ``Tar.read``."""
+        """See ``OpenShard.read``."""
         return os.pread(self._descriptor, min(length, max(0, self._entry.bytes - offset)), offset)
 
     def __del__(self) -> None:
@@ -76,8 +76,8 @@ class CachedShard:
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """A shard that is going to be read."""
+class _PlannedShard:
+    """A shard that this process is going to read."""
 
     key: str
     num_bytes: int
@@ -88,201 +88,203 @@ class ShardCache:
     """The copies that one process reads. Safe to share between threads.
 
     Args:
-        ledger: of the folder; closed with the cache.
-        remote: what can be copied of a shard, None of a local one.
-        blocks: which shards this process is going to read, in order.
-        start_slot: where it begins to read.
-        horizon_slots: how far ahead to look at most.
-        downloads: shards to fetch at a time.
+        ledger: of the cache folder; closed with the cache.
+        remote_shard: returns the parts of a shard to copy, None for a local shard.
+        windows: the shards that this process is going to read, in order.
+        start_slot: first slot that is read.
+        horizon_slots: maximum number of slots to plan ahead.
+        downloads: number of shards to fetch at the same time.
 
     Attributes:
-        hits, misses: how often a shard was there, or not yet, when it was to be opened.
+        hits, misses: how often a shard was or was not in the cache when it was opened.
     """
 
     def __init__(
         self,
         ledger: Ledger,
-        remote: Callable[[int], RemoteShard | None],
-        blocks: Iterator[Block],
+        remote_shard: Callable[[int], RemoteShard | None],
+        windows: Iterator[Window],
         *,
         start_slot: int,
         horizon_slots: int,
         downloads: int,
     ) -> None:
-        self._ledger, self._remote, self._blocks = ledger, remote, blocks
+        self._ledger, self._remote_shard, self._windows = ledger, remote_shard, windows
         self._position, self._horizon_slots = start_slot, horizon_slots
         self.hits = self.misses = 0
         self._claiming = threading.Lock()
-        self._changed = threading.Condition()  # guards everything below
-        self._ahead: list[Block] = []
-        self._planned: dict[int, _Planned] = {}  # in the order of first use
-        self._held: OrderedDict[int, CachedShard] = OrderedDict()
-        self._demanded: Counter[int] = Counter()  # waiting readers by shard
+        self._changed = threading.Condition()  # guards all attributes below
+        self._ahead: list[Window] = []
+        self._planned: dict[int, _PlannedShard] = {}  # in the order of first use
+        self._open: OrderedDict[int, CachedShard] = OrderedDict()
+        self._waiting: Counter[int] = Counter()  # number of waiting readers by shard
         self._fetching: set[int] = set()
         self._failures: dict[int, Exception] = {}
-        self._refused_until: dict[int, float] = {}  # no room for these
-        self._busy_until: dict[int, float] = {}  # another process fetches these
-        self._full_until = self._told_at = 0.0
-        self._num_done = 0  # blocks read to their end
-        self._told_of_direct_reads = False
-        self._broken: OSError | None = None  # what keeps the threads from working at all
+        self._refused_until: dict[int, float] = {}  # shards for which there was no room
+        self._busy_until: dict[int, float] = {}  # shards that another process fetches
+        self._full_until = self._published_at = 0.0
+        self._num_consumed = 0  # windows read to their end
+        self._has_warned_of_direct_reads = False
+        self._folder_error: OSError | None = None  # ends the download threads
         self._closing = threading.Event()
-        self._look_ahead()
+        self._plan()
         self._threads = [
-            threading.Thread(target=self._work, daemon=True, name="shard-download") for _ in range(downloads)
+            threading.Thread(target=self._run, daemon=True, name="shard-download") for _ in range(downloads)
         ]
         for thread in self._threads:
             thread.start()
 
     def get(self, shard: int) -> CachedShard | None:
-        """The copy of a shard, once it is there; None where the original is to be read.
+        """Return the copy of a shard, waiting for its download; None to read the original.
 
         Raises:
             ShardError: the shard cannot be fetched; names it.
         """
         with self._changed:
-            held = self._held.get(shard)
-            if held is not None:
-                self._held.move_to_end(shard)
-                return held
-        remote = self._remote(shard)
+            cached = self._open.get(shard)
+            if cached is not None:
+                self._open.move_to_end(shard)
+                return cached
+        remote = self._remote_shard(shard)
         if remote is None:
             return None
-        opened = self._open(remote)
+        cached = self._open_copy(remote)
         with self._changed:
-            if opened is not None:
+            if cached is not None:
                 self.hits += 1
-                return self._hold(shard, opened)
+                return self._keep_open(shard, cached)
             self.misses += 1
             if shard not in self._planned:
                 return None
             return self._wait_for(shard, remote)
 
-    def passed(self, slot: int) -> None:
-        """Everything before this slot that this process reads has been read."""
+    def mark_consumed(self, slot: int) -> None:
+        """Record that this process has read all its slots before ``slot``."""
         with self._changed:
             self._position = slot
-            done = [block for block in self._ahead if block.last_slot < slot]
-            if not done:
+            consumed = [window for window in self._ahead if window.last_slot < slot]
+            if not consumed:
                 return
-            self._ahead = [block for block in self._ahead if block.last_slot >= slot]
-            in_use = {shard for block in self._ahead if block.first_slot < slot for shard in block.shards}
-            for shard in {shard for block in done for shard in block.shards} - in_use:
-                self._held.pop(shard, None)
-            self._look_ahead()
-            # what was in use until now may be room
-            self._num_done += len(done)
+            self._ahead = [window for window in self._ahead if window.last_slot >= slot]
+            in_use = {shard for window in self._ahead if window.first_slot < slot for shard in window.shards}
+            for shard in {shard for window in consumed for shard in window.shards} - in_use:
+                self._open.pop(shard, None)
+            self._plan()
+            # shards that were in use may now make room
+            self._num_consumed += len(consumed)
             self._full_until = 0.0
             self._refused_until.clear()
             self._changed.notify_all()
 
     def discard(self, shard: int) -> None:
-        """The copy of a shard was found to be damaged."""
+        """Drop the damaged copy of a shard."""
         with self._changed:
-            self._held.pop(shard, None)
-        remote = self._remote(shard)
+            self._open.pop(shard, None)
+        remote = self._remote_shard(shard)
         if remote is not None:
             self._ledger.discard(_key(remote))
 
     def close(self) -> None:
-        """Stop fetching. Whoever waits for a shard gets a ShardError."""
+        """Stop fetching; readers that wait for a shard get a ShardError."""
         self._closing.set()
         with self._changed:
-            self._held.clear()
+            self._open.clear()
             self._changed.notify_all()
-        patience = time.monotonic() + _JOIN_SECONDS
+        deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
-            # one that hangs on a stalled server ends by itself
-            thread.join(max(0.0, patience - time.monotonic()))
-        with contextlib.suppress(OSError):  # the folder is gone
+            # a thread that waits for a stalled server ends later by itself
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(OSError):  # the folder may be gone
             self._ledger.close()
 
-    def _open(self, remote: RemoteShard) -> CachedShard | None:
+    def _open_copy(self, remote: RemoteShard) -> CachedShard | None:
         try:
             descriptor = self._ledger.open(_key(remote), copy_bytes(remote.entry))
         except OSError as error:
-            raise self._useless(error) from error
+            raise self._unusable_folder(error) from error
         return None if descriptor is None else CachedShard(descriptor, remote.entry)
 
-    def _useless(self, error: OSError) -> ShardError:
-        return ShardError(f"the cache folder {self._ledger.folder} cannot be used any more ({error.strerror})")
+    def _unusable_folder(self, error: OSError) -> ShardError:
+        return ShardError(f"the cache folder {self._ledger.folder} is no longer usable ({error.strerror})")
 
-    def _hold(self, shard: int, opened: CachedShard) -> CachedShard:
-        self._held[shard] = opened
-        while len(self._held) > _OPEN_SHARDS:
-            self._held.popitem(last=False)
-        return opened
+    def _keep_open(self, shard: int, cached: CachedShard) -> CachedShard:
+        self._open[shard] = cached
+        while len(self._open) > _MAX_OPEN_COPIES:
+            self._open.popitem(last=False)
+        return cached
 
     def _wait_for(self, shard: int, remote: RemoteShard) -> CachedShard | None:
-        # what failed when nobody needed it may be possible by now
+        # a prefetch that failed may succeed now
         self._failures.pop(shard, None)
-        self._demanded[shard] += 1
+        self._waiting[shard] += 1
         self._changed.notify_all()
         try:
             while not self._closing.is_set():
-                if self._broken is not None:
-                    raise self._useless(self._broken)
+                if self._folder_error is not None:
+                    raise self._unusable_folder(self._folder_error)
                 if shard in self._failures:
                     raise self._failures[shard]
                 if self._refused_until.get(shard, 0.0) > time.monotonic():
                     return None
-                opened = self._open(remote)
-                if opened is not None:
-                    return self._hold(shard, opened)
+                cached = self._open_copy(remote)
+                if cached is not None:
+                    return self._keep_open(shard, cached)
                 self._changed.wait()
-            raise ShardError(f"{remote.tar.url} is not needed any more: the cache is closed")
+            raise ShardError(f"waiting for {remote.tar.url} was cancelled: the cache is closed")
         finally:
-            self._demanded[shard] -= 1
-            if not self._demanded[shard]:
-                del self._demanded[shard]
+            self._waiting[shard] -= 1
+            if not self._waiting[shard]:
+                del self._waiting[shard]
 
-    def _look_ahead(self) -> None:
-        """Plan as far ahead as the folder can hold."""
-        planned: dict[int, _Planned] = {}
+    def _plan(self) -> None:
+        """Plan the next shards, up to the size limit of the folder."""
+        planned: dict[int, _PlannedShard] = {}
         num_bytes = 0
-        position = 0
+        number = 0
         while num_bytes < self._ledger.limit_bytes:
-            if position == len(self._ahead):
+            if number == len(self._ahead):
                 if self._ahead and self._ahead[-1].first_slot > self._position + self._horizon_slots:
                     break
-                following = next(self._blocks, None)
+                following = next(self._windows, None)
                 if following is None:
                     break
                 if following.last_slot < self._position:
                     continue
                 self._ahead.append(following)
-            block = self._ahead[position]
-            position += 1
-            for shard in block.shards:
+            window = self._ahead[number]
+            number += 1
+            for shard in window.shards:
                 if shard in planned:
                     continue
                 known = self._planned.get(shard)
                 if known is not None:
-                    planned[shard] = replace(known, first_slot=block.first_slot)
-                elif (remote := self._remote(shard)) is not None:
-                    planned[shard] = _Planned(_key(remote), copy_bytes(remote.entry), block.first_slot)
+                    planned[shard] = replace(known, first_slot=window.first_slot)
+                elif (remote := self._remote_shard(shard)) is not None:
+                    planned[shard] = _PlannedShard(_key(remote), copy_bytes(remote.entry), window.first_slot)
                 else:
                     continue
                 num_bytes += planned[shard].num_bytes
         self._planned = planned
 
-    def _distances(self) -> dict[str, int]:
+    def _publish(self) -> None:
+        """Publish the distance in slots to the next use of each planned shard."""
         with self._changed:
-            return {plan.key: max(0, plan.first_slot - self._position) for plan in self._planned.values()}
+            uses = {plan.key: max(0, plan.first_slot - self._position) for plan in self._planned.values()}
+        self._ledger.publish(uses)
 
-    def _work(self) -> None:
-        """A thread: fetch what is needed next."""
+    def _run(self) -> None:
+        """Fetch the shards that are needed next, in a thread."""
         while True:
-            # one thread at a time looks for it and makes room, so that room goes to what is needed first
+            # one thread at a time chooses a shard and makes room, so room goes to the shard needed first
             with self._claiming:
-                claimed = self._claim()
-            if claimed is None:
+                claim = self._claim()
+            if claim is None:
                 return
-            shard, reservation = claimed
-            self._note(shard, self._fetch(shard, reservation))
+            shard, reservation = claim
+            self._record_outcome(shard, self._fetch(shard, reservation))
 
     def _claim(self) -> tuple[int, Reservation] | None:
-        """Wait for a shard to be needed, and make room for it; None when there is nothing to wait for any more."""
+        """Wait until a shard is needed and reserve room for it; None when the cache is closed or broken."""
         while True:
             with self._changed:
                 if self._closing.is_set():
@@ -290,82 +292,84 @@ class ShardCache:
                 try:
                     shard = self._choose()
                 except OSError as error:
-                    self._broken = error
+                    self._folder_error = error
                     self._changed.notify_all()
                     return None
                 if shard is None:
                     self._changed.wait(_BUSY_SECONDS if self._busy_until else _FULL_SECONDS)
                 else:
                     self._fetching.add(shard)
-                num_done = self._num_done
+                num_consumed = self._num_consumed
             if shard is None:
-                self._tell()
+                self._publish_regularly()
                 continue
-            given = self._reserve(shard)
-            if isinstance(given, Reservation):
-                return shard, given
-            self._note(shard, None if given is Refusal.FULL and num_done != self._num_done else given)
+            result = self._reserve(shard)
+            if isinstance(result, Reservation):
+                return shard, result
+            is_outdated = result is Refusal.FULL and num_consumed != self._num_consumed
+            self._record_outcome(shard, None if is_outdated else result)
 
     def _choose(self) -> int | None:
         now = time.monotonic()
         self._busy_until = {shard: until for shard, until in self._busy_until.items() if until > now}
 
-        def is_free(shard: int) -> bool:
-            refused = self._refused_until.get(shard, 0.0) > now
-            return not refused and shard not in self._fetching and shard not in self._busy_until
+        def is_available(shard: int) -> bool:
+            is_refused = self._refused_until.get(shard, 0.0) > now
+            is_claimed = shard in self._fetching or shard in self._busy_until
+            return not is_refused and not is_claimed and shard not in self._failures
 
-        for shard in self._demanded:
-            if shard not in self._failures and is_free(shard):
+        for shard in self._waiting:
+            if is_available(shard):
                 return shard
         if now < self._full_until:
             return None
         present = self._ledger.present()
         for shard, plan in self._planned.items():
-            if plan.key not in present and shard not in self._failures and is_free(shard):
+            if plan.key not in present and is_available(shard):
                 return shard
         return None
 
-    def _tell(self) -> None:
-        """Let the other processes know from time to time how near the next uses have come."""
+    def _publish_regularly(self) -> None:
+        """Keep the other processes informed while nothing is fetched."""
         with self._changed:
-            if time.monotonic() - self._told_at < _TELL_SECONDS:
+            if time.monotonic() - self._published_at < _PUBLISH_SECONDS:
                 return
-            self._told_at = time.monotonic()
-        with contextlib.suppress(OSError):  # a full disk is a fault only when a shard is to be fetched
-            self._ledger.publish(self._distances())
+            self._published_at = time.monotonic()
+        with contextlib.suppress(OSError):  # a full disk is an error only when a shard is to be fetched
+            self._publish()
 
     def _reserve(self, shard: int) -> Reservation | Refusal | ShardError:
-        remote = self._remote(shard)
+        remote = self._remote_shard(shard)
         assert remote is not None
         try:
-            self._ledger.publish(self._distances())
+            self._publish()
             return self._ledger.reserve(_key(remote), copy_bytes(remote.entry))
         except OSError as error:
-            return self._no_space(remote, error)
+            return self._disk_error(remote, error)
 
     def _fetch(self, shard: int, reservation: Reservation) -> Exception | None:
-        """Copy a shard; what stood in the way, if anything did."""
-        remote = self._remote(shard)
+        """Copy a shard; return the error, if any."""
+        remote = self._remote_shard(shard)
         assert remote is not None
         try:
             _download(remote, reservation.path, self._closing)
             reservation.commit()
         except OSError as error:
-            reservation.give_back()
-            return self._no_space(remote, error)
-        except Exception as error:  # told to whoever needs the shard
-            reservation.leave()
-            return None if isinstance(error, Interrupted) else error
+            reservation.discard()
+            return self._disk_error(remote, error)
+        except Exception as error:  # raised in the reader that needs the shard
+            reservation.release()
+            return None if isinstance(error, DownloadStopped) else error
         return None
 
-    def _no_space(self, remote: RemoteShard, error: OSError) -> ShardError:
+    def _disk_error(self, remote: RemoteShard, error: OSError) -> ShardError:
         return ShardError(
-            f"the cache folder {self._ledger.folder} cannot take the {copy_bytes(remote.entry)} bytes of "
+            f"the cache folder {self._ledger.folder} cannot store the {copy_bytes(remote.entry)} bytes of "
             f"{remote.tar.url} ({error.strerror}); free space there, or lower the limit of the cache"
         )
 
-    def _note(self, shard: int, outcome: Refusal | Exception | None) -> None:
-        """What came of an attempt to fetch a shard."""
+    def _record_outcome(self, shard: int, outcome: Refusal | Exception | None) -> None:
+        """Record the result of an attempt to fetch a shard; None is success."""
         now = time.monotonic()
         with self._changed:
             self._fetching.discard(shard)
@@ -373,30 +377,30 @@ class ShardCache:
                 self._busy_until[shard] = now + _BUSY_SECONDS
             elif outcome is Refusal.FULL:
                 self._full_until = self._refused_until[shard] = now + _FULL_SECONDS
-                self._tell_of_direct_reads(shard)
+                self._warn_of_direct_reads(shard)
             elif isinstance(outcome, Exception):
                 self._failures[shard] = outcome
-                self._full_until = now + _FULL_SECONDS  # whatever it was: do not hurry to the next
-                if shard not in self._demanded:
-                    _log.warning("%s; tried again when it is needed", outcome)
+                self._full_until = now + _FULL_SECONDS  # pause before the next prefetch
+                if shard not in self._waiting:
+                    logger.warning("%s; will be retried when the shard is needed", outcome)
             self._changed.notify_all()
 
-    def _tell_of_direct_reads(self, shard: int) -> None:
-        if shard in self._demanded and not self._told_of_direct_reads:
-            self._told_of_direct_reads = True
-            _log.warning(
-                "the cache folder %s finds no room within %d bytes for a shard that is needed now; its images are read "
-                "over the network, which a higher limit spares (said once)",
+    def _warn_of_direct_reads(self, shard: int) -> None:
+        if shard in self._waiting and not self._has_warned_of_direct_reads:
+            self._has_warned_of_direct_reads = True
+            logger.warning(
+                "the cache folder %s has no room within its limit of %d bytes for a shard that is needed now; its "
+                "images are read over the network, which a higher limit avoids (logged once)",
                 self._ledger.folder,
                 self._ledger.limit_bytes,
             )
 
 
 def _key(remote: RemoteShard) -> str:
-    """The name of a shard's copy.
+    """Return the name of a shard's copy.
 
-    The URL tells it from others of its name; length and checksum, which the manifest gives, tell it from another
-    version of itself, and unlike an ETag they need no request and hold wherever the object is copied to.
+    The URL separates shards with the same file name; length and checksum separate versions of one shard. They come
+    from the manifest, so unlike an ETag they need no request and stay the same when the object is copied.
     """
     entry = remote.entry
     identity = [remote.tar.url, entry.bytes, entry.sha256, entry.samples, RECORD.descr]
@@ -404,7 +408,7 @@ def _key(remote: RemoteShard) -> str:
 
 
 def _download(remote: RemoteShard, path: Path, stop: threading.Event) -> None:
-    """The tar and the records of its index, on disk when this returns; raises as ``Store.download``."""
+    """Write the tar and the records of its index durably to ``path``; raises as ``Store.download``."""
     entry = remote.entry
     records = remote.load_records()
     if path.stat().st_size > entry.bytes:

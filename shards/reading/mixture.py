@@ -1,10 +1,9 @@
-"""Several shard sets in one stream, in fixed proportions.
+"""Mixture of several shard sets in one stream, in fixed proportions.
 
-The stream goes in cycles. Each member has the same whole number of slots in every cycle, spread as evenly as they
-go, so that every cycle has the exact proportions and every stretch of it nearly so; which member stands at a slot,
-and at which slot of its own order, is plain arithmetic. Members have epochs of their own. A rank's part of a batch
-reads its own lanes' shards of a member as far as the member's slots in a turn of the lanes divide among them; the
-rest is read by more ranks than one.
+The stream consists of cycles. Each member has a fixed whole number of slots per cycle, spread evenly, so each cycle has
+the exact proportions and each part of it nearly so. The member at a slot, and the slot in that member's own order,
+follow by arithmetic. Each member has its own epochs. A rank reads only its own lanes of a member as far as the member's
+slots per round of the lanes divide evenly among the lanes; the remaining shards are read by several ranks.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ import numpy as np
 
 from shards import randomness
 from shards.errors import SampleError, ShardError
-from shards.reading.order import Block, Order
-from shards.reading.shard_set import Copies, OpenShard, RemoteShard, ShardSet
-from shards.storage.store import Patience, Traffic
+from shards.reading.order import Order, Window
+from shards.reading.shard_set import RemoteShard, ShardCopies, ShardSet
+from shards.storage.store import RetryPolicy, Traffic
 
-_LEAST_CYCLE = 1000  # so that a weight is kept to a thousandth of the stream
+_MIN_CYCLE = 1000  # slots; weights are accurate to a thousandth of the stream
 
 
 class Mixture:
-    """The order of a stream over several shard sets; shards are numbered through all members.
+    """The order of a stream over several shard sets; shards are numbered consecutively through all members.
 
     Args:
-        sizes: for each member, the samples in each of its shards.
-        weights: positive, of any scale; a member's share of each cycle is its weight's share, rounded to whole slots.
-        cycle: slots in a cycle.
-        seed, window, lanes, lane_block: as in ``Order``; a member's lanes have their share of ``lane_block``.
+        sizes: samples in each shard, for each member.
+        weights: positive, of any scale; a member's share of a cycle is proportional, rounded to whole slots.
+        cycle: slots per cycle.
+        seed, window, lanes, lane_block: see ``Order``; each member's lanes get its share of ``lane_block``.
 
     Attributes:
-        counts: slots of each member in a cycle.
+        counts: slots per cycle of each member.
 
     Raises:
-        ShardError: a weight is not positive, or rounds to no slot at all.
+        ShardError: a weight is not positive, or too small for a single slot per cycle.
     """
 
     def __init__(
@@ -55,19 +54,15 @@ class Mixture:
         self.counts = _apportion(weights, cycle)
         self.cycle, self.seed, self.window = cycle, seed, window
         self.lanes, self.lane_block = lanes, lane_block
+        seeds = [randomness.derive_seed(seed, randomness.MIXTURE, member) for member in range(len(sizes))]
+        lane_blocks = [max(1, lane_block * count // cycle) for count in self.counts]
         self._orders = [
-            Order(
-                member_sizes,
-                randomness.derive_seed(seed, randomness.MIXTURE, member),
-                window,
-                lanes,
-                max(1, lane_block * self.counts[member] // cycle),
-            )
-            for member, member_sizes in enumerate(sizes)
+            Order(member_sizes, member_seed, window, lanes, member_block)
+            for member_sizes, member_seed, member_block in zip(sizes, seeds, lane_blocks, strict=True)
         ]
         self._first_shard = np.cumsum([0, *(len(member_sizes) for member_sizes in sizes)])
-        # The k-th slot of a member with c slots wants to stand at (k + 1/2) / c of the cycle; sorting these wishes
-        # gives every stretch of the cycle its share of every member.
+        # The ideal position of the k-th of a member's c slots is (k + 1/2) / c of the cycle; sorting by it spreads the
+        # slots of every member evenly.
         members = np.repeat(np.arange(len(sizes)), self.counts)
         ranks = np.concatenate([np.arange(count) for count in self.counts])
         order = np.lexsort((members, (ranks + 0.5) / np.array(self.counts)[members]))
@@ -76,7 +71,7 @@ class Mixture:
 
     @property
     def parameters(self) -> dict[str, int | list[int]]:
-        """What defines the order beside the shards' sizes; a saved stream must agree in every entry."""
+        """Parameters that define the order together with the shard sizes; a saved stream must match all of them."""
         return {
             "seed": self.seed,
             "window": self.window,
@@ -88,76 +83,76 @@ class Mixture:
 
     @property
     def num_lanes(self) -> int:
-        """As ``SlotOrder.num_lanes``; numbered through all members."""
+        """Number of lanes, numbered through all members."""
         return int(self._first_lane[-1])
 
     @property
     def lane_cycle(self) -> int:
-        """As ``SlotOrder.lane_cycle``."""
+        """Number of slots after which the sequence of lanes repeats."""
         repeats = (o.lane_cycle // math.gcd(o.lane_cycle, c) for o, c in zip(self._orders, self.counts, strict=True))
         return self.cycle * math.lcm(*repeats)
 
     def member_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The member at each slot, and the slot of that member's own order, int64 [num_slots] each."""
-        cycles, places = np.divmod(np.asarray(slots, dtype=np.int64), self.cycle)
-        members = self._member[places]
-        return members, cycles * np.array(self.counts)[members] + self._rank[places]
+        """Return the member at each slot and the slot in the member's own order, int64 [num_slots] each."""
+        cycles, offsets = np.divmod(np.asarray(slots, dtype=np.int64), self.cycle)
+        members = self._member[offsets]
+        return members, cycles * np.array(self.counts)[members] + self._rank[offsets]
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As ``Order.locate``: the member's epoch, the shard (numbered through all members) and the sample in it."""
+        """See ``Order.locate``: the member's epoch, the shard (numbered through all members) and the sample in it."""
         members, own = self.member_slots(slots)
-        found = np.empty((3, len(members)), dtype=np.int64)
+        located = np.empty((3, len(members)), dtype=np.int64)
         for member in np.unique(members):
-            chosen = members == member
-            found[:, chosen] = self._orders[member].locate(own[chosen])
-        return found[0], found[1] + self._first_shard[members], found[2]
+            rows = members == member
+            located[:, rows] = self._orders[member].locate(own[rows])
+        return located[0], located[1] + self._first_shard[members], located[2]
 
     def lanes_of(self, slots: np.ndarray) -> np.ndarray:
-        """As ``Order.lanes_of``."""
+        """See ``Order.lanes_of``."""
         members, own = self.member_slots(slots)
         lanes = np.empty_like(own)
         for member in np.unique(members):
-            chosen = members == member
-            lanes[chosen] = self._orders[member].lanes_of(own[chosen]) + self._first_lane[member]
+            rows = members == member
+            lanes[rows] = self._orders[member].lanes_of(own[rows]) + self._first_lane[member]
         return lanes
 
-    def blocks(self, start_slot: int, lanes: Collection[int]) -> Iterator[Block]:
-        """As ``Order.blocks``."""
+    def windows(self, start_slot: int, lanes: Collection[int]) -> Iterator[Window]:
+        """See ``Order.windows``."""
         streams = []
         for member in range(len(self._orders)):
             first, end = self._first_lane[member : member + 2]
             own_lanes = [lane - int(first) for lane in lanes if first <= lane < end]
             if own_lanes:
-                streams.append(self._member_blocks(member, start_slot, own_lanes))
-        return heapq.merge(*streams, key=lambda block: block.first_slot)
+                streams.append(self._member_windows(member, start_slot, own_lanes))
+        return heapq.merge(*streams, key=lambda window: window.first_slot)
 
-    def _member_blocks(self, member: int, start_slot: int, lanes: Collection[int]) -> Iterator[Block]:
-        places = np.flatnonzero(self._member == member)  # in the cycle, by the member's own slot in it
+    def _member_windows(self, member: int, start_slot: int, lanes: Collection[int]) -> Iterator[Window]:
+        offsets = np.flatnonzero(self._member == member)  # of the member's slots in the cycle
 
         def slot_at(own: int) -> int:
-            cycles, rank = divmod(own, len(places))
-            return cycles * self.cycle + int(places[rank])
+            cycles, rank = divmod(own, len(offsets))
+            return cycles * self.cycle + int(offsets[rank])
 
-        cycles, place = divmod(start_slot, self.cycle)
-        own_start = cycles * len(places) + int(np.searchsorted(places, place))
+        cycles, offset = divmod(start_slot, self.cycle)
+        own_start = cycles * len(offsets) + int(np.searchsorted(offsets, offset))
         first_shard = int(self._first_shard[member])
-        for block in self._orders[member].blocks(own_start, lanes):
-            shards = tuple(first_shard + shard for shard in block.shards)
-            yield Block(slot_at(block.first_slot), slot_at(block.last_slot), shards)
+        for window in self._orders[member].windows(own_start, lanes):
+            shards = tuple(first_shard + shard for shard in window.shards)
+            yield Window(slot_at(window.first_slot), slot_at(window.last_slot), shards)
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
-        """As ``Order.substitute``; a sample of the same member."""
+        """See ``Order.substitute``; the replacement is from the same member."""
         members, own = self.member_slots(np.array([slot]))
         shard, sample = self._orders[members[0]].substitute(int(own[0]), attempt)
         return shard + int(self._first_shard[members[0]]), sample
 
 
 class JoinedSet:
-    """Several shard sets read as one; shards are numbered through all members. Labels stay the members' own.
+    """Several shard sets read as one; shards are numbered through all members, labels are those of each member.
 
     Attributes:
         members: the sets.
-        weights: of the members in a stream, of any scale.
+        weights: relative share of each member in the stream, of any scale.
     """
 
     def __init__(self, members: Sequence[ShardSet], weights: Sequence[float]) -> None:
@@ -166,22 +161,22 @@ class JoinedSet:
 
     @property
     def num_samples(self) -> int:
-        """Images in all members."""
+        """Number of images in all members."""
         return sum(member.num_samples for member in self.members)
 
     @property
     def num_shards(self) -> int:
-        """Tars of all members."""
+        """Number of tars in all members."""
         return int(self._first_shard[-1])
 
     @property
     def is_remote(self) -> bool:
-        """As ``ShardSet.is_remote``, of any member."""
+        """Whether any tar of any member is in a store."""
         return any(member.is_remote for member in self.members)
 
     @property
     def traffic(self) -> Traffic:
-        """What has come over the network so far."""
+        """Bytes received over the network so far, and retries, of all members."""
         total = Traffic()
         for member in self.members:
             total.add(member.traffic.num_bytes, member.traffic.num_retries)
@@ -189,24 +184,24 @@ class JoinedSet:
 
     @property
     def digest(self) -> str:
-        """What a saved stream must agree with: the members, in order, and their shares of the stream."""
+        """Digest of the members, in order, and their shares, which a saved stream must match."""
         total = sum(self.weights)
         members = zip(self.members, self.weights, strict=True)
         content = " ".join(f"{member.digest}:{weight / total:.9f}" for member, weight in members)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def name(self, shard: int) -> str:
-        """What logs call a shard: its set's number and its own name."""
+        """Return the name of a shard for log messages: the member's number and the shard's name."""
         member, own = self._own(shard)
         return f"{member}/{self.members[member].name(own)}"
 
     def record(self, shard: int, sample: int) -> np.void:
-        """As ``ShardSet.record``."""
+        """See ``ShardSet.record``."""
         member, own = self._own(shard)
         return self.members[member].record(own, sample)
 
     def read(self, shard: int, sample: int) -> bytes:
-        """As ``ShardSet.read``; a SampleError names the shard as ``name`` does."""
+        """See ``ShardSet.read``; a SampleError names the shard as ``name`` does."""
         member, own = self._own(shard)
         try:
             return self.members[member].read(own, sample)
@@ -214,75 +209,71 @@ class JoinedSet:
             raise SampleError(self.name(shard), error.index, error.key, error.reason) from error
 
     def key(self, shard: int, sample: int) -> str:
-        """As ``ShardSet.key``."""
+        """See ``ShardSet.key``."""
         member, own = self._own(shard)
         return self.members[member].key(own, sample)
 
-    def remote(self, shard: int) -> RemoteShard | None:
-        """As ``ShardSet.remote``."""
+    def remote_shard(self, shard: int) -> RemoteShard | None:
+        """See ``ShardSet.remote_shard``."""
         member, own = self._own(shard)
-        return self.members[member].remote(own)
+        return self.members[member].remote_shard(own)
 
-    def reading_copies(self, copies: Copies) -> JoinedSet:
-        """As ``ShardSet.reading_copies``; the copies are numbered through all members."""
-        firsts = self._first_shard[:-1].tolist()
-        members = zip(self.members, firsts, strict=True)
-        return JoinedSet([m.reading_copies(_MemberCopies(copies, first)) for m, first in members], self.weights)
+    def with_copies(self, copies: ShardCopies) -> JoinedSet:
+        """See ``ShardSet.with_copies``; the copies are numbered through all members."""
+        members = zip(self.members, self._first_shard[:-1].tolist(), strict=True)
+        return JoinedSet([member.with_copies(copies, first) for member, first in members], self.weights)
 
     def _own(self, shard: int) -> tuple[int, int]:
         member = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
         return member, shard - int(self._first_shard[member])
 
 
-class _MemberCopies:
-    """The copies of one member of a joined set, numbered as its own."""
-
-    def __init__(self, copies: Copies, first_shard: int) -> None:
-        self._copies, self._first_shard = copies, first_shard
-
-    def get(self, shard: int) -> OpenShard | None:
-        return self._copies.get(self._first_shard + shard)
-
-    def discard(self, shard: int) -> None:
-        self._copies.discard(self._first_shard + shard)
-
-
+AnyOrder: TypeAlias = Order | Mixture
 AnySet: TypeAlias = ShardSet | JoinedSet
 
 
-def open_sets(shares: Sequence[tuple[str, float]], patience: Patience | None = None) -> AnySet:
-    """Open one or several shard sets, each a path or URL with its weight; raises as ``ShardSet.open``."""
-    members = [ShardSet.open(location, patience) for location, _ in shares]
+def open_sets(shares: Sequence[tuple[str, float]], policy: RetryPolicy | None = None) -> AnySet:
+    """Open one or several shard sets for reading.
+
+    Args:
+        shares: path or URL of each set, with its weight in the stream (positive, of any scale).
+        policy: how long to retry requests to remote sets.
+
+    Returns:
+        the set, or a ``JoinedSet`` of several.
+
+    Raises:
+        ShardError: a set is missing or unfinished, or a file is missing or truncated; the message gives the remedy.
+    """
+    members = [ShardSet.open(location, policy) for location, _ in shares]
     return members[0] if len(members) == 1 else JoinedSet(members, [weight for _, weight in shares])
 
 
-def stream_order(
-    shard_set: AnySet, seed: int, window: int, lanes: int, lane_block: int
-) -> Order | Mixture:
-    """The order of the stream over what ``open_sets`` gave; the arguments are as in ``Order``.
+def build_order(shard_set: AnySet, seed: int, window: int, lanes: int, lane_block: int) -> AnyOrder:
+    """Return the order of the stream over an opened set; for the arguments, see ``Order``.
 
     Raises:
-        ShardError: a set holds no samples, or a weight is too small for the mixture.
+        ShardError: a set has no samples, or a weight is too small for the mixture.
     """
     if isinstance(shard_set, ShardSet):
         return Order(shard_set.sizes, seed, window, lanes, lane_block)
-    turn = lanes * lane_block
-    cycle = turn * -(-_LEAST_CYCLE // turn)
+    lane_cycle = lanes * lane_block
+    cycle = lane_cycle * -(-_MIN_CYCLE // lane_cycle)
     sizes = [member.sizes for member in shard_set.members]
     return Mixture(sizes, shard_set.weights, cycle, seed, window, lanes, lane_block)
 
 
 def _apportion(weights: Sequence[float], cycle: int) -> tuple[int, ...]:
-    """Whole slots in proportion to the weights, by largest remainder."""
+    """Return whole slots in proportion to the weights, by the largest-remainder method."""
     if not weights or min(weights) <= 0:
         raise ShardError(f"the weights of a mixture must be above 0, not {list(weights)}")
-    wished = np.array(weights, dtype=np.float64) * cycle / sum(weights)
-    counts = np.floor(wished).astype(int)
-    by_remainder = np.argsort(counts - wished, kind="stable")
+    ideal = np.array(weights, dtype=np.float64) * cycle / sum(weights)
+    counts = np.floor(ideal).astype(int)
+    by_remainder = np.argsort(counts - ideal, kind="stable")
     counts[by_remainder[: cycle - int(counts.sum())]] += 1
     if counts.min() == 0:
         raise ShardError(
-            f"weight {weights[int(counts.argmin())]} of {sum(weights)} is less than one slot of a cycle of {cycle}; "
-            "use a larger weight, or leave that set out"
+            f"weight {weights[int(counts.argmin())]} of {sum(weights)} is below one of the {cycle} slots per cycle; "
+            "use a larger weight, or remove that set"
         )
     return tuple(counts.tolist())

@@ -1,10 +1,10 @@
-"""The log of samples that could not be used, and when there are too many of them.
+"""Log of unusable samples, with a limit on their share.
 
-A stream with its log is a pure function again: a sample that could not be *read* counts as unusable at the slot
-where that happened (a flaky disk may serve it well later, and a resumed run must do what the first one did); one
-that could not be *decoded* counts as unusable everywhere, since the same bytes fail the same way.
+Together with its log, a stream is a pure function again. A sample that could not be *read* is unusable only at the
+slot where the read failed: a flaky disk may return it later, and a resumed run must repeat the first one. A sample that
+could not be *decoded* is unusable everywhere, because the same bytes fail again.
 
-All ranks append to one file, a line at a time; nothing is ever taken out of it.
+All ranks append lines to one file; lines are never removed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Literal
 
 from shards.errors import SampleError, ShardError
 
-FILE_NAME = "quarantine.jsonl"
-MAX_IN_A_ROW = 100  # unusable samples for one slot
+MAX_SUBSTITUTES = 100  # attempts to find a usable sample for one slot
 _SIGMAS = 5.0
 
 Stage = Literal["read", "decode"]
@@ -27,25 +26,25 @@ Stage = Literal["read", "decode"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample that was unusable at a slot."""
+    """An unusable sample: one line of the log."""
 
     slot: int
-    shard: str  # name of the tar
-    index: int  # of the sample in the shard
-    key: str  # of the sample, in WebDataset's sense
+    shard: str  # file name of the tar
+    index: int  # number of the sample in the shard
+    key: str  # WebDataset key of the sample
     stage: Stage
     reason: str
 
 
 class Quarantine:
-    """What is known to be unusable. Safe to share between threads.
+    """The known unusable samples. Safe to share between threads.
 
     Args:
-        path: the log, shared by all ranks of a run; what is in it already holds. None keeps the log in memory.
-        max_rate: share of slots whose sample may be unusable; a share clearly above it stops the run.
+        path: the log file, shared by all ranks of a run; existing entries are loaded. None keeps the log in memory.
+        max_rate: allowed share of slots with an unusable sample; a share significantly above it stops the run.
 
     Attributes:
-        num_entries: samples found unusable by this process.
+        num_entries: number of samples that this process found unusable.
     """
 
     def __init__(self, path: Path | None = None, max_rate: float = 0.01) -> None:
@@ -56,32 +55,32 @@ class Quarantine:
         self._undecodable: set[tuple[str, int]] = set()
         self._offset = 0
         self._lock = threading.Lock()
-        self._take_in()
+        self._load_new()
 
-    def holds(self, slot: int, shard: str, index: int) -> bool:
-        """Whether a sample must not be used at a slot."""
+    def is_unusable(self, slot: int, shard: str, index: int) -> bool:
+        """Return whether a sample must not be used at a slot."""
         return (shard, index) in self._undecodable or (slot, shard, index) in self._unreadable
 
     def add(self, slot: int, error: SampleError, stage: Stage) -> None:
         """Log a sample as unusable at a slot.
 
         Raises:
-            ShardError: too many samples are unusable; reports how many, and the latest.
+            ShardError: too many samples are unusable; gives their number and the latest one.
         """
         entry = Entry(slot, error.shard, error.index, error.key, stage, error.reason)
         with self._lock:
-            self._take_in()  # another rank may have found the same
+            self._load_new()  # another rank may have logged the same sample
             self.num_entries += 1
-            if not self.holds(slot, entry.shard, entry.index):
+            if not self.is_unusable(slot, entry.shard, entry.index):
                 self._append(entry)
-            self._note(entry)
-            bound = self.max_rate * self._num_slots
-            # A share that is above the bound by chance must not stop a run: five standard deviations must.
-            if self.num_entries > bound + _SIGMAS * max(bound, 4.0) ** 0.5:
-                raise ShardError(self._report(entry))
+            self._remember(entry)
+            allowed = self.max_rate * self._num_slots
+            # exceeding the allowed number by chance must not stop a run, exceeding it by five standard deviations must
+            if self.num_entries > allowed + _SIGMAS * max(allowed, 4.0) ** 0.5:
+                raise ShardError(self._limit_message(entry))
 
     def count_slot(self) -> None:
-        """Count a slot that is looked at, for the share of unusable ones."""
+        """Count a slot that is read, the denominator of the share of unusable ones."""
         with self._lock:
             self._num_slots += 1
 
@@ -90,12 +89,12 @@ class Quarantine:
             line = (json.dumps(asdict(entry)) + "\n").encode()
             file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                os.write(file, line)  # one call, so that lines of several ranks do not mix
+                os.write(file, line)  # a single call, so that lines of several ranks do not interleave
             finally:
                 os.close(file)
 
-    def _take_in(self) -> None:
-        """Read what was appended since the last look, whole lines only."""
+    def _load_new(self) -> None:
+        """Load the complete lines appended since the last call."""
         if self.path is None or not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -105,20 +104,20 @@ class Quarantine:
         self._offset += len(lines)
         for line in lines.splitlines():
             try:
-                self._note(Entry(**json.loads(line)))
+                self._remember(Entry(**json.loads(line)))
             except (ValueError, TypeError):
-                continue  # a line torn by a kill, and what was appended to it: found again if it still holds
+                continue  # a line torn by a kill; the sample is logged again when it fails again
 
-    def _note(self, entry: Entry) -> None:
+    def _remember(self, entry: Entry) -> None:
         if entry.stage == "decode":
             self._undecodable.add((entry.shard, entry.index))
         else:
             self._unreadable.add((entry.slot, entry.shard, entry.index))
 
-    def _report(self, latest: Entry) -> str:
-        log = "" if self.path is None else f"; {self.path} lists them all"
+    def _limit_message(self, latest: Entry) -> str:
+        log = "" if self.path is None else f"; all are listed in {self.path}"
         return (
-            f"{self.num_entries} images could not be used where {self._num_slots} were wanted, far above the allowed "
-            f"share of {self.max_rate:g}; check the set with tools/verify_shards.py; the latest: shard {latest.shard}, "
+            f"{self.num_entries} unusable images in {self._num_slots} slots, far above the allowed share of "
+            f"{self.max_rate:g}; check the set with tools/verify_shards.py; the latest: shard {latest.shard}, "
             f"sample {latest.index} (key {latest.key!r}): {latest.reason}{log}"
         )

@@ -1,9 +1,10 @@
-"""A shard set: any image by shard and sample, in one read, checked against its checksum."""
+"""A shard set: any image by shard and sample number, in one read, verified against its CRC-32."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
 import tarfile
 import threading
 import zlib
@@ -19,32 +20,72 @@ import numpy as np
 from shards.errors import SampleError, ShardError
 from shards.format import images
 from shards.format.index import load_index, parse_index, split_name
-from shards.format.set_manifest import FILE_NAME, Manifest, ShardEntry
-from shards.format.tars import LocalTar, RemoteTar, Tar, is_url
-from shards.storage.store import Patience, Store, Traffic
+from shards.format.set_manifest import SetManifest, ShardEntry
+from shards.storage.store import RetryPolicy, Store, Traffic, is_url
 
-_log = logging.getLogger(__name__)
-_OPEN_SHARDS = 200  # of a local set, where each takes two open files; the usual limit is 1024
-_INDEX_BYTES = 512 << 20  # of a remote set's indexes, which are held in memory
+logger = logging.getLogger(__name__)
+_MAX_OPEN_SHARDS = 200  # of a local set, with two open files each; the usual limit is 1024
+_MAX_INDEX_BYTES = 512 << 20  # memory for the indexes of a remote set
+
+
+class LocalTar:
+    """A tar on a local or mounted disk; opened on the first read, closed with its last reference. Thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return os.pread(self._descriptor, length, offset)
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+class RemoteTar:
+    """A tar in a store, read by byte span without a local copy. Thread-safe."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+
+    @property
+    def url(self) -> str:
+        """URL of the tar."""
+        return self.store.url_of(self.name)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return bytes of the tar; retries as the store does.
+
+        Raises:
+            ShardError: the tar is missing or unreachable. Unlike a damaged image, this must stop the reader, which
+                would otherwise replace every image of the shard.
+        """
+        return self.store.read(self.name, offset, offset + length)
 
 
 class OpenShard(Protocol):
-    """A shard in use."""
+    """The index and the tar of a shard, open for reading."""
 
     def records(self) -> np.ndarray:
-        """The index records [num_samples of the shard] (``shards.format.index.RECORD``)."""
+        """Return the index records [num_samples of the shard] (``shards.format.index.RECORD``)."""
 
     def record(self, sample: int) -> np.void:
-        """The index record of one sample."""
+        """Return the index record of one sample."""
 
     def read(self, length: int, offset: int) -> bytes:
-        """As ``Tar.read``."""
+        """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
 
 
-class _OpenShard:
-    """An index and its tar, in use."""
+class _OriginalShard:
+    """An ``OpenShard`` of the set itself, rather than a copy of it."""
 
-    def __init__(self, records: np.ndarray, tar: Tar) -> None:
+    def __init__(self, records: np.ndarray, tar: LocalTar | RemoteTar) -> None:
         self._records, self.read = records, tar.read
 
     def records(self) -> np.ndarray:
@@ -56,195 +97,157 @@ class _OpenShard:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """What can be copied of a shard that lies in a store."""
+    """The parts of a shard in a store, for making a copy."""
 
     entry: ShardEntry
     tar: RemoteTar
     load_records: Callable[[], np.ndarray]
 
 
-class Copies(Protocol):
+class ShardCopies(Protocol):
     """Local copies of remote shards, such as a ``ShardCache``."""
 
     def get(self, shard: int) -> OpenShard | None:
-        """The copy of a shard; None where there is none and the original is to be read."""
+        """Return the copy of a shard; None to read the original."""
 
     def discard(self, shard: int) -> None:
-        """The copy of a shard was found to be damaged."""
-
-
-class Readable(Protocol):
-    """What a source needs to know of a set: ``ShardSet``, or a ``JoinedSet`` of several."""
-
-    def name(self, shard: int) -> str:
-        """As ``ShardSet.name``."""
-
-    def record(self, shard: int, sample: int) -> np.void:
-        """As ``ShardSet.record``."""
-
-    def read(self, shard: int, sample: int) -> bytes:
-        """As ``ShardSet.read``."""
-
-    def key(self, shard: int, sample: int) -> str:
-        """As ``ShardSet.key``."""
+        """Drop the damaged copy of a shard."""
 
 
 class ShardSet:
-    """A shard set: on a local or mounted disk, or under a URL and then read in ranges. Safe to share between threads.
+    """A shard set on a local or mounted disk, or below a URL and read by byte span. Safe to share between threads.
 
     Attributes:
-        path: the set's folder; of a remote set, the empty path.
-        manifest: its description.
-        traffic: what has come over the network.
+        path: the set's folder; the empty path for a remote set.
+        manifest: its manifest.
+        traffic: counter of the bytes received over the network.
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, patience: Patience | None = None, store: Store | None = None
+        self, path: Path, manifest: SetManifest, policy: RetryPolicy | None = None, store: Store | None = None
     ) -> None:
         self.path, self.manifest = path, manifest
         self.traffic = store.traffic if store is not None else Traffic()
-        self._patience, self._store = patience, store
-        self._stores: dict[str, Store] = {}  # of tars that lie elsewhere
-        self._copies: Copies | None = None
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._policy, self._store = policy, store
+        self._stores: dict[str, Store] = {}  # of tars outside the set, by URL of the folder
+        self._copies: ShardCopies | None = None
+        self._first_copy = 0
+        self._open: OrderedDict[int, _OriginalShard] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str, patience: Patience | None = None) -> ShardSet:
-        """Open a set and, where it is local, check that every file is there with its full length.
+    def open(cls, path: Path | str, policy: RetryPolicy | None = None) -> ShardSet:
+        """Open a set; for a local one, check that every file exists with its full length.
 
         Args:
-            path: a folder, or a URL of one.
-            patience: how long to try, where it is remote.
+            path: the set's folder, or its URL.
+            policy: how long to retry requests to a remote set.
 
         Raises:
-            ShardError: no set, not finished, or a file missing or cut short; one line that says what to do.
+            ShardError: the set is unfinished, or a file is missing or truncated; the message gives the remedy.
         """
         if is_url(str(path)):
-            store = Store(str(path), patience)
-            manifest = store.load(FILE_NAME, partial(Manifest.parse, path=store.url_of(FILE_NAME)))
-            return cls(Path(), manifest, patience, store)
+            store = Store(str(path), policy)
+            return cls(Path(), SetManifest.fetch(store), policy, store)
         path = Path(path)
-        shard_set = cls(path, Manifest.load(path), patience)
+        shard_set = cls(path, SetManifest.load(path), policy)
         for shard, entry in enumerate(shard_set.manifest.shards):
             if is_url(entry.url):
                 continue
             tar, index = shard_set.tar_path(shard), shard_set.index_path(shard)
+            remedy = "copy the set again, or pack it again"
             try:
                 tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
             except OSError as error:
-                raise ShardError(
-                    f"{error.filename} is missing ({error.strerror}); copy the set again, or pack it again"
-                ) from error
+                raise ShardError(f"{error.filename} is missing ({error.strerror}); {remedy}") from error
             if tar_bytes != entry.bytes:
-                raise ShardError(
-                    f"shard {tar} has {tar_bytes} bytes instead of {entry.bytes}; copy the set again, or pack it again"
-                )
+                raise ShardError(f"shard {tar} has {tar_bytes} bytes instead of {entry.bytes}; {remedy}")
             if index_bytes < entry.samples:
-                raise ShardError(f"index {index} is cut short; copy the set again, or pack it again")
+                raise ShardError(f"index {index} is truncated; {remedy}")
         return shard_set
 
     @property
     def num_samples(self) -> int:
-        """Images in the set."""
+        """Number of images in the set."""
         return self.manifest.num_samples
 
     @property
     def num_shards(self) -> int:
-        """Tars of the set."""
+        """Number of tars in the set."""
         return len(self.manifest.shards)
 
     @property
     def is_remote(self) -> bool:
-        """Whether any of its tars lies in a store."""
+        """Whether any of its tars is in a store."""
         return any(map(self._is_remote, self.manifest.shards))
 
     @property
     def sizes(self) -> np.ndarray:
-        """Samples in each shard, int64 [num_shards]: what ``Order`` needs."""
+        """Samples in each shard, int64 [num_shards], as ``Order`` takes them."""
         return np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by label; empty where the set has no labels."""
+        """Class names by label; empty if the set has none."""
         return self.manifest.classes
 
     @property
     def digest(self) -> str:
-        """What a saved stream must agree with."""
+        """Digest of the set, which a saved stream must match."""
         return self.manifest.digest
 
     def tar_path(self, shard: int) -> Path:
-        """The tar of a shard, where that is local."""
+        """Return the path of a local shard's tar."""
         entry = self.manifest.shards[shard]
         return Path(entry.url) if entry.url else self.path / "shards" / entry.name
 
     def index_path(self, shard: int) -> Path:
-        """Our index of a shard, where the set is local."""
+        """Return the path of a shard's index in a local set."""
         return self.path / "index" / self.manifest.shards[shard].index_name
 
     def name(self, shard: int) -> str:
-        """What logs call a shard."""
+        """Return the name of a shard for log messages."""
         return self.manifest.shards[shard].name
 
-    def remote(self, shard: int) -> RemoteShard | None:
-        """What can be copied of a shard; None of one on a local or mounted disk."""
+    def remote_shard(self, shard: int) -> RemoteShard | None:
+        """Return the parts of a shard in a store; None for a shard on a local or mounted disk."""
         entry = self.manifest.shards[shard]
         tar = self._remote_tar(entry)
         return None if tar is None else RemoteShard(entry, tar, partial(self._load_records, entry))
 
-    def reading_copies(self, copies: Copies) -> ShardSet:
-        """This set, read from local copies where there are any."""
-        through = copy.copy(self)
-        through._copies = copies
-        return through
+    def with_copies(self, copies: ShardCopies, first_shard: int = 0) -> ShardSet:
+        """Return this set reading local copies where they exist; ``first_shard`` is its first number in ``copies``."""
+        shard_set = copy.copy(self)
+        shard_set._copies, shard_set._first_copy = copies, first_shard
+        return shard_set
 
     def records(self, shard: int) -> np.ndarray:
-        """The index records [num_samples of the shard] (``shards.format.index.RECORD``)."""
+        """Return the index records [num_samples of the shard] (``shards.format.index.RECORD``)."""
         return self._shard(shard).records()
 
     def record(self, shard: int, sample: int) -> np.void:
-        """The index record of one sample."""
+        """Return the index record of one sample."""
         return self._shard(shard).record(sample)
 
     def read(self, shard: int, sample: int) -> bytes:
-        """The bytes of one image, checked against its CRC-32.
+        """Return the encoded bytes of one image, verified against its CRC-32.
 
         Raises:
-            SampleError: short, or not what was packed; names shard, index and key.
-            ShardError: the shard is gone, or cannot be reached.
+            SampleError: the bytes are too few or differ from those packed; names shard, index and key.
+            ShardError: the shard is missing or unreachable.
         """
         try:
-            return self._checked_read(self._shard(shard), shard, sample)
+            return self._read_verified(self._shard(shard), shard, sample)
         except SampleError as error:
-            if self._copies is None or self.remote(shard) is None:
+            if self._copies is None or self.remote_shard(shard) is None:
                 raise
-            _log.warning("%s; the copy in the cache is given up, and the original read", str(error))
-        # not before the error is forgotten, with whose traceback goes the last use of the copy
-        self._copies.discard(shard)
-        return self._checked_read(self._original(shard), shard, sample)
-
-    def _checked_read(self, opened: OpenShard, shard: int, sample: int) -> bytes:
-        record = opened.record(sample)
-        length, offset = int(record["length"]), int(record["offset"])
-        if length > images.MAX_BYTES or offset + length > self.manifest.shards[shard].bytes:
-            raise self._sample_error(shard, sample, f"cannot be {length} bytes at {offset}, as its index says")
-        try:
-            payload = opened.read(length, offset)
-        except FileNotFoundError as error:  # no fault of an image
-            raise ShardError(
-                f"shard {self.tar_path(shard)} is gone; put it back, and the same command goes on"
-            ) from error
-        except OSError as error:
-            raise self._sample_error(shard, sample, f"cannot be read ({error.strerror})") from error
-        if len(payload) != length:
-            raise self._sample_error(shard, sample, f"has {len(payload)} bytes instead of {length}")
-        if zlib.crc32(payload) != int(record["crc32"]):
-            raise self._sample_error(shard, sample, "was changed since it was packed (its CRC-32 differs)")
-        return payload
+            logger.warning("%s; dropping the cached copy and reading the original", str(error))
+        # outside the handler: the error's traceback holds the last reference to the copy
+        self._copies.discard(self._first_copy + shard)
+        return self._read_verified(self._original(shard), shard, sample)
 
     def key(self, shard: int, sample: int) -> str:
-        """The WebDataset key of a sample, read from the tar; empty where that is damaged too."""
+        """Return the WebDataset key of a sample, read from the tar; empty if its header is damaged."""
         opened = self._shard(shard)
         try:
             header = opened.read(tarfile.BLOCKSIZE, int(opened.record(sample)["offset"]) - tarfile.BLOCKSIZE)
@@ -252,11 +255,28 @@ class ShardSet:
         except (tarfile.TarError, OSError, ValueError, OverflowError):
             return ""
 
+    def _read_verified(self, opened: OpenShard, shard: int, sample: int) -> bytes:
+        record = opened.record(sample)
+        length, offset = int(record["length"]), int(record["offset"])
+        if length > images.MAX_BYTES or offset + length > self.manifest.shards[shard].bytes:
+            raise self._sample_error(shard, sample, f"its index is damaged: {length} bytes at offset {offset}")
+        try:
+            payload = opened.read(length, offset)
+        except FileNotFoundError as error:  # the whole shard is missing, not one image
+            raise ShardError(f"shard {self.tar_path(shard)} is gone; restore it and re-run to resume") from error
+        except OSError as error:
+            raise self._sample_error(shard, sample, f"cannot be read ({error.strerror})") from error
+        if len(payload) != length:
+            raise self._sample_error(shard, sample, f"has {len(payload)} bytes instead of {length}")
+        if zlib.crc32(payload) != int(record["crc32"]):
+            raise self._sample_error(shard, sample, "differs from the packed image (wrong CRC-32)")
+        return payload
+
     def _sample_error(self, shard: int, sample: int, reason: str) -> SampleError:
         return SampleError(self.manifest.shards[shard].name, sample, self.key(shard, sample), reason)
 
     def _shard(self, shard: int) -> OpenShard:
-        copied = self._copies.get(shard) if self._copies is not None else None
+        copied = self._copies.get(self._first_copy + shard) if self._copies is not None else None
         return self._original(shard) if copied is None else copied
 
     def _original(self, shard: int) -> OpenShard:
@@ -267,17 +287,17 @@ class ShardSet:
                 return opened
         entry = self.manifest.shards[shard]
         tar = self._remote_tar(entry) or LocalTar(self.tar_path(shard))
-        opened = _OpenShard(self._load_records(entry), tar)
+        opened = _OriginalShard(self._load_records(entry), tar)
         with self._lock:
             self._open[shard] = opened
-            while self._holds_too_much():
+            while self._is_over_limit():
                 self._open.popitem(last=False)
         return opened
 
-    def _holds_too_much(self) -> bool:
+    def _is_over_limit(self) -> bool:
         if self._store is None:
-            return len(self._open) > _OPEN_SHARDS
-        return sum(opened.records().nbytes for opened in self._open.values()) > _INDEX_BYTES
+            return len(self._open) > _MAX_OPEN_SHARDS
+        return sum(opened.records().nbytes for opened in self._open.values()) > _MAX_INDEX_BYTES
 
     def _remote_tar(self, entry: ShardEntry) -> RemoteTar | None:
         if not self._is_remote(entry):
@@ -286,7 +306,7 @@ class ShardSet:
             folder, _, name = entry.url.rpartition("/")
             with self._lock:
                 if folder not in self._stores:
-                    self._stores[folder] = Store(folder, self._patience, self.traffic)
+                    self._stores[folder] = Store(folder, self._policy, self.traffic)
                 return RemoteTar(self._stores[folder], name)
         assert self._store is not None
         return RemoteTar(self._store, f"shards/{entry.name}")
@@ -295,10 +315,10 @@ class ShardSet:
         return is_url(entry.url) if entry.url else self._store is not None
 
     def _load_records(self, entry: ShardEntry) -> np.ndarray:
-        """The index of a shard.
+        """Return the index of a shard.
 
         Raises:
-            ShardError: missing, damaged, or not of this shard.
+            ShardError: missing, damaged, or of another shard.
         """
         if self._store is None:
             records = load_index(self.path / "index" / entry.index_name).view(np.ndarray)
@@ -306,8 +326,6 @@ class ShardSet:
             index = f"index/{entry.index_name}"
             records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)))
         if len(records) != entry.samples:
-            raise ShardError(
-                f"index {entry.index_name} holds {len(records)} samples, the manifest says {entry.samples}; "
-                "copy the set again, or pack it again"
-            )
+            counts = f"{len(records)} samples, the manifest says {entry.samples}"
+            raise ShardError(f"index {entry.index_name} has {counts}; copy the set again, or pack it again")
         return records

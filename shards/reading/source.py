@@ -1,4 +1,4 @@
-"""From slots to the bytes of images: threads that read ahead of the consumer, in order, in bounded memory."""
+"""Reading the images of slots: threads that read ahead of the consumer, in order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ import numpy as np
 
 from shards.errors import SampleError, ShardError
 from shards.format.index import RECORD, UNREADABLE
-from shards.reading.order import SlotOrder
-from shards.reading.quarantine import MAX_IN_A_ROW, Quarantine
-from shards.reading.shard_set import Readable, ShardSet
-
-__all__ = ["Samples", "ShardSet", "Source"]
+from shards.reading.mixture import AnyOrder, AnySet
+from shards.reading.quarantine import MAX_SUBSTITUTES, Quarantine
 
 _SAMPLES_PER_TASK = 8
 _BATCHES_AHEAD = 16
@@ -23,28 +20,28 @@ _BATCHES_AHEAD = 16
 
 @dataclass(frozen=True)
 class Samples:
-    """The images of a list of slots, still encoded; B is the number of slots."""
+    """The encoded images of B slots."""
 
     slots: np.ndarray  # int64 [B]
     payloads: list[np.ndarray]  # B arrays uint8 [num_bytes]
-    sizes: np.ndarray  # int32 [B, 2]: width, height in pixels as displayed
-    labels: np.ndarray  # int32 [B]: -1 where there is none
+    sizes: np.ndarray  # int32 [B, 2]: width, height in pixels, EXIF orientation applied
+    labels: np.ndarray  # int32 [B]: -1 for no label
     shards: np.ndarray  # int64 [B]
     samples: np.ndarray  # int64 [B]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A batch that is to be read."""
+    """A batch to read."""
 
     slots: np.ndarray
-    places: list[tuple[int, int]]  # (shard, sample) of each slot
+    reads: list[tuple[int, int, int]]  # slot, shard, sample
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class _Image:
-    """What stands at one slot."""
+    """The image read for one slot."""
 
     shard: int
     sample: int
@@ -56,24 +53,24 @@ _Pending = tuple[_Plan, list[Future[list[_Image]]]]
 
 
 class Source:
-    """Reads the images of slots with a few threads, ahead of the consumer, in order, in bounded memory.
+    """Reads the images of slots with several threads, ahead of the consumer, in order, in bounded memory.
 
     Args:
-        shard_set: where the images lie.
-        order: which image stands at which slot.
-        threads: readers; they wait on the disk and compute checksums.
-        max_bytes_in_flight: bound on the encoded images held ahead of the consumer. A batch that is larger
-            than this by itself is read alone.
-        quarantine: takes note of unusable images, which are then replaced by others, chosen by the slot alone; without
-            one, an unusable image is an error.
+        shard_set: the images.
+        order: maps slots to images.
+        threads: number of reader threads, which wait for the disk and compute checksums.
+        max_bytes_in_flight: limit on the encoded images held ahead of the consumer. A batch larger than the limit is
+            read alone.
+        quarantine: log of unusable images, which are replaced by others that depend only on the slot; without it, an
+            unusable image is an error.
         max_pixels: images with more pixels are unusable.
-        on_read: told the slot up to which everything was read, after each of the ``batches``; the slots must ascend.
+        on_read: called after each of the ``batches`` with the slot after its last one; the slots must ascend.
     """
 
     def __init__(
         self,
-        shard_set: Readable,
-        order: SlotOrder,
+        shard_set: AnySet,
+        order: AnyOrder,
         *,
         threads: int = 4,
         max_bytes_in_flight: int = 256 << 20,
@@ -87,10 +84,10 @@ class Source:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-reader")
 
     def batches(self, slot_lists: Iterable[np.ndarray]) -> Iterator[Samples]:
-        """The images of each list of slots (int64 [B]), in the order of the lists.
+        """Yield the images of each list of slots (int64 [B]), in the order of the lists.
 
         Raises:
-            SampleError: an image is unusable, and there is no quarantine.
+            SampleError: an image is unusable and there is no quarantine.
             ShardError: an index cannot be read, or too many images are unusable.
         """
         plans = map(self._plan, slot_lists)
@@ -116,14 +113,14 @@ class Source:
                     part.cancel()
 
     def fetch(self, slots: np.ndarray) -> Samples:
-        """The images of one list of slots (int64 [B]), read now. Raises as ``batches`` does."""
+        """Read the images of one list of slots (int64 [B]) now. Raises as ``batches``."""
         return self._finish(self._start(self._plan(slots)))
 
     def replace(self, batch: Samples, row: int, reason: str) -> Samples:
-        """The batch with another image in a row whose image does not decode; raises as ``batches`` does.
+        """Return the batch with the image in ``row``, which does not decode, replaced. Raises as ``batches``.
 
         Args:
-            reason: what the decoder said, for the log.
+            reason: the decoder's error, for the log.
         """
         slot, shard, sample = int(batch.slots[row]), int(batch.shards[row]), int(batch.samples[row])
         error = SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
@@ -140,48 +137,48 @@ class Source:
         labels[row], shards[row], samples[row] = image.record["label"], image.shard, image.sample
         return Samples(batch.slots, payloads, sizes, labels, shards, samples)
 
-    def places(self, slots: np.ndarray) -> list[tuple[int, int]]:
-        """(shard, sample) of the images at slots (int64 [B]); substitutes for those that are known to be unusable."""
+    def locate(self, slots: np.ndarray) -> list[tuple[int, int]]:
+        """Return (shard, sample) of the images at slots (int64 [B]), with known unusable ones replaced."""
         _, shards, samples = self.order.locate(slots)
-        found = []
+        located = []
         for slot, shard, sample in zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True):
-            for attempt in range(MAX_IN_A_ROW):
-                if self.quarantine is None or not self.quarantine.holds(slot, self.shard_set.name(shard), sample):
+            for attempt in range(MAX_SUBSTITUTES):
+                if self.quarantine is None or not self.quarantine.is_unusable(slot, self.shard_set.name(shard), sample):
                     break
                 shard, sample = self.order.substitute(slot, attempt)
-            found.append((shard, sample))
-        return found
+            located.append((shard, sample))
+        return located
 
     def close(self) -> None:
-        """Stop the readers."""
+        """Stop the reader threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, slots: np.ndarray) -> _Plan:
         slots = np.asarray(slots, dtype=np.int64)
         _, shards, samples = self.order.locate(slots)
-        places = list(zip(shards.tolist(), samples.tolist(), strict=True))
-        return _Plan(slots, places, sum(int(self.shard_set.record(*place)["length"]) for place in places))
+        reads = list(zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True))
+        num_bytes = sum(int(self.shard_set.record(shard, sample)["length"]) for _, shard, sample in reads)
+        return _Plan(slots, reads, num_bytes)
 
     def _start(self, plan: _Plan) -> _Pending:
-        wanted = [(slot, *place) for slot, place in zip(plan.slots.tolist(), plan.places, strict=True)]
-        parts = range(0, len(wanted), _SAMPLES_PER_TASK)
-        return plan, [self._pool.submit(self._read, wanted[at : at + _SAMPLES_PER_TASK]) for at in parts]
+        starts = range(0, len(plan.reads), _SAMPLES_PER_TASK)
+        return plan, [self._pool.submit(self._read, plan.reads[start : start + _SAMPLES_PER_TASK]) for start in starts]
 
-    def _read(self, wanted: list[tuple[int, int, int]]) -> list[_Image]:
+    def _read(self, reads: list[tuple[int, int, int]]) -> list[_Image]:
         images = []
-        for slot, shard, sample in wanted:
+        for slot, shard, sample in reads:
             if self.quarantine is not None:
                 self.quarantine.count_slot()
             images.append(self._image(slot, shard, sample))
         return images
 
     def _image(self, slot: int, shard: int, sample: int) -> _Image:
-        """What stands at a slot: the image that the order says or, where that is unusable, a substitute."""
+        """Read the image of a slot, or a substitute if it is unusable."""
         quarantine = self.quarantine
         if quarantine is None:
             return _Image(shard, sample, self._usable_record(shard, sample), self.shard_set.read(shard, sample))
-        for attempt in range(MAX_IN_A_ROW):
-            if not quarantine.holds(slot, self.shard_set.name(shard), sample):
+        for attempt in range(MAX_SUBSTITUTES):
+            if not quarantine.is_unusable(slot, self.shard_set.name(shard), sample):
                 try:
                     record = self._usable_record(shard, sample)
                     return _Image(shard, sample, record, self.shard_set.read(shard, sample))
@@ -189,20 +186,20 @@ class Source:
                     quarantine.add(slot, error, "read")
             shard, sample = self.order.substitute(slot, attempt)
         raise ShardError(
-            f"{MAX_IN_A_ROW} images in a row cannot be used, the last in shard {self.shard_set.name(shard)}; "
+            f"{MAX_SUBSTITUTES} images in a row are unusable, the last in shard {self.shard_set.name(shard)}; "
             "check the set with tools/verify_shards.py"
         )
 
     def _usable_record(self, shard: int, sample: int) -> np.void:
-        """The record of an image.
+        """Return the record of an image.
 
         Raises:
-            SampleError: the index itself says that the image is unusable.
+            SampleError: the image is unusable according to its record.
         """
         record = self.shard_set.record(shard, sample)
         width, height = int(record["width"]), int(record["height"])
         if record["flags"] & UNREADABLE:
-            reason = "its header could not be read when it was indexed"
+            reason = "its header could not be read during indexing"
         elif self.max_pixels is not None and width * height > self.max_pixels:
             reason = f"{width}x{height} is more than {self.max_pixels} pixels"
         else:
@@ -210,7 +207,7 @@ class Source:
         raise SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
 
     def _finish(self, pending: _Pending) -> Samples:
-        """Wait for a batch and put it together."""
+        """Wait for the reads of a batch and assemble it."""
         plan, parts = pending
         images = [image for part in parts for image in part.result()]
         records = np.array([image.record for image in images], dtype=RECORD)

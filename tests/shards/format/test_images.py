@@ -1,4 +1,4 @@
-"""Only what decodes in full is kept, byte for byte wherever DALI can decode it."""
+"""Images are stored only if they decode in full, unchanged if DALI can decode them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from shards.format.images import prepare
         ("TIFF", "RGB", "tif"),
     ],
 )
-def test_what_dali_decodes_is_stored_unchanged(kind: str, mode: str, extension: str) -> None:
+def test_formats_that_dali_decodes_are_stored_unchanged(kind: str, mode: str, extension: str) -> None:
     payload = encoded(drawn_image(3).convert(mode), kind)
     prepared = prepare(payload)
     assert (prepared.payload, prepared.extension, prepared.width, prepared.height) == (payload, extension, 40, 30)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "1"), ("TIFF", "CMYK")])
-def test_the_rest_becomes_png_without_loss(kind: str, mode: str) -> None:
+def test_other_formats_become_png_without_loss(kind: str, mode: str) -> None:
     image = drawn_image(3).convert(mode)
     prepared = prepare(encoded(image, kind))
     assert prepared.extension == "png"
@@ -66,13 +66,13 @@ def test_orientation_is_kept_or_applied() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])
 @pytest.mark.parametrize("keep", [0, 0.05, 0.5, 0.95])
-def test_truncated_images_are_refused(kind: str, keep: float) -> None:
+def test_truncated_images_are_rejected(kind: str, keep: float) -> None:
     payload = encoded(drawn_image(1, 300, 200), kind)
     with pytest.raises(ShardError):
         prepare(payload[: int(len(payload) * keep)])
 
 
-def test_text_bombs_and_undefined_depths_are_refused_with_the_reason() -> None:
+def test_reasons_for_rejection() -> None:
     with pytest.raises(ShardError, match="not an image"):
         prepare(b"just text")
     with pytest.raises(ShardError, match="40x30 is more than 1000 pixels"):
@@ -84,7 +84,7 @@ def test_text_bombs_and_undefined_depths_are_refused_with_the_reason() -> None:
 
 
 def _with_size(jpeg: bytes, width: int, height: int) -> bytes:
-    """A JPEG whose header claims another size than its data have."""
+    """Return a JPEG whose header states another size than its data have."""
     frame = re.search(rb"\xff[\xc0\xc2]..\x08", jpeg, re.DOTALL)
     assert frame is not None
     return jpeg[: frame.end()] + struct.pack(">HH", height, width) + jpeg[frame.end() + 4 :]
@@ -95,28 +95,28 @@ _ENCODINGS = [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsamp
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("settings", _ENCODINGS)
-def test_a_jpeg_with_fewer_data_than_its_header_claims_is_refused(mode: str, settings: dict[str, object]) -> None:
+def test_jpeg_with_missing_data_is_rejected(mode: str, settings: dict[str, object]) -> None:
     payload = encoded(drawn_image(1, 48, 48).convert(mode), **settings)
     prepare(payload)
     for width, height in ((2400, 2400), (48, 80), (80, 48)):
         for options in ({}, {"max_side": 40}):
             with pytest.raises(ShardError, match="the image data end before the last row"):
                 prepare(_with_size(payload, width, height), **options)
-    if "progressive" not in settings:  # which is whole, if coarse, after any of its scans
+    if "progressive" not in settings:  # a progressive JPEG is complete after each scan
         with pytest.raises(ShardError, match="the image data end before the last row"):
             prepare(payload[: len(payload) * 4 // 5] + b"\xff\xd9")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("settings", _ENCODINGS)
-def test_a_grey_corner_is_no_fault(mode: str, settings: dict[str, object]) -> None:
+def test_grey_corner_is_accepted(mode: str, settings: dict[str, object]) -> None:
     image = drawn_image(1, 70, 50).convert(mode)
     image.paste({"RGB": (128, 128, 128), "L": 128, "CMYK": (127, 127, 127, 127)}[mode], (0, 20, 70, 50))
     for size in ((70, 50), (7, 5)):
         prepare(encoded(image.resize(size), **settings) + b"bytes after the end")
 
 
-def test_every_bit_of_a_png_counts() -> None:
+def test_any_flipped_bit_of_a_png_is_detected() -> None:
     payload = encoded(drawn_image(1, 60, 50), "PNG")
     prepare(payload + b"bytes after the end")
     for at in range(0, len(payload), 97):

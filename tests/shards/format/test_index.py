@@ -1,4 +1,4 @@
-"""Any WebDataset tar can be indexed, whoever wrote it."""
+"""WebDataset tars of any writer can be indexed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shards.format.index import (
     NO_LABEL,
     RECORD,
     UNREADABLE,
-    build,
-    dali_index,
+    build_index,
     load_index,
+    make_dali_index,
     make_record,
-    parse_label,
+    read_label,
     save_index,
     split_name,
 )
@@ -44,7 +44,7 @@ def _tar(members: list[tuple[str, bytes]], form: int) -> io.BytesIO:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_foreign_tars_with_long_and_utf8_names_and_several_components(form: int) -> None:
+def test_tars_with_long_and_utf8_names_and_several_components(form: int) -> None:
     pictures = [
         encoded(drawn_image(number, 20 + number, 10), kind) for number, kind in enumerate(["JPEG", "PNG", "WEBP"])
     ]
@@ -63,7 +63,7 @@ def test_foreign_tars_with_long_and_utf8_names_and_several_components(form: int)
         ],
         form,
     )
-    index = build(archive, "foreign.tar")
+    index = build_index(archive, "foreign.tar")
     assert [sample.key for sample in index.samples] == [_LONG, "größe", "last"]
     assert index.records["label"].tolist() == [7, NO_LABEL, NO_LABEL]
     assert index.records["width"].tolist() == [20, 21, 22]
@@ -73,56 +73,56 @@ def test_foreign_tars_with_long_and_utf8_names_and_several_components(form: int)
         assert record["crc32"] == zlib.crc32(picture)
 
 
-def test_names_are_cut_as_webdataset_cuts_them() -> None:
+def test_names_are_split_like_webdataset() -> None:
     assert split_name("a.b/c.d.jpg") == ("a.b/c", "d.jpg")
     assert split_name("a.b/c") == ("a.b/c", "")
 
 
-def test_labels_that_are_no_integers_are_no_labels() -> None:
+def test_labels_that_are_not_integers_are_ignored() -> None:
     texts = (b"3", b" 12\n", b"cat", b"-1", b"", b"\xff")
-    assert [parse_label(text, "x.tar: a.cls") for text in texts] == [3, 12, -1, -1, -1, -1]
+    assert [read_label(io.BytesIO(text), 0, len(text), "x.tar: a.cls") for text in texts] == [3, 12, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("label", [-4, 2**31, 99999999999])
-def test_a_label_that_no_index_can_hold_is_named_with_its_member(label: int) -> None:
+def test_out_of_range_label_is_named_with_its_member(label: int) -> None:
     archive = _tar([("a.jpg", encoded(drawn_image(0))), ("a.cls", str(label).encode())], tarfile.USTAR_FORMAT)
-    with pytest.raises(ShardError, match=rf"^x\.tar: a\.cls: the label {label} is no whole number from 0"):
-        build(archive, "x.tar")
+    with pytest.raises(ShardError, match=rf"^x\.tar: a\.cls: the label {label} is not a whole number from 0"):
+        build_index(archive, "x.tar")
 
 
 @pytest.mark.parametrize("keep", [100, 700, 1500])
-def test_a_cut_tar_is_named(keep: int) -> None:
+def test_truncated_tar_is_named(keep: int) -> None:
     content = _tar([("a.jpg", bytes(600)), ("b.jpg", bytes(600))], tarfile.USTAR_FORMAT).getvalue()
     with pytest.raises(ShardError, match=r"mine\.tar"):
-        build(io.BytesIO(content[:keep]), "mine.tar")
+        build_index(io.BytesIO(content[:keep]), "mine.tar")
 
 
-def test_a_damaged_header_in_the_middle_is_no_end() -> None:
+def test_damaged_header_is_not_taken_for_the_end() -> None:
     members = [(f"{number}.jpg", encoded(drawn_image(number))) for number in range(4)]
     content = bytearray(_tar(members, tarfile.USTAR_FORMAT).getvalue())
     second = content.index(b"1.jpg")
     content[second + 3] ^= 1
     with pytest.raises(ShardError, match=f"set.tar is damaged at byte {second}"):
-        build(io.BytesIO(content), "set.tar")
-    # a tar that ends without its two blocks of zeros is whole all the same
+        build_index(io.BytesIO(content), "set.tar")
+    # a tar without the two final blocks of zeros is complete
     bare = bytes(_tar(members, tarfile.USTAR_FORMAT).getvalue()).rstrip(b"\0")
     bare += b"\0" * (-len(bare) % tarfile.BLOCKSIZE)
-    assert len(build(io.BytesIO(bare), "set.tar").samples) == 4
+    assert len(build_index(io.BytesIO(bare), "set.tar").samples) == 4
 
 
-def test_a_sideways_image_has_the_size_that_is_shown() -> None:
+def test_record_has_the_size_after_exif_rotation() -> None:
     exif = drawn_image(1).getexif()
     exif[0x0112] = 6
     record = make_record(512, encoded(drawn_image(1, 40, 30), exif=exif), NO_LABEL)
     assert (record["width"], record["height"]) == (30, 40)
 
 
-def test_an_unreadable_image_is_flagged() -> None:
+def test_unreadable_image_is_flagged() -> None:
     record = make_record(512, b"not an image", 3)
     assert (record["width"], record["height"], record["flags"]) == (0, 0, UNREADABLE)
 
 
-def test_the_index_file_round_trips_and_its_faults_are_named(tmp_path: Path) -> None:
+def test_index_file_round_trip_and_errors(tmp_path: Path) -> None:
     records = np.zeros(5, dtype=RECORD)
     records["offset"] = np.arange(5) * 2**33
     path = tmp_path / "000000.npy"
@@ -139,7 +139,7 @@ def test_the_index_file_round_trips_and_its_faults_are_named(tmp_path: Path) -> 
         load_index(path)
 
 
-def test_dalis_index_refuses_names_with_spaces() -> None:
+def test_dali_index_refuses_names_with_spaces() -> None:
     archive = _tar([("a b.jpg", encoded(drawn_image(0)))], tarfile.USTAR_FORMAT)
     with pytest.raises(ShardError, match="a b"):
-        dali_index(build(archive, "x.tar").samples)
+        make_dali_index(build_index(archive, "x.tar").samples)

@@ -1,4 +1,4 @@
-"""webdataset and DALI read our sets unchanged."""
+"""webdataset and DALI read the sets without conversion."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from drawn_images import drawn_image, encoded, packed_set
 from PIL import Image, ImageOps
 
 from shards.packing.pack import PackOptions, pack
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 
-def test_webdataset_reads_our_tars(tmp_path: Path) -> None:
+def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, 30, ("cat", "dog"))
     urls = [str(shard_set.tar_path(shard)) for shard in range(len(shard_set.sizes))]
     assert len(urls) > 1
-    read = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert len({sample["__key__"] for sample in read}) == 30
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len({sample["__key__"] for sample in samples}) == 30
     ours = [(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
-    for theirs, (shard, sample) in zip(read, ours, strict=True):
-        assert theirs["__key__"] == shard_set.key(shard, sample)
-        assert theirs["jpg"] == shard_set.read(shard, sample)
-        assert int(theirs["cls"]) == shard_set.record(shard, sample)["label"]
+    for read_sample, (shard, sample) in zip(samples, ours, strict=True):
+        assert read_sample["__key__"] == shard_set.key(shard, sample)
+        assert read_sample["jpg"] == shard_set.read(shard, sample)
+        assert int(read_sample["cls"]) == shard_set.record(shard, sample)["label"]
     decoded = next(iter(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls")))
     assert decoded[0].size == (32, 24)
     assert decoded[1] == 0
 
 
-def test_dalis_own_reader_reads_our_tars_and_index(tmp_path: Path) -> None:
+def test_dali_reader_reads_the_tars_and_index(tmp_path: Path) -> None:
     fn = pytest.importorskip("nvidia.dali.fn")
     from nvidia.dali.pipeline import Pipeline
 
@@ -49,7 +49,7 @@ def test_dalis_own_reader_reads_our_tars_and_index(tmp_path: Path) -> None:
         assert int(labels.at(row).tobytes()) == shard_set.record(shard, sample)["label"]
 
 
-def test_dali_decodes_whatever_we_pack_to_the_size_in_the_index(tmp_path: Path) -> None:
+def test_dali_decodes_packed_images_to_the_size_in_the_index(tmp_path: Path) -> None:
     fn = pytest.importorskip("nvidia.dali.fn")
     from nvidia.dali import types
     from nvidia.dali.pipeline import Pipeline

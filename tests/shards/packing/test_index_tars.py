@@ -1,4 +1,4 @@
-"""Tars made by others become a set where they lie, local or remote."""
+"""Existing tars are indexed in place, local or remote."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from drawn_images import drawn_image, encoded, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import ShardError
-from shards.packing.index_tars import adopt
+from shards.packing.index_tars import index_tars
 from shards.packing.verify import verify
 from shards.reading.order import Order
-from shards.reading.source import ShardSet, Source
-from shards.storage.store import Patience
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
+from shards.storage.store import RetryPolicy
 
 _ROOT = Path(__file__).resolve().parents[3]
 
 
 def _foreign_tar(path: Path, first: int, count: int) -> None:
-    """A tar as webdataset's own writer makes it, with a text beside each image."""
+    """Write a tar with webdataset, with a caption for each image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(first, first + count):
@@ -41,10 +42,10 @@ def _foreign_tar(path: Path, first: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_tars_of_the_same_name_in_two_folders_are_two_shards(tmp_path: Path, workers: int) -> None:
+def test_tars_with_the_same_name_are_separate_shards(tmp_path: Path, workers: int) -> None:
     for number, folder in enumerate("ab"):
         _foreign_tar(tmp_path / folder / "000.tar", 10 * number, 10)
-    report = adopt([str(tmp_path / "a"), str(tmp_path / "b" / "*.tar")], tmp_path / "set", workers=workers)
+    report = index_tars([str(tmp_path / "a"), str(tmp_path / "b" / "*.tar")], tmp_path / "set", workers=workers)
     assert (report.num_unreadable, report.without_dali, report.empty) == (0, (), ())
     shard_set = ShardSet.open(tmp_path / "set")
     assert [entry.name for entry in shard_set.manifest.shards] == ["000000-000.tar", "000001-000.tar"]
@@ -58,7 +59,7 @@ def test_tars_of_the_same_name_in_two_folders_are_two_shards(tmp_path: Path, wor
     assert verify(tmp_path / "set") == []
 
 
-def test_spaces_and_unreadable_images_are_reported(tmp_path: Path) -> None:
+def test_report_of_spaces_unreadable_images_and_empty_tars(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
         for name, content in [("a b.jpg", encoded(drawn_image(1))), ("c.jpg", b"not an image")]:
             info = tarfile.TarInfo(name)
@@ -66,17 +67,17 @@ def test_spaces_and_unreadable_images_are_reported(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
     with tarfile.open(tmp_path / "texts.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("readme.txt"))
-    report = adopt([str(tmp_path)], tmp_path / "set")
+    report = index_tars([str(tmp_path)], tmp_path / "set")
     assert report.num_unreadable == 1
     assert "a b.jpg" in report.without_dali[0]
     assert [Path(url).name for url in report.empty] == ["texts.tar"]
     assert ShardSet.open(tmp_path / "set").num_samples == 2
 
 
-def test_a_remote_set_gives_the_same_stream_as_the_local_one_whatever_fails(tmp_path: Path) -> None:
+def test_remote_stream_equals_local_stream_despite_faults(tmp_path: Path) -> None:
     local = packed_set(tmp_path, 40, ("cat", "dog"))
     _foreign_tar(tmp_path / "foreign" / "000.tar", 0, 10)
-    eager = Patience(20.0, 1.0, 0.01, 0.05)
+    policy = RetryPolicy(20.0, 1.0, 0.01, 0.05)
 
     def stream(shard_set: ShardSet) -> list[tuple[int, int, bytes]]:
         source = Source(shard_set, Order(shard_set.sizes, seed=3, window=2, lanes=4), threads=3)
@@ -90,22 +91,22 @@ def test_a_remote_set_gives_the_same_stream_as_the_local_one_whatever_fails(tmp_
 
     with faulty_server(tmp_path) as server:
         server.faults = ["503", "cut", None, "short", None, "503", None, "stall", None, None, "whole", "cut"]
-        remote = ShardSet.open(f"{server.url}/set", eager)
+        remote = ShardSet.open(f"{server.url}/set", policy)
         assert remote.digest == local.digest
         assert stream(remote) == stream(local)
         assert len(server.faults) == 0
 
-        adopt([f"{server.url}/foreign/000.tar"], tmp_path / "adopted")
-        adopted = ShardSet.open(tmp_path / "adopted")
-        assert adopted.manifest.shards[0].url == f"{server.url}/foreign/000.tar"
-        assert adopted.read(0, 3) == encoded(drawn_image(3), "PNG")
-        assert sorted(path.name for path in (tmp_path / "adopted").iterdir()) == ["index", "manifest.json"]
+        index_tars([f"{server.url}/foreign/000.tar"], tmp_path / "indexed")
+        indexed = ShardSet.open(tmp_path / "indexed")
+        assert indexed.manifest.shards[0].url == f"{server.url}/foreign/000.tar"
+        assert indexed.read(0, 3) == encoded(drawn_image(3), "PNG")
+        assert sorted(path.name for path in (tmp_path / "indexed").iterdir()) == ["index", "manifest.json"]
 
         with pytest.raises(ShardError, match=r"/nothing/manifest\.json does not exist"):
-            ShardSet.open(f"{server.url}/nothing", eager)
+            ShardSet.open(f"{server.url}/nothing", policy)
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+def test_command_prints_errors_in_one_line(tmp_path: Path) -> None:
     tool = [sys.executable, str(_ROOT / "tools" / "index_shards.py"), "--workers", "1", "--out", str(tmp_path / "set")]
     _foreign_tar(tmp_path / "good.tar", 0, 3)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "good.tar").read_bytes()[:3000])
@@ -113,12 +114,12 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "good.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     (tmp_path / "packed").mkdir()
     packed_set(tmp_path / "packed", 2)
-    for source, said in [
+    for source, message in [
         ("nowhere", "does not exist"),
         ("pipe:cat good.tar", "pipe: runs shell commands"),
         (str(tmp_path / "bad.tar"), "bad.tar is"),
         ("", "--src is empty"),
-        ("good.tar.gz", "good.tar.gz is compressed, so no image can be read by itself; use tools/make_shards.py"),
+        ("good.tar.gz", "good.tar.gz is compressed, so single images cannot be read; use tools/make_shards.py"),
         ("file:///nowhere/good.tar.gz", "good.tar.gz is compressed"),
         ("good.tar.zst", "zstd is not supported"),
         ("packed/set", "packed/set already is a shard set"),
@@ -126,9 +127,9 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         (str(tmp_path / "good.tar"), ""),
     ]:
         ended = subprocess.run([*tool, "--src", source], capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert ended.returncode == (2 if said else 0), ended
-        assert said in ended.stderr and "Traceback" not in ended.stderr
-        if not said:
+        assert ended.returncode == (2 if message else 0), ended
+        assert message in ended.stderr and "Traceback" not in ended.stderr
+        if not message:
             assert "indexed 3 images in 1 shard," in ended.stdout
     ended = subprocess.run([*tool[:-1], "", "--src", "good.tar"], capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (2, "error: --out is empty; give the folder of the set\n")

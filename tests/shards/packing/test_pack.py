@@ -1,4 +1,4 @@
-"""The same source gives the same set, whatever the workers and the interruptions."""
+"""The same source gives the same set, with any number of workers and interruptions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 from drawn_images import draw_folder, drawn_image, encoded
 
 from shards.errors import ShardError
-from shards.format.items import sample_key
+from shards.packing.items import sample_key
 from shards.packing.pack import PackOptions, PackReport, pack
 from shards.packing.verify import verify
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _SMALL = PackOptions(shard_bytes=20_000)
 
@@ -42,7 +42,7 @@ def _rejected(out: Path) -> dict[str, str]:
     return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
 
 
-def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+def test_number_of_workers_does_not_change_the_set(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 50, ("b", "a"))
     (images / "a" / "broken.jpg").write_bytes(b"text")
     reports = [pack(images, tmp_path / f"set{workers}", _SMALL, workers=workers) for workers in (1, 2)]
@@ -59,7 +59,7 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
     assert _labels(shard_set) == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_flat_folder_or_a_single_class_has_no_labels(tmp_path: Path) -> None:
+def test_flat_folder_or_single_class_has_no_labels(tmp_path: Path) -> None:
     draw_folder(tmp_path / "parent" / "photos", 3)
     for number, src in enumerate((tmp_path / "parent", tmp_path / "parent" / "photos")):
         pack(src, tmp_path / f"set{number}", _SMALL)
@@ -69,7 +69,7 @@ def test_a_flat_folder_or_a_single_class_has_no_labels(tmp_path: Path) -> None:
             assert all(name.endswith(".jpg") for name in tar.getnames())
 
 
-def test_a_list_file_with_labels_by_number_or_by_name(tmp_path: Path) -> None:
+def test_list_file_with_numbers_or_names_as_labels(tmp_path: Path) -> None:
     draw_folder(tmp_path / "images", 3)
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     for number, (labels, classes, expected) in enumerate(
@@ -82,7 +82,7 @@ def test_a_list_file_with_labels_by_number_or_by_name(tmp_path: Path) -> None:
         assert (shard_set.classes, _labels(shard_set)) == (classes, expected)
 
 
-def test_a_list_from_an_editor_that_marks_utf8_and_labels_of_minus_one(tmp_path: Path) -> None:
+def test_list_file_with_byte_order_mark_and_label_minus_one(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 3)
     names = sorted(path.name for path in images.iterdir())
     lines = [f"images/{name}\t{label}" for name, label in zip(names, ("2", "-1", "3.0"), strict=True)]
@@ -93,27 +93,27 @@ def test_a_list_from_an_editor_that_marks_utf8_and_labels_of_minus_one(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "error"),
     [
-        ("a.jpg\t1\nb.jpg\t99999999999\n", r"list\.txt: b\.jpg: the label 99999999999 is no whole number from 0"),
-        ("a.jpg\t1\nb.jpg\t-2\n", r"list\.txt: b\.jpg: the label -2 is no"),
-        ("a.jpg\t0.5\n", r"list\.txt: a\.jpg: the label 0\.5 is no"),
+        ("a.jpg\t1\nb.jpg\t99999999999\n", r"list\.txt: b\.jpg: the label 99999999999 is not a whole number from 0"),
+        ("a.jpg\t1\nb.jpg\t-2\n", r"list\.txt: b\.jpg: the label -2 is not"),
+        ("a.jpg\t0.5\n", r"list\.txt: a\.jpg: the label 0\.5 is not"),
         ("a.jpg\towl\nb.jpg\t-1\n", r"list\.txt: a\.jpg: the label 'owl' is a name, but '-1' is a number"),
-        ("a.jpg\nb\0.jpg\n", r"list\.txt has a NUL byte in line 2"),
+        ("a.jpg\nb\0.jpg\n", r"list\.txt: NUL byte in line 2"),
         ("", r"list\.txt lists no images"),
         (" \n\n", r"list\.txt lists no images"),
     ],
 )
-def test_what_is_wrong_with_a_list_is_said(tmp_path: Path, content: str, said: str) -> None:
+def test_errors_of_list_files(tmp_path: Path, content: str, error: str) -> None:
     (tmp_path / "list.txt").write_text(content)
-    with pytest.raises(ShardError, match=said):
+    with pytest.raises(ShardError, match=error):
         pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("fault", ["junk", "cut", "flipped"])
 @pytest.mark.parametrize("suffix", ["gz", "xz", "bz2"])
-def test_a_compressed_tar_that_is_damaged_is_named_itself(tmp_path: Path, suffix: str, fault: str) -> None:
+def test_damaged_compressed_tar_is_named(tmp_path: Path, suffix: str, fault: str) -> None:
     source = tmp_path / f"images.tar.{suffix}"
     with tarfile.open(source, f"w:{suffix}") as tar:
         tar.add(draw_folder(tmp_path / "images", 3), "images")
@@ -126,20 +126,20 @@ def test_a_compressed_tar_that_is_damaged_is_named_itself(tmp_path: Path, suffix
     assert not (tmp_path / "set").exists()
 
 
-def test_the_tar_in_a_compressed_file_or_a_store_is_named_by_its_source(tmp_path: Path) -> None:
+def test_truncated_tar_is_named_by_its_source_not_its_copy(tmp_path: Path) -> None:
     plain = tmp_path / "images.tar"
     with tarfile.open(plain, "w") as tar:
         tar.add(draw_folder(tmp_path / "images", 3), "images")
     plain.write_bytes(plain.read_bytes()[:3000])
     (tmp_path / "images.tgz").write_bytes(gzip.compress(plain.read_bytes()))
     for source in (str(tmp_path / "images.tgz"), plain.as_uri()):
-        with pytest.raises(ShardError, match=f"^{re.escape(source)} is (cut short|not a complete tar)") as raised:
+        with pytest.raises(ShardError, match=f"^{re.escape(source)} is (truncated|not a complete tar)") as raised:
             pack(source, tmp_path / "set", _SMALL)
         assert "packing.tar" not in str(raised.value)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tgz", "tar.bz2"])
-def test_tars_pack_as_their_folder_would(tmp_path: Path, suffix: str) -> None:
+def test_tar_packs_like_its_folder(tmp_path: Path, suffix: str) -> None:
     images = draw_folder(tmp_path / "images", 6, ("cat", "dog"))
     mode = {"tar": "w", "tgz": "w:gz"}.get(suffix, f"w:{suffix.removeprefix('tar.')}")
     with tarfile.open(tmp_path / f"images.{suffix}", mode) as tar:
@@ -159,7 +159,7 @@ def test_tars_pack_as_their_folder_would(tmp_path: Path, suffix: str) -> None:
     ]
 
 
-def test_a_webdataset_keeps_its_own_labels(tmp_path: Path) -> None:
+def test_webdataset_tar_keeps_its_labels(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "foreign.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for number, label in enumerate((5, 3)):
             for extension, content in (("cls", str(label).encode()), ("jpg", encoded(drawn_image(number)))):
@@ -170,14 +170,14 @@ def test_a_webdataset_keeps_its_own_labels(tmp_path: Path) -> None:
     assert _labels(ShardSet.open(tmp_path / "set")) == [5, 3]
 
 
-def test_what_does_not_decode_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_undecodable_images_are_listed_with_a_reason(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 4)
     whole = encoded(drawn_image(9, 150, 100))
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (images / "empty.png").write_bytes(b"")
     (images / "text.jpg").write_bytes(b"hello")
     (images / "large.png").write_bytes(encoded(drawn_image(1, 200, 200), "PNG"))
-    (images / "notes.txt").write_bytes(b"not tried")
+    (images / "notes.txt").write_bytes(b"ignored")
     (images / "animated.gif").write_bytes(encoded(drawn_image(2), "GIF"))
     os.symlink("nowhere", images / "dangling.jpg")
     report = pack(images, tmp_path / "set", PackOptions(max_pixels=30_000), workers=1)
@@ -191,7 +191,7 @@ def test_what_does_not_decode_is_listed_with_its_reason(tmp_path: Path) -> None:
     assert (report.manifest.num_samples, report.num_rejected, report.num_ignored) == (5, 5, 1)
 
 
-def test_what_is_no_file_is_listed_and_never_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_sockets_are_rejected_without_blocking(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 2)
     os.mkfifo(images / "pipe.jpg")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -215,44 +215,42 @@ def test_shuffle_and_dedup(tmp_path: Path) -> None:
     assert list(_rejected(tmp_path / "sorted")) == ["image 003.jpg"]  # "image 003 again.jpg" sorts before it
 
 
-def test_keys_are_unique_and_without_spaces() -> None:
+def test_sample_keys() -> None:
     assert sample_key(3, "a b/c.d.jpg") == "000000003_a_b_c_d"
     assert sample_key(3, "größe.jpg") == "000000003_gr_e"
     assert sample_key(3, "猫.jpg") == "000000003"
     assert len(sample_key(10**9, "x" * 300 + ".jpg")) < 90
 
 
-def test_a_folder_for_one_set_only(tmp_path: Path) -> None:
+def test_folder_accepts_only_the_same_packing_again(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 6)
     first = pack(images, tmp_path / "set", _SMALL)
     before = _tree(tmp_path / "set")
-    assert pack(images, tmp_path / "set", _SMALL) == first  # the same again is no error and no work
+    assert pack(images, tmp_path / "set", _SMALL) == first  # packing again changes nothing
     assert _tree(tmp_path / "set") == before
     (tmp_path / "set" / "rejected.jsonl").rename(tmp_path / "aside")
     assert pack(images, tmp_path / "set", _SMALL) == replace(first, num_rejected=None)
     (tmp_path / "aside").rename(tmp_path / "set" / "rejected.jsonl")
-    with pytest.raises(ShardError, match="already holds another shard set"):
+    with pytest.raises(ShardError, match="already contains another shard set"):
         pack(images, tmp_path / "set", PackOptions(max_side=10))
-    with pytest.raises(ShardError, match="holds other files"):
+    with pytest.raises(ShardError, match="has other files"):
         pack(images, images, _SMALL)
     assert _tree(tmp_path / "set") == before
 
 
-def test_what_lies_where_shards_would_go_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_in_shard_folders_are_kept(tmp_path: Path) -> None:
     images, out = draw_folder(tmp_path / "images", 6), tmp_path / "set"
     for folder in ("shards", "index"):
         (out / folder).mkdir(parents=True)
         (out / folder / "mine.tar").write_text("precious")
         before = _tree(out)
-        with pytest.raises(ShardError, match=r"holds other files, such as \w+/mine.tar; choose a new folder"):
+        with pytest.raises(ShardError, match=r"has other files, such as \w+/mine.tar; choose a new folder"):
             pack(images, out, _SMALL)
         assert _tree(out) == before
         shutil.rmtree(out / folder)
 
 
-def test_another_source_with_the_same_names_is_another_packing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_names_with_other_content_is_another_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
     options = PackOptions(shard_bytes=20_000, dedup=True)
     _interrupted(images, out, 1, monkeypatch)
@@ -261,7 +259,7 @@ def test_another_source_with_the_same_names_is_another_packing(
     with pytest.raises(ShardError, match="interrupted packing of another source"):
         pack(other, out, options)
     pack(images, out, options)
-    with pytest.raises(ShardError, match="already holds another shard set"):
+    with pytest.raises(ShardError, match="already contains another shard set"):
         pack(other, out, options)
 
 
@@ -270,7 +268,7 @@ class _Stop(Exception):
 
 
 def _interrupted(images: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack until ``after`` shards are complete, then stop as if the disk had vanished."""
+    """Pack until ``after`` shards are complete, then stop with an exception."""
     from shards.packing.shard_writer import ShardWriter
 
     whole = ShardWriter.finish
@@ -289,7 +287,7 @@ def _interrupted(images: Path, out: Path, after: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_an_interrupted_packing_goes_on_to_the_same_set(
+def test_interrupted_packing_resumes_to_the_same_set(
     tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = draw_folder(tmp_path / "images", 50)
@@ -312,9 +310,7 @@ def test_an_interrupted_packing_goes_on_to_the_same_set(
 
 
 @pytest.mark.parametrize("lost", ["shards/000000.tar", "index/000001.npy", "index/000000.idx"])
-def test_shards_that_were_lost_since_are_packed_again(
-    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_shards_are_packed_again(tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images, out = draw_folder(tmp_path / "images", 50), tmp_path / "set"
     options = PackOptions(shard_bytes=20_000, dedup=True)
     pack(images, tmp_path / "unbroken", options)
@@ -325,7 +321,7 @@ def test_shards_that_were_lost_since_are_packed_again(
 
 
 @pytest.mark.parametrize("first_line", ["garbage", "{}", "[1]"])
-def test_a_damaged_journal_is_not_ours(tmp_path: Path, first_line: str) -> None:
+def test_damaged_journal_is_refused(tmp_path: Path, first_line: str) -> None:
     images, out = draw_folder(tmp_path / "images", 6), tmp_path / "set"
     out.mkdir()
     (out / "packing.jsonl").write_text(first_line + "\n")

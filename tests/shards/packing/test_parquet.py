@@ -1,4 +1,4 @@
-"""Images in parquet files, as data sets of Hugging Face hold them, pack as files would."""
+"""Images in Parquet files, in the layout of Hugging Face data sets, pack like image files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shards.packing.inputs import list_inputs
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
 from shards.packing.verify import verify
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _SMALL = PackOptions(shard_bytes=20_000)
 _STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
@@ -33,7 +33,7 @@ def _image(number: int) -> bytes:
 
 
 def _write(path: Path, numbers: range, labels: list[object] | None = None, plain: bool = False) -> Path:
-    """A parquet file of drawn images in row groups of four."""
+    """Write a Parquet file of drawn images in row groups of four."""
     cells = [_image(n) if plain else {"bytes": _image(n), "path": f"{n}.jpg"} for n in numbers]
     images = pyarrow.array(cells, pyarrow.binary() if plain else _STRUCT)
     columns = {"id": pyarrow.array(list(numbers)), "image": images}
@@ -57,7 +57,7 @@ def _content(folder: Path) -> list[tuple[bytes, int]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_folder_of_parquets_gives_images_labels_and_class_names(tmp_path: Path, workers: int) -> None:
+def test_parquet_folder_gives_images_labels_and_class_names(tmp_path: Path, workers: int) -> None:
     _write(tmp_path / "data" / "train-0.parquet", range(10), [number % 3 for number in range(10)])
     _write(tmp_path / "data" / "train-1.parquet", range(10, 17), [None] + [2] * 6)
     (tmp_path / "data" / "README.md").write_text("about")
@@ -71,7 +71,7 @@ def test_a_folder_of_parquets_gives_images_labels_and_class_names(tmp_path: Path
     assert verify(tmp_path / "set") == []
 
 
-def test_columns_of_bytes_without_labels_and_with_labels_by_name(tmp_path: Path) -> None:
+def test_byte_columns_without_labels_and_with_names_as_labels(tmp_path: Path) -> None:
     plain = _write(tmp_path / "plain.parquet", range(5), plain=True)
     pack(plain, tmp_path / "a", _SMALL)
     assert _content(tmp_path / "a") == [(_image(number), -1) for number in range(5)]
@@ -83,28 +83,33 @@ def test_columns_of_bytes_without_labels_and_with_labels_by_name(tmp_path: Path)
     assert [label for _, label in _content(tmp_path / "c")] == [0, 1, 2]
 
 
-def test_labels_in_floating_point_are_taken_and_what_is_no_label_is_named(tmp_path: Path) -> None:
+def test_float_labels_and_errors_of_labels(tmp_path: Path) -> None:
     floats = _write(tmp_path / "floats.parquet", range(4), [2.0, float("nan"), None, -1.0])
     pack(floats, tmp_path / "set", _SMALL)
     assert [label for _, label in _content(tmp_path / "set")] == [2, -1, -1, -1]
-    for number, (labels, said) in enumerate((
-        ([0.5, 1.0], r"bad\.parquet: column 'label': the label 0\.5 is no whole number"),
-        ([1, 99999999999], "the label 99999999999 is no whole number from 0 to 2147483647"),
-        ([1, -7], "the label -7 is no"),
-        ([1.0, float("inf")], "the label inf is no"),
-        ([[1], [2, 3]], "holds list, not numbers or names; name another column with --label-column, or '' to go"),
-    )):
+    for number, (labels, message) in enumerate(
+        (
+            ([0.5, 1.0], r"bad\.parquet: column 'label': the label 0\.5 is not a whole number"),
+            ([1, 99999999999], "the label 99999999999 is not a whole number from 0 to 2147483647"),
+            ([1, -7], "the label -7 is not"),
+            ([1.0, float("inf")], "the label inf is not"),
+            (
+                [[1], [2, 3]],
+                "contains list, not numbers or names; name another column with --label-column, or '' for no",
+            ),
+        )
+    ):
         bad = _write(tmp_path / f"{number}" / "bad.parquet", range(2), labels)
-        with pytest.raises(ShardError, match=said):
+        with pytest.raises(ShardError, match=message):
             list_inputs(str(bad))
     assert [item.label for item in list_inputs(str(bad), Columns(label="")).items] == [-1, -1]
     _write(tmp_path / "both" / "numbered.parquet", range(2), [0, 1])
     _write(tmp_path / "both" / "named.parquet", range(2), ["owl", "bee"])
-    with pytest.raises(ShardError, match="labels by number, others by name"):
+    with pytest.raises(ShardError, match="numbers as labels, others names"):
         list_inputs(str(tmp_path / "both"))
 
 
-def test_a_shuffle_mixes_and_reads_each_row_group_once(tmp_path: Path) -> None:
+def test_shuffle_reads_each_row_group_once(tmp_path: Path) -> None:
     source = _write(tmp_path / "all.parquet", range(40), plain=True)
     order = list_inputs(str(source)).order(3).tolist()
     assert sorted(order) == list(range(40)) and order != list(range(40))
@@ -114,7 +119,7 @@ def test_a_shuffle_mixes_and_reads_each_row_group_once(tmp_path: Path) -> None:
     assert [payload for payload, _ in _content(tmp_path / "set")] == [_image(number) for number in order]
 
 
-def test_empty_and_broken_cells_are_listed(tmp_path: Path) -> None:
+def test_empty_and_undecodable_cells_are_rejected(tmp_path: Path) -> None:
     cells = [
         {"bytes": _image(0), "path": None},
         {"bytes": None, "path": "elsewhere/1.jpg"},
@@ -131,34 +136,34 @@ def test_empty_and_broken_cells_are_listed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
+def test_errors_of_columns_and_files(tmp_path: Path) -> None:
     two = pyarrow.table({"a": [b"1"], "b": [b"2"], "n": [1]})
     pyarrow.parquet.write_table(two, tmp_path / "two.parquet")
     pyarrow.parquet.write_table(two.select(["n"]), tmp_path / "none.parquet")
     (tmp_path / "junk.parquet").write_bytes(b"no parquet" * 100)
-    for name, columns, said in (
-        ("two", Columns(), r"two\.parquet has several columns of bytes \(a, b\); name .* --image-column"),
+    for name, columns, message in (
+        ("two", Columns(), r"two\.parquet has several columns of bytes \(a, b\); give .* --image-column"),
         ("none", Columns(), "has no column of bytes"),
         ("two", Columns(image="c"), "has no column 'c'; it has a, b, n"),
-        ("two", Columns(image="n"), "column 'n' holds int64, not bytes"),
+        ("two", Columns(image="n"), "column 'n' contains int64, not bytes"),
         ("two", Columns(image="a", label="c"), "has no column 'c'"),
         ("junk", Columns(), r"junk\.parquet cannot be read"),
     ):
-        with pytest.raises(ShardError, match=said):
+        with pytest.raises(ShardError, match=message):
             pack(tmp_path / f"{name}.parquet", tmp_path / "set", _SMALL, columns=columns)
         assert not (tmp_path / "set").exists()
 
 
-def test_without_pyarrow_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     source = _write(tmp_path / "a.parquet", range(2))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ShardError, match="parquet files need pyarrow: pip install pyarrow"):
+    with pytest.raises(ShardError, match="Parquet files need pyarrow: pip install pyarrow"):
         pack(source, tmp_path / "set", _SMALL)
 
 
-def test_parquets_in_a_store(tmp_path: Path) -> None:
+def test_parquet_files_in_a_store(tmp_path: Path) -> None:
     files = fsspec.filesystem("memory")
     for name, numbers in (("0", range(6)), ("1", range(6, 9))):
         local = _write(tmp_path / f"{name}.parquet", numbers)
@@ -170,17 +175,17 @@ def test_parquets_in_a_store(tmp_path: Path) -> None:
     assert len(_content(tmp_path / "one")) == 3
 
 
-@pytest.mark.parametrize("said_so", [True, False])
-def test_a_server_that_sends_whole_files_only_is_named_at_once(tmp_path: Path, said_so: bool) -> None:
+@pytest.mark.parametrize("with_header", [True, False])
+def test_server_without_byte_ranges_fails_without_retries(tmp_path: Path, with_header: bool) -> None:
     _write(tmp_path / "large.parquet", range(100), plain=True)
-    assert (tmp_path / "large.parquet").stat().st_size > 100_000  # of less, pyarrow asks for all at once
+    assert (tmp_path / "large.parquet").stat().st_size > 100_000  # pyarrow fetches smaller files in one request
 
     class WithoutRanges(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
         def end_headers(self) -> None:
-            if said_so:
+            if with_header:
                 self.send_header("Accept-Ranges", "none")
             super().end_headers()
 
@@ -188,7 +193,7 @@ def test_a_server_that_sends_whole_files_only_is_named_at_once(tmp_path: Path, s
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     began = time.monotonic()
     try:
-        with pytest.raises(ShardError, match=r"/large\.parquet cannot be read in parts \(.*\); copy it here, and"):
+        with pytest.raises(ShardError, match=r"/large\.parquet cannot be read by byte ranges \(.*\); give a local"):
             list_inputs(f"http://127.0.0.1:{server.server_port}/large.parquet")
     finally:
         server.shutdown()

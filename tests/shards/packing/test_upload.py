@@ -1,4 +1,4 @@
-"""Images from a store, sets to a store: the same set as with local folders, and nothing is sent twice."""
+"""Remote sources and remote sets give the same set as local ones, and nothing is sent twice."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import pytest
 from drawn_images import draw_folder, drawn_image, encoded, packed_set
 
 from shards.errors import ShardError
-from shards.format import items
 from shards.format.index import load_index
+from shards.packing import items
+from shards.packing import upload as upload_module
 from shards.packing.pack import PackOptions, pack, scratch_folder
 from shards.packing.upload import Upload
 from shards.packing.verify import verify
 from shards.reading.order import Order
-from shards.reading.source import ShardSet, Source
-from shards.storage.remote_folder import RemoteFolder
-from shards.storage.store import Patience, Store
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
+from shards.storage.store import RetryPolicy, Store
 
 _SMALL = PackOptions(shard_bytes=20_000)
 
@@ -39,37 +40,35 @@ def bucket() -> Iterator[str]:
     files.store.clear()
 
 
-def _there(url: str) -> dict[str, bytes]:
-    folder = RemoteFolder(url)
-    return {name: folder.load(name, bytes) for name in folder.tree()}
+def _remote_files(url: str) -> dict[str, bytes]:
+    store = Store(url)
+    return {name: store.load(name, bytes) for name in store.list_tree()}
 
 
-def _here(path: Path) -> dict[str, bytes]:
+def _local_files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the objects that are sent, as they are."""
+    """Names of the uploaded objects, in order."""
     names: list[str] = []
-    whole = RemoteFolder.upload
+    original = Store.upload
 
-    def upload(folder: RemoteFolder, source: Path, name: str) -> None:
+    def upload(store: Store, source: Path, name: str) -> None:
         names.append(name)
-        whole(folder, source, name)
+        original(store, source, name)
 
-    monkeypatch.setattr(RemoteFolder, "upload", upload)
+    monkeypatch.setattr(Store, "upload", upload)
     return names
 
 
-def test_a_set_at_a_url_is_the_local_one_and_its_manifest_comes_last(
-    tmp_path: Path, bucket: str, sent: list[str]
-) -> None:
+def test_uploaded_set_equals_local_set_and_manifest_is_sent_last(tmp_path: Path, bucket: str, sent: list[str]) -> None:
     images = draw_folder(tmp_path / "images", 50, ("cat", "dog"))
     (images / "cat" / "broken.jpg").write_bytes(b"text")
     local = pack(images, tmp_path / "set", _SMALL)
     assert pack(images, bucket, _SMALL, scratch=tmp_path / "scratch") == local
-    assert _there(bucket) == _here(tmp_path / "set")
+    assert _remote_files(bucket) == _local_files(tmp_path / "set")
     assert sent[0] == "packing.jsonl" and sent[-1] == "manifest.json" and len(sent) == len(set(sent))
     assert not (tmp_path / "scratch").exists()
     assert verify(bucket) == []
@@ -79,78 +78,76 @@ def test_a_set_at_a_url_is_the_local_one_and_its_manifest_comes_last(
     source.close()
 
     sent.clear()
-    assert pack(images, bucket, _SMALL) == local and sent == []  # the same again is no error and no work
+    assert pack(images, bucket, _SMALL) == local and sent == []
     assert not scratch_folder(bucket).exists()
-    with pytest.raises(ShardError, match="already holds another shard set"):
+    with pytest.raises(ShardError, match="already contains another shard set"):
         pack(images, bucket, PackOptions(max_side=10))
     assert not scratch_folder(bucket).exists()
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_an_interrupted_upload_goes_on_and_sends_nothing_twice(
+def test_interrupted_upload_resumes_and_sends_nothing_twice(
     tmp_path: Path, bucket: str, sent: list[str], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = draw_folder(tmp_path / "images", 50)
     pack(images, tmp_path / "set", _SMALL)
-    whole = Upload.shard
+    original = Upload.send_shard
     with monkeypatch.context() as patch:
 
         def cut(upload: Upload, entry: object) -> None:
             if len(sent) > 5:
                 raise KeyboardInterrupt
-            whole(upload, entry)
+            original(upload, entry)
 
-        patch.setattr(Upload, "shard", cut)
+        patch.setattr(Upload, "send_shard", cut)
         with pytest.raises(KeyboardInterrupt):
             pack(images, bucket, _SMALL, scratch=tmp_path / "scratch")
     with pytest.raises(ShardError, match="does not exist"):
-        Store(bucket, Patience(1.0, 1.0, 0.01)).load("manifest.json", bytes)
+        Store(bucket, RetryPolicy(1.0, 1.0, 0.01)).load("manifest.json", bytes)
     with pytest.raises(ShardError, match="interrupted packing of another source"):
         pack(images, bucket, PackOptions(shard_bytes=30_000), scratch=tmp_path / "other scratch")
     assert not (tmp_path / "other scratch").exists()
     torn = "/bucket/set/shards/000000.tar"
     files = fsspec.filesystem("memory")
     if not kept:
-        # on another machine, after a store that keeps halves
+        # resumed on another machine, with a truncated object in the store
         files.pipe_file(torn, bytes(files.cat_file(torn))[:1000])
     before = list(sent)
     pack(images, bucket, _SMALL, scratch=tmp_path / ("scratch" if kept else "elsewhere"))
-    assert _there(bucket) == _here(tmp_path / "set")
+    assert _remote_files(bucket) == _local_files(tmp_path / "set")
     twice = [name for name in sent[len(before) :] if name in before]
     assert twice == ([] if kept else ["shards/000000.tar"])
 
 
-def test_an_upload_whose_shards_were_taken_away_says_what_to_do(
-    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_uploads(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = draw_folder(tmp_path / "images", 50)
     pack(images, bucket, _SMALL, scratch=tmp_path / "whole")
     entries = list(ShardSet.open(bucket).manifest.shards)
     files = fsspec.filesystem("memory")
     for name in ("manifest.json", "rejected.jsonl", "shards/000001.tar"):
         files.rm_file(f"/bucket/set/{name}")
-    with pytest.raises(ShardError, match=r"holds other files, such as index/000000\.idx"):
+    with pytest.raises(ShardError, match=r"has other files, such as index/000000\.idx"):
         pack(images, bucket, _SMALL, scratch=tmp_path / "scratch")
     upload = Upload(bucket, tmp_path)
     files.pipe_file("/bucket/set/packing.jsonl", b'{"fingerprint": "f"}\n')
-    assert upload.finished("f") is None
-    with pytest.raises(ShardError, match=r"shards/000001\.tar is gone; to pack it anew, delete"):
+    assert upload.find_finished("f") is None
+    with pytest.raises(ShardError, match=r"shards/000001\.tar is missing; to pack it again, delete"):
         upload.begin("f", entries)
     files.pipe_file("/bucket/set/my file", b"")
-    with pytest.raises(ShardError, match="holds other files, such as my file"):
+    with pytest.raises(ShardError, match="has other files, such as my file"):
         pack(images, bucket, _SMALL, scratch=tmp_path / "scratch")
-    with pytest.raises(ShardError, match="cannot be written to; give a folder, or a URL such as s3"):
+    with pytest.raises(ShardError, match="is read-only; give a folder, or a URL such as s3"):
         pack(images, "http://127.0.0.1:1/set", _SMALL)
     closed = (tmp_path / "file").as_uri() + "/set"
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr(RemoteFolder.__init__, "__defaults__", (Patience(0.2, 1.0, 0.01, 0.02),))
-    with pytest.raises(ShardError, match=r"/set/packing\.jsonl cannot be written \(.*\); mend that and run this again"):
+    monkeypatch.setattr(upload_module, "BULK_POLICY", RetryPolicy(0.2, 1.0, 0.01, 0.02))
+    with pytest.raises(ShardError, match=r"/set/packing\.jsonl cannot be written \(.*\); fix that and re-run"):
         pack(images, closed, _SMALL, scratch=tmp_path / "scratch")
 
 
 @contextmanager
 def _listing_server(root: Path) -> Iterator[str]:
-    """A server that lists its folders as web pages with links."""
+    """Serve folders as web pages with links."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -170,7 +167,7 @@ def _payloads(path: Path) -> list[bytes]:
     return [shard_set.read(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
 
 
-def test_folders_tars_and_lists_in_stores_pack_as_local_ones(tmp_path: Path, bucket: str) -> None:
+def test_remote_sources_pack_like_local_ones(tmp_path: Path, bucket: str) -> None:
     images = draw_folder(tmp_path / "www" / "images", 12, ("cat", "a dog"))
     (images / "cat" / ".hidden.jpg").write_bytes(b"")
     (images / "notes.txt").write_bytes(b"")
@@ -194,14 +191,14 @@ def test_folders_tars_and_lists_in_stores_pack_as_local_ones(tmp_path: Path, buc
             assert sorted(path.name for path in out.iterdir()) == ["index", "manifest.json", "rejected.jsonl", "shards"]
 
 
-def test_a_store_that_fails_stops_the_packing_and_a_vanished_object_does_not(
+def test_unreachable_store_stops_packing_and_missing_object_does_not(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = fsspec.filesystem("memory")
     for number in range(4):
         files.pipe_file(f"/bucket/images/{number}.jpg", encoded(drawn_image(number)))
-    eager = functools.partial(Store, patience=Patience(0.3, 1.0, 0.01, 0.02))
-    monkeypatch.setattr(items, "store_at", eager)
+    open_store = functools.partial(Store, policy=RetryPolicy(0.3, 1.0, 0.01, 0.02))
+    monkeypatch.setattr(items, "cached_store", open_store)
     inner = type(files).cat_file
 
     def failing(self: object, path: str, *arguments: object, **options: object) -> bytes:
@@ -210,15 +207,15 @@ def test_a_store_that_fails_stops_the_packing_and_a_vanished_object_does_not(
         return inner(self, path, *arguments, **options)
 
     monkeypatch.setattr(type(files), "cat_file", failing)
-    failure: Exception = ConnectionError("the line is dead")
-    with pytest.raises(ShardError, match=r"2\.jpg could not be read in .* the line is dead; once it can be read, run"):
+    failure: Exception = ConnectionError("connection lost")
+    with pytest.raises(ShardError, match=r"2\.jpg could not be read in .* connection lost; once it can be read"):
         pack("memory://bucket/images", tmp_path / "set", _SMALL)
     failure = FileNotFoundError("gone")
     report = pack("memory://bucket/images", tmp_path / "set", _SMALL)
     assert (report.manifest.num_samples, report.num_rejected) == (3, 1)
 
 
-def test_faults_of_a_remote_set_are_those_of_its_local_copy(tmp_path: Path) -> None:
+def test_verify_finds_the_same_faults_in_a_remote_set(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, 40)
     path, url = shard_set.path, (tmp_path / "set").as_uri()
     assert verify(url) == verify(url, workers=2) == []
@@ -229,13 +226,13 @@ def test_faults_of_a_remote_set_are_those_of_its_local_copy(tmp_path: Path) -> N
     tar_path.write_bytes(tar_path.read_bytes()[:15_000])
     (path / "index" / "000000.idx").unlink()
     (path / "shards" / "left_over.tar").write_bytes(b"")
-    expected = [(fault.place, fault.index, fault.key) for fault in verify(path)]
-    assert [(fault.place, fault.index, fault.key) for fault in verify(url)] == expected
-    assert ("shards/000000.tar", 3) in [(place, index) for place, index, _ in expected] and len(expected) > 5
+    expected = [(fault.file, fault.index, fault.key) for fault in verify(path)]
+    assert [(fault.file, fault.index, fault.key) for fault in verify(url)] == expected
+    assert ("shards/000000.tar", 3) in [(file, index) for file, index, _ in expected] and len(expected) > 5
 
 
-def test_a_remote_set_without_one_of_its_tars_and_one_that_points_to_tars(tmp_path: Path) -> None:
-    from shards.packing.index_tars import adopt
+def test_verify_of_an_indexed_set_with_a_missing_tar(tmp_path: Path) -> None:
+    from shards.packing.index_tars import index_tars
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -245,9 +242,9 @@ def test_a_remote_set_without_one_of_its_tars_and_one_that_points_to_tars(tmp_pa
             payload = encoded(drawn_image(number))
             header.size = len(payload)
             tar.addfile(header, io.BytesIO(payload))
-    adopt([(foreign / "a b.tar").as_uri().replace("%20", " ")], tmp_path / "adopted")
-    assert len(load_index(tmp_path / "adopted" / "index" / "000000-a b.npy")) == 3
-    assert verify(tmp_path / "adopted") == []
+    index_tars([(foreign / "a b.tar").as_uri().replace("%20", " ")], tmp_path / "indexed")
+    assert len(load_index(tmp_path / "indexed" / "index" / "000000-a b.npy")) == 3
+    assert verify(tmp_path / "indexed") == []
     (foreign / "a b.tar").unlink()
-    (fault,) = verify(tmp_path / "adopted")
-    assert fault.place == "shards/000000-a b.tar" and fault.reason.endswith("a b.tar does not exist")
+    (fault,) = verify(tmp_path / "indexed")
+    assert fault.file == "shards/000000-a b.tar" and fault.reason.endswith("a b.tar does not exist")

@@ -1,4 +1,4 @@
-"""Every kind of damage is found, and named where it is."""
+"""Every kind of damage is found and located."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drawn_images import drawn_image, encoded, packed_set
 
 from shards.format.index import load_index, save_index
 from shards.packing.verify import verify
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def _overwrite(shard_set: ShardSet, shard: int, sample: int, content: bytes) -> 
         tar.write(content)
 
 
-def test_changed_images_are_named(shard_set: ShardSet) -> None:
+def test_changed_images_are_reported(shard_set: ShardSet) -> None:
     length = int(shard_set.record(1, 2)["length"])
     _overwrite(shard_set, 0, 1, b"text in place of an image")
     _overwrite(shard_set, 1, 2, bytes(length))
     for workers in (1, 2):
         faults = verify(shard_set.path, workers=workers)
-        assert [(fault.place, fault.index) for fault in faults] == [
+        assert [(fault.file, fault.index) for fault in faults] == [
             ("shards/000000.tar", None),
             ("shards/000000.tar", 1),
             ("shards/000001.tar", None),
@@ -42,7 +42,7 @@ def test_changed_images_are_named(shard_set: ShardSet) -> None:
         assert faults[1].key == shard_set.key(0, 1)
 
 
-def test_images_that_were_broken_when_indexed_are_found_by_decoding(shard_set: ShardSet) -> None:
+def test_images_damaged_before_indexing_are_found_by_decoding(shard_set: ShardSet) -> None:
     length = int(shard_set.record(0, 3)["length"])
     _overwrite(shard_set, 0, 3, encoded(drawn_image(1, 300, 300))[:length])
     index = shard_set.index_path(0)
@@ -50,11 +50,11 @@ def test_images_that_were_broken_when_indexed_are_found_by_decoding(shard_set: S
     records["crc32"][3] = zlib.crc32(shard_set.tar_path(0).read_bytes()[records["offset"][3] :][:length])
     save_index(records, index)
     faults = verify(shard_set.path)
-    assert [(fault.place, fault.index) for fault in faults] == [("shards/000000.tar", None), ("shards/000000.tar", 3)]
+    assert [(fault.file, fault.index) for fault in faults] == [("shards/000000.tar", None), ("shards/000000.tar", 3)]
     assert "truncated" in faults[1].reason
 
 
-def test_damaged_files_are_named(shard_set: ShardSet) -> None:
+def test_damaged_files_are_reported(shard_set: ShardSet) -> None:
     path = shard_set.path
     tar = path / "shards" / "000000.tar"
     tar.write_bytes(tar.read_bytes()[:10_000])
@@ -62,20 +62,20 @@ def test_damaged_files_are_named(shard_set: ShardSet) -> None:
     with open(path / "index" / "000001.idx", "a") as index:
         index.write("jpg 1 2 three\n")
     (path / "shards" / "left_over.tar").write_bytes(b"")
-    found = {(fault.place, fault.reason.split(" ")[0]) for fault in verify(path) if fault.index is None}
+    found = {(fault.file, fault.reason.split(" ")[0]) for fault in verify(path) if fault.index is None}
     assert found == {
         ("shards/000000.tar", "has"),
         ("shards/000000.tar", "its"),
         ("shards/000000.tar", "shards/000000.tar"),
         ("index/000001.npy", "index"),
-        ("index/000001.idx", "disagrees"),
+        ("index/000001.idx", "does"),
         ("shards/left_over.tar", "the"),
     }
 
 
-def test_an_index_that_points_elsewhere_is_named(shard_set: ShardSet) -> None:
+def test_wrong_offset_in_index_is_reported(shard_set: ShardSet) -> None:
     index = shard_set.index_path(0)
     records = np.array(load_index(index))
     records["offset"][1] += 512
     save_index(records, index)
-    assert ("index/000000.npy", 1) in [(fault.place, fault.index) for fault in verify(shard_set.path)]
+    assert ("index/000000.npy", 1) in [(fault.file, fault.index) for fault in verify(shard_set.path)]

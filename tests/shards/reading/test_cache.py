@@ -1,4 +1,4 @@
-"""Shards come once, ahead of need, within the limit, and give the same images, whatever fails on the way."""
+"""Shards are prefetched once, within the limit, and give the same images despite faults."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from PIL import Image
 from watched_folder import watched
 
 from shards.errors import ShardError
-from shards.format.set_manifest import Manifest
+from shards.format.set_manifest import SetManifest
 from shards.packing.pack import PackOptions, pack
-from shards.reading.cache import CachedShard, ShardCache, bytes_in_use, copy_bytes
+from shards.reading.cache import CachedShard, ShardCache, copy_bytes, min_cache_bytes
 from shards.reading.ledger import Ledger
-from shards.reading.mixture import AnySet, open_sets, stream_order
-from shards.reading.order import Block
+from shards.reading.mixture import AnySet, build_order, open_sets
+from shards.reading.order import Window
 from shards.reading.shard_set import ShardSet
 from shards.reading.source import Source
-from shards.storage.store import Patience
+from shards.storage.store import RetryPolicy
 
 _ROOT = Path(__file__).resolve().parents[3]
-_EAGER = Patience(20.0, 1.5, 0.01, 0.05)
+_FAST_RETRIES = RetryPolicy(20.0, 1.5, 0.01, 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def server(local: ShardSet, tmp_path: Path) -> Iterator[FaultyServer]:
 
 @contextmanager
 def opened_cache(
-    shard_set: AnySet, folder: Path, limit: int, blocks: Iterator[Block], downloads: int = 3
+    shard_set: AnySet, folder: Path, limit: int, windows: Iterator[Window], downloads: int = 3
 ) -> Iterator[ShardCache]:
     cache = ShardCache(
-        Ledger(folder, limit), shard_set.remote, blocks, start_slot=0, horizon_slots=1000, downloads=downloads
+        Ledger(folder, limit), shard_set.remote_shard, windows, start_slot=0, horizon_slots=1000, downloads=downloads
     )
     try:
         yield cache
@@ -66,8 +66,8 @@ def opened_cache(
 
 
 def stream(shard_set: AnySet, folder: Path | None = None, limit: int = 0, epochs: int = 2) -> list[tuple[int, bytes]]:
-    """Shards and payloads of two epochs in batches of 6; through a cache if there is a folder."""
-    order = stream_order(shard_set, seed=3, window=2, lanes=2, lane_block=3)
+    """Return shards and payloads of the epochs in batches of 6, through a cache if a folder is given."""
+    order = build_order(shard_set, seed=3, window=2, lanes=2, lane_block=3)
     end = epochs * shard_set.num_samples
 
     def read(readable: AnySet, on_read: Callable[[int], None] | None = None) -> list[tuple[int, bytes]]:
@@ -82,19 +82,19 @@ def stream(shard_set: AnySet, folder: Path | None = None, limit: int = 0, epochs
 
     if folder is None:
         return read(shard_set)
-    blocks = itertools.takewhile(lambda block: block.first_slot < end, order.blocks(0, range(order.num_lanes)))
-    with opened_cache(shard_set, folder, limit, blocks) as cache:
-        return read(shard_set.reading_copies(cache), cache.passed)
+    windows = itertools.takewhile(lambda window: window.first_slot < end, order.windows(0, range(order.num_lanes)))
+    with opened_cache(shard_set, folder, limit, windows) as cache:
+        return read(shard_set.with_copies(cache), cache.mark_consumed)
 
 
 def window_bytes(shard_set: ShardSet, shards: int) -> int:
-    return bytes_in_use(shard_set.manifest.shards, shards, processes=1)
+    return min_cache_bytes(shard_set.manifest.shards, shards, processes=1)
 
 
-def test_the_stream_is_the_local_one_whatever_fails_and_the_limit_holds(
+def test_stream_equals_local_stream_within_the_limit_despite_faults(
     local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    remote = ShardSet.open(f"{server.url}/set", _EAGER)
+    remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
     faults = ["503", "cut", None, "short", "stall", None, "503", None, None, "whole", "cut", None, "short", None]
     server.faults = [*faults]
     limit = window_bytes(local, 5)
@@ -108,29 +108,25 @@ def test_the_stream_is_the_local_one_whatever_fails_and_the_limit_holds(
     assert remote.traffic.num_bytes >= local.manifest.num_bytes
 
 
-def test_with_room_for_all_each_shard_comes_once_and_stays(
-    local: ShardSet, server: FaultyServer, tmp_path: Path
-) -> None:
+def test_each_shard_is_fetched_once_if_all_fit(local: ShardSet, server: FaultyServer, tmp_path: Path) -> None:
     expected = stream(local)
     for _ in range(2):
-        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
         assert stream(remote, tmp_path / "cache", 10 * local.manifest.num_bytes) == expected
     gets = Counter(path for path, _ in server.gets)
     assert {gets[f"/set/shards/{shard.name}"] for shard in local.manifest.shards} == {1}
     assert gets["/set/manifest.json"] == 2
 
 
-def test_a_smaller_limit_fetches_again_what_it_had_to_give_up(
-    local: ShardSet, server: FaultyServer, tmp_path: Path
-) -> None:
-    remote = ShardSet.open(f"{server.url}/set", _EAGER)
+def test_evicted_shards_are_fetched_again(local: ShardSet, server: FaultyServer, tmp_path: Path) -> None:
+    remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
     limit = window_bytes(local, 4)
     with watched(tmp_path / "cache") as most:
         assert stream(remote, tmp_path / "cache", limit) == stream(local)
     assert most[0] <= limit
 
 
-def test_shards_of_one_name_in_two_sets_never_mix(local: ShardSet, tmp_path: Path) -> None:
+def test_shards_with_one_name_in_two_sets_are_kept_apart(local: ShardSet, tmp_path: Path) -> None:
     served = tmp_path / "served"
     shutil.copytree(local.path, served / "a")
     for number in range(30):
@@ -141,39 +137,39 @@ def test_shards_of_one_name_in_two_sets_never_mix(local: ShardSet, tmp_path: Pat
     shares = [("a", 2.0), ("b", 1.0)]
     with faulty_server(served) as server:
         near = open_sets([(str(served / name), weight) for name, weight in shares])
-        far = open_sets([(f"{server.url}/{name}", weight) for name, weight in shares], _EAGER)
+        far = open_sets([(f"{server.url}/{name}", weight) for name, weight in shares], _FAST_RETRIES)
         assert stream(far, tmp_path / "cache", 10**7) == stream(near)
-        # the same URLs, other contents: nothing of the old ones is used
+        # the same URLs with other contents: old copies are not used
         shutil.rmtree(served / "a")
         shutil.copytree(served / "b", served / "a")
-        near, far = ShardSet.open(served / "a"), ShardSet.open(f"{server.url}/a", _EAGER)
+        near, far = ShardSet.open(served / "a"), ShardSet.open(f"{server.url}/a", _FAST_RETRIES)
         assert stream(far, tmp_path / "cache", 10**7) == stream(near)
 
 
-def test_what_is_not_as_the_manifest_says_is_one_clear_error(
+def test_shard_that_differs_from_the_manifest_is_an_error(
     local: ShardSet, server: FaultyServer, tmp_path: Path
 ) -> None:
     tar = server.root / "set" / "shards" / "000002.tar"
     content = tar.read_bytes()
     for number, wrong in enumerate([content[:-1] + b"?", content[:5000], content + b"more"]):
         tar.write_bytes(wrong)
-        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
         if len(wrong) > len(content):
-            # what comes after the end is not read
+            # bytes after the expected end are not read
             assert stream(remote, tmp_path / f"cache{number}", 10**7) == stream(local)
             continue
-        with pytest.raises(ShardError, match=r"/set/shards/000002\.tar (is not the file|gives 5000 bytes)"):
+        with pytest.raises(ShardError, match=r"/set/shards/000002\.tar (does not match|returned 5000 bytes)"):
             stream(remote, tmp_path / f"cache{number}", 10**7)
     server.gone.add("/set/shards/000002.tar")
     with pytest.raises(ShardError, match=r"/set/shards/000002\.tar does not exist"):
         stream(remote, tmp_path / "cache", 10**7)
 
 
-def test_a_fault_ahead_of_need_is_an_error_only_when_needed(server: FaultyServer, tmp_path: Path) -> None:
-    remote = ShardSet.open(f"{server.url}/set", _EAGER)
+def test_failed_prefetch_is_an_error_only_when_needed(server: FaultyServer, tmp_path: Path) -> None:
+    remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
     server.gone.add("/set/shards/000001.tar")
-    blocks = [Block(0, 9, (0,)), Block(10, 19, (1,)), Block(20, 29, (2,))]
-    with opened_cache(remote, tmp_path / "cache", 10**7, iter(blocks)) as cache:
+    windows = [Window(0, 9, (0,)), Window(10, 19, (1,)), Window(20, 29, (2,))]
+    with opened_cache(remote, tmp_path / "cache", 10**7, iter(windows)) as cache:
         assert isinstance(cache.get(0), CachedShard)
         assert isinstance(cache.get(2), CachedShard)
         with pytest.raises(ShardError, match=r"000001\.tar does not exist"):
@@ -182,58 +178,58 @@ def test_a_fault_ahead_of_need_is_an_error_only_when_needed(server: FaultyServer
         assert isinstance(cache.get(1), CachedShard)
 
 
-def test_shards_come_before_they_are_needed_as_far_as_there_is_room(
+def test_prefetch_fills_the_folder_and_evicts_consumed_shards(
     local: ShardSet, server: FaultyServer, tmp_path: Path
 ) -> None:
-    remote, folder = ShardSet.open(f"{server.url}/set", _EAGER), tmp_path / "cache"
-    blocks = [Block(10 * shard, 10 * shard + 9, (shard,)) for shard in range(7)]
-    limit = bytes_in_use(local.manifest.shards, 3, 1)
+    remote, folder = ShardSet.open(f"{server.url}/set", _FAST_RETRIES), tmp_path / "cache"
+    windows = [Window(10 * shard, 10 * shard + 9, (shard,)) for shard in range(7)]
+    limit = min_cache_bytes(local.manifest.shards, 3, 1)
 
-    def there() -> int:
+    def num_cached() -> int:
         return len(list(folder.glob("*.shard")))
 
-    def settle(count: int) -> None:
-        patience = time.monotonic() + 10
-        while there() < count and time.monotonic() < patience:
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 10
+        while num_cached() < count and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert there() == count
+        assert num_cached() == count
 
-    with opened_cache(remote, folder, limit, iter(blocks)) as cache:
-        settle(3)
-        held = [cache.get(shard) for shard in range(3)]
+    with opened_cache(remote, folder, limit, iter(windows)) as cache:
+        wait_for(3)
+        open_copies = [cache.get(shard) for shard in range(3)]
         assert (cache.hits, cache.misses) == (3, 0)
-        # shard 3 may take nobody's place: the others are needed sooner, and so is it read where it lies
+        # the other shards are needed sooner, so shard 3 evicts none and is read from the store
         assert cache.get(3) is None
         assert cache.misses == 1
-        del held
-        cache.passed(10)
+        del open_copies
+        cache.mark_consumed(10)
         assert isinstance(cache.get(3), CachedShard)
-        assert cache.get(0) is None  # it had to make room, and nothing speaks of it any more
-        cache.passed(80)
+        assert cache.get(0) is None  # evicted, and not planned any more
+        cache.mark_consumed(80)
         assert cache.get(6) is None
 
 
-def test_a_copy_that_was_damaged_is_replaced_by_the_original(
+def test_damaged_copy_is_replaced_by_the_original(
     local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    remote, folder = ShardSet.open(f"{server.url}/set", _EAGER), tmp_path / "cache"
-    with opened_cache(remote, folder, 10**7, iter([Block(0, 59, (0,))])) as cache:
-        through = remote.reading_copies(cache)
-        assert through.read(0, 1) == local.read(0, 1)
+    remote, folder = ShardSet.open(f"{server.url}/set", _FAST_RETRIES), tmp_path / "cache"
+    with opened_cache(remote, folder, 10**7, iter([Window(0, 59, (0,))])) as cache:
+        cached_set = remote.with_copies(cache)
+        assert cached_set.read(0, 1) == local.read(0, 1)
         (copy,) = folder.glob("*.shard")
         with open(copy, "r+b") as file:
             file.seek(int(local.record(0, 2)["offset"]) + 20)
             file.write(b"XXXX")
         with caplog.at_level(logging.WARNING, "shards.reading.shard_set"):
-            assert through.read(0, 2) == local.read(0, 2)
-        assert "the copy in the cache is given up" in caplog.text
-        patience = time.monotonic() + 10
-        while through.read(0, 2) == local.read(0, 2) and not copy.exists() and time.monotonic() < patience:
+            assert cached_set.read(0, 2) == local.read(0, 2)
+        assert "dropping the cached copy" in caplog.text
+        deadline = time.monotonic() + 10
+        while cached_set.read(0, 2) == local.read(0, 2) and not copy.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         caplog.clear()
-        assert through.read(0, 2) == local.read(0, 2) and not caplog.text  # the copy is whole again
-        assert through.key(0, 2) == local.key(0, 2)
-        np.testing.assert_array_equal(through.records(0), local.records(0))
+        assert cached_set.read(0, 2) == local.read(0, 2) and not caplog.text  # the copy is complete again
+        assert cached_set.key(0, 2) == local.key(0, 2)
+        np.testing.assert_array_equal(cached_set.records(0), local.records(0))
 
 
 _ONE_SHARD = """
@@ -241,37 +237,35 @@ import resource, sys
 from pathlib import Path
 from shards.reading.cache import ShardCache
 from shards.reading.ledger import Ledger
-from shards.reading.order import Block
+from shards.reading.order import Window
 from shards.reading.shard_set import ShardSet
-from shards.storage.store import Patience
+from shards.storage.store import RetryPolicy
 url, folder, largest = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-remote = ShardSet.open(url, Patience(60.0, 20.0, 0.01, 0.05))
+remote = ShardSet.open(url, RetryPolicy(60.0, 20.0, 0.01, 0.05))
 if largest:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 ledger = Ledger(folder, 10**8)
-cache = ShardCache(ledger, remote.remote, iter([Block(0, 9, (0,))]), start_slot=0, horizon_slots=9, downloads=1)
+cache = ShardCache(ledger, remote.remote_shard, iter([Window(0, 9, (0,))]), start_slot=0, horizon_slots=9, downloads=1)
 print(len(cache.get(0).read(10**9, 0)))
 cache.close()
 """
 
 
 def one_shard(server: FaultyServer, folder: Path, largest: int = 0) -> subprocess.Popen[str]:
-    """A process that opens the first shard of the set through a cache."""
+    """Start a process that opens the first shard of the set with a cache."""
     words = [sys.executable, "-c", _ONE_SHARD, f"{server.url}/set", str(folder), str(largest)]
     return subprocess.Popen(words, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_disk_that_takes_no_more_is_one_clear_error(server: FaultyServer, tmp_path: Path) -> None:
+def test_full_disk_is_an_error(server: FaultyServer, tmp_path: Path) -> None:
     child = one_shard(server, tmp_path / "cache", largest=4000)
     _, errors = child.communicate(timeout=60)
-    said = errors.strip().splitlines()[-1]
-    assert "ShardError: the cache folder" in said and "000000.tar (File too large); free space there" in said
+    message = errors.strip().splitlines()[-1]
+    assert "ShardError: the cache folder" in message and "000000.tar (File too large); free space there" in message
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_a_download_goes_on_after_a_kill_and_several_processes_share_one(
-    local: ShardSet, tmp_path: Path
-) -> None:
+def test_download_resumes_after_a_kill_and_is_shared_by_processes(local: ShardSet, tmp_path: Path) -> None:
     # a shard of three pieces
     big = tmp_path / "served" / "set"
     (tmp_path / "images").mkdir()
@@ -285,8 +279,8 @@ def test_a_download_goes_on_after_a_kill_and_several_processes_share_one(
     with faulty_server(tmp_path / "served") as server:
         server.faults = [None, None, None, None, "stall"]  # manifest, index, two pieces of the tar, and the third
         child = one_shard(server, folder)
-        patience = time.monotonic() + 30
-        while sum(place == path for place, _ in server.gets) < 3 and time.monotonic() < patience:
+        deadline = time.monotonic() + 30
+        while sum(requested == path for requested, _ in server.gets) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         child.send_signal(signal.SIGKILL)
         child.communicate()
@@ -296,32 +290,32 @@ def test_a_download_goes_on_after_a_kill_and_several_processes_share_one(
 
         server.gets.clear()
         others = [one_shard(server, folder) for _ in range(2)]
-        said = [other.communicate(timeout=60) for other in others]
-        assert [out.strip() for out, _ in said] == [str(entry.bytes)] * 2, said
-        # the rest of it came once, for both
-        assert Counter(place for place, _ in server.gets)[path] == -(-entry.bytes // (4 << 20)) - 2
+        outputs = [other.communicate(timeout=60) for other in others]
+        assert [out.strip() for out, _ in outputs] == [str(entry.bytes)] * 2, outputs
+        # the remaining pieces were fetched once, for both
+        assert Counter(requested for requested, _ in server.gets)[path] == -(-entry.bytes // (4 << 20)) - 2
     assert sorted(name.rpartition(".")[2] for name in os.listdir(folder)) == ["lock", "shard"]
 
 
-def test_closing_ends_whoever_waits(server: FaultyServer, tmp_path: Path) -> None:
-    remote = ShardSet.open(f"{server.url}/set", Patience(60.0, 20.0, 20.0, 20.0))
+def test_closing_ends_waiting_readers(server: FaultyServer, tmp_path: Path) -> None:
+    remote = ShardSet.open(f"{server.url}/set", RetryPolicy(60.0, 20.0, 20.0, 20.0))
     server.faults = ["503"] * 100
-    with opened_cache(remote, tmp_path / "cache", 10**7, iter([Block(0, 9, (0,))]), downloads=1) as cache:
+    with opened_cache(remote, tmp_path / "cache", 10**7, iter([Window(0, 9, (0,))]), downloads=1) as cache:
         threading.Timer(0.3, cache.close).start()
         with pytest.raises(ShardError, match="the cache is closed"):
             cache.get(0)
     assert not list((tmp_path / "cache").glob("*.user"))
 
 
-def test_without_a_cache_an_index_is_read_once_however_many_shards_are_in_use(tmp_path: Path) -> None:
+def test_without_a_cache_each_index_is_read_once(tmp_path: Path) -> None:
     one = packed_set(tmp_path, 4)
     (entry,) = one.manifest.shards
     shards = [replace(entry, name=f"{number:06d}.tar") for number in range(210)]
     for shard in shards[1:]:
         shutil.copy(one.index_path(0), one.path / "index" / shard.index_name)
-    Manifest(tuple(shards)).save(one.path)
+    SetManifest(tuple(shards)).save(one.path)
     with faulty_server(tmp_path) as server:
-        remote = ShardSet.open(f"{server.url}/set", _EAGER)
+        remote = ShardSet.open(f"{server.url}/set", _FAST_RETRIES)
         for _ in range(2):
             for shard in range(210):
                 assert remote.record(shard, 0) == one.record(0, 0)

@@ -1,4 +1,4 @@
-"""The folder of a cache never holds more than its limit, whoever does what in which order, and loses nothing in use."""
+"""The cache folder never exceeds its limit and keeps files in use, for any sequence of operations and kills."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from watched_folder import folder_bytes
 
 from shards.errors import ShardError
-from shards.reading.ledger import FAR, Ledger, Refusal, Reservation
+from shards.reading.ledger import NEVER, Ledger, Refusal, Reservation
 
 _ROOT = Path(__file__).resolve().parents[3]
 _SIZES = {hashlib.md5(name).hexdigest(): 100 * (number + 1) for number, name in enumerate((b"a", b"b", b"c", b"d"))}
@@ -32,22 +32,22 @@ def fetch(reservation: Reservation, num_bytes: int) -> None:
 
 
 class _Processes(RuleBasedStateMachine):
-    """Several ledgers of one folder, as several processes have them (the locks are of open files, not of processes)."""
+    """Several ledgers of one folder stand for several processes (locks belong to open files, not to processes)."""
 
     @initialize(limit=st.integers(450, 1500), count=st.integers(1, 3))
     def start(self, limit: int, count: int) -> None:
         self.folder, self.limit = Path(tempfile.mkdtemp()), limit
-        (self.folder / "mine.tar").write_bytes(b"not of the cache")
+        (self.folder / "mine.tar").write_bytes(b"not a cache file")
         self.ledgers = [Ledger(self.folder, limit) for _ in range(count)]
-        self.told: list[dict[str, int]] = [{} for _ in range(count)]
-        self.coming: dict[str, Reservation] = {}
+        self.published: list[dict[str, int]] = [{} for _ in range(count)]
+        self.reserved: dict[str, Reservation] = {}
         self.reading: list[tuple[str, int]] = []
 
     def teardown(self) -> None:
         for _, descriptor in self.reading:
             os.close(descriptor)
-        for reservation in self.coming.values():
-            reservation.leave()
+        for reservation in self.reserved.values():
+            reservation.release()
         for ledger in self.ledgers:
             ledger.close()
         shutil.rmtree(self.folder)
@@ -56,37 +56,37 @@ class _Processes(RuleBasedStateMachine):
     def publish(self, which: int, uses: dict[str, int]) -> None:
         which %= len(self.ledgers)
         self.ledgers[which].publish(uses)
-        self.told[which] = uses
+        self.published[which] = uses
 
     @rule(which=st.integers(0, 2), key=_KEYS)
     def reserve(self, which: int, key: str) -> None:
         before = self.ledgers[0].present()
-        given = self.ledgers[which % len(self.ledgers)].reserve(key, _SIZES[key])
-        gone = before - self.ledgers[0].present()
-        use = {key: min([FAR, *(told[key] for told in self.told if key in told)]) for key in _SIZES}
-        assert not gone & {key for key, _ in self.reading}
-        if isinstance(given, Reservation):
-            assert key not in before and key not in self.coming
-            self.coming[key] = given
-            assert all(use[old] > use[key] for old in gone)
-            stayed = before - gone - {key for key, _ in self.reading}
-            assert not gone or max((use[old] for old in stayed), default=0) <= max(use[old] for old in gone)
+        result = self.ledgers[which % len(self.ledgers)].reserve(key, _SIZES[key])
+        evicted = before - self.ledgers[0].present()
+        use = {key: min([NEVER, *(uses[key] for uses in self.published if key in uses)]) for key in _SIZES}
+        assert not evicted & {key for key, _ in self.reading}
+        if isinstance(result, Reservation):
+            assert key not in before and key not in self.reserved
+            self.reserved[key] = result
+            assert all(use[old] > use[key] for old in evicted)
+            stayed = before - evicted - {key for key, _ in self.reading}
+            assert not evicted or max((use[old] for old in stayed), default=0) <= max(use[old] for old in evicted)
         else:
-            assert not gone
-            assert (given is Refusal.PRESENT) == (key in before)
-            assert (given is Refusal.BUSY) == (key in self.coming)
+            assert not evicted
+            assert (result is Refusal.PRESENT) == (key in before)
+            assert (result is Refusal.BUSY) == (key in self.reserved)
 
-    @precondition(lambda self: self.coming)
+    @precondition(lambda self: self.reserved)
     @rule(data=st.data(), part=st.floats(0, 1))
-    def some_comes(self, data: st.DataObject, part: float) -> None:
-        key = data.draw(st.sampled_from(sorted(self.coming)))
-        self.coming[key].path.write_bytes(b"x" * int(part * _SIZES[key]))
+    def write_part(self, data: st.DataObject, part: float) -> None:
+        key = data.draw(st.sampled_from(sorted(self.reserved)))
+        self.reserved[key].path.write_bytes(b"x" * int(part * _SIZES[key]))
 
-    @precondition(lambda self: self.coming)
-    @rule(data=st.data(), how=st.sampled_from(["commit", "leave", "give_back"]))
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data(), how=st.sampled_from(["commit", "release", "discard"]))
     def end(self, data: st.DataObject, how: str) -> None:
-        key = data.draw(st.sampled_from(sorted(self.coming)))
-        reservation = self.coming.pop(key)
+        key = data.draw(st.sampled_from(sorted(self.reserved)))
+        reservation = self.reserved.pop(key)
         if how == "commit":
             fetch(reservation, _SIZES[key])
         else:
@@ -114,13 +114,13 @@ class _Processes(RuleBasedStateMachine):
     def restart(self, which: int) -> None:
         which %= len(self.ledgers)
         self.ledgers[which].close()
-        self.ledgers[which], self.told[which] = Ledger(self.folder, self.limit), {}
+        self.ledgers[which], self.published[which] = Ledger(self.folder, self.limit), {}
 
     @invariant()
     def within_the_limit(self) -> None:
         if hasattr(self, "folder"):
-            assert folder_bytes(self.folder) <= self.limit + len(b"not of the cache")
-            assert (self.folder / "mine.tar").read_bytes() == b"not of the cache"
+            assert folder_bytes(self.folder) <= self.limit + len(b"not a cache file")
+            assert (self.folder / "mine.tar").read_bytes() == b"not a cache file"
             assert {key for key, _ in self.reading} <= self.ledgers[0].present()
 
 
@@ -132,7 +132,7 @@ def _key(number: int) -> str:
     return f"{number:032x}"
 
 
-def test_what_is_needed_last_goes_first_and_only_when_that_helps(tmp_path: Path) -> None:
+def test_eviction_of_the_latest_use_and_only_if_it_makes_enough_room(tmp_path: Path) -> None:
     ledger, other = Ledger(tmp_path, 1000), Ledger(tmp_path, 1000)
     for number in range(3):
         reservation = ledger.reserve(_key(number), 250)
@@ -140,19 +140,19 @@ def test_what_is_needed_last_goes_first_and_only_when_that_helps(tmp_path: Path)
         fetch(reservation, 250)
     ledger.publish({_key(0): 5, _key(1): 0, _key(3): 3})
     other.publish({_key(2): 1, _key(0): 7})
-    # key 0 is needed in 5, key 3 in 3: it may take that place, but no other
+    # key 0 is needed in 5, key 3 in 3: key 3 may evict key 0, but no other file
     assert ledger.reserve(_key(3), 600) is Refusal.FULL
     assert ledger.present() == {_key(0), _key(1), _key(2)}
     assert isinstance(ledger.reserve(_key(3), 250), Reservation)
     assert ledger.present() == {_key(1), _key(2)}
     assert other.reserve(_key(3), 250) is Refusal.BUSY
-    # nobody is known to need key 4, so that it takes nobody's place
+    # no process needs key 4, so it may not evict any file
     assert other.reserve(_key(4), 250) is Refusal.FULL
     other.close()
     ledger.close()
 
 
-def test_a_lower_limit_holds_from_the_start_on(tmp_path: Path) -> None:
+def test_lower_limit_applies_at_start(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 1000)
     for number in range(3):
         reservation = ledger.reserve(_key(number), 300)
@@ -163,7 +163,7 @@ def test_a_lower_limit_holds_from_the_start_on(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path) == 600
 
 
-def test_a_file_of_another_length_is_dropped(tmp_path: Path) -> None:
+def test_file_of_another_length_is_deleted(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 1000)
     (tmp_path / f"{_key(1)}.shard").write_bytes(b"short")
     assert ledger.open(_key(1), 300) is None
@@ -171,7 +171,7 @@ def test_a_file_of_another_length_is_dropped(tmp_path: Path) -> None:
     ledger.close()
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_unusable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ShardError, match=r"the cache folder .*file/cache cannot be used"):
         Ledger(tmp_path / "file" / "cache", 1000)
@@ -191,7 +191,7 @@ time.sleep(600)
 """
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_killed_process_releases_its_claims(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 1000)
     reservation = ledger.reserve(_key(0), 300)
     assert isinstance(reservation, Reservation)
@@ -203,8 +203,8 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     assert ledger.reserve(_key(1), 300) is Refusal.BUSY
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    taken_over = ledger.reserve(_key(1), 300)
-    assert isinstance(taken_over, Reservation) and taken_over.path.read_bytes() == b"half"
+    resumed = ledger.reserve(_key(1), 300)
+    assert isinstance(resumed, Reservation) and resumed.path.read_bytes() == b"half"
     assert isinstance(ledger.reserve(_key(2), 400), Reservation)
     assert ledger.present() == set() and len(list(tmp_path.glob("*.user"))) == 1
     ledger.close()
@@ -213,12 +213,12 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 _COMPETE = """
 import os, random, sys, time
 from pathlib import Path
-from shards.reading.ledger import FAR, Ledger, Refusal
+from shards.reading.ledger import NEVER, Ledger, Refusal
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 ledger, draw = Ledger(folder, 20_000), random.Random(seed)
 while True:
     keys = [f"{draw.randrange(30):032x}" for _ in range(5)]
-    ledger.publish({key: place for place, key in enumerate(dict.fromkeys(keys))})
+    ledger.publish({key: distance for distance, key in enumerate(dict.fromkeys(keys))})
     for key in keys:
         num_bytes = 1000 + 200 * int(key[-1], 16)
         given = ledger.reserve(key, num_bytes)
@@ -238,7 +238,7 @@ while True:
 """
 
 
-def test_competing_processes_killed_at_any_moment_stay_within_the_limit(tmp_path: Path) -> None:
+def test_killed_competing_processes_stay_within_the_limit(tmp_path: Path) -> None:
     def start(seed: int) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-c", _COMPETE, str(tmp_path), str(seed)]
         return subprocess.Popen(words, cwd=_ROOT, stderr=subprocess.PIPE)
@@ -263,7 +263,7 @@ def test_competing_processes_killed_at_any_moment_stay_within_the_limit(tmp_path
         child.communicate()
     assert 15_000 < largest <= 20_000
     assert kills >= 2 and len(fetched) > 12
-    # and what was left behind is in nobody's way
+    # files of killed processes are evicted when room is needed
     ledger = Ledger(tmp_path, 20_000)
     ledger.publish({_key(99): 0})
     assert isinstance(ledger.reserve(_key(99), 19_000), Reservation)

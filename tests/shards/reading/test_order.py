@@ -1,4 +1,4 @@
-"""Every epoch is a permutation, in closed form, whatever the shards, lanes and window."""
+"""Every epoch is a permutation in closed form, for any shards, lanes and window."""
 
 from __future__ import annotations
 
@@ -40,57 +40,57 @@ def test_each_epoch_visits_every_sample_once(order: Order, epoch: int) -> None:
 
 
 @given(_orders, st.lists(st.integers(0, 10**6), min_size=1, max_size=20))
-def test_a_slot_depends_on_nothing_that_was_asked_before(order: Order, slots: list[int]) -> None:
+def test_slots_do_not_depend_on_earlier_calls(order: Order, slots: list[int]) -> None:
     fresh = Order(order.sizes, **order.parameters)
     together = np.stack(order.locate(np.array(slots)), axis=1)
-    for slot, found in zip(reversed(slots), together[::-1], strict=True):
-        np.testing.assert_array_equal(np.stack(fresh.locate(np.array([slot])), axis=1)[0], found)
+    for slot, expected in zip(reversed(slots), together[::-1], strict=True):
+        np.testing.assert_array_equal(np.stack(fresh.locate(np.array([slot])), axis=1)[0], expected)
 
 
 @given(_orders)
-def test_a_lane_reads_a_contiguous_run_of_shards(order: Order) -> None:
+def test_lane_reads_contiguous_shards(order: Order) -> None:
     slots = np.arange(order.num_samples)
     _, shards, _ = order.locate(slots)
     lanes = slots // order.lane_block % order.lanes
     readers = sum(len(np.unique(shards[lanes == lane])) for lane in np.unique(lanes))
-    # Only the shards that a segment's end cuts through are read by two lanes or, if small, by more.
+    # only a shard that contains the end of a segment is read by two lanes, or more if it is small
     assert readers <= np.count_nonzero(order.sizes) + order.lanes
 
 
 @given(_orders)
-def test_a_block_stays_within_its_window_of_shards(order: Order) -> None:
+def test_shards_in_use_are_limited_to_the_window(order: Order) -> None:
     slots = np.arange(order.num_samples)
     _, shards, _ = order.locate(slots)
     for lane in range(order.lanes):
         seen = shards[slots // order.lane_block % order.lanes == lane]
-        first_use = {int(shard): at for at, shard in reversed(list(enumerate(seen)))}
-        last_use = {int(shard): at for at, shard in enumerate(seen)}
-        for at in range(len(seen)):
-            live = sum(first_use[shard] <= at <= last_use[shard] for shard in first_use)
+        first_use = {int(shard): index for index, shard in reversed(list(enumerate(seen)))}
+        last_use = {int(shard): index for index, shard in enumerate(seen)}
+        for index in range(len(seen)):
+            live = sum(first_use[shard] <= index <= last_use[shard] for shard in first_use)
             assert live <= order.window + np.count_nonzero(order.sizes == 0)
 
 
 @given(_orders, st.integers(0, 500), st.data())
-def test_blocks_tell_ahead_which_shards_each_slot_reads(order: Order, start: int, data: st.DataObject) -> None:
+def test_windows_list_the_shards_of_each_slot(order: Order, start: int, data: st.DataObject) -> None:
     lanes = data.draw(st.sets(st.integers(0, order.num_lanes - 1), min_size=1))
     end = start + 2 * order.num_samples + order.lane_cycle
-    blocks = list(itertools.takewhile(lambda block: block.first_slot < end, order.blocks(start, lanes)))
-    assert blocks == sorted(blocks, key=lambda block: block.first_slot)
+    windows = list(itertools.takewhile(lambda window: window.first_slot < end, order.windows(start, lanes)))
+    assert windows == sorted(windows, key=lambda window: window.first_slot)
     slots = np.arange(start, end)
     slots = slots[np.isin(order.lanes_of(slots), list(lanes))]
-    told: dict[int, set[int]] = {int(slot): set() for slot in slots}
-    for block in blocks:
-        assert len(block.shards) <= order.window and block.last_slot >= start
-        for slot in range(max(start, block.first_slot), min(block.last_slot + 1, end)):
-            if slot in told:
-                told[slot].update(block.shards)
+    listed: dict[int, set[int]] = {int(slot): set() for slot in slots}
+    for window in windows:
+        assert len(window.shards) <= order.window and window.last_slot >= start
+        for slot in range(max(start, window.first_slot), min(window.last_slot + 1, end)):
+            if slot in listed:
+                listed[slot].update(window.shards)
     for slot, shard in zip(slots.tolist(), order.locate(slots)[1].tolist(), strict=True):
-        assert shard in told[slot]
-    # and nothing is told that is not read
+        assert shard in listed[slot]
+    # every listed shard is read
     read = set(order.locate(slots)[1].tolist())
-    for block in blocks:
-        if start <= block.first_slot and block.last_slot < end:
-            assert set(block.shards) <= read
+    for window in windows:
+        if start <= window.first_slot and window.last_slot < end:
+            assert set(window.shards) <= read
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -108,30 +108,30 @@ def test_substitutes_are_samples_of_the_set(order: Order, slot: int, attempt: in
 
 
 @given(_orders)
-def test_lanes_are_joined_until_each_has_a_window(order: Order) -> None:
-    asked = order.parameters
+def test_lanes_are_merged_until_each_has_a_window(order: Order) -> None:
+    requested = order.parameters
     assert order.lanes == 1 or order.lanes * order.window <= len(order.sizes)
-    assert order.lanes * order.lane_block == asked["lanes"] * asked["lane_block"]
+    assert order.lanes * order.lane_block == requested["lanes"] * requested["lane_block"]
 
 
-def test_nothing_to_order_is_an_error() -> None:
+def test_empty_sets_and_zero_windows_are_errors() -> None:
     with pytest.raises(ShardError, match="no samples"):
         Order([0, 0], seed=1)
     with pytest.raises(ShardError, match="at least 1"):
         Order([3], seed=1, window=0)
 
 
-def test_the_order_is_the_same_for_ever() -> None:
-    # A change here makes every saved run continue on other images.
+def test_order_never_changes() -> None:
+    # a change would make every saved run resume with other images
     order = Order([2, 1, 3, 1, 2, 3], seed=3, window=2, lanes=4)
     _, shards, samples = order.locate(np.arange(12))
-    assert (order.lanes, order.lane_block) == (2, 2)  # joined: three windows are too few for four lanes
+    assert (order.lanes, order.lane_block) == (2, 2)  # merged: three windows are too few for four lanes
     assert shards.tolist() == [5, 5, 4, 0, 2, 5, 0, 4, 2, 2, 1, 3]
     assert samples.tolist() == [1, 2, 0, 0, 0, 0, 1, 1, 2, 1, 0, 0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-def test_a_billion_samples_start_at_once_in_little_memory() -> None:
+def test_billion_samples_start_fast_in_little_memory() -> None:
     program = """
 import re, time
 from pathlib import Path
@@ -147,7 +147,7 @@ order.locate(np.arange(slot, slot + 4096))
 began = time.process_time()
 for step in range(1, 21):
     order.locate(np.arange(slot + 4096 * step, slot + 4096 * step + 512))
-# Not ru_maxrss, which begins with the peak of the process that started this one.
+# not ru_maxrss, which starts at the peak of the parent process
 peak_kilobytes = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 print(first, (time.process_time() - began) / 20, peak_kilobytes * 1024)
 """
@@ -155,7 +155,7 @@ print(first, (time.process_time() - began) / 20, peak_kilobytes * 1024)
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_ROOT
     ).stdout
     first_seconds, steady_seconds, rss_bytes = map(float, printed.split())
-    # The bounds are 0.1 s, 5 ms and 200 MB; the times are of the processor, and leave room for a slow one.
+    # the targets are 0.1 s, 5 ms and 200 MB; times are CPU times with a margin for slow processors
     assert first_seconds < 0.3
     assert steady_seconds < 0.015
     assert rss_bytes < 200e6

@@ -1,4 +1,4 @@
-"""Unusable samples are named, replaced by the slot alone, and stop a run only when they are too many."""
+"""Unusable samples are logged and replaced depending only on the slot; too many are an error."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from faulty_server import faulty_server
 from shards.errors import SampleError, ShardError
 from shards.reading.order import Order
 from shards.reading.quarantine import Entry, Quarantine
-from shards.reading.source import Samples, ShardSet, Source
-from shards.storage.store import Patience
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Samples, Source
+from shards.storage.store import RetryPolicy
 
 _COUNT = 120
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> ShardSet:
-    """A set of which samples 1 and 4 of the first shard and 2 of the third were changed after packing."""
+    """A set with damage in samples 1 and 4 of the first shard and sample 2 of the third."""
     shard_set = packed_set(tmp_path, _COUNT)
     for shard, sample in ((0, 1), (0, 4), (2, 2)):
         with open(shard_set.tar_path(shard), "r+b") as tar:
@@ -38,7 +39,7 @@ def _epoch(shard_set: ShardSet, quarantine: Quarantine, batch: int = 10, first: 
 
 
 def _sequence(batches: list[Samples]) -> list[tuple[int, int]]:
-    return [place for batch in batches for place in zip(batch.shards.tolist(), batch.samples.tolist(), strict=True)]
+    return [pair for batch in batches for pair in zip(batch.shards.tolist(), batch.samples.tolist(), strict=True)]
 
 
 def _log(path: Path) -> list[Entry]:
@@ -59,31 +60,29 @@ def test_exactly_the_changed_samples_are_logged_and_replaced(damaged: ShardSet, 
     for batch in batches:
         for row, payload in enumerate(batch.payloads):
             assert payload.tobytes() == damaged.read(int(batch.shards[row]), int(batch.samples[row]))
-    untouched = [
-        place for slot, place in enumerate(_sequence(batches)) if slot not in {entry.slot for entry in entries}
-    ]
+    untouched = [pair for slot, pair in enumerate(_sequence(batches)) if slot not in {entry.slot for entry in entries}]
     assert len(set(untouched)) == len(untouched) == _COUNT - len({entry.slot for entry in entries})
 
 
-def test_substitutes_are_the_same_for_any_batch_and_any_resume(damaged: ShardSet, tmp_path: Path) -> None:
+def test_substitutes_do_not_depend_on_batch_size_or_resume(damaged: ShardSet, tmp_path: Path) -> None:
     log = tmp_path / "quarantine.jsonl"
     expected = _sequence(_epoch(damaged, Quarantine(log)))
     written = log.read_bytes()
     assert _sequence(_epoch(damaged, Quarantine(), batch=3)) == expected
     assert _sequence(_epoch(damaged, Quarantine(log), batch=40, first=40)) == expected[40:]
-    assert log.read_bytes() == written  # what is known is not logged twice
+    assert log.read_bytes() == written  # known samples are not logged again
 
 
-def test_what_failed_once_stays_replaced_at_its_slot(damaged: ShardSet, tmp_path: Path) -> None:
+def test_failed_read_stays_replaced_at_its_slot(damaged: ShardSet, tmp_path: Path) -> None:
     log = tmp_path / "quarantine.jsonl"
     expected = _sequence(_epoch(damaged, Quarantine(log)))
-    mended = packed_set(tmp_path / "again", _COUNT)
-    assert mended.digest == damaged.digest
-    assert _sequence(_epoch(mended, Quarantine(log))) == expected
-    assert _sequence(_epoch(mended, Quarantine())) != expected
+    intact = packed_set(tmp_path / "again", _COUNT)
+    assert intact.digest == damaged.digest
+    assert _sequence(_epoch(intact, Quarantine(log))) == expected
+    assert _sequence(_epoch(intact, Quarantine())) != expected
 
 
-def test_images_that_do_not_decode_are_replaced_everywhere(tmp_path: Path) -> None:
+def test_undecodable_images_are_replaced_everywhere(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, _COUNT)
     log = tmp_path / "quarantine.jsonl"
     order = Order(shard_set.sizes, seed=1)
@@ -93,12 +92,12 @@ def test_images_that_do_not_decode_are_replaced_everywhere(tmp_path: Path) -> No
     assert replaced.slots is batch.slots
     keep = np.arange(8) != 3
     assert (replaced.samples[keep] == batch.samples[keep]).all()
-    place = (batch.shards[3], batch.samples[3])
-    assert (replaced.shards[3], replaced.samples[3]) != place
+    original = (batch.shards[3], batch.samples[3])
+    assert (replaced.shards[3], replaced.samples[3]) != original
     assert replaced.payloads[3].tobytes() == shard_set.read(int(replaced.shards[3]), int(replaced.samples[3]))
-    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.places(np.arange(8))
+    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.locate(np.arange(8))
     later = source.fetch(np.arange(_COUNT, 2 * _COUNT))
-    assert place not in _sequence([later])
+    assert original not in _sequence([later])
     source.close()
     assert [(entry.slot, entry.stage, entry.reason) for entry in _log(log)] == [(3, "decode", "the decoder said no")]
 
@@ -108,7 +107,7 @@ def test_images_that_do_not_decode_are_replaced_everywhere(tmp_path: Path) -> No
     strict.close()
 
 
-def test_images_above_max_pixels_are_rejected_before_they_are_decoded(tmp_path: Path) -> None:
+def test_images_above_max_pixels_are_replaced(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, _COUNT)
     quarantine = Quarantine(max_rate=1.0)
     source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=2, quarantine=quarantine, max_pixels=1000)
@@ -118,29 +117,29 @@ def test_images_above_max_pixels_are_rejected_before_they_are_decoded(tmp_path: 
     source.close()
 
 
-def test_a_shard_that_goes_while_it_is_needed_is_no_fault_of_its_images(tmp_path: Path) -> None:
+def test_missing_local_shard_stops_the_reader(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, _COUNT)
     shard_set.tar_path(1).unlink()
     quarantine = Quarantine(max_rate=1.0)
-    with pytest.raises(ShardError, match=r"000001\.tar is gone; put it back"):
+    with pytest.raises(ShardError, match=r"000001\.tar is gone; restore it"):
         _epoch(shard_set, quarantine)
     assert quarantine.num_entries == 0
 
 
-def test_too_many_stop_the_run_with_a_report(tmp_path: Path) -> None:
+def test_too_many_unusable_images_are_an_error(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, _COUNT)
     for shard in range(1, len(shard_set.sizes)):
         shard_set.tar_path(shard).write_bytes(bytes(shard_set.tar_path(shard).stat().st_size))
     log = tmp_path / "quarantine.jsonl"
-    with pytest.raises(ShardError, match=r"could not be used .* far above .* 0\.01; .* latest: .*quarantine\.jsonl"):
+    with pytest.raises(ShardError, match=r"unusable images in .* far above .* 0\.01; .* latest: .*quarantine\.jsonl"):
         _epoch(shard_set, Quarantine(log))
     shard_set.tar_path(0).write_bytes(bytes(shard_set.tar_path(0).stat().st_size))
-    with pytest.raises(ShardError, match="100 images in a row cannot be used"):
+    with pytest.raises(ShardError, match="100 images in a row are unusable"):
         _epoch(shard_set, Quarantine(max_rate=1e6))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_share_at_the_bound_by_chance_stops_nothing(seed: int) -> None:
+def test_random_fluctuation_of_the_share_is_allowed(seed: int) -> None:
     quarantine = Quarantine(max_rate=0.01)
     bad = np.random.default_rng(seed).random(20_000) < 0.01
     error = SampleError("000000.tar", 0, "key", "reason")
@@ -154,7 +153,7 @@ def test_a_share_at_the_bound_by_chance_stops_nothing(seed: int) -> None:
             quarantine.add(slot, error, "read")
 
 
-def test_ranks_share_one_log_and_a_torn_line_harms_nothing(tmp_path: Path) -> None:
+def test_ranks_share_one_log_and_ignore_a_torn_line(tmp_path: Path) -> None:
     log = tmp_path / "quarantine.jsonl"
     log.write_text('{"slot": 3, "sha')
     first, second = Quarantine(log), Quarantine(log)
@@ -162,14 +161,14 @@ def test_ranks_share_one_log_and_a_torn_line_harms_nothing(tmp_path: Path) -> No
     for slot in (10, 30):
         first.add(slot, error, "decode")
         second.add(slot, error, "decode")
-    assert second.holds(99, "000000.tar", 5)
+    assert second.is_unusable(99, "000000.tar", 5)
     assert len(log.read_text().splitlines()) == 2
 
 
-def test_a_shard_that_is_gone_is_no_fault_of_its_images(tmp_path: Path) -> None:
+def test_missing_remote_shard_stops_the_reader(tmp_path: Path) -> None:
     packed_set(tmp_path, 40)
     with faulty_server(tmp_path) as server:
-        remote = ShardSet.open(f"{server.url}/set", Patience(20.0, 2.0, 0.01, 0.05))
+        remote = ShardSet.open(f"{server.url}/set", RetryPolicy(20.0, 2.0, 0.01, 0.05))
         server.gone.add("/set/shards/000001.tar")
         log = tmp_path / "quarantine.jsonl"
         source = Source(remote, Order(remote.sizes, seed=1), threads=2, quarantine=Quarantine(log, max_rate=1.0))

@@ -1,4 +1,4 @@
-"""From slots to the very bytes that were packed, in order, in bounded memory."""
+"""Sources return the packed bytes of each slot, in order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from drawn_images import packed_set
 
 from shards.errors import SampleError, ShardError
 from shards.reading.order import Order
-from shards.reading.source import ShardSet, Source
+from shards.reading.shard_set import ShardSet
+from shards.reading.source import Source
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def _copy(shard_set: ShardSet, folder: Path) -> Path:
     return folder
 
 
-def test_an_epoch_gives_back_every_image_that_was_packed(shard_set: ShardSet) -> None:
+def test_epoch_returns_every_packed_image(shard_set: ShardSet) -> None:
     images = shard_set.path.parent / "images"
     packed = {path.read_bytes(): path.parent.name for path in images.rglob("*.jpg")}
     assert len(shard_set.manifest.shards) > 2
@@ -50,7 +51,7 @@ def test_an_epoch_gives_back_every_image_that_was_packed(shard_set: ShardSet) ->
     assert sorted(seen) == sorted(packed)
 
 
-def test_batches_come_in_the_order_asked_for_and_equal_single_fetches(shard_set: ShardSet) -> None:
+def test_batches_keep_their_order_and_equal_single_fetches(shard_set: ShardSet) -> None:
     source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=3)
     lists = [np.arange(start, start + 5) for start in (40, 0, 1000, 55)]
     batches = list(source.batches(lists))
@@ -85,7 +86,7 @@ def test_bytes_in_flight_stay_below_the_limit(shard_set: ShardSet, limit: int) -
     assert most[0] <= max(limit, largest)
 
 
-def test_an_endless_stream_can_be_left(shard_set: ShardSet) -> None:
+def test_closing_an_endless_stream_stops_its_threads(shard_set: ShardSet) -> None:
     def endless() -> Iterator[np.ndarray]:
         start = 0
         while True:
@@ -101,7 +102,7 @@ def test_an_endless_stream_can_be_left(shard_set: ShardSet) -> None:
     assert set(threading.enumerate()) <= before
 
 
-def test_a_changed_payload_is_named(shard_set: ShardSet, tmp_path: Path) -> None:
+def test_changed_payload_is_named(shard_set: ShardSet, tmp_path: Path) -> None:
     path = _copy(shard_set, tmp_path / "set")
     tar = path / "shards" / "000001.tar"
     content = bytearray(tar.read_bytes())
@@ -118,21 +119,21 @@ def test_a_changed_payload_is_named(shard_set: ShardSet, tmp_path: Path) -> None
     source.close()
 
 
-def test_missing_and_cut_files_say_what_to_do(shard_set: ShardSet, tmp_path: Path) -> None:
+def test_errors_of_missing_and_truncated_files(shard_set: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"no shard set at .*make_shards"):
         ShardSet.open(tmp_path / "nowhere")
     with pytest.raises(ShardError, match=r"000000\.tar is a file, not a shard set"):
         ShardSet.open(shard_set.tar_path(0))
-    with pytest.raises(ShardError, match=r"holds tars but no manifest\.json; index them: tools/index_shards"):
+    with pytest.raises(ShardError, match=r"has tars but no manifest\.json; index them: tools/index_shards"):
         ShardSet.open(shard_set.path / "shards")
     path = _copy(shard_set, tmp_path / "set")
     (path / "manifest.json").rename(path / "aside")
-    with pytest.raises(ShardError, match=r"no shard set: it has no manifest\.json"):
+    with pytest.raises(ShardError, match=r"not a shard set: it has no manifest\.json"):
         ShardSet.open(path)
     (path / "aside").rename(path / "manifest.json")
 
     tar, index = path / "shards" / "000001.tar", path / "index" / "000001.npy"
-    for file, fault in [(tar, "instead of"), (index, "cut short|damaged")]:
+    for file, fault in [(tar, "instead of"), (index, "truncated|damaged")]:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ShardError, match=f"{file.name} .*({fault})"):
@@ -147,7 +148,7 @@ def test_missing_and_cut_files_say_what_to_do(shard_set: ShardSet, tmp_path: Pat
     for broken, fault in [
         (text[:50], "cannot be read"),
         (text.replace('"version": 1', '"version": 99'), "version 99"),
-        (text.replace('"samples"', '"count"', 1), "lacks a field"),
+        (text.replace('"samples"', '"count"', 1), "misses a field"),
         (text.replace('"name": "000001', '"name": "000002', 1), "was edited"),
     ]:
         manifest.write_text(broken)
@@ -155,7 +156,7 @@ def test_missing_and_cut_files_say_what_to_do(shard_set: ShardSet, tmp_path: Pat
             ShardSet.open(path)
 
 
-def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
+def test_open_files_are_bounded(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, 220, shard_bytes=1)
     assert len(shard_set.manifest.shards) == 220
     source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=2)

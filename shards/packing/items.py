@@ -1,4 +1,4 @@
-"""One image to pack and where its bytes lie; all the images of a source, in order."""
+"""The images of a source, in order, and the location of each one's bytes."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ _KEY_LENGTH = 60
 
 
 class SourceUnreachable(ShardError):
-    """The source, or the way to it, fails; unlike a bad image, that must not leave out anything."""
+    """The source cannot be reached: packing stops, because skipping the image would change the set."""
 
 
-class Place(Protocol):
-    """Where an image's bytes lie. Small, and picklable."""
+class Location(Protocol):
+    """Location of an image's bytes. Small, and picklable."""
 
     @property
-    def mark(self) -> str:
-        """What tells it from others of the same name."""
+    def identity(self) -> str:
+        """Text that tells it from other locations with the same item name; part of the packing's fingerprint."""
 
     def read(self) -> bytes:
-        """The image's bytes.
+        """Return the image's bytes.
 
         Raises:
-            ShardError: it cannot be read, with the reason.
-            SourceUnreachable: nothing can be read just now.
+            ShardError: the image cannot be read; gives the reason.
+            SourceUnreachable: the whole source cannot be reached at the moment.
         """
 
 
 @dataclass(frozen=True)
-class FileRange:
-    """A whole local file, or a range of one."""
+class FileSpan:
+    """A local file, or a span of one."""
 
     path: Path
     offset: int = 0
     length: int | None = None  # bytes; None is the whole file
 
     @property
-    def mark(self) -> str:
-        """As ``Place.mark``."""
+    def identity(self) -> str:
+        """See ``Location.identity``."""
         length = self.length
         if length is None:
             with suppress(OSError):
@@ -61,10 +61,10 @@ class FileRange:
         return f"{self.offset}\t{length}"
 
     def read(self) -> bytes:
-        """As ``Place.read``."""
+        """See ``Location.read``."""
         try:
             status = self.path.stat()
-            # opening a pipe would wait for somebody to write into it
+            # opening a named pipe would block until another process writes to it
             if not stat.S_ISREG(status.st_mode):
                 raise ShardError("not a regular file")
             length = status.st_size if self.length is None else self.length
@@ -78,31 +78,31 @@ class FileRange:
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """A whole object in a store."""
+    """An object in a store."""
 
     folder: str  # URL
-    name: str  # below it
-    num_bytes: int | None = None  # where that is known
+    name: str  # relative to the folder
+    num_bytes: int | None = None  # if known
 
     @property
-    def mark(self) -> str:
-        """As ``Place.mark``."""
+    def identity(self) -> str:
+        """See ``Location.identity``."""
         return f"{self.folder}\t{self.num_bytes}"
 
     def read(self) -> bytes:
-        """As ``Place.read``."""
+        """See ``Location.read``."""
         _check_length(self.num_bytes or 0)
         try:
-            return store_at(self.folder).load(self.name, bytes)
+            return cached_store(self.folder).load(self.name, bytes)
         except ShardError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError("it does not exist any more") from error
-            raise SourceUnreachable(f"{error}; once it can be read, run this again to go on") from error
+            raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
 
 
 @lru_cache(maxsize=8)
-def store_at(folder: str) -> Store:
-    """The store of a folder, opened once a process."""
+def cached_store(folder: str) -> Store:
+    """Return the store of a folder, opened once per process."""
     return Store(folder)
 
 
@@ -117,17 +117,18 @@ class Item:
 
     name: str  # relative to the source, with slashes
     label: int
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything to pack, in order.
+    """All images to pack, in order.
 
     Attributes:
-        classes: class names by label; empty where labels have no names or there are none.
-        num_ignored: files beside the images.
-        runs: lengths of the runs of items that are read together; empty where each is read by itself.
+        items: the images.
+        classes: class names by label; empty if labels have no names or there are no labels.
+        num_ignored: number of files that are not images.
+        runs: lengths of the runs of items that are read together; empty if each item is read separately.
     """
 
     items: tuple[Item, ...]
@@ -136,16 +137,16 @@ class Inputs:
     runs: tuple[int, ...] = ()
 
     def fingerprint(self, options: str) -> str:
-        """32 hex digits that tell this packing from another: what is packed and how."""
+        """Return 32 hex digits that identify the packing: the items and the options."""
         digest = hashlib.sha256(options.encode())
         for item in self.items:
-            digest.update(f"\n{item.name}\t{item.label}\t{item.place.mark}".encode(errors="surrogateescape"))
+            digest.update(f"\n{item.name}\t{item.label}\t{item.location.identity}".encode(errors="surrogateescape"))
         return digest.hexdigest()[:32]
 
     def order(self, seed: int | None) -> np.ndarray:
-        """The numbers of the items in the order in which to pack them, int64 [num_items]; None: as they come.
+        """Return the packing order as item numbers, int64 [num_items]; None keeps the source's order.
 
-        A shuffle moves runs as wholes and mixes within each: one shard has many runs, and no run is read twice.
+        Runs are permuted as a whole and shuffled within, so a shard draws on many runs and each run is read once.
         """
         if seed is None:
             return np.arange(len(self.items))
@@ -159,26 +160,24 @@ class Inputs:
 
 
 def sample_key(number: int, name: str) -> str:
-    """The WebDataset key of an image: its number in the source, so that it is unique, and the tail of its path."""
+    """Return an image's WebDataset key: its number in the source, which makes it unique, and the end of its path."""
     stem = str(PurePosixPath(name).with_suffix(""))
     return f"{number:09d}_{re.sub('[^A-Za-z0-9_-]+', '_', stem)[-_KEY_LENGTH:].strip('_')}".rstrip("_")
 
 
-def with_class_folders(items: Sequence[Item], num_ignored: int) -> Inputs:
-    """Labels from the first folder in which the images differ."""
+def label_by_folder(items: Sequence[Item], num_ignored: int) -> Inputs:
+    """Label each item by its class folder: the first folder level at which the items differ."""
     folders = [PurePosixPath(item.name).parent.parts for item in items]
     shared = 0
     while folders and all(len(parts) > shared and parts[shared] == folders[0][shared] for parts in folders):
         shared += 1
-    owners = [parts[shared] if len(parts) > shared else "" for parts in folders]
-    classes = tuple(sorted(set(owners) - {""}))
-    number = {name: label for label, name in enumerate(classes)}
-    labelled = [replace(item, label=number.get(owner, NO_LABEL)) for item, owner in zip(items, owners, strict=True)]
+    classes, labels = number_classes([parts[shared] if len(parts) > shared else "" for parts in folders])
+    labelled = [replace(item, label=label) for item, label in zip(items, labels, strict=True)]
     return Inputs(tuple(labelled), classes, num_ignored)
 
 
-def with_class_names(names: Sequence[str | None]) -> tuple[tuple[str, ...], list[int]]:
-    """Class names in order, and the label of each item that bears one of them."""
+def number_classes(names: Sequence[str | None]) -> tuple[tuple[str, ...], list[int]]:
+    """Return the sorted class names and the label of each item; an empty name gives ``NO_LABEL``."""
     classes = tuple(sorted({name for name in names if name}))
-    number = {name: label for label, name in enumerate(classes)}
-    return classes, [number[name] if name else NO_LABEL for name in names]
+    labels = {name: label for label, name in enumerate(classes)}
+    return classes, [labels[name] if name else NO_LABEL for name in names]
