@@ -8,7 +8,7 @@ from typing import Any
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.load import read_resolved
 from streamtrain.config.tree import Config
-from streamtrain.engine.frozen import FrozenNetwork
+from streamtrain.engine.teacher import FrozenNetwork
 from streamtrain.errors import CheckpointError, ConfigError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +23,14 @@ from streamtrain.data.stream import check_state
 from streamtrain.diagnostics.bad_steps import Evidence
 from streamtrain.diagnostics.watch import Watch
 from streamtrain.diagnostics.watchdog import Watchdog
-from streamtrain.engine.runtime import Launch, Runtime, joined
+from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.ops.cpu.build import usable
 from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import at_end, at_start
+from streamtrain.planning.plan_text import end_summary, start_summary
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, saved_state, start_notes
@@ -41,6 +42,7 @@ from streamtrain.training.observers import Observer, due
 from streamtrain.training.ssl_model import LossWeights
 
 HEADS = ("global_head", "patch_head")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def train(
     run_dir = Path(config.run.dir)
 
     requests = Requests(run_dir, launch.rank)
-    with joined(config.engine, launch) as runtime:
-        dtype = runtime.described["dtype"]
+    with init_process_group(config.engine, launch) as runtime:
+        dtype = runtime.description["dtype"]
         origin = made_by(config, dtype)
         if launch.rank == 0:
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
@@ -119,7 +121,7 @@ def train(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
             kernels=not runtime.on_gpu and usable(runtime.dtype),
         )  # fmt: skip
-        runtime.say(at_start(planned, runtime.on_gpu))
+        logger.info(start_summary(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)
         # a frozen network takes the average's place as the one that teaches
         guide = build_guide(config, runtime, accumulation, teacher)
@@ -142,9 +144,9 @@ def train(
             check_state(position.data, loader.state_dict(slot), accept_changes)
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
-            describe_run(run_dir, config, launch.world_size, runtime.described)
+            describe_run(run_dir, config, launch.world_size, runtime.description)
         if position.source is not None:
-            runtime.say(f"resuming at step {step} from {position.source}")
+            logger.info(f"resuming at step {step} from {position.source}")
         observer = Observer(config, runtime, shard_set, planned, student, teacher, step)
         monitor = observer.monitor
         watch = Watch(config, step, position.skipped_steps)
@@ -189,7 +191,7 @@ def train(
                     # so that the checkpoint begun last is there, should the run end here and name it
                     saver.wait()
                 if places:
-                    watch.bad_steps.check_weights(step, student.finite(), runtime.device)
+                    watch.bad_steps.check_weights(step, student.is_finite(), runtime.device)
                     state = origin | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
                     if CHECKPOINTS in places:
                         requests.saving()
@@ -203,10 +205,10 @@ def train(
                 monitor.warn(step, line)
         if wish > SAVE:
             requests.stopped()
-            runtime.say(f"stopped at step {step}, {saver.told()}; the same command goes on")
+            logger.info(f"stopped at step {step}, {saver.told()}; the same command goes on")
         elif saver.failure:
             raise CheckpointError(f"all steps are done, but {saver.told()}; mend that and start the same command again")
-        runtime.say(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+        logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return wish if wish > SAVE else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,7 @@ from streamtrain.reporting.usage import StepClock, Stopwatch, Work, memory_scala
 from streamtrain.training.distill import frozen_teacher_config
 
 MAPS_NAME = "maps.npz"
+logger = logging.getLogger(__name__)
 Beating = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -149,7 +151,7 @@ class Observer:
         with self._monitoring:
             self.monitor.log(step, slot, scalars)
             if told := self._profiler.end(step):
-                self._runtime.say(told)
+                logger.info(told)
             if due(step, self._config.monitor.panel_every) or step == 1:
                 if self.monitor.shows:
                     self.monitor.panel(step, batch_panel(batch, self._config.monitor.panel_samples))

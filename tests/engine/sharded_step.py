@@ -25,7 +25,7 @@ from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.masking import draw_masks, rasterise
-from streamtrain.engine.runtime import Launch, joined
+from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
@@ -86,7 +86,7 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
 def main() -> None:
     config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
     traffic, called = Traffic(), counted(setattr)
-    with joined(config.engine, launch) as runtime:
+    with init_process_group(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)
         maker = TargetMaker(config.objective)
@@ -150,7 +150,7 @@ def main() -> None:
 
         for name, parameter in teacher.parameters.items():
             with deepspeed.zero.GatheredParameters([parameter]):
-                kept = whole(teacher.average(name), student.fragments[name].shape)
+                kept = whole(teacher.ema_shard(name), student.fragments[name].shape)
                 report["ema"] = max(report["ema"], float((kept - average[name]).abs().max()))
                 assert torch.equal(parameter.detach(), kept.to(parameter.dtype)), name
         moved = max(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from joined_processes import run_on_ranks
 
-from streamtrain.engine.clipping import ModuleClipping
+from streamtrain.engine.gradients import ModuleClipping
 
 LIMIT = 0.5
 SIZES = {"backbone.a": 6, "head.b": 4, "backbone.c": 8, "other.d": 2}

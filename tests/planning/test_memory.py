@@ -109,7 +109,7 @@ def test_fitting_finds_what_fits_and_says_when_nothing_does() -> None:
 def test_every_part_explains_itself() -> None:
     planned = plan(giant(), 8)
     for part in planned.parts:
-        assert part.num_bytes > 0 and part.sum and set(part.when) <= {"always", *PHASES}
+        assert part.num_bytes > 0 and part.arithmetic and set(part.when) <= {"always", *PHASES}
     assert planned.gpu_bytes == max(planned.at(phase) for phase in PHASES)
     tiny = plan(build({"data": {"micro_batch": 2}}), 1, on_gpu=False, bf16=False)
     assert not [part for part in tiny.parts if "context" in part.name]
