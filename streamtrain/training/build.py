@@ -136,7 +136,7 @@ def restore(
         CheckpointError: if the checkpoint belongs to another model, or there are some and none is whole.
         StreamtrainError: if ``init.weights`` cannot be read, or is of another model.
     """
-    source = checkpoint.newest_whole(Path(config.run.dir), resume_from)
+    source = checkpoint.find_newest_intact(Path(config.run.dir), resume_from)
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
@@ -145,7 +145,7 @@ def restore(
         if gram is not None:
             gram.start(None)
         return Position(0, 0, None, None)
-    with checkpoint.opened(source) as reader:
+    with checkpoint.open_checkpoint(source) as reader:
         for name, fragment in student.fragments.items():
             if reader.state["shapes"].get(name) != list(fragment.shape):
                 raise CheckpointError(
@@ -155,7 +155,7 @@ def restore(
         skipped = int(reader.state.get("skipped_steps", 0))
         student.write(reader.read, optimizer_steps=reader.step - skipped)
         teacher.write(reader.read)
-        target_maker.load_state_dict(reader.shared())
+        target_maker.load_state_dict(reader.read_shared())
         if gram is not None:
             gram.start(reader)
         return Position(reader.step, skipped, reader.state["data"], source)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from streamtrain.checkpoint.reader import Reader
+from streamtrain.checkpoint.reader import CheckpointReader
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.engine.fragments import Fragment, Shard
@@ -30,7 +30,7 @@ class GramAnchor:
         self._config, self._network = config, network
         self._filled = False
 
-    def start(self, reader: Reader | None) -> None:
+    def start(self, reader: CheckpointReader | None) -> None:
         """Take the values that a checkpoint has, or those that the configuration names; the EMA teacher's come later.
 
         Raises:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
 from streamtrain.config.values import value_at
@@ -151,7 +151,7 @@ def train(
         monitor = observer.monitor
         watch = Watch(config, step, position.skipped_steps)
         watchdog = Watchdog(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
-        saver = Saver(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
+        saver = CheckpointWriter(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
         with watchdog, closing(loader), closing(observer), closing(saver):
             wish = 0
             while step < config.run.steps:
@@ -160,7 +160,7 @@ def train(
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
                 batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
-                gram.refresh(step, values.weights.gram, teacher, saver.copied)
+                gram.refresh(step, values.weights.gram, teacher, saver.wait_until_copied)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
                 targets = target_maker.make(features, handles, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
@@ -169,7 +169,7 @@ def train(
                 for batch, target in zip(watchdog.beating(batches), targets, strict=True):
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
                     losses.append(student.accumulate(batch, target, values.weights))
-                    student.step(saver.copied)
+                    student.step(saver.wait_until_copied)
                 if student.applied:
                     teacher.update(values.momentum)
                 else:
@@ -205,9 +205,11 @@ def train(
                 monitor.warn(step, line)
         if wish > SAVE:
             requests.stopped()
-            logger.info(f"stopped at step {step}, {saver.told()}; the same command goes on")
+            logger.info(f"stopped at step {step}, {saver.status_message()}; the same command goes on")
         elif saver.failure:
-            raise CheckpointError(f"all steps are done, but {saver.told()}; mend that and start the same command again")
+            raise CheckpointError(
+                f"all steps are done, but {saver.status_message()}; mend that and start the same command again"
+            )
         logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return wish if wish > SAVE else 0
 
@@ -229,12 +231,12 @@ def contents(
     teacher: Teacher,
     target_maker: TargetMaker,
     gram: GramAnchor,
-) -> dict[str, Contents]:
+) -> dict[str, CheckpointPayload]:
     """What goes into a checkpoint, and into a snapshot of the teacher, where those are among ``places``."""
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     averages = teacher.shards()
-    whole = Contents(student.shards() | averages | gram.shards(), target_maker.state_dict(), shapes, state)
-    return {place: whole if place == CHECKPOINTS else Contents(averages, {}, shapes, {}) for place in places}
+    whole = CheckpointPayload(student.shards() | averages | gram.shards(), target_maker.state_dict(), shapes, state)
+    return {place: whole if place == CHECKPOINTS else CheckpointPayload(averages, {}, shapes, {}) for place in places}
 
 
 def agree(

@@ -30,9 +30,10 @@ def poisoned(plan: dict[str, object], words: list[str], ranks: int = 2) -> list[
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Masters, moments and averages, whole, and the softmax centres."""
     folder = checkpoint.folder_of(run, step)
-    with checkpoint.opened(folder) as reader:
+    with checkpoint.open_checkpoint(folder) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
-        whole = {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+        keys = [f"{kind}/{name}" for kind in kinds for name in reader.state["shapes"]]
+        whole = {key: reader.read_full(key) for key in keys}
     return whole | {f"centre/{name}": value for name, value in load_file(folder / checkpoint.SHARED_NAME).items()}
 
 

@@ -32,7 +32,7 @@ from shards.format.set_manifest import Manifest
 from shards.packing.index_tars import adopt
 from shards.packing.inputs import list_inputs
 from shards.reading.shard_set import ShardSet
-from streamtrain.checkpoint.reader import opened, write_fragments
+from streamtrain.checkpoint.reader import open_checkpoint, write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
 from streamtrain.errors import StreamtrainError
@@ -365,9 +365,9 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
             check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accept)
         except StreamtrainError as error:
             refused = error
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         for name in reader.state["shapes"]:
-            reader.whole(f"master/{name}")
+            reader.read_full(f"master/{name}")
         reader.step, reader.has("x")
     if refused:
         raise refused

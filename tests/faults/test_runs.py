@@ -62,10 +62,10 @@ class Toy:
         assert ours == theirs
         states = []
         for run in (name, "straight"):
-            with checkpoint.opened(folder_of(self.folder / run, self.steps)) as reader:
+            with checkpoint.open_checkpoint(folder_of(self.folder / run, self.steps)) as reader:
                 keys = [f"{kind}/{parameter}" for kind in KINDS for parameter in reader.state["shapes"]]
-                state = {key: reader.whole(key) for key in keys}
-                states.append(state | reader.shared() | {"slot": torch.tensor(reader.state["data"]["next_slot"])})
+                state = {key: reader.read_full(key) for key in keys}
+                states.append(state | reader.read_shared() | {"slot": torch.tensor(reader.state["data"]["next_slot"])})
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -118,7 +118,7 @@ def test_killed_saved_stopped_and_damaged(tmp_path: Path) -> None:
     (run / "checkpoints" / "latest").unlink()
     results = ended(toy.start("broken", "run.checkpoint_every=5", "run.snapshot_every=3"))
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
-    assert f"checkpoint step-{stopped:09d} is damaged" in results[0][1]
+    assert f"checkpoint step-{stopped:09d} is damaged" in results[0][2]
     assert f"resuming at step {asked} from" in results[0][1]
     toy.same("broken")
     assert saved_steps(run)[-1] == 20 and (run / "checkpoints" / "latest").read_text() == "step-000000020\n"

@@ -1,17 +1,20 @@
-"""What a rank's model states really take after a step, beside the plan: ``state_bytes.py DTYPE MOMENTS FOLDER``."""
+"""Print a rank's measured and planned model states after a step: ``state_bytes.py DTYPE MOMENTS FOLDER``."""
 
 from __future__ import annotations
 
 import json
 import sys
-
-from sharded_step import TEMPERATURE, WEIGHTS, batch_of, config_of
+from pathlib import Path
 
 from streamtrain.config.load import build, merge
 from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.planning.memory import STATES, plan
 from streamtrain.training.build import build_networks, restore
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+
+from sharded_step import TEMPERATURE, WEIGHTS, batch_of, config_of
 
 
 def main() -> None:
@@ -35,7 +38,7 @@ def main() -> None:
         every_moments = [student._adamw.moments(flat) for flat in flats]
         report = {
             "student values": sum(p.ds_tensor.nbytes for p in student.parameters.values()),
-            # in fp32 the same memory
+            # in fp32 the values are the masters
             "masters": sum(0 if fp32 else flat.nbytes for flat in flats),
             "gradients": student._stage3.flat_gradients.nbytes,
             "teacher values": 0 if fp32 else sum(p.ds_tensor.nbytes for p in teacher.parameters.values()),

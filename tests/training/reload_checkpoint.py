@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.load import build, merge, read_resolved
 from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.objective.targets import TargetMaker
@@ -23,7 +23,8 @@ with init_process_group(config.engine, Launch.from_environment()) as runtime:
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     shards = student.shards() | teacher.shards()
     Path(out).mkdir(exist_ok=True)
-    saver = Saver(Path(out), config.run)
-    saver.save(position.step, {CHECKPOINTS: Contents(shards, maker.state_dict(), shapes, {"data": position.data})})
+    saver = CheckpointWriter(Path(out), config.run)
+    payload = CheckpointPayload(shards, maker.state_dict(), shapes, {"data": position.data})
+    saver.save(position.step, {CHECKPOINTS: payload})
     saver.wait()
     assert saver.failure is None, saver.failure

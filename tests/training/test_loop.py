@@ -261,4 +261,4 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     for step in checkpoint.saved_steps(run):
         (checkpoint.folder_of(run, step) / checkpoint.SHARED_NAME).unlink()
     (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
-    assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]
+    assert code == 2 and "delete this directory" in errors.strip().splitlines()[-1]
