@@ -154,7 +154,7 @@ def damage_error(folder: Path, error: Exception | str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} cannot be read: {error}; delete this directory to resume without it")
 
 
-def find_fault(folder: Path) -> str | None:
+def find_fault_on_any_rank(folder: Path) -> str | None:
     """Verify a checkpoint's files; returns the first fault, or None. Call it on all ranks: each reads some files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     faults: list[str | None] = [None] * world_size
@@ -175,7 +175,7 @@ def find_newest_intact(run_dir: Path, resume_from: Path | None) -> Path | None:
     faults: list[tuple[Path, str]] = []
     # rank 0's list, since ranks may see different states of a network file system
     for folder in by_rank[0]:
-        fault = find_fault(folder)
+        fault = find_fault_on_any_rank(folder)
         if fault is None:
             break
         faults.append((folder, fault))
@@ -221,12 +221,6 @@ def _checked(state: Any) -> dict[str, Any]:
     if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or not 0 < world_size <= _MAX_RANKS:
         raise ValueError(f"{STATE_NAME} contains invalid numbers")
     return dict(state)
-
-
-def latest_step(run_dir: str | Path) -> int | None:
-    """Return the newest step with a checkpoint, or None."""
-    steps = saved_steps(run_dir)
-    return steps[-1] if steps else None
 
 
 def read_weights(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> dict[str, torch.Tensor]:

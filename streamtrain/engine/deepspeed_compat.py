@@ -124,32 +124,27 @@ class Stage3Optimizer:
 
     @property
     def groups(self) -> list[list[Parameter]]:
-        """The parameters of each flat tensor, in order; "fp16" is any dtype that the network computes in."""
-        # the order of gradients in flat_gradients
+        """The parameters of each flat tensor; ``flat_gradients`` has the same order."""
         return self._stage3.fp16_groups
 
     @property
     def flat_values(self) -> list[Tensor]:
-        """The flat tensors of this rank's shards, in the dtype that the network computes in."""
-        # in fp32 they are the masters
+        """The flat tensors of this rank's shards, in the network's dtype ("fp16" is any); in fp32 also the masters."""
         return self._stage3.fp16_partitioned_groups_flat
 
     @property
     def flat_masters(self) -> list[Tensor]:
-        """The flat tensors of this rank's fp32 master shards."""
-        # the teacher's EMA and checkpoints read them without a copy
+        """The flat tensors of this rank's fp32 master shards, which EMA and checkpoints read without a copy."""
         return self._stage3.fp32_partitioned_groups_flat
 
     @property
     def flat_gradients(self) -> Tensor:
-        """This rank's shards of all gradients, one flat tensor."""
-        # gradients are accumulated, measured and clipped in this memory; see engine/gradients.py
+        """This rank's gradient shards, one flat tensor, in which engine/gradients.py accumulates and clips."""
         return self._stage3.grad_partitions_flat_buffer
 
     @property
     def clip_limit(self) -> float:
-        """The largest norm of the gradient; 0: no clipping."""
-        # the replaced clipping needs it
+        """The largest gradient norm, for the replaced clipping; 0: no clipping."""
         return self._stage3.clip_grad
 
     @property
@@ -158,8 +153,7 @@ class Stage3Optimizer:
         return self._stage3.param_groups
 
     def position(self, parameter: Parameter) -> tuple[int, int, int]:
-        """Return the flat tensor that holds a parameter's shard, the offset in it, and the shard's length."""
-        # the table from which DeepSpeed itself finds a parameter's master
+        """Return which flat tensor holds a parameter's shard, its offset and its size, from DeepSpeed's own table."""
         return self._stage3.grad_position[self._stage3.get_param_id(parameter)]
 
     def use_gradient(self, group: int, gradient: Tensor) -> None:

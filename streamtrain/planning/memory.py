@@ -160,11 +160,6 @@ class _Sizes:
         )  # fmt: skip
 
     @property
-    def largest_flat(self) -> int:
-        """Number of values of the largest flat tensor."""
-        return max(self.flats)
-
-    @property
     def images(self) -> tuple[int, int]:
         """Number of global and of local crops of a micro-batch."""
         batch = self.config.data.micro_batch
@@ -220,7 +215,9 @@ def _states(s: _Sizes) -> Iterator[Part]:
     else:
         in_memory: Location = "host" if s.on_gpu and engine.moments == "host" else "gpu"
         location: Location = "disk" if engine.moments == "disk" else in_memory
-        offloaded = 0 if engine.moments == "device" else s.shard - _kept_moments(s)
+        # with a ratio below 1 the device keeps the moments of some whole blocks of each flat tensor
+        kept = sum(int((1.0 - engine.moments_ratio) * numel) // 256 * 256 for numel in s.flats)
+        offloaded = 0 if engine.moments == "device" else s.shard - kept
         yield _part("moments", "gpu", ALWAYS, (s.shard - offloaded, "values of this rank"), (8, "B"))
         ranks = s.world_size if location == "disk" else 1
         yield _part("moments", location, ALWAYS, (offloaded, "values"), (8 * ranks, "B"))
@@ -231,11 +228,6 @@ def _states(s: _Sizes) -> Iterator[Part]:
         backbone = {n: shape for n, shape in parameter_shapes(s.config).items() if n.startswith("backbone.")}
         own = partition(backbone, s.config, s.world_size).shard_numel
         yield _part("Gram teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
-
-
-def _kept_moments(s: _Sizes) -> int:
-    """Return how many of this rank's values keep their moments on the device, with a ratio below 1."""
-    return sum(int((1.0 - s.config.engine.moments_ratio) * numel) // 256 * 256 for numel in s.flats)
 
 
 def _gathers(s: _Sizes) -> Iterator[Part]:
@@ -376,12 +368,12 @@ def _prototypes(s: _Sizes) -> Iterator[Part]:
 def _step(s: _Sizes) -> Iterator[Part]:
     engine = s.config.engine
     if engine.moments == "8bit":
-        staged = (min(EIGHT_BIT_STAGED, s.largest_flat), "values")
+        staged = (min(EIGHT_BIT_STAGED, max(s.flats)), "values")
         yield _part("8-bit staging", "gpu", OPTIMISER, staged, (EIGHT_BIT_SEARCH_BYTES, "B"))
     elif engine.moments == "disk" or (engine.moments == "host" and s.on_gpu):
-        yield _part("moments' staging", "gpu", OPTIMISER, (min(STAGED, s.largest_flat), "values"), (8, "B"))
+        yield _part("moments' staging", "gpu", OPTIMISER, (min(STAGED, max(s.flats)), "values"), (8, "B"))
     if s.on_gpu and s.config.teacher.average == "host":
-        yield _part("averages' staging", "gpu", AVERAGE, (min(STAGED, s.largest_flat), "values"), (4, "B"))
+        yield _part("averages' staging", "gpu", AVERAGE, (min(STAGED, max(s.flats)), "values"), (4, "B"))
     if s.on_gpu:
         device = sum(p.num_bytes for p in _states(s) if p.location == "gpu")
         yield _part("context (allowance)", "gpu", ALWAYS, (CONTEXT_BYTES, "B"))

@@ -59,7 +59,7 @@ def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
     if not steps:
         raise CheckpointError(f"teacher.weights {folder} holds no checkpoint")
     source = checkpoint.folder_of(folder, steps[-1])
-    if fault := checkpoint.find_fault(source):
+    if fault := checkpoint.find_fault_on_any_rank(source):
         raise checkpoint.damage_error(source, fault)
     with checkpoint.open_checkpoint(source) as reader:
         network.write(lambda name, fragment: reader.read(f"ema/{name}", fragment))
