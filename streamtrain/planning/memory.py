@@ -283,23 +283,21 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
     kept, tokens = (s.kept_tokens, "kept tokens"), (s.tokens, "tokens")
     depth = (model.depth, "blocks")
     through = (LOSS, BACKWARD)
+    groups = engine.view_groups
     if engine.checkpointing == "block":
         location: Location = "host" if engine.offload_checkpoints and s.on_gpu else "gpu"
         yield _part("kept between blocks", location, through, depth, tokens, (model.dim, "values"), item)
-    elif engine.checkpointing == "selective":
-        # a recomputed branch saves its input and its output
-        of_mlp = (2 if model.drop_path else 1) * model.dim
-        yield _part("kept attention branches", "gpu", through, depth, kept, (attention + of_mlp, "values"), item)
-        yield _part("kept stream", "gpu", through, depth, tokens, (stream, "values"), item)
-    else:
-        yield _part("kept branches", "gpu", through, depth, kept, (attention + mlp, "values"), item)
-        yield _part("kept stream", "gpu", through, depth, tokens, (stream, "values"), item)
-    groups = engine.view_groups
-    if engine.checkpointing == "block":
         inside = (attention + mlp) if groups == 1 else max(attention, mlp) / groups + 4 * model.dim
         yield _part("recomputed block", "gpu", BACKWARD, kept, (inside, "values"), item)
         yield _part("recomputed stream", "gpu", BACKWARD, tokens, (stream, "values"), item)
-    elif engine.checkpointing == "selective":
+    else:
+        # a recomputed MLP saves its input and its output
+        name, saved = "kept branches", attention + mlp
+        if engine.checkpointing == "selective":
+            name, saved = "kept attention branches", attention + (2 if model.drop_path else 1) * model.dim
+        yield _part(name, "gpu", through, depth, kept, (saved, "values"), item)
+        yield _part("kept stream", "gpu", through, depth, tokens, (stream, "values"), item)
+    if engine.checkpointing == "selective":
         yield _part("recomputed MLP", "gpu", BACKWARD, kept, (mlp / groups, "values"), item)
     # gradients of the MLP's widest activations, and of the stream
     wide = (3 if model.mlp == "swiglu" else 2) * model.hidden / (groups if engine.checkpointing != "none" else 1)
@@ -331,11 +329,10 @@ def _activations(s: _Sizes) -> Iterator[Part]:
 
     crops = config.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
-    batch = config.data.micro_batch
-    waiting = s.accumulation + 2
+    batches, samples = (s.accumulation + 2, "micro-batches"), (config.data.micro_batch, "samples")
     if config.objective.gram.active and config.objective.gram.size:
         pixels += crops.global_count * config.objective.gram.size**2
-    yield _part("crops of the step", "gpu", ALWAYS, (waiting, "micro-batches"), (batch, "samples"), (3 * pixels, "B"))
+    yield _part("crops of the step", "gpu", ALWAYS, batches, samples, (3 * pixels, "B"))
     if config.objective.gram.active:
         similarities = (s.images[0] * (s.global_tokens - 1) ** 2, "patch pairs")
         yield _part("Gram matrices and their gradient", "gpu", through, similarities, (4, "copies"), (4, "B"))
@@ -405,9 +402,9 @@ def _disk(s: _Sizes) -> Iterator[Part]:
         kept += run.steps // run.keep_every if run.keep_every else 0
     kept += s.config.evaluation.best is not None
     values = (s.shard * s.world_size, "values")
-    yield _part("checkpoints", "disk", ALWAYS, (kept, "kept or being written"), values, (16, "B"))
+    yield _part("checkpoints", "disk", ALWAYS, (kept, "checkpoints"), values, (16, "B"))
     snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
-    yield _part("snapshots", "disk", ALWAYS, (snapshots, "of the teacher"), values, (4, "B"))
+    yield _part("snapshots", "disk", ALWAYS, (snapshots, "snapshots"), values, (4, "B"))
 
 
 def _all_gather_bytes(s: _Sizes) -> int:
