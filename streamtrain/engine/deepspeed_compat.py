@@ -68,10 +68,10 @@ def disable_shared_memory_all_reduce() -> None:
 
 
 def cloned_world_group() -> torch.distributed.ProcessGroup:
-    """Return the process group of DeepSpeed's own collectives."""
+    """Return the process group of DeepSpeed's own collectives, a clone of the world group."""
     import deepspeed
 
-    # DeepSpeed clones the world group with the default timeout and offers no public access to the clone
+    # there is no public access to it, and it has the default timeout
     return deepspeed.utils.groups._clone_world_group()
 
 
@@ -107,7 +107,7 @@ def is_persistent(parameter: Parameter) -> bool:
     return parameter.ds_persist
 
 
-def partition_all_parameters(engine: Any) -> None:
+def release_parameters(engine: Any) -> None:
     """Release every gathered parameter of an engine without optimiser, so that writes to shards take effect."""
     # the attribute ``optimizer`` of such an engine is DeepSpeed's parameter offload
     _require("parameter_offload", engine.optimizer, "partition_all_parameters")

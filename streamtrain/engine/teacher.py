@@ -55,7 +55,7 @@ class ShardedNetwork:
 
     def release(self) -> None:
         """Release gathered parameters; call it before a shard is written, or the old values would be used."""
-        deepspeed_compat.partition_all_parameters(self._engine)
+        deepspeed_compat.release_parameters(self._engine)
 
 
 def _synchronise(device: torch.device) -> None:

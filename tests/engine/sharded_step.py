@@ -16,7 +16,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_grad
 
 from shards.randomness import generator
@@ -25,6 +24,7 @@ from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.masking import draw_masks, rasterise
+from streamtrain.engine.deepspeed_compat import cloned_world_group, full_numel, is_gathered
 from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
@@ -141,7 +141,7 @@ def main() -> None:
         # targets need the teacher's prototypes once more, once a step.
         others = (runtime.world_size - 1) / runtime.world_size * runtime.dtype.itemsize
         numel = sum(fragment.numel * runtime.world_size for fragment in student.fragments.values())
-        prototypes = sum(teacher.parameters[f"{head}.prototypes.weight"].ds_numel for head in HEADS)
+        prototypes = sum(full_numel(teacher.parameters[f"{head}.prototypes.weight"]) for head in HEADS)
         report["gathered"] = (gathered - prototypes * others) / max(1.0, ACCUMULATION * numel * others)
         global_batch = MICRO_BATCH * ACCUMULATION * runtime.world_size
         whole_step = build(merge(config.model_dump(), {"data": {"global_batch": global_batch}}))
@@ -167,7 +167,7 @@ def main() -> None:
         )
         stale, swapped = float(none.abs().max()), float((late - early).abs().max() / early.abs().max())
         if runtime.rank == 0:
-            groups = (dist.group.WORLD, deepspeed.utils.groups._get_data_parallel_group())
+            groups = (dist.group.WORLD, cloned_world_group())
             timeouts = [group._get_backend(runtime.device).options._timeout.total_seconds() for group in groups]
             report |= {"moved": moved, "stale": stale, "swapped": swapped}
             report |= {"timeouts": timeouts, "called": len(called)}
@@ -239,12 +239,10 @@ def whole(fragment: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def record_live_blocks(student: object, report: dict[str, Any]) -> list[object]:
     """Install hooks that record the most gathered student parameters, in blocks."""
     blocks = student._engine.module.backbone.blocks
-    size = sum(p.ds_numel for p in blocks[0].parameters())
+    size = sum(full_numel(p) for p in blocks[0].parameters())
 
     def count(*_: object) -> None:
-        live = sum(
-            p.ds_numel for p in student.parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE
-        )
+        live = sum(full_numel(p) for p in student.parameters.values() if is_gathered(p))
         report["live"] = max(report["live"], live / size)
 
     handles = [block.register_full_backward_hook(count) for block in blocks]

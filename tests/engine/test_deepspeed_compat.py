@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_missing_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(deepspeed.utils.groups, "_clone_world_group")
     with pytest.raises(ConfigError, match=r"utils\.groups\._clone_world_group is missing"):
         deepspeed_compat.check_version()
+
+
+def test_no_other_module_uses_private_names() -> None:
+    modules = ("__compatible_ops__", "_clone_world_group", "partition_all_parameters")
+    names = (*deepspeed_compat._STAGE3_NAMES, *deepspeed_compat._PARAMETER_NAMES, *modules)
+    uses = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    found = {path.name for path in (ROOT / "streamtrain").rglob("*.py") if uses.search(path.read_text())}
+    assert found == {"deepspeed_compat.py"}
 
 
 def test_supported_versions_are_those_that_pip_installs() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from streamtrain.config.load import build, merge
+from streamtrain.engine.deepspeed_compat import shard_of
 from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.planning.memory import STATES, plan
@@ -37,11 +38,11 @@ def main() -> None:
         flats = student.master_groups
         every_moments = [student._adamw.moments(flat) for flat in flats]
         report = {
-            "student values": sum(p.ds_tensor.nbytes for p in student.parameters.values()),
+            "student values": sum(shard_of(p).nbytes for p in student.parameters.values()),
             # in fp32 the values are the masters
             "masters": sum(0 if fp32 else flat.nbytes for flat in flats),
             "gradients": student._stage3.flat_gradients.nbytes,
-            "teacher values": 0 if fp32 else sum(p.ds_tensor.nbytes for p in teacher.parameters.values()),
+            "teacher values": 0 if fp32 else sum(shard_of(p).nbytes for p in teacher.parameters.values()),
             "averages": sum(average.nbytes for average in teacher._ema),
         }
         scale = runtime.world_size if moments == "disk" else 1
