@@ -7,14 +7,16 @@ once, has many micro-batches.
 
 from __future__ import annotations
 
+import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from streamtrain.config.engine import EngineConfig
 from streamtrain.errors import ConfigError
 
 KEYS = ("exp_avg", "exp_avg_sq")
@@ -212,3 +214,29 @@ def eight_bit_maps() -> tuple[Tensor, Tensor]:
             "engine.moments=8bit needs the package torchao: pip install torchao, or choose device, host or disk"
         ) from None
     return torch.tensor(create_dynamic_map(True)), torch.tensor(create_dynamic_map(False))
+
+
+def moments_maker(engine: EngineConfig, folder: Path, device: torch.device) -> Callable[[Tensor], Moments]:
+    """Return a function that creates the moments of a flat parameter; ``folder`` is for this rank's files only.
+
+    Raises:
+        ConfigError: if ``engine.moments`` needs a package that is not installed.
+    """
+    if engine.moments == "8bit":
+        eight_bit_maps()
+    count = itertools.count()
+
+    def configured(numel: int) -> Moments:
+        if engine.moments == "8bit":
+            return EightBitMoments(numel, device)
+        if engine.moments == "disk":
+            return FileMoments(numel, device, folder / f"{next(count):05d}")
+        return TensorMoments(numel, device, torch.device("cpu") if engine.moments == "host" else device)
+
+    def make(parameter: Tensor) -> Moments:
+        kept = int((1.0 - engine.moments_ratio) * parameter.numel()) // BLOCK * BLOCK
+        if not kept:
+            return configured(parameter.numel())
+        return SplitMoments(TensorMoments(kept, device, device), configured(parameter.numel() - kept))
+
+    return make

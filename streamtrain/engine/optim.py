@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from streamtrain.config.engine import EngineConfig, OptimConfig
+from streamtrain.config.engine import OptimConfig
 from streamtrain.engine.deepspeed_compat import full_shape
-from streamtrain.engine.moments import (
-    BLOCK,
-    EightBitMoments,
-    FileMoments,
-    Moments,
-    SplitMoments,
-    TensorMoments,
-    eight_bit_maps,
-)
+from streamtrain.engine.moments import Moments
 from streamtrain.planning.parameter_groups import GroupRule, rule_of
 
 
@@ -82,32 +72,6 @@ class AdamW(torch.optim.Optimizer):
                         weight_decay=group["weight_decay"],
                     )  # fmt: skip
                 step += 1
-
-
-def moments_maker(engine: EngineConfig, folder: Path, device: torch.device) -> Callable[[Tensor], Moments]:
-    """Return a function that creates the moments of a flat parameter; ``folder`` is for this rank's files only.
-
-    Raises:
-        ConfigError: if ``engine.moments`` needs a package that is not installed.
-    """
-    if engine.moments == "8bit":
-        eight_bit_maps()
-    count = itertools.count()
-
-    def configured(numel: int) -> Moments:
-        if engine.moments == "8bit":
-            return EightBitMoments(numel, device)
-        if engine.moments == "disk":
-            return FileMoments(numel, device, folder / f"{next(count):05d}")
-        return TensorMoments(numel, device, torch.device("cpu") if engine.moments == "host" else device)
-
-    def make(parameter: Tensor) -> Moments:
-        kept = int((1.0 - engine.moments_ratio) * parameter.numel()) // BLOCK * BLOCK
-        if not kept:
-            return configured(parameter.numel())
-        return SplitMoments(TensorMoments(kept, device, device), configured(parameter.numel() - kept))
-
-    return make
 
 
 def set_rates(

@@ -22,8 +22,8 @@ from streamtrain.config.tree import Config
 from streamtrain.engine import deepspeed_compat
 from streamtrain.engine.fragments import Fragment, Shard
 from streamtrain.engine.gradients import FlatGradients, ModuleClipping
-from streamtrain.engine.moments import KEYS
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine.moments import KEYS, moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
 from streamtrain.planning.shapes import SUB_GROUP_NUMEL
 

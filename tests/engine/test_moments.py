@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 
 from streamtrain.config.engine import EngineConfig, OptimConfig
 from streamtrain.engine import moments as moments_module
-from streamtrain.engine.moments import BLOCK, KEYS, EightBitMoments, FileMoments, Moments, SplitMoments, TensorMoments
-from streamtrain.engine.optim import AdamW, moments_maker, set_rates
+from streamtrain.engine.moments import (
+    BLOCK,
+    KEYS,
+    EightBitMoments,
+    FileMoments,
+    Moments,
+    SplitMoments,
+    TensorMoments,
+    moments_maker,
+)
+from streamtrain.engine.optim import AdamW, set_rates
 from streamtrain.planning.parameter_groups import GroupRule
 
 CPU = torch.device("cpu")
