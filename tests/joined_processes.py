@@ -1,4 +1,4 @@
-"""Functions of a test run in several processes that form a gloo process group."""
+"""Run a test's function in several processes that form a gloo process group."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch.multiprocessing as mp
 
 
 def run_on_ranks(work: Callable[..., None], folder: Path, *arguments: object, ranks: int = 2) -> None:
-    """Run ``work(rank, *arguments)`` in ``ranks`` processes joined by gloo."""
+    """Run ``work(rank, *arguments)`` in ``ranks`` processes of one gloo group."""
     shared = (ranks, str(folder / "rendezvous"), work, arguments)
-    # forked: a spawned process would import torch anew, which takes longer than most tests
-    mp.start_processes(_joined, shared, nprocs=ranks, start_method="fork")
+    # forked, because a spawned process would import torch again, which takes longer than most tests
+    mp.start_processes(_run_in_group, shared, nprocs=ranks, start_method="fork")
 
 
-def _joined(rank: int, ranks: int, rendezvous: str, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _run_in_group(
+    rank: int, ranks: int, rendezvous: str, work: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)

@@ -1,4 +1,4 @@
-"""Start a script on several ranks of this machine, as a launcher would."""
+"""Start a script on several ranks of this machine, like a launcher."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def start_ranks(command: Sequence[str | Path], world_size: int) -> list[subprocess.Popen[str]]:
-    """Start ``python command`` once a rank; the caller waits for the processes or kills them."""
+def start_ranks(
+    command: Sequence[str | Path], world_size: int, packages: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start ``python command`` on each rank; the caller must wait for the processes or kill them.
+
+    ``packages``: a directory of packages that precede the installed ones.
+    """
+    path = os.pathsep.join(str(folder) for folder in (packages, ROOT) if folder)
     shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    shared |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -33,9 +39,11 @@ def start_ranks(command: Sequence[str | Path], world_size: int) -> list[subproce
     ]
 
 
-def run_ranks(command: Sequence[str | Path], world_size: int, timeout: float = 300) -> list[tuple[int, str, str]]:
-    """Run ``python command`` on all ranks to its end: exit status, output and errors of each."""
-    processes = start_ranks(command, world_size)
+def run_ranks(
+    command: Sequence[str | Path], world_size: int, timeout: float = 300, packages: Path | None = None
+) -> list[tuple[int, str, str]]:
+    """Run ``python command`` on all ranks to its end; returns exit status, stdout and stderr of each."""
+    processes = start_ranks(command, world_size, packages)
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:

@@ -1,4 +1,4 @@
-"""Give a checkpoint folder that a test has written by hand the manifest that makes it whole."""
+"""Manifests for checkpoint directories that a test writes itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from streamtrain.run.step_manifest import MANIFEST_NAME, write_manifest
 
 
 def seal(folder: Path) -> None:
-    """Of all files that are there now, but an older manifest."""
+    """Write the manifest of all files in the directory, replacing an older one."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     write_manifest(folder, {path.name: sum_of(path) for path in sorted(folder.iterdir())})

@@ -1,26 +1,27 @@
-"""Checkpoints: one folder a step, one safetensors file a rank, real only once it is renamed into place.
+"""Reading checkpoints: one directory per step, one safetensors file per rank.
 
     checkpoints/step-000001000/rank-00000-of-00002.safetensors   fragments: master/NAME, exp_avg/NAME, ema/NAME
-                              /shared.safetensors                what all ranks hold alike (softmax centres)
+                              /shared.safetensors                values that are equal on all ranks (softmax centres)
                               /state.json                        step, shapes, data position
-                              /manifest.json                     size and checksum of each of these
-    checkpoints/latest                                           name of the newest folder, for people
-    snapshots/step-000001000/...                                 the same with ema/NAME alone
+                              /manifest.json                     size and checksum of each of these files
+    checkpoints/latest                                           name of the newest directory, for people
+    snapshots/step-000001000/...                                 the same with ema/NAME only
 
-A fragment is the contiguous part of a flattened parameter that a rank owns, so that the files of any
-number of ranks, laid end to end, are the parameter: any other number of ranks can read them. ``saver`` writes them.
+A fragment is the contiguous part of a flattened parameter that a rank owns. The concatenated fragments of all ranks
+are the parameter, so any other number of ranks can read them. ``writer`` writes the files.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,79 +30,61 @@ from safetensors.torch import load_file
 
 from shards.format.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.checkpoint.retention import set_aside
+from streamtrain.engine.fragments import Fragment, Shard
 from streamtrain.errors import CheckpointError
 from streamtrain.run.atomic_io import FileSum, SummedFile
 from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, folder_of, saved_steps
 from streamtrain.run.step_manifest import fault_of
 
+logger = logging.getLogger(__name__)
 VERSION = 2
-# more than have ever trained together
+# an upper bound for the world size that a state.json may claim
 _MAX_RANKS = 1 << 20
 SHARED_NAME = "shared.safetensors"
 _KINDS = {"teacher": "ema", "student": "master"}
 
 
-class Values(Protocol):
-    """fp32 values ``[numel]`` that are made when they are read."""
-
-    @property
-    def numel(self) -> int: ...
-    @property
-    def read(self) -> Callable[[], torch.Tensor]: ...
-
-
-class Piece(Protocol):
-    """Which values of a flattened parameter are wanted: ``[start, stop)``, padded to ``numel``."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def numel(self) -> int: ...
-
-
 class _FragmentFile:
-    """One rank's file, read piece by piece.
+    """One rank's safetensors file, read with ``pread``.
 
-    Its own library would map it into memory, where every page that was ever read counts as used.
+    The safetensors library would map it, and every mapped page that was read counts as used memory.
     """
 
     def __init__(self, path: Path) -> None:
         """Read the header.
 
         Raises:
-            OSError, ValueError: if the file is missing, cut short or of another kind.
+            OSError, ValueError: if the file is missing, truncated or not such a file.
         """
-        self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this is
+        self._path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         size = int.from_bytes(self._file.read(8), "little")
-        whole = os.fstat(self._file.fileno()).st_size
-        if size > min(whole, MAX_JSON_BYTES):
-            raise ValueError(f"{path.name} is no safetensors file")
+        file_size = os.fstat(self._file.fileno()).st_size
+        if size > min(file_size, MAX_JSON_BYTES):
+            raise ValueError(f"{path.name} is not a safetensors file")
         header = parse_json(self._file.read(size))
         try:
             header.pop("__metadata__", None)
             self.numels = {key: int(entry["shape"][0]) for key, entry in header.items()}
             spans = {key: (*map(int, entry["data_offsets"]),) for key, entry in header.items()}
-            kinds = {entry["dtype"] for entry in header.values()}
+            dtypes = {entry["dtype"] for entry in header.values()}
         except (AttributeError, LookupError, TypeError) as error:
-            raise ValueError(f"{path.name} has another header than those written here ({error!r})") from None
+            raise ValueError(f"{path.name} has an invalid header ({error!r})") from None
         self._offsets = {key: 8 + size + first for key, (first, _) in spans.items()}
-        if kinds - {"F32"}:
-            raise ValueError(f"{path.name} holds other numbers than fp32")
+        if dtypes - {"F32"}:
+            raise ValueError(f"{path.name} contains dtypes other than fp32")
         for key, (first, end) in spans.items():
             if not 0 <= first == end - 4 * self.numels[key]:
-                raise ValueError(f"{path.name} says of {key!r} what cannot be")
-            if whole < 8 + size + end:
-                raise ValueError(f"{path.name} is cut short")
+                raise ValueError(f"{path.name} has an invalid entry for {key!r}")
+            if file_size < 8 + size + end:
+                raise ValueError(f"{path.name} is truncated")
 
     def read_into(self, values: torch.Tensor, key: str, offset: int) -> None:
-        """Fill fp32 ``values [count]`` from those of ``key`` that begin at ``offset``."""
+        """Fill fp32 ``values [count]`` with the values of ``key`` that begin at ``offset``."""
         memory, done = values.numpy().data.cast("B"), 0
         while done < len(memory):
             count = os.preadv(self._file.fileno(), [memory[done:]], self._offsets[key] + 4 * offset + done)
             if not count:
-                raise CheckpointError(f"checkpoint file {self._path} is cut short")
+                raise CheckpointError(f"checkpoint file {self._path} is truncated")
             done += count
 
     def close(self) -> None:
@@ -110,8 +93,8 @@ class _FragmentFile:
 
 
 @dataclass
-class Reader:
-    """An opened checkpoint: reads any piece of any parameter, whatever the number of ranks that wrote it."""
+class CheckpointReader:
+    """An open checkpoint: reads any fragment of any parameter, whatever the number of ranks that wrote it."""
 
     folder: Path
     state: dict[str, Any]
@@ -124,107 +107,97 @@ class Reader:
         return int(self.state["step"])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of parameter ``name``."""
+        """Return the shape of parameter ``name``."""
         return tuple(self.state["shapes"][name])
 
     def has(self, key: str) -> bool:
-        """Whether ``kind/name`` is there."""
+        """Return whether the checkpoint contains ``kind/name``."""
         return key in self._shard_numel
 
-    def read(self, key: str, piece: Piece) -> torch.Tensor:
-        """``[piece.numel]``: the values ``[start, stop)`` of ``kind/name``, padded with zeros.
+    def read(self, key: str, fragment: Fragment) -> torch.Tensor:
+        """Return ``[fragment.numel]``: the values ``[start, stop)`` of ``kind/name``, padded with zeros.
 
         Raises:
-            CheckpointError: if the checkpoint does not hold them.
+            CheckpointError: if the checkpoint lacks them.
         """
         if key not in self._shard_numel:
-            raise CheckpointError(f"{self.folder} holds no {key}: it belongs to another model or optimiser")
+            raise CheckpointError(f"{self.folder} does not contain {key}; it is from a different model or optimiser")
         numel = self._shard_numel[key]
-        if piece.stop > numel * len(self._files):
-            raise CheckpointError(f"{self.folder} holds fewer values of {key} than its {STATE_NAME} says")
-        values = torch.zeros(piece.numel)
-        position = piece.start
-        while position < piece.stop:
+        if fragment.stop > numel * len(self._files):
+            raise CheckpointError(f"{self.folder} contains fewer values of {key} than its {STATE_NAME} states")
+        values = torch.zeros(fragment.numel)
+        position = fragment.start
+        while position < fragment.stop:
             file, offset = divmod(position, numel)
-            count = min(numel - offset, piece.stop - position)
-            first = position - piece.start
+            count = min(numel - offset, fragment.stop - position)
+            first = position - fragment.start
             self._files[file].read_into(values[first : first + count], key, offset)
             position += count
         return values
 
-    def whole(self, key: str) -> torch.Tensor:
-        """The whole parameter ``kind/name`` in its shape."""
+    def read_full(self, key: str) -> torch.Tensor:
+        """Return the full parameter ``kind/name`` in its shape."""
         shape = self.shape(key.partition("/")[2])
         count = math.prod(shape)
-        return self.read(key, _Whole(count)).reshape(shape)
+        return self.read(key, Fragment(shape, 0, count, count)).reshape(shape)
 
-    def shared(self) -> dict[str, torch.Tensor]:
-        """What all ranks hold alike."""
+    def read_shared(self) -> dict[str, torch.Tensor]:
+        """Return the values that are equal on all ranks."""
         try:
             return load_file(self.folder / SHARED_NAME)
         except (OSError, SafetensorError) as error:
-            raise damaged(self.folder, error) from None
+            raise damage_error(self.folder, error) from None
 
 
-@dataclass(frozen=True)
-class _Whole:
-    numel: int
-    start: int = 0
-
-    @property
-    def stop(self) -> int:
-        return self.numel
+def damage_error(folder: Path, error: Exception | str) -> CheckpointError:
+    """Return the error for a checkpoint that cannot be read."""
+    return CheckpointError(f"checkpoint {folder} cannot be read: {error}; delete this directory to resume without it")
 
 
-def damaged(folder: Path, error: Exception | str) -> CheckpointError:
-    """What to tell of a checkpoint that cannot be read."""
-    return CheckpointError(f"checkpoint {folder} cannot be read: {error}; remove that folder to go on without it")
-
-
-def agreed_fault(folder: Path) -> str | None:
-    """Why a checkpoint is not whole, or None if it is; all ranks call it, each reads some of the files."""
+def find_fault_on_any_rank(folder: Path) -> str | None:
+    """Verify a checkpoint's files; returns the first fault, or None. Call it on all ranks: each reads some files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     faults: list[str | None] = [None] * world_size
     dist.all_gather_object(faults, fault_of(folder, contents=True, part=(rank, world_size)))
     return next((fault for fault in faults if fault is not None), None)
 
 
-def newest_whole(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """The checkpoint to go on from, read to its end; all ranks call it and get the same. None at a fresh start.
+def find_newest_intact(run_dir: Path, resume_from: Path | None) -> Path | None:
+    """Find the checkpoint to resume from, verifying its files; None for a fresh start. Call it on all ranks.
 
-    Damaged ones that are newer are told of, and, if they are the run's own, put out of the way of those to come.
+    Damaged newer ones are reported; the run's own are also renamed.
 
     Raises:
-        CheckpointError: if there are checkpoints and none is whole: that must not pass for a fresh start.
+        CheckpointError: if every checkpoint is damaged, which must not become a fresh start.
     """
-    found: list[list[Path]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, candidates(run_dir, resume_from))
+    by_rank: list[list[Path]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, candidates(run_dir, resume_from))
     faults: list[tuple[Path, str]] = []
-    # as rank 0 sees them: on a network's file system others may see older names
-    for folder in found[0]:
-        fault = agreed_fault(folder)
+    # rank 0's list, since ranks may see different states of a network file system
+    for folder in by_rank[0]:
+        fault = find_fault_on_any_rank(folder)
         if fault is None:
             break
         faults.append((folder, fault))
     else:
         if faults:
-            raise damaged(*faults[0])
+            raise damage_error(*faults[0])
         return None
     if dist.get_rank() == 0:
-        for bad, fault in faults:
-            kept = set_aside(bad) if bad.parent.parent == run_dir else bad
-            print(f"warning: checkpoint {bad.name} is damaged: {fault}; it is kept as {kept}", flush=True)
+        for damaged, fault in faults:
+            path = set_aside(damaged) if damaged.parent.parent == run_dir else damaged
+            logger.warning("checkpoint %s is damaged: %s; it is kept as %s", damaged.name, fault, path)
         if faults:
-            print(f"going on from {folder.name}, the newest whole one", flush=True)
+            logger.info("resuming from %s, the newest intact checkpoint", folder.name)
     return folder
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Reader]:
-    """Open a checkpoint folder for the time of the ``with`` block; what its files hold is not compared with their sums.
+def open_checkpoint(folder: Path) -> Iterator[CheckpointReader]:
+    """Open a checkpoint directory for a ``with`` block; sizes are checked, checksums are not.
 
     Raises:
-        CheckpointError: if it is missing, damaged or of another format.
+        CheckpointError: if it is missing, damaged or has a different format.
     """
     with ExitStack() as stack:
         try:
@@ -235,37 +208,27 @@ def opened(folder: Path) -> Iterator[Reader]:
             paths = [folder / rank_name(rank, world_size) for rank in range(world_size)]
             files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(folder, error) from None
-        yield Reader(folder, state, files, files[0].numels)
+            raise damage_error(folder, error) from None
+        yield CheckpointReader(folder, state, files, files[0].numels)
 
 
 def _checked(state: Any) -> dict[str, Any]:
-    """A ``state.json`` that says what one has to.
-
-    Raises:
-        ValueError, KeyError, TypeError: it does not.
-    """
+    """Return a valid ``state.json``; raises ValueError, KeyError or TypeError for an invalid one."""
     if state["version"] != VERSION:
         raise ValueError(f"it has format {state['version']}, this program reads {VERSION}")
     step, world_size, shapes = state["step"], state["world_size"], state["shapes"]
     counts = [step, world_size, *(side for shape in shapes.values() for side in shape)]
     if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or not 0 < world_size <= _MAX_RANKS:
-        raise ValueError(f"{STATE_NAME} holds other numbers than are written there")
+        raise ValueError(f"{STATE_NAME} contains invalid numbers")
     return dict(state)
 
 
-def latest_step(run_dir: str | Path) -> int | None:
-    """The newest step with a whole checkpoint, or None."""
-    steps = saved_steps(run_dir)
-    return steps[-1] if steps else None
-
-
 def read_weights(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> dict[str, torch.Tensor]:
-    """Whole fp32 parameters of a run's checkpoint, on CPU, by their names in ``Learner.state_dict()``.
+    """Read the full fp32 parameters of a run's checkpoint on the CPU, by their names in ``Learner.state_dict()``.
 
     Args:
-        step: completed steps; None is the newest.
-        which: ``teacher`` (the average) or ``student`` (the masters).
+        step: completed steps; None: the newest checkpoint.
+        which: ``teacher`` (the EMA) or ``student`` (the masters).
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
@@ -276,19 +239,19 @@ def read_weights(run_dir: str | Path, step: int | None = None, which: str = "tea
 def iterate_weights(
     run_dir: str | Path, step: int | None = None, which: str = "teacher", wanted: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """As ``read_weights``, one parameter at a time; ``wanted(name)`` leaves out the others."""
+    """Read parameters like ``read_weights``, one at a time, and only those for which ``wanted(name)`` is true."""
     folder = weights_folder(run_dir, step, which)
-    # whatever is made of the weights lasts longer than reading them once more
+    # verify checksums too: an export may outlive the checkpoint
     if fault := fault_of(folder, contents=True):
-        raise damaged(folder, fault)
-    with opened(folder) as reader:
+        raise damage_error(folder, fault)
+    with open_checkpoint(folder) as reader:
         for name in reader.state["shapes"]:
             if wanted is None or wanted(name):
-                yield name, reader.whole(f"{_KINDS[which]}/{name}")
+                yield name, reader.read_full(f"{_KINDS[which]}/{name}")
 
 
 def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> Path:
-    """The checkpoint of ``step``, or the newest one, or where there is none of it the teacher's snapshot.
+    """Return the checkpoint of ``step`` (None: the newest), or if there is none, the teacher's snapshot.
 
     Raises:
         CheckpointError: if there is neither.
@@ -302,31 +265,27 @@ def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "t
     if step in snapshots:
         return folder_of(run_dir, step, SNAPSHOTS)
     if step is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
-    raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; there are {sorted({*steps, *snapshots})}")
+        raise CheckpointError(f"{run_dir} has no checkpoint yet")
+    raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; available: {sorted({*steps, *snapshots})}")
 
 
 def rank_name(rank: int, world_size: int) -> str:
-    """The file of one rank."""
+    """Return the name of one rank's file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_fragments(path: Path, shards: Mapping[str, Values]) -> FileSum:
-    """A safetensors file: the length of the header, the header, the values (its library wants all at once).
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+def write_fragments(path: Path, shards: Mapping[str, Shard]) -> FileSum:
+    """Write a safetensors file one shard at a time (its library needs all tensors at once); raises OSError."""
     header, offset = {}, 0
-    for key, values in shards.items():
-        header[key] = {"dtype": "F32", "shape": [values.numel], "data_offsets": [offset, offset + 4 * values.numel]}
-        offset += 4 * values.numel
+    for key, shard in shards.items():
+        header[key] = {"dtype": "F32", "shape": [shard.numel], "data_offsets": [offset, offset + 4 * shard.numel]}
+        offset += 4 * shard.numel
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with SummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key, values in shards.items():
-            tensor = values.read().detach().to("cpu", torch.float32).contiguous()
-            assert tensor.shape == (values.numel,), key
+        for key, shard in shards.items():
+            tensor = shard.read().detach().to("cpu", torch.float32).contiguous()
+            assert tensor.shape == (shard.numel,), key
             file.write(tensor.numpy().data)
         return file.finish()

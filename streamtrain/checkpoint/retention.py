@@ -1,4 +1,4 @@
-"""Which step folders stay. One that goes, or that turned out damaged, first loses the name by which it is found."""
+"""Which step directories are kept. One that is removed or damaged is renamed first, so that no start can find it."""
 
 from __future__ import annotations
 
@@ -15,35 +15,31 @@ from streamtrain.run.directory import BEST_NAME, CHECKPOINTS, SNAPSHOTS, folder_
 
 
 def prune(run_dir: Path, config: RunConfig) -> None:
-    """Remove the checkpoints that the retention rule does not keep; call it when the newest is whole.
-
-    Raises:
-        OSError: if one cannot be removed.
-    """
+    """Remove the checkpoints that ``config`` does not keep; call it after the newest is complete. Raises OSError."""
     steps = saved_steps(run_dir)
     kept = set(steps[-config.keep_last :]) if config.keep_last else set(steps)
     kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
     kept |= {best["step"]} if (best := read_best(run_dir)) else set()
     for step in sorted(set(steps) - kept):
         folder = folder_of(run_dir, step)
-        # what is half removed must not be taken for a checkpoint
+        # a partly removed directory must not look like a checkpoint
         os.replace(folder, removed := folder.with_name(f".{folder.name}.removed"))
         sync(folder.parent)
         shutil.rmtree(removed)
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """Of the best checkpoint so far: its ``step``, the ``metric`` by which it is, and the ``value`` of that."""
+    """Return ``step``, ``metric`` and ``value`` of the best checkpoint so far; None if there is none."""
     try:
         best = json.loads((run_dir / BEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(best, dict) and isinstance(best.get("step"), int) and isinstance(best.get("value"), float)
-    return best if whole else None
+    is_valid = isinstance(best, dict) and isinstance(best.get("step"), int) and isinstance(best.get("value"), float)
+    return best if is_valid else None
 
 
 def best_value(run_dir: Path, metric: str, step: int) -> float | None:
-    """That of the best checkpoint by ``metric`` up to ``step``, where it is still there."""
+    """Return the value of the best checkpoint by ``metric`` up to ``step``; None if that checkpoint is gone."""
     best = read_best(run_dir)
     if best is None or best.get("metric") != metric or best["step"] > step or best["step"] not in saved_steps(run_dir):
         return None
@@ -51,33 +47,29 @@ def best_value(run_dir: Path, metric: str, step: int) -> float | None:
 
 
 def write_best(run_dir: Path, best: Mapping[str, Any]) -> None:
-    """Remember the best checkpoint, once it is whole; the one before is no longer kept for being the best.
-
-    Raises:
-        OSError: if that cannot be written.
-    """
+    """Record the best checkpoint, once it is complete; pruning may then remove the previous best. Raises OSError."""
     replace_file(run_dir / BEST_NAME, json.dumps(dict(best)).encode() + b"\n")
 
 
 def partial_of(folder: Path) -> Path:
-    """Where the files of a step folder are written before it gets its name."""
+    """Return the temporary directory in which a step directory is written."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed process has half written or half removed; nobody else may be writing."""
-    for place in (CHECKPOINTS, SNAPSHOTS):
-        for leftover in (run_dir / place).glob(".step-*"):
-            # where that cannot be done, neither can a checkpoint be written, and then that is told
+    """Remove the partly written or removed directories of a killed process; call it while no save is running."""
+    for kind in (CHECKPOINTS, SNAPSHOTS):
+        for leftover in (run_dir / kind).glob(".step-*"):
+            # if this fails, so does the next save, which reports it
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, which somebody may still want to look at; returns where it is now."""
+    """Rename a damaged checkpoint, which may still be inspected; returns its new path."""
     aside = folder.with_name(f"damaged-{folder.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
     except OSError:
-        return folder  # a read-only folder
+        return folder  # a read-only directory
     return aside

@@ -1,11 +1,10 @@
-"""Writing checkpoints: one at a time, by a thread beside the training where the host has room for a copy of the values.
+"""Writing checkpoints: one at a time, in a thread if host memory has room for a copy of the values.
 
-The copy, too, is made beside the training: what is saved does not change before the next optimiser step is applied, and
-its forward and backward passes take longer than a copy.
+The thread also makes the copy: the saved values do not change before the next optimiser step is applied, and the
+forward and backward passes until then take longer than a copy.
 
-All ranks write into a folder with a temporary name, tell one another how that went, and rank 0 renames the folder, or
-removes it. Whatever a disk does (full, gone, read-only) is told as a warning; older checkpoints are not touched before
-the new one is whole.
+All ranks write into a directory with a temporary name and exchange the outcome; rank 0 then renames or removes it. Disk
+errors (full, gone, read-only) are warnings; older checkpoints are not touched before the new one is complete.
 """
 
 from __future__ import annotations
@@ -26,80 +25,78 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
-from streamtrain.checkpoint.host_memory import available_bytes
-from streamtrain.checkpoint.reader import SHARED_NAME, VERSION, Values, rank_name, write_fragments
+from streamtrain.checkpoint.reader import SHARED_NAME, VERSION, rank_name, write_fragments
 from streamtrain.checkpoint.retention import partial_of, prune, remove_leftovers, write_best
 from streamtrain.config.run import RunConfig
+from streamtrain.engine.fragments import Shard
 from streamtrain.errors import CheckpointError
 from streamtrain.run.atomic_io import FileSum, replace_file, sync, write_file
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, folder_of, saved_steps
 from streamtrain.run.step_manifest import write_manifest
 
-# of the memory that is free, what copies may take
-_SHARE_OF_MEMORY = 0.8
+# the share of the available memory that copies may use
+_MEMORY_SHARE = 0.8
+_CGROUP = Path("/sys/fs/cgroup")
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a step folder holds: each rank's own ``shards``, the rest being equal on all."""
+class CheckpointPayload:
+    """The contents of a step directory: each rank's own ``shards``; everything else is equal on all ranks."""
 
-    shards: Mapping[str, Values]
+    shards: Mapping[str, Shard]
     shared: Mapping[str, torch.Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     state: Mapping[str, Any]
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's shards."""
-        return sum(4 * values.numel for values in self.shards.values())
+        """Size of this rank's shards."""
+        return sum(4 * shard.numel for shard in self.shards.values())
 
 
 @dataclass(frozen=True)
-class _Copied:
-    """Values in memory that the training does not write to."""
+class _Job:
+    """One save. ``payloads`` by kind."""
 
-    values: torch.Tensor
-
-    @property
-    def numel(self) -> int:
-        return self.values.numel()
-
-    def read(self) -> torch.Tensor:
-        return self.values
+    step: int
+    payloads: Mapping[str, CheckpointPayload]
+    on_finished: Callable[[], None]
+    best: Mapping[str, Any] | None
+    began: float
 
 
-class _Abandoned(Exception):
-    """A save cannot be done, as all ranks know; says why."""
+class _SaveError(Exception):
+    """The disk of some rank failed; raised on all ranks."""
 
 
-class Saver:
-    """Saves the steps of a run; all ranks call every method alike."""
+class CheckpointWriter:
+    """Saves the steps of a run. Every method must be called on all ranks."""
 
     def __init__(
         self, run_dir: Path, config: RunConfig, local_world_size: int = 1, timeout_seconds: float = 1800.0
     ) -> None:
-        """Remove what a killed save has left.
+        """Remove the leftovers of a killed save.
 
         Args:
             local_world_size: ranks that share this host's memory.
-            timeout_seconds: how long a rank waits for another one to write its part.
+            timeout_seconds: how long a rank waits for the others to write their parts.
         """
         self._run_dir, self._config, self._local_world_size = run_dir, config, local_world_size
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        # of its own, since this thread's messages must never meet the training's
+        # a group of its own, so that the thread's messages never mix with those of training
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._thread: threading.Thread | None = None
-        # whether the values that are being saved may change
+        # set: the values of the current save may change
         self._copied = threading.Event()
         self._copied.set()
         self._error: BaseException | None = None
-        # warnings: of the save under way, and of those that have ended
-        self._noted: list[str] = []
-        self._told: list[str] = []
-        # seconds: of the save under way, of the one that has ended, and that the training has waited
-        self._seconds = self._took = self._stalled = 0.0
-        # why there is no checkpoint of the last step that was to have one
+        # warnings of the current save, and of finished ones
+        self._new_warnings: list[str] = []
+        self._warnings: list[str] = []
+        # seconds: of the current save, of the last finished one, and that training has waited
+        self._seconds = self._last_seconds = self._stalled = 0.0
+        # why the last attempted checkpoint was not written
         self.failure: str | None = None
         if self._rank == 0:
             remove_leftovers(run_dir)
@@ -107,173 +104,171 @@ class Saver:
     def save(
         self,
         step: int,
-        contents: Mapping[str, Contents],
-        ended: Callable[[], None] = lambda: None,
+        payloads: Mapping[str, CheckpointPayload],
+        on_finished: Callable[[], None] = lambda: None,
         best: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin to write a folder of ``step`` in each place (``checkpoints``, ``snapshots``).
+        """Start writing a directory of ``step`` for each kind (``checkpoints``, ``snapshots``).
 
-        The values must not change until ``copied`` has returned. A save that is still under way is waited for, so that
-        there is never more than one copy of them.
+        The values must not change before ``wait_until_copied`` returns. Waits for the previous save, so that there is
+        at most one copy of the values.
 
         Args:
-            contents: by place; one of them has all the shards that another one has.
-            ended: called by rank 0 when the folders are whole, or given up.
-            best: as for ``write_best``, where the checkpoint is the best so far.
+            payloads: by kind; one of them has all shards of the others.
+            on_finished: called on rank 0 after the directories are written or abandoned.
+            best: argument of ``write_best`` if the checkpoint is the best so far.
         """
         self.wait()
-        began = time.perf_counter()
-        if self._config.save_in_background and self._has_room(contents):
-            self._copied.clear()
-            work = (step, contents, ended, began, best, _beside_the_device())
-            self._thread = threading.Thread(target=self._run, args=work, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._run(step, contents, ended, began, best)
-            self._settle()
-        self._stalled += time.perf_counter() - began
+        with self._stall():
+            job = _Job(step, payloads, on_finished, best, time.perf_counter())
+            if self._config.save_in_background and self._has_room(payloads):
+                self._copied.clear()
+                arguments = (job, _side_stream())
+                self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+                self._thread.start()
+            else:
+                self._run(job)
+                self._collect()
 
-    def copied(self) -> None:
-        """Wait until the values that are being saved may change."""
+    def wait_until_copied(self) -> None:
+        """Wait until the values of the current save may change."""
         if not self._copied.is_set():
-            began = time.perf_counter()
-            self._copied.wait()
-            self._stalled += time.perf_counter() - began
+            with self._stall():
+                self._copied.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until the current save has finished.
 
         Raises:
-            RuntimeError: if the writing ended for other reasons than the disk's, such as another rank's end.
+            RuntimeError: if it failed for a reason other than the disk, such as the exit of another rank.
         """
         if self._thread is not None:
-            began = time.perf_counter()
-            self._thread.join()
-            self._stalled += time.perf_counter() - began
-            self._settle()
+            with self._stall():
+                self._thread.join()
+            self._collect()
 
-    def told(self) -> str:
-        """What became of the last checkpoint, for the end of the run."""
+    def status_message(self) -> str:
+        """Return the outcome of the last checkpoint."""
         if self.failure is None:
             return "checkpoint saved"
-        return f"its checkpoint could not be written ({self.failure}) and {self._newest(CHECKPOINTS)}"
+        return f"the checkpoint could not be written ({self.failure}); {self._latest_message(CHECKPOINTS)}"
 
     def scalars(self) -> dict[str, float]:
-        """What is new since the last call, by tag: the seconds that training waited, and that a save took in all."""
+        """Return, by tag, how long training waited and saves took since the last call; zeros are left out."""
         if self._thread is not None and not self._thread.is_alive():
-            self._settle()
-        found = {"speed/checkpoint_stall_seconds": self._stalled, "speed/checkpoint_seconds": self._took}
-        self._stalled = self._took = 0.0
-        return {tag: seconds for tag, seconds in found.items() if seconds}
+            self._collect()
+        seconds = {"speed/checkpoint_stall_seconds": self._stalled, "speed/checkpoint_seconds": self._last_seconds}
+        self._stalled = self._last_seconds = 0.0
+        return {tag: value for tag, value in seconds.items() if value}
 
     def warnings(self) -> list[str]:
-        """What somebody should know of the saves that have ended since the last call."""
-        found, self._told = self._told, []
-        return found
+        """Return the warnings of saves that have finished since the last call."""
+        warnings, self._warnings = self._warnings, []
+        return warnings
 
     def close(self) -> None:
-        """Wait, without a word: whoever closes after a failure has another one to tell."""
+        """Wait for the current save without raising its error, which would hide an earlier one."""
         if self._thread is not None:
             self._thread.join()
 
-    def _settle(self) -> None:
-        """Take over what the save that has ended has to tell."""
+    @contextmanager
+    def _stall(self) -> Iterator[None]:
+        """Count the seconds of the block as time that training waited."""
+        began = time.perf_counter()
+        yield
+        self._stalled += time.perf_counter() - began
+
+    def _collect(self) -> None:
+        """Take over the results of the finished save."""
         self._thread = None
-        self._took, self._seconds = self._seconds, 0.0
-        self._told += self._noted
-        self._noted = []
+        self._last_seconds, self._seconds = self._seconds, 0.0
+        self._warnings += self._new_warnings
+        self._new_warnings = []
         if self._error is not None:
             raise RuntimeError("the thread that writes checkpoints has failed") from self._error
 
-    def _has_room(self, contents: Mapping[str, Contents]) -> bool:
-        """Whether this host has memory for a copy of what its ranks hold."""
-        needed = self._local_world_size * max(each.num_bytes for each in contents.values())
-        return needed < _SHARE_OF_MEMORY * available_bytes()
+    def _has_room(self, payloads: Mapping[str, CheckpointPayload]) -> bool:
+        """Return whether this host has memory for a copy of its ranks' shards."""
+        needed = self._local_world_size * max(payload.num_bytes for payload in payloads.values())
+        return needed < _MEMORY_SHARE * _available_bytes()
 
-    def _run(
-        self,
-        step: int,
-        contents: Mapping[str, Contents],
-        ended: Callable[[], None],
-        began: float,
-        best: Mapping[str, Any] | None,
-        beside: AbstractContextManager[Any] | None = None,
-    ) -> None:
-        """``beside``: where to copy the values first, if training goes on meanwhile."""
+    def _run(self, job: _Job, side_stream: AbstractContextManager[Any] | None = None) -> None:
+        """Write all directories of ``job``; with ``side_stream``, copy the values first, since training continues."""
         try:
-            if beside is not None:
-                with beside:
-                    contents = _copy(contents)
+            payloads = job.payloads
+            if side_stream is not None:
+                with side_stream:
+                    payloads = _copy(payloads)
                 self._copied.set()
-            for place, each in contents.items():
+            for kind, payload in payloads.items():
                 failure = None
                 try:
-                    self._write(folder_of(self._run_dir, step, place), step, each, best)
-                except _Abandoned as reason:
+                    self._write(folder_of(self._run_dir, job.step, kind), job.step, payload, job.best)
+                except _SaveError as reason:
                     failure = str(reason)
-                    self._noted.append(
-                        f"no {place.removesuffix('s')} of step {step} could be written: {failure}; it is tried again "
-                        f"at the next interval; {self._newest(place)}"
+                    self._new_warnings.append(
+                        f"the {kind.removesuffix('s')} of step {job.step} could not be written: {failure}; the next "
+                        f"attempt is at the next interval; {self._latest_message(kind)}"
                     )
-                if place == CHECKPOINTS:
+                if kind == CHECKPOINTS:
                     self.failure = failure
             if self._rank == 0:
-                ended()
-            self._seconds = time.perf_counter() - began
+                job.on_finished()
+            self._seconds = time.perf_counter() - job.began
         except BaseException as error:
             self._error = error
         finally:
             self._copied.set()
 
-    def _newest(self, place: str) -> str:
+    def _latest_message(self, kind: str) -> str:
         try:
-            steps = saved_steps(self._run_dir, place)
+            steps = saved_steps(self._run_dir, kind)
         except CheckpointError:
             steps = []
-        return f"the newest is that of step {steps[-1]}" if steps else "there is none yet"
+        return f"the latest one is from step {steps[-1]}" if steps else "there is none yet"
 
-    def _write(self, folder: Path, step: int, contents: Contents, best: Mapping[str, Any] | None) -> None:
+    def _write(self, folder: Path, step: int, payload: CheckpointPayload, best: Mapping[str, Any] | None) -> None:
         partial = partial_of(folder)
-        sizes = self._exchanged(contents.num_bytes)
-        self._together(lambda: self._begin(partial, sum(sizes)) if self._rank == 0 else None)
+        sizes = self._exchange(payload.num_bytes)
+        self._run_together(lambda: self._begin(partial, sum(sizes)) if self._rank == 0 else None)
         try:
-            sums = self._together(lambda: self._write_files(partial, step, contents))
-            files = {name: one for each in sums for name, one in each.items()}
-            self._together(lambda: self._publish(partial, folder, files, best) if self._rank == 0 else None)
-        except _Abandoned:
+            sums = self._run_together(lambda: self._write_files(partial, step, payload))
+            files = {name: file_sum for of_rank in sums for name, file_sum in of_rank.items()}
+            self._run_together(lambda: self._publish(partial, folder, files, best) if self._rank == 0 else None)
+        except _SaveError:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _begin(self, partial: Path, num_bytes: int) -> None:
-        """Make the folder, if there is room for what will be in it."""
+        """Make the directory if the disk has room for its files."""
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
         if num_bytes > free:
-            raise _Abandoned(f"it takes {num_bytes / 1e6:.3g} MB, and the disk has {free / 1e6:.3g} MB left")
+            raise _SaveError(f"it needs {num_bytes / 1e6:.3g} MB, and the disk has {free / 1e6:.3g} MB left")
         partial.mkdir()
         sync(self._run_dir)
 
-    def _write_files(self, partial: Path, step: int, contents: Contents) -> dict[str, FileSum]:
+    def _write_files(self, partial: Path, step: int, payload: CheckpointPayload) -> dict[str, FileSum]:
         """Write this rank's files."""
         name = rank_name(self._rank, self._world_size)
-        sums = {name: write_fragments(partial / name, contents.shards)}
+        sums = {name: write_fragments(partial / name, payload.shards)}
         if self._rank == 0:
-            sums[SHARED_NAME] = write_file(partial / SHARED_NAME, save(dict(contents.shared)))
-            document = {"version": VERSION, "step": step, "world_size": self._world_size, "shapes": contents.shapes}
-            text = json.dumps(document | dict(contents.state), indent=1)
+            sums[SHARED_NAME] = write_file(partial / SHARED_NAME, save(dict(payload.shared)))
+            document = {"version": VERSION, "step": step, "world_size": self._world_size, "shapes": payload.shapes}
+            text = json.dumps(document | dict(payload.state), indent=1)
             sums[STATE_NAME] = write_file(partial / STATE_NAME, text.encode())
         return sums
 
     def _publish(
         self, partial: Path, folder: Path, files: Mapping[str, FileSum], best: Mapping[str, Any] | None
     ) -> None:
-        """Everything is written: let it be found, and what it replaces go."""
+        """Give the complete directory its name, and remove the checkpoints that it replaces."""
         write_manifest(partial, files)
         sync(partial)
         for name in (METRICS_NAME, QUARANTINE_NAME):
-            # the history must not end before the checkpoint that goes on from it
+            # a checkpoint on disk must not be newer than the history it continues
             if (self._run_dir / name).exists():
                 sync(self._run_dir / name)
         os.rename(partial, folder)
@@ -285,26 +280,22 @@ class Saver:
                     write_best(self._run_dir, best)
                 prune(self._run_dir, self._config)
         except OSError as error:
-            # the checkpoint is there; the rest is convenience
-            self._noted.append(f"{folder} is written, but not all that should follow: {_reason(error)}")
+            # the checkpoint itself is complete
+            self._new_warnings.append(f"{folder} is written, but not the files around it: {_reason(error)}")
 
-    def _together(self, work: Callable[[], _Result]) -> list[_Result]:
-        """The results of all ranks' ``work``.
-
-        Raises:
-            _Abandoned: on all of them, if the disk of one has failed.
-        """
+    def _run_together(self, work: Callable[[], _Result]) -> list[_Result]:
+        """Run ``work`` on every rank and return all results; if one rank's disk fails, all ranks raise _SaveError."""
         try:
             result, fault = work(), None
-        except (OSError, _Abandoned) as error:
+        except (OSError, _SaveError) as error:
             result, fault = None, _reason(error)
-        outcomes = self._exchanged((result, fault))
-        for _, told in outcomes:
-            if told is not None:
-                raise _Abandoned(told)
-        return [each for each, _ in outcomes]
+        outcomes = self._exchange((result, fault))
+        for _, reason in outcomes:
+            if reason is not None:
+                raise _SaveError(reason)
+        return [result for result, _ in outcomes]
 
-    def _exchanged(self, value: Any) -> list[Any]:
+    def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self._world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
@@ -316,8 +307,8 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _beside_the_device() -> AbstractContextManager[Any]:
-    """For a thread, a stream of its own that begins when the training's has done what it has; on a CPU nothing."""
+def _side_stream() -> AbstractContextManager[Any]:
+    """Return a context for a thread: a CUDA stream that starts after the current stream's work; on a CPU nothing."""
     if not torch.cuda.is_initialized():
         return nullcontext()
     stream = torch.cuda.Stream()
@@ -327,28 +318,55 @@ def _beside_the_device() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _on(stream: torch.cuda.Stream) -> Iterator[None]:
-    # a thread begins on device 0, and would go back there afterwards: every rank would have a context there
+    # a new thread uses device 0, where every rank would create a context
     torch.cuda.set_device(stream.device)
     with torch.cuda.stream(stream):
         yield
 
 
 @torch.no_grad()
-def _copy(contents: Mapping[str, Contents]) -> dict[str, Contents]:
-    """The same with all values in one new piece of host memory, however many places they go to."""
-    largest = max(contents.values(), key=lambda each: each.num_bytes)
+def _copy(payloads: Mapping[str, CheckpointPayload]) -> dict[str, CheckpointPayload]:
+    """Copy all values into one new block of host memory, which the payloads share."""
+    largest = max(payloads.values(), key=lambda payload: payload.num_bytes)
     memory, offset = torch.empty(largest.num_bytes // 4), 0
-    copies: dict[str, Values] = {}
-    for key, values in largest.shards.items():
-        copy = memory.narrow(0, offset, values.numel)
-        copy.copy_(values.read().detach())
-        copies[key] = _Copied(copy)
-        offset += values.numel
+    copies: dict[str, Shard] = {}
+    for key, shard in largest.shards.items():
+        copy = memory.narrow(0, offset, shard.numel)
+        copy.copy_(shard.read().detach())
+        # bound to this copy
+        copies[key] = Shard(shard.numel, copy.detach)
+        offset += shard.numel
     return {
-        place: replace(
-            each,
-            shards={key: copies[key] for key in each.shards},
-            shared={key: value.detach().to("cpu", copy=True).contiguous() for key, value in each.shared.items()},
+        kind: replace(
+            payload,
+            shards={key: copies[key] for key in payload.shards},
+            shared={key: value.detach().to("cpu", copy=True).contiguous() for key, value in payload.shared.items()},
         )
-        for place, each in contents.items()
+        for kind, payload in payloads.items()
     }
+
+
+def _available_bytes() -> int:
+    """Return the memory that this host has left, within the limits of a container; 0 if unknown."""
+    limits = [limit for limit in (_machine_limit(), _container_limit()) if limit is not None]
+    return max(0, min(limits, default=0))
+
+
+def _machine_limit() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _container_limit() -> int | None:
+    """Return the memory left in the container's limit; None without a readable limit."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # the kernel frees inactive file cache on demand
+        return limit - used + int(statistics["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return None

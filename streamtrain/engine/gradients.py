@@ -1,115 +1,158 @@
-"""What becomes of gradients between the backward and the update.
+"""Gradients between the backward pass and the update: accumulation, norms and clipping, in place on this rank's shards.
 
-DeepSpeed (0.19) holds a rank's gradients in one flat fp32 tensor, but takes ten operations on all of them: it copies
-them into a bucket and from there into another, divides by the number of ranks, reduces, widens, copies; for the update
-it widens once more, takes the norm, flattens into fresh memory, scales. Here they are put where they stay, and read
-once for the norm and once for the update.
+DeepSpeed 0.19 keeps a rank's gradients in one flat fp32 tensor but processes all of them about ten times a step: it
+copies them into a bucket and from there into another one, divides by the number of ranks, reduces, widens and copies
+them; for the update it widens them again, computes the norm, flattens them into new memory and scales them. Here each
+gradient is written to its final position, then read once for the norm and once for the update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
-from streamtrain.engine.clipping import squared_norm
+from streamtrain.engine.deepspeed_compat import Stage3Optimizer, shard_numel, unsupported
 from streamtrain.engine.optim import AdamW
+
+# squares are summed in fp32 (up to 1e19) within rows of this many values, and the sums of rows in fp64
+ROW = 2**14
 
 
 class FlatGradients:
-    """This rank's part of the gradient of each parameter, summed over the micro-batches of a step, fp32.
+    """This rank's gradient shards, fp32, summed over the micro-batches of a step.
 
-    Takes the place of methods of DeepSpeed's optimiser: of those that put away what has been reduced (with one rank:
-    what there is to reduce), that find the norm, and that prepare an update and clip it.
+    Replaces methods of DeepSpeed's optimiser: storing a reduced gradient (with one rank: a complete one), computing the
+    norm, and preparing and clipping an update.
     """
 
-    def __init__(self, zero: Any, adamw: AdamW) -> None:
-        """Take over from DeepSpeed's optimiser.
-
-        Args:
-            zero: that optimiser.
-            adamw: which divides by what clipping asks for, while it passes over the gradient anyway.
-        """
-        self._zero, self._adamw = zero, adamw
-        flat = zero.grad_partitions_flat_buffer
+    def __init__(self, stage3: Stage3Optimizer, adamw: AdamW) -> None:
+        """``adamw`` divides by the clipping factor while it reads the gradient anyway."""
+        self._stage3, self._adamw = stage3, adamw
+        flat = stage3.flat_gradients
         assert flat.dtype == torch.float32
-        sizes = {p.ds_id: p.partition_numel() for group in zero.fp16_groups for p in group}
-        self._parts = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
-        self._groups = flat.split([sum(sizes[p.ds_id] for p in group) for group in zero.fp16_groups])
-        # DeepSpeed's numbers of the parameters that have a gradient in this step
+        sizes = {id(p): shard_numel(p) for group in stage3.groups for p in group}
+        self._shards = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+        self._groups = flat.split([sum(sizes[id(p)] for p in group) for group in stage3.groups])
+        # ids of the parameters that have a gradient in this step
         self._present: set[int] = set()
-        self._replace("partition_grads", self._put_away)
-        self._replace("_get_norm_groups", self._norms)
-        self._replace("_prepare_fp32_grad_for_sub_group", self._prepare)
-        self._replace("unscale_and_clip_grads", self._clip_group)
-        if dist.get_world_size() == 1:
-            self._replace("reduce_independent_p_g_buckets_and_remove_grads", self._take)
+        stage3.replace_gradient_path(
+            store_partitions=self._store_partitions,
+            store_whole=self._store_whole if dist.get_world_size() == 1 else None,
+            norms=self._norms,
+            prepare=lambda group: stage3.use_gradient(group, self._groups[group]),
+            clip=self._clip,
+        )
 
-    def _replace(self, name: str, method: Callable[..., Any]) -> None:
-        # a method of another name would be left as it is, and these here not called
-        assert callable(getattr(self._zero, name))
-        setattr(self._zero, name, method)
-
-    def complete(self) -> None:
-        """All micro-batches of a step have been seen: what took no part in any has a gradient of 0."""
-        # else a DeepSpeed that no longer calls what is replaced here would train on nothing
-        assert self._present, f"no gradient has come by: DeepSpeed {deepspeed.__version__} is not known to streamtrain"
-        for number, part in self._parts.items():
+    def finish_accumulation(self) -> None:
+        """Zero the gradients of parameters that took part in no micro-batch of the step."""
+        if not self._present:
+            # without this check such a DeepSpeed would train on zeros
+            raise unsupported("it does not call the methods that store gradients")
+        for number, shard in self._shards.items():
             if number not in self._present:
-                part.zero_()
+                shard.zero_()
 
-    def forget(self) -> None:
-        """The next gradient is the first one of another step."""
+    def start_step(self) -> None:
+        """Let the next gradient of each parameter overwrite the one of the last step."""
         self._present.clear()
 
-    def parts(self) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-        """Each parameter with its gradient ``[numel of the fragment]``, a view."""
-        for group in self._zero.fp16_groups:
+    def items(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """Iterate over the parameters with this rank's gradient ``[shard_numel]``, a view."""
+        for group in self._stage3.groups:
             for parameter in group:
-                yield parameter, self._parts[parameter.ds_id]
+                yield parameter, self._shards[id(parameter)]
 
     @torch.no_grad()
-    def _take(self, parameter: torch.nn.Parameter) -> None:
-        """With one rank: a whole gradient, which need not be averaged with others."""
+    def _store_whole(self, parameter: Parameter) -> None:
+        """With one rank: store a complete gradient, which needs no reduction."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        self._add(parameter, self._parts[parameter.ds_id].view_as(gradient), gradient)
+        self._add(parameter, self._shards[id(parameter)].view_as(gradient), gradient)
 
     @torch.no_grad()
-    def _put_away(self, parameters: Iterable[torch.nn.Parameter], partitions: Iterable[Tensor]) -> None:
-        """With several ranks: this one's part of their average."""
+    def _store_partitions(self, parameters: Iterable[Parameter], partitions: Iterable[Tensor]) -> None:
+        """With several ranks: store this rank's partitions of the averaged gradients."""
         for parameter, partition in zip(parameters, partitions, strict=True):
             whole, parameter.grad = parameter.grad, None
             if whole is not None and whole.is_cuda:
-                # the stream that reduces, this one, may still be reading what another one is about to reuse
+                # the reduce stream, which is current here, may still read memory that another stream would reuse
                 whole.record_stream(torch.cuda.current_stream())
-            part = self._parts[parameter.ds_id]
-            # padding, in which a step that was left out may have put what is not finite
-            part[len(partition) :].zero_()
-            self._add(parameter, part[: len(partition)], partition)
+            shard = self._shards[id(parameter)]
+            # padding, which may be non-finite after a skipped step
+            shard[len(partition) :].zero_()
+            self._add(parameter, shard[: len(partition)], partition)
 
-    def _add(self, parameter: torch.nn.Parameter, part: Tensor, gradient: Tensor) -> None:
-        if parameter.ds_id in self._present:
-            part.add_(gradient)
+    def _add(self, parameter: Parameter, shard: Tensor, gradient: Tensor) -> None:
+        number = id(parameter)
+        if number in self._present:
+            shard.add_(gradient)
         else:
-            part.copy_(gradient)
-            self._present.add(parameter.ds_id)
+            shard.copy_(gradient)
+            self._present.add(number)
 
     def _norms(self) -> list[Tensor]:
-        """The L2 norm of the gradient over all ranks; -1 (as DeepSpeed has it) where it is not finite."""
+        """Return the L2 norm of the gradient over all ranks; -1, DeepSpeed's convention, if it is non-finite."""
         square = squared_norm(self._groups)
         dist.all_reduce(square)
         return [torch.where(square.isfinite(), square.sqrt(), -1.0).float()]
 
-    def _prepare(self, group: int) -> None:
-        self._zero.fp32_partitioned_groups_flat[group].grad = self._groups[group]
-        self._zero.averaged_gradients[group] = None
-
-    def _clip_group(self, group: int, norm: Tensor) -> None:
+    def _clip(self, group: int, norm: Tensor) -> None:
         # as torch.nn.utils.clip_grad_norm_
-        limit = self._zero.clip_grad
+        limit = self._stage3.clip_limit
         self._adamw.divisor = ((norm + 1e-6) / limit).clamp_min(1.0) if limit else None
+
+
+class ModuleClipping:
+    """Clips the gradient of each module (the backbone, each head) to a norm of at most ``limit``, on shards.
+
+    Each rank passes its shards of the gradients, already averaged over ranks and micro-batches. The squared norms of
+    all modules travel in one small all-reduce. DeepSpeed's own clipping must be off.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], limit: float) -> None:
+        """``parameters``: by name; the part before the first dot names the module."""
+        self._modules = sorted({name.partition(".")[0] for name in parameters})
+        self._module_of = {id(p): self._modules.index(name.partition(".")[0]) for name, p in parameters.items()}
+        self._limit = limit
+        self._norms: Tensor | None = None
+
+    @torch.no_grad()
+    def apply(self, gradients: Iterable[tuple[Parameter, Tensor]]) -> Tensor:
+        """Clip in place, given each parameter with this rank's gradient shard.
+
+        Returns the sum of the modules' norms before clipping, a scalar on their device.
+        """
+        shards: list[list[Tensor]] = [[] for _ in self._modules]
+        for parameter, gradient in gradients:
+            shards[self._module_of[id(parameter)]].append(gradient)
+        squares = torch.stack([squared_norm(of_module) for of_module in shards])
+        dist.all_reduce(squares)
+        self._norms = squares.sqrt().float()
+        # as torch.nn.utils.clip_grad_norm_
+        factors = (self._limit / (self._norms + 1e-6)).clamp_max(1.0)
+        for of_module, factor in zip(shards, factors, strict=True):
+            for gradient in of_module:
+                gradient.mul_(factor)
+        return self._norms.sum()
+
+    def scalars(self) -> dict[str, float]:
+        """Return the norms before the last clipping, by TensorBoard tag."""
+        assert self._norms is not None, "no step yet"
+        tag = "optim/gradient_norm"
+        norms = dict(zip(self._modules, self._norms.tolist(), strict=True))
+        total = float(self._norms.square().sum().sqrt())
+        return {tag: total, **{f"{tag}/{name}": norm for name, norm in norms.items()}}
+
+
+def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the squared L2 norm of all fp32 ``gradients [numel]`` together, fp64, summed in a fixed order."""
+    norms = []
+    for gradient in gradients:
+        whole = len(gradient) // ROW * ROW
+        norms += [torch.linalg.vector_norm(gradient[:whole].view(-1, ROW), dim=1)]
+        norms += [torch.linalg.vector_norm(gradient[whole:])[None]]
+    return torch.cat(norms).double().square().sum()

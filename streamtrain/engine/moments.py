@@ -1,42 +1,44 @@
-"""Where AdamW's two moments lie: on the device, there in 8 bits, in host memory, or in files.
+"""Storage of AdamW's two moments: on the device (fp32 or 8-bit), in host memory, or in files.
 
-The update itself is always the same arithmetic on the device; a store hands it a chunk of fp32 moments at a time
-and takes the chunk back. That a store is slower matters little where it is needed: it works once an optimiser step,
-which on few devices is many micro-batches long.
+The update is the same arithmetic on the device in every case; a store loads a chunk of fp32 moments for it and stores
+the chunk afterwards. A slow store costs little where it is needed: on few devices an optimiser step, which uses it
+once, has many micro-batches.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from streamtrain.config.engine import EngineConfig
 from streamtrain.errors import ConfigError
 
 KEYS = ("exp_avg", "exp_avg_sq")
-# values staged at a time
+# values loaded at a time
 CHUNK = 16 * 2**20
-# the search for the nearest code needs some 64-bit temporaries a value
+# smaller, because the search for the nearest code needs several 64-bit temporaries per value
 EIGHT_BIT_CHUNK = 4 * 2**20
 # values that share one scale
 BLOCK = 256
 
 
 class Moments(ABC):
-    """Both moments of one flat parameter of ``numel`` values; zero at first."""
+    """Both moments of one flat parameter of ``numel`` values, initially zero."""
 
-    # values an update handles at a time; 0: all
+    # values that an update loads at a time; 0: all
     chunk: int = CHUNK
 
     def __init__(self, numel: int, device: torch.device) -> None:
         self.numel, self.device = numel, device
 
     def staged(self) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Chunk after chunk as fp32 on the device; what the caller makes of it is kept."""
+        """Iterate over chunks as fp32 tensors on the device; the caller's in-place changes are stored."""
         for start in range(0, self.numel, self.chunk or self.numel):
             stop = min(start + (self.chunk or self.numel), self.numel)
             values = [self.load(key, start, stop) for key in KEYS]
@@ -45,13 +47,13 @@ class Moments(ABC):
                 self.store(key, start, value)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
-        """fp32 ``[stop - start]`` for a checkpoint."""
-        # 8-bit blocks and file chunks begin at multiples of BLOCK
+        """Return fp32 ``[stop - start]`` for a checkpoint."""
+        # load() and store() need multiples of BLOCK
         first = start // BLOCK * BLOCK
         return self.load(key, first, stop)[start - first :]
 
     def write(self, key: str, start: int, values: Tensor) -> None:
-        """Set the values from ``start`` on."""
+        """Set the values that begin at ``start``."""
         first = start // BLOCK * BLOCK
         last = min(-(-(start + len(values)) // BLOCK) * BLOCK, self.numel)
         whole = self.load(key, first, last)
@@ -60,15 +62,15 @@ class Moments(ABC):
 
     @abstractmethod
     def load(self, key: str, start: int, stop: int) -> Tensor:
-        """fp32 on the device; ``start`` is a multiple of ``BLOCK``."""
+        """Return fp32 ``[stop - start]`` on the device; ``start`` is a multiple of ``BLOCK``."""
 
     @abstractmethod
     def store(self, key: str, start: int, values: Tensor) -> None:
-        """Keep what was loaded from ``start``, ``values`` long, and then changed."""
+        """Store ``values`` at ``start``, a multiple of ``BLOCK``."""
 
     @abstractmethod
     def num_bytes(self) -> int:
-        """What both moments take, wherever it is."""
+        """Return the size of both moments, in memory or on disk."""
 
 
 class TensorMoments(Moments):
@@ -93,9 +95,9 @@ class TensorMoments(Moments):
 
 
 class EightBitMoments(Moments):
-    """Codes of 8 bits on the device, and one fp32 scale a block (Dettmers et al. 2022), by torchao's maps.
+    """8-bit codes and one fp32 scale per block, on the device (Dettmers et al. 2022), with torchao's code maps.
 
-    The tensors are padded to whole blocks, so that no value is left in fp32, whatever the size.
+    The tensors are padded to whole blocks, so that every value is quantised, whatever the size.
     """
 
     chunk = EIGHT_BIT_CHUNK
@@ -105,7 +107,7 @@ class EightBitMoments(Moments):
         maps = eight_bit_maps()
         self.maps = dict(zip(KEYS, (each.to(device) for each in maps), strict=True))
         blocks = -(-numel // BLOCK)
-        # the code of 0, which is another one in each map
+        # the code of 0, which differs between the maps
         zeros = {key: int((table == 0).nonzero()) for key, table in self.maps.items()}
         self.codes = {key: torch.full((blocks * BLOCK,), zeros[key], dtype=torch.uint8, device=device) for key in KEYS}
         self.scales = {key: torch.zeros(blocks, device=device) for key in KEYS}
@@ -122,8 +124,8 @@ class EightBitMoments(Moments):
 
         table = self.maps[key]
         padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
-        # The signed map reaches 1 but not -1. The extreme of either sign gets the code at that end, so that
-        # what was loaded and is stored unchanged (in a checkpoint) stays as it is.
+        # The signed map reaches 1 but not -1. Scale so that the extreme of either sign gets the code at its end:
+        # then storing unchanged loaded values, as after reading a checkpoint, changes nothing.
         scale = torch.maximum(padded.amax(1) / table[-1], padded.amin(1) / table[0].clamp_max(-1e-3)).clamp_min(1e-30)
         blocks = slice(start // BLOCK, start // BLOCK + len(scale))
         self.codes[key].view(-1, BLOCK)[blocks] = quantize_8bit_with_qmap(padded / scale[:, None], table)
@@ -134,14 +136,14 @@ class EightBitMoments(Moments):
 
 
 class FileMoments(Moments):
-    """fp32 in one file a moment, read and written a chunk at a time; only the chunk is ever in memory."""
+    """One fp32 file per moment, read and written in chunks; only one chunk is in memory."""
 
     def __init__(self, numel: int, device: torch.device, path: Path) -> None:
         super().__init__(numel, device)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.files = {}
         for key in KEYS:
-            # a file of an earlier run is emptied; unwritten parts of a new one read as zeros
+            # truncate a file of an earlier run; unwritten parts of the new one read as zeros
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
             self.files[key] = os.open(path.with_name(f"{path.name}.{key}"), flags, 0o644)
             os.truncate(self.files[key], 4 * numel)
@@ -169,7 +171,7 @@ class FileMoments(Moments):
 
 
 class SplitMoments(Moments):
-    """The first values in one store, the others in another."""
+    """The first values in one store, the rest in a second one."""
 
     def __init__(self, first: Moments, second: Moments) -> None:
         super().__init__(first.numel + second.numel, first.device)
@@ -182,25 +184,25 @@ class SplitMoments(Moments):
             yield slice(part.start + self.first.numel, part.stop + self.first.numel), values
 
     def load(self, key: str, start: int, stop: int) -> Tensor:
-        border = self.first.numel
-        parts = [self.first.load(key, start, min(stop, border))] if start < border else []
-        if stop > border:
-            parts.append(self.second.load(key, max(start, border) - border, stop - border))
+        boundary = self.first.numel
+        parts = [self.first.load(key, start, min(stop, boundary))] if start < boundary else []
+        if stop > boundary:
+            parts.append(self.second.load(key, max(start, boundary) - boundary, stop - boundary))
         return torch.cat(parts)
 
     def store(self, key: str, start: int, values: Tensor) -> None:
-        here = max(0, min(self.first.numel - start, len(values)))
-        if here:
-            self.first.store(key, start, values[:here])
-        if here < len(values):
-            self.second.store(key, max(0, start - self.first.numel), values[here:])
+        count = max(0, min(self.first.numel - start, len(values)))
+        if count:
+            self.first.store(key, start, values[:count])
+        if count < len(values):
+            self.second.store(key, max(0, start - self.first.numel), values[count:])
 
     def num_bytes(self) -> int:
         return self.first.num_bytes() + self.second.num_bytes()
 
 
 def eight_bit_maps() -> tuple[Tensor, Tensor]:
-    """The values of the 256 codes, signed and unsigned.
+    """Return the values of the 256 codes, signed (first moment) and unsigned (second moment).
 
     Raises:
         ConfigError: if torchao is not installed.
@@ -212,3 +214,29 @@ def eight_bit_maps() -> tuple[Tensor, Tensor]:
             "engine.moments=8bit needs the package torchao: pip install torchao, or choose device, host or disk"
         ) from None
     return torch.tensor(create_dynamic_map(True)), torch.tensor(create_dynamic_map(False))
+
+
+def moments_maker(engine: EngineConfig, folder: Path, device: torch.device) -> Callable[[Tensor], Moments]:
+    """Return a function that creates the moments of a flat parameter; ``folder`` is for this rank's files only.
+
+    Raises:
+        ConfigError: if ``engine.moments`` needs a package that is not installed.
+    """
+    if engine.moments == "8bit":
+        eight_bit_maps()
+    count = itertools.count()
+
+    def configured(numel: int) -> Moments:
+        if engine.moments == "8bit":
+            return EightBitMoments(numel, device)
+        if engine.moments == "disk":
+            return FileMoments(numel, device, folder / f"{next(count):05d}")
+        return TensorMoments(numel, device, torch.device("cpu") if engine.moments == "host" else device)
+
+    def make(parameter: Tensor) -> Moments:
+        kept = int((1.0 - engine.moments_ratio) * parameter.numel()) // BLOCK * BLOCK
+        if not kept:
+            return configured(parameter.numel())
+        return SplitMoments(TensorMoments(kept, device, device), configured(parameter.numel() - kept))
+
+    return make

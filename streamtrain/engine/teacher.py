@@ -1,87 +1,162 @@
-"""The teacher: an exponential moving average of the student's masters, shard by shard, without communication."""
+"""Sharded networks without gradients: the EMA teacher, and frozen networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
 
-from streamtrain.engine.frozen import ShardedNetwork
+from streamtrain.engine import deepspeed_compat
+from streamtrain.engine.deepspeed_compat import shard_of
+from streamtrain.engine.fragments import Fragment, Shard
 from streamtrain.engine.moments import CHUNK
-from streamtrain.engine.zero import Fragment, Shard, Student
+from streamtrain.engine.zero import ShardedWeight, Student
+
+
+class ShardedNetwork:
+    """A network for inference, gathered block by block."""
+
+    def __init__(self, module: torch.nn.Module, leaf: type[torch.nn.Module], settings: dict[str, Any]) -> None:
+        """``module``: from ``build_sharded`` with the same ``settings``."""
+        deepspeed.utils.set_z3_leaf_modules(module, [leaf])
+        module.requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=module, config=settings)
+        self._engine.eval()
+        self.parameters = dict(module.named_parameters())
+        for name, parameter in self.parameters.items():
+            # a parameter that every rank keeps whole would not follow writes to its shard
+            assert not deepspeed_compat.is_persistent(parameter), name
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the network's forward, which gathers each block once."""
+        return self._engine(*inputs)
+
+    def weight(self, name: str) -> ShardedWeight | None:
+        """Return a handle for gathering one parameter; None if the network does not have it."""
+        return ShardedWeight(self.parameters[name]) if name in self.parameters else None
+
+    def gather_seconds(self) -> tuple[float, int]:
+        """Measure the gathering of one block from all ranks; returns the seconds and this rank's received bytes."""
+        block = [value for name, value in self.parameters.items() if ".blocks.0." in name]
+        shards = [shard_of(parameter) for parameter in block]
+        self.release()
+        _synchronise(shards[0].device)
+        began = time.perf_counter()
+        with deepspeed.zero.GatheredParameters(block):
+            _synchronise(block[0].device)
+            seconds = time.perf_counter() - began
+        return seconds, sum(shard.nbytes for shard in shards) * (dist.get_world_size() - 1)
+
+    def release(self) -> None:
+        """Release gathered parameters; call it before a shard is written, or the old values would be used."""
+        deepspeed_compat.release_parameters(self._engine)
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for all ranks and their devices."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+
+
+class FrozenNetwork(ShardedNetwork):
+    """A teacher for distillation, or the Gram teacher; its values are stored in the run's dtype only."""
+
+    def __init__(
+        self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any]
+    ) -> None:
+        super().__init__(module, leaf, settings)
+        self.fragments = {name: Fragment.of(parameter, rank) for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
+        """Set every value from ``read(name, fragment) -> [numel]``."""
+        self.release()
+        for name, parameter in self.parameters.items():
+            shard_of(parameter).copy_(read(name, self.fragments[name]))
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        """Iterate over the parameters' names with this rank's shards."""
+        for name, parameter in self.parameters.items():
+            # bound now, because DeepSpeed may replace the tensor by another one with the same values
+            yield name, Shard(self.fragments[name].numel, shard_of(parameter).detach)
 
 
 class Teacher(ShardedNetwork):
-    """A network partitioned like the student, whose shards follow the student's fp32 masters.
+    """The EMA of the student's fp32 masters, updated shard by shard without communication.
 
-    The averages are kept in fp32, one flat tensor beside each of the student's; the network computes from
-    shards in its own number format, which are the same memory where that is fp32.
+    The network is partitioned like the student. The EMA is fp32, one flat tensor for each of the student's; the network
+    computes from shards in its own dtype, which share the EMA's memory if that is fp32.
     """
 
     def __init__(
         self, module: torch.nn.Module, leaf: type[torch.nn.Module], student: Student, settings: dict[str, Any],
         on_host: bool = False,
     ) -> None:
-        """``on_host``: the averages lie in (pinned) host memory and visit the device chunk by chunk."""
+        """``on_host``: store the EMA in (pinned) host memory and update it on the device in chunks."""
         super().__init__(module, leaf, settings)
         self._student = student
         masters = student.master_groups
-        away = on_host and masters[0].is_cuda
-        self._values = [torch.empty_like(master, dtype=self._dtype) for master in masters]
+        on_host = on_host and masters[0].is_cuda
+        dtype = shard_of(next(iter(self.parameters.values()))).dtype
+        self._values = [torch.empty_like(master, dtype=dtype) for master in masters]
         for name, parameter in self.parameters.items():
             group, offset, numel = student.position(name)
-            assert parameter.ds_tensor.numel() == numel, name
-            # the engine gathers from ds_tensor: let it look into the flat tensor that the update writes
-            parameter.ds_tensor.data = self._values[group].narrow(0, offset, numel)
-        # only now, when the memory of the engine's own tensors is free again
-        if self._dtype == masters[0].dtype and not away:
-            self._averages = self._values
+            assert shard_of(parameter).numel() == numel, name
+            # DeepSpeed gathers from the shard: make it a view of the flat tensor that update() writes
+            shard_of(parameter).data = self._values[group].narrow(0, offset, numel)
+        # allocated after the engine's own shards have been freed
+        if dtype == masters[0].dtype and not on_host:
+            self._ema = self._values
         else:
-            home = torch.device("cpu") if away else masters[0].device
-            self._averages = [torch.empty(m.shape, dtype=m.dtype, device=home, pin_memory=away) for m in masters]
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(iter(self.parameters.values())).ds_tensor.dtype
+            device = torch.device("cpu") if on_host else masters[0].device
+            self._ema = [torch.empty(m.shape, dtype=m.dtype, device=device, pin_memory=on_host) for m in masters]
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """``average = momentum * average + (1 - momentum) * master``, on this rank's shards only."""
+        """Set ``ema = momentum * ema + (1 - momentum) * master`` on this rank's shards."""
         self.release()
-        for average, value, master in zip(self._averages, self._values, self._student.master_groups, strict=True):
-            for home, own, newest in zip(average.split(CHUNK), value.split(CHUNK), master.split(CHUNK), strict=True):
-                # where the averages are on the host, copies in both directions wait for nobody here
-                moved = home.to(newest.device, non_blocking=True).lerp_(newest.detach(), 1.0 - momentum)
-                if moved.data_ptr() != home.data_ptr():
-                    home.copy_(moved, non_blocking=True)
-                if own.data_ptr() != home.data_ptr():
-                    own.copy_(moved)
+        for ema_group, value_group, master_group in zip(
+            self._ema, self._values, self._student.master_groups, strict=True
+        ):
+            for ema, value, master in zip(
+                ema_group.split(CHUNK), value_group.split(CHUNK), master_group.split(CHUNK), strict=True
+            ):
+                # with the EMA on the host, the copies in both directions are asynchronous
+                updated = ema.to(master.device, non_blocking=True).lerp_(master.detach(), 1.0 - momentum)
+                if updated.data_ptr() != ema.data_ptr():
+                    ema.copy_(updated, non_blocking=True)
+                if value.data_ptr() != ema.data_ptr():
+                    value.copy_(updated)
 
-    def average(self, name: str) -> torch.Tensor:
-        """``[numel]`` fp32 view of this rank's fragment of the average of parameter ``name``."""
-        self._arrive()
+    def ema_shard(self, name: str) -> torch.Tensor:
+        """Return a ``[numel]`` fp32 view of this rank's EMA fragment of parameter ``name``."""
+        self._wait_for_copies()
         return self._view(name)
 
     def shards(self) -> dict[str, Shard]:
-        """What a checkpoint keeps of this rank: ``ema/name``."""
-        self._arrive()
+        """Return everything that a checkpoint keeps of this rank, by ``ema/name``."""
+        self._wait_for_copies()
         numels = {name: self._student.fragments[name].numel for name in self.parameters}
         return {f"ema/{name}": Shard(numel, partial(self._view, name)) for name, numel in numels.items()}
 
     @torch.no_grad()
     def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
-        """Set the averages from ``read(ema/name, fragment) -> [numel]``."""
+        """Set the EMA from ``read(ema/name, fragment) -> [numel]``."""
         for name in self.parameters:
             self._view(name).copy_(read(f"ema/{name}", self._student.fragments[name]))
         self.update(1.0)
 
     def _view(self, name: str) -> torch.Tensor:
         group, offset, numel = self._student.position(name)
-        return self._averages[group].narrow(0, offset, numel)
+        return self._ema[group].narrow(0, offset, numel)
 
-    def _arrive(self) -> None:
-        """Wait for copies that are on their way to the host."""
-        if self._averages[0].is_pinned():
+    def _wait_for_copies(self) -> None:
+        if self._ema[0].is_pinned():
             torch.cuda.synchronize()

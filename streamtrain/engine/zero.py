@@ -1,14 +1,13 @@
-"""The student under ZeRO-3: built sharded, fed micro-batches, stepped once an optimiser step.
+"""The student under ZeRO-3: built sharded, fed micro-batches, updated once an optimiser step.
 
-Every rank owns, of each parameter, one contiguous fragment of its flattened values (the last rank's is
-padded). ``Fragment`` says which; checkpoints, initial values and the teacher all speak in fragments.
+Each rank owns one contiguous ``Fragment`` of every flattened parameter (the last rank's is padded). Checkpoints,
+initial values and the teacher are read and written in fragments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,75 +15,49 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from streamtrain.config.tree import Config
-from streamtrain.engine.clipping import ModuleClipping
-from streamtrain.engine.gradients import FlatGradients
-from streamtrain.engine.moments import KEYS
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine import deepspeed_compat
+from streamtrain.engine.fragments import Fragment, Shard
+from streamtrain.engine.gradients import FlatGradients, ModuleClipping
+from streamtrain.engine.moments import KEYS, moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
-from streamtrain.engine.samples import sampled
 from streamtrain.planning.shapes import SUB_GROUP_NUMEL
 
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's part of one flattened parameter: ``[start, stop)`` of its values, ``numel`` with padding."""
-
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    numel: int
-
-    @classmethod
-    def of(cls, parameter: torch.nn.Parameter, rank: int) -> Fragment:
-        """The fragment of a ZeRO-3 parameter that ``rank`` owns."""
-        numel = parameter.partition_numel()
-        start = min(rank * numel, parameter.ds_numel)
-        return cls(tuple(parameter.ds_shape), start, min(start + numel, parameter.ds_numel), numel)
-
-    def cut(self, values: torch.Tensor) -> torch.Tensor:
-        """``[numel]``: the fragment of a whole parameter's ``values``, padded with zeros; a view where it is whole."""
-        part = values.reshape(-1)[self.start : self.stop]
-        padding = self.numel - part.numel()
-        return torch.nn.functional.pad(part, (0, padding)) if padding else part
-
-
-@dataclass(frozen=True)
-class Shard:
-    """``numel`` fp32 values of this rank, made when they are read."""
-
-    numel: int
-    read: Callable[[], torch.Tensor]
+# values of one parameter that go into a histogram, at most
+SAMPLES_PER_PARAMETER = 4096
 
 
 class ShardedWeight:
-    """A parameter that another module may read whole, for the time of a ``with`` block.
+    """Handle of a parameter that another module may gather for the duration of a ``with`` block.
 
-    It is passed where a tensor would be: ZeRO-3's hooks replace tensor arguments by detached copies,
-    which no longer know how to be gathered.
+    Pass it in the place of a tensor: ZeRO-3's hooks replace tensor arguments by detached copies, which cannot be
+    gathered.
     """
 
-    def __init__(self, parameter: torch.nn.Parameter) -> None:
+    def __init__(self, parameter: Parameter) -> None:
         self._parameter = parameter
 
     @contextmanager
-    def gathered(self) -> Iterator[torch.Tensor]:
-        """Yield the whole tensor, without gradient and to be read only; it is released at the end of the block."""
+    def gathered(self) -> Iterator[Tensor]:
+        """Yield the full tensor, read-only and without gradient; the end of the block releases it."""
         if dist.get_world_size() == 1:
-            # the shard is the whole already, which DeepSpeed would copy
-            yield self._parameter.ds_tensor.detach().view(self._parameter.ds_shape)
+            # the shard is the full tensor, and DeepSpeed would copy it
+            shard = deepspeed_compat.shard_of(self._parameter)
+            yield shard.detach().view(deepspeed_compat.full_shape(self._parameter))
             return
         with deepspeed.zero.GatheredParameters([self._parameter]):
             yield self._parameter.detach()
 
 
 def engine_config(config: Config, runtime: Runtime, accumulation: int, block_numel: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration; equal for student and teacher, so that they are partitioned alike.
+    """Return DeepSpeed's configuration; student and teacher share it, so that both are partitioned identically.
 
-    ``block_numel`` (parameters of one backbone block) bounds what is gathered: DeepSpeed's defaults would
-    keep the whole model alive.
+    ``block_numel`` (parameters of one backbone block) limits the gathered parameters: DeepSpeed's defaults would keep
+    the entire model gathered.
     """
     on_gpu, several = runtime.device.type == "cuda", runtime.world_size > 1
     zero = {
@@ -97,8 +70,8 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
         "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": block_numel if on_gpu else 0,
-        # a small parameter kept whole on every rank would go stale in the teacher, and a block is gathered
-        # as one piece anyway
+        # Small parameters that every rank keeps whole would go stale in the teacher. Sharding them costs nothing, since
+        # a block is gathered in one piece.
         "stage3_param_persistence_threshold": 0,
     }
     settings: dict[str, Any] = {
@@ -115,74 +88,78 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
     return settings
 
 
-def build_sharded(build: Callable[[], torch.nn.Module], settings: dict[str, Any]) -> torch.nn.Module:
-    """Construct a module so that no rank ever holds it whole; its values are undefined until written."""
+def build_sharded(build: Callable[[], Module], settings: dict[str, Any]) -> Module:
+    """Construct a module so that no rank ever holds all of it; its values are undefined until written.
+
+    Raises:
+        ConfigError: if this DeepSpeed is not supported.
+    """
     with deepspeed.zero.Init(config_dict_or_path=settings):
-        return build()
+        module = build()
+    deepspeed_compat.check_parameter(next(module.parameters()))
+    return module
 
 
 class Student:
-    """The student module, its optimiser and its fp32 masters, in shards."""
+    """The student module, its optimiser and its fp32 masters, sharded."""
 
     def __init__(
-        self, module: torch.nn.Module, leaf: type[torch.nn.Module], config: Config, runtime: Runtime,
-        settings: dict[str, Any],
+        self, module: Module, leaf: type[Module], config: Config, runtime: Runtime, settings: dict[str, Any]
     ) -> None:
         deepspeed.utils.set_z3_leaf_modules(module, [leaf])
         groups = parameter_groups(module.named_parameters(), config.model.depth, config.optim)
         folder = Path(config.engine.moments_dir or f"{config.run.dir}/moments") / f"rank-{runtime.rank:05d}"
         self._adamw = AdamW(groups, config.optim, moments_maker(config.engine, folder, runtime.device))
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
+        self._engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
+        self._stage3 = deepspeed_compat.Stage3Optimizer(optimizer)
         if runtime.dtype == torch.float32:
-            # the masters are the values; DeepSpeed means to share them, but compares a device with a string
-            values = self._optimizer.fp16_partitioned_groups_flat
-            for master, value in zip(self.master_groups, values, strict=True):
+            # the masters are the values; DeepSpeed would share them too, but it compares a device with a string
+            for master, value in zip(self.master_groups, self._stage3.flat_values, strict=True):
                 master.data = value
-        self._gradients = FlatGradients(self._optimizer, self._adamw)
+        self._gradients = FlatGradients(self._stage3, self._adamw)
         self.module = module
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        # whether the coming step keeps some values of this rank's part of its gradient, and those
+        # whether the coming step keeps samples of this rank's gradient shards, and the samples
         self.sample_gradients = False
-        self.gradient_samples: dict[str, torch.Tensor] = {}
-        # scalars of the step under way that are finite in a sound one
-        self._doubtful: list[torch.Tensor] = []
+        self.gradient_samples: dict[str, Tensor] = {}
+        # scalars of the current step that must be finite
+        self._must_be_finite: list[Tensor] = []
         self._clipping = (
             ModuleClipping(self.parameters, config.optim.clip) if config.optim.clip_per == "module" else None
         )
 
-    def accumulate(self, *inputs: Any) -> dict[str, torch.Tensor]:
-        """Forward and backward of one micro-batch; returns the losses, detached."""
+    def accumulate(self, *inputs: Any) -> dict[str, Tensor]:
+        """Run forward and backward of one micro-batch; returns the losses, detached."""
         losses = self._engine(*inputs)
         self._engine.backward(losses["total"])
         if self._engine.is_gradient_accumulation_boundary():
-            self._gradients.complete()
-        self._doubtful.append(losses["total"].detach())
+            self._gradients.finish_accumulation()
+        self._must_be_finite.append(losses["total"].detach())
         return {name: loss.detach() for name, loss in losses.items()}
 
     def step(self, before_update: Callable[[], None] = lambda: None) -> None:
-        """Call after each ``accumulate``; the last one of an optimiser step applies the update.
+        """Call after each ``accumulate``; the last call of an optimiser step applies the update.
 
-        ``before_update`` is called before anything that a checkpoint keeps is changed.
-
-        Where a loss or the gradient of any rank is not finite, nothing is changed on any rank; ``applied`` says so.
+        If a loss or the gradient of any rank is non-finite, no rank applies it, and ``applied`` is False.
+        ``before_update`` is called before anything that a checkpoint contains is changed.
         """
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
-            parts = list(self._gradients.parts())
+            gradients = list(self._gradients.items())
             if self.sample_gradients:
-                self.gradient_samples = sampled((self._names[id(parameter)], part) for parameter, part in parts)
+                self.gradient_samples = sample_values((self._names[id(p)], gradient) for p, gradient in gradients)
             if self._clipping is not None:
-                self._doubtful.append(self._clipping.apply(parts))
-            # The engine leaves out an update whose gradient has no finite norm, which all ranks reduce together and
-            # read at once. What else must be finite travels with it: times 0 it is 0, or NaN.
-            parts[0][1][:1].add_(torch.stack(self._doubtful).sum() * 0)
-            self._doubtful.clear()
+                self._must_be_finite.append(self._clipping.apply(gradients))
+            # The engine skips an update whose gradient norm is non-finite; all ranks reduce that norm and read it once.
+            # The other scalars travel with it: times 0 each is 0 if finite, else NaN.
+            gradients[0][1][:1].add_(torch.stack(self._must_be_finite).sum() * 0)
+            self._must_be_finite.clear()
             before_update()
         self._engine.step()
         if last:
-            self._gradients.forget()
+            self._gradients.start_step()
 
     @property
     def applied(self) -> bool:
@@ -192,38 +169,39 @@ class Student:
     def set_rates(
         self, lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False
     ) -> None:
-        """Rates of the coming optimiser step."""
-        set_rates(self._optimizer.optimizer.param_groups, lr, weight_decay, last_layer_frozen, backbone_frozen)
+        """Set the learning rate and weight decay of the coming optimiser step."""
+        set_rates(self._stage3.param_groups, lr, weight_decay, last_layer_frozen, backbone_frozen)
 
     def gradient_norms(self) -> dict[str, float]:
-        """L2 norm of the last step's gradient before clipping, and of its modules' where each is clipped, by tag."""
+        """Return the last step's gradient norm before clipping, and each module's if clipped per module, by tag."""
         if self._clipping is not None:
             return self._clipping.scalars()
         return {"optim/gradient_norm": float(self._engine.get_global_grad_norm() or 0.0)}
 
-    def master(self, name: str) -> torch.Tensor:
-        """``[numel]`` fp32 view of this rank's fragment of the master of parameter ``name``."""
+    def master(self, name: str) -> Tensor:
+        """Return a ``[numel]`` fp32 view of this rank's master fragment of parameter ``name``."""
         group, offset, numel = self.position(name)
         return self.master_groups[group].detach().narrow(0, offset, numel)
 
-    def weight_samples(self) -> dict[str, torch.Tensor]:
-        """Some values of this rank's part of the masters, by part of the network."""
-        return sampled((name, self.master(name)) for name in self.parameters)
+    def weight_samples(self) -> dict[str, Tensor]:
+        """Return samples of this rank's master fragments, by part of the network."""
+        return sample_values((name, self.master(name)) for name in self.parameters)
 
-    def finite(self) -> bool:
-        """Whether all of this rank's masters are finite numbers."""
+    def is_finite(self) -> bool:
+        """Return whether all of this rank's masters are finite."""
         return all(bool(torch.stack(torch.aminmax(flat.detach())).isfinite().all()) for flat in self.master_groups)
 
     @property
-    def master_groups(self) -> list[torch.Tensor]:
-        """The flat fp32 tensors that the masters are views of."""
-        return self._optimizer.fp32_partitioned_groups_flat
+    def master_groups(self) -> list[Tensor]:
+        """The flat fp32 tensors that contain the masters."""
+        return self._stage3.flat_masters
 
     def position(self, name: str) -> tuple[int, int, int]:
-        return self._optimizer.grad_position[self._optimizer.get_param_id(self.parameters[name])]
+        """Return which flat tensor holds this rank's fragment of parameter ``name``, its offset there, and its size."""
+        return self._stage3.position(self.parameters[name])
 
     def shards(self) -> dict[str, Shard]:
-        """Everything that a checkpoint keeps of this rank, by ``kind/name``."""
+        """Return everything that a checkpoint keeps of this rank, by ``kind/name``."""
         shards = {}
         for name in self.parameters:
             group, offset, numel = self.position(name)
@@ -235,22 +213,42 @@ class Student:
                 shards[f"{key}/{name}"] = Shard(numel, partial(moments.read, key, offset, offset + numel))
         return shards
 
-    def write(self, read: Callable[[str, Fragment], torch.Tensor], optimizer_steps: int) -> None:
+    def write(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
         """Set masters, moments and low-precision values from ``read(kind/name, fragment) -> [numel]``.
 
-        ``optimizer_steps`` is the number of updates the moments have seen; with 0 there are none to read.
+        ``optimizer_steps`` is the number of updates that the moments have seen; with 0 none are read.
         """
         if optimizer_steps:
             for flat in self.master_groups:
-                self._adamw.begin(flat, optimizer_steps)
+                self._adamw.create_moments(flat, optimizer_steps)
         for name, parameter in self.parameters.items():
             fragment = self.fragments[name]
             self.master(name).copy_(read(f"master/{name}", fragment))
-            assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, name
-            parameter.ds_tensor.data.copy_(self.master(name))
+            assert not deepspeed_compat.is_gathered(parameter), name
+            deepspeed_compat.shard_of(parameter).data.copy_(self.master(name))
             group, offset, _ = self.position(name)
             moments = self._adamw.moments(self.master_groups[group])
             if moments is None:
                 continue
             for key in KEYS:
                 moments.write(key, offset, read(f"{key}/{name}", fragment))
+
+
+def part_of(name: str) -> str:
+    """Return a parameter's histogram: ``embedding``, ``block_03``, ``norm``, ``patch_head``, ``patch_prototypes``."""
+    head, _, rest = name.partition(".")
+    if head != "backbone":
+        return head.replace("_head", "_prototypes") if rest.startswith("prototypes") else head
+    pieces = rest.split(".")
+    return f"block_{int(pieces[1]):02d}" if pieces[0] == "blocks" else pieces[0]
+
+
+def sample_values(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return evenly spaced fp32 samples of ``(parameter name, values)`` pairs, by part of the network."""
+    samples: dict[str, list[Tensor]] = {}
+    for name, values in named:
+        flat = values.detach().flatten()
+        stride = -(-flat.numel() // SAMPLES_PER_PARAMETER)
+        if stride:
+            samples.setdefault(part_of(name), []).append(flat[::stride].float())
+    return {part: torch.cat(pieces) for part, pieces in samples.items()}

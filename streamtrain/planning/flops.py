@@ -1,4 +1,4 @@
-"""The arithmetic of an optimiser step, counted from the configuration alone: no torch, no device."""
+"""The FLOPs of an optimiser step, computed from the configuration alone, without torch or a device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from streamtrain.planning.shapes import block_shapes
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of all ranks together; a multiply-add counts 2, and only matrix products count."""
+    """Floating-point operations of all ranks together; only matmuls count, a multiply-add as 2."""
 
-    # what the method asks for: forward and backward of the student (two matrix products for the one of the forward),
-    # forward of those who teach; nothing twice, and not what drop-path skips
+    # required by the method: the student's forward and backward (twice the forward), and the teachers' forward; without
+    # recomputation and without the samples that drop-path skips
     model: float
-    # what is done: with all that is computed again to save memory
+    # computed in fact, with recomputation
     executed: float
 
     def __add__(self, other: StepFlops) -> StepFlops:
@@ -33,11 +33,11 @@ class StepFlops:
 def step_flops(
     config: Config, world_size: int, sizes: CropSizes | None = None, teacher: Config | None = None
 ) -> StepFlops:
-    """One optimiser step; divide by the global batch for an image's share. A Gram term counts where there is one.
+    """Return the FLOPs of one optimiser step, with the Gram term if any; divide by the global batch for one image.
 
     Args:
-        sizes: of the step; None: the mean of the steps of a run whose sizes alternate.
-        teacher: the configuration of a frozen teacher; None: it is as large as the student.
+        sizes: crop sizes of the step; None: the mean over the run's alternating sizes.
+        teacher: the configuration of a frozen teacher; None: the student's.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
@@ -53,7 +53,7 @@ def step_flops(
 
 @dataclass(frozen=True)
 class _Crops:
-    """Crops of one size in a micro-batch, ``kept`` of which drop-path lets through each branch."""
+    """Crops of one size in a micro-batch; drop-path keeps ``kept`` of them in each branch."""
 
     images: int
     patches: int
@@ -67,41 +67,40 @@ class _Crops:
 
 def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops:
     crops, objective, batch, drop = config.crops, config.objective, config.data.micro_batch, config.model.drop_path
-    seen = _Crops.of(config.model, crops.global_count * batch, sizes.global_size, drop)
+    full = _Crops.of(config.model, crops.global_count * batch, sizes.global_size, drop)
     local = _Crops.of(config.model, crops.local_count * batch, sizes.local_size, drop)
-    rows = seen.images * seen.patches
+    rows = full.images * full.patches
     if config.teacher.kind == "ema":
         alignment = math.gcd(batch, config.masks.group)
-        rows = max_rows(config.masks, batch, crops.global_count, seen.patches, alignment)
-    # of the last block's result only these are read: CLS, and what is masked or all patches
-    of_student = seen.images + (seen.images * seen.patches if objective.gram.active else rows)
-    total = _student(config, seen, of_student) + _student(config, local, local.images)
-    total += _forward(teacher.model, seen, seen.images + rows)
+        rows = max_rows(config.masks, batch, crops.global_count, full.patches, alignment)
+    # only these output tokens of the last block are used: CLS, and the masked or (for the Gram term) all patches
+    used = full.images + (full.images * full.patches if objective.gram.active else rows)
+    total = _student(config, full, used) + _student(config, local, local.images)
+    total += _forward(teacher.model, full, full.images + rows)
 
-    ours, theirs = objective.global_loss.head, teacher.objective.global_loss.head
-    total += _heads(config, teacher, ours, theirs, seen.images + local.images, seen.images)
+    head, teacher_head = objective.global_loss.head, teacher.objective.global_loss.head
+    total += _heads(config, teacher, head, teacher_head, full.images + local.images, full.images)
     if objective.patch_loss.kind == "ibot":
-        ours, theirs = objective.patch_loss.head, teacher.objective.patch_loss.head
-        total += _heads(config, teacher, ours, theirs, rows, rows)
+        head, teacher_head = objective.patch_loss.head, teacher.objective.patch_loss.head
+        total += _heads(config, teacher, head, teacher_head, rows, rows)
     if objective.gram.active:
-        shown = _Crops.of(config.model, seen.images, sizes.gram_size or sizes.global_size, 0.0)
-        every = shown.images * _tokens(config.model, shown)
-        total += _forward(config.model, shown, every) + _gram_matrices(config, seen)
+        gram = _Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
+        total += _forward(config.model, gram, gram.images * _tokens(config.model, gram)) + _gram_matrices(config, full)
     return total
 
 
 def _block(model: ModelConfig, crops: _Crops, images: int) -> tuple[float, float]:
-    """The forward of a block's two branches, attention and MLP, for ``images`` of the crops."""
+    """Return the forward FLOPs of a block's attention and MLP branch for ``images`` of the crops."""
     matrices = {name: math.prod(shape) for name, shape in block_shapes(model).items() if len(shape) == 2}
-    of_mlp = sum(numel for name, numel in matrices.items() if name.startswith("mlp."))
+    mlp = sum(numel for name, numel in matrices.items() if name.startswith("mlp."))
     tokens = _tokens(model, crops)
     rows = images * tokens
-    attention = 2.0 * rows * (sum(matrices.values()) - of_mlp) + 4.0 * rows * tokens * model.dim
-    return attention, 2.0 * rows * of_mlp
+    attention = 2.0 * rows * (sum(matrices.values()) - mlp) + 4.0 * rows * tokens * model.dim
+    return attention, 2.0 * rows * mlp
 
 
 def _tokens(model: ModelConfig, crops: _Crops) -> int:
-    """Of one image."""
+    """Return the number of tokens of one image."""
     return 1 + model.num_registers + crops.patches
 
 
@@ -109,60 +108,61 @@ def _embedding(model: ModelConfig, crops: _Crops) -> float:
     return 2.0 * crops.images * crops.patches * 3 * model.patch_size**2 * model.dim
 
 
-def _read_share(model: ModelConfig, crops: _Crops, read: int) -> float:
-    """Of the crops' tokens: the last block's MLP computes no others."""
-    return read / (crops.images * _tokens(model, crops)) if crops.images else 0.0
+def _used_share(model: ModelConfig, crops: _Crops, used: int) -> float:
+    """Return the share of the crops' tokens that are used; the last block's MLP computes only these."""
+    return used / (crops.images * _tokens(model, crops)) if crops.images else 0.0
 
 
-def _forward(model: ModelConfig, crops: _Crops, read: int) -> StepFlops:
-    """A backbone without gradients, of whose result ``read`` tokens are read."""
+def _forward(model: ModelConfig, crops: _Crops, used: int) -> StepFlops:
+    """Return the FLOPs of a backbone's forward without gradients; ``used`` of its output tokens are used."""
     attention, mlp = _block(model, crops, crops.images)
-    mlps = (model.depth - 1 + _read_share(model, crops, read)) * mlp
+    mlps = (model.depth - 1 + _used_share(model, crops, used)) * mlp
     flops = model.depth * attention + mlps + _embedding(model, crops)
     return StepFlops(flops, flops)
 
 
-def _student(config: Config, crops: _Crops, read: int) -> StepFlops:
-    """The student's backbone, forward and backward, of whose result ``read`` tokens are read."""
+def _student(config: Config, crops: _Crops, used: int) -> StepFlops:
+    """Return the FLOPs of the student backbone's forward and backward; ``used`` of its output tokens are used."""
     model, engine = config.model, config.engine
     attention, mlp = _block(model, crops, crops.kept)
-    share = _read_share(model, crops, read)
+    share = _used_share(model, crops, used)
     attentions, mlps = model.depth * attention, (model.depth - 1 + share) * mlp
-    # what is read of those that drop-path leaves out is computed and taken 0 times
-    done = (model.depth - 1) * mlp + share * _block(model, crops, crops.images)[1]
-    # a branch that is recomputed on its own ends before its last product, whose result was kept
+    # the last MLP computes all used tokens, and multiplies the skipped samples by 0
+    executed_mlps = (model.depth - 1) * mlp + share * _block(model, crops, crops.images)[1]
+    # a branch that is recomputed on its own ends before its last matmul, whose output was saved
     rows = 2.0 * crops.kept * _tokens(model, crops)
     inner_attentions = attentions - model.depth * rows * model.dim**2
-    inner_done = done * (1.0 - rows * model.dim * model.hidden / mlp) if mlp else 0.0
-    again = {"none": 0.0, "selective": inner_done, "block": attentions + done}[engine.checkpointing]
+    inner_mlps = executed_mlps * (1.0 - rows * model.dim * model.hidden / mlp) if mlp else 0.0
+    recomputed = {"none": 0.0, "selective": inner_mlps, "block": attentions + executed_mlps}[engine.checkpointing]
     if engine.view_groups > 1 and engine.checkpointing == "block":
-        # the groups are recomputed within a block that is recomputed itself
-        again += inner_attentions + inner_done
-    # nobody asks for the gradient of the pixels
+        # the view groups are recomputed once more inside the recomputed block
+        recomputed += inner_attentions + inner_mlps
+    # the pixels need no gradient
     embedding = 2.0 * _embedding(model, crops)
-    return StepFlops(3.0 * (attentions + mlps) + embedding, 3.0 * (attentions + done) + embedding + again)
+    executed = 3.0 * (attentions + executed_mlps) + embedding + recomputed
+    return StepFlops(3.0 * (attentions + mlps) + embedding, executed)
 
 
 def _heads(
-    config: Config, teacher: Config, ours: HeadConfig, theirs: HeadConfig, rows: int, teacher_rows: int
+    config: Config, teacher: Config, head: HeadConfig, teacher_head: HeadConfig, rows: int, teacher_rows: int
 ) -> StepFlops:
-    """One head of the student and of the teacher, with the prototypes."""
-    mlps = 6.0 * rows * _mlp(config.model, ours) + 2.0 * teacher_rows * _mlp(teacher.model, theirs)
-    logits = 2.0 * rows * ours.prototypes * ours.bottleneck
-    teacher_logits = 2.0 * teacher_rows * theirs.prototypes * theirs.bottleneck
-    # the student's logits are computed twice; the teacher's in each iteration, and in the loss
+    """Return the FLOPs of one head of the student and of the teacher, with the prototypes."""
+    mlps = 6.0 * rows * _mlp(config.model, head) + 2.0 * teacher_rows * _mlp(teacher.model, teacher_head)
+    logits = 2.0 * rows * head.prototypes * head.bottleneck
+    teacher_logits = 2.0 * teacher_rows * teacher_head.prototypes * teacher_head.bottleneck
+    # the student's logits are computed twice, the teacher's in each Sinkhorn iteration and in the loss
     times = 1 + (config.objective.sinkhorn_iterations if config.objective.centering == "sinkhorn" else 1)
     return StepFlops(mlps + 3 * logits + teacher_logits, mlps + 4 * logits + times * teacher_logits)
 
 
 def _mlp(model: ModelConfig, head: HeadConfig) -> int:
-    """Values of a head's matrices before its prototypes."""
+    """Return the number of values of a head's matrices, without its prototypes."""
     sizes = [model.dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
     return sum(inputs * outputs for inputs, outputs in pairwise(sizes))
 
 
 def _gram_matrices(config: Config, crops: _Crops) -> StepFlops:
-    """Similarities of the patches of each image, or of all images: of student and teacher, and their gradient."""
+    """Return the FLOPs of the patch similarities, per image or batch, of student and teacher, and of their gradient."""
     patches = crops.patches if config.objective.gram.level == "image" else crops.images * crops.patches
     flops = 3 * 2.0 * crops.images * crops.patches * patches * config.model.dim
     return StepFlops(flops, flops)

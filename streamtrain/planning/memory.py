@@ -1,7 +1,7 @@
-"""What a run will take, to the byte where that can be known, from the configuration alone: no torch, no device.
+"""The memory, disk space and traffic of a run, computed from the configuration alone, without torch or a device.
 
-Model states are exact. Activations and temporaries are counted tensor by tensor from what autograd keeps; what
-libraries take for themselves (contexts, communicators, decoders) is an allowance and is called so.
+Model states are exact to the byte. Activations and temporaries are counted tensor by tensor, following what autograd
+saves. The libraries' own memory (contexts, communicators, decoders) is an estimate, labelled "allowance".
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from streamtrain.config.tree import Config
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.shapes import block_shapes, parameter_shapes, partition
 
-Place = Literal["gpu", "host", "disk"]
-# a CUDA context with its kernels, cuBLAS' workspace, NCCL's buffers; fragmentation is on top of a fitting plan
+Location = Literal["gpu", "host", "disk"]
+# a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
 CONTEXT_BYTES = 1_500_000_000
-# an interpreter with torch, DeepSpeed and DALI, as measured by `tools/bench.py memory`
+# an interpreter with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
 PROCESS_BYTES = 800_000_000
-# of tensors freed on a CPU, at most, that stay with the process for the next ones (``streamtrain/ops/cpu/memory.cpp``)
+# freed CPU tensors that the process keeps for reuse, at most (``streamtrain/ops/cpu/memory.cpp``)
 KEPT_BYTES = 2**30
-# of the allocator, in percent of what is allocated
+# the CUDA allocator's overhead, as a share of the model states on the device
 FRAGMENTATION = 0.03
-# ranks that share a host
-RANKS_A_HOST = 8
-# values a chunk of moments or averages that visit the device, and bytes a value while 8-bit codes are searched
+RANKS_PER_HOST = 8
+# values per chunk of moments or EMA on its way through the device, and bytes per value of the search for 8-bit codes
 STAGED, EIGHT_BIT_STAGED, EIGHT_BIT_SEARCH_BYTES = 16 * 2**20, 4 * 2**20, 56
 
 ALWAYS = "always"
@@ -39,56 +38,58 @@ PHASES = (TEACHER, TARGETS, LOSS, BACKWARD, OPTIMISER, AVERAGE)
 
 @dataclass(frozen=True)
 class Part:
-    """One buffer of a rank: where it is, how large, when it is there, and why so large."""
+    """One buffer of a rank."""
 
     name: str
-    place: Place
+    location: Location
     num_bytes: int
+    # phases in which it exists, or ALWAYS
     when: tuple[str, ...]
-    sum: str
+    # how num_bytes is computed
+    arithmetic: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All buffers of one rank, and what a step costs."""
+    """All buffers of one rank, and the arithmetic and traffic of an optimiser step."""
 
     parts: tuple[Part, ...]
-    ranks_a_host: int
-    # of all ranks together, with what is computed again
+    ranks_per_host: int
+    # of all ranks together, including recomputation
     flops_per_step: float
     # received by one rank
     all_gather_bytes_per_step: int
-    # moved between the device and the host or the disk by one rank
+    # transferred by one rank between the device and the host or disk
     transfer_bytes_per_step: int
     num_parameters: int
 
-    def at(self, phase: str, place: Place = "gpu") -> int:
-        """Bytes of one rank in ``place`` during ``phase``."""
-        return sum(p.num_bytes for p in self.parts if p.place == place and (ALWAYS in p.when or phase in p.when))
+    def at(self, phase: str, location: Location = "gpu") -> int:
+        """Return the bytes of one rank in ``location`` during ``phase``."""
+        return sum(p.num_bytes for p in self.parts if p.location == location and {ALWAYS, phase} & set(p.when))
 
     @property
     def peak_phase(self) -> str:
-        """When the device holds most."""
+        """The phase with the most memory in use on the device."""
         return max(PHASES, key=self.at)
 
     @property
     def gpu_bytes(self) -> int:
-        """The most that one device holds."""
+        """Peak memory of one device."""
         return self.at(self.peak_phase)
 
     @property
     def host_bytes(self) -> int:
-        """The most that all ranks of one host hold in its memory."""
-        return self.ranks_a_host * max(self.at(phase, "host") for phase in PHASES)
+        """Peak host memory of all ranks of one host."""
+        return self.ranks_per_host * max(self.at(phase, "host") for phase in PHASES)
 
     @property
     def disk_bytes(self) -> int:
-        """Of all ranks: the checkpoints that are kept, the one being written, and moments in files."""
+        """Disk space of all ranks: kept checkpoints, the one being written, and moments in files."""
         return self.at(ALWAYS, "disk")
 
     @property
     def state_bytes(self) -> int:
-        """Of one rank: values, masters, gradients, moments and averages, wherever they are (checkpoints aside)."""
+        """Model states of one rank in any location: values, masters, gradients, moments and EMA."""
         return sum(part.num_bytes for part in self.parts if part.name in STATES)
 
 
@@ -96,12 +97,12 @@ STATES = ("student values", "masters", "gradients", "moments", "teacher values",
 
 
 def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True, kernels: bool = True) -> Plan:
-    """The plan of each of ``world_size`` ranks.
+    """Plan one of ``world_size`` ranks.
 
     Args:
-        on_gpu: whether the ranks compute on GPUs; else "gpu" stands for what a rank's network takes of the host.
-        bf16: whether the network computes in 16 bits.
-        kernels: whether CPUs have what kernels need, where they are asked for.
+        on_gpu: whether the ranks compute on GPUs; if not, "gpu" means the network's share of host memory.
+        bf16: whether the networks compute in bf16; if not, in fp32.
+        kernels: whether the CPUs support the kernels that ``engine.cpu_kernels`` enables.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
@@ -111,7 +112,7 @@ def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = T
     parts += _disk(sizes)
     return Plan(
         tuple(part for part in parts if part.num_bytes),
-        min(world_size, RANKS_A_HOST),
+        min(world_size, RANKS_PER_HOST),
         step_flops(config, world_size).executed,
         _all_gather_bytes(sizes),
         _transfer_bytes(sizes),
@@ -121,19 +122,20 @@ def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = T
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers that several parts need."""
+    """Sizes that several parts share."""
 
     config: Config
     world_size: int
     on_gpu: bool
-    # whether CPUs have what kernels need
+    # whether the CPUs support the kernels
     kernels: bool
-    # bytes of a computed value
+    # bytes per value of the dtype that the networks compute in
     item: int
     accumulation: int
+    # values of all parameters, and of this rank's shards
     numel: int
     shard: int
-    # of each flat tensor, and of the largest parameter
+    # values of each flat tensor of this rank, of the largest parameter, and of a block
     flats: tuple[int, ...]
     largest_whole: int
     block: int
@@ -158,38 +160,33 @@ class _Sizes:
         )  # fmt: skip
 
     @property
-    def largest_flat(self) -> int:
-        """Values of the largest flat tensor."""
-        return max(self.flats)
-
-    @property
     def images(self) -> tuple[int, int]:
-        """Global and local crops of a micro-batch."""
+        """Number of global and of local crops of a micro-batch."""
         batch = self.config.data.micro_batch
         return self.config.crops.global_count * batch, self.config.crops.local_count * batch
 
     @property
     def tokens(self) -> int:
-        """Of the student's micro-batch."""
+        """Number of tokens of a micro-batch of the student."""
         return self.images[0] * self.global_tokens + self.images[1] * self.local_tokens
 
     @property
     def kept_tokens(self) -> int:
-        """That drop-path lets through a branch."""
+        """Number of tokens that drop-path keeps in a branch."""
         kept = [max(1, round((1 - self.config.model.drop_path) * images)) if images else 0 for images in self.images]
         return kept[0] * self.global_tokens + kept[1] * self.local_tokens
 
     @property
     def by_kernels(self) -> bool:
-        """Whether CPUs compute blocks by kernels (``streamtrain/model/fused.py``)."""
+        """Whether CPU kernels compute the blocks (``streamtrain/model/fused.py``)."""
         model, engine = self.config.model, self.config.engine
-        asked = engine.cpu_kernels and self.kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
-        fitting = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
-        return asked and fitting and not self.on_gpu
+        enabled = engine.cpu_kernels and self.kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
+        aligned = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
+        return enabled and aligned and not self.on_gpu
 
     @property
     def heads(self) -> list[tuple[str, HeadConfig, int, int]]:
-        """Name, sizes, student rows and teacher rows (of one micro-batch) of each head."""
+        """Name, configuration, student rows and teacher rows (of one micro-batch) of each head."""
         objective = self.config.objective
         heads = [("global", objective.global_loss.head, sum(self.images), self.images[0])]
         if objective.patch_loss.kind == "ibot":
@@ -197,31 +194,33 @@ class _Sizes:
         return heads
 
 
-def _part(name: str, place: Place, when: tuple[str, ...] | str, *factors: tuple[float, str]) -> Part:
-    """A part whose size is a product; the factors are its explanation."""
+def _part(name: str, location: Location, when: tuple[str, ...] | str, *factors: tuple[float, str]) -> Part:
+    """Return a part of the product of ``factors`` in bytes, each with its unit for the printed arithmetic."""
     when = (when,) if isinstance(when, str) else when
-    shown = " x ".join(f"{value:,.15g} {what}" for value, what in factors)
-    return Part(name, place, round(math.prod(value for value, _ in factors)), when, shown)
+    arithmetic = " x ".join(f"{value:,.15g} {unit}" for value, unit in factors)
+    return Part(name, location, round(math.prod(value for value, _ in factors)), when, arithmetic)
 
 
 def _states(s: _Sizes) -> Iterator[Part]:
     engine, shard = s.config.engine, (s.shard, "values of this rank")
     fp32 = s.item == 4
     yield _part("student values", "gpu", ALWAYS, shard, (s.item, "B"))
-    # where the network computes in fp32 its values are the masters
+    # in fp32 the values are the masters
     yield _part("masters", "gpu", ALWAYS, shard, (0 if fp32 else 4, "B"))
     yield _part("gradients", "gpu", ALWAYS, shard, (4, "B"))
     if engine.moments == "8bit":
-        # padded to blocks of 256 values with a scale each, flat tensor by flat tensor
+        # each flat tensor is padded to blocks of 256 values, which have one scale each
         blocks = sum(-(-numel // 256) for numel in s.flats)
         yield _part("moments", "gpu", ALWAYS, (blocks, "blocks"), (2 * 260, "B"))
     else:
-        on_device: Place = "host" if s.on_gpu and engine.moments == "host" else "gpu"
-        place: Place = "disk" if engine.moments == "disk" else on_device
-        away = 0 if engine.moments == "device" else s.shard - _kept_moments(s)
-        yield _part("moments", "gpu", ALWAYS, (s.shard - away, "values of this rank"), (8, "B"))
-        ranks = s.world_size if place == "disk" else 1
-        yield _part("moments", place, ALWAYS, (away, "values"), (8 * ranks, "B"))
+        in_memory: Location = "host" if s.on_gpu and engine.moments == "host" else "gpu"
+        location: Location = "disk" if engine.moments == "disk" else in_memory
+        # with a ratio below 1 the device keeps the moments of some whole blocks of each flat tensor
+        kept = sum(int((1.0 - engine.moments_ratio) * numel) // 256 * 256 for numel in s.flats)
+        offloaded = 0 if engine.moments == "device" else s.shard - kept
+        yield _part("moments", "gpu", ALWAYS, (s.shard - offloaded, "values of this rank"), (8, "B"))
+        ranks = s.world_size if location == "disk" else 1
+        yield _part("moments", location, ALWAYS, (offloaded, "values"), (8 * ranks, "B"))
     on_host = s.on_gpu and s.config.teacher.average == "host"
     yield _part("teacher values", "gpu", ALWAYS, shard, (0 if fp32 and not on_host else s.item, "B"))
     yield _part("averages", "host" if on_host else "gpu", ALWAYS, shard, (4, "B"))
@@ -231,22 +230,17 @@ def _states(s: _Sizes) -> Iterator[Part]:
         yield _part("Gram teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
 
 
-def _kept_moments(s: _Sizes) -> int:
-    """Values of this rank whose moments stay on the device, with a ratio below 1."""
-    return sum(int((1.0 - s.config.engine.moments_ratio) * numel) // 256 * 256 for numel in s.flats)
-
-
 def _gathers(s: _Sizes) -> Iterator[Part]:
     engine, values = s.config.engine, (s.block, "values")
     yield _part("gradient of a block", "gpu", BACKWARD, values, (s.item, "B"))
     if s.world_size == 1:
-        # one rank's shard is the whole parameter: it is used in place, and its gradient put away as it is
+        # a single rank uses its shards, which are the full parameters, in place, and reduces no gradients
         return
     yield _part("reduce bucket", "gpu", ALWAYS, (engine.reduce_bucket_bytes, "B"))
     copies = (engine.live_blocks if s.on_gpu else 1, "blocks")
     yield _part("gathered blocks", "gpu", (TEACHER, BACKWARD), copies, values, (s.item, "B"))
-    # The bucket is reduced when the next gradient finds no room in it, one that never does on its own. Reduce-scatter
-    # interleaves it anew, and its result is turned into fp32.
+    # The bucket is reduced when the next gradient does not fit; a gradient larger than the bucket is reduced alone.
+    # Reduce-scatter copies the bucket to interleave it, and its result is converted to fp32.
     full = min(max(engine.reduce_bucket_bytes // s.item, s.largest_whole), s.numel)
     yield _part("reduce-scatter", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
     own = (full / s.world_size, "values")
@@ -254,10 +248,13 @@ def _gathers(s: _Sizes) -> Iterator[Part]:
 
 
 def _branches(s: _Sizes) -> tuple[float, float, float]:
-    """What autograd keeps of one block, in values a token of a branch: attention, MLP, and the stream a token."""
+    """Return the values per token that autograd saves of a block: in attention, in the MLP, and of the residual stream.
+
+    A branch counts only the tokens that drop-path keeps; the stream counts all tokens.
+    """
     model = s.config.model
     dropped = model.drop_path > 0
-    # kept rows (where drop-path selects), norm, q k v, turned q k, output, its packed copy, projection
+    # kept rows (if drop-path selects some), norm, q k v, rotated q k, output, its packed copy, projection
     attention = model.dim * (dropped + 1 + 3 + 2 + 1 + 1 + 1)
     hidden = 4 * model.hidden if model.mlp == "swiglu" else 2 * model.hidden
     mlp = model.dim * (dropped + 1 + 1) + hidden
@@ -268,13 +265,13 @@ def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
     model, engine = s.config.model, s.config.engine
     tokens, item = (s.tokens, "tokens"), (s.item, "B")
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
-    # all that a branch makes of its input passes through the cache, and is made again in the backward
+    # only the inputs of branches are saved; the backward recomputes everything else
     yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
     read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.active else s.masked_rows)
     yield _part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
     yield _part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)
     yield _part("a block's values laid out", "gpu", ALWAYS, (2, "directions"), values, item)
-    # the number of threads follows from the machine where it is not set
+    # by default the number of threads depends on the machine
     threads = (engine.cpu_threads or 1, "threads")
     yield _part("a block's gradient in fp32", "gpu", ALWAYS, threads, values, (4, "B"))
 
@@ -286,29 +283,27 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
     kept, tokens = (s.kept_tokens, "kept tokens"), (s.tokens, "tokens")
     depth = (model.depth, "blocks")
     through = (LOSS, BACKWARD)
-    if engine.checkpointing == "block":
-        place: Place = "host" if engine.offload_checkpoints and s.on_gpu else "gpu"
-        yield _part("kept between blocks", place, through, depth, tokens, (model.dim, "values"), item)
-    elif engine.checkpointing == "selective":
-        # a recomputed branch keeps its input and its output
-        of_mlp = (2 if model.drop_path else 1) * model.dim
-        yield _part("kept attention branches", "gpu", through, depth, kept, (attention + of_mlp, "values"), item)
-        yield _part("kept stream", "gpu", through, depth, tokens, (stream, "values"), item)
-    else:
-        yield _part("kept branches", "gpu", through, depth, kept, (attention + mlp, "values"), item)
-        yield _part("kept stream", "gpu", through, depth, tokens, (stream, "values"), item)
     groups = engine.view_groups
     if engine.checkpointing == "block":
+        location: Location = "host" if engine.offload_checkpoints and s.on_gpu else "gpu"
+        yield _part("kept between blocks", location, through, depth, tokens, (model.dim, "values"), item)
         inside = (attention + mlp) if groups == 1 else max(attention, mlp) / groups + 4 * model.dim
         yield _part("recomputed block", "gpu", BACKWARD, kept, (inside, "values"), item)
         yield _part("recomputed stream", "gpu", BACKWARD, tokens, (stream, "values"), item)
-    elif engine.checkpointing == "selective":
+    else:
+        # a recomputed MLP saves its input and its output
+        name, saved = "kept branches", attention + mlp
+        if engine.checkpointing == "selective":
+            name, saved = "kept attention branches", attention + (2 if model.drop_path else 1) * model.dim
+        yield _part(name, "gpu", through, depth, kept, (saved, "values"), item)
+        yield _part("kept stream", "gpu", through, depth, tokens, (stream, "values"), item)
+    if engine.checkpointing == "selective":
         yield _part("recomputed MLP", "gpu", BACKWARD, kept, (mlp / groups, "values"), item)
-    # gradients of the MLP's widest stretch, and of the stream
+    # gradients of the MLP's widest activations, and of the stream
     wide = (3 if model.mlp == "swiglu" else 2) * model.hidden / (groups if engine.checkpointing != "none" else 1)
     yield _part("gradients of activations", "gpu", BACKWARD, kept, (wide + 2 * model.dim, "values"), item)
     if engine.fp8:
-        # of what a product is given, the widest; on the way there in fp32 where that is not one kernel
+        # the widest operand of an FP8 matmul; without a compiled kernel also its fp32 copy
         widest = ((2 if model.mlp == "swiglu" else 1) * model.hidden, "values")
         size = (1 if engine.compiles(on_gpu=s.on_gpu) else 5, "B")
         yield _part("a factor in 8 bits", "gpu", through, kept, widest, size)
@@ -323,7 +318,7 @@ def _activations(s: _Sizes) -> Iterator[Part]:
         per_row = 2 * model.dim + 2 * head.hidden * (head.layers - 1) + 6 * head.bottleneck
         yield _part(f"{name} head", "gpu", through, (rows, "rows"), (per_row, "values"), item)
 
-    # the teacher keeps the stream, and the activations of one chunk of images within a block
+    # the teacher needs the residual stream, and the activations of one block for one chunk of images
     chunk = min(config.teacher.chunk or s.images[0], s.images[0])
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
@@ -334,16 +329,15 @@ def _activations(s: _Sizes) -> Iterator[Part]:
 
     crops = config.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
-    batch = config.data.micro_batch
-    waiting = s.accumulation + 2
+    batches, samples = (s.accumulation + 2, "micro-batches"), (config.data.micro_batch, "samples")
     if config.objective.gram.active and config.objective.gram.size:
         pixels += crops.global_count * config.objective.gram.size**2
-    yield _part("crops of the step", "gpu", ALWAYS, (waiting, "micro-batches"), (batch, "samples"), (3 * pixels, "B"))
+    yield _part("crops of the step", "gpu", ALWAYS, batches, samples, (3 * pixels, "B"))
     if config.objective.gram.active:
         similarities = (s.images[0] * (s.global_tokens - 1) ** 2, "patch pairs")
         yield _part("Gram matrices and their gradient", "gpu", through, similarities, (4, "copies"), (4, "B"))
     for name, head, _, rows in s.heads:
-        # Sinkhorn joins the rows of all micro-batches
+        # Sinkhorn needs the rows of all micro-batches
         kept_rows = (s.accumulation * rows, "rows")
         yield _part(f"{name} teacher features", "gpu", ALWAYS, kept_rows, (head.bottleneck, "values"), item)
         yield _part(f"{name} features joined", "gpu", TARGETS, kept_rows, (head.bottleneck, "values"), item)
@@ -353,10 +347,10 @@ def _activations(s: _Sizes) -> Iterator[Part]:
 
 
 def _prototypes(s: _Sizes) -> Iterator[Part]:
-    # never fewer than 64 prototypes: many rows may need more than was asked for
+    # a chunk has at least 64 prototypes, which with many rows may exceed chunk_bytes
     chunk = max(s.config.objective.chunk_bytes, *(64 * 4 * s.accumulation * rows for _, _, _, rows in s.heads))
     largest = max(head.prototypes * head.bottleneck for _, head, _, _ in s.heads)
-    # one rank's shard is the whole
+    # a single rank uses its shard
     gathered = (largest if s.world_size > 1 else 0, "values")
     yield _part("teacher's prototypes gathered", "gpu", (TARGETS, LOSS), gathered, (s.item, "B"))
     yield _part("student's prototypes gathered", "gpu", LOSS, gathered, (s.item, "B"))
@@ -364,21 +358,21 @@ def _prototypes(s: _Sizes) -> Iterator[Part]:
         values = (head.prototypes * head.bottleneck, "values")
         yield _part(f"{name} prototypes' gradient", "gpu", (LOSS, BACKWARD), values, (s.item, "B"))
         yield _part(f"{name} column scalings", "gpu", ALWAYS, (head.prototypes, "prototypes"), (4, "B"))
-    # students and teachers share a chunk in the loss; with it the targets gathered for the students, and products
+    # in the loss: a chunk of logits shared by student and teacher, the student rows' targets, and their product
     yield _part("prototype chunk", "gpu", (TARGETS, LOSS), (chunk, "B"), (3, "copies"))
 
 
 def _step(s: _Sizes) -> Iterator[Part]:
     engine = s.config.engine
     if engine.moments == "8bit":
-        staged = (min(EIGHT_BIT_STAGED, s.largest_flat), "values")
+        staged = (min(EIGHT_BIT_STAGED, max(s.flats)), "values")
         yield _part("8-bit staging", "gpu", OPTIMISER, staged, (EIGHT_BIT_SEARCH_BYTES, "B"))
     elif engine.moments == "disk" or (engine.moments == "host" and s.on_gpu):
-        yield _part("moments' staging", "gpu", OPTIMISER, (min(STAGED, s.largest_flat), "values"), (8, "B"))
+        yield _part("moments' staging", "gpu", OPTIMISER, (min(STAGED, max(s.flats)), "values"), (8, "B"))
     if s.on_gpu and s.config.teacher.average == "host":
-        yield _part("averages' staging", "gpu", AVERAGE, (min(STAGED, s.largest_flat), "values"), (4, "B"))
+        yield _part("averages' staging", "gpu", AVERAGE, (min(STAGED, max(s.flats)), "values"), (4, "B"))
     if s.on_gpu:
-        device = sum(p.num_bytes for p in _states(s) if p.place == "gpu")
+        device = sum(p.num_bytes for p in _states(s) if p.location == "gpu")
         yield _part("context (allowance)", "gpu", ALWAYS, (CONTEXT_BYTES, "B"))
         yield _part("fragmentation (allowance)", "gpu", ALWAYS, (device, "B"), (FRAGMENTATION, ""))
 
@@ -389,42 +383,43 @@ def _host(s: _Sizes) -> Iterator[Part]:
     yield _part("read ahead", "host", ALWAYS, (data.read_ahead_bytes, "B"))
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
     batch = (data.micro_batch, "samples")
-    # decoded images of half a megapixel and crops, in DALI's queue and on their way
+    # decoded images of half a megapixel, and crops, queued in DALI and in transfer
     sample = (3 * pixels + 3 * 500_000, "B")
     yield _part("DALI and pinned crops", "host", ALWAYS, (data.prefetch + 2, "batches"), batch, sample)
     if s.on_gpu:
         yield _part("DALI's buffers", "gpu", ALWAYS, (data.prefetch + 1, "batches"), batch, sample)
-    # a checkpoint is written one parameter's part after the other, and read so; the first values are drawn whole
+    # checkpoints are read and written one fragment at a time; initial values are drawn for a full parameter
     yield _part("one parameter in fp32", "host", ALWAYS, (s.largest_whole, "values"), (4, "B"))
 
 
 def _disk(s: _Sizes) -> Iterator[Part]:
     run = s.config.run
     if not run.checkpoint_every:
-        # the last step's
+        # only the last step's
         kept = 1
     else:
         kept = min((run.keep_last or run.steps), max(1, run.steps // run.checkpoint_every)) + 1
         kept += run.steps // run.keep_every if run.keep_every else 0
     kept += s.config.evaluation.best is not None
     values = (s.shard * s.world_size, "values")
-    yield _part("checkpoints", "disk", ALWAYS, (kept, "kept or being written"), values, (16, "B"))
+    yield _part("checkpoints", "disk", ALWAYS, (kept, "checkpoints"), values, (16, "B"))
     snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
-    yield _part("snapshots", "disk", ALWAYS, (snapshots, "of the teacher"), values, (4, "B"))
+    yield _part("snapshots", "disk", ALWAYS, (snapshots, "snapshots"), values, (4, "B"))
 
 
 def _all_gather_bytes(s: _Sizes) -> int:
-    """The student is gathered for the forward and the backward, the teacher once; a rank's own part is at hand."""
+    """Return the bytes one rank receives: the student for forward and backward, and the teacher once."""
     heads = sum(head.prototypes * head.bottleneck for _, head, _, _ in s.heads)
-    # the teacher's prototypes also for the targets, once a step
+    # the targets need the teacher's prototypes once more, once a step
     values = s.accumulation * 3 * s.numel + heads
     return round(values * s.item * (s.world_size - 1) / s.world_size)
 
 
 def _transfer_bytes(s: _Sizes) -> int:
-    moments = sum(p.num_bytes for p in _states(s) if p.name == "moments" and p.place != "gpu")
+    """Return the bytes one rank moves to and from the host or disk: moments, EMA and offloaded activations."""
+    moments = sum(p.num_bytes for p in _states(s) if p.name == "moments" and p.location != "gpu")
     if s.config.engine.moments == "disk":
         moments //= s.world_size
-    averages = sum(p.num_bytes for p in _states(s) if p.name == "averages" and p.place == "host")
-    offloaded = sum(p.num_bytes for p in _activations(s) if p.place == "host")
-    return 2 * (moments + averages + s.accumulation * offloaded)
+    ema = sum(p.num_bytes for p in _states(s) if p.name == "averages" and p.location == "host")
+    offloaded = sum(p.num_bytes for p in _activations(s) if p.location == "host")
+    return 2 * (moments + ema + s.accumulation * offloaded)

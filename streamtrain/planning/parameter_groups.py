@@ -1,4 +1,4 @@
-"""Layer-wise rates: who learns how fast, and who decays; without torch."""
+"""Layer-wise learning rates and weight decay, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"^backbone\.blocks\.(\d+)\.")
 
 @dataclass(frozen=True)
 class GroupRule:
-    """How a parameter departs from the run's learning rate and weight decay."""
+    """The learning rate multiplier and the weight decay of a parameter, and which schedules may freeze it."""
 
     lr_factor: float
     decays: bool
@@ -21,11 +21,11 @@ class GroupRule:
 
 
 def rule_of(name: str, num_dims: int, depth: int, config: OptimConfig) -> GroupRule:
-    """The rule of one parameter, from its name and number of dimensions.
+    """Return the rule of one parameter, given its name and number of dimensions.
 
-    The factor is ``layer_decay`` to the power of the number of layers above the parameter: the heads and
-    the final norm have 1, the last block has 1 above it, the embedding all ``depth + 1``. Vectors (biases, norms,
-    LayerScale) do not decay.
+    The multiplier is ``layer_decay ** n``, where n is the number of layers above the parameter: 0 for heads and final
+    norms, 1 for the last block, ``depth + 1`` for the embedding (patch projection and tokens). Vectors (biases, norms,
+    LayerScale) have no weight decay; matrices and the tokens ``[n, dim]`` have it.
     """
     block = _BLOCK.match(name)
     if block:

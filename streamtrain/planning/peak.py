@@ -1,9 +1,9 @@
-"""What devices can do at most, from their makers' data sheets: for model FLOPs utilisation."""
+"""Peak FLOP/s of devices, from their data sheets, for model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
-# By a part of the name that CUDA gives the device, the more special first: dense products a second in bf16, and in
-# fp32 as torch computes them by default (not TF32).
+# Substring of CUDA's device name (more specific ones first), dense bf16 FLOP/s, and fp32 FLOP/s without TF32, as torch
+# computes by default.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("GB200", 2500e12, 80e12),
     ("B200", 2250e12, 75e12),
@@ -31,8 +31,8 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 
 
 def peak_flops(device_name: str, bf16: bool) -> float | None:
-    """Operations a second of the device that CUDA calls so; None if it is not in the table (as no CPU is)."""
-    # "NVIDIA A10" is no A100, and "L4" no L40
+    """Return the peak FLOP/s of a device by CUDA's name for it; None if the table lacks it, as for every CPU."""
+    # whole words: "A10" must not match "A100"
     words = f"{device_name} ".replace("-", " ")
     for part, peak, fp32 in _PEAKS:
         if f" {part} " in f" {words}":

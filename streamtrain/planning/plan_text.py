@@ -1,4 +1,4 @@
-"""A plan for people: a table with the arithmetic, and what a run says at its start and its end."""
+"""The plan as text: the full table, and the lines that a run logs at its start and end."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from streamtrain.config.tree import Config
 from streamtrain.planning.memory import ALWAYS, PHASES, Plan
 from streamtrain.planning.shapes import parameter_shapes
 
-_PLACES = {"gpu": "on each device", "host": "in host memory, each rank", "disk": "on disk, all ranks"}
+_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Decimal gigabytes, as memory is sold."""
+    """Format bytes as decimal gigabytes (1e9 bytes)."""
     return f"{num_bytes / 1e9:,.2f}"
 
 
 def table(planned: Plan, world_size: int) -> str:
-    """Every buffer with its arithmetic, the phases, and what a step costs."""
-    lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); gigabytes of 1e9 bytes"]
-    for place, title in _PLACES.items():
-        parts = [part for part in planned.parts if part.place == place]
+    """Format every buffer with its arithmetic, the memory in each phase, and the totals of an optimiser step."""
+    lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); sizes in GB (1e9 bytes)"]
+    for location, title in _TITLES.items():
+        parts = [part for part in planned.parts if part.location == location]
         if parts:
             lines.append(f"\n{title}:")
         for part in parts:
             when = "" if ALWAYS in part.when else f"  [{', '.join(part.when)}]"
-            lines.append(f"  {part.name:28} {gigabytes(part.num_bytes):>9}  = {part.sum}{when}")
-    lines.append("\non each device, by phase:")
+            lines.append(f"  {part.name:28} {gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
+    lines.append("\ndevice memory per rank, by phase:")
     for phase in PHASES:
         peak = "  <- peak" if phase == planned.peak_phase else ""
         lines.append(f"  {phase:28} {gigabytes(planned.at(phase)):>9}{peak}")
-    lines.append(f"host memory of {planned.ranks_a_host} rank(s) {gigabytes(planned.host_bytes):>14}")
-    lines.append(f"disk {gigabytes(planned.disk_bytes):>35}")
+    host = f"host memory of {planned.ranks_per_host} rank(s)"
+    lines.append(f"{host:30} {gigabytes(planned.host_bytes):>9}")
+    lines.append(f"{'disk':30} {gigabytes(planned.disk_bytes):>9}")
     lines.append(
-        f"an optimiser step: {planned.flops_per_step / 1e12:,.1f} TFLOP over all ranks; each rank receives "
-        f"{gigabytes(planned.all_gather_bytes_per_step)} GB of parameters and moves "
-        f"{gigabytes(planned.transfer_bytes_per_step)} GB to and from its host or disk"
+        f"per optimiser step: {planned.flops_per_step / 1e12:,.1f} TFLOP on all ranks; each rank receives "
+        f"{gigabytes(planned.all_gather_bytes_per_step)} GB of parameters and transfers "
+        f"{gigabytes(planned.transfer_bytes_per_step)} GB to and from host memory or disk"
     )
     return "\n".join(lines)
 
 
 def model_table(config: Config) -> str:
-    """The student's parameters and their shapes, part by part; of equal blocks the first one."""
+    """Format the student's parameters with their shapes, by module; identical blocks are listed once."""
     parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in parameter_shapes(config).items():
         pieces = name.removeprefix("backbone.").split(".")
@@ -58,27 +59,26 @@ def model_table(config: Config) -> str:
     return "\n".join(lines)
 
 
-def at_start(planned: Plan, on_gpu: bool) -> str:
-    """One line for the start of a run."""
-    states, peak = gigabytes(planned.state_bytes), gigabytes(of_rank(planned, on_gpu))
+def start_summary(planned: Plan, on_gpu: bool) -> str:
+    """Return one line for the start of a run."""
+    states, peak = gigabytes(planned.state_bytes), gigabytes(rank_peak_bytes(planned, on_gpu))
     return (
-        f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; each {'GPU' if on_gpu else 'rank'} {states} GB of "
-        f"states and {peak} GB at the peak ({planned.peak_phase}); checkpoints "
-        f"{gigabytes(planned.disk_bytes)} GB of disk"
+        f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; per {'GPU' if on_gpu else 'rank'} {states} GB of "
+        f"model states and a peak of {peak} GB ({planned.peak_phase}); {gigabytes(planned.disk_bytes)} GB of disk"
     )
 
 
-def at_end(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
-    """One line for the end of a run: ``measured_bytes`` is the most that a rank has held."""
-    expected = of_rank(planned, on_gpu)
+def end_summary(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
+    """Return one line for the end of a run; ``measured_bytes`` is the highest peak of any rank."""
+    expected = rank_peak_bytes(planned, on_gpu)
     return (
-        f"memory: {gigabytes(measured_bytes)} GB measured at the peak, {gigabytes(expected)} GB planned "
+        f"memory: measured peak {gigabytes(measured_bytes)} GB, planned {gigabytes(expected)} GB "
         f"({measured_bytes / expected:.0%})"
     )
 
 
-def of_rank(planned: Plan, on_gpu: bool) -> int:
-    """A rank's peak on its GPU, or all of its process where it has none."""
+def rank_peak_bytes(planned: Plan, on_gpu: bool) -> int:
+    """Return a rank's peak memory on its GPU, or of its whole process without one."""
     if on_gpu:
         return planned.gpu_bytes
     return max(planned.at(phase) + planned.at(phase, "host") for phase in PHASES)

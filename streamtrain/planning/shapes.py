@@ -1,4 +1,4 @@
-"""Names and shapes of a ``Learner``'s parameters, and the flat tensors that ZeRO-3 makes of them; without torch."""
+"""Names and shapes of a ``Learner``'s parameters, and ZeRO-3's partitioning of them, without torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.planning.parameter_groups import GroupRule, rule_of
 
-# DeepSpeed updates so many values at a time: a sub-group of a parameter group ends once it has them
+# DeepSpeed's sub_group_size: it splits a parameter group into flat tensors of about this many values
 SUB_GROUP_NUMEL = 100_000_000
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(config: Config) -> Shapes:
-    """Every parameter in the order of ``Learner.named_parameters()``."""
+    """Return every parameter's shape, in the order of ``Learner.named_parameters()``."""
     objective = config.objective
     shapes = {f"backbone.{name}": shape for name, shape in backbone_shapes(config.model).items()}
     shapes |= dict(_head("global_head", config.model.dim, objective.global_loss.head))
@@ -28,7 +28,7 @@ def parameter_shapes(config: Config) -> Shapes:
 
 
 def backbone_shapes(model: ModelConfig) -> Shapes:
-    """Every parameter of the backbone, in its own order."""
+    """Return every backbone parameter's shape, in the order of ``named_parameters()``."""
     dim = model.dim
     shapes: Shapes = {
         "embedding.cls_token": (1, dim),
@@ -48,7 +48,7 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
-    """Every parameter of one block."""
+    """Return every shape of one block."""
     dim, hidden = model.dim, model.hidden
     shapes: Shapes = dict(_norm("norm1", dim))
     shapes["attention.qkv.weight"] = (3 * dim, dim)
@@ -85,21 +85,23 @@ def _head(name: str, dim: int, head: HeadConfig) -> Iterator[tuple[str, tuple[in
 
 @dataclass(frozen=True)
 class Partition:
-    """What one rank holds of a set of parameters, in values."""
+    """Numbers of values of a set of parameters, and of one rank's shards of them."""
 
-    # whole parameters
+    # all parameters
     numel: int
-    # of this rank, with the padding
+    # one rank's shards, with padding
     shard_numel: int
-    # of each flat tensor
+    # each flat tensor of one rank
     flat_numels: tuple[int, ...]
+    # the largest parameter
     largest_numel: int
 
 
 def partition(shapes: Shapes, config: Config, world_size: int) -> Partition:
-    """Each parameter is cut into ``world_size`` equal parts, the last one padded (so all ranks hold alike).
+    """Partition parameters over ``world_size`` ranks as ZeRO-3 does.
 
-    Flat tensors: parameters of one rule, in order, until ``SUB_GROUP_NUMEL`` is reached.
+    Each parameter is split into equal shards, the last one padded. The shards of parameters with the same rule are
+    concatenated, in order, into flat tensors that end once they reach ``SUB_GROUP_NUMEL``.
     """
     groups: dict[GroupRule, list[int]] = {}
     for name, shape in shapes.items():

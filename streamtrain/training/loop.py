@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from streamtrain.training.observers import Observer, due
 from streamtrain.training.ssl_model import LossWeights
 
 HEADS = ("global_head", "patch_head")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

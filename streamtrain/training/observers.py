@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,7 @@ from streamtrain.reporting.usage import StepClock, Stopwatch, Work, memory_scala
 from streamtrain.training.distill import frozen_teacher_config
 
 MAPS_NAME = "maps.npz"
+logger = logging.getLogger(__name__)
 Beating = Callable[[Iterable[Any]], Iterable[Any]]
 
 

@@ -1,9 +1,8 @@
-"""Checkpoints are read by anybody: in any pieces, whatever the number of ranks that wrote them."""
+"""Checkpoints can be read in fragments of any span, whatever the number of ranks that wrote them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,10 @@ from safetensors.torch import save_file
 from sealed import seal
 
 from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.engine.fragments import Fragment
 from streamtrain.errors import CheckpointError
 
 SHAPES = {"backbone.a": (3, 7), "backbone.b": (5,), "head.c": (1,)}
-
-
-@dataclass(frozen=True)
-class Piece:
-    start: int
-    stop: int
-    numel: int
 
 
 def value(name: str) -> torch.Tensor:
@@ -31,7 +24,7 @@ def value(name: str) -> torch.Tensor:
 
 
 def write(folder: Path, world_size: int) -> None:
-    """As so many ranks save it, but by the format's own library."""
+    """Write a checkpoint of ``world_size`` ranks with the safetensors library."""
     folder.mkdir(parents=True)
     for rank in range(world_size):
         tensors = {}
@@ -49,25 +42,26 @@ def write(folder: Path, world_size: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(world_size=st.integers(1, 6), data=st.data())
-def test_any_piece_of_any_number_of_ranks(
+def test_any_fragment_from_any_number_of_ranks(
     world_size: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     write(checkpoint.folder_of(run, 7), world_size)
-    with checkpoint.opened(checkpoint.folder_of(run, 7)) as reader:
+    with checkpoint.open_checkpoint(checkpoint.folder_of(run, 7)) as reader:
         for name in SHAPES:
             flat = value(name).flatten()
             start = data.draw(st.integers(0, len(flat)))
             stop = data.draw(st.integers(start, len(flat)))
             padding = data.draw(st.integers(0, 3))
             expected = torch.nn.functional.pad(flat[start:stop], (0, padding))
-            assert torch.equal(reader.read(f"ema/{name}", Piece(start, stop, stop - start + padding)), expected)
-    found = checkpoint.read_weights(run)
-    assert all(torch.equal(found[name], value(name)) for name in SHAPES)
+            fragment = Fragment(SHAPES[name], start, stop, stop - start + padding)
+            assert torch.equal(reader.read(f"ema/{name}", fragment), expected)
+    weights = checkpoint.read_weights(run)
+    assert all(torch.equal(weights[name], value(name)) for name in SHAPES)
 
 
-@pytest.mark.parametrize("damage", ["missing", "torn", "header", "garbage"])
-def test_a_damaged_file_is_told_in_one_line(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["missing", "truncated", "header", "garbage"])
+def test_damaged_file_is_a_one_line_error(damage: str, tmp_path: Path) -> None:
     folder = checkpoint.folder_of(tmp_path, 7)
     write(folder, 2)
     path = folder / "rank-00001-of-00002.safetensors"
@@ -75,21 +69,19 @@ def test_a_damaged_file_is_told_in_one_line(damage: str, tmp_path: Path) -> None
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"torn": content[:-3], "header": content[:20], "garbage": b"\xff" * 64}[damage])
+        path.write_bytes({"truncated": content[:-3], "header": content[:20], "garbage": b"\xff" * 64}[damage])
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         checkpoint.read_weights(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sides", [(3, 22), (2**40, 2**12), (2**52, 2**52)])
-def test_a_shape_of_more_values_than_there_are_is_told_before_any_memory_is_taken(
-    sides: tuple[int, int], tmp_path: Path
-) -> None:
+def test_shape_larger_than_the_file_is_an_error_before_allocation(sides: tuple[int, int], tmp_path: Path) -> None:
     folder = checkpoint.folder_of(tmp_path, 7)
     write(folder, 2)
     state = json.loads((folder / "state.json").read_text())
     state["shapes"]["backbone.a"] = sides
     (folder / "state.json").write_text(json.dumps(state))
     seal(folder)
-    with pytest.raises(CheckpointError, match=r"fewer values of ema/backbone\.a than its state\.json says"):
+    with pytest.raises(CheckpointError, match=r"fewer values of ema/backbone\.a than its state\.json states"):
         checkpoint.read_weights(tmp_path)

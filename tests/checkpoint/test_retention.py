@@ -1,4 +1,4 @@
-"""Which checkpoint is the best one, and that it is one that is there."""
+"""The best checkpoint: which one it is, and that it is kept."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from streamtrain.run.directory import BEST_NAME, folder_of, saved_steps
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with checkpoints of four steps, of which the second is the best."""
+    """A run with checkpoints of four steps; the second is the best."""
     for step in (10, 20, 30, 40):
         folder_of(tmp_path, step).mkdir(parents=True)
     write_best(tmp_path, {"step": 20, "metric": "knn_20", "value": 0.75})
     return tmp_path
 
 
-def test_the_best_value_is_that_of_a_checkpoint_that_is_there(run: Path) -> None:
+def test_best_value_needs_an_existing_checkpoint(run: Path) -> None:
     assert best_value(run, "knn_20", 40) == best_value(run, "knn_20", 20) == 0.75
-    # of another metric, of steps that are to be done again, of one that was never written or turned out damaged
+    # another metric; a later step than the resumed one; a checkpoint that was never written or is damaged
     assert best_value(run, "linear", 40) is None
     assert best_value(run, "knn_20", 19) is None
     folder_of(run, 20).rename(run / "checkpoints" / "damaged-step-000000020")
@@ -30,11 +30,11 @@ def test_the_best_value_is_that_of_a_checkpoint_that_is_there(run: Path) -> None
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"step": "20", "metric": "knn_20", "value": 0.75}'])
-def test_what_cannot_be_read_is_no_best(run: Path, content: bytes) -> None:
+def test_invalid_file_means_no_best_checkpoint(run: Path, content: bytes) -> None:
     (run / BEST_NAME).write_bytes(content)
     assert best_value(run, "knn_20", 40) is None
 
 
-def test_the_best_stays_beside_the_newest(run: Path) -> None:
+def test_best_checkpoint_is_kept_with_the_newest(run: Path) -> None:
     prune(run, RunConfig(keep_last=1))
     assert saved_steps(run) == [20, 40]

@@ -1,4 +1,4 @@
-"""What is saved is what stood there, while the training goes on and changes it."""
+"""A checkpoint contains the values at the time of the save, while training continues and changes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from joined_processes import run_on_ranks
 
 from streamtrain.checkpoint.reader import read_weights
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
 from streamtrain.run.directory import CHECKPOINTS
 
@@ -20,57 +20,61 @@ SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Slow:
-    """Values whose reading tells that it has ``begun``, and ends when it ``may_end``."""
+class SlowShard:
+    """A shard whose reading sets ``started`` and waits for ``may_finish``."""
 
     values: torch.Tensor
-    begun: threading.Event
-    may_end: threading.Event
+    started: threading.Event
+    may_finish: threading.Event
 
     @property
     def numel(self) -> int:
         return len(self.values)
 
     def read(self) -> torch.Tensor:
-        self.begun.set()
-        assert self.may_end.wait(60)
+        self.started.set()
+        assert self.may_finish.wait(60)
         return self.values
 
 
-def train_on(rank: int, run: Path) -> None:
-    saver = Saver(run, RunConfig())
-    values, begun, may_end = torch.full((NUMEL,), 1.0), threading.Event(), threading.Event()
-    whole = Contents({"ema/a": Slow(values, begun, may_end)}, {}, {"a": (NUMEL,)}, {"data": {}})
-    saver.save(1, {CHECKPOINTS: whole})
-    # the next step is under way meanwhile, up to its update
-    assert begun.wait(60)
-    threading.Timer(SECONDS, may_end.set).start()
-    saver.copied()
-    assert may_end.is_set()
+class BrokenShard(SlowShard):
+    def read(self) -> torch.Tensor:
+        raise RuntimeError("the device is gone")
+
+
+def payload_of(shard: SlowShard) -> dict[str, CheckpointPayload]:
+    return {CHECKPOINTS: CheckpointPayload({"ema/a": shard}, {}, {"a": (NUMEL,)}, {"data": {}})}
+
+
+def train_while_copying(rank: int, run: Path) -> None:
+    writer = CheckpointWriter(run, RunConfig())
+    values, started, may_finish = torch.full((NUMEL,), 1.0), threading.Event(), threading.Event()
+    writer.save(1, payload_of(SlowShard(values, started, may_finish)))
+    # meanwhile the next step runs up to its update
+    assert started.wait(60)
+    threading.Timer(SECONDS, may_finish.set).start()
+    writer.wait_until_copied()
+    assert may_finish.is_set()
     values.fill_(2.0)
-    saver.copied()
-    saver.wait()
+    writer.wait_until_copied()
+    writer.wait()
     # the rest of the copy, which training waited for
-    assert saver.scalars()["speed/checkpoint_stall_seconds"] > 0.9 * SECONDS
-    assert saver.failure is None and bool((read_weights(run)["a"] == 1.0).all())
+    assert writer.scalars()["speed/checkpoint_stall_seconds"] > 0.9 * SECONDS
+    assert writer.failure is None and bool((read_weights(run)["a"] == 1.0).all())
+    assert writer.status_message() == "checkpoint saved"
 
 
-def fail(rank: int, run: Path) -> None:
-    class Broken(Slow):
-        def read(self) -> torch.Tensor:
-            raise RuntimeError("the device is gone")
-
-    saver = Saver(run, RunConfig())
-    broken = Broken(torch.zeros(NUMEL), threading.Event(), threading.Event())
-    saver.save(1, {CHECKPOINTS: Contents({"ema/a": broken}, {}, {"a": (NUMEL,)}, {"data": {}})})
-    saver.copied()
+def fail_while_copying(rank: int, run: Path) -> None:
+    writer = CheckpointWriter(run, RunConfig())
+    writer.save(1, payload_of(BrokenShard(torch.zeros(NUMEL), threading.Event(), threading.Event())))
+    writer.wait_until_copied()
     with pytest.raises(RuntimeError, match="the thread that writes checkpoints has failed"):
-        saver.wait()
+        writer.wait()
 
 
-def test_values_may_change_once_they_are_copied(tmp_path: Path) -> None:
-    run_on_ranks(train_on, tmp_path, tmp_path, ranks=1)
+def test_values_may_change_after_they_are_copied(tmp_path: Path) -> None:
+    run_on_ranks(train_while_copying, tmp_path, tmp_path, ranks=1)
 
 
-def test_training_does_not_wait_for_a_copy_that_has_failed(tmp_path: Path) -> None:
-    run_on_ranks(fail, tmp_path, tmp_path, ranks=1)
+def test_training_does_not_wait_for_a_failed_copy(tmp_path: Path) -> None:
+    run_on_ranks(fail_while_copying, tmp_path, tmp_path, ranks=1)

@@ -1,8 +1,8 @@
-"""Five optimiser steps of the sharded pair on every rank, beside plain unsharded arithmetic; prints JSON on rank 0.
+"""Compare five sharded optimiser steps with plain unsharded arithmetic on every rank; rank 0 prints JSON.
 
-Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS [COMPILE [KERNELS]]``. What
-is compiled, or computed by the CPU's kernels, is compared with what is not, so that then drop-path and RoPE draw as
-well. With KERNELS, on or off, the sizes suit the kernels.
+Run by test_zero.py on one and two ranks: ``sharded_step.py DTYPE CHECKPOINTING VIEW_GROUPS [COMPILE [KERNELS]]``. With
+COMPILE=on or KERNELS=on|off, drop-path and RoPE rescaling are random too, and with KERNELS the sizes suit the CPU
+kernels; the reference uses neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_grad
 
 from shards.randomness import generator
@@ -25,7 +24,8 @@ from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.masking import draw_masks, rasterise
-from streamtrain.engine.runtime import Launch, joined
+from streamtrain.engine.deepspeed_compat import cloned_world_group, full_numel, is_gathered
+from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
@@ -48,15 +48,15 @@ TEMPERATURE, MOMENTUM = 0.05, 0.9
 
 def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "off", kernels: str = "") -> Config:
     head = {"prototypes": 101, "hidden": 24, "bottleneck": 12}
-    drawn = {"drop_path": 0.3, "rope_rescale": 2.0} if compile == "on" or kernels else {"drop_path": 0.0}
+    random = {"drop_path": 0.3, "rope_rescale": 2.0} if compile == "on" or kernels else {"drop_path": 0.0}
     sizes = {"dim": 64, "num_heads": 2} if kernels else {"dim": 36, "num_heads": 3}
     return build(
         {
             "run": {"dir": "nowhere"},
             "data": {"micro_batch": MICRO_BATCH},
             "crops": {"global_size": 32, "local_size": 16, "local_count": 2},
-            "model": {"patch_size": 8, "depth": 3, "layerscale": 0.5, **sizes, **drawn},
-            # six images, the last two in a chunk of their own
+            "model": {"patch_size": 8, "depth": 3, "layerscale": 0.5, **sizes, **random},
+            # chunks of four and two of the six images
             "teacher": {"chunk": 4},
             "objective": {"global_loss": {"head": head}, "patch_loss": {"head": head}},
             "optim": {"clip": 0.5, "layer_decay": 0.8},
@@ -70,7 +70,7 @@ def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "
 
 
 def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
-    """A micro-batch of noise, the same on every rank that asks for it."""
+    """Return a micro-batch of noise, which any rank can reproduce."""
     draw = generator(0, "noise", step * 100 + rank * 10 + micro)
     slots = (step * 100 + rank * 10 + micro * MICRO_BATCH) + torch.arange(MICRO_BATCH).numpy()
     grid = (4, 4)
@@ -86,7 +86,7 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
 def main() -> None:
     config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
     traffic, called = Traffic(), counted(setattr)
-    with joined(config.engine, launch) as runtime:
+    with init_process_group(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)
         maker = TargetMaker(config.objective)
@@ -98,9 +98,9 @@ def main() -> None:
             initialise(network, config.model, config.run.seed)
             for block in network.backbone.blocks:
                 block.kernels = False
-        average = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        ema = {name: p.detach().clone() for name, p in plain.named_parameters()}
         report: dict[str, Any] = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0}
-        live = most_alive(student, report)
+        hooks = record_live_blocks(student, report)
 
         for step in range(STEPS):
             if step == 2:
@@ -108,10 +108,10 @@ def main() -> None:
             student.set_rates(1e-3, 0.04, last_layer_frozen=False)
             batches = [batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)]
             traffic.reset()
-            # In the first step the engine compares between ranks what it has learnt of the order of things. Kernels of
-            # a CPU may look, and what is compiled would be compiled anew.
-            watched = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
-            reading = RefuseReading if watched else nullcontext
+            # In the first step the engine compares the traced order of modules between ranks. CPU kernels may read
+            # values, and under this mode torch would compile again.
+            is_checked = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
+            reading = RefuseReading if is_checked else nullcontext
             with reading():
                 targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
             losses = []
@@ -119,8 +119,8 @@ def main() -> None:
                 with reading():
                     losses.append(student.accumulate(batch, target, WEIGHTS)["total"])
                 if step == 0 and micro == ACCUMULATION - 1:
-                    everyone = [batch_of(config, 0, rank, m) for rank in world for m in range(ACCUMULATION)]
-                    expected = plain_step(config, plain, plain_teacher, everyone)
+                    everything = [batch_of(config, 0, rank, m) for rank in world for m in range(ACCUMULATION)]
+                    expected = plain_step(config, plain, plain_teacher, everything)
                     for name, parameter in student.parameters.items():
                         got, want = safe_get_full_grad(parameter), expected[name]
                         error = float((got.double() - want).norm() / want.norm().clamp_min(1e-12))
@@ -130,18 +130,18 @@ def main() -> None:
                     report["loss"] = abs(float(mean) / runtime.world_size - float(expected["loss"]))
                 student.step()
             if step == 0:
-                report |= clipped(config, student, expected)
+                report |= clipping_errors(config, student, expected)
             with reading():
                 teacher.update(MOMENTUM)
             gathered = traffic.gathered_bytes
             for name in student.parameters:
-                average[name].lerp_(whole(student.master(name), student.fragments[name].shape), 1 - MOMENTUM)
-        live.clear()
-        # In what a rank lacks of the whole network: the student twice a micro-batch and the teacher once. The
-        # teacher's prototypes are needed for the targets as well, once a step.
+                ema[name].lerp_(whole(student.master(name), student.fragments[name].shape), 1 - MOMENTUM)
+        hooks.clear()
+        # In units of the parameters that a rank does not own: the student twice a micro-batch and the teacher once; the
+        # targets need the teacher's prototypes once more, once a step.
         others = (runtime.world_size - 1) / runtime.world_size * runtime.dtype.itemsize
         numel = sum(fragment.numel * runtime.world_size for fragment in student.fragments.values())
-        prototypes = sum(teacher.parameters[f"{head}.prototypes.weight"].ds_numel for head in HEADS)
+        prototypes = sum(full_numel(teacher.parameters[f"{head}.prototypes.weight"]) for head in HEADS)
         report["gathered"] = (gathered - prototypes * others) / max(1.0, ACCUMULATION * numel * others)
         global_batch = MICRO_BATCH * ACCUMULATION * runtime.world_size
         whole_step = build(merge(config.model_dump(), {"data": {"global_batch": global_batch}}))
@@ -150,15 +150,15 @@ def main() -> None:
 
         for name, parameter in teacher.parameters.items():
             with deepspeed.zero.GatheredParameters([parameter]):
-                kept = whole(teacher.average(name), student.fragments[name].shape)
-                report["ema"] = max(report["ema"], float((kept - average[name]).abs().max()))
+                kept = whole(teacher.ema_shard(name), student.fragments[name].shape)
+                report["ema"] = max(report["ema"], float((kept - ema[name]).abs().max()))
                 assert torch.equal(parameter.detach(), kept.to(parameter.dtype)), name
         moved = max(
-            float((average[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
+            float((ema[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
         )
-        embed(teacher)
-        report["graphs"] = graphs()
-        # a step without patches reads fewer rows, which is another shape
+        evaluate(teacher)
+        report["graphs"] = compiled_graphs()
+        # a step without the patch loss uses fewer rows, so its shapes differ
         torch.compiler.set_stance("default")
         student.set_rates(0.0, 0.0, last_layer_frozen=False)
         none, late, early = (
@@ -167,27 +167,27 @@ def main() -> None:
         )
         stale, swapped = float(none.abs().max()), float((late - early).abs().max() / early.abs().max())
         if runtime.rank == 0:
-            groups = (dist.group.WORLD, deepspeed.utils.groups._get_data_parallel_group())
+            groups = (dist.group.WORLD, cloned_world_group())
             timeouts = [group._get_backend(runtime.device).options._timeout.total_seconds() for group in groups]
             report |= {"moved": moved, "stale": stale, "swapped": swapped}
             report |= {"timeouts": timeouts, "called": len(called)}
             print(json.dumps(report), flush=True)
 
 
-def embed(teacher: Any) -> None:
-    """Of images of a size that no step has, on all ranks."""
-    found = teacher(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
-    assert found.patches.shape[1] == 6 * 5
+def evaluate(teacher: Any) -> None:
+    """Compute features of an image size that no step has, on all ranks."""
+    features = teacher(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
+    assert features.patches.shape[1] == 6 * 5
 
 
-def graphs() -> tuple[int, int]:
-    """What has been compiled so far, and where that broke off."""
+def compiled_graphs() -> tuple[int, int]:
+    """Return the numbers of compiled graphs and of graph breaks so far."""
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def clipped(config: Config, student: Any, expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far the first update's moments and gradient norm are from those of the clipped ``expected`` gradient."""
+def clipping_errors(config: Config, student: Any, expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the errors of the first update's moments and gradient norm, given the ``expected`` unclipped gradient."""
     gradients = {name: value for name, value in expected.items() if name != "loss"}
     norm = float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
     assert norm > 1.5 * config.optim.clip
@@ -202,24 +202,24 @@ def head_gradient(
     config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any,
     micros: list[tuple[int, float]],
 ) -> torch.Tensor:  # fmt: skip
-    """The patch head's gradient in a step of such micro-batches, each with a weight of its patch loss."""
+    """Return the patch head's gradient in a step of ``micros``: pairs of a micro-batch and its patch loss weight."""
     for micro, weight in micros:
         weights, batch = LossWeights(1.0, weight, 0.1), batch_of(config, STEPS, rank, micro)
         (targets,) = maker.make([teacher(batch, None, weights)], handles, TEMPERATURE)
         student.accumulate(batch, targets, weights)
         if (micro, weight) == micros[-1]:
             names = [name for name in student.parameters if name.startswith("patch_head")]
-            found = torch.cat([safe_get_full_grad(student.parameters[name]).flatten() for name in names])
+            gradient = torch.cat([safe_get_full_grad(student.parameters[name]).flatten() for name in names])
         student.step()
-    return found
+    return gradient
 
 
 def plain_step(
     config: Config, plain: Learner, plain_teacher: Learner, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
-    """Gradients (and the loss) of one optimiser step over all ranks' micro-batches, without an engine."""
+    """Return the gradients and the loss of one step over all ranks' micro-batches, without an engine."""
     handles = PrototypeHandles(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
-    # a maker of its own process: all rows are here, so nothing is to be reduced
+    # a group of this process alone, because it has all rows
     alone = dist.new_subgroups(1)[0]
     maker = TargetMaker(config.objective, alone)
     targets = maker.make([plain_teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
@@ -230,22 +230,20 @@ def plain_step(
 
 
 def whole(fragment: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A parameter put together from every rank's fragment."""
+    """Return the full parameter, gathered from every rank's fragment."""
     pieces = [torch.empty_like(fragment) for _ in range(dist.get_world_size())]
     dist.all_gather(pieces, fragment.contiguous())
     return torch.cat(pieces)[: torch.Size(shape).numel()].reshape(shape)
 
 
-def most_alive(student: object, report: dict[str, Any]) -> list[object]:
-    """Hooks that note how many blocks' worth of student parameters are whole at once."""
+def record_live_blocks(student: object, report: dict[str, Any]) -> list[object]:
+    """Install hooks that record the most gathered student parameters, in blocks."""
     blocks = student._engine.module.backbone.blocks
-    size = sum(p.ds_numel for p in blocks[0].parameters())
+    size = sum(full_numel(p) for p in blocks[0].parameters())
 
     def count(*_: object) -> None:
-        alive = sum(
-            p.ds_numel for p in student.parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE
-        )
-        report["live"] = max(report["live"], alive / size)
+        live = sum(full_numel(p) for p in student.parameters.values() if is_gathered(p))
+        report["live"] = max(report["live"], live / size)
 
     handles = [block.register_full_backward_hook(count) for block in blocks]
     handles += [block.register_forward_hook(count) for block in blocks]

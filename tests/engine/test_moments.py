@@ -1,4 +1,4 @@
-"""Wherever the moments lie, AdamW does the same; what each store takes; reading and writing any part."""
+"""AdamW computes the same with every storage of its moments; their sizes; reading and writing any span."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamtrain.config.engine import EngineConfig, OptimConfig
-from streamtrain.engine import moments as moments_room
-from streamtrain.engine.moments import BLOCK, KEYS, EightBitMoments, FileMoments, Moments, SplitMoments, TensorMoments
-from streamtrain.engine.optim import AdamW, moments_maker, set_rates
+from streamtrain.engine import moments as moments_module
+from streamtrain.engine.moments import (
+    BLOCK,
+    KEYS,
+    EightBitMoments,
+    FileMoments,
+    Moments,
+    SplitMoments,
+    TensorMoments,
+    moments_maker,
+)
+from streamtrain.engine.optim import AdamW, set_rates
 from streamtrain.planning.parameter_groups import GroupRule
 
 CPU = torch.device("cpu")
@@ -25,12 +34,12 @@ TIERS = [
     {"moments": "disk"},
     {"moments": "disk", "moments_ratio": 0.7},
 ]
-# neither divisible by a block; the first is below the size from which torchao itself uses 8 bits
+# neither is a multiple of a block; the first is below torchao's own minimum size for 8-bit states
 NUMELS = (700, 20_011)
 
 
 def train(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], steps: int) -> None:
-    """Some steps with schedules and changing gradients."""
+    """Run steps with changing rates and gradients."""
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         set_rates(optimizer.param_groups, 1e-2 * (step + 1), 0.1 * step, last_layer_frozen=False)
@@ -48,9 +57,9 @@ def make(engine: dict[str, object], folder: Path) -> tuple[AdamW, list[torch.Ten
 
 
 @pytest.mark.parametrize("tier", TIERS, ids=str)
-def test_every_tier_is_plain_adamw(tier: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # several chunks a tensor
-    monkeypatch.setattr(moments_room, "CHUNK", 4096)
+def test_every_tier_equals_adamw(tier: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # several chunks per tensor
+    monkeypatch.setattr(moments_module, "CHUNK", 4096)
     for store in (FileMoments, EightBitMoments):
         monkeypatch.setattr(store, "chunk", 4096)
     optimizer, parameters = make(tier, tmp_path)
@@ -65,7 +74,7 @@ def test_every_tier_is_plain_adamw(tier: dict[str, object], tmp_path: Path, monk
         assert moved > 0.1 and deviation < (0.05 if tier["moments"] == "8bit" else 1e-6), deviation
 
 
-def test_eight_bits_are_eight_bits_at_any_size_and_a_saved_state_is_the_state(tmp_path: Path) -> None:
+def test_8bit_size_and_saved_state(tmp_path: Path) -> None:
     optimizer, parameters = make({"moments": "8bit"}, tmp_path)
     train(optimizer, parameters, 3)
     for parameter in parameters:
@@ -90,7 +99,7 @@ def stores(numel: int, folder: Path) -> list[Moments]:
 
 
 @given(st.integers(0, 1999), st.integers(1, 2000), st.sampled_from(range(4)))
-def test_any_part_can_be_written_and_read(
+def test_any_span_can_be_written_and_read(
     tmp_path_factory: pytest.TempPathFactory, start: int, count: int, which: int
 ) -> None:
     stop = min(start + count, 2000)
@@ -104,7 +113,7 @@ def test_any_part_can_be_written_and_read(
         assert not kept[:start].any() and not kept[stop:].any()
 
 
-def test_files_hold_what_memory_does_not(tmp_path: Path) -> None:
+def test_file_sizes(tmp_path: Path) -> None:
     optimizer, parameters = make({"moments": "disk"}, tmp_path)
     train(optimizer, parameters, 1)
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
@@ -121,6 +130,6 @@ def test_files_hold_what_memory_does_not(tmp_path: Path) -> None:
         {"checkpointing": "selective", "offload_checkpoints": True},
     ],
 )
-def test_a_key_without_effect_is_refused(wrong: dict[str, object]) -> None:
+def test_key_without_effect_is_an_error(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="has an effect only with"):
         EngineConfig(**wrong)

@@ -1,42 +1,43 @@
-"""Layer-wise rates: who learns how fast, and who decays."""
+"""Parameter groups of the optimiser and the rates that a step sets in them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from streamtrain.config.engine import OptimConfig
+from streamtrain.config.load import build
 from streamtrain.engine.optim import parameter_groups, set_rates
-from streamtrain.planning.parameter_groups import GroupRule, rule_of
+from streamtrain.training.ssl_model import Learner
 
-CONFIG = OptimConfig(layer_decay=0.5, patch_embed_lr=0.2)
-
-
-@pytest.mark.parametrize(
-    ("name", "dims", "rule"),
-    [
-        ("backbone.embedding.projection.weight", 2, GroupRule(0.5**5 * 0.2, True, False, True)),
-        ("backbone.embedding.cls_token", 2, GroupRule(0.5**5, True, False, True)),
-        ("backbone.blocks.0.attention.qkv.weight", 2, GroupRule(0.5**4, True, False, True)),
-        ("backbone.blocks.3.attention.qkv.bias", 1, GroupRule(0.5, False, False, True)),
-        ("backbone.norm.weight", 1, GroupRule(1.0, False, False, True)),
-        ("global_head.mlp.0.weight", 2, GroupRule(1.0, True, False, False)),
-        ("global_head.prototypes.weight", 2, GroupRule(1.0, True, True, False)),
-    ],
+CONFIG = build(
+    {
+        "model": {"patch_size": 8, "dim": 16, "depth": 2, "num_heads": 2},
+        "crops": {"global_size": 32, "local_size": 16},
+        "optim": {"layer_decay": 0.5, "patch_embed_lr": 0.2},
+    }
 )
-def test_rules_follow_from_the_name(name: str, dims: int, rule: GroupRule) -> None:
-    assert rule_of(name, dims, 4, CONFIG) == rule
 
 
-def test_every_parameter_is_in_one_group_and_frozen_prototypes_do_not_move() -> None:
-    names = ["backbone.blocks.0.mlp.weight", "backbone.norm.weight", "head.prototypes.weight", "head.mlp.weight"]
-    named = [(name, torch.nn.Parameter(torch.ones(2, 2))) for name in names]
-    groups = parameter_groups(named, 1, CONFIG)
+def test_rates_of_every_group_and_frozen_parts() -> None:
+    with torch.device("meta"):
+        named = list(Learner(CONFIG).named_parameters())
+    groups = parameter_groups(named, CONFIG.model.depth, CONFIG.optim)
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for _, p in named)
-    set_rates(groups, 1e-3, 0.1, last_layer_frozen=True)
-    by_name = {id(p): group for group in groups for p in group["params"]}
-    assert [by_name[id(p)]["lr"] for _, p in named] == [5e-4, 1e-3, 0.0, 1e-3]
-    set_rates(groups, 1e-3, 0.1, last_layer_frozen=False)
-    assert by_name[id(named[2][1])]["lr"] == 1e-3
-    set_rates(groups, 1e-3, 0.1, last_layer_frozen=False, backbone_frozen=True)
-    assert [by_name[id(p)]["lr"] for _, p in named] == [0.0, 0.0, 1e-3, 1e-3]
+    names = {id(parameter): name for name, parameter in named}
+
+    def rates(**frozen: bool) -> dict[str, tuple[float, float]]:
+        set_rates(groups, 1e-3, 0.1, **{"last_layer_frozen": False, **frozen})
+        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    usual = rates()
+    assert usual["backbone.embedding.projection.weight"] == (pytest.approx(1e-3 * 0.5**3 * 0.2), 0.1)
+    assert usual["backbone.blocks.1.attention.qkv.bias"] == (5e-4, 0.0)
+    assert usual["global_head.prototypes.weight"] == usual["patch_head.projection.layers.0.weight"] == (1e-3, 0.1)
+    last_layers = {"global_head.prototypes.weight", "patch_head.prototypes.weight"}
+    for frozen, stopped in (
+        ({"last_layer_frozen": True}, last_layers),
+        ({"backbone_frozen": True}, {name for name in usual if name.startswith("backbone.")}),
+    ):
+        changed = rates(**frozen)
+        assert {name for name, (lr, _) in changed.items() if lr == 0.0} == stopped
+        assert all(changed[name] == usual[name] for name in usual.keys() - stopped)

@@ -13,6 +13,7 @@ from joined_processes import run_on_ranks
 from streamtrain.checkpoint.reader import find_newest_intact, read_weights
 from streamtrain.errors import CheckpointError
 from streamtrain.run.directory import folder_of, saved_steps, starting_checkpoint
+from streamtrain.run.logs import configure_logging
 
 RANK_1 = "rank-00001-of-00002.safetensors"
 
@@ -56,6 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def agree(rank: int, run: Path, resume_from: Path | None, out: Path) -> None:
+    configure_logging(rank, 2)
     try:
         found = str(find_newest_intact(run, resume_from))
     except CheckpointError as error:
@@ -85,10 +87,11 @@ def test_the_newest_whole_one_is_found(kind: str, run: Path, tmp_path: Path, cap
     assert agreed(tmp_path / "new", ours) == str(folder_of(ours, 2)) and saved_steps(ours) == [2, 3]
     capfd.readouterr()
     assert agreed(ours) == str(folder_of(ours, 2))
-    said = capfd.readouterr().out
+    said = capfd.readouterr()
     aside = ours / "checkpoints" / "damaged-step-000000003"
-    assert f"warning: checkpoint step-000000003 is damaged: {told}" in said and f"it is kept as {aside}\n" in said
-    assert said.endswith("going on from step-000000002, the newest whole one\n") and said.count("\n") == 2
+    assert said.err.startswith(f"warning: checkpoint step-000000003 is damaged: {told}")
+    assert said.err.endswith(f"it is kept as {aside}\n") and said.err.count("\n") == 1
+    assert said.out == "resuming from step-000000002, the newest intact checkpoint\n"
     assert saved_steps(ours) == [2] and aside.is_dir()
     # nothing whole is left: that is no fresh start
     damage(folder_of(ours, 2), "truncated")

@@ -40,9 +40,9 @@ def test_a_disk_that_refuses_is_told_of_and_tried_again(tmp_path: Path) -> None:
     assert out.splitlines() == [
         "step 1: checkpoint saved",
         "step 2: checkpoint saved",
-        "warning: no checkpoint of step 3 could be written: File too large; it is tried again at the next interval; "
-        "the newest is that of step 2",
-        "step 3: its checkpoint could not be written (File too large) and the newest is that of step 2",
+        "warning: the checkpoint of step 3 could not be written: File too large; the next attempt is at the next "
+        "interval; the latest one is from step 2",
+        "step 3: the checkpoint could not be written (File too large); the latest one is from step 2",
         "step 7: checkpoint saved",
         "['latest', 'step-000000007']",
     ]
@@ -56,15 +56,15 @@ def test_a_full_and_a_read_only_disk(tmp_path: Path) -> None:
     for line, expected in zip(told, (
         r"step 1: checkpoint saved",
         r"step 2: checkpoint saved",
-        r"step 3: its checkpoint could not be written \(No space left on device\) and the newest is that of step 2",
-        r"step 4: .*\(it takes 0\.00172 MB, and the disk has 0 MB left\) and the newest is that of step 2",
+        r"step 3: the checkpoint could not be written \(No space left on device\); the latest one is from step 2",
+        r"step 4: .*\(it needs 0\.00172 MB, and the disk has 0 MB left\); the latest one is from step 2",
         r"step 5: checkpoint saved",
-        r"step 6: .*\(Read-only file system .*\) and the newest is that of step 5",
+        r"step 6: .*\(Read-only file system .*\); the latest one is from step 5",
         r"step 7: checkpoint saved",
         r"\['latest', 'step-000000007'\]",
     ), strict=True):  # fmt: skip
         assert re.fullmatch(expected, line), (line, expected)
-    assert out.count("warning: no checkpoint of step") == 3
+    assert out.count("warning: the checkpoint of step") == 3
 
 
 @pytest.mark.slow
@@ -93,9 +93,9 @@ def test_a_run_whose_disk_is_full_goes_on_to_its_end_and_says_what_is_missing(tm
     """
     assert run(*NAMESPACE, "sh", "-c", script) == "exit 2\nexit 0\n"
     error = (tmp_path / "broken/first.err").read_text()
-    assert error.count("warning: no checkpoint of step") == 5
-    assert "error: all steps are done, but its checkpoint could not be written" in error.splitlines()[-1]
-    assert "the newest is that of step 1" in error.splitlines()[-1]
+    assert error.count("warning: the checkpoint of step") == 5
+    assert "error: all steps are done, but the checkpoint could not be written" in error.splitlines()[-1]
+    assert "the latest one is from step 1" in error.splitlines()[-1]
     assert "resuming at step 1 from" in (tmp_path / "broken/second.out").read_text()
     assert logged(tmp_path / "broken") == logged(tmp_path / "straight")
     ours, theirs = (read_weights(tmp_path / name) for name in ("broken", "straight"))

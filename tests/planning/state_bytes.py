@@ -1,24 +1,28 @@
-"""What a rank's model states really take after a step, beside the plan: ``state_bytes.py DTYPE MOMENTS FOLDER``."""
+"""Print a rank's measured and planned model states after a step: ``state_bytes.py DTYPE MOMENTS FOLDER``."""
 
 from __future__ import annotations
 
 import json
 import sys
-
-from sharded_step import TEMPERATURE, WEIGHTS, batch_of, config_of
+from pathlib import Path
 
 from streamtrain.config.load import build, merge
-from streamtrain.engine.runtime import Launch, joined
+from streamtrain.engine.deepspeed_compat import shard_of
+from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.planning.memory import STATES, plan
 from streamtrain.training.build import build_networks, restore
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+
+from sharded_step import TEMPERATURE, WEIGHTS, batch_of, config_of
 
 
 def main() -> None:
     dtype, moments, folder = sys.argv[1:]
     raw = merge(config_of(dtype, "block", "1").model_dump(), {"engine": {"moments": moments}, "run": {"dir": folder}})
     config, launch = build(raw), Launch.from_environment()
-    with joined(config.engine, launch) as runtime:
+    with init_process_group(config.engine, launch) as runtime:
         student, teacher = build_networks(config, runtime, 1)
         maker = TargetMaker(config.objective)
         restore(config, None, student, teacher, maker)
@@ -34,17 +38,17 @@ def main() -> None:
         flats = student.master_groups
         every_moments = [student._adamw.moments(flat) for flat in flats]
         report = {
-            "student values": sum(p.ds_tensor.nbytes for p in student.parameters.values()),
-            # in fp32 the same memory
+            "student values": sum(shard_of(p).nbytes for p in student.parameters.values()),
+            # in fp32 the values are the masters
             "masters": sum(0 if fp32 else flat.nbytes for flat in flats),
-            "gradients": student._optimizer.grad_partitions_flat_buffer.nbytes,
-            "teacher values": 0 if fp32 else sum(p.ds_tensor.nbytes for p in teacher.parameters.values()),
-            "averages": sum(average.nbytes for average in teacher._averages),
+            "gradients": student._stage3.flat_gradients.nbytes,
+            "teacher values": 0 if fp32 else sum(shard_of(p).nbytes for p in teacher.parameters.values()),
+            "averages": sum(average.nbytes for average in teacher._ema),
         }
         scale = runtime.world_size if moments == "disk" else 1
         report["moments"] = scale * sum(each.num_bytes() for each in every_moments if each is not None)
         if fp32:
-            values = student._optimizer.fp16_partitioned_groups_flat
+            values = student._stage3.flat_values
             assert all(flat.data_ptr() == value.data_ptr() for flat, value in zip(flats, values, strict=True))
         planned = plan(config, runtime.world_size, on_gpu=False, bf16=not fp32)
         sizes = {part.name: part.num_bytes for part in planned.parts if part.name in STATES}

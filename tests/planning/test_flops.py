@@ -1,4 +1,4 @@
-"""The counted arithmetic against that of torch's own counter, on real forward and backward passes."""
+"""Computed FLOPs equal the count by torch in real forward and backward passes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "engine": {"checkpointing": "none"},
 }
 
-# torch's counter knows attention on GPUs only: the products of queries and keys, and of their weights and values
+# torch counts attention on GPUs only; add the CPU's operators
 FORWARD, BACKWARD = (
     getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}") for suffix in ("", "_backward")
 )
@@ -41,7 +41,7 @@ ATTENTION = {
 
 
 def counted(config: Config) -> float:
-    """What torch counts in one step of one micro-batch."""
+    """Return torch's count for one step of one micro-batch."""
     student, teacher = Learner(config), Learner(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
@@ -51,7 +51,7 @@ def counted(config: Config) -> float:
         for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
     ]
     patches = (crops.global_size // config.model.patch_size) ** 2
-    # masks of half of the crops, spread over [0.1, 0.5], as the stream deals them to a whole group
+    # masks of half of the crops, with ratios spread over [0.1, 0.5], as in the stream
     counts = [round((0.1 + 0.4 * (k + 0.5) / 4) * patches) for k in range(4)]
     mask = torch.zeros(len(images[0]), patches, dtype=torch.bool)
     for row, count in enumerate(counts):
@@ -68,8 +68,8 @@ def counted(config: Config) -> float:
             anchor = GramTeacher(config)
             initialise(anchor, config.model, 2)
             side = crops.global_size // config.model.patch_size
-            found = anchor(images[0], (side, side))
-            targets = type(targets)(**{**vars(targets), "gram": GramTargets(found, "image", "keep", "all", 2**20)})
+            features = anchor(images[0], (side, side))
+            targets = type(targets)(**{**vars(targets), "gram": GramTargets(features, "image", "keep", "all", 2**20)})
         student(batch, targets, weights)["total"].backward()
     return float(counter.get_total_flops())
 
@@ -86,22 +86,22 @@ def counted(config: Config) -> float:
         {"objective": {"patch_loss": {"kind": "l2"}}},
     ],
 )
-def test_what_a_step_executes_is_what_torch_counts(changes: dict[str, Any]) -> None:
+def test_executed_flops_equal_torch_count(changes: dict[str, Any]) -> None:
     config = build(merge(BASE, changes))
     flops = step_flops(config, 1)
-    # torch does not count products of a matrix and a vector, nor this the column sums
+    # torch does not count matrix-vector products, and step_flops no column sums
     assert flops.executed == pytest.approx(counted(config), rel=0.01)
     assert flops.model <= flops.executed
 
 
-def test_what_is_computed_again_is_no_work_of_the_model() -> None:
+def test_recomputation_adds_no_model_flops() -> None:
     modes = [step_flops(build(merge(BASE, {"engine": {"checkpointing": mode}})), 1) for mode in ("none", "block")]
     assert modes[0].model == modes[1].model and modes[0].executed < modes[1].executed
     every = step_flops(build(merge(BASE, {"model": {"drop_path": 0.0}})), 1)
     assert modes[0].model < 0.9 * every.model
 
 
-def test_sizes_that_alternate_are_averaged_and_ranks_add_up() -> None:
+def test_alternating_sizes_are_averaged_and_ranks_added() -> None:
     mixed = build(merge(BASE, {"crops": {"sizes": [{"share": 3}, {"share": 1, "global_size": 96}]}}))
     small, large = (step_flops(mixed, 1, sizes).model for sizes in mixed.crop_sizes)
     assert small < large and step_flops(mixed, 1).model == pytest.approx((3 * small + large) / 4)
@@ -116,7 +116,7 @@ def test_a_larger_frozen_teacher_costs_more() -> None:
     assert step_flops(config, 1, teacher=larger).model > 1.2 * step_flops(config, 1).model
 
 
-def test_the_plan_counts_with_the_same_counter() -> None:
+def test_plan_uses_step_flops() -> None:
     config = load_config("giant.yaml")
     assert plan(config, 8).flops_per_step == step_flops(config, 8).executed
 

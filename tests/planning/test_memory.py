@@ -1,4 +1,4 @@
-"""The plan against what is really allocated, and what it says of itself."""
+"""The plan equals the allocated model states, reacts to settings, and finds settings that fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def giant(*overrides: str) -> Config:
     return load_config("giant.yaml", overrides)
 
 
-def test_what_costs_memory_costs_it_in_the_plan() -> None:
+def test_plan_follows_memory_settings() -> None:
     base = plan(giant(), 8)
     assert plan(giant(), 16).gpu_bytes < base.gpu_bytes
     assert plan(giant("data.micro_batch=32"), 8).gpu_bytes > base.gpu_bytes
@@ -49,7 +49,7 @@ def test_what_costs_memory_costs_it_in_the_plan() -> None:
     assert full.host_bytes > half.host_bytes > base.host_bytes
 
 
-def test_on_a_cpu_a_block_by_kernels_keeps_the_inputs_of_its_branches() -> None:
+def test_cpu_kernels_save_only_the_inputs_of_branches() -> None:
     overrides = ("data.micro_batch=16", "data.global_batch=16", "engine.cpu_threads=2")
     kept = {}
     others = ("engine.cpu_kernels=false", "engine.compile=on", "engine.fp8=true", "model.dim=360")
@@ -59,57 +59,57 @@ def test_on_a_cpu_a_block_by_kernels_keeps_the_inputs_of_its_branches() -> None:
             parts = {part.name: part for part in plan(config, 1, on_gpu=False, bf16=bf16).parts}
             kept[extra, bf16] = parts.get("kept between branches")
             assert (kept[extra, bf16] is None) == ("recomputed block" in parts)
-            # a machine that has no compiler, or not the instructions
+            # a machine without a compiler or without the instructions
             without = {part.name for part in plan(config, 1, on_gpu=False, bf16=bf16, kernels=False).parts}
             assert "recomputed block" in without and "kept between branches" not in without
     tokens = 16 * (2 * (5 + 14**2) + 8 * (5 + 6**2))
     for bf16, item in ((True, 2), (False, 4)):
-        of_kernels = kept.pop(("engine.cpu_kernels=true", bf16))
-        assert of_kernels is not None and of_kernels.num_bytes == (12 * 2 - 1) * tokens * 384 * item
+        part = kept.pop(("engine.cpu_kernels=true", bf16))
+        assert part is not None and part.num_bytes == (12 * 2 - 1) * tokens * 384 * item
     assert not any(kept.values())
 
 
-def test_recomputation_trades_memory_for_arithmetic() -> None:
+def test_recomputation_trades_memory_for_flops() -> None:
     modes = [plan(giant(f"engine.checkpointing={mode}"), 8) for mode in ("none", "selective", "block")]
     assert modes[0].gpu_bytes > modes[1].gpu_bytes > modes[2].gpu_bytes
     assert modes[0].flops_per_step < modes[1].flops_per_step < modes[2].flops_per_step
 
 
-def test_the_arithmetic_of_a_dense_step() -> None:
-    """About 6 operations a parameter and token for the student, 2 for the teacher, less most of the last MLP."""
+def test_flops_of_a_dense_step() -> None:
+    """About 6 FLOPs per parameter and token for the student and 2 for the teacher, less most of the last MLP."""
     config = giant("model.drop_path=0.0", "engine.checkpointing=none", "data.global_batch=128")
     planned = plan(config, 8)
     student, teacher = 128 * (2 * 261 + 8 * 54), 128 * 2 * 261
     expected = 6.7e9 * (1 - 2 / 3 / 40) * (6 * student + 2 * teacher)
     assert 1.0 < planned.flops_per_step / expected < 1.25
-    # the student twice and the teacher once, in 16 bits, without a rank's own eighth
+    # the student twice and the teacher once, in bf16, without a rank's own eighth
     assert planned.all_gather_bytes_per_step == pytest.approx(3 * 7.028e9 * 2 * 7 / 8, rel=0.03)
     assert plan(config, 1).all_gather_bytes_per_step == 0
 
 
-def test_the_giant_fits_where_it_is_meant_to() -> None:
+def test_giant_recipes_fit_their_gpus() -> None:
     assert fits(plan(giant(), 8), 80 * 10**9, None)
     assert fits(plan(load_config("giant_8gpu.yaml"), 8), 80 * 10**9, None)
     assert fits(plan(load_config("giant_1gpu.yaml"), 1), 141 * 10**9, 120 * 10**9)
     assert not fits(plan(giant(), 1), 141 * 10**9, 128 * 10**9)
 
 
-def test_fitting_finds_what_fits_and_says_when_nothing_does() -> None:
-    found = fit(giant(), 1, 141 * 10**9, 128 * 10**9, None)
-    assert found is not None
-    config, planned, overrides = found
+def test_fit_finds_settings_or_none() -> None:
+    result = fit(giant(), 1, 141 * 10**9, 128 * 10**9, None)
+    assert result is not None
+    config, planned, overrides = result
     assert fits(planned, 141 * 10**9, 128 * 10**9)
     assert config == giant(*overrides) and planned == plan(giant(*overrides), 1)
-    # without room on the host, eight bits or files must do
+    # with little host memory only 8-bit moments or files fit
     squeezed = fit(giant(), 1, 141 * 10**9, 40 * 10**9, 4)
     assert squeezed is not None and squeezed[0].engine.moments in ("disk", "8bit") and squeezed[0].data.micro_batch == 4
     assert fit(giant(), 1, 40 * 10**9, 128 * 10**9, None) is None
 
 
-def test_every_part_explains_itself() -> None:
+def test_every_part_has_size_arithmetic_and_phases() -> None:
     planned = plan(giant(), 8)
     for part in planned.parts:
-        assert part.num_bytes > 0 and part.sum and set(part.when) <= {"always", *PHASES}
+        assert part.num_bytes > 0 and part.arithmetic and set(part.when) <= {"always", *PHASES}
     assert planned.gpu_bytes == max(planned.at(phase) for phase in PHASES)
     tiny = plan(build({"data": {"micro_batch": 2}}), 1, on_gpu=False, bf16=False)
     assert not [part for part in tiny.parts if "context" in part.name]

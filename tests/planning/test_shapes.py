@@ -1,4 +1,4 @@
-"""The torch-free shapes are those of the real network, in order, for every recipe."""
+"""The torch-free shapes equal the real network's, in order, for every recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("overrides", [(), ("objective.patch_loss.kind=cosine", "model.key_bias=false")])
-def test_names_order_and_shapes_are_the_learner_s(recipe: str, overrides: tuple[str, ...]) -> None:
+def test_names_order_and_shapes_equal_the_network(recipe: str, overrides: tuple[str, ...]) -> None:
     config = load_config(recipe, overrides)
     with torch.device("meta"):
         learner = Learner(config)
@@ -24,7 +24,7 @@ def test_names_order_and_shapes_are_the_learner_s(recipe: str, overrides: tuple[
     assert list(block_shapes(config.model).items()) == [(n, tuple(p.shape)) for n, p in block.named_parameters()]
 
 
-def test_the_giant_is_as_large_as_published() -> None:
+def test_giant_has_the_published_size() -> None:
     def millions(part: str) -> int:
         numels = (torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(part))
         return round(sum(numels) / 1e6)

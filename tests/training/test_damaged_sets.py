@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from drawn_images import drawn_image, encoded
 from ranks import run_ranks, start_ranks
-from test_train import expect_success, wait_for_steps
 from tiny_run import command, logged
+from training.test_loop import expect_success, wait_for_steps
 
 from shards.packing.index_tars import index_tars
 from shards.packing.verify import verify

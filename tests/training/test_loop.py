@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     for process in processes:
         process.communicate()
     # that of step 4 was begun only when that of step 2 was whole
-    assert checkpoint.latest_step(broken) in range(2, 12, 2)
+    assert checkpoint.saved_steps(broken)[-1] in range(2, 12, 2)
     # what a kill in the middle of a write leaves behind
     with open(broken / "metrics.jsonl", "a") as log:
         log.write('{"step": 99, "lo')
@@ -155,7 +155,7 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     ended = [(process.communicate(timeout=100), process.returncode) for process in processes]
     assert [code for _, code in ended] == [75, 75], ended[0][0][1][-2000:]
     last = max(losses(tmp_path / "run"))
-    assert checkpoint.latest_step(tmp_path / "run") == last
+    assert checkpoint.saved_steps(tmp_path / "run")[-1] == last
     assert f"stopped at step {last}, checkpoint saved; the same command goes on" in ended[0][0][0]
     assert "stopped at" not in ended[1][0][0]
     # and a run that has all its steps says so, on one rank
@@ -261,4 +261,4 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     for step in checkpoint.saved_steps(run):
         (checkpoint.folder_of(run, step) / checkpoint.SHARED_NAME).unlink()
     (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
-    assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]
+    assert code == 2 and "delete this directory" in errors.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Each module's gradient is clipped on its own, whatever part of it a rank holds."""
+"""Each module's gradient is clipped separately, however it is sharded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from joined_processes import run_on_ranks
 
-from streamtrain.engine.clipping import ModuleClipping
+from streamtrain.engine.gradients import ModuleClipping
 
 LIMIT = 0.5
 SIZES = {"backbone.a": 6, "head.b": 4, "backbone.c": 8, "other.d": 2}
 
 
 def clipped_as_torch_does(gradients: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Every module's gradients through ``clip_grad_norm_``, and the norms it found."""
+    """Return every module's gradients after ``clip_grad_norm_``, and the norms before."""
     expected, norms = {}, {}
     for module in ("backbone", "head", "other"):
         parameters = {}
@@ -34,13 +34,13 @@ def clip_on_rank(rank: int, world_size: int) -> None:
     # one module stays below the limit
     gradients["other.d"] *= 0.01
     parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()}
-    mine = {name: gradient.chunk(world_size)[rank].clone() for name, gradient in gradients.items()}
+    shards = {name: gradient.chunk(world_size)[rank].clone() for name, gradient in gradients.items()}
     clipping = ModuleClipping(parameters, LIMIT)
-    clipping.apply((parameters[name], part) for name, part in mine.items())
+    clipping.apply((parameters[name], shard) for name, shard in shards.items())
     expected, norms = clipped_as_torch_does(gradients)
-    for name, part in mine.items():
-        torch.testing.assert_close(part, expected[name].chunk(world_size)[rank])
-    assert torch.equal(mine["other.d"], gradients["other.d"].chunk(world_size)[rank])
+    for name, shard in shards.items():
+        torch.testing.assert_close(shard, expected[name].chunk(world_size)[rank])
+    assert torch.equal(shards["other.d"], gradients["other.d"].chunk(world_size)[rank])
     scalars = clipping.scalars()
     for module, norm in norms.items():
         assert scalars[f"optim/gradient_norm/{module}"] == pytest.approx(norm)
@@ -48,5 +48,5 @@ def clip_on_rank(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_modules_are_clipped_as_by_torch(ranks: int, tmp_path: Path) -> None:
+def test_module_clipping_matches_torch(ranks: int, tmp_path: Path) -> None:
     run_on_ranks(clip_on_rank, tmp_path, ranks, ranks=ranks)
