@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 # A launcher that starts this file by its path puts streamtrain/ itself first on sys.path: put the checkout there.
@@ -15,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from shards.errors import ShardError
 from shards.reading.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
+from streamtrain.config.section import ACCEPT_ALL
 from streamtrain.config.tree import Config
 from streamtrain.data.stream import check_cache, check_state, identity_of, order_of, try_cache
 from streamtrain.engine.runtime import Launch, choose_accelerator
@@ -23,13 +26,16 @@ from streamtrain.evaluation.held_out import held_out
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.directory import (
     check_weights,
-    held,
-    make_run_folder,
-    nothing_left,
+    completion_message,
+    make_run_dir,
+    run_lock,
     saved_state,
     starting_checkpoint,
 )
-from streamtrain.run.resume_policy import FLAG, check_resume
+from streamtrain.run.logs import configure_logging
+from streamtrain.run.resume_policy import check_resume, parse_accepted, version_changes
+
+logger = logging.getLogger("streamtrain.main")
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -51,17 +57,38 @@ def parse() -> argparse.Namespace:
         help="check the configuration and the data, draw one panel of crops into the run folder, and exit",
     )
     parser.add_argument(
-        FLAG, action="store_true",
-        help="go on with a run whose settings, code, libraries or images have changed; without it, that is refused",
+        "--accept", nargs="+", action="extend", default=[], metavar="KEY",
+        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip",
     )
+    # an older form, which accepts every setting that can be accepted
+    parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
     # DeepSpeed's launcher adds it; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # overrides may stand before, between and after the options
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    # argparse takes overrides that follow --accept KEY for keys; the last override of a key wins
+    words = arguments.overrides + [word for word in arguments.accept if "=" in word]
+    arguments.overrides = sorted(words, key=lambda word: sys.argv.index(word) if word in sys.argv else len(sys.argv))
+    arguments.accept = [word for word in arguments.accept if "=" not in word]
+    return arguments
 
 
-def check(config: Config, launch: Launch, source: Path | None, accept_changes: bool) -> AnySet:
+def accepted_keys(arguments: argparse.Namespace, rank: int) -> frozenset[str]:
+    """Return the keys of the settings that may differ from the checkpoint's.
+
+    Raises:
+        ConfigError: a key is unknown, or its setting is fixed.
+    """
+    accepted = parse_accepted(arguments.accept)
+    if not arguments.accept_changes:
+        return accepted
+    if rank == 0:
+        logger.warning("--accept-changes is deprecated; use --accept KEY [KEY ...] with the keys of the changes")
+    return accepted | {ACCEPT_ALL}
+
+
+def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:
     """What can be told before any library is loaded and any rank waits for another; returns the set to train on.
 
     The run folder comes last, so that a start that is refused makes none.
@@ -76,14 +103,17 @@ def check(config: Config, launch: Launch, source: Path | None, accept_changes: b
     saved = saved_state(source) if source is not None else None
     order = order_of(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
-    accepted = []
+    changes, versions = [], []
     if source is not None and saved is not None:
-        accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
-        accepted += check_state(saved["data"], identity_of(shard_set, order), accept_changes)
-    make_run_folder(Path(config.run.dir), launch.rank)
+        changes = check_resume(config, source, saved, launch.world_size, accepted)
+        changes += check_state(saved["data"], identity_of(shard_set, order), accepted)
+        versions = version_changes(config, source, saved)
+    make_run_dir(Path(config.run.dir), launch.rank)
     try_cache(config)
-    if accepted and launch.rank == 0:
-        print(f"going on with changes: {'; '.join(accepted)}", flush=True)
+    if changes and launch.rank == 0:
+        logger.info(f"resuming with accepted changes: {'; '.join(changes)}")
+    if versions and launch.rank == 0:
+        logger.warning(f"resuming with other versions: {'; '.join(versions)}; results may differ")
     return shard_set
 
 
@@ -91,23 +121,25 @@ def main() -> int:
     """Exit status: 0 done, 75 or 130 stopped early and saved, 2 something to put right."""
     arguments = parse()
     launch = Launch.from_environment()
+    configure_logging(launch.rank, launch.world_size)
     try:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         run_dir = Path(config.run.dir)
         source = starting_checkpoint(run_dir, arguments.resume)
-        complete = nothing_left(config, source)
+        complete = completion_message(config, source)
         if complete and not arguments.dry_run:
             if launch.rank == 0:
                 print(complete, flush=True)
             return 0
-        shard_set = check(config, launch, source, arguments.accept_changes)
-        with held(run_dir, launch.rank):
+        accepted = accepted_keys(arguments, launch.rank)
+        shard_set = check(config, launch, source, accepted)
+        with run_lock(run_dir, launch.rank):
             choose_accelerator(config.engine, launch)
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
-            return train(config, launch, shard_set, arguments.resume, arguments.accept_changes)
+            return train(config, launch, shard_set, arguments.resume, accepted)
     except (StreamtrainError, ShardError) as error:
         # Most faults are found by all ranks alike. Rank 0 tells them at once, and the launcher then ends the others,
         # who wait for that; one that is still there after a while has a fault of its own to tell.

@@ -51,7 +51,7 @@ def main() -> int:
 def page_of(run: Path) -> str:
     """The page of the run folder ``run``."""
     if not (run / RESOLVED_NAME).is_file():
-        raise StreamtrainError(f"{run} is not a run folder: it has no {RESOLVED_NAME}")
+        raise StreamtrainError(f"{run} is not a run directory: it has no {RESOLVED_NAME}")
     metrics = run / METRICS_NAME
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:

@@ -8,36 +8,36 @@ import pytest
 
 from streamtrain.config.load import build
 from streamtrain.errors import ConfigError, StreamtrainError
-from streamtrain.run.directory import describe_run, folder_of, held, make_run_folder, start_notes
+from streamtrain.run.directory import describe_run, make_run_dir, run_lock, start_notes, step_folder
 
 
 def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
     for name in ("STOP", "job-7.out", "train.log", ".DS_Store"):
         (tmp_path / name).touch()
-    make_run_folder(tmp_path, 0)
+    make_run_dir(tmp_path, 0)
     for name in ("thesis.txt", "config.yaml", "environment.json", "metrics.jsonl"):
         (tmp_path / name).write_text("precious")
         with pytest.raises(StreamtrainError, match=f"such as {name}"):
-            make_run_folder(tmp_path, 0)
+            make_run_dir(tmp_path, 0)
         (tmp_path / name).rename(tmp_path / ".hidden")
     (tmp_path / "thesis.txt").touch()
-    folder_of(tmp_path, 3).mkdir(parents=True)
-    make_run_folder(tmp_path, 0)
-    folder_of(tmp_path, 3).rename(tmp_path / "checkpoints" / "3")
+    step_folder(tmp_path, 3).mkdir(parents=True)
+    make_run_dir(tmp_path, 0)
+    step_folder(tmp_path, 3).rename(tmp_path / "checkpoints" / "3")
     with pytest.raises(StreamtrainError, match="such as checkpoints"):
-        make_run_folder(tmp_path, 0)
+        make_run_dir(tmp_path, 0)
     describe_run(tmp_path, build({}), 1, {"device": "cpu", "dtype": "fp32"})
-    make_run_folder(tmp_path, 0)
+    make_run_dir(tmp_path, 0)
 
 
 def test_a_run_that_ended_before_its_first_step_left_a_folder_of_its_own(tmp_path: Path) -> None:
-    with held(tmp_path, 0):
-        with pytest.raises(StreamtrainError, match="another run is writing"), held(tmp_path, 0):
+    with run_lock(tmp_path, 0):
+        with pytest.raises(StreamtrainError, match="another run is writing"), run_lock(tmp_path, 0):
             pass
-        with held(tmp_path, 1):
+        with run_lock(tmp_path, 1):
             (tmp_path / "moments").mkdir()
-    make_run_folder(tmp_path, 0)
-    with held(tmp_path, 0):
+    make_run_dir(tmp_path, 0)
+    with run_lock(tmp_path, 0):
         pass
 
 

@@ -14,9 +14,9 @@ def test_the_digest_covers_every_source_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(environment, "_ROOT", tmp_path)
     packages = [path for name in ("shards", "streamtrain") for path in (ROOT / name).rglob("*")]
     names = [path.relative_to(ROOT) for path in packages if path.suffix in (".py", ".cpp", ".h")]
-    found = {environment.program()["code"]}
+    found = {environment.program_versions()["code"]}
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-        found.add(environment.program()["code"])
+        found.add(environment.program_versions()["code"])
     assert len(found) == len(names) + 1

@@ -23,7 +23,7 @@ requests = Requests(Path(sys.argv[1]), int(sys.argv[2]))
 print("ready", flush=True)
 for line in sys.stdin:
     if line == "code\\n":
-        print(requests.code(), flush=True)
+        print(requests.stop_code(), flush=True)
     elif line == "busy\\n":
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     else:

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtrain.config.schedules import Schedule
-from streamtrain.config.values import value_at
+from streamtrain.config.schedules import Schedule, value_at
 
 
 def test_warm_up_then_cosine_to_the_last_step() -> None:
@@ -32,7 +31,7 @@ def test_a_delay_keeps_the_start_value_and_moves_the_warm_up() -> None:
     assert [value_at(schedule, step, 9) for step in range(9)] == [1, 1, 1, 1, 1, 2, 3, 3, 3]
     switch = Schedule(peak=2.0, delay=3)
     assert [value_at(switch, step, 9) for step in range(5)] == [0, 0, 0, 2, 2]
-    assert switch.ever_positive and not Schedule(peak=0.0).ever_positive
+    assert switch.is_ever_positive and not Schedule(peak=0.0).is_ever_positive
 
 
 @given(
