@@ -17,7 +17,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from shards.errors import ShardError
 from shards.reading.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
-from streamtrain.config.section import ACCEPT_ALL
 from streamtrain.config.tree import Config
 from streamtrain.data.stream import check_cache, check_state, identity_of, order_of, try_cache
 from streamtrain.engine.runtime import Launch, choose_accelerator
@@ -33,7 +32,13 @@ from streamtrain.run.directory import (
     starting_checkpoint,
 )
 from streamtrain.run.logs import configure_logging
-from streamtrain.run.resume_policy import check_resume, parse_accepted, version_changes
+from streamtrain.run.resume_policy import (
+    accepted_keys,
+    add_accept_options,
+    check_resume,
+    separate_overrides,
+    version_changes,
+)
 
 logger = logging.getLogger("streamtrain.main")
 
@@ -56,36 +61,14 @@ def parse() -> argparse.Namespace:
         "--dry-run", action="store_true",
         help="check the configuration and the data, draw one panel of crops into the run folder, and exit",
     )
-    parser.add_argument(
-        "--accept", nargs="+", action="extend", default=[], metavar="KEY",
-        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip",
-    )
-    # an older form, which accepts every setting that can be accepted
-    parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)
+    add_accept_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
     # DeepSpeed's launcher adds it; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # overrides may stand before, between and after the options
     arguments = parser.parse_intermixed_args()
-    # argparse takes overrides that follow --accept KEY for keys; the last override of a key wins
-    words = arguments.overrides + [word for word in arguments.accept if "=" in word]
-    arguments.overrides = sorted(words, key=lambda word: sys.argv.index(word) if word in sys.argv else len(sys.argv))
-    arguments.accept = [word for word in arguments.accept if "=" not in word]
+    separate_overrides(arguments)
     return arguments
-
-
-def accepted_keys(arguments: argparse.Namespace, rank: int) -> frozenset[str]:
-    """Return the keys of the settings that may differ from the checkpoint's.
-
-    Raises:
-        ConfigError: a key is unknown, or its setting is fixed.
-    """
-    accepted = parse_accepted(arguments.accept)
-    if not arguments.accept_changes:
-        return accepted
-    if rank == 0:
-        logger.warning("--accept-changes is deprecated; use --accept KEY [KEY ...] with the keys of the changes")
-    return accepted | {ACCEPT_ALL}
 
 
 def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:

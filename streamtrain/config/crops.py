@@ -20,7 +20,7 @@ class JitterConfig(Section):
 
 
 class BlurConfig(Section):
-    """Gaussian blur."""
+    """Gaussian blur of global and local views."""
 
     sigma: Range = accept((0.1, 2.0), "Range of the standard deviation in pixels.")
     global_probability: tuple[Probability, ...] = accept(

@@ -74,7 +74,7 @@ def _epochs_to_steps(value: Any, info: ValidationInfo) -> Any:
     return round(float(match[1]) * steps_per_epoch())
 
 
-_STEPS: dict[str, Any] = {VALUE_TYPE: 'steps or "N epochs"'}
+_STEPS: dict[str, Any] = {VALUE_TYPE: 'steps (or "N epochs")'}
 Steps = Annotated[int, BeforeValidator(_epochs_to_steps), Field(ge=0, json_schema_extra=_STEPS)]
 PositiveSteps = Annotated[int, BeforeValidator(_epochs_to_steps), Field(ge=1, json_schema_extra=_STEPS)]
 
@@ -104,7 +104,7 @@ def parse_bytes(text: str) -> int:
 Size = Annotated[
     int,
     BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
-    Field(ge=1, json_schema_extra={VALUE_TYPE: "bytes, such as 200GB"}),
+    Field(ge=1, json_schema_extra={VALUE_TYPE: "bytes (such as 200GB)"}),
 ]
 
 

@@ -7,16 +7,21 @@ may never change ``fixed`` settings. Other versions of the code and the librarie
 
 from __future__ import annotations
 
+import argparse
+import logging
 import reprlib
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamtrain.config.load import known_keys, merge, parse_yaml, to_yaml, unknown_key_message
-from streamtrain.config.section import is_accepted
+from streamtrain.config.section import ACCEPT_ALL, is_accepted
 from streamtrain.config.tree import Config, resume_rules, setting_key
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.run.provenance import program_versions
+
+logger = logging.getLogger(__name__)
 
 # accepts a checkpoint that does not record its settings
 CONFIG_KEY = "config"
@@ -42,6 +47,38 @@ class Change(NamedTuple):
 def build_provenance(config: Config, dtype: str) -> dict[str, Any]:
     """Return what a checkpoint records about its origin: resolved settings, versions and data type."""
     return {"config": _to_plain(config), "program": program_versions(), "dtype": dtype}
+
+
+def add_accept_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that accept changed settings."""
+    parser.add_argument(
+        "--accept", nargs="+", action="extend", default=[], metavar="KEY",
+        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip",
+    )  # fmt: skip
+    # an older form, which accepts every setting that can be accepted
+    parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)
+
+
+def separate_overrides(arguments: argparse.Namespace) -> None:
+    """Move overrides that follow ``--accept KEY``, which argparse takes for keys, to ``arguments.overrides``."""
+    words = arguments.overrides + [word for word in arguments.accept if "=" in word]
+    # the last override of a key wins, so their order matters
+    arguments.overrides = sorted(words, key=lambda word: sys.argv.index(word) if word in sys.argv else len(sys.argv))
+    arguments.accept = [word for word in arguments.accept if "=" not in word]
+
+
+def accepted_keys(arguments: argparse.Namespace, rank: int) -> frozenset[str]:
+    """Return the keys of the settings that may differ from the checkpoint's.
+
+    Raises:
+        ConfigError: a key is unknown, a whole section, or fixed.
+    """
+    accepted = parse_accepted(arguments.accept)
+    if not arguments.accept_changes:
+        return accepted
+    if rank == 0:
+        logger.warning("--accept-changes is deprecated; use --accept KEY [KEY ...] with the keys of the changes")
+    return accepted | {ACCEPT_ALL}
 
 
 def parse_accepted(values: Iterable[str]) -> frozenset[str]:

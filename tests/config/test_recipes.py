@@ -1,4 +1,4 @@
-"""The later stages of the 7B recipe say what the paper says."""
+"""The Gram and high-resolution stages of the 7B recipe have the paper's values."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +16,15 @@ from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.run.atomic_io import compute_checksum
 from streamtrain.run.directory import STATE_NAME, saved_state, starting_checkpoint, step_folder
 from streamtrain.run.provenance import program_versions
-from streamtrain.run.resume_policy import build_provenance, check_resume, parse_accepted, version_changes
+from streamtrain.run.resume_policy import (
+    accepted_keys,
+    add_accept_options,
+    build_provenance,
+    check_resume,
+    parse_accepted,
+    separate_overrides,
+    version_changes,
+)
 from streamtrain.run.step_manifest import CheckpointManifest
 
 
@@ -170,6 +179,31 @@ def test_a_checkpoint_without_settings_must_be_accepted(run: Path, content: Any)
     with pytest.raises(CheckpointError, match=r"step-000000003 does not record its settings; .*add --accept config$"):
         resume(run, {})
     assert len(resume(run, {}, accepted=("config",))) == 1
+
+
+def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    monkeypatch.setattr("sys.argv", ["main.py", *words])
+    parser = argparse.ArgumentParser()
+    add_accept_options(parser)
+    parser.add_argument("overrides", nargs="*")
+    assert "--accept KEY" in parser.format_help() and "accept-changes" not in parser.format_help()
+    arguments = parser.parse_intermixed_args()
+    separate_overrides(arguments)
+    return arguments
+
+
+def test_accept_takes_keys_and_leaves_overrides(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["run.steps=1", "--accept", "optim.clip", "optim.eps", "run.steps=2", "--accept=schedules.lr,crops.flip",
+             "run.steps=3"]  # fmt: skip
+    arguments = parse_command(words, monkeypatch)
+    assert arguments.overrides == ["run.steps=1", "run.steps=2", "run.steps=3"]
+    assert accepted_keys(arguments, 0) == {"optim.clip", "optim.eps", "schedules.lr", "crops.flip"}
+    assert accepted_keys(parse_command([], monkeypatch), 0) == frozenset() and not caplog.records
+    arguments = parse_command(["--accept-changes", "run.steps=3"], monkeypatch)
+    assert "*" in accepted_keys(arguments, 1) and not caplog.records
+    assert "*" in accepted_keys(arguments, 0) and "--accept-changes is deprecated" in caplog.text
 
 
 def test_accepted_keys_are_checked() -> None:

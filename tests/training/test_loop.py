@@ -181,7 +181,7 @@ WRONG_STARTS = {
     "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
     "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
     "foreign": (["run.dir=FOREIGN"], "contains no run but other files, such as config.yaml"),
-    "weights": (["init.weights=absent"], "init.weights: the weights absent cannot be read"),
+    "weights": (["init.weights=absent"], "init.weights: there is no file or folder absent"),
     "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run directory"),
     "resume": (["--resume", "absent", "run.seed=1"], "--resume absent has no checkpoint"),
 }
