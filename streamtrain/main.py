@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 # A launcher that starts this file by its path puts streamtrain/ itself first on sys.path: put the checkout there.
@@ -51,18 +53,17 @@ def parse() -> argparse.Namespace:
         "--dry-run", action="store_true",
         help="check the configuration and the data, draw one panel of crops into the run folder, and exit",
     )
-    parser.add_argument(
-        FLAG, action="store_true",
-        help="go on with a run whose settings, code, libraries or images have changed; without it, that is refused",
-    )
+    add_accept_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
     # DeepSpeed's launcher adds it; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # overrides may stand before, between and after the options
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    separate_overrides(arguments)
+    return arguments
 
 
-def check(config: Config, launch: Launch, source: Path | None, accept_changes: bool) -> AnySet:
+def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:
     """What can be told before any library is loaded and any rank waits for another; returns the set to train on.
 
     The run folder comes last, so that a start that is refused makes none.
@@ -77,14 +78,16 @@ def check(config: Config, launch: Launch, source: Path | None, accept_changes: b
     saved = saved_state(source) if source is not None else None
     order = order_of(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
-    accepted = []
+    changes, versions = [], []
     if source is not None and saved is not None:
         accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
         accepted += check_state(saved["data"], identity_of(shard_set, order), accept_changes)
     make_run_dir(Path(config.run.dir), launch.rank)
     try_cache(config)
-    if accepted and launch.rank == 0:
-        print(f"going on with changes: {'; '.join(accepted)}", flush=True)
+    if changes and launch.rank == 0:
+        logger.info(f"resuming with accepted changes: {'; '.join(changes)}")
+    if versions and launch.rank == 0:
+        logger.warning(f"resuming with other versions: {'; '.join(versions)}; results may differ")
     return shard_set
 
 
@@ -109,7 +112,7 @@ def main() -> int:
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
-            return train(config, launch, shard_set, arguments.resume, arguments.accept_changes)
+            return train(config, launch, shard_set, arguments.resume, accepted)
     except (StreamtrainError, ShardError) as error:
         # Most faults are found by all ranks alike. Rank 0 tells them at once, and the launcher then ends the others,
         # who wait for that; one that is still there after a while has a fault of its own to tell.

@@ -92,7 +92,7 @@ def train(
     launch: Launch,
     shard_set: AnySet,
     resume_from: Path | None = None,
-    accept_changes: bool = False,
+    accepted: Collection[str] = (),
 ) -> int:
     """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
 
@@ -100,7 +100,7 @@ def train(
         config: whose run folder is made.
         shard_set: that of ``data.shards``.
         resume_from: another run's folder to start from when this one's is new.
-        accept_changes: go on with other images than the checkpoint's.
+        accepted: keys of settings that may differ from the checkpoint's.
 
     Returns:
         The exit status: 0 when the run is complete, 75 or 130 when it was asked to stop early.
@@ -116,7 +116,7 @@ def train(
         dtype = runtime.description["dtype"]
         origin = build_provenance(config, dtype)
         if launch.rank == 0:
-            print("\n".join(start_notes(config, launch.world_size)), flush=True)
+            log_start_notes(config, launch.world_size)
         planned = plan(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
             kernels=not runtime.on_gpu and usable(runtime.dtype),
@@ -133,7 +133,7 @@ def train(
         if position.source is not None and (saved := saved_state(position.source)) is not None:
             # the newest checkpoint, with which the start was compared, may have turned out damaged; and in what this
             # machine computes has only been known since
-            check_resume(config, position.source, saved, launch.world_size, accept_changes, dtype)
+            check_resume(config, position.source, saved, launch.world_size, accepted, dtype)
         quarantine = Quarantine(run_dir / QUARANTINE_NAME, config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
@@ -141,7 +141,7 @@ def train(
             lane_block=position.lane_block, local_world_size=launch.local_world_size, quarantine=quarantine,
         )
         if position.data:
-            check_state(position.data, loader.state_dict(slot), accept_changes)
+            check_state(position.data, loader.state_dict(slot), accepted)
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size, runtime.description)

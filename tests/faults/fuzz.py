@@ -360,9 +360,9 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
         (folder / MANIFEST_NAME).write_bytes(files[MANIFEST_NAME])
     find_fault(folder, contents=True)
     refused, saved = None, saved_state(folder)
-    for accept in (False, True) if saved is not None else ():
+    for accepted in ((), ("*",)) if saved is not None else ():
         try:
-            check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accept)
+            check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accepted)
         except StreamtrainError as error:
             refused = error
     with open_checkpoint(folder) as reader:

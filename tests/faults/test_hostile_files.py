@@ -133,7 +133,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "manifest.json is damaged",
     ),
     "nine lists of nine lists of ...": (
-        lambda p: written(folder(p) / "config.yaml", laughs()).parent, "read_resolved(path)", "it has an alias",
+        lambda p: written(folder(p) / "config.yaml", laughs()).parent, "read_resolved(path)", "aliases such as",
     ),
     "a picture of 4 giga pixels": (
         lambda p: written(p, bomb()), "images.prepare(open(path, 'rb').read())", "refused: ",
