@@ -27,8 +27,8 @@ from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.ops.cpu.build import usable
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import end_summary, start_summary
 from streamtrain.reporting.panel import batch_panel
@@ -127,7 +127,7 @@ def train(
         guide = build_guide(config, runtime, accumulation, teacher)
         gram = build_gram_anchor(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
-        handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
+        teacher_prototypes = TeacherPrototypes(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
         if position.source is not None and (saved := saved_state(position.source)) is not None:
@@ -162,7 +162,7 @@ def train(
                 batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
                 gram.refresh(step, values.weights.gram, teacher, saver.wait_until_copied)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
-                targets = target_maker.make(features, handles, values.teacher_temperature)
+                targets = target_maker.make(features, teacher_prototypes, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
                 observer.look(step + 1, targets[0])
                 losses = []
