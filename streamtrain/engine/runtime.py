@@ -5,7 +5,6 @@ Nothing here imports torch before it is needed, so that a faulty configuration i
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import warnings
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.config.engine import EngineConfig
 from streamtrain.errors import ConfigError
-from streamtrain.planning.memory import KEPT_BYTES
+from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
+from streamtrain.ops.cpu.features import multiplies_bf16
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 # What DeepSpeed warns of and is meant so. Its hooks look into tuples and dicts only, which is why what must pass by
 # them is in dataclasses; the optimiser it has not tested is ours, and tested here.
 INTENDED = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
-
-# numbers of malloc.h; what is smaller than the bytes stays with the process when it is freed
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MAPPED_BYTES = -1, -3, 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -123,11 +119,11 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     """
     cuda = choose_accelerator(config, launch) == "cuda"
     if not cuda:
-        _tune_allocation()
+        tune_cpu_allocator()
     import deepspeed
     import torch
 
-    from streamtrain.ops.cpu.build import found, use
+    from streamtrain.ops.cpu.build import set_enabled
 
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -148,44 +144,15 @@ def joined(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed.utils.groups._clone_world_group())
     dtype = torch.bfloat16 if in_16_bits(config, cuda) else torch.float32
     if not cuda:
-        # some of their collectives differ from those without them
-        kernels = torch.tensor(int(config.cpu_kernels and found(dtype)))
-        torch.distributed.all_reduce(kernels, torch.distributed.ReduceOp.MIN)
-        use(bool(kernels))
-        if kernels:
-            torch.ops.streamtrain.keep_memory(KEPT_BYTES)
+        select_cpu_kernels(config.cpu_kernels, dtype)
     try:
         yield Runtime(launch, device, dtype)
     finally:
-        use(True)
+        set_enabled(True)
     # after an error the other ranks are not at this point: leaving is then the launcher's work
     torch.distributed.destroy_process_group()
 
 
 def in_16_bits(config: EngineConfig, cuda: bool) -> bool:
     """Whether the networks compute in bf16 on such a device."""
-    return (cuda or _cpu_multiplies_bf16()) if config.dtype == "auto" else config.dtype == "bf16"
-
-
-def _tune_allocation() -> None:
-    """Large tensors come in large pages and go back to the system when they are freed (glibc on Linux; else nothing).
-
-    That is without the kernels, which keep the memory themselves. A step makes and frees activations of tens of
-    megabytes. By default each is mapped anew in small pages, whose first touch costs as much as a pass over them, or
-    stays with the process for good.
-    """
-    # read by torch when it first allocates
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this processor has instructions for bf16 products; elsewhere bf16 is slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return (cuda or multiplies_bf16()) if config.dtype == "auto" else config.dtype == "bf16"

@@ -7,7 +7,7 @@ libraries take for themselves (contexts, communicators, decoders) is an allowanc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +18,12 @@ from streamtrain.planning.flops import step_flops
 from streamtrain.planning.shapes import block_shapes, parameter_shapes, partition
 
 Place = Literal["gpu", "host", "disk"]
+# of a block's branches (``streamtrain/ops/branches.py``)
+Implementation = Literal["cpu_kernels", "reference"]
 # a CUDA context with its kernels, cuBLAS' workspace, NCCL's buffers; fragmentation is on top of a fitting plan
 CONTEXT_BYTES = 1_500_000_000
 # an interpreter with torch, DeepSpeed and DALI, as measured by `tools/bench.py memory`
 PROCESS_BYTES = 800_000_000
-# of tensors freed on a CPU, at most, that stay with the process for the next ones (``streamtrain/ops/cpu/memory.cpp``)
-KEPT_BYTES = 2**30
 # of the allocator, in percent of what is allocated
 FRAGMENTATION = 0.03
 # ranks that share a host
@@ -95,18 +95,21 @@ class Plan:
 STATES = ("student values", "masters", "gradients", "moments", "teacher values", "averages")
 
 
-def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True, kernels: bool = True) -> Plan:
+def plan(
+    config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True,
+    implementation: Implementation = "cpu_kernels",
+) -> Plan:  # fmt: skip
     """The plan of each of ``world_size`` ranks.
 
     Args:
         on_gpu: whether the ranks compute on GPUs; else "gpu" stands for what a rank's network takes of the host.
         bf16: whether the network computes in 16 bits.
-        kernels: whether CPUs have what kernels need, where they are asked for.
+        implementation: the implementation of a block that the CPUs support; the configuration may choose the reference.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
     """
-    sizes = _Sizes.of(config, world_size, on_gpu, bf16, kernels)
+    sizes = _Sizes.of(config, world_size, on_gpu, bf16, implementation)
     parts = [*_states(sizes), *_gathers(sizes), *_activations(sizes), *_prototypes(sizes), *_step(sizes), *_host(sizes)]
     parts += _disk(sizes)
     return Plan(
@@ -126,8 +129,7 @@ class _Sizes:
     config: Config
     world_size: int
     on_gpu: bool
-    # whether CPUs have what kernels need
-    kernels: bool
+    implementation: Implementation
     # bytes of a computed value
     item: int
     accumulation: int
@@ -143,7 +145,7 @@ class _Sizes:
     masked_rows: int
 
     @classmethod
-    def of(cls, config: Config, world_size: int, on_gpu: bool, bf16: bool, kernels: bool) -> _Sizes:
+    def of(cls, config: Config, world_size: int, on_gpu: bool, bf16: bool, supported: Implementation) -> _Sizes:
         _, accumulation = config.batch_split(world_size)
         part = partition(parameter_shapes(config), config, world_size)
         prefix = 1 + config.model.num_registers
@@ -151,8 +153,8 @@ class _Sizes:
         crops, batch = config.crops, config.data.micro_batch
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
         return cls(
-            config, world_size, on_gpu, kernels, 2 if bf16 else 4, accumulation, part.numel, part.shard_numel,
-            part.flat_numels, part.largest_numel,
+            config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
+            part.numel, part.shard_numel, part.flat_numels, part.largest_numel,
             sum(map(math.prod, block_shapes(config.model).values())),
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows,
         )  # fmt: skip
@@ -180,14 +182,6 @@ class _Sizes:
         return kept[0] * self.global_tokens + kept[1] * self.local_tokens
 
     @property
-    def by_kernels(self) -> bool:
-        """Whether CPUs compute blocks by kernels (``streamtrain/model/fused.py``)."""
-        model, engine = self.config.model, self.config.engine
-        asked = engine.cpu_kernels and self.kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
-        fitting = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
-        return asked and fitting and not self.on_gpu
-
-    @property
     def heads(self) -> list[tuple[str, HeadConfig, int, int]]:
         """Name, sizes, student rows and teacher rows (of one micro-batch) of each head."""
         objective = self.config.objective
@@ -195,6 +189,14 @@ class _Sizes:
         if objective.patch_loss.kind == "ibot":
             heads.append(("patch", objective.patch_loss.head, self.masked_rows, self.masked_rows))
         return heads
+
+
+def _implementation(config: Config, on_gpu: bool, supported: Implementation) -> Implementation:
+    """Return the implementation of a block's branches that ``ops.branches`` will choose."""
+    model, engine = config.model, config.engine
+    is_reference = on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False)
+    is_tileable = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
+    return supported if is_tileable and not is_reference else "reference"
 
 
 def _part(name: str, place: Place, when: tuple[str, ...] | str, *factors: tuple[float, str]) -> Part:
@@ -264,11 +266,11 @@ def _branches(s: _Sizes) -> tuple[float, float, float]:
     return attention, mlp, 2 * model.dim
 
 
-def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
+def _tiled_blocks(s: _Sizes) -> Iterator[Part]:
     model, engine = s.config.model, s.config.engine
     tokens, item = (s.tokens, "tokens"), (s.item, "B")
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
-    # all that a branch makes of its input passes through the cache, and is made again in the backward
+    # a branch's activations stay in the cache, and its backward recomputes them
     yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
     read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.active else s.masked_rows)
     yield _part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
@@ -314,9 +316,17 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
         yield _part("a factor in 8 bits", "gpu", through, kept, widest, size)
 
 
+    peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
+    chunk = (min(s.config.teacher.chunk or s.images[0], s.images[0]) * s.global_tokens, "tokens of a chunk")
+    yield _part("teacher's block", "gpu", TEACHER, chunk, (peak, "values"), item)
+
+
+_BLOCKS: dict[Implementation, Callable[[_Sizes], Iterator[Part]]] = {"cpu_kernels": _tiled_blocks, "reference": _blocks}
+
+
 def _activations(s: _Sizes) -> Iterator[Part]:
     config, model, through, item = s.config, s.config.model, (LOSS, BACKWARD), (s.item, "B")
-    yield from _blocks_by_kernels(s) if s.by_kernels else _blocks(s)
+    yield from _BLOCKS[s.implementation](s)
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
     yield _part("embedded pixels", "gpu", through, (patches, "patches"), (3 * 3 * model.patch_size**2, "values"), item)
     for name, head, rows, _ in s.heads:
@@ -324,13 +334,9 @@ def _activations(s: _Sizes) -> Iterator[Part]:
         yield _part(f"{name} head", "gpu", through, (rows, "rows"), (per_row, "values"), item)
 
     # the teacher keeps the stream, and the activations of one chunk of images within a block
-    chunk = min(config.teacher.chunk or s.images[0], s.images[0])
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
     yield _part("teacher's stream", "gpu", TEACHER, stream_tokens, (width, "values"), item)
-    peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
-    of_chunk = (0 if s.by_kernels else chunk * s.global_tokens, "tokens of a chunk")
-    yield _part("teacher's block", "gpu", TEACHER, of_chunk, (peak, "values"), item)
 
     crops = config.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2

@@ -26,8 +26,8 @@ from streamtrain.engine.runtime import Launch, Runtime, joined
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.ops.cpu.build import usable
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import at_end, at_start
 from streamtrain.reporting.panel import batch_panel
@@ -117,7 +117,7 @@ def train(
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
         planned = plan(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
-            kernels=not runtime.on_gpu and usable(runtime.dtype),
+            implementation="cpu_kernels" if not runtime.on_gpu and is_enabled(runtime.dtype) else "reference",
         )  # fmt: skip
         runtime.say(at_start(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)
@@ -125,7 +125,7 @@ def train(
         guide = build_guide(config, runtime, accumulation, teacher)
         gram = build_gram_anchor(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
-        handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
+        teacher_prototypes = TeacherPrototypes(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
         if position.source is not None and (saved := saved_state(position.source)) is not None:
@@ -160,7 +160,7 @@ def train(
                 batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
                 gram.refresh(step, values.weights.gram, teacher, saver.copied)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
-                targets = target_maker.make(features, handles, values.teacher_temperature)
+                targets = target_maker.make(features, teacher_prototypes, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
                 observer.look(step + 1, targets[0])
                 losses = []

@@ -33,7 +33,7 @@ from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.training.build import prepare_blocks
 from streamtrain.training.gram import GramAnchor
 from streamtrain.training.loop import StepValues
@@ -87,7 +87,7 @@ def losses(config: Config) -> object:
     weights = LossWeights(koleo=1.0)
     # two steps, since an average of one is that one
     for each in (replace(batch, global_crops=255 - batch.global_crops), batch):
-        (targets,) = maker.make([teacher(each, None, weights)], PrototypeHandles(*heads), 0.05)
+        (targets,) = maker.make([teacher(each, None, weights)], TeacherPrototypes(*heads), 0.05)
     found = {name: float(value) for name, value in student(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
     return found, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}
@@ -123,8 +123,7 @@ def engine(config: Config) -> object:
     runtime = Runtime(Launch(0, 2, 0, 2), torch.device("cpu"), torch.float32)
     learner = Learner(config)
     told = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
-    blocks = {key: value for key, value in vars(learner.backbone.blocks[0]).items() if isinstance(value, str | int)}
-    return engine_config(config, runtime, 2, 1000), told, blocks
+    return engine_config(config, runtime, 2, 1000), told, learner.backbone.blocks[0].options
 
 
 def blocks(config: Config) -> object:
@@ -132,7 +131,7 @@ def blocks(config: Config) -> object:
     runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), Learner(config)
     prepare_blocks(learner, config.engine, runtime)
     block = learner.backbone.blocks[0]
-    return block.kernels, "transform" in vars(block), block.attention.qkv.product.__module__
+    return block.options.implementation, "transform" in vars(block), block.options.linear.__module__
 
 
 def gram(config: Config) -> object:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from streamtrain.data.masking import draw_masks, rasterise
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.memory import plan
 from streamtrain.training.build import build_networks, restore
 from streamtrain.training.ssl_model import Learner, LossWeights
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.traffic import Traffic
-from cpu_kernels import counted
+from cpu_kernels import record_kernel_calls
 from reading import RefuseReading
 
 HEADS = ("global_head", "patch_head")
@@ -85,19 +86,19 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
 
 def main() -> None:
     config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
-    traffic, called = Traffic(), counted(setattr)
+    traffic, called = Traffic(), record_kernel_calls(setattr)
     with joined(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)
         maker = TargetMaker(config.objective)
         restore(config, None, student, teacher, maker)
-        handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+        handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
 
         plain, plain_teacher = Learner(config), Learner(config)
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
             for block in network.backbone.blocks:
-                block.kernels = False
+                block.options = replace(block.options, implementation="reference")
         average = {name: p.detach().clone() for name, p in plain.named_parameters()}
         report: dict[str, Any] = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0}
         live = most_alive(student, report)
@@ -218,7 +219,7 @@ def plain_step(
     config: Config, plain: Learner, plain_teacher: Learner, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
     """Gradients (and the loss) of one optimiser step over all ranks' micro-batches, without an engine."""
-    handles = PrototypeHandles(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
+    handles = TeacherPrototypes(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
     # a maker of its own process: all rows are here, so nothing is to be reduced
     alone = dist.new_subgroups(1)[0]
     maker = TargetMaker(config.objective, alone)

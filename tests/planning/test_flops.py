@@ -14,7 +14,7 @@ from streamtrain.data.batch import Batch, Masks
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
@@ -60,7 +60,7 @@ def counted(config: Config) -> float:
     batch = Batch(torch.arange(4).numpy(), *images, Masks(mask, mask.flatten().nonzero()[:, 0], weight))
     weights = LossWeights(koleo=0.0, gram=1.0 if config.objective.gram.active else 0.0)
     heads = (teacher.global_head, teacher.patch_head)
-    handles = PrototypeHandles(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+    handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         features = teacher(batch, None, weights)
         (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
