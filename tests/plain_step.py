@@ -107,7 +107,7 @@ def plain_gram(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
 
 
 def plain_koleo(cls: Tensor) -> Tensor:
-    """Of one view's ``[B, dim]``; 0 where nobody has a neighbour, and no number where somebody's is its equal."""
+    """Return KoLeo of one view's ``[B, dim]``; 0 for a single sample, infinite for duplicates."""
     unit = cls / cls.norm(dim=1, keepdim=True)
     others = [[j for j in range(len(unit)) if j != i] for i in range(len(unit))]
     nearest = [min((unit[i] - unit[j]).norm() for j in other) for i, other in enumerate(others) if other]

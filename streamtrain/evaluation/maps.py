@@ -17,7 +17,7 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.model.layers import Block
 from streamtrain.model.layout import Layout
 from streamtrain.model.vit import VisionTransformer
-from streamtrain.ops.attention import RopeTable, rotate
+from streamtrain.ops.attention import RopeTable, add_key_bias, rotate
 
 LEGIBLE_PATCHES = 24
 
@@ -75,7 +75,7 @@ def cls_attention(
         tokens: Tensor = inputs[0]
         layout: Layout = inputs[1]
         tables: list[RopeTable] = inputs[2]
-        packed = F.linear(block.norm1(tokens), qkv.weight, qkv.full_bias())
+        packed = F.linear(block.norm1(tokens), qkv.weight, add_key_bias(qkv.bias, qkv.out_features))
         heads = layout.views(packed)[0].unflatten(-1, (3, num_heads, -1))
         turned = rotate(heads[:, :, :2], tables[0]).float()
         query, keys = turned[0, 0, 0], turned[0, :, 1]  # of CLS [heads, d], of all tokens [tokens, heads, d]

@@ -41,14 +41,6 @@ class QueryKeyValue(Linear):
         if bias:
             self.bias = nn.Parameter(torch.empty(3 * dim if key_bias else 2 * dim))
 
-    def full_bias(self) -> Tensor | None:
-        """Return the bias ``[3 * dim]``, with zeros for an absent key part."""
-        bias: Tensor | None = self.bias
-        if bias is not None and bias.shape[0] < self.out_features:
-            query, value = bias.chunk(2)
-            bias = torch.cat([query, torch.zeros_like(query), value])
-        return bias
-
 
 class Attention(nn.Module):
     """Parameters of multi-head self-attention."""
@@ -172,7 +164,7 @@ class Block(nn.Module):
         """Apply the attention branch."""
         norm, qkv, proj = self.norm1, self.attention.qkv, self.attention.proj
         weights = BranchWeights(
-            norm.weight, norm.bias, qkv.weight, qkv.full_bias(), proj.weight, proj.bias, self.scale1.gamma
+            norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, self.scale1.gamma
         )
         return attention_branch(tokens, layout.branch_rows(drop, 0), tables, weights, self.options, in_place)
 

@@ -45,6 +45,14 @@ def rotate(heads: Tensor, table: RopeTable) -> Tensor:
     return torch.addcmul(heads * table.cosine, heads.roll(half, -1), table.sine)
 
 
+def add_key_bias(bias: Tensor | None, width: int) -> Tensor | None:
+    """Return the bias ``[width]`` of queries, keys and values, with zeros for the key part if it is absent."""
+    if bias is not None and bias.shape[0] < width:
+        query, value = bias.chunk(2)
+        bias = torch.cat([query, torch.zeros_like(query), value])
+    return bias
+
+
 def attend(packed: Tensor, sizes: Sequence[int], tables: Sequence[RopeTable], num_heads: int) -> Tensor:
     """Rotate queries and keys, then attend within each image.
 

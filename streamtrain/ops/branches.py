@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from streamtrain.ops.attention import RopeTable, attend
+from streamtrain.ops.attention import RopeTable, add_key_bias, attend
 from streamtrain.ops.cpu import branches as cpu_kernels
 from streamtrain.ops.cpu.build import is_enabled
 
@@ -40,7 +40,7 @@ class BranchWeights(NamedTuple):
     norm_weight: Tensor
     norm_bias: Tensor
     first_weight: Tensor
-    # None: no bias
+    # None: no bias; for attention the key part may be absent
     first_bias: Tensor | None
     last_weight: Tensor
     last_bias: Tensor
@@ -94,7 +94,9 @@ def attention_branch(
         return cpu_kernels.attention(tokens, rows, tables, options.num_heads, weights, options.eps, in_place)
 
     def branch(kept: Tensor, sizes: list[int]) -> Tensor:
-        packed = options.linear(_normalise(kept, weights, options), weights.first_weight, weights.first_bias)
+        # inside the recomputed branch, so that the bias receives one gradient per group
+        bias = add_key_bias(weights.first_bias, len(weights.first_weight))
+        packed = options.linear(_normalise(kept, weights, options), weights.first_weight, bias)
         attended = attend(packed, sizes, tables, options.num_heads)
         return options.linear(attended, weights.last_weight, weights.last_bias)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from streamtrain.ops.attention import RopeTable
+from streamtrain.ops.attention import RopeTable, add_key_bias
 
 if TYPE_CHECKING:
     from streamtrain.ops.branches import BranchRows, BranchWeights
@@ -23,8 +23,10 @@ def attention(
     in_place: bool,
 ) -> Tensor:  # fmt: skip
     """Add the attention branch; for the arguments see ``ops.branches.attention_branch``."""
-    if weights.first_bias is None:
-        weights = weights._replace(first_bias=weights.first_weight.new_zeros(len(weights.first_weight)))
+    bias = add_key_bias(weights.first_bias, len(weights.first_weight))
+    if bias is None:
+        bias = weights.first_weight.new_zeros(len(weights.first_weight))
+    weights = weights._replace(first_bias=bias)
     factors = [factor for table in tables for factor in table.factors]
     return _branch("attention", tokens, rows, (factors, num_heads), weights, eps, in_place)
 

@@ -20,13 +20,8 @@ from streamtrain.ops.cpu import build
 
 # calls of the compiler: one for each source, and one to link
 STEPS = len(list(Path(build.__file__).parent.glob("*.cpp"))) + 1
-USE = """
-import torch
-from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.run.logs import configure_logging
-configure_logging()
-print(is_enabled(torch.float32))
-"""
+USE = "import torch; from streamtrain.ops.cpu.build import is_enabled; print(is_enabled(torch.float32))"
+LOG = "from streamtrain.run.logs import configure_logging; configure_logging();"
 TRAIN = """
 import torch
 from streamtrain.config.model import ModelConfig
@@ -164,7 +159,7 @@ def test_a_cpu_without_the_instructions_neither_compiles_nor_warns(
 @needs_kernels
 @pytest.mark.slow
 def test_the_compiler_of_this_machine_builds_the_library(tmp_path: Path) -> None:
-    both = [started(USE, tmp_path, os.environ.get("CXX", "c++")) for _ in range(2)]
+    both = [started(LOG + USE, tmp_path, os.environ.get("CXX", "c++")) for _ in range(2)]
     (one, errors), (other, other_errors) = (finished(process) for process in both)
     assert sorted((one + "\n" + other).splitlines()) == [
         "True", "True", "compiling the CPU kernels: once, about half a minute"
