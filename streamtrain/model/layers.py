@@ -117,14 +117,9 @@ class Block(nn.Module):
         return is_tiled(tokens, self.options)
 
     def forward(
-        self,
-        tokens: Tensor,
-        layout: Layout,
-        tables: list[RopeTable],
-        drop: DropPath | None = None,
-        chunk: int = 0,
+        self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None = None, chunk: int = 0,
         output: OutputRows | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Map ``[num_tokens, dim]`` to the same shape; with ``output`` compute the MLP branch and result of its rows.
 
         With ``chunk`` > 0 (only without gradients) process that many images at a time and **overwrite** ``tokens``,
@@ -145,14 +140,9 @@ class Block(nn.Module):
         return torch.cat([self.refine(piece, Layout((Group(len(piece), (1, 1)),), 0), None, None) for piece in pieces])
 
     def transform(
-        self,
-        tokens: Tensor,
-        layout: Layout,
-        tables: list[RopeTable],
-        drop: DropPath | None,
-        output: OutputRows | None = None,
-        in_place: bool = False,
-    ) -> Tensor:
+        self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None,
+        output: OutputRows | None = None, in_place: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Apply both branches; for the arguments see ``forward``."""
         # not through the instance, whose two parts may be compiled separately
         tokens = Block.attend(self, tokens, layout, tables, drop, in_place)
@@ -163,18 +153,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """Apply the attention branch."""
         norm, qkv, proj = self.norm1, self.attention.qkv, self.attention.proj
-        weights = BranchWeights(
-            norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, self.scale1.gamma
-        )
+        weights = BranchWeights(norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, self.scale1.gamma)
         return attention_branch(tokens, layout.branch_rows(drop, 0), tables, weights, self.options, in_place)
 
     def refine(
-        self,
-        tokens: Tensor,
-        layout: Layout,
-        drop: DropPath | None,
-        output: OutputRows | None,
-        in_place: bool = False,
+        self, tokens: Tensor, layout: Layout, drop: DropPath | None, output: OutputRows | None, in_place: bool = False
     ) -> Tensor:
         """Apply the MLP branch."""
         norm, first, down = self.norm2, self.mlp.first, self.mlp.down

@@ -111,14 +111,9 @@ class VisionTransformer(nn.Module):
         return Layout(tuple(groups), self.num_prefix)
 
     def encode(
-        self,
-        crops: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
-        generator: torch.Generator | None = None,
-        chunk: int = 0,
-        keep: Sequence[int] = (),
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], generator: torch.Generator | None = None,
+        chunk: int = 0, keep: Sequence[int] = (), rows: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Return packed tokens before the final norm, and copies of the stream after the blocks in ``keep``.
 
         With a generator (training) drop-path and RoPE augmentation are drawn from it; without one there are none.
@@ -151,12 +146,9 @@ class VisionTransformer(nn.Module):
         return tokens, kept
 
     def forward(
-        self,
-        crops: Sequence[Tensor],
-        masks: Sequence[Tensor | None] | None = None,
-        generator: torch.Generator | None = None,
-        chunk: int = 0,
-    ) -> tuple[Features, ...]:
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None,
+        generator: torch.Generator | None = None, chunk: int = 0,
+    ) -> tuple[Features, ...]:  # fmt: skip
         """Return normalised features of each crop size; the first is the global crops, any other local crops.
 
         A separate norm for CLS and registers of local crops applies in training (with a generator) only.

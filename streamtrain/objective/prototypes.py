@@ -59,31 +59,17 @@ class PrototypeTargets:
         num_rows = student_features.shape[0] + self.features.shape[0]
         with self.handle.gathered() as teacher_weight:
             return prototype_cross_entropy(
-                student_features,
-                student_weight,
-                self.features,
-                teacher_weight,
-                self.assignment,
-                self.pair,
-                self.row_weight,
-                self.student_temperature,
-                self.teacher_temperature,
+                student_features, student_weight, self.features, teacher_weight, self.assignment, self.pair,
+                self.row_weight, self.student_temperature, self.teacher_temperature,
                 chunk_rows(self.chunk_bytes, num_rows, student_weight.shape[0]),
-            )
+            )  # fmt: skip
 
 
 def prototype_cross_entropy(
-    student_features: Tensor,
-    student_weight: Tensor,
-    teacher_features: Tensor,
-    teacher_weight: Tensor,
-    assignment: Assignment,
-    pair: Tensor | None,
-    row_weight: Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-    chunk: int,
-) -> Tensor:
+    student_features: Tensor, student_weight: Tensor, teacher_features: Tensor, teacher_weight: Tensor,
+    assignment: Assignment, pair: Tensor | None, row_weight: Tensor, student_temperature: float,
+    teacher_temperature: float, chunk: int,
+) -> Tensor:  # fmt: skip
     """Return ``Σ_i row_weight_i · H(mean_j P[pair_ij], softmax(z_i Wᵀ / τ_s))``, differentiable in ``z`` and ``W``.
 
     The forward computes both gradients, chunk by chunk of prototypes, and the backward only scales them, so that

@@ -32,14 +32,9 @@ class Assignment:
 
 @torch.no_grad()
 def sinkhorn(
-    features: Tensor,
-    weight: Tensor,
-    temperature: float,
-    iterations: int,
-    chunk: int,
-    group: dist.ProcessGroup | None = None,
-    valid: Tensor | None = None,
-) -> Assignment:
+    features: Tensor, weight: Tensor, temperature: float, iterations: int, chunk: int,
+    group: dist.ProcessGroup | None = None, valid: Tensor | None = None,
+) -> Assignment:  # fmt: skip
     """Compute Sinkhorn-Knopp over the rows of all ranks of ``group``, in the log domain: safe at any logit scale.
 
     Each iteration gives every prototype the same total, then every row the total 1. It is one sweep over chunks of
@@ -60,12 +55,7 @@ def sinkhorn(
 
 @torch.no_grad()
 def centered_softmax(
-    features: Tensor,
-    weight: Tensor,
-    center: Tensor,
-    temperature: float,
-    chunk: int,
-    valid: Tensor | None = None,
+    features: Tensor, weight: Tensor, center: Tensor, temperature: float, chunk: int, valid: Tensor | None = None
 ) -> Assignment:
     """Return ``softmax((logits − center) / temperature)`` of ``features [N, d]``, ``weight [K, d]``, ``center [K]``."""
     assert weight.shape[0] > 0, "the prototypes are not gathered here"
@@ -78,13 +68,9 @@ def centered_softmax(
 
 @torch.no_grad()
 def update_center(
-    center: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    momentum: float,
-    group: dist.ProcessGroup | None = None,
+    center: Tensor, features: Tensor, weight: Tensor, momentum: float, group: dist.ProcessGroup | None = None,
     valid: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Move ``center [K]`` in place towards the mean logits of all ranks' rows; without any row it does not change.
 
     The mean of the logits equals the logits of the mean row, so no ``[N, K]`` is formed.

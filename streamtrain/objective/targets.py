@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
@@ -52,28 +52,6 @@ class Targets:
     gram: GramTargets | None = None
 
 
-class TargetSettings(Protocol):
-    """The keys of the ``objective`` section that determine the targets."""
-
-    @property
-    def centering(self) -> str:
-        """``sinkhorn`` or ``softmax``."""
-        ...
-
-    @property
-    def sinkhorn_iterations(self) -> int: ...
-
-    @property
-    def center_momentum(self) -> float:
-        """Momentum of the softmax centre."""
-        ...
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Upper bound of one chunk's fp32 logits."""
-        ...
-
-
 class TargetMaker:
     """Computes the targets of an optimiser step from its teacher features.
 
@@ -81,7 +59,7 @@ class TargetMaker:
     that they depend neither on the micro-batch nor on the number of ranks; CLS tokens and patches separately.
     """
 
-    def __init__(self, config: TargetSettings, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, config: ObjectiveConfig, group: dist.ProcessGroup | None = None) -> None:
         """``group``: the ranks that share a step; None: all."""
         self.config = config
         self.group = group
@@ -106,13 +84,9 @@ class TargetMaker:
         ]
 
     def _assign(
-        self,
-        head: str,
-        pieces: Sequence[Tensor | None],
-        valid: Tensor | None,
-        handle: WeightHandle | None,
+        self, head: str, pieces: Sequence[Tensor | None], valid: Tensor | None, handle: WeightHandle | None,
         temperature: float,
-    ) -> Sequence[Assignment | None]:
+    ) -> Sequence[Assignment | None]:  # fmt: skip
         present = [piece for piece in pieces if piece is not None]
         if handle is None or not present:
             return [None] * len(pieces)

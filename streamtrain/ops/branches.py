@@ -77,7 +77,11 @@ def is_tiled(tokens: Tensor, options: BlockOptions) -> bool:
 
 
 def attention_branch(
-    tokens: Tensor, rows: BranchRows, tables: Sequence[RopeTable], weights: BranchWeights, options: BlockOptions,
+    tokens: Tensor,
+    rows: BranchRows,
+    tables: Sequence[RopeTable],
+    weights: BranchWeights,
+    options: BlockOptions,
     in_place: bool = False,
 ) -> Tensor:
     """Add the attention branch to the residual stream at ``rows``.

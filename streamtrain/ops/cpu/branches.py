@@ -55,9 +55,7 @@ def _kernel(kind: str, direction: str) -> Callable[..., Any]:
 
 class _Branch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kind: str, tokens: Tensor, settings: tuple[Any, ...], eps: float, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, kind: str, tokens: Tensor, settings: tuple[Any, ...], eps: float, *weights: Tensor) -> Tensor:
         out = torch.empty_like(tokens)
         _kernel(kind, "forward")(tokens, out, *settings, list(weights), eps)
         # save the parameters themselves, since a sharded engine frees their values until the backward
