@@ -149,7 +149,7 @@ class Observer:
         with self._monitoring:
             self.monitor.log(step, slot, scalars)
             if told := self._profiler.end(step):
-                self._runtime.say(told)
+                logger.info(told)
             if due(step, self._config.monitor.panel_every) or step == 1:
                 if self.monitor.shows:
                     self.monitor.panel(step, batch_panel(batch, self._config.monitor.panel_samples))

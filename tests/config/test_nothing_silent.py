@@ -28,7 +28,8 @@ from streamtrain.config.schedules import Schedule
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.loader import Loader
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine.moments import moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config
 from streamtrain.model.initialise import initialise

@@ -13,8 +13,9 @@ from reading import RefuseReading
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
-from streamtrain.engine.clipping import ModuleClipping
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine.gradients import ModuleClipping
+from streamtrain.engine.moments import moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight, prototype_mass
