@@ -1,4 +1,4 @@
-"""Where the kernels for CPUs can be tested, and in which numbers."""
+"""Helpers for tests of the CPU kernels: the dtypes that can be tested here, and a record of the calls."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from streamtrain.model import fused
-from streamtrain.ops.cpu import build
+from streamtrain.ops.cpu import branches, build
 
-# a compiler that is there and fails is for the tests to find
+# A compiler that exists but fails must fail the tests.
 _COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 _ALL = (torch.bfloat16, torch.float32)
-# the first of them is what a run computes in unless it says otherwise
-NUMBERS = [dtype for dtype in _ALL if _COMPILER and build.able(dtype)]
-REASON = "this CPU has no instructions for kernels in such numbers, or there is no C++ compiler"
-needs_kernels = pytest.mark.skipif(not NUMBERS, reason=REASON)
-in_each_number = pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, marks=pytest.mark.skipif(dtype not in NUMBERS, reason=REASON)) for dtype in _ALL]
+# the first is the default of a run
+DTYPES = [dtype for dtype in _ALL if _COMPILER and build.is_supported(dtype)]
+REASON = "this CPU lacks the instructions of the kernels for this dtype, or there is no C++ compiler"
+needs_kernels = pytest.mark.skipif(not DTYPES, reason=REASON)
+for_each_dtype = pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=pytest.mark.skipif(dtype not in DTYPES, reason=REASON)) for dtype in _ALL]
 )
 
 
-def counted(patch: Callable[[Any, str, Any], None]) -> list[str]:
-    """The kernels that are called from now on; ``patch`` as ``monkeypatch.setattr`` or ``setattr``."""
+def record_kernel_calls(patch: Callable[[Any, str, Any], None]) -> list[str]:
+    """Return a list to which each kernel call is appended; ``patch`` is ``monkeypatch.setattr`` or ``setattr``."""
     called: list[str] = []
-    find = fused._kernel
+    original = branches._kernel
 
-    def found(kind: str, direction: str) -> Callable[..., Any]:
+    def kernel(kind: str, direction: str) -> Callable[..., Any]:
         called.append(f"{kind}_{direction}")
-        return find(kind, direction)
+        return original(kind, direction)
 
-    patch(fused, "_kernel", found)
+    patch(branches, "_kernel", kernel)
     return called

@@ -1,4 +1,4 @@
-"""A step from the textbook, to compare the packed one with: loops over views, whole logits, its inputs' precision."""
+"""A plain implementation of a step as a reference: loops over views, whole logits, the precision of its inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamtrain.training.ssl_model import Learner
 
 
 class PlainBackbone(nn.Module):
-    """The backbone of one crop size, from the textbook: a convolution, [N, T, D] tokens, softmax attention."""
+    """The backbone for one crop size: a convolution, [N, T, D] tokens, softmax attention."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PlainBackbone(nn.Module):
         return block.attention.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
     def _rotate(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Pairs (i, i + half) of each patch turn by 2π · coordinate / period, rows first, then columns."""
+        """Rotate the pairs (i, i + half) of each patch by 2π · coordinate / period, rows first, then columns."""
         prefix, half = 1 + self.config.num_registers, x.shape[-1] // 2
         result = [x[:, :, :prefix]]
         for patch, (row, column) in enumerate(product(range(height), range(width))):
@@ -78,7 +78,7 @@ def project(head: Any, features: Tensor) -> Tensor:
 
 
 def plain_sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
-    """Of logits over the temperature. In logarithms, since float64 too ends at exp(710)."""
+    """Return assignments for logits / temperature, in logarithms, since even float64 overflows at exp(710)."""
     log_q = logits
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0, keepdim=True) - math.log(log_q.shape[1])
@@ -87,7 +87,7 @@ def plain_sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
 
 
 def plain_softmax(logits: Tensor) -> Tensor:
-    # of the first step, whose centre is its own mean
+    # at the first step, whose centre is its own mean
     return (logits - logits.mean(0)).softmax(1)
 
 
@@ -101,13 +101,13 @@ def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
 
 
 def plain_gram(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """Of patches ``[B, num_patches, dim]`` of each view."""
+    """Return the Gram loss of the patches ``[B, num_patches, dim]`` of each view."""
     units = ((x / x.norm(dim=-1, keepdim=True) for x in pair) for pair in zip(ours, theirs, strict=True))
     return torch.stack([(a @ a.transpose(1, 2) - b @ b.transpose(1, 2)).square().mean() for a, b in units]).mean()
 
 
 def plain_koleo(cls: Tensor) -> Tensor:
-    """Of one view's ``[B, dim]``; 0 where nobody has a neighbour, and no number where somebody's is its equal."""
+    """Return KoLeo of one view's ``[B, dim]``; 0 for a single sample, infinite for duplicates."""
     unit = cls / cls.norm(dim=1, keepdim=True)
     others = [[j for j in range(len(unit)) if j != i] for i in range(len(unit))]
     nearest = [min((unit[i] - unit[j]).norm() for j in other) for i, other in enumerate(others) if other]
@@ -117,7 +117,7 @@ def plain_koleo(cls: Tensor) -> Tensor:
 def plain_losses(
     config: Config, student: Learner, teacher: Learner, batches: list[Batch], teacher_temperature: float
 ) -> list[dict[str, Tensor]]:
-    """Losses of every micro-batch of one step, a forward per view; of networks in float64."""
+    """Return the losses of every micro-batch of one step, with a forward per view; for networks in float64."""
     V, L = config.crops.global_count, config.crops.local_count
     B = len(batches[0].slots)
     student_temperature = config.objective.student_temperature
@@ -133,12 +133,19 @@ def plain_losses(
     ]
     masks = [batch.masks.grid_mask.unflatten(0, (V, B)) for batch in batches]
     with torch.no_grad():
-        seen = [[PlainBackbone(teacher)(view, None) for view in of_global] for of_global, _ in views]
+        teacher_outputs = [[PlainBackbone(teacher)(view, None) for view in of_global] for of_global, _ in views]
         cls_logits = torch.stack(
-            [torch.stack([logits_of(teacher.global_head, cls, teacher_temperature) for cls, _ in s]) for s in seen]
+            [
+                torch.stack([logits_of(teacher.global_head, cls, teacher_temperature) for cls, _ in s])
+                for s in teacher_outputs
+            ]
         )
         cls_targets = assign(cls_logits.flatten(0, 2)).unflatten(0, cls_logits.shape[:3])
-        patches = [patch[mask] for s, m in zip(seen, masks, strict=True) for (_, patch), mask in zip(s, m, strict=True)]
+        patches = [
+            patch[mask]
+            for s, m in zip(teacher_outputs, masks, strict=True)
+            for (_, patch), mask in zip(s, m, strict=True)
+        ]
         if kind == "ibot":
             logits = logits_of(teacher.patch_head, torch.cat(patches), teacher_temperature)
             patches = list(assign(logits).split([len(piece) for piece in patches]))
@@ -146,7 +153,7 @@ def plain_losses(
 
     results = []
     for (of_global, of_local), of_teacher, mask, cls_target, patch_target in zip(
-        views, seen, masks, cls_targets, patch_targets, strict=True
+        views, teacher_outputs, masks, cls_targets, patch_targets, strict=True
     ):
         backbone = PlainBackbone(student)
         outputs = [backbone(view, m) for view, m in zip(of_global, mask, strict=True)]
@@ -160,16 +167,16 @@ def plain_losses(
         assert len(pairs) == V * (V - 1) + V * L
         per_crop = [torch.zeros((), dtype=torch.float64)]
         for v, b in product(range(V), range(B)):
-            wanted = patch_target[v].split(mask[v].sum(1).tolist())[b]
+            expected = patch_target[v].split(mask[v].sum(1).tolist())[b]
             given = outputs[v][1][b][mask[v][b]]
             if not len(given):
                 continue
             if kind == "ibot":
-                losses = cross_entropy(wanted, logits_of(student.patch_head, given, student_temperature))
+                losses = cross_entropy(expected, logits_of(student.patch_head, given, student_temperature))
             elif kind == "l2":
-                losses = (given - wanted).square().sum(1)
+                losses = (given - expected).square().sum(1)
             else:
-                losses = 1 - (given * wanted).sum(1) / given.norm(dim=1) / wanted.norm(dim=1)
+                losses = 1 - (given * expected).sum(1) / given.norm(dim=1) / expected.norm(dim=1)
             per_crop.append(losses.sum() if reduction == "sum" and kind != "ibot" else losses.mean())
         results.append(
             {

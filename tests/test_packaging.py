@@ -94,8 +94,8 @@ def test_the_source_distribution_holds_what_a_wheel_is_made_of(source: Path, tmp
 def test_the_kernels_of_the_wheel_are_those_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """The library's name is a digest of its sources, so that one compilation serves both."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    assert build.usable(torch.float32)
-    code = "import torch; from streamtrain.ops.cpu import build; assert build.usable(torch.float32)"
+    assert build.is_enabled(torch.float32)
+    code = "import torch; from streamtrain.ops.cpu import build; assert build.is_enabled(torch.float32)"
     code += "; print(build.__file__, build._library())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

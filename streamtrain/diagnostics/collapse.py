@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamtrain.config.monitor import CollapseConfig
 from streamtrain.objective.prototypes import WeightHandle
-from streamtrain.objective.sinkhorn import TINY, Assignment
+from streamtrain.objective.sinkhorn import Assignment
 from streamtrain.objective.targets import Targets
 from streamtrain.ops.collectives import gather_rows, world_size
 from streamtrain.ops.logits import chunk_rows, chunks, scaled_logits

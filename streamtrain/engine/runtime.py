@@ -5,7 +5,6 @@ torch is imported only where it is needed, so that configuration errors are repo
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import warnings
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.config.engine import EngineConfig
 from streamtrain.errors import ConfigError
-from streamtrain.planning.memory import KEPT_BYTES
+from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
+from streamtrain.ops.cpu.features import multiplies_bf16
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 # DeepSpeed's warnings about intended choices: dataclasses are passed to modules because its hooks only look into tuples
 # and dicts; and the optimiser is streamtrain's own.
 EXPECTED_WARNINGS = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
-
-# numbers of malloc.h; what is smaller than the bytes stays with the process when it is freed
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MAPPED_BYTES = -1, -3, 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     """
     cuda = choose_accelerator(config, launch) == "cuda"
     if not cuda:
-        _tune_allocation()
+        tune_cpu_allocator()
     import deepspeed
     import torch
 
@@ -142,12 +138,7 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed_compat.cloned_world_group())
     dtype = torch.bfloat16 if uses_bf16(config, cuda) else torch.float32
     if not cuda:
-        # some of their collectives differ from those without them
-        kernels = torch.tensor(int(config.cpu_kernels and found(dtype)))
-        torch.distributed.all_reduce(kernels, torch.distributed.ReduceOp.MIN)
-        use(bool(kernels))
-        if kernels:
-            torch.ops.streamtrain.keep_memory(KEPT_BYTES)
+        select_cpu_kernels(config.cpu_kernels, dtype)
     try:
         yield Runtime(launch, device, dtype)
     finally:

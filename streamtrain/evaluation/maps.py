@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
-from streamtrain.model.layers import Attention
+from streamtrain.model.layers import Block
 from streamtrain.model.layout import Layout
-from streamtrain.model.rope import RopeTable, rotate
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.ops.attention import RopeTable, add_key_bias, rotate
 
 LEGIBLE_PATCHES = 24
 
@@ -65,19 +66,23 @@ def cls_attention(
 
     Each head's map sums to the share of its attention that goes to patches; the rest goes to CLS and registers.
     """
-    attention = model.blocks[-1].attention
-    assert isinstance(attention, Attention)
+    block = model.blocks[-1]
+    assert isinstance(block, Block)
+    qkv, num_heads = block.attention.qkv, block.attention.num_heads
     maps: list[Tensor] = []
 
-    def look(module: nn.Module, inputs: tuple[Tensor, Layout, list[RopeTable]]) -> None:
-        tokens, layout, tables = inputs
-        heads = layout.views(attention.qkv(tokens))[0].unflatten(-1, (3, attention.num_heads, -1))
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tokens: Tensor = inputs[0]
+        layout: Layout = inputs[1]
+        tables: list[RopeTable] = inputs[2]
+        packed = F.linear(block.norm1(tokens), qkv.weight, add_key_bias(qkv.bias, qkv.out_features))
+        heads = layout.views(packed)[0].unflatten(-1, (3, num_heads, -1))
         turned = rotate(heads[:, :, :2], tables[0]).float()
         query, keys = turned[0, 0, 0], turned[0, :, 1]  # of CLS [heads, d], of all tokens [tokens, heads, d]
         scores = torch.einsum("hd,thd->ht", query, keys) * query.shape[-1] ** -0.5
         maps.append(scores.softmax(-1)[:, layout.num_prefix :])
 
-    handle = attention.register_forward_pre_hook(look)
+    handle = block.register_forward_pre_hook(look)
     try:
         patch_features(model, image, mean, std)
     finally:

@@ -1,8 +1,9 @@
-"""Blocks as compiled kernels: what lies between the matrix products moves memory once instead of once an operation."""
+"""Transformer blocks compiled by torch.compile, which fuses the memory-bound operations between the matmuls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,39 +12,39 @@ from torch import Tensor, nn
 from streamtrain.errors import ConfigError
 from streamtrain.model.layers import Block
 
-# Shapes that are met of one block: with and without a gradient, a chunk and what is left over, for each crop size; and
-# of the last one, with the rows that are read of it. Beyond torch's own limit of 8 it would stop compiling.
-MOST_SHAPES = 64
+# Input shapes of a block: with and without gradients, a whole and a partial chunk for each crop size, and for the last
+# block its output rows. torch's own limit of 8 is too low.
+MAX_SHAPES = 64
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """From now on each block of ``network`` computes its branches compiled, for each shape that it meets.
+    """Compile the branches of each block of ``network``, once per input shape for all blocks.
 
-    All blocks share what is compiled. The forward around it stays as it is: a sharded engine's hooks, which make the
-    parameters whole, chunks, and what is computed again.
+    The forward around them stays eager: a sharded engine's hooks that gather the parameters, chunking, and activation
+    checkpointing.
     """
-    # takes two seconds to load
+    # the import takes two seconds
     from torch import _dynamo
 
-    _dynamo.config.recompile_limit = MOST_SHAPES
+    _dynamo.config.recompile_limit = MAX_SHAPES
     for block in network.modules():
         if isinstance(block, Block):
-            # those for CPUs are whole branches, which leave nothing to compile
-            block.kernels = False
-            # numbers that differ from call to call must not make shapes variable
+            # the CPU kernels are whole branches, which leave nothing to compile
+            block.options = replace(block.options, implementation="reference")
+            # dynamic=False: sizes that differ between calls must not become symbolic
             for part in ("transform", "attend", "refine"):
                 compiled = torch.compile(getattr(block, part), fullgraph=True, dynamic=False)
-                setattr(block, part, _with_one_line(compiled))
+                setattr(block, part, _with_short_error(compiled))
 
 
-def _with_one_line(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _with_short_error(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    def in_one_line(*arguments: Any) -> Tensor:
+    def run(*arguments: Any) -> Tensor:
         try:
             return compiled(*arguments)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            told = str(error).strip().partition("\n")[0]
-            raise ConfigError(f"the blocks cannot be compiled here ({told}); set engine.compile=off") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"the blocks cannot be compiled here ({reason}); set engine.compile=off") from error
 
-    return in_one_line
+    return run

@@ -1,4 +1,4 @@
-"""The projection head: an MLP to a normalised bottleneck, then prototypes."""
+"""Projection heads: an MLP to a normalised bottleneck, then prototypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamtrain.model.layers import Linear
 
 
 class Projection(nn.Module):
-    """``layers`` linears with GELU between them, then L2 normalisation."""
+    """``layers`` linear layers with GELU between them, then L2 normalisation."""
 
     def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
@@ -22,30 +22,30 @@ class Projection(nn.Module):
         self.layers = nn.ModuleList([Linear(a, b) for a, b in pairwise(sizes)])
 
     def forward(self, features: Tensor) -> Tensor:
-        """``[num_rows, dim]`` to unit vectors ``[num_rows, bottleneck]``."""
+        """Map ``[num_rows, dim]`` to unit vectors ``[num_rows, bottleneck]``."""
         for index, layer in enumerate(self.layers):
             features = layer(F.gelu(features) if index else features)
-        # in fp32: a 16-bit norm would scale a whole row wrongly; eps bounds the gradient of a zero row
+        # in fp32: an error of a 16-bit norm would scale the whole row; eps bounds the gradient of a zero row
         return F.normalize(features.float(), dim=-1, eps=1e-6).to(features.dtype)
 
 
 class Prototypes(nn.Module):
-    """The bias-free last layer."""
+    """The last layer, without a bias."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.prototypes, config.bottleneck))
 
     def forward(self, features: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """``loss(features, weight)`` for unit vectors ``[num_rows, bottleneck]``.
+        """Return ``loss(features, weight)`` for unit vectors ``[num_rows, bottleneck]``.
 
-        The loss is evaluated in here because a sharded engine gathers the weight for this forward only.
+        The loss is evaluated in this forward because a sharded engine gathers the weight only for it.
         """
         return loss(features, self.weight)
 
 
 class ProjectionHead(nn.Module):
-    """Projection and prototypes of one loss."""
+    """The projection and the prototypes of one loss."""
 
     def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
@@ -53,5 +53,5 @@ class ProjectionHead(nn.Module):
         self.prototypes = Prototypes(config)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``[num_rows, dim]`` to the normalised bottleneck ``[num_rows, bottleneck]``."""
+        """Map ``[num_rows, dim]`` to the normalised bottleneck ``[num_rows, bottleneck]``."""
         return self.projection(features)

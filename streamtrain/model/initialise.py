@@ -1,4 +1,4 @@
-"""Initial values by explicit rules from a parameter's name: the same on any number of ranks."""
+"""Initial values by explicit rules on a parameter's name: the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from shards.randomness import INITIALISE, derive_seed
 from streamtrain.config.model import ModelConfig
 
-# of linear weights, tokens and prototypes (the published truncation, at 100 standard deviations, is none)
+# For linear weights, tokens and prototypes. The published truncation at 100 standard deviations has no effect.
 STANDARD_DEVIATION = 0.02
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of parameter ``name`` of a ``Learner`` or a backbone: fp32, on the CPU.
+    """Return the initial value of parameter ``name`` of a ``Learner`` or a backbone: fp32, on the CPU.
 
-    It depends on nothing but its arguments; a leading ``backbone.`` makes no difference.
+    It depends only on the arguments; a leading ``backbone.`` is ignored.
 
     Raises:
         ValueError: for a name that no rule covers.
@@ -33,7 +33,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         return torch.ones(*shape)
     generator = _generator(name, seed)
     if name == "embedding.projection.weight":
-        # as a convolution's default: the scale follows the patch size
+        # the default of a convolution, whose scale depends on the patch size
         bound = shape[1] ** -0.5
         return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
     if last in ("weight", "cls_token", "register_tokens"):

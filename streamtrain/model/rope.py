@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamtrain.config.model import ModelConfig
-
-
-@dataclass(frozen=True)
-class RopeTable:
-    """Factors for every token of an image, ``[length, 1, 1, head_dim]`` each.
-
-    The prefix tokens' rows are 1 and 0, so that one expression serves all tokens. ``sine`` carries the sign
-    of the half rotation: a vector (a, b) turns into (a cos − b sin, b cos + a sin).
-    """
-
-    cosine: Tensor
-    sine: Tensor
+from streamtrain.ops.attention import RopeTable
 
 
 class Rope:
-    """Makes the tables of a grid; holds no tensors of the model, so no engine casts them to 16 bits."""
+    """Builds the table of a grid; not a module, so that no engine casts its values to 16 bits."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.head_dim = config.dim // config.num_heads
@@ -38,15 +26,14 @@ class Rope:
     def table(
         self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
     ) -> RopeTable:
-        """The table of ``grid``; with a generator (training) the coordinates are augmented as configured."""
-        augmented = generator is not None and (self.shift or self.jitter or self.rescale)
-        if not augmented:
+        """Return the table of ``grid``; with a generator (training) the coordinates are augmented as configured."""
+        if generator is None or not (self.shift or self.jitter or self.rescale):
             return _cached_table(grid, self.num_prefix, self.head_dim, self.base, device, dtype)
         coordinates = self._augment(_coordinates(grid, device), generator)
         return _table(coordinates, self.num_prefix, self.head_dim, self.base, dtype)
 
-    def _augment(self, coordinates: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Shift both axes uniformly, stretch each log-uniformly, then both together: once for all images."""
+    def _augment(self, coordinates: Tensor, generator: torch.Generator) -> Tensor:
+        """Shift both axes uniformly, scale each log-uniformly, then both together, the same for all images."""
 
         def uniform(count: int, bound: float) -> Tensor:
             draw = torch.rand(count, generator=generator, device=coordinates.device)
@@ -61,20 +48,14 @@ class Rope:
         return coordinates
 
 
-def rotate(heads: Tensor, table: RopeTable) -> Tensor:
-    """Turn queries and keys ``[images, length, 2, num_heads, head_dim]`` by their tokens' angles."""
-    half = heads.shape[-1] // 2
-    return torch.addcmul(heads * table.cosine, heads.roll(half, -1), table.sine)
-
-
 def _coordinates(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Patch centres (y, x), each axis scaled to [-1, 1] on its own: fp32 ``[num_patches, 2]``, row-major."""
+    """Return patch centres (y, x), each axis scaled to [-1, 1]: fp32 ``[num_patches, 2]``, row-major."""
     axes = [2.0 * torch.arange(0.5, size, dtype=torch.float32, device=device) / size - 1.0 for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
 def _table(coordinates: Tensor, num_prefix: int, head_dim: int, base: float, dtype: torch.dtype) -> RopeTable:
-    # fp32 throughout: 16-bit periods would put distant patches in the wrong place
+    # fp32 throughout: with 16-bit periods distant patches would get wrong angles
     exponents = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=coordinates.device)
     angles = 2.0 * math.pi * coordinates[:, :, None] * (1 / base**exponents)
     angles = angles.flatten(1)
@@ -90,6 +71,6 @@ def _table(coordinates: Tensor, num_prefix: int, head_dim: int, base: float, dty
 def _cached_table(
     grid: tuple[int, int], num_prefix: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> RopeTable:
-    # a table made in inference mode could not take part in a later training step
+    # a tensor created in inference mode could not be used in a later training step
     with torch.inference_mode(False):
         return _table(_coordinates(grid, device), num_prefix, head_dim, base, dtype)

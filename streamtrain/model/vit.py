@@ -12,9 +12,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from streamtrain.config.model import ModelConfig
-from streamtrain.model import drop_path
 from streamtrain.model.layers import Block, LayerNorm, Linear
-from streamtrain.model.layout import Group, Layout
+from streamtrain.model.layout import DropPath, Group, Layout, OutputRows, draw_drop_path
 from streamtrain.model.rope import Rope
 
 
@@ -30,7 +29,7 @@ class Features(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """Pixels to tokens: patches through one linear layer, beside them the CLS and register tokens."""
+    """Pixels to tokens: CLS and register tokens, then the patches through one linear layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class Embedding(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-        """Crops ``[images, 3, height, width]`` a size, masks bool ``[images, num_patches]`` or None, packed."""
+        """Embed and pack crops ``[images, 3, height, width]`` per size, with bool masks ``[images, num_patches]``."""
         patches = [self._unfold(images) for images in crops]
         embedded = self.projection(torch.cat([piece.flatten(0, 1) for piece in patches]))
         prefix = torch.cat([self.cls_token, self.register_tokens])
@@ -56,7 +55,7 @@ class Embedding(nn.Module):
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     def _unfold(self, images: Tensor) -> Tensor:
-        """``[images, 3, height, width]`` to ``[images, num_patches, 3 * patch_size²]``."""
+        """Reshape ``[images, 3, height, width]`` to ``[images, num_patches, 3 * patch_size²]``."""
         num_images, channels, height, width = images.shape
         size = self.patch_size
         patches = images.reshape(num_images, channels, height // size, size, width // size, size)
@@ -70,12 +69,12 @@ class VisionTransformer(nn.Module):
     def __init__(
         self, config: ModelConfig, checkpointing: str = "none", view_groups: int = 1, offload: bool = False
     ) -> None:
-        """What the backward of training recomputes; gradients are the same throughout. Kernels for CPUs choose.
+        """Build a backbone with activation checkpointing, which changes no gradient; the CPU kernels do their own.
 
         Args:
-            checkpointing: ``none``, ``selective`` (each block's MLP branch) or ``block`` (each whole block).
-            view_groups: what is recomputed is so in this many groups of images.
-            offload: with ``block``, what is kept between the blocks waits in host memory.
+            checkpointing: recompute ``none``, ``selective`` (each block's MLP branch) or ``block`` (each whole block).
+            view_groups: recompute in this many groups of images.
+            offload: with ``block``, keep the activations between the blocks in host memory.
         """
         super().__init__()
         if checkpointing not in ("none", "selective", "block"):
@@ -91,12 +90,12 @@ class VisionTransformer(nn.Module):
             [Block(config, checkpointing == "selective", view_groups) for _ in range(config.depth)]
         )
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
-        # None: the common norm serves for it
+        # None: ``norm`` applies to it too
         self.cls_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.cls_norm else None
         self.local_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.local_norm else None
 
     def layout(self, crops: Sequence[Tensor]) -> Layout:
-        """Where the tokens of ``crops`` will lie.
+        """Return the layout of the tokens of ``crops``.
 
         Raises:
             ValueError: if a crop is not a whole number of patches.
@@ -112,56 +111,47 @@ class VisionTransformer(nn.Module):
         return Layout(tuple(groups), self.num_prefix)
 
     def encode(
-        self,
-        crops: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
-        generator: torch.Generator | None = None,
-        chunk: int = 0,
-        keep: Sequence[int] = (),
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Packed tokens before the final norm, and copies of the stream after the blocks in ``keep``.
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], generator: torch.Generator | None = None,
+        chunk: int = 0, keep: Sequence[int] = (), rows: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Return packed tokens before the final norm, and copies of the stream after the blocks in ``keep``.
 
-        With a generator (training) drop-path and RoPE augmentation are drawn from it; without, there are none.
-        ``chunk`` > 0, only without gradients, bounds the images in flight within a block. With ``rows``, int64, the
-        result is of these tokens alone, and the last block computes nothing after its attention that they do not need.
+        With a generator (training) drop-path and RoPE augmentation are drawn from it; without one there are none.
+        ``chunk`` > 0, only without gradients, bounds the images in flight within a block. With ``rows``, int64, only
+        these tokens are returned, and the MLP branch of the last block computes only them.
         """
         assert rows is None or len(self.blocks) - 1 not in keep
         layout = self.layout(crops)
         tokens = self.embedding(crops, masks)
         tables = [self.rope.table(group.grid, tokens.device, tokens.dtype, generator) for group in layout.groups]
-        drops: list[drop_path.DropPath | None] = [None] * len(self.blocks)
+        drops: list[DropPath | None] = [None] * len(self.blocks)
         if generator is not None and self.drop_rate > 0.0:
-            drops = [*drop_path.draw(layout, len(self.blocks), self.drop_rate, generator, tokens.device)]
+            drops = [*draw_drop_path(layout, len(self.blocks), self.drop_rate, generator, tokens.device)]
         kept = []
         recompute = self.checkpointing == "block" and torch.is_grad_enabled()
         for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             assert isinstance(block, Block)
-            last = index == len(self.blocks) - 1
-            wanted = drop_path.Wanted.of(rows, drop, tokens) if last and rows is not None else None
-            if recompute and not block.fused(tokens):
+            is_last = index == len(self.blocks) - 1
+            output = OutputRows.create(rows, drop, tokens) if is_last and rows is not None else None
+            if recompute and not block.is_tiled(tokens):
                 # nothing random happens inside a block, so no random state needs saving
                 with save_on_cpu(pin_memory=tokens.is_cuda) if self.offload else nullcontext():
                     tokens = checkpoint(
-                        block, tokens, layout, tables, drop, 0, wanted, use_reentrant=False, preserve_rng_state=False
+                        block, tokens, layout, tables, drop, 0, output, use_reentrant=False, preserve_rng_state=False
                     )
             else:
-                tokens = block(tokens, layout, tables, drop, chunk, wanted)
+                tokens = block(tokens, layout, tables, drop, chunk, output)
             if index in keep:
                 kept.append(tokens.clone() if chunk else tokens)
         return tokens, kept
 
     def forward(
-        self,
-        crops: Sequence[Tensor],
-        masks: Sequence[Tensor | None] | None = None,
-        generator: torch.Generator | None = None,
-        chunk: int = 0,
-    ) -> tuple[Features, ...]:
-        """Normalised features of each crop size; the first size is the global crops, any other local.
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None,
+        generator: torch.Generator | None = None, chunk: int = 0,
+    ) -> tuple[Features, ...]:  # fmt: skip
+        """Return normalised features of each crop size; the first is the global crops, any other local crops.
 
-        Where the local crops' CLS and registers have a norm of their own, it is theirs in training (with a
-        generator) only.
+        A separate norm for CLS and registers of local crops applies in training (with a generator) only.
         """
         tokens, _ = self.encode(crops, masks or [None] * len(crops), generator, chunk)
         return tuple(
@@ -171,33 +161,33 @@ class VisionTransformer(nn.Module):
 
     @property
     def norm_of_cls(self) -> LayerNorm:
-        """The final norm of CLS and registers."""
+        """The final norm of CLS and register tokens."""
         return self.norm if self.cls_norm is None else self.cls_norm
 
     @property
     def norm_of_local_cls(self) -> LayerNorm:
-        """That of local crops in training."""
+        """The final norm of the CLS and register tokens of local crops in training."""
         return self.norm_of_cls if self.local_norm is None else self.local_norm
 
     def forward_features(self, images: Tensor, chunk: int = 0) -> Features:
-        """Features of ``images [images, 3, height, width]`` of any size, without masks: for evaluation."""
+        """Return features of ``images [images, 3, height, width]`` of any size, without masks: for evaluation."""
         return self([images], chunk=chunk)[0]
 
     def get_intermediate_layers(
         self, images: Tensor, layers: int | Sequence[int] = 1, norm: bool = True
     ) -> list[Features]:
-        """Features after the last ``layers`` blocks, or after the blocks listed, in ascending order."""
+        """Return features after the last ``layers`` blocks, or after the listed blocks in ascending order."""
         depth = len(self.blocks)
         keep = range(depth - layers, depth) if isinstance(layers, int) else sorted(layers)
         if any(not 0 <= index < depth for index in keep):
-            raise ValueError(f"layers {list(keep)} do not all lie within the {depth} blocks of this model")
+            raise ValueError(f"layers {list(keep)} are not all among the {depth} blocks of this model")
         _, kept = self.encode([images], [None], keep=keep)
         layout = self.layout([images])
         views = [layout.views(tokens)[0] for tokens in kept]
         return [self._features(view, self.norm_of_cls) if norm else self._split(view) for view in views]
 
     def _features(self, view: Tensor, prefix_norm: LayerNorm) -> Features:
-        """Normalised features of one size's tokens ``[images, length, dim]``."""
+        """Normalise and split the tokens ``[images, length, dim]`` of one size."""
         if prefix_norm is self.norm:
             return self._split(self.norm(view))
         prefix, patches = prefix_norm(view[:, : self.num_prefix]), self.norm(view[:, self.num_prefix :])

@@ -7,7 +7,7 @@ saves. The libraries' own memory (contexts, communicators, decoders) is an estim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +107,7 @@ def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = T
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
     """
-    sizes = _Sizes.of(config, world_size, on_gpu, bf16, kernels)
+    sizes = _Sizes.of(config, world_size, on_gpu, bf16, implementation)
     parts = [*_states(sizes), *_gathers(sizes), *_activations(sizes), *_prototypes(sizes), *_step(sizes), *_host(sizes)]
     parts += _disk(sizes)
     return Plan(
@@ -145,7 +145,7 @@ class _Sizes:
     masked_rows: int
 
     @classmethod
-    def of(cls, config: Config, world_size: int, on_gpu: bool, bf16: bool, kernels: bool) -> _Sizes:
+    def of(cls, config: Config, world_size: int, on_gpu: bool, bf16: bool, supported: Implementation) -> _Sizes:
         _, accumulation = config.batch_split(world_size)
         part = partition(parameter_shapes(config), config, world_size)
         prefix = 1 + config.model.num_registers
@@ -153,8 +153,8 @@ class _Sizes:
         crops, batch = config.crops, config.data.micro_batch
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
         return cls(
-            config, world_size, on_gpu, kernels, 2 if bf16 else 4, accumulation, part.numel, part.shard_numel,
-            part.flat_numels, part.largest_numel,
+            config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
+            part.numel, part.shard_numel, part.flat_numels, part.largest_numel,
             sum(map(math.prod, block_shapes(config.model).values())),
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def _branches(s: _Sizes) -> tuple[float, float, float]:
     return attention, mlp, 2 * model.dim
 
 
-def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
+def _tiled_blocks(s: _Sizes) -> Iterator[Part]:
     model, engine = s.config.model, s.config.engine
     tokens, item = (s.tokens, "tokens"), (s.item, "B")
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
@@ -309,9 +309,17 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
         yield _part("a factor in 8 bits", "gpu", through, kept, widest, size)
 
 
+    peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
+    chunk = (min(s.config.teacher.chunk or s.images[0], s.images[0]) * s.global_tokens, "tokens of a chunk")
+    yield _part("teacher's block", "gpu", TEACHER, chunk, (peak, "values"), item)
+
+
+_BLOCKS: dict[Implementation, Callable[[_Sizes], Iterator[Part]]] = {"cpu_kernels": _tiled_blocks, "reference": _blocks}
+
+
 def _activations(s: _Sizes) -> Iterator[Part]:
     config, model, through, item = s.config, s.config.model, (LOSS, BACKWARD), (s.item, "B")
-    yield from _blocks_by_kernels(s) if s.by_kernels else _blocks(s)
+    yield from _BLOCKS[s.implementation](s)
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
     yield _part("embedded pixels", "gpu", through, (patches, "patches"), (3 * 3 * model.patch_size**2, "values"), item)
     for name, head, rows, _ in s.heads:
@@ -323,9 +331,6 @@ def _activations(s: _Sizes) -> Iterator[Part]:
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
     yield _part("teacher's stream", "gpu", TEACHER, stream_tokens, (width, "values"), item)
-    peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
-    of_chunk = (0 if s.by_kernels else chunk * s.global_tokens, "tokens of a chunk")
-    yield _part("teacher's block", "gpu", TEACHER, of_chunk, (peak, "values"), item)
 
     crops = config.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2

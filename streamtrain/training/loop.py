@@ -119,7 +119,7 @@ def train(
             log_start_notes(config, launch.world_size)
         planned = plan(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
-            kernels=not runtime.on_gpu and usable(runtime.dtype),
+            implementation="cpu_kernels" if not runtime.on_gpu and is_enabled(runtime.dtype) else "reference",
         )  # fmt: skip
         logger.info(start_summary(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)

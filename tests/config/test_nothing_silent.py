@@ -132,7 +132,7 @@ def blocks(config: Config) -> object:
     runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), Learner(config)
     prepare_blocks(learner, config.engine, runtime)
     block = learner.backbone.blocks[0]
-    return block.kernels, "transform" in vars(block), block.attention.qkv.product.__module__
+    return block.options.implementation, "transform" in vars(block), block.options.linear.__module__
 
 
 def gram(config: Config) -> object:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_backbone import tiny_backbone
 
+from streamtrain.config.model import ModelConfig
 from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, colour_bar, compose, mark, viridis
@@ -19,6 +20,9 @@ from streamtrain.evaluation.maps import (
     principal_components,
     similarity_maps,
 )
+from streamtrain.model.initialise import initialise
+from streamtrain.model.vit import VisionTransformer
+from streamtrain.ops.cpu.build import set_enabled
 
 
 def test_patch_features_lie_where_the_patches_lie() -> None:
@@ -36,28 +40,26 @@ def test_patch_features_lie_where_the_patches_lie() -> None:
     assert divmod(int(difference.argmax()), 7) == (1, 5)
 
 
-def test_attention_of_cls_is_that_of_the_block() -> None:
+def test_attention_of_cls_is_that_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     found = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
     assert found.shape == (2, 3, 5) and (found >= 0).all() and (found.sum((1, 2)) < 1).all()
-    # The block's own result: values of patches shifted by a constant move the output of CLS by attention x constant.
-    block = backbone.model.blocks[-1]
+    # The model's own attention: where the values of patches are 1 and all others 0, the output is the share of patches.
     received: list[torch.Tensor] = []
-    block.attention.proj.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0][0].clone()))
+    attend = F.scaled_dot_product_attention
+
+    def probe(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        of_patches = torch.zeros_like(value)
+        of_patches[:, :, 5:] = 1
+        received.append(attend(query, key, of_patches)[0, :, 0, 0])
+        return attend(query, key, value)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", probe)
     pixels = torch.from_numpy(np.array(image))[None]
     inputs = normalise(pixels, backbone.config.mean, backbone.config.std, torch.float32)
-    tokens = 1 + 4 + 15
-
-    def probe(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        values = output.clone()
-        values[:, 64:] = 0
-        values[5:tokens, 64:] = 1  # patches carry 1, the others 0
-        return values
-
-    block.attention.qkv.register_forward_hook(probe)
     backbone.model.forward_features(inputs)
-    np.testing.assert_allclose(received[0].reshape(2, 16)[:, 0], found.sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(received[-1], found.sum((1, 2)), rtol=1e-5)
 
 
 def test_any_image_becomes_whole_patches() -> None:
@@ -129,3 +131,18 @@ def test_mark_and_page() -> None:
     page = compose("Title", "subtitle", [[Tile(Image.new("RGB", (60, 40), (1, 2, 3)), "a name too long " * 9)] * 2])
     assert ((np.asarray(page) == (1, 2, 3)).all(-1)).sum() == 2 * 60 * 40
     assert colour_bar(-0.25, 1.0, 200, "scale").size == (200, 40)
+
+
+def test_attention_does_not_depend_on_the_cpu_kernels() -> None:
+    """A block whose widths suit the kernels never calls its attention module."""
+    config = ModelConfig.model_validate({"dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8})
+    model = VisionTransformer(config)
+    initialise(model, config, 0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    with_kernels = cls_attention(model, image, (0.5,) * 3, (0.5,) * 3)
+    set_enabled(False)
+    try:
+        without = cls_attention(model, image, (0.5,) * 3, (0.5,) * 3)
+    finally:
+        set_enabled(True)
+    np.testing.assert_allclose(with_kernels, without, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A compiled block computes what the block does."""
+"""A compiled block gives the same results as an eager one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def crops(device: str = "cpu") -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("device", "backend"),
-    # the first captures the graph and its gradient, but makes no kernels, which takes a while
+    # aot_eager captures the graph and its gradient but generates no code, which is slow
     [
         ("cpu", "aot_eager"),
         pytest.param("cpu", "inductor", marks=pytest.mark.slow),
         pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
     ],
 )
-def test_outputs_and_gradients_are_those_of_the_plain_block_and_shapes_are_compiled_once(
+def test_results_equal_those_of_an_eager_block_and_each_shape_is_compiled_once(
     device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, compiled = network(device), network(device)
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_block_and_shapes_are_compi
         for each in (plain, compiled):
             each.zero_grad()
             images, draw = crops(device), torch.Generator(device).manual_seed(seed)
-            # what is masked differs from step to step, how much of it does not
+            # the masked positions change from step to step, their number does not
             rows = torch.arange(0, 85, 9, device=device) + seed
             tokens, _ = each.encode(images, [None, None], draw, rows=rows)
             tokens.square().sum().backward()
@@ -62,19 +62,19 @@ def test_outputs_and_gradients_are_those_of_the_plain_block_and_shapes_are_compi
         for name, parameter in compiled.named_parameters():
             if parameter.grad is not None:
                 torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=name)
-    # the student's block, and its last one; for a chunk and what is left over, of either size, the teacher's block and
-    # its last attention; its last MLP
+    # the student's blocks and its last block; for a whole and a partial chunk of either size, the teacher's blocks and
+    # its last attention branch; its last MLP branch
     assert counters["stats"]["unique_graphs"] == 2 + 2 * 2 * 2 + 1 and not counters["graph_break"]
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> object:
+def _reset() -> object:
     yield
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
 
 
-def test_a_machine_that_cannot_compile_is_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_compile_gives_a_short_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     made = network()

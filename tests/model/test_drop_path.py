@@ -1,4 +1,4 @@
-"""Skipping the dropped images gives what computing and masking them would."""
+"""Skipping the dropped images gives the same result as computing and masking them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamtrain.config.model import ModelConfig
-from streamtrain.model import drop_path
 from streamtrain.model.initialise import initialise
 from streamtrain.model.layers import Block
-from streamtrain.model.layout import Group, Layout
+from streamtrain.model.layout import Group, Layout, draw_drop_path
 from streamtrain.model.rope import Rope
 from streamtrain.model.vit import VisionTransformer
 
@@ -26,7 +25,7 @@ CONFIG = ModelConfig.model_validate({"dim": 16, "num_heads": 2, "num_registers":
 def test_kept_images_equal_the_masked_reference(images: list[int], rate: float, seed: int) -> None:
     layout = Layout(tuple(Group(count, (2, 1 + index)) for index, count in enumerate(images)), 2)
     generator = torch.Generator().manual_seed(seed)
-    (drop,) = drop_path.draw(layout, 1, rate, generator, torch.device("cpu"))
+    (drop,) = draw_drop_path(layout, 1, rate, generator, torch.device("cpu"))
     block = Block(CONFIG).double()
     for parameter in block.parameters():
         parameter.data.normal_(0.0, 0.5, generator=generator)
@@ -46,9 +45,8 @@ def test_kept_images_equal_the_masked_reference(images: list[int], rate: float, 
             assert len(mine) == kept * length
             factor[mine] = group.images / kept
         factors.append(factor)
-    attended = block.attention(block.norm1(tokens), layout, tables) * block.scale1.gamma
-    expected = tokens + factors[0] * attended
-    expected = expected + factors[1] * block.mlp(block.norm2(expected)) * block.scale2.gamma
+    expected = tokens + factors[0] * (block.attend(tokens, layout, tables, None) - tokens)
+    expected = expected + factors[1] * (block.refine(expected, layout, None, None) - expected)
     (expected_grad,) = torch.autograd.grad(expected, tokens, grad)
 
     got = block(tokens, layout, tables, drop)
@@ -56,21 +54,21 @@ def test_kept_images_equal_the_masked_reference(images: list[int], rate: float, 
     torch.testing.assert_close(torch.autograd.grad(got, tokens, grad)[0], expected_grad)
 
 
-def test_every_block_and_branch_draws_its_own_images() -> None:
+def test_every_block_and_branch_draws_different_images() -> None:
     layout = Layout((Group(64, (1, 1)),), 1)
-    drops = drop_path.draw(layout, 3, 0.5, torch.Generator().manual_seed(0), torch.device("cpu"))
+    drops = draw_drop_path(layout, 3, 0.5, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert len({tuple(rows.tolist()) for drop in drops for rows in drop.rows}) == 6
     assert all(drop.layout.groups[0].images == 32 for drop in drops)
 
 
 def test_each_image_is_kept_with_the_same_probability() -> None:
     layout = Layout((Group(10, (1, 1)),), 0)
-    drops = drop_path.draw(layout, 2000, 0.3, torch.Generator().manual_seed(0), torch.device("cpu"))
+    drops = draw_drop_path(layout, 2000, 0.3, torch.Generator().manual_seed(0), torch.device("cpu"))
     share = torch.stack([drop.rows for drop in drops]).flatten().bincount(minlength=10) / 4000
     assert (share - 0.7).abs().max() < 0.03
 
 
-def test_no_generator_or_rate_zero_gathers_nothing() -> None:
+def test_without_a_generator_or_a_rate_nothing_is_dropped() -> None:
     config = CONFIG.model_copy(update={"depth": 1, "patch_size": 2, "drop_path": 0.0})
     model = VisionTransformer(config)
     initialise(model, config, 0)

@@ -1,4 +1,4 @@
-"""Every value comes from a rule, whatever was in memory before and in whatever order names are asked."""
+"""Every initial value follows a rule, regardless of previous memory contents and of the order of names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny() -> Config:
     )
 
 
-def test_nothing_is_left_of_what_storage_held() -> None:
+def test_every_parameter_is_overwritten() -> None:
     config = tiny()
     learner = Learner(config)
     for parameter in learner.parameters():
@@ -75,7 +75,7 @@ def test_a_value_depends_on_name_and_seed_only() -> None:
     assert torch.equal(first, initial_value("blocks.0.mlp.down.weight", (8, 8), config, 0))
 
 
-def test_a_name_without_a_rule_is_an_error() -> None:
+def test_a_name_without_a_rule_raises() -> None:
     with pytest.raises(ValueError, match="parameter 'blocks"):
         initial_value("backbone.blocks.0.mlp.scale", (2,), tiny().model, 0)
 

@@ -1,6 +1,8 @@
-"""The packed backbone against transformers' DINOv3 and against itself under checkpointing and chunking."""
+"""The packed backbone against transformers' DINOv3, and against itself with checkpointing and chunking."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from streamtrain.config.model import ModelConfig
+from streamtrain.model import layers
 from streamtrain.model.initialise import initialise
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.ops.branches import BranchRows
 
 CPU = torch.device("cpu")
 TINY = {"dim": 48, "depth": 3, "num_heads": 3, "patch_size": 4, "num_registers": 2, "drop_path": 0.0}
 
 
 def make(checkpointing: str = "none", groups: int = 1, offload: bool = False, **fields: object) -> VisionTransformer:
-    """A small model whose branches all matter (LayerScale near 1, no zero bias)."""
+    """Return a small model in which all branches matter (LayerScale near 1, no zero bias)."""
     config = ModelConfig.model_validate({**TINY, **fields})
     model = VisionTransformer(config, checkpointing, groups, offload)
     initialise(model, config, seed=0)
@@ -33,7 +37,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 def published(model: VisionTransformer, config: ModelConfig) -> DINOv3ViTModel:
-    """transformers' model with the same weights, mapped here independently of the export."""
+    """Return transformers' model with the same weights, mapped independently of the export."""
     reference = DINOv3ViTModel(
         DINOv3ViTConfig(
             patch_size=config.patch_size,
@@ -153,9 +157,9 @@ def test_chunks_of_images_equal_the_whole(chunk: int) -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(("checkpointing", "groups"), [("selective", 1), ("block", 1), ("selective", 2), ("block", 7)])
-def test_recomputed_gradients_are_those_of_the_plain_pass(checkpointing: str, groups: int, offload: bool) -> None:
+def test_recomputed_gradients_equal_those_without_recomputation(checkpointing: str, groups: int, offload: bool) -> None:
     if offload and checkpointing != "block":
-        pytest.skip("only what is kept between blocks is offloaded")
+        pytest.skip("only the activations between blocks are offloaded")
     gradients = []
     for arguments in (("none",), (checkpointing, groups, offload)):
         model = make(*arguments, drop_path=0.4, rope_rescale=2.0, rope_shift=0.1, rope_jitter=1.5)
@@ -168,12 +172,12 @@ def test_recomputed_gradients_are_those_of_the_plain_pass(checkpointing: str, gr
         if groups == 1:
             assert torch.equal(plain, recomputed)
         else:
-            # sums over images are taken group by group
+            # the order of sums over images differs
             torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
-def kept_bytes(checkpointing: str) -> int:
-    """Bytes that autograd keeps between forward and backward."""
+def saved_bytes(checkpointing: str) -> int:
+    """Return the bytes that autograd saves for the backward."""
     model = make(checkpointing)
     sizes: list[int] = []
 
@@ -186,8 +190,8 @@ def kept_bytes(checkpointing: str) -> int:
     return sum(sizes)
 
 
-def test_more_recomputation_keeps_less() -> None:
-    plain, selective, block = (kept_bytes(mode) for mode in ("none", "selective", "block"))
+def test_more_recomputation_saves_fewer_bytes() -> None:
+    plain, selective, block = (saved_bytes(mode) for mode in ("none", "selective", "block"))
     assert block < 0.3 * selective and selective < 0.8 * plain
 
 
@@ -204,7 +208,7 @@ def test_training_pass_is_a_function_of_its_generator() -> None:
     assert not torch.allclose(first, evaluated)
 
 
-def test_untied_norm_serves_the_local_prefix_in_training_only() -> None:
+def test_untied_norm_applies_to_the_local_prefix_in_training_only() -> None:
     model = make(untied_norms="cls_and_local_cls")
     assert model.local_norm is not None
     crops = [images(2, 3, 32, 32), images(2, 3, 16, 16)]
@@ -218,7 +222,7 @@ def test_untied_norm_serves_the_local_prefix_in_training_only() -> None:
     assert torch.equal(evaluated[1].cls, evaluated_after[1].cls)
 
 
-def test_cls_and_registers_may_have_a_norm_of_their_own() -> None:
+def test_cls_and_registers_can_have_a_separate_norm() -> None:
     tied, untied = make(), make(untied_norms="cls")
     common = {name: value for name, value in untied.state_dict().items() if not name.startswith("cls_norm")}
     tied.load_state_dict(common)
@@ -235,8 +239,8 @@ def test_cls_and_registers_may_have_a_norm_of_their_own() -> None:
             assert torch.equal(after.patches, tied.forward_features(pixels).patches)
 
 
-def wanted_rows(model: VisionTransformer, crops: list[Tensor], seed: int = 3) -> Tensor:
-    """CLS of all, and some patches, two of which more than once."""
+def output_rows(model: VisionTransformer, crops: list[Tensor], seed: int = 3) -> Tensor:
+    """Return the rows of all CLS tokens and of some patches, two of them twice."""
     layout = model.layout(crops)
     patches = torch.randperm(layout.sizes()[0], generator=torch.Generator().manual_seed(seed))[:9]
     return torch.cat([layout.cls_rows(0, CPU), patches, patches[:2], layout.cls_rows(1, CPU)])
@@ -251,17 +255,17 @@ def wanted_rows(model: VisionTransformer, crops: list[Tensor], seed: int = 3) ->
         ("selective", 2, {}),
         ("block", 1, {"mlp": "swiglu", "mlp_hidden": 80}),
         ("block", 3, {}),
-        # wide enough for a CPU's kernels, where it has such
+        # widths that the CPU kernels support
         ("block", 1, {"dim": 64, "num_heads": 2}),
         ("block", 1, {"dim": 64, "num_heads": 2, "mlp": "swiglu", "mlp_hidden": 96}),
     ],
 )
-def test_rows_that_somebody_reads_are_those_of_the_whole_with_the_same_gradients(
+def test_output_rows_and_their_gradients_equal_those_of_the_whole(
     checkpointing: str, groups: int, fields: dict[str, object], drop_rate: float
 ) -> None:
     model = make(checkpointing, groups, drop_path=drop_rate, rope_rescale=2.0, **fields)
     crops = [images(6, 3, 32, 32), images(5, 3, 16, 16, seed=1)]
-    rows = wanted_rows(model, crops)
+    rows = output_rows(model, crops)
     by = images(len(rows), model.norm.normalized_shape[0], seed=4)
     found = []
     for only in (False, True):
@@ -280,10 +284,10 @@ def test_rows_that_somebody_reads_are_those_of_the_whole_with_the_same_gradients
 
 @pytest.mark.parametrize("fields", [{}, {"dim": 64, "num_heads": 2}])
 @pytest.mark.parametrize("chunk", [0, 1, 4])
-def test_a_teacher_gives_the_same_rows_whatever_its_chunk(chunk: int, fields: dict[str, object]) -> None:
+def test_a_teachers_rows_do_not_depend_on_its_chunk(chunk: int, fields: dict[str, object]) -> None:
     model = make(**fields)
     crops = [images(6, 3, 32, 32), images(5, 3, 16, 16, seed=1)]
-    rows = wanted_rows(model, crops)
+    rows = output_rows(model, crops)
     with torch.no_grad():
         whole, _ = model.encode(crops, [None, None])
         tokens, _ = model.encode(crops, [None, None], chunk=chunk, rows=rows)
@@ -291,19 +295,24 @@ def test_a_teacher_gives_the_same_rows_whatever_its_chunk(chunk: int, fields: di
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
-def test_the_last_mlp_computes_no_other_rows(chunk: int) -> None:
+def test_the_last_mlp_computes_no_other_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    seen: list[int] = []
-    for block in model.blocks:
-        block.mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    computed: list[int] = []
+    original = layers.mlp_branch
+
+    def mlp_branch(tokens: Tensor, rows: BranchRows, *arguments: Any) -> Tensor:
+        computed.append(sum(rows.sizes))
+        return original(tokens, rows, *arguments)
+
+    monkeypatch.setattr(layers, "mlp_branch", mlp_branch)
     crops = [images(6, 3, 32, 32), images(5, 3, 16, 16, seed=1)]
-    rows = wanted_rows(model, crops)
+    rows = output_rows(model, crops)
     with torch.no_grad():
         model.encode(crops, [None, None], chunk=chunk, rows=rows)
-    assert sum(seen) == 2 * sum(model.layout(crops).sizes()) + len(rows)
+    assert sum(computed) == 2 * sum(model.layout(crops).sizes()) + len(rows)
 
 
-def test_bf16_pass_is_near_the_fp32_one() -> None:
+def test_a_bf16_pass_is_close_to_fp32() -> None:
     model = make()
     pixels = images(2, 3, 32, 32)
     with torch.no_grad():
@@ -313,12 +322,12 @@ def test_bf16_pass_is_near_the_fp32_one() -> None:
     assert (rough.float() - exact).norm() / exact.norm() < 0.03
 
 
-def test_sizes_that_are_not_whole_patches_are_refused() -> None:
+def test_sizes_that_are_not_whole_patches_raise() -> None:
     with pytest.raises(ValueError, match="30 x 32 pixels"):
         make().forward_features(images(1, 3, 30, 32))
 
 
-def test_blocks_compile_to_one_graph_that_all_of_them_share() -> None:
+def test_all_blocks_share_one_compiled_graph() -> None:
     crops = [images(5, 3, 32, 32), images(4, 3, 16, 16, seed=1)]
     losses = []
     graphs = CompileCounterWithBackend("eager")
@@ -333,5 +342,5 @@ def test_blocks_compile_to_one_graph_that_all_of_them_share() -> None:
             loss.backward()
             losses.append(loss.detach())
     assert graphs.frame_count == 1
-    # attention is compiled in another form than it runs in on a CPU
+    # compiled attention is scaled_dot_product_attention, eager attention on a CPU is not
     torch.testing.assert_close(losses[2:], losses[:2], rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def reference(student: Tensor, teacher: Tensor, chosen: Tensor, level: str, negatives: str) -> Tensor:
-    """Mean over pairs of chosen patches of the squared difference of their cosines."""
+    """Return the mean squared difference of the cosines over pairs of chosen patches."""
     images = [(s[c], t[c]) for s, t, c in zip(student, teacher, chosen, strict=True)]
     if level == "batch":
         images = [(torch.cat([s for s, _ in images]), torch.cat([t for _, t in images]))]
@@ -71,7 +71,7 @@ def test_edges_in_bf16(level: str) -> None:
 
 
 def cubic(distance: float) -> float:
-    """Keys' kernel with a = −0.75."""
+    """Evaluate Keys' cubic kernel with a = −0.75."""
     a, x = -0.75, abs(distance)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1

@@ -1,4 +1,4 @@
-"""The fused cross-entropy against whole logits and autograd in float64."""
+"""The chunked cross-entropy against whole logits and autograd in float64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamtrain.objective.logits import chunk_rows
-from streamtrain.objective.prototypes import PlainWeight, PrototypeTargets, prototype_cross_entropy
+from streamtrain.objective.prototypes import PlainWeight, PrototypeTargets, prototype_cross_entropy, prototype_mass
 from streamtrain.objective.sinkhorn import Assignment, sinkhorn
+from streamtrain.ops.logits import chunk_rows
 
 STUDENT, TEACHER = 0.1, 0.05
 
@@ -60,10 +60,10 @@ def test_value_and_gradients_equal_the_plain_form(
     target = probabilities(teacher, teacher_weight, assignment)
 
     grads, losses = [], []
-    for fused in (True, False):
+    for is_chunked in (True, False):
         student = z.clone().requires_grad_()
         prototypes = weight.clone().requires_grad_()
-        if fused:
+        if is_chunked:
             loss = prototype_cross_entropy(
                 student, prototypes, teacher, teacher_weight, assignment, pair, row_weight, STUDENT, TEACHER, chunk
             )
@@ -103,22 +103,22 @@ def test_error_against_float64(dtype: torch.dtype, tolerance: float) -> None:
         assert (got.grad.double() - want.grad).norm() < tolerance * want.grad.norm()
 
 
-def test_a_target_of_its_own_for_each_row_from_a_wider_teacher() -> None:
+def test_one_target_per_row_from_a_wider_teacher() -> None:
     z, weight = unit(6, 4).requires_grad_(), random(30, 4, seed=1).requires_grad_()
     teacher, teacher_weight = unit(6, 7, seed=2), random(30, 7, seed=3)
     assignment = sinkhorn(teacher, teacher_weight, TEACHER, 3, 8)
     row_weight = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pair = torch.arange(6)[:, None]
     expected = reference(z, weight, probabilities(teacher, teacher_weight, assignment), pair, row_weight)
-    wanted = torch.autograd.grad(expected, (z, weight))
+    expected_gradients = torch.autograd.grad(expected, (z, weight))
     for pairs in (None, pair):
         rest = assignment, pairs, row_weight, STUDENT, TEACHER, 8
         got = prototype_cross_entropy(z, weight, teacher, teacher_weight, *rest)
         torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(torch.autograd.grad(got, (z, weight)), wanted)
+        torch.testing.assert_close(torch.autograd.grad(got, (z, weight)), expected_gradients)
 
 
-def test_weight_zero_rows_and_padding_leave_no_trace() -> None:
+def test_rows_of_weight_zero_and_padding_have_no_gradient() -> None:
     z, weight = unit(6, 4).float().requires_grad_(), random(30, 4, seed=1).float()
     teacher = unit(6, 4, seed=2).float()
     valid = torch.tensor([True, True, True, True, False, False])
@@ -141,7 +141,7 @@ def test_hundredfold_logits_stay_finite() -> None:
     assert weight.grad is not None and weight.grad.isfinite().all()
 
 
-def test_a_weight_that_is_not_gathered_is_noticed() -> None:
+def test_a_weight_that_is_not_gathered_raises() -> None:
     z, weight, empty = unit(2, 4), random(5, 4), random(0, 4)
     assignment = sinkhorn(z, weight, TEACHER, 1, 5)
     rest = torch.zeros(2, 1, dtype=torch.long), torch.ones(2), STUDENT, TEACHER, 5
@@ -150,8 +150,17 @@ def test_a_weight_that_is_not_gathered_is_noticed() -> None:
             prototype_cross_entropy(z, student_weight, z, teacher_weight, assignment, *rest)
 
 
-def test_chunks_keep_to_their_bytes() -> None:
+def test_chunks_respect_their_bytes() -> None:
     assert chunk_rows(2**20, num_rows=100, num_prototypes=65536) == 2**20 // 400 // 64 * 64
     assert chunk_rows(2**20, num_rows=0, num_prototypes=100) == 100
     # never below one tile of a matrix unit
     assert chunk_rows(1, num_rows=10**6, num_prototypes=65536) == 64
+
+
+def test_mass_is_the_mean_softmax_times_the_prototypes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(7, 5, generator=generator), torch.randn(200, 5, generator=generator)
+    # chunks of 64 prototypes
+    mass = prototype_mass(features, PlainWeight(weight), 0.5, chunk_bytes=4 * 7 * 64)
+    expected = (features @ weight.T / 0.5).softmax(1).mean(0) * 200
+    torch.testing.assert_close(mass, expected)

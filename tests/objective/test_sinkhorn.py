@@ -15,7 +15,7 @@ from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhor
 
 
 def reference(logits: Tensor, iterations: int) -> Tensor:
-    """Sinkhorn-Knopp on ``logits / temperature [N, K]`` as in Caron et al. 2020, in float64 logarithms."""
+    """Compute Sinkhorn-Knopp on ``logits / temperature [N, K]`` as in Caron et al. 2020, in float64 logarithms."""
     num_rows, num_prototypes = logits.shape
     log_q = logits.double() - logits.double().flatten().logsumexp(0)
     for _ in range(iterations):
@@ -67,12 +67,12 @@ def test_logits_of_a_hundred_at_the_coldest_temperature_stay_finite_in_fp32() ->
     expected = reference(features.double() @ weight.double().T / 0.04, 3)
     assignment = sinkhorn(features, weight, 0.04, 3, 16)
     got = whole(features, weight, 0.04, assignment)
-    # logits near 2500 leave fp32 three digits behind the point
+    # for logits near 2500 fp32 has three decimal places
     torch.testing.assert_close(got.double(), expected, atol=5e-3, rtol=0.02)
     torch.testing.assert_close(got.sum(1), torch.ones(8), atol=5e-3, rtol=0)
 
 
-def test_rows_that_are_not_valid_take_no_part() -> None:
+def test_invalid_rows_are_ignored() -> None:
     features, weight = random(9, 4), random(20, 4, seed=1)
     valid = torch.tensor([True, False, True, True, False, True, True, True, False])
     got = whole(features, weight, 0.1, sinkhorn(features, weight, 0.1, 3, 7, valid=valid))
@@ -81,7 +81,7 @@ def test_rows_that_are_not_valid_take_no_part() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
-def test_no_valid_row_at_all_gives_an_empty_assignment(num_rows: int) -> None:
+def test_without_a_valid_row_the_assignment_is_empty(num_rows: int) -> None:
     features, weight = random(num_rows, 4, dtype=torch.float32), random(20, 4, seed=1, dtype=torch.float32)
     valid = torch.zeros(num_rows, dtype=torch.bool)
     assignment = sinkhorn(features, weight, 0.04, 3, 7, valid=valid)
@@ -118,7 +118,7 @@ def test_ranks_with_uneven_rows_share_one_assignment(tmp_path: Path) -> None:
 def _share_assignment(rank: int, cases: tuple[tuple[int, int], ...]) -> None:
     for sizes in cases:
         features, weight, start = random(sum(sizes), 4), random(30, 4, seed=1), random(30, seed=2)
-        # rows that every prototype likes less than others by more than an exponential can hold
+        # for every prototype these rows are below the others by more than the range of an exponential
         features[: sizes[0] // 2] *= 60
         mine = features.split(list(sizes))[rank]
         got = whole(mine, weight, 0.06, sinkhorn(mine, weight, 0.06, 3, 8))

@@ -345,7 +345,7 @@ def test_students_and_teachers_compute_by_kernels_where_they_may(
     kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(dim=64)
-    monkeypatch.setattr(_Choice, "wanted", kernels)
+    monkeypatch.setattr(cpu_build._Selection, "enabled", kernels)
     learner, gram = learner_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
     gram.backbone.load_state_dict(learner.backbone.state_dict())
     exact = learner_of(config, 0).double()(batch_of(0).global_crops).patches

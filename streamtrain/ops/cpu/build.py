@@ -1,18 +1,16 @@
-"""The kernels for CPUs: compiled when first needed, then kept in the user's cache.
+"""The CPU kernels: compiled on first use, then kept in the user's cache.
 
-They are for CPUs with AVX-512, and compute in fp32 or, where it has instructions for that, in bf16, which is fast where
-there is a matrix unit beside them (AMX). Elsewhere, and where no compiler is at hand, torch's own operations do the
-same work.
+They need AVX-512 and compute in fp32 or, with AVX512_BF16, in bf16 (fast with AMX). Without these instructions or a
+compiler, the PyTorch implementations run instead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
-import sys
 import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -20,81 +18,86 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from streamtrain.ops.cpu.features import cpu_features
+
+logger = logging.getLogger(__name__)
+
 _FOLDER = Path(__file__).parent
-_WANTED = ("f", "bw", "vl", "dq")
-_FOR_BF16 = (*_WANTED, "bf16")
 # the same on every machine, so that a cache in a shared home serves them all
-_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in _FOR_BF16)]
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma",
+          "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]  # fmt: skip
+_FEATURE = {torch.float32: "avx512", torch.bfloat16: "avx512_bf16"}
 
 
-def able(dtype: torch.dtype) -> bool:
-    """Whether there are kernels that compute in such numbers, and this CPU has the instructions they are made of."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False
-    has, wanted = torch.cpu.get_capabilities(), _FOR_BF16 if dtype == torch.bfloat16 else _WANTED
-    return all(has.get(f"avx512_{part}", False) for part in wanted)
+def is_supported(dtype: torch.dtype) -> bool:
+    """Return whether there are kernels for ``dtype`` and this CPU has the instructions they use."""
+    return _FEATURE.get(dtype) in cpu_features()
 
 
-class _Choice:
-    """Of this process, as torch's number of threads is: the ranks of a run have to agree on it."""
+class _Selection:
+    """State of this process, like torch's number of threads; the ranks of a run agree on it."""
 
-    wanted = True
-
-
-def use(wanted: bool) -> None:
-    """Whether kernels are to be used from now on, where they can be."""
-    _Choice.wanted = wanted
+    enabled = True
 
 
-def usable(dtype: torch.dtype) -> bool:
-    """Whether kernels are wanted, and ``torch.ops.streamtrain`` has those for such numbers."""
-    return _Choice.wanted and found(dtype)
+def set_enabled(enabled: bool) -> None:
+    """Use the kernels from now on, where they are supported, or do not use them."""
+    _Selection.enabled = enabled
+
+
+def is_enabled(dtype: torch.dtype) -> bool:
+    """Return whether the kernels for ``dtype`` are selected and loaded into ``torch.ops.streamtrain``."""
+    return _Selection.enabled and load(dtype)
 
 
 @cache
-def found(dtype: torch.dtype) -> bool:
-    """Whether ``torch.ops.streamtrain`` has kernels for such numbers; compiles them (half a minute) if need be."""
-    if not able(dtype):
+def load(dtype: torch.dtype) -> bool:
+    """Load the kernels for ``dtype`` into ``torch.ops.streamtrain``, compiling them if necessary (half a minute).
+
+    Returns whether they can be used; if the CPU supports them but they cannot be compiled or loaded, a warning is
+    logged.
+    """
+    if not is_supported(dtype):
         return False
     try:
         torch.ops.load_library(_library())
-        # one product, which oneDNN may be without, or have been told to do without (ONEDNN_MAX_CPU_ISA)
+        # one matmul, since oneDNN may lack support for it
         one = torch.zeros(1, 32, dtype=dtype)
         torch.ops.streamtrain.logits(one, one, 1.0, None, torch.empty(1, 1))
-    # a home that nobody knows of, and a file system without locks, are RuntimeErrors
+    # Path.home() without a known home directory and FileLock without lock support raise RuntimeError
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = [line for line in lines if "error" in line or "cannot find" in line] or lines[-1:]
-        warnings.warn(
-            "the CPU kernels cannot be used, so that steps take twice as long, or longer; they need g++ and a "
-            f"folder to write to (TORCH_EXTENSIONS_DIR): {reason[0] if reason else type(error).__name__}",
-            stacklevel=2,
+        logger.warning(
+            "the CPU kernels cannot be used, so steps take at least twice as long; they need g++ and a writable "
+            "folder (TORCH_EXTENSIONS_DIR): %s",
+            reason[0] if reason else type(error).__name__,
         )
         return False
     return True
 
 
 def _library() -> Path:
-    """The compiled library of just these sources and this torch."""
+    """Return the library compiled from exactly these sources, flags and torch version."""
     sources = sorted(_FOLDER.glob("*.cpp"))
     compiler = os.environ.get("CXX", "c++")
     parts = [compiler, *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    # where torch's own would lie; to ask torch would, on a CPU, print that there is no GPU
+    # The folder torch.utils.cpp_extension would choose; asking it would print that a CPU machine has no GPU.
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "streamtrain"
     library = folder / f"kernels-{digest}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    # a lock that ends with its process; the other ranks of this machine wait for the first one
+    # The lock ends with its process. The other ranks of this machine wait for the first one.
     with FileLock(folder / f"kernels-{digest}.lock"):
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                print("compiling the kernels for CPUs: once, half a minute", file=sys.stderr, flush=True)
-                made = Path(temporary) / library.name
-                _compile(compiler, sources, made)
-                os.replace(made, library)
+                logger.info("compiling the CPU kernels: once, about half a minute")
+                compiled = Path(temporary) / library.name
+                _compile(compiler, sources, compiled)
+                os.replace(compiled, library)
     return library
 
 
@@ -108,7 +111,7 @@ def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     def compile_one(source: Path, to: Path) -> None:
         run(f"-I{installed / 'include'}", "-c", source, "-o", to)
 
-    # each in a process of its own, which takes most of a gigabyte
+    # one process per source; each takes most of a gigabyte
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
     run("-shared", *objects, "-o", library, f"-L{installed / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch")

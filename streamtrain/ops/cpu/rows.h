@@ -1,4 +1,4 @@
-// What is done row by row: layer norm, exponentials, GELU; and which rows a branch computes.
+// Operations on rows: layer norm, exponentials, GELU, sums over threads; and the rows that a branch computes.
 #pragma once
 
 #include "tiles.h"
@@ -8,19 +8,19 @@
 
 namespace streamtrain {
 
-// Rows of tokens that a branch computes: all, or those of the images that drop-path keeps.
+// The rows of tokens that a branch computes: all, or the rows of the images that drop-path keeps.
 struct Rows {
   // null: row i is i
   const int64_t* index;
   int64_t count;
-  // what each row's branch counts
+  // factor of each row's branch
   std::vector<float> scale;
 
-  // of tokens ``total``; ``counts`` [rows], if given, are factors of the groups' scales
-  Rows(const std::optional<at::Tensor>& kept, at::IntArrayRef sizes, at::ArrayRef<double> scales,
+  // ``total``: number of tokens; ``counts`` [rows], if given, multiply the groups' scales
+  Rows(const std::optional<at::Tensor>& row_index, at::IntArrayRef sizes, at::ArrayRef<double> scales,
        const std::optional<at::Tensor>& counts, int64_t total)
-      : index(kept ? kept->const_data_ptr<int64_t>() : nullptr) {
-    TORCH_CHECK(sizes.size() == scales.size() && (!kept || kept->is_contiguous()));
+      : index(row_index ? row_index->const_data_ptr<int64_t>() : nullptr) {
+    TORCH_CHECK(sizes.size() == scales.size() && (!row_index || row_index->is_contiguous()));
     for (size_t group = 0; group < sizes.size(); group++) scale.insert(scale.end(), sizes[group], scales[group]);
     count = scale.size();
     if (counts) {
@@ -29,15 +29,15 @@ struct Rows {
       for (int64_t row = 0; row < count; row++) scale[row] *= factors[row];
     }
     TORCH_CHECK(count <= total, count, " rows of ", total);
-    if (!kept) return;
-    TORCH_CHECK(kept->numel() == count && std::is_sorted(index, index + count), "rows must be sorted, and as many as their sizes say");
+    if (!row_index) return;
+    TORCH_CHECK(row_index->numel() == count && std::is_sorted(index, index + count), "rows must be sorted, and as many as their sizes say");
     TORCH_CHECK(!count || (index[0] >= 0 && index[count - 1] < total), "rows beyond the ", total, " that there are");
   }
   int64_t operator[](int64_t at) const { return index ? index[at] : at; }
 
-  // The rows that are not among these, of ``total``, go from one tensor [total, dim] to another as they are.
+  // Copies the other rows of ``from`` [total, dim] to ``to``.
   template <class T>
-  void pass_others(const T* from, int64_t total, int64_t dim, T* to) const {
+  void copy_others(const T* from, int64_t total, int64_t dim, T* to) const {
     if (from == to) return;
     const auto pass = [&](int64_t first, int64_t end) { std::copy(from + first * dim, from + end * dim, to + first * dim); };
     int64_t next = 0;
@@ -65,7 +65,7 @@ const T* in(const at::Tensor& tensor) {
   return tensor.const_data_ptr<T>();
 }
 
-// An operation in either type, by that of its first tensor.
+// Dispatches an operation by the type of its first tensor.
 template <auto of_bf16, auto of_fp32>
 struct ByType;
 
@@ -76,14 +76,14 @@ struct ByType<of_bf16, of_fp32> {
   }
 };
 
-// e^x within 2 units of fp32's last place, inf above its range and 0 below that of its normal numbers; NaN stays NaN
+// e^x within 2 ulp; inf on overflow, 0 where the result would be denormal, and NaN for NaN
 inline __m512 exponential(__m512 x) {
-  // what would be denormal costs a hundred times as much; the comparison holds for NaN, and min returns it
+  // denormals are a hundred times slower; the comparison is true for NaN, and min returns NaN
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
   x = _mm512_min_ps(_mm512_set1_ps(100.f), x);
   const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
   const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // x less its whole powers of two, in two parts, so that nothing is lost of it
+  // subtract the multiple of log 2 in two parts, without rounding error
   __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
   rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
   __m512 sum = _mm512_set1_ps(1.f / 720);
@@ -91,7 +91,7 @@ inline __m512 exponential(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, sum, whole);
 }
 
-// GELU's normal distribution at x, and its density. Abramowitz and Stegun 7.1.26, error below 1e-7.
+// The normal distribution function of GELU at x, and its density. Abramowitz and Stegun 7.1.26, error below 1e-7.
 inline void normal(__m512 x, __m512& distribution, __m512& density) {
   const __m512 one = _mm512_set1_ps(1.f);
   const __m512 size = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.707106781f));
@@ -106,9 +106,8 @@ inline void normal(__m512 x, __m512& distribution, __m512& density) {
   density = _mm512_mul_ps(bell, _mm512_set1_ps(0.39894228f));
 }
 
-// GELU at x and its derivative. For bf16 by polynomials that were fitted for the least largest error up to 4.5, beyond which
-// both are taken to be as there: the factor of x is off by 2e-5 at most, the derivative by 6e-5, where rounding to bf16 moves
-// a number about 1 by 2e-3.
+// GELU at x and its derivative. For bf16 by minimax polynomials up to |x| = 4.5 and constant beyond: the factor of x has an
+// error of at most 2e-5, the derivative 6e-5, while rounding to bf16 changes a value near 1 by 2e-3.
 template <class T>
 [[gnu::always_inline]] inline void gelu(__m512 x, __m512& value, __m512& slope) {
   if constexpr (std::is_same_v<T, float>) {
@@ -117,9 +116,9 @@ template <class T>
     value = _mm512_mul_ps(x, value);
   } else {
     constexpr float END = 4.5f;
-    // bounds come first, so that NaN stays NaN
+    // the bounds are the first operands, so that NaN stays NaN
     const __m512 inside = _mm512_max_ps(_mm512_set1_ps(-END), _mm512_min_ps(_mm512_set1_ps(END), x)), half = _mm512_set1_ps(0.5f);
-    // from -1 to 1: powers of what goes beyond would cancel
+    // scaled to -1..1: powers of larger values would cancel
     const __m512 at = _mm512_fmadd_ps(_mm512_mul_ps(inside, inside), _mm512_set1_ps(2.f / (END * END)), _mm512_set1_ps(-1.f));
     __m512 part = _mm512_set1_ps(4.203340657e-3f), steep = _mm512_set1_ps(-2.472349617e-2f);
     for (const float factor : {-1.003261270e-2f, 1.098118348e-2f, -1.579804827e-2f, 2.814690014e-2f, -4.090368414e-2f,
@@ -133,46 +132,47 @@ template <class T>
   }
 }
 
-// Layer norm of one row; ``mean`` and ``rate`` (1 over the deviation) are kept for the backward.
+// Layer norm of one row; the backward needs ``mean`` and ``inverse_std``.
 template <class T>
 void norm_row(const T* x, const T* weight, const T* bias, float eps, int64_t dim, T* to, float& mean,
-              float& rate) {
+              float& inverse_std) {
   __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, load(x + i));
   mean = _mm512_reduce_add_ps(sum) / dim;
   const __m512 center = _mm512_set1_ps(mean);
   for (int64_t i = 0; i < dim; i += 16) {
-    const __m512 away = _mm512_sub_ps(load(x + i), center);
-    squares = _mm512_fmadd_ps(away, away, squares);
+    const __m512 difference = _mm512_sub_ps(load(x + i), center);
+    squares = _mm512_fmadd_ps(difference, difference, squares);
   }
-  rate = 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / dim + eps);
-  const __m512 factor = _mm512_set1_ps(rate);
+  inverse_std = 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / dim + eps);
+  const __m512 factor = _mm512_set1_ps(inverse_std);
   for (int64_t i = 0; i < dim; i += 16) {
     const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor);
     store(to + i, _mm512_fmadd_ps(unit, load(weight + i), load(bias + i)));
   }
 }
 
-// Its gradient ``by_x`` plus the residual stream's ``passed``, from ``by_norm``; adds to the weight's and the bias'.
+// Backward of the layer norm of one row, from ``grad_norm``: ``grad_x`` includes ``grad_residual``; adds to the gradients of
+// weight and bias.
 template <class T>
-void norm_row_backward(const T* x, const T* weight, float mean, float rate, int64_t dim, const float* by_norm,
-                       const T* passed, T* by_x, float* by_weight, float* by_bias) {
-  const __m512 center = _mm512_set1_ps(mean), factor = _mm512_set1_ps(rate);
+void norm_row_backward(const T* x, const T* weight, float mean, float inverse_std, int64_t dim, const float* grad_norm,
+                       const T* grad_residual, T* grad_x, float* grad_weight, float* grad_bias) {
+  const __m512 center = _mm512_set1_ps(mean), factor = _mm512_set1_ps(inverse_std);
   __m512 sum = _mm512_setzero_ps(), matched = _mm512_setzero_ps();
   for (int64_t i = 0; i < dim; i += 16) {
-    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor), by = _mm512_loadu_ps(by_norm + i);
-    _mm512_storeu_ps(by_weight + i, _mm512_fmadd_ps(by, unit, _mm512_loadu_ps(by_weight + i)));
-    _mm512_storeu_ps(by_bias + i, _mm512_add_ps(by, _mm512_loadu_ps(by_bias + i)));
-    const __m512 by_unit = _mm512_mul_ps(by, load(weight + i));
-    sum = _mm512_add_ps(sum, by_unit);
-    matched = _mm512_fmadd_ps(by_unit, unit, matched);
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor), grad = _mm512_loadu_ps(grad_norm + i);
+    _mm512_storeu_ps(grad_weight + i, _mm512_fmadd_ps(grad, unit, _mm512_loadu_ps(grad_weight + i)));
+    _mm512_storeu_ps(grad_bias + i, _mm512_add_ps(grad, _mm512_loadu_ps(grad_bias + i)));
+    const __m512 grad_unit = _mm512_mul_ps(grad, load(weight + i));
+    sum = _mm512_add_ps(sum, grad_unit);
+    matched = _mm512_fmadd_ps(grad_unit, unit, matched);
   }
   const __m512 level = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / dim), slope = _mm512_set1_ps(_mm512_reduce_add_ps(matched) / dim);
   for (int64_t i = 0; i < dim; i += 16) {
     const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x + i), center), factor);
-    const __m512 by_unit = _mm512_mul_ps(_mm512_loadu_ps(by_norm + i), load(weight + i));
-    const __m512 own = _mm512_sub_ps(_mm512_sub_ps(by_unit, level), _mm512_mul_ps(unit, slope));
-    store(by_x + i, _mm512_fmadd_ps(own, factor, load(passed + i)));
+    const __m512 grad_unit = _mm512_mul_ps(_mm512_loadu_ps(grad_norm + i), load(weight + i));
+    const __m512 own = _mm512_sub_ps(_mm512_sub_ps(grad_unit, level), _mm512_mul_ps(unit, slope));
+    store(grad_x + i, _mm512_fmadd_ps(own, factor, load(grad_residual + i)));
   }
 }
 
@@ -181,7 +181,7 @@ void add_row(float* sum, const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(sum + i, _mm512_add_ps(_mm512_loadu_ps(sum + i), load(row + i)));
 }
 
-// A branch's result on the residual stream: ``to = x + (branch + bias) * gamma * scale`` for ``count`` columns.
+// Adds a branch's result to the residual stream: ``to = x + (branch + bias) * gamma * scale`` for ``count`` columns.
 template <class T>
 void add_branch(const T* x, const float* branch, const T* bias, const T* gamma, float scale, int64_t count,
                        T* to) {
@@ -198,8 +198,8 @@ void scale_row(const T* from, float scale, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += 16) store(to + i, _mm512_mul_ps(load(from + i), factor));
 }
 
-// Sums that several threads have, those of a thread ``size`` after those of the one before: ``own`` are the first one's.
-struct Parts {
+// Sums of several threads in consecutive blocks of ``size``; ``own`` points into the block of the first thread.
+struct ThreadSums {
   int64_t size, threads;
 
   __m512 operator()(const float* own) const {
@@ -207,7 +207,7 @@ struct Parts {
     for (int64_t thread = 1; thread < threads; thread++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(own + thread * size));
     return sum;
   }
-  // all of them, in the place of the first one's
+  // Adds up the blocks of all threads in the first.
   void add_up(float* own) const {
     at::parallel_for(0, size / 16, 1 << 12, [&](int64_t begin, int64_t end) {
       for (int64_t i = 16 * begin; i < 16 * end; i += 16) _mm512_storeu_ps(own + i, (*this)(own + i));
@@ -215,19 +215,19 @@ struct Parts {
   }
 };
 
-// The sums of weights' gradients: panels ``from [columns / PANEL, rows, PANEL]`` as a gradient [rows, columns], each row
-// times ``factor [rows]`` if given; or, transposed, [columns, rows]. ``rows`` and ``columns`` are multiples of 16.
+// Converts a weight's summed panels ``from [columns / PANEL, rows, PANEL]`` to its gradient [rows, columns], each row times
+// ``factor [rows]`` if given; or transposed, [columns, rows]. ``rows`` and ``columns`` are multiples of 16.
 template <class T>
-at::Tensor gradient(const Parts& parts, const float* from, int64_t rows, int64_t columns, const T* factor, bool transposed) {
-  const at::Tensor found = at::empty({transposed ? columns : rows, transposed ? rows : columns}, TYPE<T>);
-  T* to = found.mutable_data_ptr<T>();
+at::Tensor gradient(const ThreadSums& thread_sums, const float* from, int64_t rows, int64_t columns, const T* factor, bool transposed) {
+  const at::Tensor result = at::empty({transposed ? columns : rows, transposed ? rows : columns}, TYPE<T>);
+  T* to = result.mutable_data_ptr<T>();
   at::parallel_for(0, rows / 16, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = 16 * begin; row < 16 * end; row += 16) {
       for (int64_t column = 0; column < columns; column += 16) {
         const int64_t first = column / PANEL * PANEL, width = std::min(PANEL, columns - first);
         const float* place = from + first * rows + row * width + column - first;
         __m512i block[16];
-        for (int i = 0; i < 16; i++) block[i] = _mm512_castps_si512(parts(place + i * width));
+        for (int i = 0; i < 16; i++) block[i] = _mm512_castps_si512(thread_sums(place + i * width));
         if (transposed) transpose_16x16(block);
         for (int i = 0; i < 16; i++) {
           __m512 values = _mm512_castsi512_ps(block[i]);
@@ -237,28 +237,28 @@ at::Tensor gradient(const Parts& parts, const float* from, int64_t rows, int64_t
       }
     }
   });
-  return found;
+  return result;
 }
 
-// Those of a vector's gradient; ``count`` is a multiple of 16.
+// The same for the gradient of a vector; ``count`` is a multiple of 16.
 template <class T>
-at::Tensor gradient(const Parts& parts, const float* from, int64_t count, const T* factor = nullptr) {
-  const at::Tensor found = at::empty({count}, TYPE<T>);
-  T* to = found.mutable_data_ptr<T>();
+at::Tensor gradient(const ThreadSums& thread_sums, const float* from, int64_t count, const T* factor = nullptr) {
+  const at::Tensor result = at::empty({count}, TYPE<T>);
+  T* to = result.mutable_data_ptr<T>();
   for (int64_t i = 0; i < count; i += 16) {
-    const __m512 sum = parts(from + i);
+    const __m512 sum = thread_sums(from + i);
     store(to + i, factor ? _mm512_mul_ps(sum, load(factor + i)) : sum);
   }
-  return found;
+  return result;
 }
 
-// The gradient [rows] by LayerScale's factors. What they multiply is linear in what the last layer, ``weight``
-// [rows, columns] and ``bias``, has summed: panels ``from`` by its rows, ``given`` by its bias.
+// The gradient [rows] of LayerScale's factors. They multiply the result of the last layer, so their gradient follows from the
+// sums for that layer: panels ``from`` for ``weight`` [rows, columns], ``grad_branch`` for ``bias``.
 template <class T>
-at::Tensor gradient_by_scale(const Parts& parts, const float* from, const float* given, const T* weight, const T* bias,
+at::Tensor gradient_by_scale(const ThreadSums& thread_sums, const float* from, const float* grad_branch, const T* weight, const T* bias,
                              int64_t rows, int64_t columns) {
-  const at::Tensor found = at::empty({rows}, TYPE<T>);
-  T* to = found.mutable_data_ptr<T>();
+  const at::Tensor result = at::empty({rows}, TYPE<T>);
+  T* to = result.mutable_data_ptr<T>();
   at::parallel_for(0, rows / 16, 4, [&](int64_t begin, int64_t end) {
     for (int64_t start = 16 * begin; start < 16 * end; start += 16) {
       float sums[16];
@@ -266,17 +266,17 @@ at::Tensor gradient_by_scale(const Parts& parts, const float* from, const float*
         __m512 sum = _mm512_setzero_ps();
         for (int64_t column = 0; column < columns; column += 16) {
           const int64_t first = column / PANEL * PANEL, width = std::min(PANEL, columns - first);
-          sum = _mm512_fmadd_ps(parts(from + first * rows + row * width + column - first), load(weight + row * columns + column), sum);
+          sum = _mm512_fmadd_ps(thread_sums(from + first * rows + row * width + column - first), load(weight + row * columns + column), sum);
         }
         sums[row - start] = _mm512_reduce_add_ps(sum);
       }
-      store(to + start, _mm512_fmadd_ps(parts(given + start), load(bias + start), _mm512_loadu_ps(sums)));
+      store(to + start, _mm512_fmadd_ps(thread_sums(grad_branch + start), load(bias + start), _mm512_loadu_ps(sums)));
     }
   });
-  return found;
+  return result;
 }
 
-// Runs ``work(thread, tile)`` for all tiles, those of a thread always the same ones, so that sums do not depend on chance.
+// Runs ``work(thread, tile)`` for all tiles. Each thread always gets the same tiles, so that sums are deterministic.
 template <class Work>
 void for_tiles(int64_t tiles, int64_t threads, const Work& work) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -1,9 +1,8 @@
-// Matrix products of tiles that lie in a core's cache, and the layouts their factors need.
+// Matmuls of tiles that fit a core's cache, and the layouts of their operands.
 //
-// The product itself is oneDNN's, reached through ATen: factors in bf16, by the matrix unit of the CPU where it has one, or
-// in fp32; its result in fp32. A right factor in bf16 has to have two rows interleaved, [rows / 2][columns][2]; either is
-// cut in panels of PANEL columns, so that what a product reads lies together. Rows that are missing (to a multiple of
-// LINE) are zeros.
+// The matmul is oneDNN's, called through ATen: operands in bf16 (with AMX where available) or fp32, the result in fp32. A bf16
+// right operand has pairs of rows interleaved, [rows / 2][columns][2]. Right operands are stored in panels of PANEL columns, so
+// that a matmul reads contiguous memory. Rows are padded with zeros to a multiple of LINE.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,26 +21,26 @@ namespace streamtrain {
 
 using bf16 = at::BFloat16;
 
-// numbers of a cache line; T is bf16 or float, here and below
+// values per cache line; T is bf16 or float, here and below
 template <class T>
 constexpr int64_t LINE = 64 / sizeof(T);
-// columns of a panel
+// columns per panel
 constexpr int64_t PANEL = 64;
-// terms that a product in fp32 sums up at once: a sum of 4096 one after the other would be three times as rough
+// terms that an fp32 matmul sums sequentially: 4096 in one sum would triple the rounding error
 template <class T>
 constexpr int64_t AT_ONCE = std::is_same_v<T, float> ? 512 : INT64_MAX;
 
-inline int64_t rounded(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// The stride for rows of ``width`` numbers, an odd number of cache lines: of a power of two, a tile's rows would all want
-// the same few places of the cache.
+// The stride for rows of ``width`` values, an odd number of cache lines: with a power of two, a tile's rows would compete for
+// the same few cache sets.
 template <class T>
-int64_t spread(int64_t width) {
+int64_t row_stride(int64_t width) {
   const int64_t lines = (width + LINE<T> - 1) / LINE<T>;
   return LINE<T> * (lines + 1 - lines % 2);
 }
 
-// Memory that each thread keeps from call to call, by name: mapping it anew would cost more than filling it.
+// Memory of each thread that persists between calls, by slot: mapping new memory would cost more than filling it.
 template <class T>
 T* scratch(int slot, int64_t count) {
   struct Free {
@@ -55,7 +54,7 @@ T* scratch(int slot, int64_t count) {
   thread_local Buffer buffers[SLOTS];
   TORCH_INTERNAL_ASSERT(slot < SLOTS);
   Buffer& buffer = buffers[slot];
-  const size_t wanted = std::max<int64_t>(4096, rounded(count * sizeof(T), 4096));
+  const size_t wanted = std::max<int64_t>(4096, round_up(count * sizeof(T), 4096));
   if (buffer.bytes < wanted) {
     buffer.memory.reset();
     buffer.memory.reset(std::aligned_alloc(64, wanted));
@@ -65,9 +64,9 @@ T* scratch(int slot, int64_t count) {
   return static_cast<T*>(buffer.memory.get());
 }
 
-// result [m, n] = (or +=) left [m, k] @ right [k, n], the right one with ``right_width`` columns a row
+// result [m, n] = (or +=) left [m, k] @ right [k, n]; a row of the right operand has ``right_width`` columns
 template <class T>
-void product(int64_t m, int64_t n, int64_t k, const T* left, int64_t left_stride, const T* right, int64_t right_width,
+void matmul(int64_t m, int64_t n, int64_t k, const T* left, int64_t left_stride, const T* right, int64_t right_width,
              float* result, int64_t result_stride, bool add) {
   if (!k && !add)
     for (int64_t row = 0; row < m; row++) std::fill_n(result + row * result_stride, n, 0.f);
@@ -84,7 +83,7 @@ inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
 
 inline __m512 load(const bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw(from)), 16)); }
 
-// 16 numbers as they are stored
+// 16 values in storage format
 template <class T>
 struct Stored {
   using type = __m256i;
@@ -113,12 +112,12 @@ void store(T* to, __m512 values) {
   put(to, narrow<T>(values));
 }
 
-// 16 columns of two rows, interleaved
+// Interleaves 16 columns of two rows.
 inline __m512i interleaved(__m256i first, __m256i second) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
 }
 
-// 16 columns from ``column`` on of two rows of a right factor, which begin at ``to`` and are ``width`` wide.
+// Stores 16 columns from ``column`` of two rows of a right operand; the rows begin at ``to`` and have ``width`` columns.
 inline void put_rows(float* to, int64_t width, int64_t column, __m512 first, __m512 second) {
   put(to + column, first);
   put(to + width + column, second);
@@ -152,8 +151,8 @@ inline void put_rows(bf16* to, int64_t, int64_t column, __m256i first, __m256i s
   std::copy(step, step + 16, rows);
 }
 
-// The right factor ``from [rows, columns]``, columns a multiple of 16, with zeros for rows from ``rows`` to ``padded``.
-inline void as_right(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
+// Packs ``from [rows, columns]`` as a right operand, columns a multiple of 16, with zeros from ``rows`` to ``padded``.
+inline void pack_right(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to) {
   const __m256i zero = _mm256_setzero_si256();
   for (int64_t row = 0; row < padded; row += 2) {
     const bf16 *first = from + row * stride, *second = first + stride;
@@ -162,14 +161,14 @@ inline void as_right(const bf16* from, int64_t stride, int64_t rows, int64_t pad
   }
 }
 
-inline void as_right(const float* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, float* to) {
+inline void pack_right(const float* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, float* to) {
   for (int64_t row = 0; row < rows; row++) std::copy_n(from + row * stride, columns, to + row * columns);
   std::fill(to + rows * columns, to + padded * columns, 0.f);
 }
 
-// The right factor that is ``from [width, depth]`` transposed: ``to [depth][padded]``, ``width`` padded by zeros to
-// ``padded``, a multiple of 16 as ``depth`` is.
-inline void as_right_transposed(const bf16* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, bf16* to) {
+// Packs ``from [width, depth]`` transposed as a right operand ``to [depth][padded]``, with zeros from ``width`` to ``padded``;
+// ``depth`` and ``padded`` are multiples of 16.
+inline void pack_right_transposed(const bf16* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, bf16* to) {
   __m512i block[16];
   for (int64_t column = 0; column < padded; column += 16) {
     for (int64_t row = 0; row < depth; row += 32) {
@@ -183,8 +182,8 @@ inline void as_right_transposed(const bf16* from, int64_t stride, int64_t width,
   }
 }
 
-// ``from [rows, columns]`` transposed: ``to [columns, to_stride]``, zeros from ``rows`` to ``padded``, a multiple of 16 as
-// ``columns`` is.
+// Transposes ``from [rows, columns]`` to ``to [columns, to_stride]``, with zeros from ``rows`` to ``padded``; ``columns`` and
+// ``padded`` are multiples of 16.
 inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, float* to, int64_t to_stride) {
   __m512i block[16];
   for (int64_t column = 0; column < columns; column += 16) {
@@ -197,11 +196,11 @@ inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t p
   }
 }
 
-inline void as_right_transposed(const float* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, float* to) {
+inline void pack_right_transposed(const float* from, int64_t stride, int64_t width, int64_t padded, int64_t depth, float* to) {
   transpose(from, stride, width, padded, depth, to, padded);
 }
 
-// ``padded`` here a multiple of 32.
+// The same in bf16; ``padded`` is a multiple of 32.
 inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, bf16* to, int64_t to_stride) {
   const __m256i zero = _mm256_setzero_si256();
   __m512i block[16];
@@ -218,24 +217,24 @@ inline void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t pa
   }
 }
 
-// The same as a left factor, of the stride spread(padded).
+// Transposes to a left operand with the stride row_stride(padded).
 template <class T>
-void as_left_transposed(const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, T* to) {
-  transpose(from, stride, rows, padded, columns, to, spread<T>(padded));
+void pack_left_transposed(const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, T* to) {
+  transpose(from, stride, rows, padded, columns, to, row_stride<T>(padded));
 }
 
-// A weight [out, in] as the right factor of ``tokens @ weight.T``: panels of ``panel`` output features.
+// Packs a weight [out, in] as the right operand of ``tokens @ weight.T``: panels of ``panel`` output features.
 template <class T>
 void pack_forward(const T* weight, int64_t out, int64_t in, int64_t panel, T* to) {
   at::parallel_for(0, (out + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; index++) {
       const int64_t first = index * panel, width = std::min(panel, out - first);
-      as_right_transposed(weight + first * in, in, width, width, in, to + first * in);
+      pack_right_transposed(weight + first * in, in, width, width, in, to + first * in);
     }
   });
 }
 
-// A weight [out, in] as the right factor of ``gradient @ weight``, each row times ``factor [out]`` if given: panels of
+// Packs a weight [out, in] as the right operand of ``gradient @ weight``, each row times ``factor [out]`` if given: panels of
 // ``panel`` input features.
 template <class T>
 void pack_backward(const T* weight, int64_t out, int64_t in, int64_t panel, const std::type_identity_t<T>* factor, T* to) {
@@ -244,7 +243,7 @@ void pack_backward(const T* weight, int64_t out, int64_t in, int64_t panel, cons
       const int64_t first = index * panel, width = std::min(panel, in - first);
       T* place = to + first * out;
       if (!factor) {
-        as_right(weight + first, in, out, out, width, place);
+        pack_right(weight + first, in, out, out, width, place);
         continue;
       }
       for (int64_t row = 0; row < out; row += 2) {

@@ -1,4 +1,4 @@
-"""The kernels' library: compiled once whoever asks, and not missed where it cannot be."""
+"""The kernels' library: compiled once for all processes, and replaced by PyTorch where it cannot be built."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_kernels import in_each_number, needs_kernels
+from cpu_kernels import needs_kernels
 from ranks import ROOT, run_ranks
 
 from streamtrain.ops.cpu import build
 
-# calls of a compiler: one for each source, and the linking
+# calls of the compiler: one for each source, and one to link
 STEPS = len(list(Path(build.__file__).parent.glob("*.cpp"))) + 1
-USE = "import torch; from streamtrain.ops.cpu.build import usable; print(usable(torch.float32))"
+USE = "import torch; from streamtrain.ops.cpu.build import is_enabled; print(is_enabled(torch.float32))"
+LOG = "from streamtrain.run.logs import configure_logging; configure_logging();"
 TRAIN = """
 import torch
 from streamtrain.config.model import ModelConfig
@@ -49,7 +50,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def compiler(folder: Path, work: str) -> Path:
-    """A program that notes each call of it (its process) in ``calls``, then does ``work``."""
+    """Return a program that appends its process id to the file ``calls``, then does ``work``."""
     script = folder / "compiler"
     script.write_text(f"#!/bin/sh\necho $$ >> {shlex.quote(str(folder / 'calls'))}\n{work}\n")
     script.chmod(0o755)
@@ -62,9 +63,9 @@ def calls(folder: Path) -> list[int]:
 
 
 def copying() -> str:
-    """What a compiler with a cache does: gives the library that it has made before, in a second; also as its parts."""
-    made = shlex.quote(str(build._library()))
-    return f'sleep 1\nwhile [ "$1" != -o ]; do shift; done\ncp {made} "$2"'
+    """Return the work of a compiler with a cache: after a second, copy the finished library to the output."""
+    library = shlex.quote(str(build._library()))
+    return f'sleep 1\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"'
 
 
 @needs_kernels
@@ -76,7 +77,7 @@ def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
 
 
 @needs_kernels
-def test_a_start_killed_while_it_compiles_hinders_no_other(tmp_path: Path) -> None:
+def test_a_process_killed_while_compiling_does_not_block_others(tmp_path: Path) -> None:
     killed = started(USE, tmp_path / "cache", compiler(tmp_path, "exec sleep 60"))
     deadline = time.monotonic() + 60
     while len(calls(tmp_path)) < min(STEPS - 1, os.cpu_count() or 1):
@@ -109,13 +110,11 @@ def no_folder(folder: Path) -> tuple[Path, str]:
     return folder / "file" / "cache", "c++"
 
 
-@in_each_number
-def test_without_the_instructions_in_onednn_there_is_a_warning_too(dtype: torch.dtype) -> None:
-    """It has products in fp32 without them."""
-    code = TRAIN.replace("torch.float32", str(dtype))
-    trained = started(code, build._library().parents[1], os.environ.get("CXX", "c++"), ONEDNN_MAX_CPU_ISA="AVX2")
-    out, err = finished(trained)
-    assert out == "True" and err.count("the CPU kernels cannot be used") == (dtype == torch.bfloat16)
+@pytest.mark.parametrize("limit", [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "avx2"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_limited_to_avx2_uses_no_kernels(dtype: torch.dtype, limit: dict[str, str], tmp_path: Path) -> None:
+    out, err = finished(started(TRAIN.replace("torch.float32", str(dtype)), tmp_path, "/nonexistent", **limit))
+    assert out == "True" and "kernels" not in err and not list(tmp_path.iterdir())
 
 
 @needs_kernels
@@ -124,7 +123,7 @@ def test_without_the_instructions_in_onednn_there_is_a_warning_too(dtype: torch.
     [(no_compiler, "/nonexistent"), (failing_compiler, "no such instruction"),
      (broken_library, "Could not load this library"), (no_folder, "Not a directory")],
 )  # fmt: skip
-def test_without_a_library_there_is_one_warning_and_training_goes_on(
+def test_without_a_library_training_warns_once_and_uses_pytorch(
     trouble: Callable[[Path], tuple[Path, str]], reason: str, tmp_path: Path
 ) -> None:
     out, err = finished(started(TRAIN, *trouble(tmp_path)))
@@ -133,36 +132,37 @@ def test_without_a_library_there_is_one_warning_and_training_goes_on(
 
 
 @needs_kernels
-def test_a_rank_without_kernels_means_a_run_without(tmp_path: Path) -> None:
-    """Sinkhorn's collectives are others with them."""
+def test_no_rank_uses_kernels_unless_all_can(tmp_path: Path) -> None:
+    """Sinkhorn's collectives differ with the kernels."""
     results = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path, "true"], 2)
-    told = [(status, out.split()[-2:]) for status, out, _ in results]
-    assert told == [(0, ["True", "False"]), (0, ["False", "False"])]
+    printed = [(status, out.split()[-2:]) for status, out, _ in results]
+    assert printed == [(0, ["True", "False"]), (0, ["False", "False"])]
     assert "the CPU kernels cannot be used" in results[1][2]
 
 
 @needs_kernels
-def test_the_key_is_obeyed_by_all_that_asks(tmp_path: Path) -> None:
+def test_the_setting_selects_the_kernels(tmp_path: Path) -> None:
     for key, used in (("true", "True"), ("false", "False")):
         ((status, out, _),) = run_ranks([Path(__file__).with_name("unequal_ranks.py"), tmp_path, key], 1)
         assert (status, out.split()[-2:]) == (0, ["True", used])
 
 
-def test_a_cpu_without_the_instructions_neither_compiles_nor_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+def test_a_cpu_without_the_instructions_neither_compiles_nor_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True, "avx512_bf16": True})
-    assert not any(build.found.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert not list(tmp_path.iterdir()) and not recwarn.list
+    monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"avx2"}))
+    assert not any(build.load.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert not list(tmp_path.iterdir()) and not caplog.records
 
 
 @needs_kernels
 @pytest.mark.slow
-def test_the_compiler_of_this_machine_makes_it_from_nothing(tmp_path: Path) -> None:
-    both = [started(USE, tmp_path, os.environ.get("CXX", "c++")) for _ in range(2)]
-    (one, told), (other, told_other) = (finished(process) for process in both)
-    assert one == other == "True"
-    # by the one that compiles, and nothing else by either
-    assert (told + told_other).splitlines() == ["compiling the kernels for CPUs: once, half a minute"]
+def test_the_compiler_of_this_machine_builds_the_library(tmp_path: Path) -> None:
+    both = [started(LOG + USE, tmp_path, os.environ.get("CXX", "c++")) for _ in range(2)]
+    (one, errors), (other, other_errors) = (finished(process) for process in both)
+    assert sorted((one + "\n" + other).splitlines()) == [
+        "True", "True", "compiling the CPU kernels: once, about half a minute"
+    ]  # fmt: skip
+    assert not errors and not other_errors
     assert len(list(tmp_path.rglob("*.so"))) == 1

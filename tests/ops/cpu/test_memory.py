@@ -1,4 +1,4 @@
-"""Freed tensors' memory: who gets it, how much of it stays, and for how long."""
+"""The kernels' allocator: which tensors reuse freed memory, how much it keeps and for how long."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cpu_kernels import needs_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 MB = 2**20
-# what keeps memory does so for a whole process, hence one for each test
+# the allocator is selected for a whole process, so each test starts one
 BEGIN = f"""
 import os, signal, threading, torch
-from streamtrain.ops.cpu.build import usable
-assert usable(torch.float32)
+from streamtrain.ops.cpu.build import is_enabled
+assert is_enabled(torch.float32)
 MB, keep = {MB}, torch.ops.streamtrain.keep_memory
 def make(size):
     return torch.empty(round(size * MB), dtype=torch.uint8)
@@ -23,7 +23,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MB
 """
 CASES = {
-    "the next tensor of the size gets it": """
+    "the next tensor of the same size reuses it": """
 keep(64 * MB)
 first = make(4).fill_(7); place = first.data_ptr(); del first
 assert make(4).data_ptr() == place and make(2.5).data_ptr() == place
@@ -31,7 +31,7 @@ small = make(1.5)
 assert small.data_ptr() != place, "less than half of it"
 assert make(4).data_ptr() == place
 """,
-    "as much stays as is asked for": """
+    "the requested size is kept": """
 keep(300 * MB)
 tensors = [make(50).fill_(1) for _ in range(10)]
 full = resident(); tensors.clear()
@@ -39,7 +39,7 @@ assert 180 < full - resident() < 280, (full, resident())
 keep(0)
 assert full - resident() > 480, (full, resident())
 """,
-    "what nobody wants is given back": """
+    "unused memory is returned": """
 keep(300 * MB)
 unwanted = make(200).fill_(1); full = resident(); del unwanted
 assert resident() > full - 20

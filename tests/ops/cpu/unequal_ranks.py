@@ -1,4 +1,4 @@
-"""FOLDER KEY: what ranks use within a run with engine.cpu_kernels=KEY, of whom the second cannot compile them."""
+"""FOLDER KEY: print whether a rank can and does use kernels with engine.cpu_kernels=KEY; rank 1 cannot compile them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if os.environ["RANK"] == "1":
 
 from streamtrain.config.engine import EngineConfig
 from streamtrain.engine.runtime import Launch, init_process_group
-from streamtrain.ops.cpu.build import found, usable
+from streamtrain.ops.cpu.build import is_enabled, load
 
 with init_process_group(EngineConfig(device="cpu", cpu_kernels=sys.argv[2]), Launch.from_environment()) as runtime:
-    print(found(runtime.dtype), usable(runtime.dtype))
+    print(load(runtime.dtype), is_enabled(runtime.dtype))

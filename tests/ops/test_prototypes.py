@@ -1,4 +1,4 @@
-"""Logits, their sums and the loss by the kernels for CPUs, against float64."""
+"""The CPU kernels of logits, Sinkhorn and the prototype loss against float64."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cpu_kernels import NUMBERS, in_each_number, needs_kernels
+from cpu_kernels import DTYPES, for_each_dtype, needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from joined_processes import run_on_ranks
 from torch import Tensor
 
-from streamtrain.objective import logits as logits_module
-from streamtrain.objective.logits import fused, row_log_sum_exp, scaled_logits
 from streamtrain.objective.prototypes import prototype_cross_entropy
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn
+from streamtrain.ops import logits as logits_module
+from streamtrain.ops.logits import row_log_sum_exp, scaled_logits, uses_kernels
 
 pytestmark = needs_kernels
 
 STUDENT, TEACHER = 0.1, 0.05
-# what is stored in such numbers is off by as much
+# relative rounding error of stored values
 ROUGH = {torch.bfloat16: 5e-3, torch.float32: 5e-6}
 
 
-def unit(*shape: int, seed: int, dtype: torch.dtype = NUMBERS[0] if NUMBERS else torch.float32) -> Tensor:
+def unit(*shape: int, seed: int, dtype: torch.dtype = DTYPES[0] if DTYPES else torch.float32) -> Tensor:
     draw = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(draw, dim=-1).to(dtype)
 
@@ -46,7 +46,7 @@ def distance(got: Tensor, want: Tensor) -> float:
 @given(
     rows=some.integers(0, 300), prototypes=some.integers(1, 400), dim=some.sampled_from([32, 64, 96]),
     threads=some.sampled_from([1, 2]), seed=some.integers(0, 99),
-    dtype=some.sampled_from(NUMBERS or [torch.float32]),
+    dtype=some.sampled_from(DTYPES or [torch.float32]),
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)
 def test_logits_and_their_sums(
@@ -73,8 +73,8 @@ def both_forms(
     features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, pair: Tensor | None, row_weight: Tensor,
     valid: Tensor | None = None, temperature: float = TEACHER,
 ) -> list[list[Tensor]]:  # fmt: skip
-    """Loss and gradients by the kernels, and in float64 chunk by chunk of prototypes."""
-    assert fused((features, weight), (teacher, teacher_weight))
+    """Return loss and gradients of the kernels, and of the chunked PyTorch form in float64."""
+    assert uses_kernels((features, weight), (teacher, teacher_weight))
     assignment = sinkhorn(teacher.double(), teacher_weight.double(), temperature, 3, 64, valid=valid)
     results = []
     for dtype in (features.dtype, torch.float64):
@@ -90,7 +90,7 @@ def both_forms(
 
 
 @pytest.mark.usefixtures("threads")
-@in_each_number
+@for_each_dtype
 @pytest.mark.parametrize("valid_rows", [12, 5, 0])
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("teacher_dim", [32, 64])
@@ -108,7 +108,7 @@ def test_the_loss_and_its_gradients(paired: bool, valid_rows: int, teacher_dim: 
 
 
 @pytest.mark.usefixtures("threads")
-@in_each_number
+@for_each_dtype
 def test_more_rows_than_a_block(dtype: torch.dtype) -> None:
     rows = 600
     factors = [unit(count, 64, seed=i, dtype=dtype) for i, count in enumerate((rows, 200, rows, 200))]
@@ -117,19 +117,19 @@ def test_more_rows_than_a_block(dtype: torch.dtype) -> None:
         assert distance(mine, want) < ROUGH[dtype]
 
 
-@in_each_number
+@for_each_dtype
 def test_logits_of_hundreds_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
     features, weight, teacher = (unit(count, 32, seed=i, dtype=dtype) for i, count in enumerate((6, 70, 6)))
     weight *= 40
     got, expected = both_forms(features, weight, teacher, weight, None, torch.ones(6))
     for mine, want in zip(got, expected, strict=True):
-        # an exponential is off by what its exponent is
+        # the relative error of an exponential is the absolute error of its exponent
         assert distance(mine, want) < max(ROUGH[dtype], 1e-4)
 
 
 @pytest.mark.parametrize("noise", [3.0, 0.5, 0.05])
 @pytest.mark.parametrize("temperature", [0.1, 0.07, 0.04])
-def test_a_student_near_its_teacher_has_exact_gradients_too(noise: float, temperature: float) -> None:
+def test_a_student_near_its_teacher_has_accurate_gradients(noise: float, temperature: float) -> None:
     features, weight = unit(16, 64, seed=0), unit(1024, 64, seed=1)
     other = unit(16, 64, seed=2).double()
     teacher = torch.nn.functional.normalize(features.double() + noise * other, dim=-1).to(features.dtype)
@@ -140,7 +140,7 @@ def test_a_student_near_its_teacher_has_exact_gradients_too(noise: float, temper
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("spoilt", range(4))
-def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None:
+def test_non_finite_inputs_make_the_loss_non_finite(spoilt: int, value: float) -> None:
     tensors = [unit(6, 32, seed=0), unit(70, 32, seed=1), unit(6, 32, seed=2), unit(70, 32, seed=1)]
     tensors[spoilt][2, 3] = value
     for assign in (
@@ -156,10 +156,10 @@ def test_what_is_not_finite_shows_in_the_loss(spoilt: int, value: float) -> None
 @pytest.mark.parametrize("far_below", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("valid_rows", [40, 33, 0])
-def test_sinkhorn_is_that_of_float64(valid_rows: int, scale: float, far_below: bool) -> None:
+def test_sinkhorn_equals_float64(valid_rows: int, scale: float, far_below: bool) -> None:
     features, weight = unit(40, 64, seed=0), scale * unit(500, 64, seed=1)
     if far_below:
-        # of the first row no column's exponential is a number beside the others'
+        # the first row's exponentials vanish beside the others' in every column
         features, weight = features.abs(), weight.abs()
         features[0] *= -1
     valid = torch.arange(40) < valid_rows
@@ -174,7 +174,7 @@ def test_sinkhorn_is_that_of_float64(valid_rows: int, scale: float, far_below: b
     assert distance(assigned(got), assigned(want)) < 1e-4
 
 
-def test_sinkhorn_over_ranks_is_that_of_all_rows_in_one(tmp_path: Path) -> None:
+def test_sinkhorn_over_ranks_equals_one_rank_with_all_rows(tmp_path: Path) -> None:
     run_on_ranks(_sinkhorn_over_ranks, tmp_path)
 
 
@@ -189,14 +189,14 @@ def _sinkhorn_over_ranks(rank: int) -> None:
         assert distance(got.row.exp(), whole.row[mine].exp()) < 1e-4
 
 
-def test_rows_need_not_be_dense() -> None:
+def test_inputs_need_not_be_contiguous() -> None:
     features, weight = unit(6, 32, seed=0), unit(70, 32, seed=1)
     turned = [each.T.contiguous().T for each in (features, weight)]
     assert torch.equal(scaled_logits(*turned, 0.1), scaled_logits(features, weight, 0.1))
     assert torch.equal(row_log_sum_exp(*turned, 0.1, 64), row_log_sum_exp(features, weight, 0.1, 64))
 
 
-def test_rows_that_count_nothing_leave_no_gradient() -> None:
+def test_rows_of_weight_zero_have_no_gradient() -> None:
     features, weight, teacher = unit(4, 32, seed=0), unit(70, 32, seed=1), unit(4, 32, seed=2)
     got, _ = both_forms(features, weight, teacher, weight, None, torch.zeros(4))
     assert not any(bool(each.any()) for each in got)
@@ -208,10 +208,10 @@ def test_no_rows_at_all() -> None:
     assert float(loss) == 0.0 and not any(bool(each.any()) for each in gradients)
 
 
-def test_other_types_shapes_and_devices_keep_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = torch.zeros(3, 32, dtype=NUMBERS[0])
-    assert fused((zeros, zeros))
+def test_other_dtypes_shapes_and_devices_use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros(3, 32, dtype=DTYPES[0])
+    assert uses_kernels((zeros, zeros))
     for other in (zeros.double(), zeros.half(), zeros.to("meta"), zeros[:, :8]):
-        assert not fused((zeros, zeros), (other, other)) and not fused((other, other))
-    monkeypatch.setattr(logits_module, "usable", lambda dtype: False)
-    assert not fused((zeros, zeros))
+        assert not uses_kernels((zeros, zeros), (other, other)) and not uses_kernels((other, other))
+    monkeypatch.setattr(logits_module, "is_enabled", lambda dtype: False)
+    assert not uses_kernels((zeros, zeros))

@@ -1,4 +1,4 @@
-"""KoLeo against its formula in float64, and where the formula has no value."""
+"""KoLeo and the patch losses against their formulas in float64, and where KoLeo's formula has no value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from joined_processes import run_on_ranks
 from torch import Tensor
 
-from streamtrain.objective.koleo import distributed_koleo_loss, koleo_loss
+from streamtrain.objective.feature_losses import cosine_loss, distributed_koleo_loss, koleo_loss, l2_loss
 
 
 def reference(features: Tensor, neighbours: int = 1) -> Tensor:
@@ -27,7 +27,7 @@ def reference(features: Tensor, neighbours: int = 1) -> Tensor:
 
 @settings(max_examples=20, deadline=None)
 @given(batch=st.integers(2, 9), dim=st.integers(2, 12), neighbours=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_value_and_gradient(batch: int, dim: int, neighbours: int, seed: int) -> None:
+def test_koleo_value_and_gradient(batch: int, dim: int, neighbours: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     features = torch.randn(batch, dim, dtype=torch.float64, generator=draw).requires_grad_()
     got, expected = koleo_loss(features, neighbours), reference(features, neighbours)
@@ -58,7 +58,7 @@ def test_groups_on_one_rank(group_size: int) -> None:
 
 
 @pytest.mark.parametrize("group_size", [3, 16])
-def test_groups_that_do_not_divide_the_samples_are_refused(group_size: int) -> None:
+def test_groups_that_do_not_divide_the_samples_raise(group_size: int) -> None:
     with pytest.raises(ValueError, match="do not form KoLeo groups"):
         distributed_koleo_loss(_features(), 1, group_size)
 
@@ -68,15 +68,15 @@ def test_neighbours_over_ranks(tmp_path: Path) -> None:
 
 
 def _neighbours_over_ranks(rank: int) -> None:
-    """Averaged over ranks, loss and gradient are those of all samples in one process."""
+    """Check that loss and gradient, averaged over ranks, equal one process with all samples."""
     for group_size in (0, 8, 4, 2):
         everything = _features().requires_grad_()
         expected = torch.stack([reference(part, 2) for part in everything.split(group_size or 8)]).mean()
-        wanted = torch.autograd.grad(expected, everything)[0].chunk(2)[rank]
+        expected_gradient = torch.autograd.grad(expected, everything)[0].chunk(2)[rank]
         mine = _features().chunk(2)[rank].clone().requires_grad_()
         loss = distributed_koleo_loss(mine, 2, group_size)
         (gradient,) = torch.autograd.grad(loss, mine)
-        torch.testing.assert_close(gradient / 2, wanted)
+        torch.testing.assert_close(gradient / 2, expected_gradient)
         total = loss.detach().clone()
         dist.all_reduce(total)
         torch.testing.assert_close(total / 2, expected.detach())
@@ -84,3 +84,43 @@ def _neighbours_over_ranks(rank: int) -> None:
 
 def _features() -> Tensor:
     return torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def rows(seed: int, count: int = 7) -> Tensor:
+    return torch.randn(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def l2(student: Tensor, teacher: Tensor) -> Tensor:
+    return sum((a - b) ** 2 for a, b in zip(student, teacher, strict=True))  # type: ignore[return-value]
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - student.dot(teacher) / (student.dot(student).sqrt() * teacher.dot(teacher).sqrt())
+
+
+@pytest.mark.parametrize(("loss", "formula"), [(l2_loss, l2), (cosine_loss, cosine)])
+def test_patch_loss_value_and_gradient(loss: object, formula: object) -> None:
+    assert callable(loss) and callable(formula)
+    student, teacher = rows(0).requires_grad_(), rows(1)
+    weight = torch.tensor([0.5, 0.5, 1.0, 0.25, 0.75, 0.0, 0.0], dtype=torch.float64)
+    expected = torch.stack([w * formula(s, t) for w, s, t in zip(weight, student, teacher, strict=True)]).sum()
+    got = loss(student, teacher, weight)
+    torch.testing.assert_close(got, expected)
+    (gradient,) = torch.autograd.grad(got, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
+@pytest.mark.parametrize("loss", [l2_loss, cosine_loss])
+def test_patch_losses_are_finite_in_bf16(loss: object) -> None:
+    assert callable(loss)
+    for student, teacher in (
+        (rows(0), rows(0)),
+        (torch.zeros(3, 6), rows(1, 3)),
+        (rows(0, 0), rows(1, 0)),
+        (1e4 * rows(0), rows(1)),
+    ):
+        student = student.bfloat16().requires_grad_()
+        value = loss(student, teacher.bfloat16(), torch.ones(len(student)))
+        value.backward()
+        assert value.dtype == torch.float32 and value.isfinite()
+        assert student.grad is not None and student.grad.isfinite().all()

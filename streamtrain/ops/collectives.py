@@ -1,4 +1,4 @@
-"""Collectives that do nothing where there is one process."""
+"""Collectives that do nothing in a single process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks of ``group`` (None: all), 1 without a process group."""
+    """Return the number of ranks of ``group`` (None: all), 1 without a process group."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -22,14 +22,14 @@ def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def max_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Maximum in place over the ranks of ``group``."""
+    """Take the maximum in place over the ranks of ``group``."""
     if world_size(group) > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX, group)
     return value
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's ``rows [n, dim]`` (the same n) in the order of ranks, differentiable in all of them."""
+    """Concatenate ``rows [n, dim]`` (the same n) of all ranks in rank order, differentiably."""
     if world_size(group) == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows, group)
@@ -46,7 +46,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        # what the losses of all ranks ask of my rows
+        # the losses of all ranks contribute to the gradient of this rank's rows
         gradient = sum_over_ranks(grad_outputs[0].contiguous(), ctx.group)
         start = dist.get_rank(ctx.group) * ctx.num_rows
         return gradient[start : start + ctx.num_rows], None
