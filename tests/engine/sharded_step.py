@@ -37,9 +37,9 @@ from streamtrain.training.ssl_model import Learner, LossWeights
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.traffic import Traffic
+from benchmarks.collective_traffic import Traffic
 from cpu_kernels import record_kernel_calls
-from reading import RefuseReading
+from host_syncs import ForbidHostSyncs
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -112,7 +112,7 @@ def main() -> None:
             # In the first step the engine compares the traced order of modules between ranks. CPU kernels may read
             # values, and under this mode torch would compile again.
             is_checked = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
-            reading = RefuseReading if is_checked else nullcontext
+            reading = ForbidHostSyncs if is_checked else nullcontext
             with reading():
                 targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
             losses = []
