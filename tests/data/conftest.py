@@ -1,4 +1,4 @@
-"""Small shard sets of drawn images."""
+"""Small shard sets of generated images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamtrain.config.tree import Config
 
 
 def draw_image(number: int, width: int, height: int) -> Image.Image:
-    """A smooth picture that no other number has."""
+    """Return a smooth image that is unique to ``number``."""
     rng = np.random.default_rng(number)
     tiles = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
@@ -26,7 +26,7 @@ def draw_image(number: int, width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 26 pictures of many shapes: mostly RGB JPEGs, and one each grey, CMYK, PNG with alpha, WebP."""
+    """A folder of 26 images of many sizes: 22 RGB JPEGs, one grey and one CMYK JPEG, a PNG with alpha, a WebP."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(22):
         draw_image(number, 40 + 7 * number, 90 - 2 * number).save(folder / f"{number:02}.jpg", quality=90)
@@ -39,7 +39,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def set_path(pictures: Path, tmp_path: Path) -> Path:
-    """A set of its own for the test, of several small shards."""
+    """A shard set of several small shards, private to the test."""
     pack(pictures, tmp_path / "set", PackOptions(shard_bytes=16 << 10))
     return tmp_path / "set"
 
@@ -55,7 +55,7 @@ def config(set_path: Path) -> Config:
 
 
 def damage(set_path: Path, shard: int, sample: int, payload: bytes) -> None:
-    """Overwrite an image in its tar, and make its checksum fit, so that only the decoder can notice."""
+    """Overwrite an image in its tar and update its checksum, so that only the decoder can detect it."""
     import zlib
 
     shard_set = ShardSet.open(set_path)
@@ -71,5 +71,5 @@ def damage(set_path: Path, shard: int, sample: int, payload: bytes) -> None:
 
 @pytest.fixture
 def damage_sample():
-    """The function ``damage``, for tests that spoil their own set."""
+    """The function ``damage``, for tests that damage their own set."""
     return damage

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from streamtrain.config.crops import CropsConfig
-from streamtrain.data.augment import per_view
+from streamtrain.data.augment import expand_to_views
 
 Views = list[npt.NDArray[np.uint8]]
 
@@ -32,8 +32,8 @@ def batches(set_path: Path, crops: CropsConfig, batch_size: int) -> Iterator[Vie
 
 def make_views(image: Image.Image, crops: CropsConfig) -> Views:
     """All views of one image, with the usual chain of Pillow calls."""
-    blur = per_view(crops, crops.blur.global_probability, crops.blur.local_probability)
-    solarize = per_view(crops, crops.solarize.global_probability, 0.0)
+    blur = expand_to_views(crops, crops.blur.global_probability, crops.blur.local_probability)
+    solarize = expand_to_views(crops, crops.solarize.global_probability, 0.0)
     views = []
     for view in range(crops.global_count + crops.local_count):
         is_global = view < crops.global_count
