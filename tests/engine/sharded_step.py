@@ -36,7 +36,7 @@ from streamtrain.training.ssl_model import Learner, LossWeights
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.traffic import Traffic
+from benchmarks.collective_traffic import Traffic
 from cpu_kernels import counted
 from reading import RefuseReading
 
