@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from drawn_images import drawn_image
 
 from shards.format.index import save_index
 from shards.packing.pack import PackOptions, pack
@@ -17,23 +17,16 @@ from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
 
 
-def draw_image(number: int, width: int, height: int) -> Image.Image:
-    """Return a smooth image that is unique to ``number``."""
-    rng = np.random.default_rng(number)
-    tiles = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 26 images of many sizes: 22 RGB JPEGs, one grey and one CMYK JPEG, a PNG with alpha, a WebP."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(22):
-        draw_image(number, 40 + 7 * number, 90 - 2 * number).save(folder / f"{number:02}.jpg", quality=90)
-    draw_image(22, 64, 48).convert("L").save(folder / "22.jpg")
-    draw_image(23, 64, 48).convert("CMYK").save(folder / "23.jpg")
-    draw_image(24, 64, 48).convert("RGBA").save(folder / "24.png")
-    draw_image(25, 64, 48).save(folder / "25.webp")
+        drawn_image(number, 40 + 7 * number, 90 - 2 * number).save(folder / f"{number:02}.jpg", quality=90)
+    drawn_image(22, 64, 48).convert("L").save(folder / "22.jpg")
+    drawn_image(23, 64, 48).convert("CMYK").save(folder / "23.jpg")
+    drawn_image(24, 64, 48).convert("RGBA").save(folder / "24.png")
+    drawn_image(25, 64, 48).save(folder / "25.webp")
     return folder
 
 

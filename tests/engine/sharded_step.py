@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.collective_traffic import Traffic
 from cpu_kernels import counted
-from reading import RefuseReading
+from host_syncs import ForbidHostSyncs
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -111,7 +111,7 @@ def main() -> None:
             # In the first step the engine compares between ranks what it has learnt of the order of things. Kernels of
             # a CPU may look, and what is compiled would be compiled anew.
             watched = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
-            reading = RefuseReading if watched else nullcontext
+            reading = ForbidHostSyncs if watched else nullcontext
             with reading():
                 targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
             losses = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reading import RefuseReading
+from host_syncs import ForbidHostSyncs
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
@@ -125,7 +125,7 @@ def test_what_reads_a_value_is_found(name: str) -> None:
         if name == "assigned" and device == "meta":
             continue
         values = torch.ones(3, device=device)
-        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), RefuseReading():
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), ForbidHostSyncs():
             READERS[name](values)
 
 
@@ -142,7 +142,7 @@ def test_clipping_and_the_optimiser_read_no_value(moments: str, monkeypatch: pyt
         for _, parameter in named:
             parameter.grad = torch.rand(600)
         set_rates(adamw.param_groups, 1e-2, 0.1, last_layer_frozen=False)
-        with RefuseReading() if watched else torch.no_grad():
+        with ForbidHostSyncs() if watched else torch.no_grad():
             clipping.apply((parameter, parameter.grad) for _, parameter in named)
             adamw.divisor = torch.ones(())
             adamw.step()
