@@ -1,4 +1,4 @@
-"""Small images drawn for tests, and shard sets of them."""
+"""Small generated images and shard sets for tests."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from shards.reading.shard_set import ShardSet
 
 
 def drawn_image(number: int, width: int = 40, height: int = 30) -> Image.Image:
-    """An RGB image that no other number has: smooth colours, so that JPEG keeps them small."""
+    """Return an RGB image unique to ``number``, with smooth colours that compress well."""
     coarse = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **settings: object) -> bytes:
-    """An image's bytes in a format that Pillow writes."""
+    """Encode an image in any format that Pillow writes."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
     return buffer.getvalue()
 
 
 def draw_folder(folder: Path, count: int, classes: tuple[str, ...] = ()) -> Path:
-    """Write ``count`` JPEGs of differing sizes, in class folders by turns if there are classes."""
+    """Write ``count`` JPEGs of different sizes, cycling through class folders if ``classes`` are given."""
     for number in range(count):
         parent = folder / classes[number % len(classes)] if classes else folder
         parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def draw_folder(folder: Path, count: int, classes: tuple[str, ...] = ()) -> Path
 
 
 def packed_set(folder: Path, count: int, classes: tuple[str, ...] = (), shard_bytes: int = 20_000) -> ShardSet:
-    """A shard set of drawn images under ``folder``, in several shards."""
+    """Pack generated images into a set of several shards at ``folder/set``."""
     draw_folder(folder / "images", count, classes)
     pack(folder / "images", folder / "set", PackOptions(shard_bytes=shard_bytes))
     return ShardSet.open(folder / "set")

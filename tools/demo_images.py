@@ -1,12 +1,11 @@
-"""How the demo images are drawn: ten classes that differ in shape and texture, and in nothing else.
+"""Draw the demo images: ten classes that differ only in shape and texture.
 
-Every image shows one to three objects of its class on a ground that is printed with the same texture, so
-that nearly every crop shows something of the class. Colours, positions, sizes, rotations, clutter, light
-and noise come from one law for all classes, so the mean colour tells nothing and raw pixels little: what
-tells the classes apart is structure. All images share one palette, since a network that has only minutes
-would otherwise learn to tell images by their colour, the easiest thing that two crops share. Shapes are
-signed distances and textures are functions of the object's own coordinates, so that an image can be drawn
-at any size. NumPy and Pillow only.
+Every image shows one to three objects of its class on a background with a faint print of the same texture, so that
+nearly every crop shows the class. Colours, positions, sizes, rotations, clutter, light and noise have the same
+distribution in all classes, so mean colour and raw pixels carry little information: only structure separates the
+classes. All images share one palette, because in a few minutes of training a network would otherwise learn to match
+crops by colour. Shapes are signed distances and textures are functions of the object's coordinates, so an image can be
+drawn at any size. NumPy and Pillow only.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def cross(x: Field, y: Field) -> Field:
 
 
 def star(x: Field, y: Field) -> Field:
-    """Five points: fold the plane into one fifth, where the edge is a straight line from tip to notch."""
+    """Five-pointed star: fold the plane into one fifth, in which the edge is a straight line from tip to notch."""
     fifth = np.float32(2 * np.pi / 5)
     angle = np.abs((np.arctan2(x, y) + fifth / 2) % fifth - fifth / 2)
     radius = np.hypot(x, y)
@@ -63,7 +62,7 @@ def crescent(x: Field, y: Field) -> Field:
 
 
 def heart(x: Field, y: Field) -> Field:
-    """Two discs over a wedge whose sides touch them (at 41 degrees from upright)."""
+    """Two discs over a wedge whose sides are tangent to them (41 degrees from vertical)."""
     x, y = np.abs(x), y + 0.05
     lobes = np.hypot(x - 0.45, y - 0.4) - 0.52
     wedge = x * np.float32(0.751) - (y + 0.9) * np.float32(0.66)
@@ -83,7 +82,7 @@ def leaf(x: Field, y: Field) -> Field:
 
 
 def _soften(wave: Field) -> Field:
-    """A wave about 0 to a pattern with crisp, not jagged, borders."""
+    """Turn a wave around 0 into a pattern with sharp, antialiased borders."""
     return np.clip(wave * 2.5 + 0.5, 0, 1)
 
 
@@ -121,7 +120,7 @@ def waves(u: Field, v: Field) -> Field:
 
 
 def scales(u: Field, v: Field) -> Field:
-    """Overlapping scales: each row of discs hides the lower part of the one before."""
+    """Overlapping scales: each row of discs covers the lower part of the previous row."""
     row = np.floor(v * 1.3)
     nearest = np.full_like(u, 9.0)
     for step in (1, 0):
@@ -157,14 +156,14 @@ CLASSES: dict[str, tuple[Callable[[Field, Field], Field], Callable[[Field, Field
 
 
 def _ground_colour(rng: np.random.Generator) -> Colour:
-    """A greyish blue of middling lightness."""
+    """Draw a greyish blue of medium lightness."""
     return np.array(
         colorsys.hsv_to_rgb(rng.normal(0.56, 0.03) % 1, rng.uniform(0.15, 0.35), rng.uniform(0.5, 0.7)), np.float32
     )
 
 
 def _inks(rng: np.random.Generator) -> tuple[Colour, Colour]:
-    """A dark blue and a pale yellow, in random order."""
+    """Draw a dark blue and a pale yellow, in random order."""
     dark = colorsys.hsv_to_rgb(rng.normal(0.62, 0.03) % 1, rng.uniform(0.3, 0.5), rng.uniform(0.15, 0.25))
     pale = colorsys.hsv_to_rgb(rng.normal(0.12, 0.02) % 1, rng.uniform(0.05, 0.2), rng.uniform(0.88, 1.0))
     inks = [np.array(ink, np.float32) for ink in (dark, pale)]
@@ -178,7 +177,7 @@ def _smooth_noise(rng: np.random.Generator, cells: int, width: int, height: int)
 
 
 def _ground(rng: np.random.Generator, x: Field, y: Field) -> np.ndarray:
-    """A tilted gradient with clouds and a few plain bits of clutter: [H, W, 3]."""
+    """Draw a tilted gradient with clouds and a few plain clutter shapes: [H, W, 3]."""
     height, width = x.shape
     first, second = _ground_colour(rng), _ground_colour(rng)
     angle = rng.uniform(0, 2 * np.pi)
@@ -200,8 +199,8 @@ def _ground(rng: np.random.Generator, x: Field, y: Field) -> np.ndarray:
     return image
 
 
-def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centre and size of each object; several are smaller, and kept apart as far as eight draws allow."""
+def _place_objects(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Draw centre and size of each object; several objects are smaller and kept apart if eight draws allow."""
     largest = {1: 0.8, 2: 0.62, 3: 0.5}[count]
     placed: list[tuple[float, float, float]] = []
     for _ in range(count):
@@ -212,18 +211,18 @@ def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, flo
             min((np.hypot(cx - px, cy - py) - size - other for px, py, other in placed), default=1.0)
             for cx, cy in draws
         ]
-        chosen = int(np.argmax(np.asarray(gaps) > 0)) if max(gaps) > 0 else int(np.argmax(gaps))
-        placed.append((float(draws[chosen][0]), float(draws[chosen][1]), float(size)))
+        best = int(np.argmax(np.asarray(gaps) > 0)) if max(gaps) > 0 else int(np.argmax(gaps))
+        placed.append((float(draws[best][0]), float(draws[best][1]), float(size)))
     return placed
 
 
-def _turned(x: Field, y: Field, turn: float, stretch: float) -> tuple[Field, Field]:
+def _rotate(x: Field, y: Field, turn: float, stretch: float) -> tuple[Field, Field]:
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     return (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
 
 
 def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """One image of the class ``name``: uint8 [height, width, 3]."""
+    """Draw one image of the class ``name``: uint8 [height, width, 3]."""
     shape, texture = CLASSES[name]
     half = min(width, height) / 2
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -231,26 +230,26 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     image = _ground(rng, x, y)
     light = rng.uniform(0, 2 * np.pi)
     fills = _inks(rng)
-    # Of the texture, in image coordinates: structure has the same scale in all classes.
+    # texture period in image coordinates: the same scale in all classes
     period = rng.uniform(0.3, 0.42)
-    # a print of the texture on the ground: a crop that misses the object belongs to its class too
-    u, v = _turned(x, y, rng.uniform(0, 2 * np.pi), 1.0)
+    # print the texture on the background: a crop without the object still shows the class
+    u, v = _rotate(x, y, rng.uniform(0, 2 * np.pi), 1.0)
     offset = rng.uniform(-9, 9, 2)
     printed = texture(u / period + offset[0], v / period + offset[1]) - 0.5
     image += (rng.uniform(0.3, 0.5) * printed)[..., None]
-    for cx, cy, size in _place(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
+    for cx, cy, size in _place_objects(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
-        shadow_u, shadow_v = _turned(
+        shadow_u, shadow_v = _rotate(
             x - cx + 0.05 * np.cos(light), y - cy + 0.05 * np.sin(light), turn, stretch
         )
         shadow = np.clip(0.5 - shape(shadow_u / size, shadow_v / size) * size / 0.12, 0, 1)
         image *= (1 - 0.45 * shadow)[..., None]
-        u, v = _turned(x - cx, y - cy, turn, stretch)
+        u, v = _rotate(x - cx, y - cy, turn, stretch)
         distance = shape(u / size, v / size) * size
         shift = rng.uniform(-0.5, 0.5, 2) if texture is not rays else (0.0, 0.0)
         pattern = texture(u / period + shift[0], v / period + shift[1])
         fill = fills[0] + pattern[..., None] * (fills[1] - fills[0])
-        # A touch of form: lighter towards the light, darker along the rim.
+        # shading: brighter towards the light, darker along the edge
         shade = 1 + 0.18 * (((x - cx) * np.cos(light) + (y - cy) * np.sin(light)) / size)
         shade = shade * (0.72 + 0.28 * np.clip(-distance / 0.05, 0, 1))
         cover = np.clip(0.5 - distance * half, 0, 1)

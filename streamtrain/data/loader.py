@@ -1,8 +1,8 @@
 """The endless stream of micro-batches: shard source → DALI → ``Batch`` on the compute device.
 
-A background thread keeps DALI fed and puts finished batches into a short queue; the consumer only takes them. The
-thread has no state but the next slot: everything about a sample follows from (seed, slot), so starting at another slot,
-on other ranks or after a rebuilt pipeline repeats the same pixels.
+A background thread feeds DALI and puts finished batches into a short queue. Its only state is the next slot: every
+sample is a pure function of (seed, slot), so the pixels do not depend on the start slot, the number of ranks or a
+rebuilt pipeline.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
 from shards.reading.source import Source
 from streamtrain.config.tree import Config
+from streamtrain.data.augment import SizeSchedule
 from streamtrain.data.batch import Batch
-from streamtrain.data.producer import Finished, Producer
-from streamtrain.data.sizes import SizeChoice
-from streamtrain.data.stream import identity_of, open_cache, order_of
+from streamtrain.data.producer import PendingBatch, Producer
+from streamtrain.data.stream import build_order, open_cache, stream_identity
 
 
 def micro_batch_slots(
     start_slot: int, global_batch: int, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """The slots int64 [micro_batch] of each of a rank's micro-batches, forever.
+    """Yield the slots int64 [micro_batch] of a rank's micro-batches, endlessly.
 
-    Every step takes the next ``global_batch`` slots; each rank has a contiguous part, cut into micro-batches.
+    Every step consumes the next ``global_batch`` slots; each rank takes a contiguous part in micro-batches.
     """
     share = global_batch // world_size
     for step in itertools.count():
@@ -46,11 +46,11 @@ def micro_batch_slots(
 
 
 class Loader:
-    """Iterator over a rank's micro-batches, forever; a context manager.
+    """Endless iterator over a rank's micro-batches; a context manager.
 
     Attributes:
-        wait_seconds: time the consumer has waited for batches since it got the first one.
-        seconds: all time since then, up to the latest batch; ``wait_seconds / seconds`` is the share lost to data.
+        wait_seconds: time the consumer has waited for batches after the first.
+        seconds: time from the first batch to the latest; ``wait_seconds / seconds`` is the share spent waiting.
     """
 
     def __init__(
@@ -70,28 +70,28 @@ class Loader:
         """Start reading at ``start_slot``.
 
         Args:
-            end_slot: where the run ends; nothing that is read only later is copied to the cache.
-            quarantine: takes note of images that cannot be used, which others then stand in for; without one, the
-                first such image ends the stream.
-            lane_block: of a resumed stream, from its state; a new one fits it to the global batch.
-            local_world_size: ranks that share this machine's cores.
+            end_slot: end of the run, after which no shard is copied to the cache; None for an endless stream.
+            quarantine: log of unusable images, which are replaced by others; without one, the first unusable image
+                raises.
+            lane_block: value from the saved state of a resumed stream; None derives it from the global batch.
+            local_world_size: number of ranks that share this machine's cores.
 
         Raises:
-            ShardError: a set holds no samples, or its weight in a mixture is too small.
+            ShardError: a set has no samples, or its weight in a mixture is too small.
             ValueError: micro-batch x ranks does not divide the global batch.
         """
         global_batch, _ = config.batch_split(world_size)
-        order = order_of(config, shard_set, world_size, lane_block)
+        order = build_order(config, shard_set, world_size, lane_block)
         slots = micro_batch_slots(start_slot, global_batch, config.data.micro_batch, rank, world_size)
-        self._identity = identity_of(shard_set, order)
+        self._identity = stream_identity(shard_set, order)
         self.wait_seconds = 0.0
         self.seconds = 0.0
         self._first_at: float | None = None
-        # side in pixels of the latest global crops, where it changes from step to step
+        # side of the latest global crops in pixels, if several sizes alternate
         self._size: int | None = None
-        self._several_sizes = len(config.crop_sizes) > 1
+        self._has_several_sizes = len(config.crop_sizes) > 1
         self._failure: BaseException | None = None
-        self._ready: queue.Queue[Finished | BaseException] = queue.Queue(maxsize=1)
+        self._ready: queue.Queue[PendingBatch | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
         threads = config.data.decode_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
         self._cache = open_cache(
@@ -108,9 +108,9 @@ class Loader:
             on_read=None if self._cache is None else self._cache.mark_consumed,
         )
         self._quarantine, self._source = quarantine, source
-        choice = SizeChoice(config, global_batch, start_slot)
-        producer = Producer(source, slots, config, torch.device(device), choice, start_slot, threads)
-        # the thread knows nothing of the loader, so that a forgotten loader is collected and stops it
+        schedule = SizeSchedule(config, global_batch, start_slot)
+        producer = Producer(source, slots, config, torch.device(device), schedule, start_slot, threads)
+        # the thread holds no reference to the loader, so an unreferenced loader is collected and stops the thread
         thread = threading.Thread(target=_produce, args=(producer, self._ready, stop), name="loader", daemon=True)
         self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop, self._cache)
         thread.start()
@@ -119,11 +119,11 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch.
+        """Return the next micro-batch.
 
         Raises:
-            SampleError: an image cannot be read or decoded, and there is no quarantine; names shard, index and key.
-            ShardError: far too many images cannot be used.
+            SampleError: an image cannot be read or decoded and there is no quarantine; names shard, index and key.
+            ShardError: too many images are unusable.
         """
         if self._failure is not None:
             raise self._failure
@@ -140,24 +140,21 @@ class Loader:
         else:
             self.wait_seconds += now - asked_at
             self.seconds = now - self._first_at
-        batch = item.claim()
-        if self._several_sizes:
+        batch = item.wait()
+        if self._has_several_sizes:
             self._size = batch.global_crops.shape[1]
         return batch
 
     def state_dict(self, next_slot: int) -> dict[str, Any]:
-        """What a checkpoint keeps: the stream's identity and the first slot not yet consumed by any rank.
+        """Return the state for a checkpoint: the stream's identity and the first slot not yet consumed by any rank.
 
-        ``quarantine`` is how many images this process found unusable; the log itself stays in the run folder.
+        ``quarantine`` is the number of unusable images in this process; the log itself stays in the run directory.
         """
         unusable = self._quarantine.num_entries if self._quarantine is not None else 0
         return {**self._identity, "next_slot": next_slot, "quarantine": unusable}
 
     def scalars(self) -> dict[str, float]:
-        """Running counts of this rank, under the tags that they are logged by; of a remote set also its traffic.
-
-        Where several sizes of crops alternate, also that of the latest global crops, in pixels.
-        """
+        """Return this rank's running counts by metric tag, and the latest global crop size if several alternate."""
         scalars = {} if self._size is None else {"data/global_size": float(self._size)}
         if self._quarantine is not None:
             scalars["data/quarantined"] = float(self._quarantine.num_entries)
@@ -169,10 +166,10 @@ class Loader:
             scalars["data/cache_hit_share"] = self._cache.hits / opened
         return scalars
 
-    def names(self, slots: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Which image stood at each slot, for people: slot, shard (name of the tar), index in it and WebDataset key.
+    def describe_samples(self, slots: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return slot, shard (tar name), index in the shard and WebDataset key of the image at each slot.
 
-        Reads a little of the shards, for the keys.
+        Reads the keys from the shards.
         """
         shard_set = self._source.shard_set
         return [
@@ -181,7 +178,7 @@ class Loader:
         ]
 
     def close(self) -> None:
-        """Stop the thread, the readers and DALI; may be called twice."""
+        """Stop the thread, the readers and DALI; idempotent."""
         self._shut_down()
 
     def __enter__(self) -> Loader:
@@ -191,8 +188,8 @@ class Loader:
         self.close()
 
 
-def _produce(producer: Producer, ready: queue.Queue[Finished | BaseException], stop: threading.Event) -> None:
-    """The thread: fill the queue until told to stop; a failure is the last item."""
+def _produce(producer: Producer, ready: queue.Queue[PendingBatch | BaseException], stop: threading.Event) -> None:
+    """Fill the queue until ``stop`` is set; an exception is put as the last item."""
     batches = producer.batches()
     try:
         while not stop.is_set():
@@ -200,21 +197,21 @@ def _produce(producer: Producer, ready: queue.Queue[Finished | BaseException], s
     except BaseException as error:
         ready.put(error)
     finally:
-        # DALI's threads end here, with the pipeline that the generator holds
+        # ends DALI's threads, since the generator holds the pipeline
         batches.close()
 
 
 def _shut_down(
     thread: threading.Thread,
-    ready: queue.Queue[Finished | BaseException],
+    ready: queue.Queue[PendingBatch | BaseException],
     stop: threading.Event,
     cache: ShardCache | None,
 ) -> None:
     stop.set()
     if cache is not None:
-        cache.close()  # first, since readers may be waiting for a shard
+        cache.close()  # first: readers may be waiting for a shard
     while thread.is_alive():
-        # the thread may be waiting for room in the queue
+        # make room: the thread may be blocked on a full queue
         try:
             ready.get_nowait()
         except queue.Empty:

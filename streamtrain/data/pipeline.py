@@ -1,8 +1,8 @@
-"""The DALI graph: encoded images in, and out come their crops (on a GPU) or the decoded images (on a CPU).
+"""The DALI graph: encoded images in, crops (on a GPU) or decoded images (on a CPU) out.
 
-DALI draws nothing itself: every parameter is an input, so a rebuilt pipeline repeats its batches bit for bit. An
-image is decoded once; a flip is a crop box whose left and right are exchanged, which costs nothing. The decoder
-applies the EXIF orientation, and the sizes in the index are those of the upright image.
+DALI draws no random numbers: every parameter is an input, so a rebuilt pipeline repeats its batches bit for bit. Each
+image is decoded once. A flip is a crop box with left and right exchanged, at no cost. The decoder applies the EXIF
+orientation, and the index stores the sizes of upright images.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from streamtrain.data.augment import ViewParameters
 
 Device = Literal["cpu", "gpu"]
 
-class CropPipeline:
-    """Feeds batches into the graph and takes their crops or images out, in order.
 
-    Before the first are taken, exactly ``prefetch`` batches must have been fed; from then on one for each
-    taken. After an error the object is dead, as DALI's pipelines are: make another and feed it again.
+class CropPipeline:
+    """A queue of batches through the DALI graph, first in, first out.
+
+    Feed exactly ``prefetch`` batches before taking the first; from then on, feed one for each batch taken. After an
+    error a DALI pipeline cannot be used again: build a new one and feed it the same batches.
     """
 
     def __init__(
@@ -43,15 +44,15 @@ class CropPipeline:
         """Build the graph.
 
         Args:
-            sizes: all that the batches may have.
-            device_id: the GPU's number; None for ``device="cpu"``.
-            threads: DALI's own.
-            cropping: whether crops come out, or the images.
+            sizes: all crop sizes that batches may have.
+            device_id: index of the GPU; None for ``device="cpu"``.
+            threads: number of DALI threads.
+            cropping: whether to output crops; otherwise the decoded images.
         """
         self._cropping, self._batch_size = cropping, batch_size
-        self._sized = cropping and len(sizes) > 1
-        self._to_start = prefetch
-        self._pipeline: Pipeline = _graph(
+        self._has_size_inputs = cropping and len(sizes) > 1
+        self._num_unscheduled = prefetch
+        self._pipeline: Pipeline = _build_graph(
             crops,
             device,
             cropping,
@@ -64,26 +65,26 @@ class CropPipeline:
         self._pipeline.build()
 
     def feed(self, payloads: Sequence[npt.NDArray[np.uint8]], views: ViewParameters, sizes: CropSizes) -> None:
-        """Give work on B encoded images (uint8 [num_bytes] each) that become crops of ``sizes``; returns at once."""
+        """Queue B encoded images (uint8 [num_bytes] each) to be cropped to ``sizes``; return immediately."""
         self._pipeline.feed_input("payload", list(payloads))
         if self._cropping:
-            roi_start, roi_end = _flipped_boxes(views)
+            roi_start, roi_end = _exchange_flipped_sides(views)
             self._pipeline.feed_input("roi_start", roi_start)
             self._pipeline.feed_input("roi_end", roi_end)
-        if self._sized:
+        if self._has_size_inputs:
             for name, size in asdict(sizes).items():
                 if size:
                     self._pipeline.feed_input(name, np.full((self._batch_size, 2), size, np.float32))
-        # DALI's first run takes as many batches as it prefetches, and fails on one that is not there yet
-        self._to_start = max(0, self._to_start - 1)
-        if self._to_start == 0:
+        # DALI's first run consumes all prefetched batches and fails if one is missing
+        self._num_unscheduled = max(0, self._num_unscheduled - 1)
+        if self._num_unscheduled == 0:
             self._pipeline.schedule_run()
 
     def take(self, cuda_stream: torch.cuda.Stream | None = None) -> list[Any]:
-        """What has become of the oldest batch fed and not yet taken: DALI ``TensorList``s of uint8.
+        """Return the output of the oldest batch in the queue as DALI ``TensorList``s of uint8.
 
-        With ``cropping`` one a view, [B, size, size, 3], the Gram teacher's last; else one of the images, B times
-        [height, width, 3]. They are bound to ``cuda_stream`` where one is given, and valid until ``release``.
+        With ``cropping``, one list per view, [B, size, size, 3], the Gram teacher's views last; else one list of B
+        images [height, width, 3]. They are ordered on ``cuda_stream`` if given, and valid until ``release``.
 
         Raises:
             RuntimeError: an image of the batch could not be decoded.
@@ -91,11 +92,11 @@ class CropPipeline:
         return list(self._pipeline.share_outputs(cuda_stream))
 
     def release(self) -> None:
-        """Give the buffers taken last back to DALI."""
+        """Return the buffers of the last ``take`` to DALI."""
         self._pipeline.release_outputs()
 
 
-def _flipped_boxes(views: ViewParameters) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _exchange_flipped_sides(views: ViewParameters) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     flipped = views.mirror.astype(bool)
     roi_start, roi_end = views.roi_start.copy(), views.roi_end.copy()
     roi_start[flipped, 1], roi_end[flipped, 1] = views.roi_end[flipped, 1], views.roi_start[flipped, 1]
@@ -103,22 +104,22 @@ def _flipped_boxes(views: ViewParameters) -> tuple[npt.NDArray[np.float32], npt.
 
 
 @pipeline_def
-def _graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[CropSizes, ...]) -> tuple[Any, ...]:
+def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[CropSizes, ...]) -> tuple[Any, ...]:
     payload = fn.external_source(name="payload", dtype=types.UINT8, ndim=1)
     image = fn.decoders.image(payload, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
     if not cropping:
         return (image,)
     roi_start = fn.external_source(name="roi_start", dtype=types.FLOAT, ndim=2)
     roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=2)
-    of_kind = {
-        # several sizes alternate as an input; a single one is part of the graph
+    size_inputs = {
+        # one size is a constant of the graph; several sizes alternate through an input
         name: [size, size] if len(sizes) == 1 else fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
         for name, size in asdict(sizes[0]).items()
         if size
     }
-    of_global = [(view, of_kind["global_size"]) for view in range(crops.global_count)]
-    of_local = [(crops.global_count + view, of_kind["local_size"]) for view in range(crops.local_count)]
-    of_gram = [(view, of_kind["gram_size"]) for view in range(crops.global_count) if "gram_size" in of_kind]
+    global_views = [(view, size_inputs["global_size"]) for view in range(crops.global_count)]
+    local_views = [(crops.global_count + view, size_inputs["local_size"]) for view in range(crops.local_count)]
+    gram_views = [(view, size_inputs["gram_size"]) for view in range(crops.global_count) if "gram_size" in size_inputs]
     return tuple(
         fn.resize(
             image,
@@ -129,13 +130,13 @@ def _graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[Crop
             interp_type=types.INTERP_CUBIC,
             antialias=True,
         )
-        for view, size in (*of_global, *of_local, *of_gram)
+        for view, size in (*global_views, *local_views, *gram_views)
     )
 
 
-def undecodable(payload: npt.NDArray[np.uint8]) -> str | None:
-    """Why DALI cannot decode one encoded image uint8 [num_bytes], or None if it can; slow, for finding culprits."""
-    # its own small world: a pipeline would be dead after the first failure
+def find_decode_error(payload: npt.NDArray[np.uint8]) -> str | None:
+    """Return why DALI cannot decode an encoded image uint8 [num_bytes], or None if it can. Slow; for failed batches."""
+    # the dynamic mode survives a failure, unlike a pipeline
     from nvidia.dali.experimental import dynamic
 
     if len(payload) == 0:
@@ -143,6 +144,6 @@ def undecodable(payload: npt.NDArray[np.uint8]) -> str | None:
     try:
         dynamic.decoders.image(dynamic.tensor(payload), device="cpu", output_type=types.RGB).evaluate()
     except RuntimeError:
-        # what DALI says here names no cause, the decoder's own words go to stderr
+        # DALI's exception names no cause; the decoder prints its own message to stderr
         return "cannot be decoded; it is damaged or of an unknown format"
     return None

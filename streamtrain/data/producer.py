@@ -1,4 +1,4 @@
-"""What the loader's thread does: samples → DALI → finished batches, and what to do when an image does not decode."""
+"""The work of the loader's thread: read samples, run DALI, assemble batches, replace images that do not decode."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from shards.reading.source import Samples, Source
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
-from streamtrain.data.augment import ViewParameters, draw_views
+from streamtrain.data.augment import SizeSchedule, ViewParameters, draw_views
 from streamtrain.data.batch import Batch, Masks
-from streamtrain.data.masking import MaskParameters, draw_masks, every_patch, rasterise
-from streamtrain.data.pipeline import CropPipeline, undecodable
-from streamtrain.data.sizes import SizeChoice
-from streamtrain.data.views import CpuViews, finish
+from streamtrain.data.masking import MaskParameters, draw_masks, rasterise, select_every_patch
+from streamtrain.data.pipeline import CropPipeline, find_decode_error
+from streamtrain.data.views import CpuViewMaker, recolor_views
 
 
 @dataclass
-class Finished:
-    """A batch that may still be under way on the loader's CUDA stream."""
+class PendingBatch:
+    """A batch whose kernels may still be running on the loader's CUDA stream."""
 
     batch: Batch
     event: torch.cuda.Event | None
 
-    def claim(self) -> Batch:
-        """The batch, safe to use on the caller's current stream."""
+    def wait(self) -> Batch:
+        """Return the batch, ordered before later work on the caller's current stream."""
         if self.event is not None:
             stream = torch.cuda.current_stream(self.batch.global_crops.device)
             stream.wait_event(self.event)
@@ -41,8 +40,8 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class _InFlight:
-    """A batch that DALI has been given: enough to feed it again, and to name its samples."""
+class _QueuedBatch:
+    """A batch in DALI's queue, kept to feed it again after a failure and to name its samples."""
 
     samples: Samples
     views: ViewParameters
@@ -51,7 +50,7 @@ class _InFlight:
 
 
 class Producer:
-    """Makes the batches; used by one thread only."""
+    """Produces the batches of a rank; used by one thread only."""
 
     def __init__(
         self,
@@ -59,48 +58,48 @@ class Producer:
         slots: Iterator[npt.NDArray[np.int64]],
         config: Config,
         device: torch.device,
-        choice: SizeChoice,
+        size_schedule: SizeSchedule,
         start_slot: int,
         threads: int,
     ) -> None:
         self._source, self._slots = source, slots
         self._config, self._device, self._threads = config, device, threads
-        self._choice = choice
+        self._size_schedule = size_schedule
         # every micro-batch starts at start_slot plus a multiple of its own size
         self._alignment = int(np.gcd(start_slot, config.data.micro_batch))
 
-    def batches(self) -> Generator[Finished, None, None]:
-        """The finished batches, in the order of the slots."""
+    def batches(self) -> Generator[PendingBatch, None, None]:
+        """Yield the batches in slot order."""
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.Stream(self._device) if on_gpu else None
-        cpu_views = None if on_gpu else CpuViews(self._config.crops, self._threads)
+        view_maker = None if on_gpu else CpuViewMaker(self._config.crops, self._threads)
         reader = self._source.batches(self._slots)
-        pipeline = self._build()
-        in_flight: deque[_InFlight] = deque()
+        pipeline = self._build_pipeline()
+        queue: deque[_QueuedBatch] = deque()
         try:
             while True:
-                while len(in_flight) < self._config.data.prefetch:
-                    in_flight.append(self._prepare(next(reader)))
-                    self._feed(pipeline, in_flight[-1])
+                while len(queue) < self._config.data.prefetch:
+                    queue.append(self._draw_parameters(next(reader)))
+                    self._feed(pipeline, queue[-1])
                 try:
                     decoded = pipeline.take(stream)
                 except RuntimeError as error:
-                    # the pipeline is dead; everything it was given is still here, with its parameters
-                    in_flight[0] = self._mend(in_flight[0].samples, error)
-                    pipeline = self._build()
-                    for item in in_flight:
+                    # the pipeline is unusable now; rebuild it and feed it the same batches and parameters
+                    queue[0] = self._replace_undecodable(queue[0].samples, error)
+                    pipeline = self._build_pipeline()
+                    for item in queue:
                         self._feed(pipeline, item)
                     continue
-                finished = self._assemble(in_flight.popleft(), decoded, stream, cpu_views)
+                pending = self._assemble(queue.popleft(), decoded, stream, view_maker)
                 del decoded
                 pipeline.release()
-                yield finished
+                yield pending
         finally:
-            if cpu_views is not None:
-                cpu_views.close()
+            if view_maker is not None:
+                view_maker.close()
             self._source.close()
 
-    def _build(self) -> CropPipeline:
+    def _build_pipeline(self) -> CropPipeline:
         on_gpu = self._device.type == "cuda"
         return CropPipeline(
             self._config.crops,
@@ -114,19 +113,18 @@ class Producer:
         )
 
     @staticmethod
-    def _feed(pipeline: CropPipeline, item: _InFlight) -> None:
+    def _feed(pipeline: CropPipeline, item: _QueuedBatch) -> None:
         pipeline.feed(item.samples.payloads, item.views, item.sizes)
 
     def _grid(self, sizes: CropSizes) -> tuple[int, int]:
-        """Patches of a global crop (down, across)."""
+        """Return the number of patches (down, across) of a global crop."""
         side = sizes.global_size // self._config.model.patch_size
         return side, side
 
-    def _prepare(self, samples: Samples) -> _InFlight:
-        """Draw everything random about the samples."""
+    def _draw_parameters(self, samples: Samples) -> _QueuedBatch:
         seed, crops = self._config.run.seed, self._config.crops
-        sizes = self._choice.of(int(samples.slots[0]))
-        return _InFlight(
+        sizes = self._size_schedule.sizes_at(int(samples.slots[0]))
+        return _QueuedBatch(
             samples,
             draw_views(crops, seed, samples.slots, samples.sizes),
             draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid(sizes)),
@@ -134,50 +132,50 @@ class Producer:
         )
 
     def _assemble(
-        self, item: _InFlight, decoded: list[Any], stream: torch.cuda.Stream | None, cpu_views: CpuViews | None
-    ) -> Finished:
-        """Views and masks on the device, in memory of our own; ``decoded`` is what DALI hands out."""
-        config = self._config
-        count, size = config.crops.global_count, item.sizes.local_size
-        if cpu_views is not None:
-            masks_to_come = cpu_views.submit(self._masks, item)
+        self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None
+    ) -> PendingBatch:
+        """Make views and masks on the device, copied out of the DALI buffers in ``decoded``."""
+        crops_config = self._config.crops
+        count, local_size = crops_config.global_count, item.sizes.local_size
+        if view_maker is not None:
+            masks_future = view_maker.submit(self._rasterise_masks, item)
             images = [torch.from_dlpack(image) for image in decoded[0]]
-            global_crops, local_crops, gram_crops = cpu_views.make(images, item.views, item.sizes)
-            masks = masks_to_come.result()
-            return Finished(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), None)
+            global_crops, local_crops, gram_crops = view_maker.make_views(images, item.views, item.sizes)
+            masks = masks_future.result()
+            return PendingBatch(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), None)
 
         assert stream is not None
         with torch.cuda.stream(stream):
             crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
-            global_crops = finish(crops[:count], item.views, 0)
-            no_crops = global_crops.new_empty(0, size, size, 3)
-            of_local = crops[count : count + config.crops.local_count]
-            local_crops = finish(of_local, item.views, count) if of_local else no_crops
+            global_crops = recolor_views(crops[:count], item.views, 0)
+            empty = global_crops.new_empty(0, local_size, local_size, 3)
+            local_views = crops[count : count + crops_config.local_count]
+            local_crops = recolor_views(local_views, item.views, count) if local_views else empty
             gram_crops = torch.cat(crops[-count:]) if item.sizes.gram_size else None
-            masks = self._masks(item)
+            masks = self._rasterise_masks(item)
             event = torch.cuda.Event()
             event.record(stream)
-        return Finished(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), event)
+        return PendingBatch(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), event)
 
-    def _masks(self, item: _InFlight) -> Masks:
+    def _rasterise_masks(self, item: _QueuedBatch) -> Masks:
         config, grid = self._config, self._grid(item.sizes)
         batch, views = config.data.micro_batch, config.crops.global_count
         if config.teacher.kind == "frozen":
-            return every_patch(batch * views, grid[0] * grid[1], self._device)
+            return select_every_patch(batch * views, grid[0] * grid[1], self._device)
         num_rows = max_rows(config.masks, batch, views, grid[0] * grid[1], self._alignment)
         return rasterise(item.masks, grid, num_rows, self._device)
 
-    def _mend(self, samples: Samples, error: RuntimeError) -> _InFlight:
-        """The batch on which DALI failed, with substitutes for the images that do not decode by themselves.
+    def _replace_undecodable(self, samples: Samples, error: RuntimeError) -> _QueuedBatch:
+        """Return the failed batch with substitutes for its undecodable images.
 
         Raises:
-            RuntimeError: ``error`` again, if each of them does.
+            RuntimeError: ``error`` again, if every image decodes on its own.
         """
-        mended = samples
+        replaced = samples
         for row in range(len(samples.slots)):
-            # the substitute may be no better
-            while (reason := undecodable(mended.payloads[row])) is not None:
-                mended = self._source.replace(mended, row, reason)
-        if mended is samples:
+            # a substitute may be undecodable too
+            while (reason := find_decode_error(replaced.payloads[row])) is not None:
+                replaced = self._source.replace(replaced, row, reason)
+        if replaced is samples:
             raise error
-        return self._prepare(mended)
+        return self._draw_parameters(replaced)

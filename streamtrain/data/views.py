@@ -1,11 +1,17 @@
-"""Crops become the finished views of a batch: on the GPU from DALI's crops, on the CPU from its decoded images.
+"""Turn crops (from DALI on a GPU) or decoded images (on a CPU) into the finished views of a batch.
 
-DALI's resampler is made for GPUs; on a CPU torch's vectorised one takes a tenth of its time for the same bicubic
-antialiased crop, which is why a CPU crops here. Everything after the crop is one code for both.
+On a CPU, torch's vectorised resampler takes a tenth of the time of DALI's for the same bicubic antialiased crop, so a
+CPU crops here. Colour, blur and solarize are elementwise torch and shared by both devices.
+
+The colour distribution is that of DINO's jitter, grey, blur and solarize, in this order, with one difference:
+brightness, contrast (about the crop's mean luma), saturation and hue (a rotation of the chroma plane of YIQ, not HSV)
+are composed into one linear map that is clipped and rounded once. The reference draws the order of the four and clips
+and rounds after each. The blur is the reference's: separable, a window of 9 pixels, reflected edges.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,74 +19,141 @@ from threading import Barrier
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from streamtrain.config.crops import CropsConfig, CropSizes
-from streamtrain.data.appearance import Appearance, adjust
-from streamtrain.data.augment import ViewParameters
+from streamtrain.data.augment import NO_SOLARIZE, ViewParameters
 
 Result = TypeVar("Result")
 
-
-def finish(crops: Sequence[Tensor], views: ViewParameters, first: int) -> Tensor:
-    """Colour the crops of some views, uint8 [B, S, S, 3] each, starting with view ``first``: [views * B, S, S, 3]."""
-    planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
-    looks = _looks(views, first, len(crops), planes.shape[-1])
-    return torch.stack(adjust(planes, looks).unbind(1), dim=-1)
-
-
-def _looks(views: ViewParameters, first: int, count: int, size: int) -> Appearance:
-    """That of ``count`` views from ``first`` on, view-major."""
-    chosen = slice(first, first + count)
-    color = np.ascontiguousarray(views.color[:, chosen].swapaxes(0, 1)).reshape(-1, 4)
-    return Appearance.of(color, views.sigma[:, chosen].T.reshape(-1), views.solarize[:, chosen].T.reshape(-1), size)
+BLUR_RADIUS = 4
+_LUMA = (0.299, 0.587, 0.114)
+_TO_YIQ = np.array([_LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Views of one size: the first one's number, where they go (uint8 [views, B, S, S, 3]), their colours if any."""
+class Appearance:
+    """Colour maps, blur kernels and solarize thresholds of N crops, precomputed for many crops at once.
+
+    Attributes:
+        table: float32 [N, 12], a 3 x 3 colour matrix, then the shares of the crop's mean red, green and blue that are
+            added as grey.
+        bands: float32 [N, reach, tile], blur weights of the pixels within reach of a tile for each pixel of the tile.
+        is_blurred: bool [N], whether the bands apply.
+        solarize: int32 [N], as in ``ViewParameters``.
+    """
+
+    table: npt.NDArray[np.float32]
+    bands: npt.NDArray[np.float32]
+    is_blurred: npt.NDArray[np.bool_]
+    solarize: npt.NDArray[np.int32]
+
+    @classmethod
+    def from_parameters(
+        cls, color: npt.NDArray[np.float32], sigma: npt.NDArray[np.float32], solarize: npt.NDArray[np.int32], size: int
+    ) -> Appearance:
+        """Precompute for N crops of ``size`` x ``size`` pixels; the parameters are those of ``ViewParameters``."""
+        return cls(_color_table(color), _blur_bands(sigma, math.gcd(size, 16)), sigma > 0, solarize)
+
+    @classmethod
+    def from_views(cls, views: ViewParameters, first: int, count: int, size: int) -> Appearance:
+        """Precompute for ``count`` views from view ``first`` on, in view-major order."""
+        selection = slice(first, first + count)
+        color = np.ascontiguousarray(views.color[:, selection].swapaxes(0, 1)).reshape(-1, 4)
+        sigma, solarize = (values[:, selection].T.reshape(-1) for values in (views.sigma, views.solarize))
+        return cls.from_parameters(color, sigma, solarize, size)
+
+    def rows(self, selection: slice) -> Appearance:
+        """Return the entries of the selected crops."""
+        return Appearance(
+            self.table[selection], self.bands[selection], self.is_blurred[selection], self.solarize[selection]
+        )
+
+
+def apply_appearance(planes: Tensor, appearance: Appearance) -> Tensor:
+    """Apply colour, then blur, then solarize to crops [N, 3, S, S] of integer values in 0..255; return uint8.
+
+    Performs no host sync. On a CPU, call it once per sample: a sample's pixels then do not depend on its batch.
+    """
+    values = _recolor(planes.float(), _upload(appearance.table, planes.device))
+    if appearance.is_blurred.all():
+        values = _blur(values, _upload(appearance.bands, planes.device))
+    elif appearance.is_blurred.any():
+        rows = _upload(np.flatnonzero(appearance.is_blurred), planes.device)
+        bands = _upload(appearance.bands[appearance.is_blurred], planes.device)
+        values.index_copy_(0, rows, _blur(values.index_select(0, rows), bands))
+    # _recolor added one half, so truncating rounds; on a CPU, int16 then uint8 takes half the time of uint8 at once
+    result = values.to(torch.int16).to(torch.uint8)
+    inverted = np.flatnonzero(appearance.solarize < NO_SOLARIZE)
+    if len(inverted):
+        rows = _upload(inverted, planes.device)
+        selected = result.index_select(0, rows)
+        threshold = _upload(appearance.solarize[inverted].astype(np.uint8), planes.device)[:, None, None, None]
+        result.index_copy_(0, rows, torch.where(selected >= threshold, 255 - selected, selected))
+    return result
+
+
+def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int) -> Tensor:
+    """Apply the appearance of the views from ``first`` on to their crops, uint8 [B, S, S, 3] per view.
+
+    Returns uint8 [views * B, S, S, 3].
+    """
+    planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
+    appearance = Appearance.from_views(views, first, len(crops), planes.shape[-1])
+    return torch.stack(apply_appearance(planes, appearance).unbind(1), dim=-1)
+
+
+@dataclass(frozen=True)
+class _ViewGroup:
+    """Views of one size: index of the first, output uint8 [views, B, S, S, 3], appearance (None: plain crops)."""
 
     first: int
     out: Tensor
-    looks: Appearance | None
+    appearance: Appearance | None
 
 
-class CpuViews:
-    """Crops and colours decoded images on a CPU, one sample a task, on a few threads."""
+class CpuViewMaker:
+    """Crop and recolour decoded images on a few CPU threads, one task per sample."""
 
     def __init__(self, crops: CropsConfig, threads: int) -> None:
         self._crops = crops
-        # a sample is small: the threads work on different ones, and torch's own stay out of it
+        # samples are small, so each thread works on its own sample and torch's intra-op threads stay off
         process_threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(threads, "views", initializer=_compute_alone)
-        # all of them are to be there before the setting, which is each thread's own, is made again for later ones
-        everyone = Barrier(threads)
-        list(self._pool.map(lambda _: everyone.wait(), range(threads)))
+        self._pool = ThreadPoolExecutor(threads, "views", initializer=_disable_intra_op_threads)
+        # set_num_threads below also changes the default of later threads, so start all of the pool's threads first
+        barrier = Barrier(threads)
+        list(self._pool.map(lambda _: barrier.wait(), range(threads)))
         torch.set_num_threads(process_threads)
 
-    def make(
+    def make_views(
         self, images: Sequence[Tensor], views: ViewParameters, sizes: CropSizes
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Views of B images uint8 [H, W, 3]: uint8 view-major [V*B, S, S, 3], [L*B, s, s, 3], Gram's [V*B, g, g, 3]."""
+        """Return global, local and Gram crops of B images uint8 [H, W, 3], all view-major.
+
+        Shapes are uint8 [V*B, S, S, 3], [L*B, s, s, 3] and [V*B, g, g, 3]; the last is None without a Gram size.
+        """
         crops = self._crops
         groups = []
-        for first, count, size, coloured in (
+        for first, count, size, has_appearance in (
             (0, crops.global_count, sizes.global_size, True),
             (crops.global_count, crops.local_count, sizes.local_size, True),
             *([(0, crops.global_count, sizes.gram_size, False)] if sizes.gram_size else []),
         ):
             out = torch.empty(count, len(images), size, size, 3, dtype=torch.uint8)
-            groups.append(_Group(first, out, _looks(views, first, count, size) if coloured else None))
+            appearance = Appearance.from_views(views, first, count, size) if has_appearance else None
+            groups.append(_ViewGroup(first, out, appearance))
         tasks = [self._pool.submit(_make_sample, image, views, row, groups) for row, image in enumerate(images)]
         for task in tasks:
             task.result()
-        of_global, of_local, *of_gram = (group.out.flatten(0, 1) for group in groups)
-        return of_global, of_local, of_gram[0] if of_gram else None
+        global_crops, local_crops, *gram_crops = (group.out.flatten(0, 1) for group in groups)
+        return global_crops, local_crops, gram_crops[0] if gram_crops else None
 
     def submit(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
-        """Other small work for these threads: torch's own would burn more time waiting for each other than it takes."""
+        """Run other small work on these threads, without the overhead of torch's intra-op threads."""
         return self._pool.submit(work, *arguments)
 
     def close(self) -> None:
@@ -88,15 +161,21 @@ class CpuViews:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _compute_alone() -> None:
-    """Keep torch's operations of this thread within it."""
-    # a thread takes over the process's number when it first asks for its own, even if that has been set before
+def crop_and_resize(planes: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
+    """Resize the box ``start`` to ``end`` (y, x in pixels) of uint8 [1, 3, H, W] into ``out`` [3, S, S]."""
+    box = planes[:, :, start[0] : end[0], start[1] : end[1]]
+    resized = interpolate(box, size=out.shape[1:], mode="bicubic", antialias=True)[0]
+    out.copy_(resized.flip(2) if mirror else resized)
+
+
+def _disable_intra_op_threads() -> None:
+    # the first query in a thread resets its count to the process's, even after a set, so query before setting
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
-def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[_Group]) -> None:
-    """All views of one image [H, W, 3] into ``out[:, row]`` of each group."""
+def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[_ViewGroup]) -> None:
+    """Write all views of one image [H, W, 3] into ``out[:, row]`` of each group."""
     size = np.array(image.shape[:2])
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
     ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
@@ -104,18 +183,71 @@ def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequenc
     planes = image.permute(2, 0, 1)[None]
     for group in groups:
         count, batch_size, side, _, _ = group.out.shape
-        # in what colours are computed in
-        crops = torch.empty(count, 3, side, side, dtype=torch.float32 if group.looks else torch.uint8)
-        for view, place in enumerate(crops, group.first):
-            crop(planes, starts[view], ends[view], mirror=mirrored[view], out=place)
+        # float32 where apply_appearance needs it
+        crops = torch.empty(count, 3, side, side, dtype=torch.float32 if group.appearance else torch.uint8)
+        for view, out in enumerate(crops, group.first):
+            crop_and_resize(planes, starts[view], ends[view], mirror=mirrored[view], out=out)
         if count:
-            finished = adjust(crops, group.looks.rows(slice(row, None, batch_size))) if group.looks else crops
+            if group.appearance:
+                crops = apply_appearance(crops, group.appearance.rows(slice(row, None, batch_size)))
             for channel in range(3):
-                group.out[:, row, ..., channel] = finished[:, channel]
+                group.out[:, row, ..., channel] = crops[:, channel]
 
 
-def crop(planes: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
-    """The box from ``start`` to ``end`` (y, x in pixels) of uint8 [1, 3, H, W], resized to fill ``out`` [3, S, S]."""
-    box = planes[:, :, start[0] : end[0], start[1] : end[1]]
-    resized = interpolate(box, size=out.shape[1:], mode="bicubic", antialias=True)[0]
-    out.copy_(resized.flip(2) if mirror else resized)
+def _color_table(color: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    brightness, contrast, saturation, hue = color.astype(np.float64).T
+    angle = np.deg2rad(hue)
+    chroma = np.zeros((len(color), 3, 3))
+    chroma[:, 0, 0] = 1
+    chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * np.cos(angle)
+    # increasing hue (red, yellow, green) rotates the I-Q plane clockwise
+    chroma[:, 1, 2], chroma[:, 2, 1] = saturation * np.sin(angle), -saturation * np.sin(angle)
+    matrix = (brightness * contrast)[:, None, None] * (_FROM_YIQ @ chroma @ _TO_YIQ)
+    # crops without colour changes keep their values exactly
+    matrix[(color == np.array([1, 1, 1, 0], np.float32)).all(1)] = np.eye(3)
+    # contrast adds a share of the mean luma as grey; saturation and hue do not change grey
+    grey = (brightness * (1 - contrast))[:, None] * _LUMA
+    return np.concatenate([matrix.reshape(-1, 9), grey], 1).astype(np.float32)
+
+
+def _blur_bands(sigma: npt.NDArray[np.float32], tile: int) -> npt.NDArray[np.float32]:
+    offsets = np.arange(tile + 2 * BLUR_RADIUS)[:, None] - np.arange(tile) - BLUR_RADIUS
+    # crops without blur get an unused band; sigma 1 avoids dividing by zero
+    sigma = np.where(sigma > 0, sigma, 1.0)[:, None, None].astype(np.float64)
+    band = np.exp(-0.5 * (offsets / sigma) ** 2) * (abs(offsets) <= BLUR_RADIUS)
+    # smaller weights are invisible, and denormal numbers are slow
+    band[band < 1e-6] = 0
+    return (band / band.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _recolor(planes: Tensor, table: Tensor) -> Tensor:
+    """Map the colours of float32 [N, 3, S, S] in 0..255 and add 0.5, so that truncating the result rounds it."""
+    pixels = planes.flatten(2)
+    grey = (pixels.mean(2) * table[:, 9:]).sum(1) + 0.5
+    result = torch.baddbmm(grey[:, None, None].expand(-1, 3, 1), table[:, :9].view(-1, 3, 3), pixels)
+    return result.clamp_(0.5, 255.5).view(planes.shape)
+
+
+def _blur(values: Tensor, bands: Tensor) -> Tensor:
+    """Gaussian blur of float32 [n, 3, S, S] as matmuls of tiles with a band: fewer passes than a sum of shifts."""
+    num, _, size, _ = values.shape
+    reach, tile = bands.shape[1:]
+    # planes padded to a whole number of tiles and stacked, so that all windows [reach, width] are evenly spaced views;
+    # the few windows that straddle two planes are computed and ignored
+    below = BLUR_RADIUS + -(size + 2 * BLUR_RADIUS) % tile
+    padded = pad(values, (BLUR_RADIUS, BLUR_RADIUS, BLUR_RADIUS, below), mode="reflect")
+    height, width = padded.shape[2:]
+    windows = padded.view(-1, width).unfold(0, reach, tile).transpose(1, 2)
+    weights = bands.mT[:, None].expand(-1, 3 * height // tile, -1, -1).reshape(-1, tile, reach)
+    columns = values.new_empty(len(weights), tile, width)
+    torch.bmm(weights[: len(windows)], windows, out=columns[: len(windows)])
+
+    lines = columns.view(num, 3 * height, width).unfold(2, reach, tile).transpose(1, 2)
+    rows = torch.matmul(lines, bands[:, None]).view(num, -1, 3, height, tile)
+    return rows[..., :size, :].permute(0, 2, 3, 1, 4).reshape(values.shape)
+
+
+def _upload(array: npt.NDArray, device: torch.device) -> Tensor:
+    """Copy to the device, from pinned memory so that the copy is asynchronous."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

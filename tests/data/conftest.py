@@ -1,4 +1,4 @@
-"""Small shard sets of drawn images."""
+"""Small shard sets of generated images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from drawn_images import drawn_image
 
 from shards.format.index import save_index
 from shards.packing.pack import PackOptions, pack
@@ -17,29 +17,22 @@ from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
 
 
-def draw_image(number: int, width: int, height: int) -> Image.Image:
-    """A smooth picture that no other number has."""
-    rng = np.random.default_rng(number)
-    tiles = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 26 pictures of many shapes: mostly RGB JPEGs, and one each grey, CMYK, PNG with alpha, WebP."""
+    """A folder of 26 images of many sizes: 22 RGB JPEGs, one grey and one CMYK JPEG, a PNG with alpha, a WebP."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(22):
-        draw_image(number, 40 + 7 * number, 90 - 2 * number).save(folder / f"{number:02}.jpg", quality=90)
-    draw_image(22, 64, 48).convert("L").save(folder / "22.jpg")
-    draw_image(23, 64, 48).convert("CMYK").save(folder / "23.jpg")
-    draw_image(24, 64, 48).convert("RGBA").save(folder / "24.png")
-    draw_image(25, 64, 48).save(folder / "25.webp")
+        drawn_image(number, 40 + 7 * number, 90 - 2 * number).save(folder / f"{number:02}.jpg", quality=90)
+    drawn_image(22, 64, 48).convert("L").save(folder / "22.jpg")
+    drawn_image(23, 64, 48).convert("CMYK").save(folder / "23.jpg")
+    drawn_image(24, 64, 48).convert("RGBA").save(folder / "24.png")
+    drawn_image(25, 64, 48).save(folder / "25.webp")
     return folder
 
 
 @pytest.fixture
 def set_path(pictures: Path, tmp_path: Path) -> Path:
-    """A set of its own for the test, of several small shards."""
+    """A shard set of several small shards, private to the test."""
     pack(pictures, tmp_path / "set", PackOptions(shard_bytes=16 << 10))
     return tmp_path / "set"
 
@@ -55,7 +48,7 @@ def config(set_path: Path) -> Config:
 
 
 def damage(set_path: Path, shard: int, sample: int, payload: bytes) -> None:
-    """Overwrite an image in its tar, and make its checksum fit, so that only the decoder can notice."""
+    """Overwrite an image in its tar and update its checksum, so that only the decoder can detect it."""
     import zlib
 
     shard_set = ShardSet.open(set_path)
@@ -71,5 +64,5 @@ def damage(set_path: Path, shard: int, sample: int, payload: bytes) -> None:
 
 @pytest.fixture
 def damage_sample():
-    """The function ``damage``, for tests that spoil their own set."""
+    """The function ``damage``, for tests that damage their own set."""
     return damage

@@ -1,29 +1,30 @@
-"""The law of the views, and that nothing but (seed, slot) decides them."""
+"""View parameters and crop sizes: their distribution, and that they depend on (seed, slot) only."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import fields
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamtrain.config.crops import BlurConfig, CropsConfig, JitterConfig, SolarizeConfig
-from streamtrain.data.augment import ViewParameters, draw_views
+from streamtrain.config.load import build
+from streamtrain.config.tree import Config
+from streamtrain.data.augment import SizeSchedule, ViewParameters, draw_views
+from streamtrain.errors import ConfigError
 
 CROPS = CropsConfig()
 
 
-def same(left: ViewParameters, right: ViewParameters) -> bool:
+def equal_views(left: ViewParameters, right: ViewParameters) -> bool:
     return all(np.array_equal(getattr(left, f.name), getattr(right, f.name)) for f in fields(ViewParameters))
 
 
-def rows(views: ViewParameters, chosen: slice) -> ViewParameters:
-    return ViewParameters(**{f.name: getattr(views, f.name)[chosen] for f in fields(ViewParameters)})
-
-
-def many(crops: CropsConfig, width: int, height: int, count: int = 400) -> ViewParameters:
+def draw_many(crops: CropsConfig, width: int, height: int, count: int = 400) -> ViewParameters:
     return draw_views(crops, 1, np.arange(count), np.tile(np.int32([[width, height]]), (count, 1)))
 
 
@@ -37,7 +38,7 @@ def test_a_sample_has_the_same_views_in_any_batch(seed: int, first: int, count: 
     whole = draw_views(CROPS, seed, slots, sizes)
     cut = data.draw(st.integers(1, count - 1))
     for part in (slice(0, cut), slice(cut, count)):
-        assert same(rows(whole, part), draw_views(CROPS, seed, slots[part], sizes[part]))
+        assert equal_views(whole.rows(part), draw_views(CROPS, seed, slots[part], sizes[part]))
 
 
 @given(width=st.integers(1, 4000), height=st.integers(1, 4000), seed=st.integers(0, 2**32))
@@ -54,7 +55,7 @@ def test_boxes_are_whole_pixels_inside_the_image(width: int, height: int, seed: 
 
 def test_area_and_aspect_follow_the_recipe_on_true_pixels() -> None:
     width, height = 1200, 1000
-    views = many(CROPS, width, height)
+    views = draw_many(CROPS, width, height)
     extent = (views.roi_end - views.roi_start) * [height, width]
     share = extent.prod(-1) / (width * height)
     aspect = extent[..., 1] / extent[..., 0]
@@ -65,8 +66,8 @@ def test_area_and_aspect_follow_the_recipe_on_true_pixels() -> None:
     assert abs(share[:, 2:].mean() - (0.05 + 0.32) / 2) < 0.01  # uniform in area
 
 
-def test_a_panorama_gets_its_clipped_centre() -> None:
-    views = many(CropsConfig(global_scale=(0.9, 1.0)), 4000, 100, 4)
+def test_a_panorama_falls_back_to_its_clipped_centre() -> None:
+    views = draw_many(CropsConfig(global_scale=(0.9, 1.0)), 4000, 100, 4)
     np.testing.assert_allclose(views.roi_start[:, :2, 0], 0)
     np.testing.assert_allclose(views.roi_end[:, :2, 0], 1)
     extent = (views.roi_end - views.roi_start)[:, :2, 1] * 4000
@@ -75,7 +76,7 @@ def test_a_panorama_gets_its_clipped_centre() -> None:
 
 
 def test_probabilities_and_ranges_of_colour() -> None:
-    views = many(CROPS, 500, 400, 2000)
+    views = draw_many(CROPS, 500, 400, 2000)
     brightness, contrast, saturation, hue = np.moveaxis(views.color, -1, 0)
     jittered = hue != 0
     assert abs(jittered.mean() - 0.8) < 0.01
@@ -89,8 +90,8 @@ def test_probabilities_and_ranges_of_colour() -> None:
     assert abs(views.mirror.mean() - 0.5) < 0.02
 
 
-def test_blur_and_solarize_go_by_view() -> None:
-    views = many(CROPS, 500, 400, 2000)
+def test_blur_and_solarize_probabilities_depend_on_the_view() -> None:
+    views = draw_many(CROPS, 500, 400, 2000)
     share = (views.sigma > 0).mean(0)
     assert share[0] == 1 and abs(share[1] - 0.1) < 0.03 and abs(share[2:].mean() - 0.5) < 0.02
     blurred = views.sigma[views.sigma > 0]
@@ -99,19 +100,19 @@ def test_blur_and_solarize_go_by_view() -> None:
     assert abs((views.solarize[:, 1] == 128).mean() - 0.2) < 0.03
 
 
-def test_nothing_is_changed_where_the_recipe_asks_for_nothing() -> None:
+def test_probability_zero_changes_nothing() -> None:
     plain = CropsConfig(
         flip=0, grey=0, jitter=JitterConfig(probability=0),
         blur=BlurConfig(global_probability=(0,), local_probability=0), solarize=SolarizeConfig(global_probability=(0,)),
     )
-    views = many(plain, 500, 400, 50)
+    views = draw_many(plain, 500, 400, 50)
     assert (views.color == np.float32([1, 1, 1, 0])).all()
     assert not views.sigma.any() and not views.mirror.any() and (views.solarize == 256).all()
 
 
 def test_the_last_probability_repeats_for_further_global_views() -> None:
     crops = CropsConfig(global_count=4, blur=BlurConfig(global_probability=(0.0, 1.0)))
-    assert np.array_equal((many(crops, 500, 400, 30).sigma > 0).mean(0)[:4], [0, 1, 1, 1])
+    assert np.array_equal((draw_many(crops, 500, 400, 30).sigma > 0).mean(0)[:4], [0, 1, 1, 1])
 
 
 def test_drawing_is_cheap() -> None:
@@ -124,3 +125,43 @@ def _seconds(work) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
+
+
+def config_of(shares: list[float], seed: int = 0) -> Config:
+    entries = [{"share": share, "global_size": 32 * (index + 1)} for index, share in enumerate(shares)]
+    return build({"run": {"seed": seed}, "crops": {"sizes": entries}})
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 2**40), st.integers(1, 64),
+    st.integers(0, 10**9), st.integers(0, 2**31),
+)
+def test_each_size_gets_its_share_of_any_200_steps(
+    shares: list[int], start: int, batch: int, seed: int, step: int
+) -> None:
+    config = config_of([float(share) for share in shares], seed)
+    schedule = SizeSchedule(config, batch, start)
+    first = start + step * batch
+    counts = Counter(schedule.sizes_at(first + index * batch) for index in range(200))
+    for sizes, share in zip(config.crop_sizes, shares, strict=True):
+        assert abs(counts[sizes] / 200 - share / sum(shares)) < 0.03
+    # constant within a step, and equal after a resume at any step
+    later = SizeSchedule(config, batch, first)
+    assert {schedule.sizes_at(slot) for slot in range(first, first + batch)} == {later.sizes_at(first)}
+
+
+def test_sizes_default_to_the_crops_section_and_are_validated() -> None:
+    gram = {"objective": {"gram": {"weight": 1.0, "size": 64}}}
+    entries = [{"share": 1, "local_size": 32}, {"share": 2, "global_size": 128, "gram_size": 96}]
+    sizes = build({**gram, "crops": {"sizes": entries, "global_size": 64}}).crop_sizes
+    assert [(size.global_size, size.local_size, size.gram_size) for size in sizes] == [(64, 32, 64), (128, 96, 96)]
+    for crops, message in (
+        ({"sizes": [{"share": 1, "local_size": 31}]}, "crops.sizes.0.local_size 31 is not a multiple"),
+        ({"sizes": [{"share": 0}]}, "crops.sizes.0.share"),
+        ({"sizes": [{"share": 1, "gram_size": 32}]}, "only with objective.gram.weight"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build({"crops": crops})
+    with pytest.raises(ConfigError, match="in every entry or in none"):
+        build({"crops": {"sizes": entries}, "objective": {"gram": {"weight": 1.0}}})

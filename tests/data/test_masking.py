@@ -1,4 +1,4 @@
-"""Exact counts, static shapes, stratification, purity, and that the masks are blocks."""
+"""Masks: exact counts, static shapes, stratification, independence of the batch, block structure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_counts_are_exact_and_shapes_static(
 
 @given(masks=configs, views=st.integers(1, 3), group=st.integers(0, 2**40), seed=st.integers(0, 2**62))
 @settings(max_examples=30)
-def test_each_group_has_the_same_counts_in_another_order(masks: MasksConfig, views: int, group: int, seed: int) -> None:
+def test_each_group_permutes_the_same_counts(masks: MasksConfig, views: int, group: int, seed: int) -> None:
     slots = np.arange(group * masks.group, (group + 1) * masks.group)
     counts = draw_masks(masks, seed, slots, views, (14, 14)).counts
     expected = group_counts(masks, views, 196)
@@ -50,7 +50,7 @@ def test_each_group_has_the_same_counts_in_another_order(masks: MasksConfig, vie
     assert sum(expected) == counts.sum() <= max_rows(masks, masks.group, views, 196, masks.group)
 
 
-def test_half_the_crops_and_ratios_spread_evenly() -> None:
+def test_half_the_crops_are_masked_with_evenly_spread_ratios() -> None:
     counts = np.array(group_counts(MasksConfig(), 2, 196))
     assert len(counts) == 16
     assert abs(counts.mean() / 196 - 0.3) < 0.005
@@ -77,23 +77,23 @@ def test_masks_are_blocks_not_noise() -> None:
     slots = np.arange(160)
     parameters = draw_masks(MasksConfig(), 0, slots, 2, (14, 14))
     grid_mask = rasterise(parameters, (14, 14), 10_000, "cpu").grid_mask.view(-1, 14, 14)[parameters.counts > 0]
-    alike = (grid_mask[:, 1:] == grid_mask[:, :-1]).float().mean()
-    alike += (grid_mask[..., 1:] == grid_mask[..., :-1]).float().mean()
-    # neighbours of independent draws at these ratios agree in 0.56 of all cases
-    assert alike / 2 > 0.85
-    # no place of the grid is left out, though corners are rare, as with any rectangles placed uniformly
+    agreement = (grid_mask[:, 1:] == grid_mask[:, :-1]).float().mean()
+    agreement += (grid_mask[..., 1:] == grid_mask[..., :-1]).float().mean()
+    # at these ratios, neighbouring patches of independent draws agree in 0.56 of all cases
+    assert agreement / 2 > 0.85
+    # every patch of the grid can be masked; corners are rare, as for any uniformly placed rectangles
     share = grid_mask.float().mean(0)
     assert share.min() > 0.02 and share.max() < 0.65
 
 
-def test_a_bound_that_is_too_small_is_noticed() -> None:
+def test_a_row_bound_that_is_too_small_raises() -> None:
     parameters = draw_masks(MasksConfig(), 0, np.arange(16), 2, (14, 14))
     with pytest.raises(AssertionError):
         rasterise(parameters, (14, 14), 10, "cpu")
 
 
 @pytest.mark.gpu
-def test_the_gpu_rasterises_the_same_without_waiting() -> None:
+def test_gpu_matches_cpu_without_host_sync() -> None:
     parameters = draw_masks(MasksConfig(), 0, np.arange(16), 2, (14, 14))
     rows = max_rows(MasksConfig(), 16, 2, 196, 16)
     rasterise(parameters, (14, 14), rows, "cuda")

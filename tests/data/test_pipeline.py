@@ -1,4 +1,4 @@
-"""What DALI makes of images: formats, orientation, boxes and flips; its crops agree with those of the CPU."""
+"""The DALI graph: formats, orientation, boxes, flips, and agreement of its crops with the CPU crops."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import ViewParameters, draw_views
-from streamtrain.data.pipeline import CropPipeline, undecodable
-from streamtrain.data.views import CpuViews, finish
+from streamtrain.data.pipeline import CropPipeline, find_decode_error
+from streamtrain.data.views import CpuViewMaker, recolor_views
 
 CROPS = CropsConfig(global_size=48, local_size=32, local_count=2)
 
@@ -35,7 +35,7 @@ def parameters(count: int) -> ViewParameters:
 SIZES = CropSizes(48, 32)
 
 
-def make(
+def make_pipeline(
     batch_size: int, device: str = "cpu", *, cropping: bool, sizes: tuple[CropSizes, ...] = (SIZES,)
 ) -> CropPipeline:
     return CropPipeline(
@@ -45,12 +45,12 @@ def make(
 
 
 def decode(payloads: list[np.ndarray]) -> list[np.ndarray]:
-    pipeline = make(len(payloads), cropping=False)
+    pipeline = make_pipeline(len(payloads), cropping=False)
     pipeline.feed(payloads, parameters(len(payloads)), SIZES)
     return [np.array(image) for image in pipeline.take()[0]]
 
 
-def test_every_format_decodes_to_what_pillow_sees() -> None:
+def test_every_format_decodes_like_pillow() -> None:
     images = [
         (picture(), "PNG"), (picture(), "JPEG"), (picture().convert("L"), "JPEG"), (picture().convert("CMYK"), "JPEG"),
         (picture().convert("L"), "PNG"), (picture().convert("P"), "PNG"), (picture().convert("RGBA"), "PNG"),
@@ -65,39 +65,39 @@ def test_every_format_decodes_to_what_pillow_sees() -> None:
 
 def test_the_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # display rotated by 90 degrees clockwise
     image = decode([encoded(picture(), "JPEG", exif=exif)])[0]
     assert abs(image.astype(int) - np.asarray(picture().transpose(Image.Transpose.ROTATE_270))).mean() < 3
 
 
-def crops_of(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DALI's finished views on the device, and the CPU's: global, local, global, local; as integers."""
+def make_views_on(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return DALI's views on the device and the CPU's (global, local, global, local) as integers."""
     views = parameters(6)
     payloads = [encoded(picture())] * 6
-    pipeline = make(6, device, cropping=True)
+    pipeline = make_pipeline(6, device, cropping=True)
     pipeline.feed(payloads, views, SIZES)
     crops = [torch.from_dlpack(view.as_tensor()) for view in pipeline.take()]
-    cpu_views = CpuViews(CROPS, threads=1)
-    expected = cpu_views.make([torch.from_numpy(image) for image in decode(payloads)], views, SIZES)
+    cpu_views = CpuViewMaker(CROPS, threads=1)
+    expected = cpu_views.make_views([torch.from_numpy(image) for image in decode(payloads)], views, SIZES)
     cpu_views.close()
-    both = [finish(crops[:2], views, 0), finish(crops[2:], views, 2), *expected[:2]]
-    return tuple(part.cpu().int() for part in both)
+    views_of_both = [recolor_views(crops[:2], views, 0), recolor_views(crops[2:], views, 2), *expected[:2]]
+    return tuple(part.cpu().int() for part in views_of_both)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_dali_and_the_cpu_make_the_same_views(device: str) -> None:
-    dali_global, dali_local, cpu_global, cpu_local = crops_of(device)
+def test_dali_and_cpu_views_agree(device: str) -> None:
+    dali_global, dali_local, cpu_global, cpu_local = make_views_on(device)
     assert dali_global.shape == cpu_global.shape == (12, 48, 48, 3)
     assert dali_local.shape == cpu_local.shape == (12, 32, 32, 3)
-    # they differ at the rims of boxes, where DALI's filter sees the pixels beyond
+    # they differ at the edges of boxes, where DALI's filter includes pixels outside the box
     for dali, cpu in ((dali_global, cpu_global), (dali_local, cpu_local)):
         assert (dali - cpu).abs().float().mean() < 2
         assert (dali - cpu)[:, 6:-6, 6:-6].abs().float().mean() < 1
 
 
-def test_sizes_alternate_within_one_pipeline_and_gram_crops_come_last() -> None:
+def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
     sizes = (CropSizes(48, 32, gram_size=64), CropSizes(64, 16, gram_size=80))
-    pipeline = make(3, cropping=True, sizes=sizes)
+    pipeline = make_pipeline(3, cropping=True, sizes=sizes)
     views, payloads = parameters(3), [encoded(picture())] * 3
     for chosen in (sizes[0], sizes[1], sizes[0]):
         pipeline.feed(payloads, views, chosen)
@@ -105,15 +105,15 @@ def test_sizes_alternate_within_one_pipeline_and_gram_crops_come_last() -> None:
         pipeline.release()
         sides = [chosen.global_size] * 2 + [chosen.local_size] * 2 + [chosen.gram_size] * 2
         assert [tuple(crop.shape) for crop in crops] == [(3, side, side, 3) for side in sides]
-    alone = make(3, cropping=True, sizes=(CropSizes(64, 16),))
-    alone.feed(payloads, views, CropSizes(64, 16))
-    # the Gram crop shows the global view's box
-    assert torch.equal(torch.from_dlpack(alone.take()[0].as_tensor()), crops[4])
+    single = make_pipeline(3, cropping=True, sizes=(CropSizes(64, 16),))
+    single.feed(payloads, views, CropSizes(64, 16))
+    # the Gram crop has the global view's box
+    assert torch.equal(torch.from_dlpack(single.take()[0].as_tensor()), crops[4])
 
 
-def test_what_cannot_be_decoded_is_told_from_what_can() -> None:
-    good = encoded(picture(), "JPEG")
-    assert undecodable(good) is None
-    assert undecodable(np.frombuffer(b"this is a text file, not a photograph", np.uint8)) is not None
-    assert undecodable(good[: len(good) // 2]) is not None
-    assert undecodable(good[:0]) is not None
+def test_find_decode_error() -> None:
+    valid = encoded(picture(), "JPEG")
+    assert find_decode_error(valid) is None
+    assert find_decode_error(np.frombuffer(b"this is a text file, not a photograph", np.uint8)) is not None
+    assert find_decode_error(valid[: len(valid) // 2]) is not None
+    assert find_decode_error(valid[:0]) is not None

@@ -1,4 +1,4 @@
-"""What a rank reads is known beforehand, and a cache that cannot hold it is refused with the number that would do."""
+"""The lanes of a rank, the checks of ``data.cache``, and loading through a cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import build, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader, micro_batch_slots
-from streamtrain.data.stream import check_cache, lanes_read, order_of
+from streamtrain.data.stream import build_order, check_cache, find_lanes
 from streamtrain.errors import ConfigError
 
 
@@ -33,12 +33,12 @@ from streamtrain.errors import ConfigError
     ),
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 300), st.data(),
 )  # fmt: skip
-def test_a_rank_reads_its_lanes_and_all_of_them(
+def test_find_lanes_matches_the_slots_of_a_rank(
     order: Order, micro: int, world: int, accumulation: int, start: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(0, world - 1))
     batch, share = micro * world * accumulation, micro * accumulation
-    lanes = lanes_read(order, batch, start, range(share * rank, share * (rank + 1)))
+    lanes = find_lanes(order, batch, start, range(share * rank, share * (rank + 1)))
     cycle = order.lane_cycle * accumulation
     slots = np.concatenate([*islice(micro_batch_slots(start, batch, micro, rank, world), cycle)])
     assert set(order.lanes_of(slots).tolist()) == lanes
@@ -65,60 +65,60 @@ def config_of(shards: str, folder: Path, limit: int | str) -> Config:
 
 def check(config: Config, rank: int = 0, world_size: int = 1, local_world_size: int = 1) -> None:
     shard_set = open_shard_set(config)
-    order = order_of(config, shard_set, world_size)
+    order = build_order(config, shard_set, world_size)
     check_cache(config, shard_set, order, rank, world_size, local_world_size)
 
 
-def test_a_limit_below_the_window_is_refused_with_the_bytes_that_are_needed(
+def test_a_limit_below_the_window_raises_with_the_required_bytes(
     origin: ShardSet, server: FaultyServer, tmp_path: Path
 ) -> None:
     sizes = sorted((entry.bytes for entry in origin.manifest.shards), reverse=True)
     url, needed = f"{server.url}/set", {}
     for ranks, local in ((1, 1), (2, 2), (2, 1)):
-        with pytest.raises(ConfigError, match=r"data\.cache\.limit is 1000 bytes, but .* need \d+ \(") as refused:
+        with pytest.raises(ConfigError, match=r"data\.cache\.limit is 1000 bytes, but .* need \d+ \(") as raised:
             check(config_of(url, tmp_path / "cache", 1000), 0, ranks, local)
-        found = re.search(r"need (\d+) ", str(refused.value))
-        assert found
-        needed[ranks, local] = int(found[1])
-        check(config_of(url, tmp_path / "cache", found[1]), 0, ranks, local)
+        match = re.search(r"need (\d+) ", str(raised.value))
+        assert match
+        needed[ranks, local] = int(match[1])
+        check(config_of(url, tmp_path / "cache", match[1]), 0, ranks, local)
         with pytest.raises(ConfigError):
-            check(config_of(url, tmp_path / "cache", int(found[1]) - 1), 0, ranks, local)
-    # 4 lanes of 2 shards; of two ranks on two machines, each reads half of the lanes
+            check(config_of(url, tmp_path / "cache", int(match[1]) - 1), 0, ranks, local)
+    # 4 lanes of 2 shards; with two ranks on two machines, each machine reads half of the lanes
     assert sum(sizes[:8]) < needed[1, 1] < needed[2, 2] < sum(sizes[:9]) and needed[2, 1] < 0.6 * needed[1, 1]
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_disk_too_small_for_the_limit_is_refused(server: FaultyServer, tmp_path: Path) -> None:
+def test_a_disk_too_small_for_the_limit_raises(server: FaultyServer, tmp_path: Path) -> None:
     manifest = SetManifest.load(server.root / "set")
     SetManifest(tuple(replace(shard, bytes=10**14) for shard in manifest.shards)).save(server.root / "set")
-    with pytest.raises(ConfigError, match=r"data\.cache may come to 1000000000000000 bytes, but its disk has room for"):
+    with pytest.raises(ConfigError, match=r"data\.cache may use 1000000000000000 bytes, but its disk has"):
         check(config_of(f"{server.url}/set", tmp_path / "cache", "1000TB"))
 
 
-def test_a_cache_of_what_is_here_is_refused(origin: ShardSet, tmp_path: Path) -> None:
+def test_a_cache_of_a_local_set_raises(origin: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.cache has no effect: .*set is on this machine"):
         check(config_of(str(origin.path), tmp_path / "cache", "1GB"))
 
 
-def test_batches_through_a_cache_are_the_local_ones_and_it_ends_with_the_loader(
+def test_batches_through_a_cache_match_local_ones_and_the_cache_closes(
     origin: ShardSet, server: FaultyServer, tmp_path: Path
 ) -> None:
-    def crops(config: Config) -> list[bytes]:
+    def load_crops(config: Config) -> list[bytes]:
         with Loader(open_shard_set(config), config, rank=0, world_size=1, device="cpu", end_slot=80) as loader:
-            found = [next(loader).global_crops.numpy().tobytes() for _ in range(20)]
+            crops = [next(loader).global_crops.numpy().tobytes() for _ in range(20)]
             scalars.update(loader.scalars())
-        return found
+        return crops
 
     scalars: dict[str, float] = {}
     plain = build({**config_of("x", tmp_path, 1).model_dump(), "data": {
         "shards": str(origin.path), "micro_batch": 4, "window": 2, "lanes": 4, "decode_threads": 1,
     }})  # fmt: skip
-    expected = crops(plain)
+    expected = load_crops(plain)
     assert not scalars
-    assert crops(config_of(f"{server.url}/set", tmp_path / "cache", "1MB")) == expected
+    assert load_crops(config_of(f"{server.url}/set", tmp_path / "cache", "1MB")) == expected
     assert scalars["data/downloaded_bytes"] >= origin.manifest.num_bytes and scalars["data/retries"] == 0
     assert 0 <= scalars["data/cache_hit_share"] <= 1
-    # with all of it there, nothing more is fetched but the manifest
-    assert crops(config_of(f"{server.url}/set", tmp_path / "cache", "1MB")) == expected
+    # the cache now holds the whole set, so only the manifest is fetched
+    assert load_crops(config_of(f"{server.url}/set", tmp_path / "cache", "1MB")) == expected
     assert scalars["data/downloaded_bytes"] < 10_000 and scalars["data/cache_hit_share"] == 1
     assert not list((tmp_path / "cache").glob("*.user"))

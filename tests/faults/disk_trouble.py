@@ -1,7 +1,7 @@
-"""Saves to a disk that fails, and is mended: ``disk_trouble.py RUN mount|limit``.
+"""Save checkpoints to a disk that fails and recovers: ``disk_trouble.py RUN mount|limit``.
 
-``mount`` gives the checkpoints a small disk of their own, which needs a name space for mounts (``unshare --mount``);
-``limit`` has the system refuse large files.
+``mount`` puts the checkpoints on a small tmpfs, which needs a mount namespace (``unshare --mount``); ``limit`` sets a
+maximum file size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from faults.test_writer import contents
+from faults.test_writer import make_payloads
 
 from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
@@ -30,7 +30,7 @@ def limit(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
-def fill() -> Path:
+def fill_disk() -> Path:
     ballast = folder / "ballast"
     with open(ballast, "wb", buffering=0) as file:
         try:
@@ -41,8 +41,8 @@ def fill() -> Path:
 
 
 def save(step: int, megabytes: int = 0) -> None:
-    """A checkpoint of step ``step``; ``megabytes`` of its shared values are found too many only when written."""
-    whole = contents(step, 1)[CHECKPOINTS]
+    """Save a checkpoint with ``megabytes`` of shared values, which do not count in the check of free space."""
+    whole = make_payloads(step, 1)[CHECKPOINTS]
     shared = {"center": whole.shared["center"].new_zeros(megabytes * 250_000)}
     saver.save(step, {CHECKPOINTS: CheckpointPayload(whole.shards, shared, whole.shapes, whole.state)})
     saver.wait()
@@ -59,7 +59,7 @@ save(1)
 save(2)
 if kind == "mount":
     save(3, megabytes=1)
-    ballast = fill()
+    ballast = fill_disk()
     save(4)
     ballast.unlink()
     save(5)

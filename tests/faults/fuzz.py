@@ -1,7 +1,7 @@
-"""Feeds a reader of files from elsewhere with hostile ones: ``fuzz.py READER INPUTS SEED``; prints what came of them.
+"""Fuzz a reader of untrusted files: ``fuzz.py READER INPUTS SEED``; prints the number of accepted and refused inputs.
 
-A reader may take an input or refuse it with an error of ours. Any other exception ends this process with a traceback
-and the input, as do ten seconds of work over one input, and memory beyond what it had at first and ``ROOM_BYTES``.
+A reader may accept an input or raise ``ShardError`` or ``StreamtrainError``. Any other exception ends this process with
+a traceback and the input, as do ten CPU seconds on one input and ``ROOM_BYTES`` of additional memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from streamtrain.run.step_manifest import MANIFEST_NAME, find_fault, write_manif
 ROOM_BYTES = 512 << 20
 BLOCK = tarfile.BLOCKSIZE
 HERE = Path(tempfile.mkdtemp(prefix="fuzz-"))
-# what breaks readers of numbers and text
+# values that often break parsers
 NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30]) | st.integers()
 TEXTS = st.sampled_from(["", ".", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "a\nb", "\ud800", "pipe:true"])
 TEXTS |= st.text(max_size=20)
@@ -56,8 +56,8 @@ JSON = st.recursive(
 )
 
 
-def bytes_changed(draw: Callable[..., Any], content: bytes) -> bytes:
-    """Some bytes set, taken out, put in or doubled."""
+def mutate_bytes(draw: Callable[..., Any], content: bytes) -> bytes:
+    """Overwrite, remove, insert, duplicate or truncate some bytes."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, max(0, len(changed) - 1)))
@@ -77,34 +77,34 @@ def bytes_changed(draw: Callable[..., Any], content: bytes) -> bytes:
     return bytes(changed)
 
 
-def value_changed(draw: Callable[..., Any], document: Any) -> Any:
-    """A copy with some of its values, at any depth, replaced, left out, or added to."""
+def mutate_document(draw: Callable[..., Any], document: Any) -> Any:
+    """Return a copy with some values, at any depth, replaced, removed, added or nested."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(0, 3))):
-        place: Any = document
-        while isinstance(place, dict | list) and place:
-            key = draw(st.sampled_from(sorted(place, key=str) if isinstance(place, dict) else range(len(place))))
-            if not isinstance(place[key], dict | list) or draw(st.integers(0, 3)) == 0:
+        node: Any = document
+        while isinstance(node, dict | list) and node:
+            key = draw(st.sampled_from(sorted(node, key=str) if isinstance(node, dict) else range(len(node))))
+            if not isinstance(node[key], dict | list) or draw(st.integers(0, 3)) == 0:
                 kind = draw(st.sampled_from(["replace", "remove", "add", "nest"]))
                 if kind == "remove":
-                    del place[key]
-                elif kind == "add" and isinstance(place, dict):
-                    place[draw(TEXTS)] = draw(JSON)
+                    del node[key]
+                elif kind == "add" and isinstance(node, dict):
+                    node[draw(TEXTS)] = draw(JSON)
                 elif kind == "nest":
                     for _ in range(draw(st.integers(1, 50))):
-                        place[key] = [place[key]]
+                        node[key] = [node[key]]
                 else:
-                    place[key] = draw(JSON)
+                    node[key] = draw(JSON)
                 break
-            place = place[key]
+            node = node[key]
     return document
 
 
 NAMES = ["a.jpg", "a.cls", "folder/b.png", "folder/b.json", f"{'n' * 60}/{'m' * 90}.webp"]
 
 
-def tar_of(form: int) -> bytes:
-    """A small WebDataset."""
+def make_tar(form: int) -> bytes:
+    """Return a small WebDataset tar in one of the formats of ``tarfile``."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
         for number, name in enumerate(NAMES):
@@ -119,24 +119,24 @@ def tar_of(form: int) -> bytes:
     return buffer.getvalue()
 
 
-TARS = [tar_of(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
-# offset and length of a header's fields
+TARS = [make_tar(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+# offset and length of the header fields
 FIELDS = {"name": (0, 100), "mode": (100, 8), "size": (124, 12), "type": (156, 1), "link": (157, 100)}
 FIELDS |= {"magic": (257, 8), "prefix": (345, 155), "sparse": (386, 97), "extended": (482, 13)}
 PAX_KEYS = ["size", "path", "linkpath", "hdrcharset", "GNU.sparse.map", "GNU.sparse.major", "GNU.sparse.minor"]
 PAX_KEYS += ["GNU.sparse.size", "GNU.sparse.name", "GNU.sparse.numblocks", "GNU.sparse.realsize", "uid", "mtime"]
 
 
-def number_field(value: int, length: int) -> bytes:
-    """Octal where it fits, else base 256, which has a sign."""
+def encode_number(value: int, length: int) -> bytes:
+    """Encode in octal if it fits, else in signed base 256."""
     text = b"%o" % value if value >= 0 else b""
     if text and len(text) < length:
         return text.rjust(length - 1, b"0") + b"\0"
     return (b"\x80" if value >= 0 else b"\xff") + (value % 256 ** (length - 1)).to_bytes(length - 1, "big")
 
 
-def header_changed(draw: Callable[..., Any], content: bytes) -> bytes:
-    """One header with a hostile field, and with the checksum that fits it."""
+def mutate_header(draw: Callable[..., Any], content: bytes) -> bytes:
+    """Put a hostile value into one header field and update the header checksum."""
     starts = [at for at in range(0, len(content) - BLOCK + 1, BLOCK) if content[at + 257 : at + 262] == b"ustar"]
     if not starts:
         return content
@@ -145,7 +145,7 @@ def header_changed(draw: Callable[..., Any], content: bytes) -> bytes:
     name = draw(st.sampled_from(sorted(FIELDS)))
     first, length = FIELDS[name]
     if name == "size":
-        new = number_field(draw(NUMBERS), length)
+        new = encode_number(draw(NUMBERS), length)
     elif name == "type":
         new = draw(st.sampled_from([bytes([code]) for code in b"0123456\x007LKxgSXMVDN"]))
     else:
@@ -156,8 +156,8 @@ def header_changed(draw: Callable[..., Any], content: bytes) -> bytes:
     return content[:at] + bytes(header) + content[at + BLOCK :]
 
 
-def pax_put(draw: Callable[..., Any], content: bytes) -> bytes:
-    """A PAX header of our making before some member."""
+def insert_pax_header(draw: Callable[..., Any], content: bytes) -> bytes:
+    """Insert a generated PAX header before a member."""
     records = b""
     for key in draw(st.lists(st.sampled_from(PAX_KEYS), min_size=1, max_size=4)):
         value = str(draw(NUMBERS)) if draw(st.booleans()) else draw(TEXTS)
@@ -175,7 +175,7 @@ def pax_put(draw: Callable[..., Any], content: bytes) -> bytes:
 def tars(draw: Callable[..., Any]) -> bytes:
     content: bytes = draw(st.sampled_from(TARS))
     for _ in range(draw(st.integers(1, 3))):
-        content = draw(st.sampled_from([bytes_changed, header_changed, header_changed, pax_put]))(draw, content)
+        content = draw(st.sampled_from([mutate_bytes, mutate_header, mutate_header, insert_pax_header]))(draw, content)
     return content
 
 
@@ -200,15 +200,15 @@ MANIFEST = {
 
 @st.composite
 def manifests(draw: Callable[..., Any]) -> bytes:
-    document = value_changed(draw, MANIFEST)
-    if draw(st.integers(0, 3)):  # as one would who wants to be believed
+    document = mutate_document(draw, MANIFEST)
+    if draw(st.integers(0, 3)):  # usually with a matching digest
         try:
             stream = json.dumps([[one["name"], one["samples"], one["sha256"]] for one in document["shards"]])
             document["digest"] = hashlib.sha256(stream.encode()).hexdigest()[:32]
         except (KeyError, TypeError):
             pass
     content = json.dumps(document).encode()
-    return bytes_changed(draw, content) if draw(st.integers(0, 3)) == 0 else content
+    return mutate_bytes(draw, content) if draw(st.integers(0, 3)) == 0 else content
 
 
 def read_manifest(content: bytes) -> None:
@@ -221,7 +221,7 @@ def read_manifest(content: bytes) -> None:
     str(manifest.extent), shard_set.digest, shard_set.is_remote
 
 
-def small_set() -> ShardSet:
+def make_small_set() -> ShardSet:
     (HERE / "tars").mkdir()
     (HERE / "tars" / "0.tar").write_bytes(TARS[0])
     index_tars([str(HERE / "tars")], HERE / "set")
@@ -250,7 +250,7 @@ def indexes(draw: Callable[..., Any]) -> bytes:
         return b"\x93NUMPY" + draw(st.sampled_from([b"\1\0", b"\2\0", b"\3\0", b"\7\0"])) + (
             length.to_bytes(2, "little") + header.encode()
         )
-    return bytes_changed(draw, content)
+    return mutate_bytes(draw, content)
 
 
 def read_index(content: bytes) -> None:
@@ -285,9 +285,9 @@ def configs(draw: Callable[..., Any]) -> bytes:
         )
         text = draw(st.sampled_from(CONFIGS))
         at = draw(st.integers(0, len(text)))
-        return bytes_changed(draw, (text[:at] + spliced + text[at:]).encode())
+        return mutate_bytes(draw, (text[:at] + spliced + text[at:]).encode())
     if kind == "value":
-        value = value_changed(draw, draw(st.sampled_from(VALUES)))
+        value = mutate_document(draw, draw(st.sampled_from(VALUES)))
         return yaml.safe_dump(value, allow_unicode=draw(st.booleans())).encode(errors="surrogatepass")
     section = draw(st.sampled_from(["run.steps", "data.shards", "crops.sizes", "schedules.lr", "optim.betas", "x.y"]))
     return b"OVERRIDE" + f"{section}={draw(JSON)}".encode(errors="surrogatepass")
@@ -304,19 +304,19 @@ def read_config(content: bytes) -> None:
     config.batch_split(1)
 
 
-def whole_checkpoint() -> dict[str, bytes]:
-    """The files of a small one."""
+def make_checkpoint() -> dict[str, bytes]:
+    """Return the files of a small intact checkpoint."""
     folder = HERE / "made"
     folder.mkdir()
     state = {"version": 2, "step": 3, "world_size": 1, "shapes": {"a": [3, 2]}, "skipped_steps": 0}
     state["data"] = {"version": 1, "digest": "x", "seed": 0, "lane_block": 1, "next_slot": 24}
     state |= build_provenance(build_config({}), "fp32")
     (folder / "state.json").write_text(json.dumps(state))
-    write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Values()})
+    write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Shard()})
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-class _Values:
+class _Shard:
     numel = 6
 
     def read(self) -> Any:
@@ -330,17 +330,18 @@ def checkpoints(draw: Callable[..., Any]) -> dict[str, bytes]:
     files = dict(CHECKPOINT)
     name = draw(st.sampled_from(sorted(files)))
     if name.endswith(".json") and draw(st.integers(0, 3)):
-        files[name] = json.dumps(value_changed(draw, json.loads(files[name]))).encode()
+        files[name] = json.dumps(mutate_document(draw, json.loads(files[name]))).encode()
     elif name.endswith(".safetensors") and draw(st.integers(0, 3)):
         size = int.from_bytes(files[name][:8], "little")
-        header = json.dumps(value_changed(draw, json.loads(files[name][8 : 8 + size]))).encode()
+        header = json.dumps(mutate_document(draw, json.loads(files[name][8 : 8 + size]))).encode()
         files[name] = len(header).to_bytes(8, "little") + header + files[name][8 + size :]
     else:
-        files[name] = bytes_changed(draw, files[name])
-    # one whose sums are right gets further
+        files[name] = mutate_bytes(draw, files[name])
+    # files with matching checksums get past the first check
     files["sealed"] = b"x" * draw(st.integers(0, 3))
     if draw(st.integers(0, 4)) == 0:
-        entries = value_changed(draw, {name: {"bytes": 5, "crc32": "0a1b2c3d"}, "../../x": {"bytes": 0, "crc32": "0"}})
+        entries = {name: {"bytes": 5, "crc32": "0a1b2c3d"}, "../../x": {"bytes": 0, "crc32": "0"}}
+        entries = mutate_document(draw, entries)
         text = json.dumps({"files": entries, "crc32": f"{zlib.crc32(json.dumps(entries).encode()):08x}"})
         files[MANIFEST_NAME] = text.encode()
     return files
@@ -380,20 +381,20 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "config": (configs, read_config),
     "checkpoint": (checkpoints, read_checkpoint),
 }
-SET = small_set()
+SET = make_small_set()
 save_index(np.array([SET.record(0, number) for number in range(3)], RECORD), HERE / "index.npy")
 INDEX = (HERE / "index.npy").read_bytes()
-CHECKPOINT = whole_checkpoint()
+CHECKPOINT = make_checkpoint()
 
 
-def memory_bytes() -> int:
+def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def main() -> None:
     reader, inputs, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     strategy, read = READERS[reader]
-    counts = {"taken": 0, "refused": 0}
+    counts = {"accepted": 0, "refused": 0}
     signal.signal(signal.SIGPROF, lambda number, frame: sys.exit("an input took more than ten seconds"))
 
     @seed(first)
@@ -403,17 +404,17 @@ def main() -> None:
     )  # fmt: skip
     @given(strategy())
     def feed(content: Any) -> None:
-        # of the processor's time, since the machine of a test may be busy
+        # CPU time, because the machine may be busy
         signal.setitimer(signal.ITIMER_PROF, 10.0)
         try:
             read(content)
-            counts["taken"] += 1
+            counts["accepted"] += 1
         except (ShardError, StreamtrainError) as error:
             counts["refused"] += 1
             assert "\n" not in str(error)
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
-    room = memory_bytes() + ROOM_BYTES
+    room = resident_bytes() + ROOM_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     feed()

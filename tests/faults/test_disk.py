@@ -1,4 +1,4 @@
-"""Disks that are full, limited or read-only: a warning, another try at the next interval, and nothing older lost."""
+"""Full, limited and read-only disks: a warning, a retry at the next interval, and no older checkpoint lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(*words: str | Path) -> str:
     return done.stdout
 
 
-def test_a_disk_that_refuses_is_told_of_and_tried_again(tmp_path: Path) -> None:
+def test_a_failed_write_is_logged_and_retried(tmp_path: Path) -> None:
     out = run(sys.executable, SCRIPT, tmp_path / "run", "limit")
     assert out.splitlines() == [
         "step 1: checkpoint saved",
@@ -48,9 +48,9 @@ def test_a_disk_that_refuses_is_told_of_and_tried_again(tmp_path: Path) -> None:
     ]
 
 
-def test_a_full_and_a_read_only_disk(tmp_path: Path) -> None:
+def test_full_and_read_only_disks(tmp_path: Path) -> None:
     if not can_mount(tmp_path):
-        pytest.skip("this process may not mount; a limit on files is tested all the same")
+        pytest.skip("this process may not mount; the file-size limit is tested anyway")
     out = run(*NAMESPACE, sys.executable, SCRIPT, tmp_path / "run", "mount")
     told = [line for line in out.splitlines() if not line.startswith("warning: ")]
     for line, expected in zip(told, (
@@ -68,7 +68,7 @@ def test_a_full_and_a_read_only_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_full_goes_on_to_its_end_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_run_with_a_full_disk_finishes_and_reports_the_missing_checkpoint(tmp_path: Path) -> None:
     if not can_mount(tmp_path):
         pytest.skip("this process may not mount")
     pack(draw_folder(tmp_path / "images", 40), tmp_path / "set", PackOptions())
@@ -79,7 +79,7 @@ def test_a_run_whose_disk_is_full_goes_on_to_its_end_and_says_what_is_missing(tm
     run(*words["straight"])
     checkpoint = tmp_path / "straight/checkpoints/step-000000006"
     kilobytes = sum(path.stat().st_size for path in checkpoint.iterdir()) // 1000
-    # room for one checkpoint, but not for the next beside it; then for that too
+    # first room for one checkpoint but not two, then for two
     script = f"""
         mkdir -p {tmp_path}/broken/checkpoints && cd {tmp_path}/broken
         touch .streamtrain.lock

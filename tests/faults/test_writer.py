@@ -1,4 +1,4 @@
-"""A checkpoint's writer stopped at every call that changes the disk: the previous or the new one is there, whole."""
+"""Kill the checkpoint writer at each of its file-system calls: the old or the new checkpoint stays intact."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps, step_
 from streamtrain.run.step_manifest import find_fault
 
 SHAPES = {"backbone.a": (30, 7), "head.b": (5,)}
-# the hardest case: the old one goes as soon as the new one is there
+# the hardest case: the old checkpoint is deleted as soon as the new one exists
 RUN = RunConfig(keep_last=1)
 
 
 @dataclass(frozen=True)
-class Values:
+class ConstantShard:
+    """A source of ``numel`` equal values."""
+
     numel: int
     value: float
 
@@ -35,10 +37,10 @@ class Values:
         return torch.full((self.numel,), self.value)
 
 
-def contents(step: int, world_size: int) -> dict[str, CheckpointPayload]:
-    def shards(kinds: tuple[str, ...]) -> dict[str, Values]:
+def make_payloads(step: int, world_size: int) -> dict[str, CheckpointPayload]:
+    def shards(kinds: tuple[str, ...]) -> dict[str, ConstantShard]:
         numels = {name: -(-torch.Size(shape).numel() // world_size) for name, shape in SHAPES.items()}
-        return {f"{kind}/{name}": Values(numel, float(step)) for kind in kinds for name, numel in numels.items()}
+        return {f"{kind}/{name}": ConstantShard(numel, float(step)) for kind in kinds for name, numel in numels.items()}
 
     state = {"data": {"slot": step, "lane_block": 1}}
     return {
@@ -47,35 +49,37 @@ def contents(step: int, world_size: int) -> dict[str, CheckpointPayload]:
     }
 
 
-def save(rank: int, run: Path, steps: tuple[int, ...], world_size: int, dying: int, fatal: int | None) -> None:
-    """Save some steps; during the last one, rank ``dying`` dies at its call ``fatal``, or tells of all its calls."""
+def save_steps(rank: int, run: Path, steps: tuple[int, ...], world_size: int, dying: int, fatal: int | None) -> None:
+    """Save some steps; in the last one, rank ``dying`` is killed at call ``fatal`` or, if None, reports its calls."""
     saver = CheckpointWriter(run, RUN)
     for step in steps[:-1]:
-        saver.save(step, contents(step, world_size))
+        saver.save(step, make_payloads(step, world_size))
         saver.wait()
     disk = FailingDisk("checkpoint", run.parent / "report.json", fatal) if rank == dying else None
-    saver.save(steps[-1], contents(steps[-1], world_size))
+    saver.save(steps[-1], make_payloads(steps[-1], world_size))
     saver.wait()
     assert saver.failure is None
     if disk is not None:
-        disk.tell()
+        disk.write_report()
 
 
-def saved(folder: Path, steps: tuple[int, ...], world_size: int, dying: int = 0, fatal: int | None = None) -> list[str]:
-    """Run ``save`` for ``folder/run`` on some ranks; returns the calls of the dying one."""
-    meeting = Path(tempfile.mkdtemp(dir=folder))
-    run_on_ranks(save, meeting, folder / "run", steps, world_size, dying, fatal, ranks=world_size)
-    return calls_of(folder)
+def save_on_ranks(
+    folder: Path, steps: tuple[int, ...], world_size: int, dying: int = 0, fatal: int | None = None
+) -> list[str]:
+    """Run ``save_steps`` for ``folder/run`` on all ranks; return the file-system calls of rank ``dying``."""
+    rendezvous = Path(tempfile.mkdtemp(dir=folder))
+    run_on_ranks(save_steps, rendezvous, folder / "run", steps, world_size, dying, fatal, ranks=world_size)
+    return read_calls(folder)
 
 
-def calls_of(folder: Path) -> list[str]:
+def read_calls(folder: Path) -> list[str]:
     return list(json.loads((folder / "report.json").read_text())["calls"])
 
 
-def copied(folder: Path, name: str) -> Path:
-    place = folder / name
-    shutil.copytree(folder / "before", place)
-    return place
+def copy_run(folder: Path, name: str) -> Path:
+    copy = folder / name
+    shutil.copytree(folder / "before", copy)
+    return copy
 
 
 def find_newest_intact(run: Path) -> int:
@@ -83,42 +87,42 @@ def find_newest_intact(run: Path) -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_writer_stopped_at_any_call_leaves_the_old_or_the_new_whole(world_size: int, tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_call_leaves_the_old_or_the_new_checkpoint(world_size: int, tmp_path: Path) -> None:
     run = tmp_path / "before" / "run"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{}\n")
-    saved(tmp_path / "before", (1, 2), world_size)
+    save_on_ranks(tmp_path / "before", (1, 2), world_size)
     newest = Counter[int]()
     for dying in range(world_size):
-        calls = saved(copied(tmp_path, f"whole-{dying}"), (3,), world_size, dying)
+        calls = save_on_ranks(copy_run(tmp_path, f"whole-{dying}"), (3,), world_size, dying)
         assert {"open", "write", "fsync"} <= set(calls)
         for fatal in range(len(calls)):
-            place = copied(tmp_path, f"{dying}-{fatal}")
+            folder = copy_run(tmp_path, f"{dying}-{fatal}")
             with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-                saved(place, (3,), world_size, dying, fatal)
-            assert calls_of(place) == calls[:fatal]
-            newest[after_a_death(place, world_size)] += 1
-            shutil.rmtree(place)
+                save_on_ranks(folder, (3,), world_size, dying, fatal)
+            assert read_calls(folder) == calls[:fatal]
+            newest[check_after_kill(folder, world_size)] += 1
+            shutil.rmtree(folder)
         if dying == 0:
             assert {"rename", "replace", "mkdir", "unlink", "rmdir"} <= set(calls)
     assert set(newest) == {2, 3}
     print(f"{newest.total()} deaths on {world_size} rank(s): {newest[2]} left the old checkpoint, {newest[3]} the new")
 
 
-def after_a_death(place: Path, world_size: int) -> int:
-    """The step that the next start goes on from, after a kill alone; checks that, and what a power cut would leave."""
-    run = place / "run"
-    # whatever bears the name of a checkpoint is one
+def check_after_kill(folder: Path, world_size: int) -> int:
+    """Check the run directory after a kill, then after a power cut; return the newest step after the kill."""
+    run = folder / "run"
+    # every folder named like a checkpoint is an intact checkpoint
     steps = saved_steps(run)
     assert all(find_fault(step_folder(run, step), contents=True) is None for step in steps), steps
     assert steps in ([2], [2, 3], [3])
-    cut_power(place / "report.json")
+    cut_power(folder / "report.json")
     newest = find_newest_intact(run)
     assert newest in (2, 3)
     weights = read_weights(run, newest)
     assert all(bool((weights[name] == newest).all()) for name in SHAPES)
-    # and the next start goes on, and clears away what was left
-    saved(place, (newest + 1,), world_size)
+    # the next start continues and removes partial files
+    save_on_ranks(folder, (newest + 1,), world_size)
     assert saved_steps(run) == [newest + 1] and saved_steps(run, SNAPSHOTS)[-1] == newest + 1
     assert not list(run.rglob(".*"))
     return steps[-1]

@@ -1,4 +1,4 @@
-"""The measuring commands run, and end in one flat JSON object."""
+"""The benchmarks run, end in one flat JSON object, and write result files."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def set_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
-def test_order_of_a_huge_set_is_found_at_once() -> None:
+def test_order_finds_the_first_slot_of_a_huge_set() -> None:
     done = bench("order", "--samples", "1.7e9", "--shard-samples", "10000", "--world", "256", "--at", "0.5", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["num_shards"] == 170_000
-    assert 0 < result["seconds_to_first_slot"] < 5  # 0.1 on an idle machine
+    assert 0 < result["seconds_to_first_slot"] < 5  # 0.1 s on an idle machine
     assert result["peak_rss_bytes"] < 200e6
 
 
 SMALL = ("--batch", "2", "crops.global_size=32", "crops.local_size=16", "crops.local_count=1")
 
 
-def test_loader_measures_itself(set_path: Path) -> None:
+def test_loader_prints_its_keys(set_path: Path) -> None:
     done = bench("loader", "--set", set_path, *SMALL, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -56,8 +56,32 @@ def test_loader_measures_itself(set_path: Path) -> None:
     assert all(value >= 0 for value in result.values()) and result["images_per_second"] > 0
 
 
+def test_save_writes_medians_of_the_repeats_with_provenance(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "order.json"
+    done = bench("order", "--samples", "1e6", "--repeats", "3", "--save", path, "--json")
+    assert done.returncode == 0, done.stderr
+    document, printed = json.loads(path.read_text()), json.loads(done.stdout.splitlines()[-1])
+    assert document["result"] == printed and document["repeats"] == 3
+    assert document["command"] == "python tools/bench.py order --samples 1e6 --repeats 3 --json"
+    for key, value in printed.items():
+        low, high = document["spread"][key]
+        assert low <= value <= high
+    assert document["versions"]["torch"] and document["hardware"]["cores"] >= 1 and document["hardware"]["cpu"]
+    assert set(document) >= {"benchmark", "date", "commit", "has_uncommitted_changes"}
+    assert [file.name for file in path.parent.iterdir()] == ["order.json"]
+
+
+def test_median_result_keeps_integers_and_text() -> None:
+    sys.path.insert(0, str(BENCH.parent))
+    from benchmarks.results import median_result
+
+    runs = [{"a": 1, "b": 0.5, "c": "x"}, {"a": 4, "b": 1.0, "c": "y"}, {"a": 2, "b": 9.0, "c": "x"}]
+    assert median_result(runs) == {"a": 2, "b": 1.0, "c": "x"}
+    assert type(median_result(runs[:2])["a"]) is int
+
+
 @pytest.mark.slow
-def test_loader_compares_itself(set_path: Path) -> None:
+def test_loader_ratio_against_webdataset(set_path: Path) -> None:
     done = bench("loader", "--set", set_path, *SMALL, "--compare", "webdataset", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -73,15 +97,15 @@ def test_loader_compares_itself(set_path: Path) -> None:
         (["--set", "nowhere", "crops.golbal_size=32"], "did you mean crops.global_size"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     done = bench("loader", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_slope_of_a_level_stretch_is_0_within_its_error_and_that_of_a_leak_is_not() -> None:
+def test_slope_is_zero_within_its_error_without_a_leak_and_not_with_one() -> None:
     sys.path.insert(0, str(BENCH.parent))
-    from benchmarks.stream import slope_with_error
+    from benchmarks.stream_memory import slope_with_error
 
     noise = np.random.default_rng(0).normal(0, 1e5, 3000)
     slope, error = slope_with_error(3e8 + noise)
@@ -90,7 +114,7 @@ def test_the_slope_of_a_level_stretch_is_0_within_its_error_and_that_of_a_leak_i
     assert abs(slope - 100.0) < error < 20.0
 
 
-def drawn_set(folder: Path, count: int) -> Path:
+def pack_drawn_set(folder: Path, count: int) -> Path:
     images = ((f"{number}.jpg", encoded(drawn_image(number, 60, 45))) for number in range(count))
     with tarfile.open(folder / f"{count}.tar", "w") as tar:
         for name, payload in images:
@@ -102,13 +126,13 @@ def drawn_set(folder: Path, count: int) -> Path:
 
 
 @pytest.mark.slow
-def test_memory_of_a_long_stream_is_level_and_does_not_depend_on_the_size_of_the_set(tmp_path: Path) -> None:
+def test_stream_memory_is_flat_and_independent_of_the_set_size(tmp_path: Path) -> None:
     resident = []
     for count in (1_500, 15_000):
-        done = bench("stream", "--set", drawn_set(tmp_path, count), "--samples", "50000", "--json")
+        done = bench("stream", "--set", pack_drawn_set(tmp_path, count), "--samples", "50000", "--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
-        # a slope of a few pages of 4 KB in all is what a flat line looks like
+        # even a flat line has a slope of a few 4 KB pages in total
         assert result["samples"] >= 50_000 and result["rss_slope_low"] * result["samples"] < 100_000
         resident.append(result["rss_bytes"])
     assert resident[1] == pytest.approx(resident[0], rel=0.1)
@@ -122,11 +146,11 @@ TINY = (
 )  # fmt: skip
 
 
-def test_the_plain_step_has_the_losses_of_ours() -> None:
+def test_plain_step_has_the_same_losses_and_gradients() -> None:
     sys.path.insert(0, str(BENCH.parent))
     import torch
     from benchmarks.plain_step import PlainStep
-    from benchmarks.step import synthetic
+    from benchmarks.training_step import make_noise_batch
 
     from streamtrain.config.load import load_config
     from streamtrain.model.initialise import initialise
@@ -135,37 +159,37 @@ def test_the_plain_step_has_the_losses_of_ours() -> None:
     from streamtrain.training.ssl_model import Learner
 
     config = load_config("vits16.yaml", [*TINY, "data.micro_batch=4"])
-    batch = synthetic(config, torch.device("cpu"))
+    batch = make_noise_batch(config, torch.device("cpu"))
     network = Learner(config)
     initialise(network, config.model, config.run.seed)
     heads = (network.global_head, network.patch_head)
     handles = TeacherPrototypes(*(PlainWeight(head.prototypes.weight) for head in heads if head is not None))
     (targets,) = TargetMaker(config.objective).make([network(batch)], handles, 0.05)
-    ours = network(batch, targets)
+    losses = network(batch, targets)
     plain = PlainStep(config, torch.device("cpu"), autocast=False)
     assert {n: p.shape for n, p in plain.student.named_parameters()} == {
         n: p.shape for n, p in network.named_parameters()
     }
-    theirs = plain.losses(batch, 0.05)
-    assert ours.keys() == theirs.keys()
-    for name, loss in ours.items():
-        assert loss.item() == pytest.approx(theirs[name].item(), rel=1e-5), name
-    ours["total"].backward()
-    theirs["total"].backward()
+    expected_losses = plain.losses(batch, 0.05)
+    assert losses.keys() == expected_losses.keys()
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected_losses[name].item(), rel=1e-5), name
+    losses["total"].backward()
+    expected_losses["total"].backward()
     expected = dict(plain.student.named_parameters())
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
-def test_step_measures_itself_and_the_plain_one() -> None:
+def test_step_ratios_and_shares() -> None:
     options = ("--batch", "4", "--steps", "1", "--compare", "plain", "--json")
     done = bench("step", "--config", "vits16.yaml", *options, *TINY)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["ratio"] == pytest.approx(result["images_per_second"] / result["plain_images_per_second"])
     shares = [value for key, value in result.items() if key.endswith("_share") and not key.startswith("plain_")]
-    # communication is within the others
+    # the communication share is part of the other shares
     assert 0.9 < sum(shares) - result["communication_share"] <= 1.01
     assert result["peak_ratio"] > 0 and 0 < result["mfu"] < 1
     parts = [value for key, value in result.items() if key.startswith("start_")]

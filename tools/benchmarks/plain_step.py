@@ -1,8 +1,8 @@
-"""A training step as it is usually written, to compare ours with: one process, plain PyTorch, nothing left out.
+"""The same training step in plain PyTorch, to compare with: one process, nothing sharded, fused or recomputed.
 
-The same architecture, objective and parameter names as a ``Learner``: a forward for each crop size with fused
-attention, whole logits and targets, bf16 autocast over fp32 weights, AdamW, an average kept parameter by parameter.
-Drop-path multiplies by 0 what it drops.
+It has the architecture, objective and parameter names of ``Learner``: one forward per crop size with fused attention,
+whole logits and targets, bf16 autocast over fp32 weights, AdamW, a teacher EMA updated parameter by parameter, and
+drop-path that multiplies dropped branches by 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamtrain.objective.feature_losses import koleo_loss
 
 
 class PlainAttention(nn.Module):
-    """Queries, keys and values from one linear layer; no key bias."""
+    """Attention with queries, keys and values from one linear layer; no key bias by default."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,22 +33,22 @@ class PlainAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """``[images, length, dim]`` to the same; the last ``len(cosine)`` tokens of an image are patches."""
+        """Map ``[images, length, dim]`` to the same shape; the last ``len(cosine)`` tokens of an image are patches."""
         bias: Tensor | None = self.qkv.bias
         if bias is not None and len(bias) < self.qkv.out_features:
             bias = torch.cat([bias[: len(bias) // 2], torch.zeros_like(bias[: len(bias) // 2]), bias[len(bias) // 2 :]])
         packed = F.linear(tokens, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = (self._turn(heads, cosine, sine).to(value.dtype) for heads in (query, key))
+        query, key = (self._rotate(heads, cosine, sine).to(value.dtype) for heads in (query, key))
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
     @staticmethod
-    def _turn(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         prefix = heads.shape[2] - len(cosine)
         patches = heads[:, :, prefix:]
         first, second = patches.chunk(2, dim=-1)
-        turned = patches * cosine + torch.cat([-second, first], dim=-1) * sine
-        return torch.cat([heads[:, :, :prefix], turned.to(heads.dtype)], dim=2)
+        rotated = patches * cosine + torch.cat([-second, first], dim=-1) * sine
+        return torch.cat([heads[:, :, :prefix], rotated.to(heads.dtype)], dim=2)
 
 
 class PlainMlp(nn.Module):
@@ -128,7 +128,7 @@ class PlainBackbone(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised CLS tokens ``[images, dim]`` and patches ``[images, num_patches, dim]``."""
+        """Return normalised CLS tokens ``[images, dim]`` and patches ``[images, num_patches, dim]``."""
         cosine, sine = self._angles(*(side // self.config.patch_size for side in images.shape[2:]))
         tokens = self.embedding(images, mask)
         for block in self.blocks:
@@ -139,9 +139,9 @@ class PlainBackbone(nn.Module):
     def _angles(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         head_dim, device = self.config.dim // self.config.num_heads, self.norm.weight.device
         axes = [2.0 * torch.arange(0.5, size, device=device) / size - 1.0 for size in (height, width)]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
         periods = self.config.rope_base ** torch.arange(0, 1, 4 / head_dim, device=device)
-        angles = (2.0 * torch.pi * places[:, :, None] / periods).flatten(1).repeat(1, 2)
+        angles = (2.0 * torch.pi * coordinates[:, :, None] / periods).flatten(1).repeat(1, 2)
         return angles.cos(), angles.sin()
 
 
@@ -158,7 +158,7 @@ class PlainProjection(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """Rows to logits."""
+    """A head that maps rows to prototype logits."""
 
     def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class PlainNetwork(nn.Module):
 
 
 def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Targets ``[rows, prototypes]`` (Caron et al. 2020)."""
+    """Return targets ``[rows, prototypes]`` (Caron et al. 2020)."""
     logits = logits.float()
     entries = torch.exp((logits - logits.max()) / temperature).t()
     prototypes, rows = entries.shape
@@ -192,10 +192,10 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
 
 
 class PlainStep:
-    """Student, teacher, optimiser and what they do to a batch."""
+    """Student, teacher, optimiser, and one optimiser step on a batch."""
 
     def __init__(self, config: Config, device: torch.device, autocast: bool) -> None:
-        """``autocast``: bf16 products."""
+        """``autocast``: run matmuls in bf16."""
         self.config, self.device, self.autocast = config, device, autocast
         self.student, self.teacher = (PlainNetwork(config).to(device) for _ in range(2))
         for network in (self.student, self.teacher):
@@ -205,13 +205,13 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
 
     def losses(self, batch: Batch, temperature: float) -> dict[str, Tensor]:
-        """The weighted ``total``, with the parts: ``global``, ``patch``, ``koleo``."""
+        """Return the losses ``total`` (weighted sum), ``global``, ``patch`` and ``koleo``."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             targets = self._targets(batch, temperature)
             return self._losses(batch, *targets)
 
     def __call__(self, batch: Batch, lr: float, weight_decay: float, momentum: float, temperature: float) -> Tensor:
-        """One optimiser step; returns the loss."""
+        """Run one optimiser step; return the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rule"].lr_factor
             group["weight_decay"] = weight_decay if group["rule"].decays else 0.0
@@ -222,8 +222,8 @@ class PlainStep:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.clip)
         self.optimizer.step()
         with torch.no_grad():
-            for average, newest in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                average.mul_(momentum).add_(newest, alpha=1.0 - momentum)
+            for ema, parameter in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                ema.mul_(momentum).add_(parameter, alpha=1.0 - momentum)
         return loss.detach()
 
     def _pixels(self, crops: Tensor) -> Tensor:
@@ -233,11 +233,11 @@ class PlainStep:
     def _targets(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         objective = self.config.objective
         cls, patches = self.teacher.backbone(self._pixels(batch.global_crops))
-        rows = patches.flatten(0, 1)[self._masked(batch)]
-        of_global = sinkhorn(self.teacher.global_head(cls), temperature, objective.sinkhorn_iterations)
-        return of_global, sinkhorn(self.teacher.patch_head(rows), temperature, objective.sinkhorn_iterations)
+        rows = patches.flatten(0, 1)[self._masked_index(batch)]
+        global_targets = sinkhorn(self.teacher.global_head(cls), temperature, objective.sinkhorn_iterations)
+        return global_targets, sinkhorn(self.teacher.patch_head(rows), temperature, objective.sinkhorn_iterations)
 
-    def _losses(self, batch: Batch, of_global: Tensor, of_patch: Tensor) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, global_targets: Tensor, patch_targets: Tensor) -> dict[str, Tensor]:
         crops, objective = self.config.crops, self.config.objective
         cls, patches = self.student.backbone(self._pixels(batch.global_crops), batch.masks.grid_mask)
         student_rows = [cls]
@@ -247,19 +247,17 @@ class PlainStep:
         views = F.log_softmax(logits.float() / objective.student_temperature, dim=-1).chunk(
             crops.global_count + crops.local_count
         )
-        targets = of_global.chunk(crops.global_count)
+        targets = global_targets.chunk(crops.global_count)
         pairs = [
             -(target * view).sum(dim=-1).mean()
             for i, target in enumerate(targets) for j, view in enumerate(views) if i != j
         ]  # fmt: skip
-        masked = patches.flatten(0, 1)[self._masked(batch)]
-        log_probability = F.log_softmax(
-            self.student.patch_head(masked).float() / objective.student_temperature, dim=-1
-        )
+        masked = patches.flatten(0, 1)[self._masked_index(batch)]
+        log_probability = F.log_softmax(self.student.patch_head(masked).float() / objective.student_temperature, dim=-1)
         row_weight = batch.masks.weight[batch.masks.weight > 0] / len(batch.global_crops)
         losses = {
             "global": torch.stack(pairs).mean(),
-            "patch": -(row_weight * (of_patch * log_probability).sum(dim=-1)).sum(),
+            "patch": -(row_weight * (patch_targets * log_probability).sum(dim=-1)).sum(),
             "koleo": torch.stack([koleo_loss(view) for view in cls.chunk(crops.global_count)]).sum(),
         }
         total = (
@@ -270,6 +268,5 @@ class PlainStep:
         return {"total": total, **losses}
 
     @staticmethod
-    def _masked(batch: Batch) -> Tensor:
+    def _masked_index(batch: Batch) -> Tensor:
         return batch.masks.index[batch.masks.weight > 0]
-

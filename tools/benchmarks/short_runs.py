@@ -1,4 +1,4 @@
-"""A few real training steps on ranks of this machine, and what they logged."""
+"""Run a few real training steps on ranks of this machine and return their metrics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from streamtrain.errors import StreamtrainError
 MAIN = Path(__file__).resolve().parents[2] / "streamtrain" / "main.py"
 
 
-def trained(
+def run_training(
     config: Config, ranks: int, run: dict[str, Any], scratch: Path | None = None
 ) -> tuple[list[dict[str, Any]], Config]:
-    """Train in a folder that is deleted again; returns the lines of ``metrics.jsonl``, and the resolved configuration.
+    """Train in a temporary run directory; return the records of ``metrics.jsonl`` and the resolved configuration.
 
     Args:
         run: keys of the ``run`` section.
-        scratch: where the folder is made; None: where temporary files are.
+        scratch: parent of the run directory; None for the system's temporary folder.
 
     Raises:
-        StreamtrainError: if the run fails.
+        StreamtrainError: the run failed.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         raw = config.model_dump()
@@ -37,7 +37,7 @@ def trained(
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run([*launcher, str(MAIN), "--config", str(path)], capture_output=True, text=True)
         if done.returncode:
-            told = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no message"]
-            raise StreamtrainError(f"the run failed: {told[-1]}")
+            errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no message"]
+            raise StreamtrainError(f"the run failed: {errors[-1]}")
         lines = (Path(folder) / "run/metrics.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines], read_resolved(f"{folder}/run")

@@ -1,4 +1,4 @@
-"""What a rank receives in collective operations, and how long it waits for them."""
+"""Bytes that a rank receives in collective operations, and the time it spends in them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ OTHERS = ("reduce_scatter_tensor", "reduce_scatter", "all_reduce", "reduce", "br
 
 
 class Traffic:
-    """Counts from ``reset`` on; to be made before the engine looks its collectives up."""
+    """Counters since the last ``reset``; create it before the engine imports its collectives."""
 
     def __init__(self) -> None:
         self.reset()
         for name in (*GATHERS, *OTHERS):
-            setattr(dist, name, self._timed(getattr(dist, name), name in GATHERS))
+            setattr(dist, name, self._wrap(getattr(dist, name), name in GATHERS))
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Set all counters to zero."""
         self.gathered_bytes = 0
-        # calling and waiting; on a GPU what the host waits, which overlap hides or not
+        # time in calls and waits; on a GPU this is host time, whether or not computation overlaps it
         self.seconds = 0.0
 
-    def _timed(self, collective: Callable[..., Any], gathers: bool) -> Callable[..., Any]:
+    def _wrap(self, collective: Callable[..., Any], gathers: bool) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             if gathers:
                 output = arguments[0] if arguments else named.get("output_tensor", named.get("tensor_list"))
@@ -37,13 +37,13 @@ class Traffic:
             started = time.perf_counter()
             handle = collective(*arguments, **named)
             self.seconds += time.perf_counter() - started
-            return handle if handle is None else _Waiting(handle, self)
+            return handle if handle is None else _TimedHandle(handle, self)
 
         return call
 
 
-class _Waiting:
-    """A handle whose waiting is timed."""
+class _TimedHandle:
+    """An asynchronous handle that adds the time of its ``wait`` to the counters."""
 
     def __init__(self, handle: Any, traffic: Traffic) -> None:
         self._handle, self._traffic = handle, traffic

@@ -1,4 +1,4 @@
-"""How many images the loader makes, at what cost of CPU time and memory, and against a plain loop."""
+"""Throughput, CPU time and memory of the loader, alone and against a webdataset loop."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plain_loader import batches as plain_batches
-from benchmarks.process_cost import cpu_seconds, in_fresh_process, peak_rss_bytes, settle
+from benchmarks.process_usage import cpu_seconds, peak_rss_bytes, run_in_fresh_process, wait_until_idle
+from benchmarks.webdataset_loader import batches as webdataset_batches
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
@@ -18,39 +18,39 @@ WARM_UP = 3
 
 
 def run(config: Config, num_batches: int, step_seconds: float, device: str, compare: bool) -> dict[str, Any]:
-    """Measure ``num_batches`` micro-batches; ``step_seconds`` is how long the consumer works on each.
+    """Measure ``num_batches`` micro-batches; the consumer spends ``step_seconds`` on each.
 
-    ``ratio`` is images per CPU-second over those of the plain loop. The two take turns, so that a busy machine
-    slows both.
+    ``ratio`` compares images per CPU-second with the webdataset loop. The two are measured interleaved, so that other
+    load on the machine affects both.
     """
     rounds = 2 if compare else 1
-    ours, plain = [], []
+    own_runs, webdataset_runs = [], []
     for _ in range(rounds):
-        ours.append(in_fresh_process(measure, config, num_batches // rounds, step_seconds, device))
+        own_runs.append(run_in_fresh_process(measure, config, num_batches // rounds, step_seconds, device))
         if compare:
-            plain.append(in_fresh_process(measure_plain, config, num_batches // rounds))
-    result = _merge(ours)
+            webdataset_runs.append(run_in_fresh_process(measure_webdataset, config, num_batches // rounds))
+    result = _merge(own_runs)
     if compare:
-        other = _merge(plain)
+        other = _merge(webdataset_runs)
         result |= {f"webdataset_{key}": value for key, value in other.items()}
         result["ratio"] = other["cpu_seconds_per_image"] / result["cpu_seconds_per_image"]
     return result
 
 
 def measure(config: Config, num_batches: int, step_seconds: float, device: str) -> dict[str, float]:
-    """Our loader in this process. The clock starts and stops with all queues full and all threads idle."""
+    """Measure the loader in this process, from one moment with full queues and idle threads to another."""
     shard_set = open_shard_set(config)
     with Loader(shard_set, config, rank=0, world_size=1, device=device) as loader:
         for _ in range(WARM_UP):
             next(loader)
-        settle()
+        wait_until_idle()
         waited, started, cpu = loader.wait_seconds, time.perf_counter(), cpu_seconds()
         for _ in range(num_batches):
             next(loader)
             if step_seconds:
                 time.sleep(step_seconds)
         waited, consumed = loader.wait_seconds - waited, time.perf_counter() - started
-        ended = settle()
+        ended = wait_until_idle()
         cpu = cpu_seconds() - cpu
     return {
         "images": num_batches * config.data.micro_batch,
@@ -61,15 +61,15 @@ def measure(config: Config, num_batches: int, step_seconds: float, device: str) 
     }
 
 
-def measure_plain(config: Config, num_batches: int) -> dict[str, float]:
-    """The plain loop in this process.
+def measure_webdataset(config: Config, num_batches: int) -> dict[str, float]:
+    """Measure the webdataset loop in this process.
 
     Raises:
-        ConfigError: several shard sets, which that loop cannot mix.
+        ConfigError: ``data.shards`` lists several shard sets, which the loop cannot mix.
     """
     if not isinstance(config.data.shards, str):
-        raise ConfigError("data.shards: the comparison takes one shard set")
-    stream = plain_batches(Path(config.data.shards), config.crops, config.data.micro_batch)
+        raise ConfigError("data.shards lists several sets; --compare webdataset takes one")
+    stream = webdataset_batches(Path(config.data.shards), config.crops, config.data.micro_batch)
     for _ in itertools.islice(stream, WARM_UP):
         pass
     started, cpu = time.perf_counter(), cpu_seconds()

@@ -1,4 +1,4 @@
-"""What a measured stretch of work cost: CPU time of the process tree, wall time, peak memory."""
+"""CPU time, wall time and memory of this process, and running work in a fresh one."""
 
 from __future__ import annotations
 
@@ -16,50 +16,49 @@ from streamtrain.errors import StreamtrainError
 Result = TypeVar("Result")
 
 
-def in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
-    """``work(*arguments)`` in a process of its own, so that neither memory nor caches of another run count.
+def run_in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
+    """Return ``work(*arguments)``, run in a new process so that memory and caches of earlier work do not count.
 
     Raises:
-        StreamtrainError: with the message of any ``ValueError`` over there.
+        StreamtrainError: with the message of a ``ValueError`` in that process.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work_or_message, work, *arguments).result()
+        return pool.submit(call_with_portable_errors, work, *arguments).result()
 
 
-def work_or_message(work: Callable[..., Result], *arguments: object) -> Result:
-    """``work(*arguments)``, where an error can travel to another process."""
+def call_with_portable_errors(work: Callable[..., Result], *arguments: object) -> Result:
+    """Return ``work(*arguments)``; a ``ValueError`` becomes an error that can be pickled."""
     try:
         return work(*arguments)
     except ValueError as error:
-        # plain text, since not every error survives the way between processes
         raise StreamtrainError(str(error)) from None
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, all its threads, and all children that have ended."""
+    """Return the CPU time of this process, its threads, and its finished children."""
     usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever had resident."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def age_seconds() -> float:
-    """Since this process began, to a hundredth (Linux only)."""
-    # the fields after the name, which may hold anything
+def process_age_seconds() -> float:
+    """Return the time since this process started, to 0.01 s (Linux only)."""
+    # the process name ends at the last parenthesis and may contain anything
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def settle(quiet_seconds: float = 0.3) -> float:
-    """Wait until background threads have gone idle; returns the time (``perf_counter``) of their last work."""
+def wait_until_idle(quiet_seconds: float = 0.3) -> float:
+    """Wait until background threads are idle; return the time (``perf_counter``) of their last work."""
     last_cpu, last_work = cpu_seconds(), time.perf_counter()
     while time.perf_counter() - last_work < quiet_seconds:
         time.sleep(0.02)
         now = cpu_seconds()
-        # the watching itself costs a little
+        # this loop itself uses a little CPU time
         if now - last_cpu > 0.004:
             last_work = time.perf_counter()
         last_cpu = now
@@ -67,23 +66,23 @@ def settle(quiet_seconds: float = 0.3) -> float:
 
 
 def rss_bytes() -> int:
-    """What is resident now (Linux only)."""
-    return _status("VmRSS")
+    """Return the current resident memory of this process (Linux only)."""
+    return _read_status("VmRSS")
 
 
 def reset_peak_rss() -> int:
-    """Forget the peak so far; returns the bytes that are resident now (Linux only)."""
+    """Reset the peak of resident memory; return the current resident bytes (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return rss_bytes()
 
 
-def peak_rss_since(stood: int) -> int:
-    """The most bytes resident since ``reset_peak_rss``, above the ``stood`` that it returned."""
-    return _status("VmHWM") - stood
+def peak_rss_since(baseline: int) -> int:
+    """Return the peak since ``reset_peak_rss`` minus ``baseline``, the bytes that it returned."""
+    return _read_status("VmHWM") - baseline
 
 
-def _status(key: str) -> int:
+def _read_status(key: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system does not tell {key}")
+    raise RuntimeError(f"/proc/self/status has no {key}")

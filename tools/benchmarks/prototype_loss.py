@@ -1,4 +1,4 @@
-"""Peak memory and time of the fused prototype loss with its Sinkhorn targets, against the plain form of both."""
+"""Peak memory and time of the fused prototype loss with its Sinkhorn targets, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.process_cost import in_fresh_process, peak_rss_since, reset_peak_rss
+from benchmarks.process_usage import peak_rss_since, reset_peak_rss, run_in_fresh_process
 from streamtrain.objective.prototypes import prototype_cross_entropy
 from streamtrain.objective.sinkhorn import sinkhorn
 from streamtrain.ops.logits import chunk_rows
@@ -22,16 +22,16 @@ PARTS = ("loss", "features", "weight")
 
 
 def run(rows: int, prototypes: int, dim: int, chunk_bytes: int, rounds: int) -> dict[str, Any]:
-    """Each form in a process of its own, in turns; the least time and the least peak of each count."""
+    """Measure both forms interleaved, each in a fresh process; report the minimum time and peak of each."""
     with tempfile.TemporaryDirectory() as folder:
         shape = (rows, prototypes, dim)
-        ours, plain = [], []
+        fused, plain = [], []
         for _ in range(rounds):
-            ours.append(in_fresh_process(measure, Path(folder) / "fused", *shape, chunk_bytes))
-            plain.append(in_fresh_process(measure, Path(folder) / "plain", *shape, 0))
+            fused.append(run_in_fresh_process(measure, Path(folder) / "fused", *shape, chunk_bytes))
+            plain.append(run_in_fresh_process(measure, Path(folder) / "plain", *shape, 0))
         errors = {part: _error(Path(folder), part) for part in PARTS}
     best = {name: [min(each[key] for each in runs) for key in ("peak_bytes", "seconds", "cpu_seconds")]
-            for name, runs in (("fused", ours), ("plain", plain))}  # fmt: skip
+            for name, runs in (("fused", fused), ("plain", plain))}  # fmt: skip
     return {
         "fused_peak_bytes": int(best["fused"][0]),
         "plain_peak_bytes": int(best["plain"][0]),
@@ -39,7 +39,7 @@ def run(rows: int, prototypes: int, dim: int, chunk_bytes: int, rounds: int) -> 
         "fused_seconds": best["fused"][1],
         "plain_seconds": best["plain"][1],
         "time_ratio": best["fused"][1] / best["plain"][1],
-        # the same in CPU time, which a busy machine falsifies less
+        # CPU time depends less on other load
         "cpu_time_ratio": best["fused"][2] / best["plain"][2],
         "max_relative_error": max(errors.values()),
         **{f"{part}_relative_error": error for part, error in errors.items()},
@@ -48,18 +48,18 @@ def run(rows: int, prototypes: int, dim: int, chunk_bytes: int, rounds: int) -> 
 
 
 def measure(path: Path, rows: int, prototypes: int, dim: int, chunk_bytes: int) -> dict[str, float]:
-    """Loss and both gradients once, after a small warm-up; they are left in files beside ``path``.
+    """Compute loss and both gradients once, after a small warm-up, and save them to ``PATH.PART.npy``.
 
-    ``chunk_bytes`` 0: the plain form. The peak is what stood above the allocated inputs.
+    ``chunk_bytes`` 0 selects the plain form. The peak is counted above the memory of the inputs.
     """
     small = _inputs(64, 256, dim)
     _step(*small, chunk_bytes)
     inputs = _inputs(rows, prototypes, dim)
-    stood = reset_peak_rss()
+    baseline = reset_peak_rss()
     started, cpu = time.perf_counter(), time.process_time()
     loss = _step(*inputs, chunk_bytes)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    peak = peak_rss_since(stood)
+    peak = peak_rss_since(baseline)
     for part, tensor in zip(PARTS, (loss, inputs[0].grad, inputs[1].grad), strict=True):
         assert tensor is not None
         np.save(f"{path}.{part}.npy", tensor.detach().numpy())
@@ -67,7 +67,7 @@ def measure(path: Path, rows: int, prototypes: int, dim: int, chunk_bytes: int) 
 
 
 def _inputs(rows: int, prototypes: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student features and prototypes (both to be differentiated), and the teacher's, near the student's."""
+    """Return student features and prototypes (both require grad), and similar ones for the teacher."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> Tensor:
@@ -96,7 +96,7 @@ def _fused(features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Te
 
 
 def _plain(features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, _: int) -> Tensor:
-    """As it is usually written (Caron et al. 2020, 2021), whole logits and targets, in place where that is usual."""
+    """Compute whole logits and targets as usually written (Caron et al. 2020, 2021), partly in place."""
     with torch.no_grad():
         rows, prototypes = len(teacher), len(teacher_weight)
         target = (teacher @ teacher_weight.T).div_(TEACHER_TEMPERATURE).exp_()
@@ -110,10 +110,10 @@ def _plain(features: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Te
 
 
 def _error(folder: Path, part: str) -> float:
-    """Relative L2 distance of the fused form's result from the plain form's."""
-    ours, plain = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for name in ("fused", "plain"))
+    """Return the relative L2 distance of the fused result from the plain one."""
+    fused, plain = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for name in ("fused", "plain"))
     distance, size = 0.0, 0.0
     for start in range(0, max(1, len(np.atleast_1d(plain))), 4096):
-        a, b = (np.atleast_1d(each)[start : start + 4096].astype(np.float64) for each in (ours, plain))
+        a, b = (np.atleast_1d(each)[start : start + 4096].astype(np.float64) for each in (fused, plain))
         distance, size = distance + float(np.square(a - b).sum()), size + float(np.square(b).sum())
     return math.sqrt(distance / size)

@@ -1,4 +1,4 @@
-"""The loader a user would write: webdataset, Pillow, numpy, one process; the same views as ours."""
+"""A typical hand-written loader to compare with: webdataset, Pillow, numpy, one process, the same views."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from streamtrain.config.crops import CropsConfig
-from streamtrain.data.augment import per_view
+from streamtrain.data.augment import expand_to_views
 
 Views = list[npt.NDArray[np.uint8]]
 
 
 def batches(set_path: Path, crops: CropsConfig, batch_size: int) -> Iterator[Views]:
-    """Batches forever: one array uint8 [batch_size, size, size, 3] a view."""
+    """Yield batches endlessly: one array uint8 [batch_size, size, size, 3] per view."""
     urls = sorted(str(path) for path in (set_path / "shards").glob("*.tar"))
     dataset = webdataset.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(500).decode("pil")
     pending: list[Views] = []
@@ -31,15 +31,13 @@ def batches(set_path: Path, crops: CropsConfig, batch_size: int) -> Iterator[Vie
 
 
 def make_views(image: Image.Image, crops: CropsConfig) -> Views:
-    """All views of one image, with the usual chain of Pillow calls."""
-    blur = per_view(crops, crops.blur.global_probability, crops.blur.local_probability)
-    solarize = per_view(crops, crops.solarize.global_probability, 0.0)
+    """Return all views of one image, by the usual chain of Pillow calls."""
+    blur = expand_to_views(crops, crops.blur.global_probability, crops.blur.local_probability)
+    solarize = expand_to_views(crops, crops.solarize.global_probability, 0.0)
     views = []
     for view in range(crops.global_count + crops.local_count):
         is_global = view < crops.global_count
-        size, scale = (
-            (crops.global_size, crops.global_scale) if is_global else (crops.local_size, crops.local_scale)
-        )
+        size, scale = (crops.global_size, crops.global_scale) if is_global else (crops.local_size, crops.local_scale)
         picture = _random_resized_crop(image, size, scale, crops.aspect)
         if random.random() < crops.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -78,7 +76,7 @@ def _jitter(picture: Image.Image, crops: CropsConfig) -> Image.Image:
         lambda p: ImageEnhance.Brightness(p).enhance(random.uniform(1 - jitter.brightness, 1 + jitter.brightness)),
         lambda p: ImageEnhance.Contrast(p).enhance(random.uniform(1 - jitter.contrast, 1 + jitter.contrast)),
         lambda p: ImageEnhance.Color(p).enhance(random.uniform(1 - jitter.saturation, 1 + jitter.saturation)),
-        lambda p: _turn_hue(p, random.uniform(-jitter.hue, jitter.hue)),
+        lambda p: _rotate_hue(p, random.uniform(-jitter.hue, jitter.hue)),
     ]
     random.shuffle(steps)
     for step in steps:
@@ -86,7 +84,7 @@ def _jitter(picture: Image.Image, crops: CropsConfig) -> Image.Image:
     return picture
 
 
-def _turn_hue(picture: Image.Image, turns: float) -> Image.Image:
+def _rotate_hue(picture: Image.Image, turns: float) -> Image.Image:
     hue, saturation, value = picture.convert("HSV").split()
-    turned = np.asarray(hue) + np.array(round(turns * 255)).astype(np.uint8)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+    rotated = np.asarray(hue) + np.array(round(turns * 255)).astype(np.uint8)
+    return Image.merge("HSV", (Image.fromarray(rotated), saturation, value)).convert("RGB")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.training import trained
+from benchmarks.short_runs import run_training
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.planning.memory import plan
 
 
 def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:
-    """Train ``steps`` steps on ``ranks`` ranks of this machine, without checkpoints; the run's own figures count.
+    """Train ``steps`` steps on ``ranks`` ranks of this machine, without checkpoints, and read the run's own metrics.
 
     Raises:
-        StreamtrainError: if the number format is left open, or the run fails.
+        StreamtrainError: ``engine.dtype`` is ``auto``, or the run failed.
     """
     if config.engine.dtype == "auto":
-        raise StreamtrainError("set engine.dtype=bf16 or engine.dtype=fp32, so that the plan knows it too")
-    records, resolved = trained(config, ranks, {"steps": steps, "checkpoint_every": 0})
+        raise StreamtrainError("engine.dtype is auto; set engine.dtype=bf16 or engine.dtype=fp32 for the plan")
+    records, resolved = run_training(config, ranks, {"steps": steps, "checkpoint_every": 0})
     on_gpu = "memory/gpu_bytes" in records[-1]
     planned = plan(resolved, ranks, on_gpu=on_gpu, bf16=resolved.engine.dtype == "bf16")
     phase = planned.peak_phase

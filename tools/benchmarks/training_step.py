@@ -1,4 +1,4 @@
-"""Images a second, memory and shares of time of the whole training step, and against a plain one."""
+"""Throughput, memory and phase shares of the whole training step, alone and against a plain PyTorch step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.collective_traffic import Traffic
 from benchmarks.plain_step import PlainStep
-from benchmarks.process_cost import age_seconds, work_or_message
-from benchmarks.traffic import Traffic
+from benchmarks.process_usage import call_with_portable_errors, process_age_seconds
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
@@ -36,20 +36,20 @@ PHASES = ("data_wait", "teacher", "targets", "forward", "backward", "optimiser",
 
 
 @dataclass
-class Phases:
-    """Seconds of each step's phases; on a GPU the clock waits for the device where one ends."""
+class PhaseTimer:
+    """Seconds of each step's phases; on a GPU, each phase ends with a device sync."""
 
     on_gpu: bool
     seconds: list[dict[str, float]] = field(default_factory=list)
     _last: float = 0.0
 
     def begin(self) -> None:
-        """A step begins now."""
+        """Start a step."""
         self.seconds.append(dict.fromkeys(PHASES, 0.0))
         self._last = self._now()
 
     def end(self, phase: str) -> None:
-        """What was done since the last call belongs to ``phase``."""
+        """Add the time since the last call to ``phase``."""
         now = self._now()
         self.seconds[-1][phase] += now - self._last
         self._last = now
@@ -60,30 +60,30 @@ class Phases:
         return time.perf_counter()
 
 
-class Start:
-    """Seconds of the parts of a start, from the beginning of this process on."""
+class StartTimer:
+    """Seconds of the parts of the start-up, since the start of this process."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def end(self, part: str) -> None:
-        """What was done since the last part, or since the process began, was ``part``; only the first time counts."""
-        self.seconds.setdefault(f"start_{part}_seconds", age_seconds() - sum(self.seconds.values()))
+        """Count the time since the previous part as ``part``; later calls for the same part are ignored."""
+        self.seconds.setdefault(f"start_{part}_seconds", process_age_seconds() - sum(self.seconds.values()))
 
 
 def run(config: Config, steps: int, ranks: int, compare: bool) -> dict[str, Any]:
-    """Measure ``steps`` steps; without ``data.shards``, of noise that is there already.
+    """Measure ``steps`` steps; without ``data.shards``, on a fixed batch of noise.
 
-    ``ratio`` is images a second over those of the plain step, ``peak_ratio`` the same of peak memory. The two take
-    turns, each time in new processes, so that a busy machine slows both.
+    ``ratio`` is the throughput divided by the plain step's, ``peak_ratio`` the same for peak memory. The two are
+    measured interleaved, each in new processes, so that other load on the machine affects both.
     """
     rounds = 2 if compare else 1
-    ours, plain = [], []
+    own_runs, plain_runs = [], []
     for _ in range(rounds):
-        ours.append(in_ranks(measure, config, -(-steps // rounds), ranks=ranks))
+        own_runs.append(run_in_ranks(measure, config, -(-steps // rounds), ranks=ranks))
         if compare:
-            plain.append(in_ranks(measure_plain, config, -(-steps // rounds), ranks=1))
-    result = _merge(ours)
+            plain_runs.append(run_in_ranks(measure_plain, config, -(-steps // rounds), ranks=1))
+    result = _merge(own_runs)
     images, _ = config.batch_split(ranks)
     flops = step_flops(config, ranks)
     result["images_per_second"] = images / result["step_seconds"]
@@ -93,7 +93,7 @@ def run(config: Config, steps: int, ranks: int, compare: bool) -> dict[str, Any]
     planned = plan(config, ranks, on_gpu=bool(result["peak_gpu_bytes"])).all_gather_bytes_per_step
     result["planned_all_gather_bytes"] = planned
     if compare:
-        other = _merge(plain)
+        other = _merge(plain_runs)
         other["images_per_second"] = config.data.micro_batch / other["step_seconds"]
         result |= {f"plain_{key}": value for key, value in other.items()}
         result["ratio"] = result["images_per_second"] / other["images_per_second"]
@@ -102,33 +102,33 @@ def run(config: Config, steps: int, ranks: int, compare: bool) -> dict[str, Any]
 
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
-    """The training step in this process, which is one of the ranks that the environment tells of."""
-    start = Start()
+    """Measure the training step in this process, one of the ranks that the environment describes."""
+    start = StartTimer()
     launch = Launch.from_environment()
     choose_accelerator(config.engine, launch)
-    import streamtrain.training.build  # noqa: F401  (with DeepSpeed)
+    import streamtrain.training.build  # noqa: F401  (includes DeepSpeed)
 
     start.end("imports")
     traffic = Traffic()
     with init_process_group(config.engine, launch) as runtime:
         start.end("process_group")
-        phases = Phases(runtime.on_gpu)
-        taken = []
-        for seconds in _training(config, runtime, phases, WARM_UP + steps, start):
-            taken.append(seconds)
+        phases = PhaseTimer(runtime.on_gpu)
+        step_seconds = []
+        for seconds in _run_steps(config, runtime, phases, WARM_UP + steps, start):
+            step_seconds.append(seconds)
             start.end("first_step")
-            if len(taken) == WARM_UP:
+            if len(step_seconds) == WARM_UP:
                 traffic.reset()
-        return _result(taken, phases, runtime) | {
+        return _collect_result(step_seconds, phases, runtime) | {
             **start.seconds,
             "start_to_first_step_seconds": sum(start.seconds.values()),
             "all_gather_bytes": traffic.gathered_bytes // steps,
-            "communication_share": traffic.seconds / sum(taken[WARM_UP:]),
+            "communication_share": traffic.seconds / sum(step_seconds[WARM_UP:]),
         }
 
 
-def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, start: Start) -> Iterator[float]:
-    """Do the steps; yields the seconds of each."""
+def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int, start: StartTimer) -> Iterator[float]:
+    """Run the steps; yield the seconds of each."""
     from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
     from streamtrain.training.build import build_networks, restore
     from streamtrain.training.ssl_model import LossWeights
@@ -137,12 +137,12 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
     student, teacher = build_networks(config, runtime, accumulation)
     start.end("networks")
     maker = TargetMaker(config.objective)
-    teacher_prototypes = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+    handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
     restore(config, None, student, teacher, maker)
     start.end("values")
     student.module.register_forward_hook(lambda *_: phases.end("forward"))
     weights = LossWeights()
-    with _batches(config, runtime) as stream:
+    with _open_stream(config, runtime) as stream:
         for _ in range(steps):
             started = time.perf_counter()
             phases.begin()
@@ -165,7 +165,7 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:
-    """The plain step in this process, in which nothing of ours is set up."""
+    """Measure the plain step in this process, without the runtime's CPU settings."""
     launch = Launch.from_environment()
     cuda = choose_accelerator(config.engine, launch) == "cuda"
     if not cuda:
@@ -173,22 +173,22 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     bf16 = uses_bf16(config.engine, cuda)
     runtime = Runtime(launch, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if bf16 else torch.float32)
     plain = PlainStep(config, runtime.device, autocast=bf16)
-    taken = []
-    with _batches(config, runtime) as stream:
+    step_seconds = []
+    with _open_stream(config, runtime) as stream:
         for _ in range(WARM_UP + steps):
             started = time.perf_counter()
             plain(next(stream), 1e-4, 0.04, 0.99, 0.07)
             if cuda:
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - started)
-    return _result(taken, None, runtime)
+            step_seconds.append(time.perf_counter() - started)
+    return _collect_result(step_seconds, None, runtime)
 
 
 @contextmanager
-def _batches(config: Config, runtime: Runtime) -> Iterator[Iterator[Batch]]:
-    """The stream of ``data.shards``; where that is empty, the same noise again and again."""
+def _open_stream(config: Config, runtime: Runtime) -> Iterator[Iterator[Batch]]:
+    """Yield the stream of ``data.shards`` or, if that is empty, one batch of noise repeated."""
     if not config.data.shards:
-        noise = synthetic(config, runtime.device)
+        noise = make_noise_batch(config, runtime.device)
         yield iter(lambda: noise, None)
         return
     loader = Loader(
@@ -199,8 +199,8 @@ def _batches(config: Config, runtime: Runtime) -> Iterator[Iterator[Batch]]:
         yield loader
 
 
-def synthetic(config: Config, device: torch.device) -> Batch:
-    """A micro-batch of noise with the masks of the first slots."""
+def make_noise_batch(config: Config, device: torch.device) -> Batch:
+    """Return a micro-batch of noise with the masks of the first slots."""
     crops, size = config.crops, config.data.micro_batch
     draw = np.random.default_rng(0)
 
@@ -212,46 +212,44 @@ def synthetic(config: Config, device: torch.device) -> Batch:
     parameters = draw_masks(config.masks, config.run.seed, slots, crops.global_count, (side, side))
     rows = max_rows(config.masks, size, crops.global_count, side * side, config.masks.group)
     masks = rasterise(parameters, (side, side), rows, device)
-    return Batch(
-        slots, noise(crops.global_count, crops.global_size), noise(crops.local_count, crops.local_size), masks
-    )
+    return Batch(slots, noise(crops.global_count, crops.global_size), noise(crops.local_count, crops.local_size), masks)
 
 
-def in_ranks(work: Any, *arguments: object, ranks: int) -> dict[str, Any]:
-    """``work(*arguments)`` in new processes that are ``ranks`` ranks of one group; the result of rank 0.
+def run_in_ranks(work: Any, *arguments: object, ranks: int) -> dict[str, Any]:
+    """Run ``work(*arguments)`` in new processes, the ranks of one group; return the result of rank 0.
 
     Raises:
-        StreamtrainError: with the message of any ``ValueError`` over there.
+        StreamtrainError: with the message of a ``ValueError`` in a rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_as_rank, rank, ranks, port, work, *arguments) for rank in range(ranks)]
+        futures = [pool.submit(_run_as_rank, rank, ranks, port, work, *arguments) for rank in range(ranks)]
         results: list[dict[str, Any]] = [future.result() for future in futures]
     return next(result for result in results if result["rank"] == 0)
 
 
-def _as_rank(rank: int, ranks: int, port: int, work: Any, *arguments: object) -> dict[str, Any]:
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-    os.environ.update({key: str(value) for key, value in place.items()})
+def _run_as_rank(rank: int, ranks: int, port: int, work: Any, *arguments: object) -> dict[str, Any]:
+    variables = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({key: str(value) for key, value in variables.items()})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {"rank": rank, **work_or_message(work, *arguments)}
+    return {"rank": rank, **call_with_portable_errors(work, *arguments)}
 
 
-def _result(taken: list[float], phases: Phases | None, runtime: Runtime) -> dict[str, Any]:
+def _collect_result(step_seconds: list[float], phases: PhaseTimer | None, runtime: Runtime) -> dict[str, Any]:
     measured = phases.seconds[WARM_UP:] if phases else []
     return {
-        "seconds": taken[WARM_UP:],
+        "seconds": step_seconds[WARM_UP:],
         "shares": {phase: [each[phase] for each in measured] for phase in PHASES} if phases else {},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if runtime.on_gpu else 0,
-        "peak_flops": attainable_flops(runtime),
+        "peak_flops": peak_device_flops(runtime),
     }
 
 
-def attainable_flops(runtime: Runtime) -> float:
-    """Of the device's data sheet; where there is none (a CPU), what a large matrix product here attains."""
+def peak_device_flops(runtime: Runtime) -> float:
+    """Return the peak FLOP/s from the device's data sheet or, if unknown (a CPU), as measured by a large matmul."""
     if runtime.on_gpu:
         peak = peak_flops(torch.cuda.get_device_name(runtime.device), runtime.dtype == torch.bfloat16)
         if peak is not None:
@@ -272,14 +270,12 @@ def _merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
     merged = {
         "step_seconds": float(np.median(seconds)),
         "step_seconds_p90": float(np.quantile(seconds, 0.9)),
-        **{
-            f"{phase}_share": sum(sum(one["shares"][phase]) for one in runs) / total for phase in runs[0]["shares"]
-        },
+        **{f"{phase}_share": sum(sum(one["shares"][phase]) for one in runs) / total for phase in runs[0]["shares"]},
         **{key: max(one[key] for one in runs) for key in ("peak_rss_bytes", "peak_gpu_bytes", "peak_flops")},
     }
     for key in ("all_gather_bytes", "communication_share"):
         if key in runs[0]:
             merged[key] = min(one[key] for one in runs)
-    # those of one run, so that the parts add up
-    quickest = min(runs, key=lambda one: one.get("start_to_first_step_seconds", 0.0))
-    return merged | {key: value for key, value in quickest.items() if key.startswith("start_")}
+    # the parts of one run, so that they add up
+    fastest = min(runs, key=lambda one: one.get("start_to_first_step_seconds", 0.0))
+    return merged | {key: value for key, value in fastest.items() if key.startswith("start_")}
