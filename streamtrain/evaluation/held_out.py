@@ -62,7 +62,7 @@ def sample_images(images: LabelledImages, count: int) -> LabelledImages:
 
 
 def stratified_indices(total: int, count: int) -> np.ndarray:
-    """Return at most ``count`` ascending numbers below ``total``, one drawn from each of ``count`` equal parts; int64."""
+    """Return at most ``count`` ascending indices below ``total``, int64: one drawn from each of equal parts."""
     if total <= count:
         return np.arange(total)
     draws = uniforms(0, _PURPOSE, np.arange(count), 1)[:, 0]

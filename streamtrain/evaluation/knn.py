@@ -111,7 +111,7 @@ def knn_predict_over_ranks(
 def _vote(
     similarities: Tensor, labels: Tensor, classes: int, neighbours: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
-    """Return the winning label for each number of neighbours, from ``similarities`` and ``labels`` [M, k], best first."""
+    """Return the winning label for each number of neighbours; ``similarities`` and ``labels`` [M, k], best first."""
     # subtracting the best similarity avoids overflow at any temperature and does not change the winner
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(labels), classes)

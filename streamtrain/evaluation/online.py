@@ -173,7 +173,7 @@ class OnlineEvaluation:
         return self._of_rank_0(math.isfinite(value) and (best is None or value > best))
 
     def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
-        """Return this rank's test features [N, D] of the last study, with class names and thumbnails, for the projector."""
+        """Return for the projector this rank's test features [N, D] of the last study, class names and thumbnails."""
         study = self.study
         if study is None or study.images is None or "test" not in vars(study):
             return None
