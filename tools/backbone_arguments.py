@@ -1,4 +1,4 @@
-"""The arguments by which a tool is told which backbone to use, the same in all tools."""
+"""Command-line arguments that select a backbone, shared by several tools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
 
@@ -17,21 +16,24 @@ BEST = "best"
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, help="run folder; its newest checkpoint unless --step says another")
+    """Add --run, --step, --student, --weights, --untrained and --config."""
+    parser.add_argument("--run", type=Path, help="run folder; its latest checkpoint unless --step names another")
     parser.add_argument("--step", type=step, help="with --run: the checkpoint of this step, or best")
     parser.add_argument("--student", action="store_true", help="with --run: the student, not the teacher")
-    parser.add_argument("--weights", type=Path, help="an exported folder (ours or transformers') or .safetensors")
     parser.add_argument(
-        "--untrained", action="store_true", help="with --run or --config: the network as its seed makes it"
+        "--weights", type=Path, help="an exported folder (also of transformers or timm) or .safetensors file"
+    )
+    parser.add_argument(
+        "--untrained", action="store_true", help="with --run or --config: the network with its initial values"
     )
     parser.add_argument("--config", help="with --untrained: a recipe, as for training")
 
 
 def load_backbone(arguments: argparse.Namespace) -> Backbone:
-    """The backbone the arguments name.
+    """Load the backbone that the arguments select.
 
     Raises:
-        StreamtrainError: if they name none, or two.
+        StreamtrainError: if they select none, or two.
     """
     from streamtrain.interop.load import load_run, load_untrained, load_weights  # torch takes seconds to load
 
@@ -47,25 +49,11 @@ def load_backbone(arguments: argparse.Namespace) -> Backbone:
         if arguments.step is not None or arguments.student:
             raise StreamtrainError("--step and --student choose a checkpoint of --run; --weights has none")
         return load_weights(arguments.weights)
-    return load_run(arguments.run, chosen_step(arguments), "student" if arguments.student else "teacher")
+    return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher")
 
 
 def step(text: str) -> int | str:
-    """A number of steps, or ``best``."""
+    """Parse a number of steps, or ``best``."""
     if text != BEST and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {BEST}")
     return text if text == BEST else int(text)
-
-
-def chosen_step(arguments: argparse.Namespace) -> int | None:
-    """``--step`` as a number; None: the newest.
-
-    Raises:
-        StreamtrainError: the run has no best checkpoint.
-    """
-    if arguments.step != BEST:
-        return arguments.step
-    best = read_best(arguments.run)
-    if best is None:
-        raise StreamtrainError(f"{arguments.run} has no best checkpoint: evaluation.best is null, or not measured")
-    return int(best["step"])

@@ -12,10 +12,8 @@ Beside the weights of a run lies recipe.yaml, its settings.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,9 +21,6 @@ from backbone_arguments import add_backbone_arguments, load_backbone
 from outputs import writing
 
 from streamtrain.errors import StreamtrainError
-
-if TYPE_CHECKING:
-    from streamtrain.interop.folder import BackboneConfig
 
 
 def main() -> int:
@@ -44,38 +39,30 @@ def main() -> int:
 
 
 def export(arguments: argparse.Namespace, out: Path) -> str:
-    """Write the backbone; returns what to say of it."""
+    """Write the backbone and return the message for the user."""
     # torch takes seconds to load
     from streamtrain.config.load import RESOLVED_NAME
-    from streamtrain.interop.folder import CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME, export_safetensors
-    from streamtrain.interop.hf import export_hf
-    from streamtrain.interop.timm_folder import export_timm
+    from streamtrain.interop.export import check_export_folder, export_backbone
 
-    if out.exists() and not (out.is_dir() and ((out / CONFIG_NAME).is_file() or not any(out.iterdir()))):
-        raise StreamtrainError(f"{out} exists and is no earlier export: choose another --out")
+    check_export_folder(out)
     backbone = load_backbone(arguments)
-    config = with_losses(backbone.config, arguments.run) if arguments.run else backbone.config
-    write = {"hf": export_hf, "timm": export_timm, "safetensors": export_safetensors}[arguments.to]
+    recipe, losses = None, {}
+    if arguments.run:
+        recipe, losses = arguments.run / RESOLVED_NAME, read_losses(arguments.run, backbone.config.origin.get("step"))
     with writing(out):
-        write(backbone.model, config, out)
-        if arguments.run:
-            shutil.copyfile(arguments.run / RESOLVED_NAME, out / RECIPE_NAME)
-        else:
-            # an earlier export's
-            (out / RECIPE_NAME).unlink(missing_ok=True)
-    millions = sum(parameter.numel() for parameter in backbone.model.parameters()) / 1e6
-    return f"wrote {out / WEIGHTS_NAME} ({millions:.1f} M parameters, {arguments.to})"
+        path = export_backbone(backbone, arguments.to, out, recipe, losses)
+    millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
+    return f"wrote {path} ({millions:.1f} M parameters, {arguments.to})"
 
 
-def with_losses(config: BackboneConfig, run_dir: Path) -> BackboneConfig:
-    """``config`` whose origin also tells the losses of its step, where they are on record."""
+def read_losses(run_dir: Path, step: object) -> dict[str, float]:
+    """Return the losses of ``step`` from a run's metrics; empty if it has no record of the step."""
     from streamtrain.reporting.metrics import read_metrics
     from streamtrain.run.directory import METRICS_NAME
 
-    path, step = run_dir / METRICS_NAME, config.origin.get("step")
+    path = run_dir / METRICS_NAME
     record = next((line for line in read_metrics(path) if line["step"] == step), {}) if path.is_file() else {}
-    losses = {tag: value for tag, value in record.items() if tag.startswith("loss/")}
-    return config.model_copy(update={"origin": config.origin | losses})
+    return {tag: value for tag, value in record.items() if tag.startswith("loss/")}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The work of ``tools/evaluate.py``: features of labelled images, and how well they tell classes apart."""
+"""``tools/evaluate.py``: compute the features of labelled images and measure a classifier on them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.reporting.terminal import progress_bar
 
-PIXELS_SIZE = 32  # of the raw-pixel baseline, unless --size says another
+PIXELS_SIZE = 32  # input size of the pixel baseline without --size
 
 Features = tuple[torch.Tensor, torch.Tensor]
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
-    """The result as one flat object."""
+    """Return the result as one flat object."""
     train_images, test_images = open_sets(arguments.train, arguments.test)
     began = time.perf_counter()
     source, train, test = features_of(arguments, train_images, test_images)
@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
 
 
 def open_sets(train: Path, test: Path | None) -> tuple[LabelledImages, LabelledImages]:
-    """The two sets, or the fixed split of the one."""
+    """Open both sets, or split the one by a fixed rule."""
     if test is None:
         return split_images(open_images(train))
     opened = open_images(train)
@@ -65,7 +65,7 @@ def open_sets(train: Path, test: Path | None) -> tuple[LabelledImages, LabelledI
 def features_of(
     arguments: argparse.Namespace, train: LabelledImages, test: LabelledImages
 ) -> tuple[dict[str, str | int | float], Features, Features]:
-    """What made the features, and the features and labels of both sets."""
+    """Return a description of the features, and the features and labels of both sets."""
     size, resize = arguments.size, arguments.resize
     if arguments.pixels:
         if arguments.run or arguments.weights or arguments.untrained:
@@ -98,6 +98,7 @@ def features_of(
 
 
 def check_sizes(size: int, resize: int | None, patch: int) -> None:
+    """Check that ``size`` is whole patches and ``resize`` is not smaller."""
     if size < 1 or size % patch:
         raise StreamtrainError(f"--size {size} is not a multiple of the patch size {patch}")
     if resize is not None and resize < size:
@@ -105,6 +106,7 @@ def check_sizes(size: int, resize: int | None, patch: int) -> None:
 
 
 def describe(arguments: argparse.Namespace) -> str:
+    """Return the source of the features."""
     if arguments.untrained:
         return "untrained"
     return "weights" if arguments.weights else "student" if arguments.student else "teacher"

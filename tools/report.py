@@ -7,19 +7,13 @@ python tools/report.py --run RUN [--out report.html]
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from outputs import writing
 
-from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.report import Picture, numbers_of, png_of, render
@@ -27,8 +21,7 @@ from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
 from streamtrain.reporting.metrics import read_metrics
-from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
-from streamtrain.run.provenance import ENVIRONMENT_NAME
+from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
 
 
 def main() -> int:
@@ -55,7 +48,7 @@ def page_of(run: Path) -> str:
     metrics = run / METRICS_NAME
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
-        raise StreamtrainError(f"{run} has nothing to report yet: no step stands in its {METRICS_NAME}")
+        return report_page(run, [], {})
     from streamtrain.reporting.events import latest_images  # TensorBoard takes a second to load
 
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=order)
