@@ -224,7 +224,7 @@ def _checked(state: Any) -> dict[str, Any]:
 
 
 def read_weights(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> dict[str, torch.Tensor]:
-    """Read the full fp32 parameters of a run's checkpoint on the CPU, by their names in ``Learner.state_dict()``.
+    """Read the full fp32 parameters of a run's checkpoint on the CPU, by their names in ``SSLModel.state_dict()``.
 
     Args:
         step: completed steps; None: the newest checkpoint.

@@ -36,8 +36,8 @@ from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.training.build import prepare_blocks
 from streamtrain.training.gram import GramAnchor
-from streamtrain.training.loop import StepValues
-from streamtrain.training.ssl_model import Learner, LossWeights
+from streamtrain.training.ssl_model import LossWeights, SSLModel
+from streamtrain.training.step import StepValues
 
 HEAD = {"prototypes": 24, "hidden": 12, "bottleneck": 8}
 BASE: dict[str, Any] = {
@@ -75,7 +75,7 @@ def fixed_batch(config: Config) -> Batch:
 
 def losses(config: Config) -> object:
     """Return the losses of a batch, names and shapes of the parameters, and the softmax centres."""
-    student, teacher = Learner(config), Learner(config)
+    student, teacher = SSLModel(config), SSLModel(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
         # with initial weights attention is nearly uniform, so that RoPE has hardly any effect
@@ -94,7 +94,7 @@ def losses(config: Config) -> object:
 
 
 def local_norm(config: Config) -> object:
-    return [name for name, _ in Learner(config).named_parameters()]
+    return [name for name, _ in SSLModel(config).named_parameters()]
 
 
 def steps(config: Config) -> object:
@@ -121,7 +121,7 @@ def optimiser(config: Config) -> object:
 def engine(config: Config) -> object:
     """Return the DeepSpeed configuration and the attributes of backbone and blocks for one of two ranks."""
     runtime = Runtime(Launch(0, 2, 0, 2), torch.device("cpu"), torch.float32)
-    learner = Learner(config)
+    learner = SSLModel(config)
     backbone = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
     blocks = {key: value for key, value in vars(learner.backbone.blocks[0]).items() if isinstance(value, str | int)}
     return engine_config(config, runtime, 2, 1000), backbone, blocks
@@ -129,7 +129,7 @@ def engine(config: Config) -> object:
 
 def blocks(config: Config) -> object:
     """Return the implementation of the blocks in bf16 on a CPU."""
-    runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), Learner(config)
+    runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), SSLModel(config)
     prepare_blocks(learner, config.engine, runtime)
     block = learner.backbone.blocks[0]
     return block.options.implementation, "transform" in vars(block), block.options.linear.__module__

@@ -32,7 +32,7 @@ from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.memory import plan
 from streamtrain.training.build import build_networks, restore
-from streamtrain.training.ssl_model import Learner, LossWeights
+from streamtrain.training.ssl_model import LossWeights, SSLModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,7 +94,7 @@ def main() -> None:
         restore(config, None, student, teacher, maker)
         handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
 
-        plain, plain_teacher = Learner(config), Learner(config)
+        plain, plain_teacher = SSLModel(config), SSLModel(config)
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
             for block in network.backbone.blocks:
@@ -216,7 +216,7 @@ def head_gradient(
 
 
 def plain_step(
-    config: Config, plain: Learner, plain_teacher: Learner, batches: list[Batch]
+    config: Config, plain: SSLModel, plain_teacher: SSLModel, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
     """Return the gradients and the loss of one step over all ranks' micro-batches, without an engine."""
     handles = TeacherPrototypes(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))

@@ -18,7 +18,7 @@ from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
-from streamtrain.training.ssl_model import GramTeacher, Learner, LossWeights
+from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
 
 HEAD = {"prototypes": 96, "hidden": 40, "bottleneck": 24}
 BASE: dict[str, Any] = {
@@ -42,7 +42,7 @@ ATTENTION = {
 
 def counted(config: Config) -> float:
     """Return torch's count for one step of one micro-batch."""
-    student, teacher = Learner(config), Learner(config)
+    student, teacher = SSLModel(config), SSLModel(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
     crops, draw = config.crops, torch.Generator().manual_seed(0)

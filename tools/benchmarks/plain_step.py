@@ -1,6 +1,6 @@
 """The same training step in plain PyTorch, to compare with: one process, nothing sharded, fused or recomputed.
 
-It has the architecture, objective and parameter names of ``Learner``: one forward per crop size with fused attention,
+It has the architecture, objective and parameter names of ``SSLModel``: one forward per crop size with fused attention,
 whole logits and targets, bf16 autocast over fp32 weights, AdamW, a teacher EMA updated parameter by parameter, and
 drop-path that multiplies dropped branches by 0.
 """
