@@ -29,6 +29,7 @@ from streamtrain.run.directory import (
     saved_state,
     starting_checkpoint,
 )
+from streamtrain.run.logs import configure_logging
 from streamtrain.run.resume_policy import FLAG, check_resume
 
 EXIT_USAGE = 2
@@ -91,6 +92,7 @@ def main() -> int:
     """Exit status: 0 done, 75 or 130 stopped early and saved, 2 something to put right."""
     arguments = parse()
     launch = Launch.from_environment()
+    configure_logging(launch.rank, launch.world_size)
     try:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         run_dir = Path(config.run.dir)

@@ -56,7 +56,7 @@ def page_of(run: Path) -> str:
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
         raise StreamtrainError(f"{run} has nothing to report yet: no step stands in its {METRICS_NAME}")
-    from streamtrain.reporting.events import latest_images  # TensorBoard takes a second to load
+    from streamtrain.reporting.tensorboard import latest_images  # TensorBoard takes a second to load
 
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=order)
     # A run is on every chart alone, so a name for it would say nothing.

@@ -31,6 +31,14 @@ class ShardedNetwork:
         """The network's forward, each block gathered once."""
         return self._engine(*inputs)
 
+    def teacher_features(self, *inputs: Any) -> Any:
+        """Return ``SSLModel.teacher_features`` of one micro-batch."""
+        return self("teacher_features", *inputs)
+
+    def features(self, images: torch.Tensor) -> Any:
+        """Return ``SSLModel.features`` of images."""
+        return self("features", images)
+
     def weight(self, name: str) -> ShardedWeight | None:
         """Handle of one parameter for those who must read it whole; None if the network has no such one."""
         return ShardedWeight(self.parameters[name]) if name in self.parameters else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -153,11 +152,6 @@ class OnlineEvaluation:
         self._seconds += seconds
         figures = {f"eval/{name}": value for name, value in found.items()}
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
-
-    def improved(self, value: float, best: float | None) -> bool:
-        """Whether ``value`` is higher than ``best``, as rank 0 finds; all ranks are told."""
-        # the last digits may be each rank's own, but all have to save, or none
-        return self._of_rank_0(math.isfinite(value) and (best is None or value > best))
 
     def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
         """For the projector: this rank's test features [N, D] of the last study, with class names and thumbnails."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-import streamtrain.training.loop
+import streamtrain.training.build
 from streamtrain.main import main
 
 PLAN = json.loads(sys.argv.pop(1))
-build = streamtrain.training.loop.build_networks
+build = streamtrain.training.build.build_networks
 
 
 networks: list[Any] = []
@@ -26,11 +26,11 @@ networks: list[Any] = []
 def build_with_hooks(config: Any, runtime: Any, accumulation: int) -> Any:
     student, teacher = build(config, runtime, accumulation)
     global_batch, _ = config.batch_split(runtime.world_size)
-    learner = student._engine.module
+    network = student._engine.module
     now = [0]
 
     def note_step(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        now[0] = int(inputs[0].slots[0]) // global_batch + 1
+        now[0] = int(inputs[1].slots[0]) // global_batch + 1
 
     def struck(what: str) -> bool:
         return PLAN["what"] == what and now[0] in PLAN["steps"] and runtime.rank == PLAN["rank"]
@@ -47,13 +47,13 @@ def build_with_hooks(config: Any, runtime: Any, accumulation: int) -> Any:
         return {**output, "total": output["total"] + float("inf")} if struck("loss") else output
 
     networks.append(student)
-    learner.register_forward_pre_hook(note_step)
-    learner.register_forward_hook(spoil_loss)
-    learner.backbone.norm.register_forward_hook(spoil_gradient)
+    network.register_forward_pre_hook(note_step)
+    network.register_forward_hook(spoil_loss)
+    network.backbone.norm.register_forward_hook(spoil_gradient)
     return student, teacher
 
 
-streamtrain.training.loop.build_networks = build_with_hooks
+streamtrain.training.build.build_networks = build_with_hooks
 status = main()
 if not status:
     counts = {int(state["step"]) for state in networks[0]._adamw.state.values()}

@@ -31,7 +31,7 @@ from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.planning.memory import plan
 from streamtrain.training.build import build_networks, restore
-from streamtrain.training.ssl_model import Learner, LossWeights
+from streamtrain.training.ssl_model import LossWeights, SSLModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -93,7 +93,7 @@ def main() -> None:
         restore(config, None, student, teacher, maker)
         handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
 
-        plain, plain_teacher = Learner(config), Learner(config)
+        plain, plain_teacher = SSLModel(config), SSLModel(config)
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
             for block in network.backbone.blocks:
@@ -113,7 +113,8 @@ def main() -> None:
             watched = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
             reading = RefuseReading if watched else nullcontext
             with reading():
-                targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+                features = [teacher.teacher_features(batch, WEIGHTS) for batch in batches]
+                targets = maker.make(features, handles, TEMPERATURE)
             losses = []
             for micro, (batch, target) in enumerate(zip(batches, targets, strict=True)):
                 with reading():
@@ -176,7 +177,7 @@ def main() -> None:
 
 def embed(teacher: Any) -> None:
     """Of images of a size that no step has, on all ranks."""
-    found = teacher(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
+    found = teacher.features(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
     assert found.patches.shape[1] == 6 * 5
 
 
@@ -205,7 +206,7 @@ def head_gradient(
     """The patch head's gradient in a step of such micro-batches, each with a weight of its patch loss."""
     for micro, weight in micros:
         weights, batch = LossWeights(1.0, weight, 0.1), batch_of(config, STEPS, rank, micro)
-        (targets,) = maker.make([teacher(batch, None, weights)], handles, TEMPERATURE)
+        (targets,) = maker.make([teacher.teacher_features(batch, weights)], handles, TEMPERATURE)
         student.accumulate(batch, targets, weights)
         if (micro, weight) == micros[-1]:
             names = [name for name in student.parameters if name.startswith("patch_head")]
@@ -215,15 +216,16 @@ def head_gradient(
 
 
 def plain_step(
-    config: Config, plain: Learner, plain_teacher: Learner, batches: list[Batch]
+    config: Config, plain: SSLModel, plain_teacher: SSLModel, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
     """Gradients (and the loss) of one optimiser step over all ranks' micro-batches, without an engine."""
     handles = PrototypeHandles(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
     # a maker of its own process: all rows are here, so nothing is to be reduced
     alone = dist.new_subgroups(1)[0]
     maker = TargetMaker(config.objective, alone)
-    targets = maker.make([plain_teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
-    total = torch.stack([plain(b, t, WEIGHTS)["total"] for b, t in zip(batches, targets, strict=True)]).mean()
+    targets = maker.make([plain_teacher.teacher_features(batch, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+    losses = [plain.student_losses(*each, WEIGHTS)["total"] for each in zip(batches, targets, strict=True)]
+    total = torch.stack(losses).mean()
     total.backward()
     gradients = {name: p.grad.double() for name, p in plain.named_parameters() if p.grad is not None}
     return {**gradients, "loss": total.detach()}

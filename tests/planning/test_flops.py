@@ -18,7 +18,7 @@ from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
-from streamtrain.training.ssl_model import GramTeacher, Learner, LossWeights
+from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
 
 HEAD = {"prototypes": 96, "hidden": 40, "bottleneck": 24}
 BASE: dict[str, Any] = {
@@ -42,7 +42,7 @@ ATTENTION = {
 
 def counted(config: Config) -> float:
     """What torch counts in one step of one micro-batch."""
-    student, teacher = Learner(config), Learner(config)
+    student, teacher = SSLModel(config), SSLModel(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
     crops, draw = config.crops, torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def counted(config: Config) -> float:
     heads = (teacher.global_head, teacher.patch_head)
     handles = PrototypeHandles(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        features = teacher(batch, None, weights)
+        features = teacher.teacher_features(batch, weights)
         (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
         if config.objective.gram.active:
             anchor = GramTeacher(config)
@@ -70,7 +70,7 @@ def counted(config: Config) -> float:
             side = crops.global_size // config.model.patch_size
             found = anchor(images[0], (side, side))
             targets = type(targets)(**{**vars(targets), "gram": GramTargets(found, "image", "keep", "all", 2**20)})
-        student(batch, targets, weights)["total"].backward()
+        student.student_losses(batch, targets, weights)["total"].backward()
     return float(counter.get_total_flops())
 
 

@@ -20,7 +20,7 @@ from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import PrototypeHandles, TargetMaker
 from streamtrain.objective.usage import prototype_mass
-from streamtrain.training.ssl_model import GramTeacher, Learner, LossWeights
+from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
 
 B, V, L = 4, 2, 2
 HEAD = {"prototypes": 200, "hidden": 24, "bottleneck": 12}
@@ -60,17 +60,17 @@ class GeneratorOfCpu(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
-def step(config: Config, student: Learner, teacher: Learner, batch: Batch) -> None:
+def step(config: Config, student: SSLModel, teacher: SSLModel, batch: Batch) -> None:
     """From the teacher's pass to the student's gradients."""
     heads = (teacher.global_head, teacher.patch_head)
     handles = PrototypeHandles(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     weights = LossWeights(gram=1.0)
-    features = teacher(batch, None, weights)
+    features = teacher.teacher_features(batch, weights)
     (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
     gram = GramTeacher(config).to(batch.global_crops.device)
     asked = GramTargets(gram(batch.global_crops, (4, 4)), "image", "drop", "masked", 2**20)
     prototype_mass(features.global_features, handles.global_head, 0.05, 2**20)
-    student(batch, replace(targets, gram=asked), weights)["total"].backward()
+    student.student_losses(batch, replace(targets, gram=asked), weights)["total"].backward()
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
@@ -90,7 +90,7 @@ def test_a_step_of_both_networks_reads_no_value(
     monkeypatch.setattr(torch, "Generator", GeneratorOfCpu)
     config = config_of(objective=objective, engine={"checkpointing": checkpointing})
     with torch.device("meta"):
-        student, teacher = Learner(config), Learner(config)
+        student, teacher = SSLModel(config), SSLModel(config)
     step(config, student, teacher, batch_on(torch.device("meta")))
     assert student.backbone.embedding.cls_token.grad is not None
 
@@ -99,7 +99,7 @@ def test_a_step_of_both_networks_reads_no_value(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_both_networks_waits_for_no_gpu(dtype: torch.dtype) -> None:
     config, device = config_of(), torch.device("cuda")
-    networks = [Learner(config), Learner(config)]
+    networks = [SSLModel(config), SSLModel(config)]
     for seed, network in enumerate(networks):
         initialise(network, config.model, seed)
         network.to(device, dtype)

@@ -150,7 +150,7 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
             batches = [next(stream) for _ in range(accumulation)]
             phases.end("data_wait")
             start.end("loader")
-            features = [teacher(batch, None, weights) for batch in batches]
+            features = [teacher.teacher_features(batch, weights) for batch in batches]
             phases.end("teacher")
             targets = maker.make(features, handles, 0.07)
             phases.end("targets")
