@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamtrain.config.tree import Config
+from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import crop_batches
 from streamtrain.evaluation.held_out import HeldOut
 from streamtrain.evaluation.images import LabelledImages
@@ -22,6 +25,7 @@ from streamtrain.evaluation.retrieval import matched, second_view
 from streamtrain.model.vit import Features
 from streamtrain.objective.distributed import gather_rows, sum_over_ranks
 
+logger = logging.getLogger(__name__)
 # images of a rank whose patches are sought in another view of them
 RETRIEVED = 64
 # images of a rank that the projector shows, and the side of their thumbnails
@@ -95,8 +99,16 @@ def linear(study: Study) -> dict[str, float]:
     train, test = (_gathered(rows) for rows in (study.train, study.test))
     score = torch.zeros(1, dtype=torch.float64, device=study.device)
     if study.rank == 0:
-        score += linear_accuracy(*train, *test).accuracy
-    return {"linear": float(sum_over_ranks(score, None))}
+        try:
+            score += linear_accuracy(*train, *test).accuracy
+        except Exception:
+            # the other ranks wait for the sum, after which all of them raise
+            logger.warning("the linear probe failed", exc_info=True)
+            score += math.nan
+    accuracy = float(sum_over_ranks(score, None))
+    if math.isnan(accuracy):
+        raise StreamtrainError("the linear probe failed on rank 0")
+    return {"linear": accuracy}
 
 
 def patches(study: Study) -> dict[str, float]:

@@ -84,7 +84,8 @@ class ObserverList:
         for observer, guard in self._observers:
             if guard.is_enabled:
                 metrics |= guard.run(observer.after_step, result) or {}
-                if observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled):
+                failed_anywhere = observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled)
+                if failed_anywhere and guard.is_enabled:
                     guard.disable("on another rank")
         return metrics
 

@@ -39,7 +39,7 @@ def test_a_stopped_rank_ends_the_others(tmp_path: Path, key: str) -> None:
     assert "in train" in text and 'File "' in text
     if key == "hang_timeout_seconds":
         assert processes[0].returncode == 70
-        assert f"rank 0 has got no further for 5 s (engine.{key}); its threads' stacks are in {stacks}" in errors
+        assert f"rank 0 made no progress for 5 s (engine.{key}); the stacks of its threads are in {stacks}" in errors
     else:
         assert processes[0].returncode == 1 and "Traceback" in errors and "Traceback" in text
     # the figure of the report; the machine of a test may be busy

@@ -156,7 +156,7 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     assert [code for _, code in ended] == [75, 75], ended[0][0][1][-2000:]
     last = max(losses(tmp_path / "run"))
     assert checkpoint.latest_step(tmp_path / "run") == last
-    assert f"stopped at step {last}, checkpoint saved; the same command goes on" in ended[0][0][0]
+    assert f"stopped at step {last}, checkpoint saved; run the same command again to resume" in ended[0][0][0]
     assert "stopped at" not in ended[1][0][0]
     # and a run that has all its steps says so, on one rank
     results = run_ranks([*words, f"run.steps={last}"], 2)
