@@ -7,6 +7,7 @@ entries when a run is resumed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,14 +41,13 @@ def write_features(
     Raises:
         OSError: if a file cannot be written.
     """
-    path = folder / "projector"
+    path, config = folder / "projector", folder / CONFIG_NAME
     path.mkdir(exist_ok=True)
-    first = path / "first.step"
-    name = "latest"
-    first_step = _read_step(first)
-    if first_step is None or first_step >= step:
-        name = "first"
-        replace_file(first, f"{step}\n".encode())
+    written = re.search(r'"first, step (\d+)"', config.read_text()) if config.exists() else None
+    steps = {"first": step}
+    if written and int(written[1]) < step:
+        steps = {"latest": step, "first": int(written[1])}
+    name = next(iter(steps))
     columns = math.ceil(math.sqrt(len(thumbnails)))
     side = thumbnails.shape[1]
     # the projector expects a square grid of square images
@@ -59,15 +59,5 @@ def write_features(
     rows = ("\t".join(f"{value:.5g}" for value in row) for row in features)
     (path / f"{name}.tsv").write_text("\n".join(rows) + "\n")
     (path / f"{name}-labels.tsv").write_text("\n".join(label.replace("\t", " ") for label in labels) + "\n")
-    replace_file(path / f"{name}.step", f"{step}\n".encode())
-    steps = {each: _read_step(path / f"{each}.step") for each in ("latest", "first")}
-    entries = [_ENTRY.format(name=each, step=at, side=side) for each, at in steps.items() if at is not None]
-    replace_file(folder / CONFIG_NAME, "".join(entries).encode())
-
-
-def _read_step(path: Path) -> int | None:
-    """Return the step in a file, or None if the file is missing or torn."""
-    try:
-        return int(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+    entries = (_ENTRY.format(name=each, step=at, side=side) for each, at in steps.items())
+    replace_file(config, "".join(entries).encode())

@@ -21,7 +21,7 @@ _BINS = 64  # of a histogram
 
 
 class Tracker(Protocol):
-    """The interface of TensorBoard's writer; a tracker ignores what it cannot show."""
+    """The interface of TensorBoard's writer; a tracker ignores kinds of data it cannot show."""
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Report finite values by tag."""

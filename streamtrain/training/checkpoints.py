@@ -1,4 +1,4 @@
-"""The checkpoint policy of a run: which steps are saved, what is saved, and which checkpoint is the best."""
+"""The checkpoint policy of a run: the steps and kinds to save, the saved values, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CheckpointPolicy:
         self._provenance = made_by(config, runtime.described["dtype"])
 
     def after_step(self, result: StepResult, metrics: Mapping[str, float]) -> None:
-        """Save what is due after a step with these ``metrics``.
+        """Start the saves that are due after a step with these ``metrics``.
 
         Raises:
             DivergedError: if the weights to save are not finite.

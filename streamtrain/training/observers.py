@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +43,7 @@ from streamtrain.training.distill import frozen_teacher_config
 from streamtrain.training.step import StepResult, Wrap, is_due
 
 MAPS_NAME = "maps.npz"
-# how long a rank that completed or failed an observer waits for the other ranks to do so
+# how long a rank that completed or failed an observer waits for the other ranks
 AGREEMENT_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
@@ -115,74 +116,58 @@ def build_observers(
     images, why_not = held_out(config, shard_set) if config.evaluation.every else (None, "")
     if why_not:
         logger.info("no evaluation while training: %s; set evaluation.train to a labelled set", why_not)
-    teacher = networks.teacher
+    student, teacher = networks.student, networks.teacher
+    profiler = Profiler(Path(config.run.dir), config.monitor.profile, runtime.rank, start_step)
     return ObserverList(
         [
-            NonFiniteRecorder(non_finite, loader.names, sink),
-            SpikeWarnings(config, sink),
-            CollapseWarnings(config, sink),
+            Diagnostics(config, non_finite, loader.names, sink),
             SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
             Evaluation(config, runtime, teacher, images, sink, wrap),
             CropPictures(config, sink),
             FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step),
-            Histograms(networks.student, sink),
-            StepProfiler(config, runtime, sink, start_step),
+            Histograms(student, sink),
+            Trace(profiler, sink),
         ]
     )
 
 
-class NonFiniteRecorder(Observer):
-    """Records steps whose loss or gradient is not finite."""
+class Diagnostics(Observer):
+    """Records non-finite steps; warns of sudden rises of the loss and of collapse metrics outside their bounds."""
 
     def __init__(
-        self, steps: NonFiniteSteps, describe_images: Callable[[Any], list[dict[str, Any]]], sink: MetricsSink
-    ) -> None:
-        self._steps, self._describe_images, self._sink = steps, describe_images, sink
+        self, config: Config, non_finite: NonFiniteSteps, describe_images: Callable[[Any], list[dict[str, Any]]],
+        sink: MetricsSink,
+    ) -> None:  # fmt: skip
+        """``describe_images``: returns shard and key of the image at each slot."""
+        self._non_finite, self._describe_images, self._sink = non_finite, describe_images, sink
+        self._spikes = SpikeDetector(config.monitor.spike_window, config.monitor.spike_score)
+        self._collapse = CollapseDetector(config.monitor.collapse)
 
     def communicates(self, result: StepResult) -> bool:
         return not result.applied
 
     def after_step(self, result: StepResult) -> dict[str, float]:
+        metrics = {"optim/skipped_steps": float(self._non_finite.skipped)}
         if not result.applied:
             features = [target.features for target in result.targets]
-            line = self._steps.record(
-                result.step, result.batches, features, result.losses, result.metrics(), self._describe_images
-            )
+            parts = (result.batches, features, result.losses)
+            line = self._non_finite.record(result.step, *parts, result.metrics(), self._describe_images)
             self._sink.warn(result.step, line)
-        return {"optim/skipped_steps": float(self._steps.skipped)}
-
-
-class SpikeWarnings(Observer):
-    """Warns of sudden rises of the loss."""
-
-    def __init__(self, config: Config, sink: MetricsSink) -> None:
-        self._detector = SpikeDetector(config.monitor.spike_window, config.monitor.spike_score)
-        self._sink = sink
-
-    def after_step(self, result: StepResult) -> dict[str, float]:
-        score, line = self._detector.add(result.step, result.mean_losses["total"])
-        if line is not None:
+        score, warning = self._spikes.add(result.step, result.mean_losses["total"])
+        if score is not None:
+            metrics["watch/loss_z"] = score
+        if warning is not None:
             first, last = result.batches[0].slots[0], result.batches[-1].slots[-1]
-            self._sink.warn(result.step, f"{line} (slots {first} to {last} on rank 0)")
-        return {} if score is None else {"watch/loss_z": score}
-
-
-class CollapseWarnings(Observer):
-    """Reports the collapse metrics and warns if they leave their bounds."""
-
-    def __init__(self, config: Config, sink: MetricsSink) -> None:
-        self._detector, self._sink = CollapseDetector(config.monitor.collapse), sink
-
-    def after_step(self, result: StepResult) -> dict[str, float]:
-        if result.collapse is None:
-            return {}
-        for line in self._detector.warnings(result.step, result.collapse):
-            self._sink.warn(result.step, line)
-        return result.collapse.values
+            self._sink.warn(result.step, f"{warning} (slots {first} to {last} on rank 0)")
+        if result.collapse is not None:
+            metrics |= result.collapse.values
+            for line in self._collapse.warnings(result.step, result.collapse):
+                self._sink.warn(result.step, line)
+        return metrics
 
 
 class SpeedMeter(Observer):
-    """Speed, FLOPs, memory and the time of an all-gather."""
+    """Measures speed, memory and the time of an all-gather."""
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, loader: Loader, sink: MetricsSink,
@@ -254,21 +239,23 @@ class Evaluation(Observer):
             self._sink.embedding(step, *features)
 
 
+@dataclass(eq=False)
 class CropPictures(Observer):
     """Draws the crops and masks of a micro-batch."""
 
-    def __init__(self, config: Config, sink: MetricsSink) -> None:
-        self._every, self._samples, self._sink = config.monitor.panel_every, config.monitor.panel_samples, sink
+    config: Config
+    sink: MetricsSink
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        if self._sink.has_trackers and (result.step == 1 or is_due(result.step, self._every)):
-            with self._sink.stopwatch:
-                self._sink.image(result.step, batch_panel(result.batches[0], self._samples))
+        if self.sink.has_trackers and (result.step == 1 or is_due(result.step, self.config.monitor.panel_every)):
+            with self.sink.stopwatch:
+                picture = batch_panel(result.batches[0], self.config.monitor.panel_samples)
+                self.sink.image(result.step, picture)
         return {}
 
 
 class FeatureMaps(Observer):
-    """Draws the teacher's patch features of held-out images, or of the set's where there are none."""
+    """Draws the teacher's patch features of held-out images, or of training images where there are none."""
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, shard_set: AnySet,
@@ -326,36 +313,36 @@ class FeatureMaps(Observer):
         self._sink.image(step, maps.similarity_page(), "features/similarity")
 
 
+@dataclass(eq=False)
 class Histograms(Observer):
-    """Shows histograms of weights, gradients and prototype mass, at the steps that measured them."""
+    """Shows histograms of weights, gradients and prototype mass at the steps that measured them."""
 
-    def __init__(self, student: Student, sink: MetricsSink) -> None:
-        self._student, self._sink = student, sink
+    student: Student
+    sink: MetricsSink
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        if result.gradient_samples and self._sink.has_trackers:
-            with self._sink.stopwatch:
-                for kind, samples in (
-                    ("weights", self._student.weight_samples()), ("gradients", result.gradient_samples)
-                ):  # fmt: skip
-                    for part, values in samples.items():
-                        self._sink.histogram(result.step, f"{kind}/{part}", values)
+        if result.gradient_samples and self.sink.has_trackers:
+            with self.sink.stopwatch:
+                values = {f"weights/{part}": sample for part, sample in self.student.weight_samples().items()}
+                values |= {f"gradients/{part}": sample for part, sample in result.gradient_samples.items()}
                 if result.prototype_mass is not None:
-                    self._sink.histogram(result.step, "teacher/prototype_mass", result.prototype_mass.log10())
+                    values["teacher/prototype_mass"] = result.prototype_mass.log10()
+                for tag, sample in values.items():
+                    self.sink.histogram(result.step, tag, sample)
         return {}
 
 
-class StepProfiler(Observer):
+@dataclass(eq=False)
+class Trace(Observer):
     """Traces the steps of ``monitor.profile``."""
 
-    def __init__(self, config: Config, runtime: Runtime, sink: MetricsSink, start_step: int) -> None:
-        self._sink = sink
-        self._profiler = Profiler(Path(config.run.dir), config.monitor.profile, runtime.rank, start_step)
+    profiler: Profiler
+    sink: MetricsSink
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        with self._sink.stopwatch:
-            self._profiler.step_completed(result.step)
+        with self.sink.stopwatch:
+            self.profiler.step_completed(result.step)
         return {}
 
     def close(self) -> None:
-        self._profiler.close()
+        self.profiler.close()

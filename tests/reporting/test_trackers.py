@@ -81,7 +81,7 @@ def test_a_missing_library_is_a_config_error(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unused_libraries_are_not_imported() -> None:
-    # wandb counts before the engine only: DeepSpeed imports it if it is installed
+    # only without the engine: DeepSpeed imports wandb if it is installed
     names = "{'wandb', 'mlflow', 'tensorflow', 'tensorboard'}"
     code = f"import streamtrain.reporting.sink, sys; assert not {names} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A run over a set of which one image in a hundred is damaged, in five ways, before and after it was indexed."""
+"""A run over a set with 1% damaged images: five kinds of damage, made before or after indexing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Place = tuple[str, int]  # tar, sample
 
 
 def damaged(payload: bytes, way: str) -> bytes:
-    """What is left of an image."""
+    """Return the damaged bytes of an image."""
     half = len(payload) // 2
     if way == "flipped bits":
         changed = bytearray(payload)
-        for at in range(len(payload) - 40, len(payload) - 10, 7):  # in the scan, which lies behind the tables
+        for at in range(len(payload) - 40, len(payload) - 10, 7):  # in the scan, behind the tables
             changed[at] ^= 0x10
         return bytes(changed)
     return {
@@ -43,7 +43,7 @@ def damaged(payload: bytes, way: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def places() -> dict[str, dict[Place, str]]:
-    """Where the damage is and of which way it is, before and after indexing."""
+    """Return the positions and kinds of the damage made before and after indexing."""
     drawn = np.random.default_rng(3).permutation(NUM_IMAGES)[: 2 * len(WAYS)].tolist()
     named = [(f"{n // NUM_PER_SHARD:06d}-{n // NUM_PER_SHARD}.tar", n % NUM_PER_SHARD) for n in drawn]
     return {

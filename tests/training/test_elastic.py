@@ -1,4 +1,4 @@
-"""One run goes on with another number of ranks, and with another place for its moments: 2, then 1, then 3."""
+"""A run resumed on another number of ranks (2, 1, 3) with another setting of engine.moments."""
 
 from __future__ import annotations
 

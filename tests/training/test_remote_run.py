@@ -50,7 +50,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.fixture(scope="module")
 def expected(local: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> dict[int, object]:
-    """What a run from the local set logs."""
+    """The log of a run from the local set."""
     run_dir = tmp_path_factory.mktemp("local")
     results = run_ranks(command(local.path, run_dir, *SETTINGS), 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
@@ -76,7 +76,7 @@ def behind(kind: str, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def late_shard_of_rank_0(local: ShardSet) -> str:
-    """The tar that rank 0, and nobody else, comes to last in the first epoch."""
+    """Return the tar that rank 0 alone reads last in the first epoch."""
     order = Order(local.sizes, seed=0, window=2, lanes=2, lane_block=4)
     assert order.num_lanes == 2
 
@@ -98,7 +98,7 @@ def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tup
 
 
 def finish(words: list[str], remote: Remote) -> str:
-    """Run to the end through faults; what the ranks had to say."""
+    """Run to the end through faults; return the output of the ranks."""
     remote.server.faults = [*FAULTS]
     results = run_ranks(words, 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
@@ -129,7 +129,7 @@ def test_over_http_two_ranks_train_on_the_same_samples_whatever_the_server_does(
         assert f"error: {remote.url}/shards/{missing} does not exist\n" in first
         assert 0 < len(logged(run_dir)) < STEPS
 
-        # the shard is back, and the same command goes on
+        # the shard is back, and the same command resumes the run
         remote.server.gone.clear()
         said = first + second + finish(words, remote)
     check(run_dir, expected, said, remote, most[0], limit)

@@ -50,7 +50,7 @@ def config_of(objective: dict[str, Any] | None = None, **model: Any) -> Config:
 
 
 def ssl_model_of(config: Config, seed: int) -> SSLModel:
-    """Weights large enough that no term is near its value at a symmetric start."""
+    """Return a model with weights large enough that no loss is near its value at a symmetric start."""
     model = SSLModel(config)
     initialise(model, config.model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = Fa
     if identical:
         pixels = [crops[:1].expand_as(crops).contiguous() for crops in pixels]
     grid_mask = torch.rand(V * size, 16, generator=draw) < 0.4
-    # a crop without a mask counts in the mean over crops all the same
+    # a crop without a mask still counts in the mean over crops
     grid_mask[1] = False
     grid_mask &= masked
     index = grid_mask.flatten().nonzero()[:, 0]
@@ -123,7 +123,7 @@ def check_steps(rank: int) -> None:
 
 
 def check_step(rank: int, ranks: int, name: str) -> None:
-    """Each loss and the gradient of a step of two micro-batches, dealt to the ranks, against float64."""
+    """Compare each loss and the gradient of a step of two micro-batches over the ranks with float64."""
     config = config_of(dict(OBJECTIVES[name]))
     student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batches = [batch_of(0), batch_of(1)]
@@ -185,7 +185,7 @@ def test_a_term_of_weight_zero_calls_no_head() -> None:
         assert "koleo" not in losses and len(losses) == 1 + len(expected) // 2
 
 
-def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
+def test_the_teacher_is_skipped_if_no_loss_needs_it() -> None:
     config = config_of()
     student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     teacher.backbone.embedding.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
@@ -238,7 +238,7 @@ def test_a_step_repeats_bit_for_bit_and_another_slot_differs() -> None:
 def test_odd_batches_and_large_logits(
     size: int, masked: bool, identical: bool, scale: float, name: str, untied: str, seed: int
 ) -> None:
-    """Where the formulas have a value it is ours; and everything is finite, also in bf16."""
+    """Losses agree with the formulas where these have a value, and are finite, also in bf16."""
     config = config_of(deepcopy(OBJECTIVES[name]), untied_norms=untied)
     student, teacher = ssl_model_of(config, seed), ssl_model_of(config, seed + 1)
     batch = batch_of(seed, masked, size, identical)
@@ -344,7 +344,7 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
 
 @in_each_number
 @pytest.mark.parametrize("kernels", [True, False])
-def test_students_and_teachers_compute_by_kernels_where_they_may(
+def test_students_and_teachers_use_the_kernels_if_enabled(
     kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(dim=64)
@@ -356,5 +356,5 @@ def test_students_and_teachers_compute_by_kernels_where_they_may(
     with torch.no_grad():
         for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):
             assert (found.float() - exact).norm() < 0.05 * exact.norm()
-    # two blocks of two branches, for either
+    # two blocks of two branches in each network
     assert len(called) == (8 if kernels else 0)
