@@ -46,7 +46,7 @@ OUTCOMES = ("loss/total", "eval/knn_20", "speed/images_per_second")
 
 
 class EventWriter:
-    """Write one event file to ``folder``; TensorBoard hides what an earlier start logged after ``start_step``."""
+    """Writes one event file to ``folder``; TensorBoard hides the steps an earlier start logged after ``start_step``."""
 
     def __init__(self, folder: Path, start_step: int, config: Config) -> None:
         _use_tensorflow_stub()
@@ -62,20 +62,16 @@ class EventWriter:
             file_writer.add_summary(summary)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write finite values by tag."""
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        """Write ``image``, uint8 [height, width, 3]."""
         self._writer.add_image(tag, image, step, dataformats="HWC")
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """Write the histogram of ``values``, finite fp32 [n]."""
         self._writer.add_histogram(tag, values, step)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Write Markdown ``text``."""
         self._writer.add_text(tag, text, step)
 
     def embedding(self, step: int, features: np.ndarray, labels: Sequence[str], thumbnails: np.ndarray) -> None:

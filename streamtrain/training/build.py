@@ -36,6 +36,7 @@ from streamtrain.training.ssl_model import GramTeacher, SSLModel
 # compute capability of the first GPUs with FP8 matmuls
 FP8_CAPABILITY = (8, 9)
 HEADS = ("global_head", "patch_head")
+ModuleClass = Callable[[Config], torch.nn.Module]
 logger = logging.getLogger(__name__)
 
 
@@ -60,52 +61,39 @@ class Networks:
         """
         _, accumulation = config.batch_split(runtime.world_size)
         student, teacher = build_networks(config, runtime, accumulation)
-        target_teacher = build_target_teacher(config, runtime, accumulation, teacher)
-        gram = build_gram_anchor(config, runtime, accumulation)
+        target_teacher: ShardedNetwork = teacher
+        if config.teacher.kind == "frozen":
+            target_teacher = frozen = _build_frozen(SSLModel, frozen_teacher_config(config), runtime, accumulation)
+            fill_frozen_teacher(config, frozen)
+        is_active = config.objective.gram.active
+        gram = GramAnchor(config, _build_frozen(GramTeacher, config, runtime, accumulation) if is_active else None)
         prototypes = PrototypeHandles(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
         return cls(student, teacher, target_teacher, prototypes, gram, TargetMaker(config.objective))
 
 
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
     """Build student and teacher, sharded over all ranks; their values are undefined until written."""
-    settings = _settings(config, runtime, accumulation)
-    student = Student(_build_module(SSLModel, config, runtime, settings), Block, config, runtime, settings)
-    on_host = config.teacher.average == "host"
-    teacher = Teacher(_build_module(SSLModel, config, runtime, settings), Block, student, settings, on_host)
-    return student, teacher
+    module, settings = _build_module(SSLModel, config, runtime, accumulation)
+    student = Student(module, Block, config, runtime, settings)
+    module, settings = _build_module(SSLModel, config, runtime, accumulation)
+    return student, Teacher(module, Block, student, settings, config.teacher.average == "host")
 
 
-def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> GramAnchor:
-    """Build the Gram teacher, sharded like the student, if the objective has a Gram term; ``restore`` fills it."""
-    if not config.objective.gram.active:
-        return GramAnchor(config, None)
-    settings = _settings(config, runtime, accumulation)
-    module = _build_module(GramTeacher, config, runtime, settings)
-    return GramAnchor(config, FrozenNetwork(module, Block, runtime.rank, settings))
-
-
-def build_target_teacher(config: Config, runtime: Runtime, accumulation: int, teacher: Teacher) -> ShardedNetwork:
-    """Return the network whose outputs are the targets: the EMA ``teacher``, or a frozen network, filled.
-
-    Raises:
-        StreamtrainError: if ``teacher.weights`` does not fit this student.
-    """
-    if config.teacher.kind == "ema":
-        return teacher
-    frozen_config = frozen_teacher_config(config)
-    settings = _settings(frozen_config, runtime, accumulation)
-    module = _build_module(SSLModel, frozen_config, runtime, settings)
-    network = FrozenNetwork(module, Block, runtime.rank, settings)
-    fill_frozen_teacher(config, network)
-    return network
+def _build_frozen(network: ModuleClass, config: Config, runtime: Runtime, accumulation: int) -> FrozenNetwork:
+    module, settings = _build_module(network, config, runtime, accumulation)
+    return FrozenNetwork(module, Block, runtime.rank, settings)
 
 
 def _build_module(
-    network: Callable[[Config], torch.nn.Module], config: Config, runtime: Runtime, settings: dict[str, Any]
-) -> torch.nn.Module:
+    network: ModuleClass, config: Config, runtime: Runtime, accumulation: int
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a sharded module; return it with DeepSpeed's settings."""
+    with torch.device("meta"):
+        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
+    settings = engine_config(config, runtime, accumulation, block_numel)
     module = build_sharded(lambda: network(config), settings)
     prepare_blocks(module, config.engine, runtime)
-    return module
+    return module, settings
 
 
 def prepare_blocks(network: torch.nn.Module, engine: EngineConfig, runtime: Runtime) -> None:
@@ -123,12 +111,6 @@ def prepare_blocks(network: torch.nn.Module, engine: EngineConfig, runtime: Runt
         compute_in_fp8(network)
     if engine.compiles(on_gpu=runtime.on_gpu):
         compile_blocks(network)
-
-
-def _settings(config: Config, runtime: Runtime, accumulation: int) -> dict[str, Any]:
-    with torch.device("meta"):
-        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
-    return engine_config(config, runtime, accumulation, block_numel)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class CheckpointPolicy:
             DivergedError: if the weights to save are not finite.
         """
         saver, step = self._saver, result.step
+        self._report_warnings(step)
         best = self._new_best(step, metrics)
         kinds = kinds_to_save(step, result.stop_request, result.applied, best is not None, self._config.run)
         if kinds or not result.applied:
@@ -77,10 +78,9 @@ class CheckpointPolicy:
     def wait(self, step: int) -> None:
         """Wait until no checkpoint is being written; report failed writes at ``step``."""
         self._saver.wait()
-        self.report_warnings(step)
+        self._report_warnings(step)
 
-    def report_warnings(self, step: int) -> None:
-        """Report failed writes since the last call at ``step``."""
+    def _report_warnings(self, step: int) -> None:
         for line in self._saver.warnings():
             self._sink.warn(step, line)
 

@@ -86,7 +86,6 @@ def train(
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | saver.scalars() | observers.after_step(result)
                 sink.log(step, result.next_slot, metrics)
-                policy.report_warnings(step)
                 policy.after_step(result, metrics)
                 stop_request = result.stop_request
                 if stop_request <= SAVE:
@@ -104,7 +103,7 @@ def train(
 
 
 def _plan(config: Config, runtime: Runtime) -> Plan:
-    """Log the settings that a user should know before the first step, and the planned memory."""
+    """Plan the memory; log it with derived settings and warnings."""
     for line in start_notes(config, runtime.world_size):
         logger.info(line)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16

@@ -83,11 +83,15 @@ class ObserverList:
         """Return the metrics of all observers."""
         metrics: dict[str, float] = {}
         for observer, guard in self._observers:
-            if guard.is_enabled:
-                metrics |= guard.run(observer.after_step, result) or {}
-                failed_anywhere = observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled)
-                if failed_anywhere and guard.is_enabled:
+            if not guard.is_enabled:
+                continue
+            values = guard.run(observer.after_step, result) or {}
+            if observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled):
+                # no rank may act on metrics that another one lacks
+                values = {}
+                if guard.is_enabled:
                     guard.disable("on another rank")
+            metrics |= values
         return metrics
 
     def close(self) -> None:

@@ -126,8 +126,7 @@ def train_step(
     gram.refresh(step - 1, values.weights.gram, teacher, before_update)
     features = [networks.target_teacher.teacher_features(batch, values.weights) for batch in wrap(batches)]
     targets = networks.target_maker.make(features, networks.teacher_prototypes, values.teacher_temperature)
-    collapse = _measure_collapse(step, config, targets)
-    mass = _measure_prototype_mass(step, config, targets[0])
+    collapse, mass = _measure_teacher(step, config, targets)
 
     losses = []
     for batch, target in zip(wrap(batches), targets, strict=True):
@@ -185,16 +184,15 @@ def draws_histograms(step: int, config: Config) -> bool:
     return is_due(step, config.monitor.histogram_every) and bool(config.monitor.tensorboard or config.monitor.trackers)
 
 
-def _measure_collapse(step: int, config: Config, targets: Sequence[Targets]) -> CollapseMetrics | None:
-    every = config.monitor.collapse.every
-    if not is_due(step, every) and (step > 1 or not every):
-        return None
-    images, chunk_bytes = config.monitor.collapse.images, config.objective.chunk_bytes
-    return measure_collapse(targets, config.crops.global_count, images, chunk_bytes)
-
-
-def _measure_prototype_mass(step: int, config: Config, targets: Targets) -> Tensor | None:
-    features, handle = targets.features.global_features, targets.handles.global_head
-    if not draws_histograms(step, config) or features is None or handle is None:
-        return None
-    return prototype_mass(features, handle, targets.teacher_temperature, config.objective.chunk_bytes)
+def _measure_teacher(
+    step: int, config: Config, targets: Sequence[Targets]
+) -> tuple[CollapseMetrics | None, Tensor | None]:
+    """Return the collapse metrics and the prototype mass of the teacher behind ``targets``; None where not due."""
+    every, chunk_bytes = config.monitor.collapse.every, config.objective.chunk_bytes
+    collapse = mass = None
+    if every and (step == 1 or is_due(step, every)):
+        collapse = measure_collapse(targets, config.crops.global_count, config.monitor.collapse.images, chunk_bytes)
+    features, handle = targets[0].features.global_features, targets[0].handles.global_head
+    if draws_histograms(step, config) and features is not None and handle is not None:
+        mass = prototype_mass(features, handle, targets[0].teacher_temperature, chunk_bytes)
+    return collapse, mass
