@@ -1,4 +1,4 @@
-"""The real libraries, offline and into a folder."""
+"""wandb and mlflow themselves, offline, writing to a folder."""
 
 from __future__ import annotations
 

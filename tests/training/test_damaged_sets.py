@@ -54,7 +54,7 @@ def places() -> dict[str, dict[Place, str]]:
 
 @pytest.fixture(scope="module")
 def shard_set(places: dict[str, dict[Place, str]], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Tars of others, damaged, indexed where they lie, and damaged again."""
+    """Damaged tars, indexed in place, and damaged again."""
     folder = tmp_path_factory.mktemp("damaged")
     for shard in range(NUM_SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
@@ -80,10 +80,10 @@ def quarantined(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
 
 
-def test_a_run_names_exactly_the_damaged_images_and_replaces_them_alike_after_a_kill(
+def test_damaged_images_are_quarantined_and_replaced_the_same_after_a_kill(
     shard_set: ShardSet, places: dict[str, dict[Place, str]], tmp_path: Path
 ) -> None:
-    # what decodes to another picture only a checksum can tell, and here that was made of the damaged bytes
+    # flipped bits decode to another picture; only a checksum finds them, and these were indexed after the damage
     expected = {place for place, way in places["before"].items() if way != "flipped bits"} | set(places["after"])
     faults = [fault for fault in verify(shard_set.path) if fault.index is not None]
     assert {(fault.place.removeprefix("shards/"), fault.index) for fault in faults} == expected

@@ -37,7 +37,7 @@ class Remote:
     path: str  # of the set, as ``server.gone`` has it
 
     def fault_count(self) -> int:
-        """How many faults the server has shown so far."""
+        """Number of faults the server has injected so far."""
         if isinstance(self.server, FaultyS3):
             return sum(fault != "404" for fault in self.server.served)
         return sum(fault not in (None, "whole") for _, fault in self.server.gets)
@@ -89,8 +89,8 @@ def late_shard_of_rank_0(local: ShardSet) -> str:
 
 
 def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tuple[list[str], int]:
-    """The command of a run through a cache, and the cache's limit."""
-    # two lanes of two shards are in use at a time, and one shard more may come
+    """Return the command of a run through a cache, and the cache's limit."""
+    # two lanes of two shards are in use at a time, plus one shard being fetched
     limit = bytes_in_use(local.manifest.shards, 5, 2)
     assert local.manifest.num_bytes > 1.5 * limit
     settings = [*SETTINGS, f"data.cache.dir={cache}", f"data.cache.limit={limit}"]
@@ -145,7 +145,7 @@ def test_from_s3_two_ranks_train_on_the_same_samples_whatever_the_server_does(
     check(run_dir, expected, said, remote, most[0], limit)
 
 
-def test_a_cache_folder_that_cannot_be_used_is_told_before_torch_is_loaded(
+def test_an_unusable_cache_folder_is_an_error_before_torch_is_imported(
     local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")

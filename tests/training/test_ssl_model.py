@@ -109,11 +109,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_packed_step_equals_the_plain_one(name: str) -> None:
+def test_packed_step_equals_the_reference(name: str) -> None:
     check_step(0, 1, name)
 
 
-def test_packed_step_over_two_ranks_equals_the_plain_one(tmp_path: Path) -> None:
+def test_packed_step_over_two_ranks_equals_the_reference(tmp_path: Path) -> None:
     run_on_ranks(check_steps, tmp_path)
 
 
@@ -302,7 +302,7 @@ def test_the_gram_term_adds_to_the_others_and_changes_none_of_them() -> None:
     torch.testing.assert_close(losses["total"], without["total"] + 2.0 * losses["gram"])
 
 
-def test_a_gram_teacher_of_larger_crops_keeps_to_the_grid_of_the_student() -> None:
+def test_gram_features_of_larger_crops_are_resized_to_the_student_grid() -> None:
     config = config_of()
     gram_teacher = GramTeacher(config)
     initialise(gram_teacher, config.model, 0)
@@ -310,7 +310,7 @@ def test_a_gram_teacher_of_larger_crops_keeps_to_the_grid_of_the_student() -> No
     assert gram_teacher(crops, (4, 4)).shape == (2, 16, config.model.dim)
 
 
-def test_local_weight_scales_the_local_pairs_and_spares_their_crops_at_zero() -> None:
+def test_local_weight_scales_the_local_pairs_and_skips_local_crops_at_zero() -> None:
     config = config_of()
     student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batch = batch_of(0)
