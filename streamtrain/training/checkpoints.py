@@ -59,7 +59,7 @@ class CheckpointPolicy:
         Raises:
             DivergedError: if the weights to save are not finite.
         """
-        saver, step = self._saver, result.step
+        saver, requests, step = self._saver, self._requests, result.step
         self._report_warnings(step)
         best = self._new_best(step, metrics)
         kinds = kinds_to_save(step, result.stop_request, result.applied, best is not None, self._config.run)
@@ -71,9 +71,9 @@ class CheckpointPolicy:
         self._non_finite.check_weights(step, self._networks.student.finite(), self._runtime.device)
         state = {"data": self._loader.state_dict(result.next_slot), "skipped_steps": self._non_finite.skipped}
         if CHECKPOINTS in kinds:
-            self._requests.saving()
+            requests.saving()
         contents = checkpoint_contents(kinds, self._provenance | state, self._networks)
-        saver.save(step, contents, self._requests.saved, best)
+        saver.save(step, contents, requests.saved, best)
 
     def wait(self, step: int) -> None:
         """Wait until no checkpoint is being written; report failed writes at ``step``."""

@@ -192,7 +192,8 @@ def _measure_teacher(
     collapse = mass = None
     if every and (step == 1 or is_due(step, every)):
         collapse = measure_collapse(targets, config.crops.global_count, config.monitor.collapse.images, chunk_bytes)
-    features, handle = targets[0].features.global_features, targets[0].handles.global_head
-    if draws_histograms(step, config) and features is not None and handle is not None:
-        mass = prototype_mass(features, handle, targets[0].teacher_temperature, chunk_bytes)
+    first = targets[0]
+    features, prototypes = first.features.global_features, first.handles.global_head
+    if draws_histograms(step, config) and features is not None and prototypes is not None:
+        mass = prototype_mass(features, prototypes, first.teacher_temperature, chunk_bytes)
     return collapse, mass

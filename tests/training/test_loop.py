@@ -213,7 +213,7 @@ def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
     assert len(list(foreign.iterdir())) == 3
 
 
-def test_settings_that_differ_from_the_checkpoint_are_an_error_before_torch_is_imported(
+def test_another_run_than_the_checkpoints_is_refused_at_once(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, settings = tmp_path / "run", ("run.steps=2", "data.micro_batch=4")
