@@ -169,7 +169,7 @@ def open_shard_set(config: Config) -> AnySet:
 
 
 def _open(data: DataConfig) -> AnySet:
-    return open_sets([(share.shards, share.weight) for share in data.shares], data.remote.patience)
+    return open_sets([(share.shards, share.weight) for share in data.shares], data.remote.retry_policy)
 
 
 def read_resolved(run_dir: str | Path) -> Config:
