@@ -20,8 +20,8 @@ class PlainBackbone(nn.Module):
 
     def __init__(self, learner: SSLModel) -> None:
         super().__init__()
-        self.net = learner.backbone
-        self.config = learner.config.model
+        self.net = model.backbone
+        self.config = model.config.model
 
     def forward(self, pixels: Tensor, mask: Tensor | None, local: bool = False) -> tuple[Tensor, Tensor]:
         embedding, dim = self.net.embedding, self.config.dim

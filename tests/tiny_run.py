@@ -1,4 +1,4 @@
-"""The training line as a command, for a network of a few thousand parameters."""
+"""The training command for a network of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAD = "{prototypes: 32, hidden: 16, bottleneck: 8}"
 
 
 def command(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
-    """Of one run; ``overrides`` come last."""
+    """Return the command of a run; ``overrides`` come last."""
     model = [f"model.{key}={value}" for key, value in TINY.items()]
     return [
         str(ROOT / "streamtrain" / "main.py"), "--config", "vits16.yaml", *model, f"data.shards={shards}",
@@ -26,6 +26,6 @@ def command(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
 
 
 def logged(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """The losses (and the gradient's norm) of each step."""
+    """Return the losses and the gradient norms of each step."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "slot", "optim/grad"))} for r in records}

@@ -1,4 +1,4 @@
-"""Sudden rises of the loss, by a robust z-score over the steps before."""
+"""Sudden rises of the loss, by a robust z-score over the preceding steps."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import math
 from collections import deque
 from statistics import median
 
-# below so many values a median says little
-LEAST = 20
-# a normal distribution's standard deviation is that much of its median absolute deviation
+# below this number of values a median says little
+MIN_VALUES = 20
+# standard deviation of a normal distribution in units of its median absolute deviation
 _SIGMA = 1.4826
-# differences below this share of the median are no news, however steady the values were before
+# differences below this share of the median are not significant, however constant the preceding values are
 _RESOLUTION = 1e-3
 
 
-class Spikes:
-    """Tells a value that is far above the median of the values before it."""
+class SpikeDetector:
+    """Finds values far above the median of the preceding values."""
 
     def __init__(self, window: int, threshold: float) -> None:
-        """``window``: values looked back on; 0 for never. ``threshold``: in robust standard deviations."""
+        """``window``: preceding values compared with; 0 disables it. ``threshold``: in robust standard deviations."""
         self._values: deque[float] = deque(maxlen=window)
         self._threshold = threshold
-        self._above = False
+        self._is_above = False
 
-    def score(self, value: float) -> float | None:
-        """How many robust standard deviations ``value`` is above the median; None as long as there are too few."""
+    def add(self, step: int, value: float) -> tuple[float | None, str | None]:
+        """Return the z-score of the loss of ``step`` and a warning.
+
+        The score is None while there are too few values; the warning is None except at the first of several high
+        values in a row.
+        """
         score = None
-        if len(self._values) >= LEAST and math.isfinite(value):
-            centre = median(self._values)
-            deviation = median(abs(other - centre) for other in self._values)
-            score = (value - centre) / max(_SIGMA * deviation, _RESOLUTION * abs(centre), 1e-12)
         if math.isfinite(value):
+            if len(self._values) >= MIN_VALUES:
+                centre = median(self._values)
+                deviation = median(abs(other - centre) for other in self._values)
+                score = (value - centre) / max(_SIGMA * deviation, _RESOLUTION * abs(centre), 1e-12)
             self._values.append(value)
-        return score
-
-    def warning(self, step: int, value: float, score: float | None) -> str | None:
-        """What to tell of a step with this loss; of several high ones in a row, only the first is told."""
-        before, self._above = self._above, score is not None and score > self._threshold
-        if before or not self._above:
-            return None
-        return (
+        was_above, self._is_above = self._is_above, score is not None and score > self._threshold
+        if was_above or not self._is_above:
+            return score, None
+        return score, (
             f"step {step}: the loss {value:.4g} is {score:.1f} robust standard deviations above the median of the "
-            "steps before"
+            "preceding steps"
         )

@@ -61,7 +61,7 @@ class _Lenient(LabelledImages):
     def decode(self, index: int) -> Image.Image:
         try:
             return super().decode(index)
-        except (StreamtrainError, SampleError):
+        except (StreamtrainError, SampleError, OSError):
             return Image.new("RGB", (64, 64), (128, 128, 128))
 
 

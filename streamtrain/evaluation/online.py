@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamtrain.config.tree import Config
+from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import crop_batches
 from streamtrain.evaluation.held_out import HeldOut
 from streamtrain.evaluation.images import LabelledImages
@@ -103,8 +105,16 @@ def linear(study: Study) -> dict[str, float]:
     train, test = (_gather(rows) for rows in (study.train, study.test))
     score = torch.zeros(1, dtype=torch.float64, device=study.device)
     if study.rank == 0:
-        score += linear_accuracy(*train, *test).accuracy
-    return {"linear": float(sum_over_ranks(score, None))}
+        try:
+            score += linear_accuracy(*train, *test).accuracy
+        except Exception:
+            # the other ranks wait for the sum, after which all of them raise
+            logger.warning("the linear probe failed", exc_info=True)
+            score += math.nan
+    accuracy = float(sum_over_ranks(score, None))
+    if math.isnan(accuracy):
+        raise StreamtrainError("the linear probe failed on rank 0")
+    return {"linear": accuracy}
 
 
 def patches(study: Study) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a completed step, written in one piece and cut back on resume."""
+"""``metrics.jsonl``: one JSON object per completed step, written in one piece and truncated on resume."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends lines to ``path``; each is one unbuffered write, so a killed run tears at most the last one."""
+    """Appends lines to ``path``, each in one unbuffered write: a killed run tears at most the last line."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, slot: int, scalars: Mapping[str, float]) -> None:
-        """Write ``step``, ``slot`` and the scalars under their tags, at full precision; not finite: null."""
+        """Write ``step``, ``slot`` and the scalars by tag at full precision; non-finite values become null."""
         values = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
         line = json.dumps({"step": step, "slot": slot, **values}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
@@ -27,7 +27,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file in order; a torn or foreign line is passed over."""
+    """Yield the records of a metrics file in order; torn or invalid lines are skipped."""
     with path.open("rb") as file:
         for line in file:
             record = _parse(line)
@@ -36,9 +36,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to ``step`` (that of the checkpoint): later ones and torn ones go, atomically.
+    """Remove the lines after ``step`` (the checkpoint's) and torn lines, atomically.
 
-    A missing file is left missing; a file with nothing to cut is not touched.
+    A missing file stays missing; a file with nothing to remove is not touched.
     """
     if not path.exists():
         return
@@ -60,7 +60,7 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object of one line, or None if it is torn."""
+    """Return the record of one line, or None if it is torn or invalid."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""One picture of what the network is fed: global views with their masks, and local views, a row a sample."""
+"""A picture of the training crops: global views with their masks, and local views, one row per sample."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from streamtrain.data.batch import Batch
 
-GAP = 6  # pixels between crops, and twice that between rows and around
-PAPER = 245  # grey of the ground
-VEIL = np.array([28, 30, 46], np.float32)  # what a masked patch is covered with
-VEIL_SHARE = 0.82
-LEGIBLE = 128  # smaller global crops are magnified, each pixel to a square, up to this side
+GAP = 6  # pixels between crops; rows and margins have twice that
+BACKGROUND = 245  # grey
+MASK_COLOUR = np.array([28, 30, 46], np.float32)
+MASK_OPACITY = 0.82
+MIN_SIDE = 128  # smaller global crops are magnified by an integer factor, up to this side
 
 
 def batch_panel(batch: Batch, samples: int) -> np.ndarray:
-    """``crops_panel`` of a micro-batch."""
+    """Draw ``crops_panel`` of a micro-batch."""
     return crops_panel(batch.global_crops, batch.local_crops, batch.masks.grid_mask, len(batch.slots), samples)
 
 
@@ -30,29 +30,29 @@ def crops_panel(
         local_crops: uint8 [L * B, h, h, 3], view-major; L may be 0.
         grid_mask: bool [V * B, T], the masked patches of each global crop, row by row of a square grid.
         batch_size: B.
-        samples: rows to draw; at most B are.
+        samples: rows to draw, at most B.
 
     Returns:
         uint8 [height, width, 3].
     """
     rows = min(samples, batch_size)
-    zoom = max(LEGIBLE // int(global_crops.shape[1]), 1)
+    zoom = max(MIN_SIDE // int(global_crops.shape[1]), 1)
     masks = _first(grid_mask, batch_size, rows)
-    veiled = [
+    global_views = [
         [_magnify(draw_mask(crop, mask), zoom) for crop, mask in zip(crops, masks[row], strict=True)]
         for row, crops in enumerate(_first(global_crops, batch_size, rows))
     ]
     local = [[_magnify(crop, zoom) for crop in crops] for crops in _first(local_crops, batch_size, rows)]
     high, small = int(global_crops.shape[1]) * zoom, int(local_crops.shape[1]) * zoom
-    # Local views keep their true size beside the global ones; as many stand in a column as come near their height.
+    # Local views are drawn at their own scale, in columns about as high as the global views.
     column = max(round(high / small), 1)
     columns = -(-len(local[0]) // column)
-    width = len(veiled[0]) * (high + GAP) + columns * (small + GAP) + 3 * GAP
+    width = len(global_views[0]) * (high + GAP) + columns * (small + GAP) + 3 * GAP
     row_height = max(high, column * (small + GAP) - GAP if columns else 0)
-    panel = np.full((rows * (row_height + 2 * GAP) + 2 * GAP, width, 3), PAPER, np.uint8)
+    panel = np.full((rows * (row_height + 2 * GAP) + 2 * GAP, width, 3), BACKGROUND, np.uint8)
     for row in range(rows):
         top, left = 2 * GAP + row * (row_height + 2 * GAP), 2 * GAP
-        for crop in veiled[row]:
+        for crop in global_views[row]:
             panel[top : top + high, left : left + high] = crop
             left += high + GAP
         for index, crop in enumerate(local[row]):
@@ -71,11 +71,11 @@ def draw_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
     assert side * side == len(mask) and crop.shape[0] % side == 0, (crop.shape, len(mask))
     patch = crop.shape[0] // side
     covered = np.kron(mask.reshape(side, side), np.ones((patch, patch), bool))[..., None]
-    return np.where(covered, crop * (1 - VEIL_SHARE) + VEIL * VEIL_SHARE, crop).astype(np.uint8)
+    return np.where(covered, crop * (1 - MASK_OPACITY) + MASK_COLOUR * MASK_OPACITY, crop).astype(np.uint8)
 
 
 def _first(crops: Tensor, batch_size: int, rows: int) -> np.ndarray:
-    """The first ``rows`` samples of a view-major tensor, sample first: [rows, views, ...]."""
+    """Return the first ``rows`` samples of a view-major tensor as [rows, views, ...]."""
     views = len(crops) // batch_size
     by_view = crops.reshape(views, batch_size, *crops.shape[1:])[:, :rows]
     return torch.movedim(by_view, 1, 0).cpu().numpy()

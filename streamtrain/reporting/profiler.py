@@ -1,7 +1,8 @@
-"""A trace of some steps on demand, for ui.perfetto.dev or chrome://tracing."""
+"""A trace of selected steps, for ui.perfetto.dev or chrome://tracing."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,43 +10,43 @@ import torch
 from streamtrain.config.monitor import ProfileConfig
 
 FOLDER_NAME = "profile"
+logger = logging.getLogger(__name__)
 
 
 class Profiler:
     """Traces the steps of ``monitor.profile`` on this rank; costs nothing before and after them."""
 
-    def __init__(self, run_dir: Path, config: ProfileConfig, rank: int) -> None:
+    def __init__(self, run_dir: Path, config: ProfileConfig, rank: int, start_step: int) -> None:
+        """``start_step``: completed steps."""
         self._run_dir, self._config, self._rank = run_dir, config, rank
         self._profile: torch.profiler.profile | None = None
+        self._start_before(start_step + 1)
 
-    def begin(self, step: int) -> None:
-        """Call before ``step`` (from 1) begins."""
-        if step == self._config.start:
-            self._profile = torch.profiler.profile(activities=_activities())
-            self._profile.start()
-
-    def end(self, step: int) -> str | None:
-        """Call after it; returns what to say once the trace is written."""
-        if self._profile is None or self._config.start is None or step < self._config.start + self._config.steps - 1:
-            return None
-        profile, self._profile = self._profile, None
-        profile.stop()
-        path = self._run_dir / FOLDER_NAME / f"steps-{self._config.start}-{step}-rank-{self._rank}.json.gz"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            profile.export_chrome_trace(str(path))
-        except (OSError, RuntimeError) as error:
-            return f"the trace could not be written: {error}"
-        return f"trace of steps {self._config.start} to {step} in {path}; open it in ui.perfetto.dev"
+    def step_completed(self, step: int) -> None:
+        """Write the trace if ``step`` was the last one to trace; start the trace if the next one is the first."""
+        first = self._config.start
+        if self._profile is not None and first is not None and step >= first + self._config.steps - 1:
+            self._write(first, step)
+        self._start_before(step + 1)
 
     def close(self) -> None:
-        """A run that ends within the window has no trace."""
+        """Stop a trace that is not complete; no file is written."""
         if self._profile is not None:
             self._profile.stop()
 
+    def _start_before(self, step: int) -> None:
+        if step == self._config.start:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profile = torch.profiler.profile(activities=activities)
+            self._profile.start()
 
-def _activities() -> list[torch.profiler.ProfilerActivity]:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return activities
+    def _write(self, first: int, last: int) -> None:
+        assert self._profile is not None
+        profile, self._profile = self._profile, None
+        profile.stop()
+        path = self._run_dir / FOLDER_NAME / f"steps-{first}-{last}-rank-{self._rank}.json.gz"
+        path.parent.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(path))
+        logger.info("trace of steps %d to %d in %s; open it in ui.perfetto.dev", first, last, path)

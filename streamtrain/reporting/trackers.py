@@ -1,4 +1,4 @@
-"""Other places to report to, by the protocol of TensorBoard's writer. Their libraries are loaded when asked for."""
+"""Experiment trackers besides TensorBoard. Their libraries are imported only if they are configured."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ import numpy as np
 from streamtrain.config.monitor import MonitorConfig
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
-from streamtrain.reporting.layout import hyperparameters
+from streamtrain.reporting.tensorboard import hyperparameters
 
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
-# how many values of a histogram go over the network
-_BINS = 64
+_BINS = 64  # of a histogram
 
 
 class Tracker(Protocol):
-    """Takes what a run reports; a kind of thing that a place cannot show is left out there."""
+    """The interface of TensorBoard's writer; a tracker ignores kinds of data it cannot show."""
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Finite values by tag."""
+        """Report finite values by tag."""
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        """``image``: uint8 [height, width, 3]."""
+        """Show ``image``, uint8 [height, width, 3]."""
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """``values``: finite, fp32 [n]."""
+        """Show the histogram of ``values``, finite fp32 [n]."""
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """``text``: Markdown."""
+        """Show Markdown ``text``."""
 
     def close(self) -> None: ...
 
 
 def check_trackers(config: MonitorConfig) -> None:
-    """
+    """Check that the libraries of ``monitor.trackers`` are installed.
+
     Raises:
-        ConfigError: if the library of one is not installed.
+        ConfigError: if one is missing.
     """
     for name in config.trackers:
         if find_spec(name) is None:
@@ -50,13 +50,13 @@ def check_trackers(config: MonitorConfig) -> None:
 
 
 def open_trackers(config: Config, run_dir: Path) -> list[Tracker]:
-    """Those of ``monitor.trackers``; a run that goes on is gone on with there."""
+    """Open the trackers of ``monitor.trackers``; a resumed run is resumed there as well."""
     makers: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
     return [makers[name](config, run_dir) for name in config.monitor.trackers]
 
 
 class WandbTracker:
-    """Weights & Biases; where to, and whether at all, its own environment variables say."""
+    """Weights & Biases, configured by its own environment variables."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._wandb = importlib.import_module("wandb")
@@ -65,7 +65,7 @@ class WandbTracker:
             project=config.monitor.project, name=name.name, dir=str(run_dir), config=hyperparameters(config),
             id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
         )  # fmt: skip
-        # its own count only ever rises, and would leave out the steps that are done again after a crash
+        # wandb's own step only rises and would drop the steps repeated after a crash
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -86,17 +86,17 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """MLflow; its own environment variables say which server. It has no histograms."""
+    """MLflow, whose environment variables set the server. It has no histograms."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._mlflow = importlib.import_module("mlflow")
         self._mlflow.set_experiment(config.monitor.project)
-        known = run_dir / "mlflow.run"
-        if known.exists():
-            self._mlflow.start_run(run_id=known.read_text().strip())
+        run_id = run_dir / "mlflow.run"
+        if run_id.exists():
+            self._mlflow.start_run(run_id=run_id.read_text().strip())
         else:
             run = self._mlflow.start_run(run_name=run_dir.resolve().name)
-            known.write_text(f"{run.info.run_id}\n")
+            run_id.write_text(f"{run.info.run_id}\n")
             self._mlflow.log_params(hyperparameters(config))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:

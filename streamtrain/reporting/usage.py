@@ -1,4 +1,4 @@
-"""Memory of this process and speed of the step, under the tags they are logged by."""
+"""Memory of this process and speed of the steps, as metrics by tag."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# steps that the percentiles are of, and these
+# percentiles of the step time, over the most recent steps
 RECENT, PERCENTILES = 200, (50, 90, 99)
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now."""
+    """Return the resident memory of this process."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_rss_bytes()  # not Linux: the peak is what can be had
+    return peak_rss_bytes()  # other systems report the peak only
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this rank has held: on a CUDA device its allocator, else the process."""
+    """Return the peak memory of this rank: of the CUDA allocator on a GPU, else of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
 def memory_scalars(device: torch.device) -> dict[str, float]:
-    """Bytes under ``memory/``: resident now and at most, and on CUDA the most its allocator has held."""
+    """Return the current and peak resident bytes, and on CUDA the peak of its allocator, under ``memory/``."""
     scalars = {"memory/rss_bytes": float(rss_bytes()), "memory/peak_rss_bytes": float(peak_rss_bytes())}
     if device.type == "cuda":
         scalars["memory/gpu_bytes"] = float(torch.cuda.max_memory_allocated(device))
@@ -46,31 +46,29 @@ def memory_scalars(device: torch.device) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has done, over all ranks."""
+    """The work of one step over all ranks."""
 
     images: int
-    # that the student has seen
+    # of the student's crops
     tokens: int
-    # of the method, nothing counted twice
+    # required by the method: recomputation is not counted
     model_flops: float
 
 
 class StepClock:
-    """Times whole steps, from one ``tick`` to the next, so that nothing between them goes uncounted."""
+    """Times whole steps, from one ``tick`` to the next, so that the work between steps is counted too."""
 
     def __init__(self, peak_flops: float | None = None) -> None:
-        """``peak_flops``: what all devices together can do a second at most; None where nobody knows."""
+        """``peak_flops``: of all devices together, per second; None if unknown."""
         self._last = time.perf_counter()
         self._waited = 0.0
         self._peak_flops = peak_flops
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def tick(self, work: Work, wait_seconds: float) -> dict[str, float]:
-        """Scalars of the step that ends now.
+        """Return the metrics of the step that ends now.
 
-        Args:
-            work: of the step.
-            wait_seconds: the loader's running total of time spent waiting for data.
+        ``wait_seconds`` is the loader's running total of the time spent waiting for data.
         """
         now = time.perf_counter()
         seconds, waited = now - self._last, wait_seconds - self._waited
@@ -91,10 +89,10 @@ class StepClock:
 
 
 class Stopwatch:
-    """The share of the time since it was made that was spent within its ``with`` blocks."""
+    """Measures the share of time spent inside its ``with`` blocks since it was created."""
 
     def __init__(self) -> None:
-        self._made = self._entered = time.perf_counter()
+        self._created = self._entered = time.perf_counter()
         self._seconds = 0.0
 
     def __enter__(self) -> None:
@@ -105,5 +103,5 @@ class Stopwatch:
 
     @property
     def share(self) -> float:
-        """In 0..1."""
-        return self._seconds / max(time.perf_counter() - self._made, 1e-9)
+        """The share, in 0..1."""
+        return self._seconds / max(time.perf_counter() - self._created, 1e-9)

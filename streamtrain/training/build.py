@@ -1,7 +1,8 @@
-"""Student and teacher as a run needs them: built in shards, filled from a checkpoint or from the seed."""
+"""Build the sharded networks of a run and its loader; fill them from a checkpoint, weights or the seed."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from shards.reading.mixture import AnySet
+from shards.reading.quarantine import Quarantine
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.engine import EngineConfig
 from streamtrain.config.tree import Config
+from streamtrain.data.loader import Loader
 from streamtrain.engine.fragments import Fragment
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
@@ -24,89 +27,101 @@ from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
-from streamtrain.objective.targets import TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.run.directory import QUARANTINE_NAME
 from streamtrain.training.distill import fill_frozen_teacher, frozen_teacher_config
-from streamtrain.training.gram import GramAnchor
-from streamtrain.training.ssl_model import GramTeacher, Learner
+from streamtrain.training.gram import BACKBONE, GramAnchor
+from streamtrain.training.ssl_model import GramTeacher, SSLModel
 
-BACKBONE = "backbone."
-# of the first GPUs that multiply 8-bit floating-point numbers
+# compute capability of the first GPUs with FP8 matmuls
 FP8_CAPABILITY = (8, 9)
+HEADS = ("global_head", "patch_head")
+ModuleClass = Callable[[Config], torch.nn.Module]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run and the objective's state."""
+
+    student: Student
+    teacher: Teacher
+    # whose outputs are the targets: the teacher, or a frozen network
+    target_teacher: ShardedNetwork
+    teacher_prototypes: TeacherPrototypes
+    gram: GramAnchor
+    target_maker: TargetMaker
+
+    @classmethod
+    def build(cls, config: Config, runtime: Runtime) -> Networks:
+        """Build all networks in shards; all but a frozen teacher have undefined values until ``restore``.
+
+        Raises:
+            StreamtrainError: if ``teacher.weights`` does not fit this student.
+        """
+        _, accumulation = config.batch_split(runtime.world_size)
+        student, teacher = build_networks(config, runtime, accumulation)
+        target_teacher: ShardedNetwork = teacher
+        if config.teacher.kind == "frozen":
+            target_teacher = frozen = _build_frozen(SSLModel, frozen_teacher_config(config), runtime, accumulation)
+            fill_frozen_teacher(config, frozen)
+        is_active = config.objective.gram.is_active
+        gram = GramAnchor(config, _build_frozen(GramTeacher, config, runtime, accumulation) if is_active else None)
+        prototypes = TeacherPrototypes(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+        return cls(student, teacher, target_teacher, prototypes, gram, TargetMaker(config.objective))
 
 
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
-    """Student and teacher, sharded over all ranks; their values are undefined until written."""
-    settings = _settings(config, runtime, accumulation)
-    student = Student(_built(Learner, config, runtime, settings), Block, config, runtime, settings)
-    on_host = config.teacher.average == "host"
-    teacher = Teacher(_built(Learner, config, runtime, settings), Block, student, settings, on_host)
-    return student, teacher
+    """Build student and teacher, sharded over all ranks; their values are undefined until written."""
+    module, settings = _build_module(SSLModel, config, runtime, accumulation)
+    student = Student(module, Block, config, runtime, settings)
+    module, settings = _build_module(SSLModel, config, runtime, accumulation)
+    return student, Teacher(module, Block, student, settings, config.teacher.average == "host")
 
 
-def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> GramAnchor:
-    """The Gram teacher, sharded like the student, where the objective has a Gram term; to be filled by ``restore``."""
-    if not config.objective.gram.is_active:
-        return GramAnchor(config, None)
-    settings = _settings(config, runtime, accumulation)
-    module = _built(GramTeacher, config, runtime, settings)
-    return GramAnchor(config, FrozenNetwork(module, Block, runtime.rank, settings))
+def _build_frozen(network: ModuleClass, config: Config, runtime: Runtime, accumulation: int) -> FrozenNetwork:
+    module, settings = _build_module(network, config, runtime, accumulation)
+    return FrozenNetwork(module, Block, runtime.rank, settings)
 
 
-def build_guide(config: Config, runtime: Runtime, accumulation: int, average: Teacher) -> ShardedNetwork:
-    """Who teaches: the student's average, or a frozen network, filled.
-
-    Raises:
-        StreamtrainError: if ``teacher.weights`` cannot teach this student.
-    """
-    if config.teacher.kind == "ema":
-        return average
-    theirs = frozen_teacher_config(config)
-    settings = _settings(theirs, runtime, accumulation)
-    guide = FrozenNetwork(_built(Learner, theirs, runtime, settings), Block, runtime.rank, settings)
-    fill_frozen_teacher(config, guide)
-    return guide
-
-
-def _built(
-    network: Callable[[Config], torch.nn.Module], config: Config, runtime: Runtime, settings: dict[str, Any]
-) -> torch.nn.Module:
+def _build_module(
+    network: ModuleClass, config: Config, runtime: Runtime, accumulation: int
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a sharded module; return it with DeepSpeed's settings."""
+    with torch.device("meta"):
+        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
+    settings = engine_config(config, runtime, accumulation, block_numel)
     module = build_sharded(lambda: network(config), settings)
     prepare_blocks(module, config.engine, runtime)
-    return module
+    return module, settings
 
 
 def prepare_blocks(network: torch.nn.Module, engine: EngineConfig, runtime: Runtime) -> None:
-    """Let the blocks compute as ``engine`` wishes.
+    """Set up FP8 and compilation of the blocks as ``engine`` configures them.
 
     Raises:
-        ConfigError: if this device cannot.
+        ConfigError: if this device does not support it.
     """
     if engine.fp8:
         if runtime.dtype != torch.bfloat16:
-            raise ConfigError("engine.fp8 needs bf16, and this device computes in fp32; set engine.dtype=bf16")
+            raise ConfigError("engine.fp8 needs bf16, but this device computes in fp32; set engine.dtype=bf16")
         if runtime.on_gpu and torch.cuda.get_device_capability(runtime.device) < FP8_CAPABILITY:
             name = runtime.description["device"]
-            raise ConfigError(f"engine.fp8: this GPU ({name}) has no products in 8-bit floating point; set it to false")
+            raise ConfigError(f"engine.fp8: this GPU ({name}) has no FP8 matmuls; set engine.fp8=false")
         compute_in_fp8(network)
     if engine.compiles(on_gpu=runtime.on_gpu):
         compile_blocks(network)
 
 
-def _settings(config: Config, runtime: Runtime, accumulation: int) -> dict[str, Any]:
-    with torch.device("meta"):
-        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
-    return engine_config(config, runtime, accumulation, block_numel)
-
-
 @dataclass(frozen=True)
-class Position:
-    """Where a run goes on: completed steps, and the saved state of the stream (None at a fresh start)."""
+class StartState:
+    """Where a run starts: completed steps and the saved state of the stream (None for a new run)."""
 
     step: int
-    # of those, the ones that changed nothing since their numbers were not finite
+    # completed steps that were skipped because they were not finite
     skipped_steps: int
     data: dict[str, Any] | None
-    # the checkpoint that says so
+    # the checkpoint that was restored
     source: Path | None
 
     @property
@@ -116,7 +131,7 @@ class Position:
 
     @property
     def lane_block(self) -> int | None:
-        """That of the saved order, which a change of the global batch must not change."""
+        """Lane block of the saved order, which must not change with the global batch."""
         return self.data["lane_block"] if self.data else None
 
 
@@ -127,30 +142,31 @@ def restore(
     teacher: Teacher,
     target_maker: TargetMaker,
     gram: GramAnchor | None = None,
-) -> Position:
-    """Fill the networks from the newest whole checkpoint, from somebody's backbone, or from the seed.
+) -> StartState:
+    """Fill the networks from the newest complete checkpoint, from pretrained weights, or from the seed.
 
     The run folder's own checkpoint comes before ``resume_from``, then ``init.weights``, then a fresh start.
 
     Raises:
-        CheckpointError: if the checkpoint belongs to another model, or there are some and none is whole.
-        StreamtrainError: if ``init.weights`` cannot be read, or is of another model.
+        CheckpointError: if the checkpoint has a different model, or none of the existing ones is complete.
+        StreamtrainError: if ``init.weights`` cannot be read or has a different model.
     """
     source = checkpoint.find_newest_intact(Path(config.run.dir), resume_from)
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
-        # which starts as a copy
+        # the teacher starts as a copy of the student
         teacher.write(lambda key, _: student.master(key.partition("/")[2]))
         if gram is not None:
             gram.start(None)
-        return Position(0, 0, None, None)
+        return StartState(0, 0, None, None)
     with checkpoint.open_checkpoint(source) as reader:
         for name, fragment in student.fragments.items():
-            if reader.state["shapes"].get(name) != list(fragment.shape):
+            saved_shape = reader.state["shapes"].get(name)
+            if saved_shape != list(fragment.shape):
                 raise CheckpointError(
-                    f"{reader.folder} holds {name} as {reader.state['shapes'].get(name)}, the configuration makes "
-                    f"it {list(fragment.shape)}; use the model that the run was started with"
+                    f"checkpoint {reader.folder} has a different model: {name} is {list(fragment.shape)}, the "
+                    f"checkpoint has {saved_shape}; use the model section of the run"
                 )
         skipped = int(reader.state.get("skipped_steps", 0))
         student.write(reader.read, optimizer_steps=reader.step - skipped)
@@ -158,14 +174,14 @@ def restore(
         target_maker.load_state_dict(reader.read_shared())
         if gram is not None:
             gram.start(reader)
-        return Position(reader.step, skipped, reader.state["data"], source)
+        return StartState(reader.step, skipped, reader.state["data"], source)
 
 
 @contextmanager
 def starting_values(config: Config, student: Student) -> Iterator[Callable[[str, Fragment], torch.Tensor]]:
-    """Yield what a new run reads its fragments from: ``init.weights`` for the backbone, the seed for the rest."""
+    """Yield a function that reads the fragments of a new run: ``init.weights`` for the backbone, else the seed."""
     with ExitStack() as stack:
-        adopted: Callable[[str], torch.Tensor | None] = lambda name: None  # noqa: E731
+        pretrained: Callable[[str], torch.Tensor | None] = lambda name: None  # noqa: E731
         if config.init.weights is not None:
             shapes = {
                 name.removeprefix(BACKBONE): torch.Size(fragment.shape)
@@ -173,15 +189,25 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE)
             }
             path = Path(config.init.weights).expanduser()
-            adopted, report = stack.enter_context(load_pretrained_backbone(path, shapes, config.init.minimum_matched))
-            if dist.get_rank() == 0:
-                print(f"backbone from {path}: {report.text()}", flush=True)
+            pretrained, report = stack.enter_context(load_pretrained_backbone(path, shapes, config.init.minimum_matched))
+            logger.info("backbone from %s: %s", path, report.text())
 
         def read(key: str, fragment: Fragment) -> torch.Tensor:
             name = key.partition("/")[2]
-            value = adopted(name.removeprefix(BACKBONE)) if name.startswith(BACKBONE) else None
+            value = pretrained(name.removeprefix(BACKBONE)) if name.startswith(BACKBONE) else None
             if value is None:
                 value = initial_value(name, fragment.shape, config.model, config.run.seed)
             return fragment.cut(value)
 
         yield read
+
+
+def build_loader(config: Config, runtime: Runtime, shard_set: AnySet, start: StartState) -> Loader:
+    """Build this rank's stream of micro-batches, from the next slot to the end of the run."""
+    global_batch, _ = config.batch_split(runtime.world_size)
+    return Loader(
+        shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
+        start_slot=start.slot, end_slot=start.slot + (config.run.steps - start.step) * global_batch,
+        lane_block=start.lane_block, local_world_size=runtime.launch.local_world_size,
+        quarantine=Quarantine(Path(config.run.dir) / QUARANTINE_NAME, config.data.max_unusable_share),
+    )  # fmt: skip

@@ -1,9 +1,9 @@
-"""A frozen teacher, usually a larger one, that a student learns from instead of from its own average."""
+"""Distillation: a frozen teacher, usually a larger one, instead of the student's EMA."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.load import read_resolved
@@ -13,51 +13,43 @@ from streamtrain.errors import CheckpointError, ConfigError
 
 
 def frozen_teacher_config(config: Config) -> Config:
-    """``config`` with the model and heads of the run that ``teacher.weights`` names.
+    """Return ``config`` with the model and heads of the run ``teacher.weights``.
 
     Raises:
-        ConfigError: if there is no such run, or it cannot teach this student.
+        ConfigError: if there is no such run, or its outputs do not fit this student.
     """
     assert config.teacher.weights is not None
-    theirs = read_resolved(Path(config.teacher.weights).expanduser())
-    ours, patch = config.objective, config.objective.patch_loss
-    must_agree: list[tuple[str, Any, Any]] = [
-        ("model.patch_size", config.model.patch_size, theirs.model.patch_size),
-        (
-            "objective.global_loss.head.prototypes",
-            ours.global_loss.head.prototypes,
-            theirs.objective.global_loss.head.prototypes,
-        ),
-    ]
-    if patch.kind == "ibot":
-        must_agree.append(("objective.patch_loss.kind", patch.kind, theirs.objective.patch_loss.kind))
-        prototypes = theirs.objective.patch_loss.head.prototypes
-        must_agree.append(("objective.patch_loss.head.prototypes", patch.head.prototypes, prototypes))
-    else:
-        must_agree.append(("model.dim", config.model.dim, theirs.model.dim))
-    for key, mine, wanted in must_agree:
-        if mine != wanted:
-            folder = config.teacher.weights
-            raise ConfigError(f"{key} is {mine}, but the teacher in {folder} has {wanted}; set it to that")
-    objective = ours.model_copy(
+    teacher = read_resolved(Path(config.teacher.weights).expanduser())
+    objective, patch = config.objective, config.objective.patch_loss
+    keys = ["model.patch_size", "objective.global_loss.head.prototypes"]
+    is_ibot = patch.kind == "ibot"
+    keys += ["objective.patch_loss.kind", "objective.patch_loss.head.prototypes"] if is_ibot else ["model.dim"]
+    for key in keys:
+        student_value, teacher_value = (attrgetter(key)(each) for each in (config, teacher))
+        if student_value != teacher_value:
+            raise ConfigError(
+                f"{key} is {student_value}, but the teacher in {config.teacher.weights} has {teacher_value}; "
+                "set it to the teacher's value"
+            )
+    objective = objective.model_copy(
         update={
-            "global_loss": ours.global_loss.model_copy(update={"head": theirs.objective.global_loss.head}),
-            "patch_loss": patch.model_copy(update={"head": theirs.objective.patch_loss.head}),
+            "global_loss": objective.global_loss.model_copy(update={"head": teacher.objective.global_loss.head}),
+            "patch_loss": patch.model_copy(update={"head": teacher.objective.patch_loss.head}),
         }
     )
-    return config.model_copy(update={"model": theirs.model, "objective": objective})
+    return config.model_copy(update={"model": teacher.model, "objective": objective})
 
 
 def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
-    """Read the teacher of the newest checkpoint of ``teacher.weights``.
+    """Fill ``network`` with the teacher in the newest checkpoint of ``teacher.weights``.
 
     Raises:
-        CheckpointError: if there is none, or it belongs to another model.
+        CheckpointError: if there is none, or it has a different model.
     """
     folder = Path(str(config.teacher.weights)).expanduser()
     steps = checkpoint.saved_steps(folder)
     if not steps:
-        raise CheckpointError(f"teacher.weights {folder} has no checkpoint")
+        raise CheckpointError(f"teacher.weights: {folder} has no checkpoint")
     source = checkpoint.step_folder(folder, steps[-1])
     if fault := checkpoint.find_fault_on_any_rank(source):
         raise checkpoint.damage_error(source, fault)

@@ -1,4 +1,4 @@
-"""The Gram teacher over a run: when it is filled, what it asks of a micro-batch (Siméoni et al. 2025, section 4)."""
+"""The Gram teacher over a run: when it is filled and refreshed, its targets (Siméoni et al. 2025, section 4)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from streamtrain.objective.gram import GramTargets
 
 BACKBONE = "backbone."
 KIND = "gram"
-# what takes no part in the features of unmasked global crops
+# parameters that do not affect the features of unmasked global crops
 _UNUSED = ("embedding.mask_token", *(f"{norm}.{part}" for norm in ("cls_norm", "local_norm") for part in KINDS))
 
 
 class GramAnchor:
-    """Does nothing, and costs nothing, where ``network`` is None because the objective has no Gram term."""
+    """Holds the Gram teacher; does nothing if ``network`` is None because the objective has no Gram term."""
 
     def __init__(self, config: Config, network: FrozenNetwork | None) -> None:
         self._config, self._network = config, network
         self._filled = False
 
     def start(self, reader: CheckpointReader | None) -> None:
-        """Take the values that a checkpoint has, or those that the configuration names; the EMA teacher's come later.
+        """Fill the network from a checkpoint or from ``objective.gram.teacher``; ``refresh`` copies the EMA teacher.
 
         Raises:
             StreamtrainError: if ``objective.gram.teacher`` is not a backbone of this model.
@@ -46,16 +46,16 @@ class GramAnchor:
             self._filled = True
 
     def refresh(self, step: int, weight: float, teacher: Teacher, before: Callable[[], None]) -> None:
-        """Become a copy of the teacher where that is due after ``step`` completed steps, but call ``before`` first."""
-        due = self._config.objective.gram.refresh.is_due(step) or (weight > 0 and not self._filled)
-        if self._network is not None and due:
+        """Copy the teacher if a refresh is due after ``step`` completed steps; ``before`` is called first."""
+        is_due = self._config.objective.gram.refresh.is_due(step) or (weight > 0 and not self._filled)
+        if self._network is not None and is_due:
             before()
-            # partitioned alike, so that every rank has what it needs
+            # partitioned identically, so that no rank needs another rank's values
             self._network.write(lambda name, _: teacher.ema_shard(name))
             self._filled = True
 
     def targets(self, batch: Batch, weight: float) -> GramTargets | None:
-        """What is asked of the student on ``batch``; None where the term has no weight."""
+        """Return the Gram targets of a micro-batch; None if the term has no weight."""
         if self._network is None or not weight:
             return None
         gram, patch = self._config.objective.gram, self._config.model.patch_size
@@ -65,7 +65,7 @@ class GramAnchor:
         return GramTargets(features, gram.level, gram.negatives, gram.tokens, self._config.objective.chunk_bytes)
 
     def shards(self) -> dict[str, Shard]:
-        """What a checkpoint keeps of this rank: ``gram/name``, once there is something."""
+        """Return this rank's shards for a checkpoint by ``gram/name``; none before the network is filled."""
         if self._network is None or not self._filled:
             return {}
         return {f"{KIND}/{name}": shard for name, shard in self._network.shards()}
@@ -73,12 +73,12 @@ class GramAnchor:
     def _read_weights(self, network: FrozenNetwork, path: Path) -> None:
         shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
         with load_pretrained_backbone(path, shapes) as (read, report):
-            lacking = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
-            if lacking:
-                raise StreamtrainError(f"objective.gram.teacher {path} lacks {', '.join(lacking[:5])}")
+            missing = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
+            if missing:
+                raise StreamtrainError(f"objective.gram.teacher {path} has no {', '.join(missing[:5])}")
 
             def value(name: str, fragment: Fragment) -> torch.Tensor:
-                found = read(name.removeprefix(BACKBONE))
-                return torch.zeros(fragment.numel) if found is None else fragment.cut(found)
+                tensor = read(name.removeprefix(BACKBONE))
+                return torch.zeros(fragment.numel) if tensor is None else fragment.cut(tensor)
 
             network.write(value)

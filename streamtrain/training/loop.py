@@ -4,87 +4,36 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from shards.reading.mixture import AnySet
-from shards.reading.quarantine import Quarantine
-from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
-from streamtrain.config.run import RunConfig
-from streamtrain.config.schedules import value_at
+from streamtrain.checkpoint.writer import CheckpointWriter
+from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
 from streamtrain.data.stream import check_state
-from streamtrain.diagnostics.bad_steps import Evidence
-from streamtrain.diagnostics.watch import Watch
-from streamtrain.diagnostics.watchdog import Watchdog
+from streamtrain.diagnostics.hang_detector import HangDetector
+from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Launch, Runtime, init_process_group
-from streamtrain.engine.teacher import Teacher
-from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
-from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import end_summary, start_summary
+from streamtrain.planning.memory import Plan, plan
+from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
 from streamtrain.reporting.panel import batch_panel
+from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
-from streamtrain.run.directory import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, saved_state, start_notes
-from streamtrain.run.resume_policy import build_provenance, check_resume
+from streamtrain.run.directory import describe_run, saved_state, start_notes
+from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
-from streamtrain.training.build import build_gram_anchor, build_guide, build_networks, restore
-from streamtrain.training.gram import GramAnchor
-from streamtrain.training.observers import Observer, due
-from streamtrain.training.ssl_model import LossWeights
+from streamtrain.training.build import Networks, StartState, build_loader, restore
+from streamtrain.training.checkpoints import CheckpointPolicy
+from streamtrain.training.observers import build_observers
+from streamtrain.training.step import train_step
 
-HEADS = ("global_head", "patch_head")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepValues:
-    """The scheduled values of one optimiser step."""
-
-    lr: float
-    weight_decay: float
-    momentum: float
-    teacher_temperature: float
-    last_layer_frozen: bool
-    backbone_frozen: bool
-    weights: LossWeights
-
-    @classmethod
-    def at(cls, step: int, config: Config, global_batch: int) -> StepValues:
-        """Values of the step that follows ``step`` completed ones."""
-        schedules, objective, steps = config.schedules, config.objective, config.run.steps
-        return cls(
-            lr=value_at(schedules.lr, step, steps) * config.optim.lr_factor(global_batch),
-            weight_decay=value_at(schedules.weight_decay, step, steps),
-            momentum=value_at(schedules.momentum, step, steps),
-            teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
-            last_layer_frozen=step < schedules.freeze_last_layer,
-            backbone_frozen=step < config.init.freeze_backbone_steps,
-            weights=LossWeights(
-                global_loss=value_at(objective.global_loss.weight, step, steps),
-                patch_loss=value_at(objective.patch_loss.weight, step, steps),
-                koleo=value_at(objective.koleo.weight, step, steps),
-                gram=value_at(objective.gram.weight, step, steps),
-                local_loss=value_at(objective.global_loss.local_weight, step, steps),
-            ),
-        )
-
-    def scalars(self) -> dict[str, float]:
-        """The values under the tags they are logged by."""
-        return {
-            "optim/lr": self.lr,
-            "optim/weight_decay": self.weight_decay,
-            "teacher/momentum": self.momentum,
-            "teacher/temperature": self.teacher_temperature,
-        }
 
 
 def train(
@@ -94,171 +43,110 @@ def train(
     resume_from: Path | None = None,
     accepted: Collection[str] = (),
 ) -> int:
-    """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
+    """Train to ``run.steps``; resume from the run folder's newest checkpoint if there is one.
 
     Args:
-        config: whose run folder is made.
-        shard_set: that of ``data.shards``.
-        resume_from: another run's folder to start from when this one's is new.
-        accepted: keys of settings that may differ from the checkpoint's.
+        config: of the run, whose folder exists.
+        shard_set: the images of ``data.shards``.
+        resume_from: another run's folder to start from if this run is new.
+        accept_changes: resume although settings or images differ from the checkpoint's.
 
     Returns:
-        The exit status: 0 when the run is complete, 75 or 130 when it was asked to stop early.
+        The exit code: 0 if the run is complete, 75 or 130 if it was stopped early.
 
     Raises:
-        ShardError, StreamtrainError: for what the user can put right, in one line.
+        ShardError, StreamtrainError: for errors that the user can fix.
     """
-    global_batch, accumulation = config.batch_split(launch.world_size)
-    run_dir = Path(config.run.dir)
-
+    run_dir, stop_request = Path(config.run.dir), 0
     requests = Requests(run_dir, launch.rank)
     with init_process_group(config.engine, launch) as runtime:
-        dtype = runtime.description["dtype"]
-        origin = build_provenance(config, dtype)
-        if launch.rank == 0:
-            log_start_notes(config, launch.world_size)
-        planned = plan(
-            config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
-            implementation="cpu_kernels" if not runtime.on_gpu and is_enabled(runtime.dtype) else "reference",
-        )  # fmt: skip
-        logger.info(start_summary(planned, runtime.on_gpu))
-        student, teacher = build_networks(config, runtime, accumulation)
-        # a frozen network takes the average's place as the one that teaches
-        guide = build_guide(config, runtime, accumulation, teacher)
-        gram = build_gram_anchor(config, runtime, accumulation)
-        target_maker = TargetMaker(config.objective)
-        teacher_prototypes = TeacherPrototypes(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
-        position = restore(config, resume_from, student, teacher, target_maker, gram)
-        step, slot = position.step, position.slot
-        if position.source is not None and (saved := saved_state(position.source)) is not None:
-            # the newest checkpoint, with which the start was compared, may have turned out damaged; and in what this
-            # machine computes has only been known since
-            check_resume(config, position.source, saved, launch.world_size, accepted, dtype)
-        quarantine = Quarantine(run_dir / QUARANTINE_NAME, config.data.max_unusable_share)
-        loader = Loader(
-            shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
-            start_slot=slot, end_slot=slot + (config.run.steps - step) * global_batch,
-            lane_block=position.lane_block, local_world_size=launch.local_world_size, quarantine=quarantine,
+        planned = _plan(config, runtime)
+        networks = Networks.build(config, runtime)
+        start = restore(
+            config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram
         )
-        if position.data:
-            check_state(position.data, loader.state_dict(slot), accepted)
-        # only now is it certain that this configuration is the run's
-        if launch.rank == 0:
-            describe_run(run_dir, config, launch.world_size, runtime.description)
-        if position.source is not None:
-            logger.info(f"resuming at step {step} from {position.source}")
-        observer = Observer(config, runtime, shard_set, planned, student, teacher, step)
-        monitor = observer.monitor
-        watch = Watch(config, step, position.skipped_steps)
-        watchdog = Watchdog(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
+        loader = build_loader(config, runtime, shard_set, start)
+        _check_start(config, runtime, start, loader, accept_changes)
+        sink = _open_sink(config, runtime, start, planned)
+        hang_detector = HangDetector(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
+        non_finite = NonFiniteSteps(run_dir, config.run.max_bad_steps, start.step, start.skipped_steps)
+        observers = build_observers(
+            config, runtime, shard_set, planned, networks, loader, sink, non_finite, hang_detector.wrap, start.step
+        )
         saver = CheckpointWriter(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
-        with watchdog, closing(loader), closing(observer), closing(saver):
-            wish = 0
-            while step < config.run.steps:
-                observer.begin(step + 1)
-                values = StepValues.at(step, config, global_batch)
-                student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
-
-                batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
-                gram.refresh(step, values.weights.gram, teacher, saver.wait_until_copied)
-                features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
-                targets = target_maker.make(features, teacher_prototypes, values.teacher_temperature)
-                seen = watch.look(step + 1, targets)
-                observer.look(step + 1, targets[0])
-                losses = []
-                for batch, target in zip(watchdog.beating(batches), targets, strict=True):
-                    target = replace(target, gram=gram.targets(batch, values.weights.gram))
-                    losses.append(student.accumulate(batch, target, values.weights))
-                    student.step(saver.wait_until_copied)
-                if student.applied:
-                    teacher.update(values.momentum)
-                else:
-                    target_maker.revert()
-
-                step, slot = step + 1, slot + global_batch
-                means, wish = agree(losses, requests.stop_code(), runtime)
-                scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
-                scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
-                scalars |= watch.scalars(step, student.applied, means["total"]) | seen
-                scalars |= observer.scalars(batches[0], global_batch, loader.wait_seconds)
-                scalars |= observer.evaluate(step, watchdog.beating, saver.wait)
-                observer.report(step, slot, scalars, batches[0])
-                found = watch.warnings(step, student.applied, scalars, Evidence(batches, features, losses), loader)
-                for line in (*found, *saver.warnings()):
-                    monitor.warn(step, line)
-                places = to_save(step, wish, student.applied, config.run, observer.best is not None)
-                if places or not student.applied:
-                    # so that the checkpoint begun last is there, should the run end here and name it
-                    saver.wait()
-                if places:
-                    watch.bad_steps.check_weights(step, student.is_finite(), runtime.device)
-                    state = origin | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
-                    if CHECKPOINTS in places:
-                        requests.mark_save_started()
-                    made = contents(places, state, student, teacher, target_maker, gram)
-                    saver.save(step, made, requests.mark_save_finished, observer.best)
-                if wish > SAVE:
-                    break
-                watch.bad_steps.check(step)
-            saver.wait()
-            for line in saver.warnings():
-                monitor.warn(step, line)
-        if wish > SAVE:
+        policy = CheckpointPolicy(config, runtime, networks, loader, saver, sink, non_finite, requests)
+        step = start.step
+        with hang_detector, closing(loader), closing(sink), closing(observers), closing(saver):
+            while step < config.run.steps and stop_request <= SAVE:
+                step += 1
+                result = train_step(
+                    step, config, runtime, networks, loader, wrap=hang_detector.wrap, before_update=saver.wait_until_copied,
+                    stop_request=requests.code,
+                )  # fmt: skip
+                non_finite.count(step, result.applied)
+                metrics = result.metrics() | loader.scalars() | saver.scalars() | observers.after_step(result)
+                sink.log(step, result.next_slot, metrics)
+                policy.after_step(result, metrics)
+                stop_request = result.stop_request
+                if stop_request <= SAVE:
+                    non_finite.raise_if_diverged(step)
+                # free the batches before the next step
+                del result
+            policy.wait(step)
+        if stop_request > SAVE:
             requests.remove_stop_file()
-            logger.info(f"stopped at step {step}, {saver.status_message()}; the same command goes on")
+            logger.info("stopped at step %d, %s; run the same command again to resume", step, saver.status_message())
         elif saver.failure:
-            raise CheckpointError(f"all steps are done, but {saver.status_message()}; mend that and start the same command again")
+            raise CheckpointError(f"all steps are done, but {saver.status_message()}; fix that and run the same command again")
         logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
-    return wish if wish > SAVE else 0
+    return stop_request if stop_request > SAVE else 0
 
 
-def to_save(step: int, wish: int, applied: bool, config: RunConfig, best: bool = False) -> list[str]:
-    """Which places get something after ``step``, which changed the weights or not, and made the ``best`` or not."""
-    places = []
-    if wish or step == config.steps or (applied and (best or due(step, config.checkpoint_every))):
-        places.append(CHECKPOINTS)
-    if applied and due(step, config.snapshot_every):
-        places.append(SNAPSHOTS)
-    return places
+def _plan(config: Config, runtime: Runtime) -> Plan:
+    """Plan the memory; log it with derived settings and warnings."""
+    for line in start_notes(config, runtime.world_size):
+        logger.info(line)
+    on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
+    kernels = not on_gpu and usable(runtime.dtype)
+    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, kernels=kernels)
+    logger.info(start_summary(planned, on_gpu))
+    return planned
 
 
-def contents(
-    places: list[str],
-    state: dict[str, Any],
-    student: Student,
-    teacher: Teacher,
-    target_maker: TargetMaker,
-    gram: GramAnchor,
-) -> dict[str, CheckpointPayload]:
-    """What goes into a checkpoint, and into a snapshot of the teacher, where those are among ``places``."""
-    shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
-    averages = teacher.shards()
-    whole = CheckpointPayload(student.shards() | averages | gram.shards(), target_maker.state_dict(), shapes, state)
-    return {place: whole if place == CHECKPOINTS else CheckpointPayload(averages, {}, shapes, {}) for place in places}
+def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Loader, accept_changes: bool) -> None:
+    """Check the configuration and the images against the checkpoint that was restored.
 
+    A check before the process group started compared them with the newest checkpoint, which may have turned out
+    damaged, and without the dtype, which depends on the machine.
 
-def agree(
-    losses: list[dict[str, torch.Tensor]], exit_code: int, runtime: Runtime
-) -> tuple[dict[str, float], int]:
-    """Losses averaged over micro-batches and ranks, and the largest exit status that any rank wants.
-
-    Both travel together: all ranks must leave at the same step, since a collective waits for everyone.
+    Raises:
+        CheckpointError: if they differ in a way that is not accepted.
     """
-    names = sorted(losses[0])
-    mean = torch.stack([torch.stack([loss[name].float() for name in names]) for loss in losses]).mean(0)
-    wanted = torch.zeros(runtime.world_size, device=mean.device)
-    wanted[runtime.rank] = exit_code
-    message = torch.cat([mean / runtime.world_size, wanted])
-    dist.all_reduce(message)
-    values = message.tolist()
-    return dict(zip(names, values, strict=False)), int(max(values[len(names) :]))
+    if start.source is not None and (saved := saved_state(start.source)) is not None:
+        check_resume(config, start.source, saved, runtime.world_size, accept_changes, runtime.description["dtype"])
+    if start.data:
+        check_state(start.data, loader.state_dict(start.slot), accept_changes)
+
+
+def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Plan) -> MetricsSink:
+    """Write the configuration and the environment of the run, now that all checks have passed; open its metrics."""
+    run_dir = Path(config.run.dir)
+    if runtime.rank == 0:
+        describe_run(run_dir, config, runtime.world_size, runtime.description)
+    if start.source is not None:
+        logger.info("resuming at step %d from %s", start.step, start.source)
+    sink = MetricsSink(run_dir, config, rank=runtime.rank, start_step=start.step)
+    sink.text("run/config", f"```yaml\n{to_yaml(config)}```")
+    sink.text("run/plan", f"```\n{table(planned, runtime.world_size)}\n```")
+    sink.text("run/model", f"```\n{model_table(config)}\n```")
+    return sink
 
 
 def dry_run(config: Config, shard_set: AnySet) -> int:
-    """Draw one panel of crops into the run folder; one rank calls it."""
+    """Draw one panel of crops into the run folder; one rank calls this."""
     picture = Path(config.run.dir) / "dry_run.png"
     end_slot = config.data.micro_batch
     with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu", end_slot=end_slot)) as loader:
         Image.fromarray(batch_panel(next(loader), config.monitor.panel_samples)).save(picture)
-    print(f"{shard_set.num_samples} samples in {config.data.shards_text}; crops drawn in {picture}")
+    logger.info("%d samples in %s; crops drawn in %s", shard_set.num_samples, config.data.shards_text, picture)
     return 0

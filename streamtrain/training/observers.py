@@ -1,203 +1,352 @@
-"""What a run shows of itself and of its network while it trains; none of it affects a result."""
+"""Observers of a run: diagnostics, speed, evaluation, pictures, histograms, traces; none of them affects training."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from shards.reading.mixture import AnySet
-from streamtrain.checkpoint.retention import best_value
 from streamtrain.config.crops import CropSizes
-from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
+from streamtrain.data.loader import Loader
 from streamtrain.data.still_images import centre_crop
+from streamtrain.diagnostics.collapse import CollapseDetector
+from streamtrain.diagnostics.non_finite import NonFiniteSteps
+from streamtrain.diagnostics.spikes import SpikeDetector
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.held_out import first_images, held_out, sample_images
-from streamtrain.evaluation.images import LabelledImages
+from streamtrain.evaluation.held_out import HeldOut, drawn, first_images, held_out
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
-from streamtrain.objective.prototypes import prototype_mass
-from streamtrain.objective.targets import Targets
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.peak import peak_flops
-from streamtrain.planning.plan_text import model_table, table
-from streamtrain.reporting.monitor import Monitor
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.profiler import Profiler
-from streamtrain.reporting.usage import StepClock, Stopwatch, Work, memory_scalars
+from streamtrain.reporting.sink import BestEffort, MetricsSink
+from streamtrain.reporting.usage import StepClock, Work, memory_scalars
+from streamtrain.training.build import Networks
 from streamtrain.training.distill import frozen_teacher_config
+from streamtrain.training.step import StepResult, Wrap, is_due
 
 MAPS_NAME = "maps.npz"
+# how long a rank that completed or failed an observer waits for the other ranks
+AGREEMENT_SECONDS = 60.0
 logger = logging.getLogger(__name__)
-Beating = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Observer:
-    """Scalars, pictures and evaluations of a run; all ranks call every method alike, rank 0 reports."""
+    """Looks at completed steps. Observers are independent of each other, and keep nothing for a later call.
+
+    A rank-local failure must not leave the other ranks waiting in a collective: an observer that communicates runs
+    its local work through ``BestEffort``.
+    """
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        """Observe a completed step; return metrics by tag."""
+        raise NotImplementedError
+
+    def communicates(self, result: StepResult) -> bool:
+        """Return whether ``after_step`` uses collectives; the same on all ranks."""
+        return False
+
+    def close(self) -> None:
+        """Release resources at the end of the run."""
+
+
+class ObserverList:
+    """Calls observers in the same order on all ranks; one that raises is logged once and disabled.
+
+    After an observer has communicated, the ranks agree whether to disable it. If a single rank failed between two
+    collectives, the agreement times out and the run ends, because the ranks no longer match.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = [(observer, BestEffort(type(observer).__name__)) for observer in observers]
+        # a group of its own: a rank that has failed must not be matched with a collective of the observer
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREEMENT_SECONDS))
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        """Return the metrics of all observers."""
+        metrics: dict[str, float] = {}
+        for observer, guard in self._observers:
+            if not guard.is_enabled:
+                continue
+            values = guard.run(observer.after_step, result) or {}
+            if observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled):
+                # no rank may act on metrics that another one lacks
+                values = {}
+                if guard.is_enabled:
+                    guard.disable("on another rank")
+            metrics |= values
+        return metrics
+
+    def close(self) -> None:
+        for observer, guard in self._observers:
+            guard.run(observer.close)
+
+    def _is_true_on_any_rank(self, value: bool) -> bool:
+        flag = torch.tensor(float(value))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+
+def build_observers(
+    config: Config, runtime: Runtime, shard_set: AnySet, plan: Plan, networks: Networks, loader: Loader,
+    sink: MetricsSink, non_finite: NonFiniteSteps, wrap: Wrap, start_step: int,
+) -> ObserverList:  # fmt: skip
+    """Build all observers of a run; every rank calls this.
+
+    Args:
+        wrap: iterates over the images of an evaluation (``HangDetector.wrap``).
+        start_step: completed steps.
+
+    Raises:
+        ShardError, StreamtrainError: if the images of ``evaluation`` cannot be opened.
+    """
+    images, why_not = held_out(config, shard_set) if config.evaluation.every else (None, "")
+    if why_not:
+        logger.info("no evaluation while training: %s; set evaluation.train to a labelled set", why_not)
+    student, teacher = networks.student, networks.teacher
+    profiler = Profiler(Path(config.run.dir), config.monitor.profile, runtime.rank, start_step)
+    return ObserverList(
+        [
+            Diagnostics(config, non_finite, loader.describe_samples, sink),
+            SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
+            Evaluation(config, runtime, teacher, images, sink, wrap),
+            CropPictures(config, sink),
+            FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step),
+            Histograms(student, sink),
+            Trace(profiler, sink),
+        ]
+    )
+
+
+class Diagnostics(Observer):
+    """Records non-finite steps; warns of sudden rises of the loss and of collapse metrics outside their bounds."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, shard_set: AnySet, planned: Plan, student: Student, teacher: Teacher,
-        step: int,
-    ) -> None:
-        """``step``: completed ones, of the checkpoint that the run goes on from.
+        self, config: Config, non_finite: NonFiniteSteps, describe_images: Callable[[Any], list[dict[str, Any]]],
+        sink: MetricsSink,
+    ) -> None:  # fmt: skip
+        """``describe_images``: returns shard and key of the image at each slot."""
+        self._non_finite, self._describe_images, self._sink = non_finite, describe_images, sink
+        self._spikes = SpikeDetector(config.monitor.spike_window, config.monitor.spike_score)
+        self._collapse = CollapseDetector(config.monitor.collapse)
 
-        Raises:
-            ShardError, StreamtrainError: if the images of ``evaluation`` are not there.
-        """
-        run_dir = Path(config.run.dir)
-        self._config, self._runtime, self._planned = config, runtime, planned
-        self._student, self._teacher = student, teacher
-        self.monitor = Monitor(run_dir, config, rank=runtime.rank, start_step=step)
-        self._profiler = Profiler(run_dir, config.monitor.profile, runtime.rank)
+    def communicates(self, result: StepResult) -> bool:
+        return not result.applied
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        metrics = {"optim/skipped_steps": float(self._non_finite.skipped)}
+        if not result.applied:
+            features = [target.features for target in result.targets]
+            parts = (result.batches, features, result.losses)
+            line = self._non_finite.record(result.step, *parts, result.metrics(), self._describe_images)
+            self._sink.warn(result.step, line)
+        score, warning = self._spikes.add(result.step, result.mean_losses["total"])
+        if score is not None:
+            metrics["watch/loss_z"] = score
+        if warning is not None:
+            first, last = result.batches[0].slots[0], result.batches[-1].slots[-1]
+            self._sink.warn(result.step, f"{warning} (slots {first} to {last} on rank 0)")
+        if result.collapse is not None:
+            metrics |= result.collapse.values
+            for line in self._collapse.warnings(result.step, result.collapse):
+                self._sink.warn(result.step, line)
+        return metrics
+
+
+class SpeedMeter(Observer):
+    """Measures speed, memory and the time of an all-gather."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, teacher: Teacher, loader: Loader, sink: MetricsSink,
+        all_gather_bytes: int,
+    ) -> None:  # fmt: skip
+        """``all_gather_bytes``: received by each rank in a step."""
+        self._config, self._runtime, self._teacher = config, runtime, teacher
+        self._loader, self._sink, self._all_gather_bytes = loader, sink, all_gather_bytes
         peak = config.monitor.peak_flops
         if peak is None and runtime.on_gpu:
             peak = peak_flops(torch.cuda.get_device_name(runtime.device), runtime.dtype == torch.bfloat16)
-        self._peak_flops = None if peak is None else peak * runtime.world_size
-        # a frozen teacher's arithmetic is its own
-        guide = frozen_teacher_config(config) if config.teacher.kind == "frozen" else None
-        self._flops = lru_cache(lambda sizes: step_flops(config, runtime.world_size, sizes, guide).model)
+        # a frozen teacher has its own size
+        teacher_config = frozen_teacher_config(config) if config.teacher.kind == "frozen" else None
+        self._flops = lru_cache(lambda sizes: step_flops(config, runtime.world_size, sizes, teacher_config).model)
+        self._global_batch, _ = config.batch_split(runtime.world_size)
+        self._clock = StepClock(None if peak is None else peak * runtime.world_size)
 
-        images, why_not = held_out(config, shard_set) if config.evaluation.every else (None, "")
-        if why_not and runtime.rank == 0:
-            print(f"no evaluation while training: {why_not}; set evaluation.train to a labelled set", flush=True)
+    def communicates(self, result: StepResult) -> bool:
+        return self._runtime.world_size > 1 and is_due(result.step, self._config.monitor.histogram_every)
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        metrics = self._clock.tick(self._work(result.batches[0]), self._loader.wait_seconds)
+        metrics |= memory_scalars(self._runtime.device)
+        metrics["speed/monitor_share"] = self._sink.stopwatch.share
+        if self.communicates(result):
+            seconds, num_bytes = self._teacher.gather_seconds()
+            metrics["speed/all_gather_seconds"] = seconds / num_bytes * self._all_gather_bytes
+        return metrics
+
+    def _work(self, batch: Batch) -> Work:
+        """Return the work of a step; ``batch`` is one of its micro-batches."""
+        gram_size = None if batch.gram_crops is None else batch.gram_crops.shape[1]
+        sizes = CropSizes(batch.global_crops.shape[1], batch.local_crops.shape[1], gram_size)
+        model, crops = self._config.model, self._config.crops
+        tokens = sum(
+            count * (1 + model.num_registers + (size // model.patch_size) ** 2)
+            for count, size in ((crops.global_count, sizes.global_size), (crops.local_count, sizes.local_size))
+        )
+        return Work(self._global_batch, self._global_batch * tokens, self._flops(sizes))
+
+
+class Evaluation(Observer):
+    """Evaluates the teacher on held-out images, and shows their features in TensorBoard's projector."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink, wrap: Wrap
+    ) -> None:
+        """``images``: None if there are none, and nothing is evaluated."""
+        self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
         self._evaluation = OnlineEvaluation(
             config, images, runtime.rank, runtime.world_size, runtime.device, runtime.launch.cores
         )
-        # of this step's checkpoint, where it is the best so far
-        self.best: dict[str, Any] | None = None
+        self._projector = BestEffort("the projector")
+
+    def communicates(self, result: StepResult) -> bool:
+        return is_due(result.step, self._every)
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        if not self.communicates(result):
+            return {}
+        metrics = self._evaluation.run(self._teacher.features, self._wrap)
+        if metrics and self._sink.has_trackers:
+            with self._sink.stopwatch:
+                self._projector.run(self._show_features, result.step)
+        return metrics
+
+    def _show_features(self, step: int) -> None:
+        if features := self._evaluation.thumbnails():
+            self._sink.embedding(step, *features)
+
+
+@dataclass(eq=False)
+class CropPictures(Observer):
+    """Draws the crops and masks of a micro-batch."""
+
+    config: Config
+    sink: MetricsSink
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        if self.sink.has_trackers and (result.step == 1 or is_due(result.step, self.config.monitor.panel_every)):
+            with self.sink.stopwatch:
+                picture = batch_panel(result.batches[0], self.config.monitor.panel_samples)
+                self.sink.image(result.step, picture)
+        return {}
+
+
+class FeatureMaps(Observer):
+    """Draws the teacher's patch features of held-out images, or of training images where there are none."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, shard_set: AnySet,
+        sink: MetricsSink, start_step: int,
+    ) -> None:  # fmt: skip
+        """Draw the first maps if the run is new."""
+        self._config, self._runtime, self._teacher, self._sink = config, runtime, teacher, sink
         self._maps: MapsOverTime | None = None
-        self._map_images: list[torch.Tensor] = []
-        # alike on all ranks, of which rank 0 shows what they have found together
-        self._pictures = bool(config.monitor.tensorboard or config.monitor.trackers)
-        self._mass: torch.Tensor | None = None
-        if config.monitor.panel_every and self._pictures:
-            crops = self._crops_for_maps(images.test if images is not None else None, shard_set)
-            self._map_images = [torch.from_numpy(crop) for crop in crops]
-            if runtime.rank == 0 and crops:
-                self._maps = MapsOverTime(crops, run_dir / MAPS_NAME, step)
-        self.monitor.text("run/config", f"```yaml\n{to_yaml(config)}```")
-        self.monitor.text("run/plan", f"```\n{table(planned, runtime.world_size)}\n```")
-        self.monitor.text("run/model", f"```\n{model_table(config)}\n```")
-        if step == 0:
-            self._show_maps(0)
-        self._clock, self._monitoring = StepClock(self._peak_flops), Stopwatch()
+        self._drawing = BestEffort("drawing of feature maps")
+        crops: list[np.ndarray] = []
+        if config.monitor.panel_every and (config.monitor.tensorboard or config.monitor.trackers):
+            crops = self._read_crops(images, shard_set)
+        self._images = [torch.from_numpy(crop) for crop in crops]
+        if crops and runtime.rank == 0:
+            self._maps = MapsOverTime(crops, Path(config.run.dir) / MAPS_NAME, start_step)
+        if start_step == 0:
+            self._embed_and_draw(0)
 
-    def begin(self, step: int) -> None:
-        """Before ``step`` (from 1)."""
-        self._profiler.begin(step)
-        self._student.sample_gradients = self.monitor.shows and due(step, self._config.monitor.histogram_every)
+    def communicates(self, result: StepResult) -> bool:
+        return bool(self._images) and result.step > 1 and is_due(result.step, self._config.monitor.panel_every)
 
-    def look(self, step: int, targets: Targets) -> None:
-        """At what the teacher asks in ``step`` (from 1) of a micro-batch, before the teacher changes."""
-        self._mass = None
-        features, handle = targets.features.global_features, targets.teacher_prototypes.global_head
-        due_now = self._pictures and due(step, self._config.monitor.histogram_every)
-        if due_now and features is not None and handle is not None:
-            chunk_bytes = self._config.objective.chunk_bytes
-            self._mass = prototype_mass(features, handle, targets.teacher_temperature, chunk_bytes)
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        if self.communicates(result):
+            with self._sink.stopwatch:
+                self._embed_and_draw(result.step)
+        return {}
 
-    def scalars(self, batch: Batch, global_batch: int, wait_seconds: float) -> dict[str, float]:
-        """Speed, cost and memory of the step that ends now; ``batch`` is one of its micro-batches."""
-        sizes = CropSizes(
-            batch.global_crops.shape[1],
-            batch.local_crops.shape[1],
-            None if batch.gram_crops is None else batch.gram_crops.shape[1],
-        )
-        model, crops = self._config.model, self._config.crops
-        prefix = 1 + model.num_registers
-        tokens = sum(
-            count * (prefix + (size // model.patch_size) ** 2)
-            for count, size in ((crops.global_count, sizes.global_size), (crops.local_count, sizes.local_size))
-        )
-        work = Work(global_batch, global_batch * tokens, self._flops(sizes))
-        found = self._clock.tick(work, wait_seconds) | memory_scalars(self._runtime.device)
-        return found | {"speed/monitor_share": self._monitoring.share}
-
-    def evaluate(self, step: int, beating: Beating, settle: Callable[[], None]) -> dict[str, float]:
-        """The figures of the evaluators where they are due after ``step``; ``best`` then says whether they are.
-
-        Args:
-            settle: waits until checkpoints are written, since only one that is there can be the best.
-        """
-        self.best = None
-        found: dict[str, float] = {}
-        if due(step, self._config.monitor.histogram_every) and self._runtime.world_size > 1:
-            seconds, num_bytes = self._teacher.gather_seconds()
-            found["speed/all_gather_seconds"] = seconds / num_bytes * self._planned.all_gather_bytes_per_step
-        if due(step, self._config.evaluation.every):
-            figures = self._evaluation.run(self._teacher, beating)
-            metric = self._config.evaluation.best
-            if metric is not None and f"eval/{metric}" in figures:
-                settle()
-                value, run_dir = figures[f"eval/{metric}"], Path(self._config.run.dir)
-                if self._evaluation.improved(value, best_value(run_dir, metric, step)):
-                    self.best = {"step": step, "metric": metric, "value": value}
-            found |= figures
-        return found
-
-    def report(self, step: int, slot: int, scalars: Mapping[str, float], batch: Batch) -> None:
-        """Everything of the completed ``step``: scalars always, pictures and histograms where they are due."""
-        with self._monitoring:
-            self.monitor.log(step, slot, scalars)
-            if told := self._profiler.end(step):
-                logger.info(told)
-            if due(step, self._config.monitor.panel_every) or step == 1:
-                if self.monitor.shows:
-                    self.monitor.panel(step, batch_panel(batch, self._config.monitor.panel_samples))
-                if step > 1:
-                    self._show_maps(step)
-            if self.monitor.shows and due(step, self._config.monitor.histogram_every):
-                for part, values in self._student.weight_samples().items():
-                    self.monitor.histogram(step, f"weights/{part}", values)
-                for part, values in self._student.gradient_samples.items():
-                    self.monitor.histogram(step, f"gradients/{part}", values)
-                if self._mass is not None:
-                    self.monitor.histogram(step, "teacher/prototype_mass", self._mass.log10())
-            if self.monitor.shows and "eval/seconds" in scalars and (shown := self._evaluation.thumbnails()):
-                self.monitor.embedding(step, *shown)
-
-    def close(self) -> None:
-        self._profiler.close()
-        self.monitor.close()
-
-    def _crops_for_maps(self, test: LabelledImages | None, shard_set: AnySet) -> list[np.ndarray]:
-        """Held-out images, or some of the set where there are none, larger than the global crops."""
+    def _read_crops(self, images: HeldOut | None, shard_set: AnySet) -> list[np.ndarray]:
+        """Return centre crops larger than the global crops; none of a remote set."""
         count = self._config.monitor.panel_samples
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
-        if test is None and shard_set.is_remote:
+        if images is None and shard_set.is_remote:
             return []
-        shown = (sample_images(test, count) if test is not None else first_images(shard_set, count)).lenient()
-        return [centre_crop(shown.decode(index), size, size) for index in range(len(shown))]
+        chosen = (drawn(images.test, count) if images is not None else first_images(shard_set, count)).lenient()
+        return [centre_crop(chosen.decode(index), size, size) for index in range(len(chosen))]
 
-    def _show_maps(self, step: int) -> None:
-        """All ranks embed the images, since each has a part of the network."""
-        if not self._map_images:
+    def _embed_and_draw(self, step: int) -> None:
+        """Embed the images on all ranks, since each holds a part of the network; rank 0 draws."""
+        if not self._images:
             return
-        # as many at once as take the room of the teacher's pass
+        # chunks that need as much memory as the teacher pass of a step
         crops = self._config.crops
-        larger = (len(self._map_images[0]) / crops.global_size) ** 2
-        at_once = max(1, int(crops.global_count * self._config.data.micro_batch / larger))
-        features = []
-        for start in range(0, len(self._map_images), at_once):
-            images = [image.to(self._runtime.device) for image in self._map_images[start : start + at_once]]
-            features += embed_maps(self._teacher, images, self._config.model.patch_size)
+        relative_area = (len(self._images[0]) / crops.global_size) ** 2
+        chunk = max(1, int(crops.global_count * self._config.data.micro_batch / relative_area))
+        features: list[Tensor] = []
+        for start in range(0, len(self._images), chunk):
+            images = [image.to(self._runtime.device) for image in self._images[start : start + chunk]]
+            features += embed_maps(self._teacher.features, images, self._config.model.patch_size)
         if self._maps is not None:
-            self._maps.add(step, features)
-            self.monitor.panel(step, self._maps.components_page(), "features/pca")
-            self.monitor.panel(step, self._maps.similarity_page(), "features/similarity")
+            self._drawing.run(self._draw, self._maps, step, features)
+
+    def _draw(self, maps: MapsOverTime, step: int, features: list[Tensor]) -> None:
+        maps.add(step, features)
+        self._sink.image(step, maps.components_page(), "features/pca")
+        self._sink.image(step, maps.similarity_page(), "features/similarity")
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after ``step``."""
-    return every > 0 and step % every == 0
+@dataclass(eq=False)
+class Histograms(Observer):
+    """Shows histograms of weights, gradients and prototype mass at the steps that measured them."""
+
+    student: Student
+    sink: MetricsSink
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        if result.gradient_samples and self.sink.has_trackers:
+            with self.sink.stopwatch:
+                values = {f"weights/{part}": sample for part, sample in self.student.weight_samples().items()}
+                values |= {f"gradients/{part}": sample for part, sample in result.gradient_samples.items()}
+                if result.prototype_mass is not None:
+                    values["teacher/prototype_mass"] = result.prototype_mass.log10()
+                for tag, sample in values.items():
+                    self.sink.histogram(result.step, tag, sample)
+        return {}
+
+
+@dataclass(eq=False)
+class Trace(Observer):
+    """Traces the steps of ``monitor.profile``."""
+
+    profiler: Profiler
+    sink: MetricsSink
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        with self.sink.stopwatch:
+            self.profiler.step_completed(result.step)
+        return {}
+
+    def close(self) -> None:
+        self.profiler.close()

@@ -1,9 +1,10 @@
-"""Student and teacher as one kind of module: backbone, heads and losses (Siméoni et al. 2025, section 3)."""
+"""The network of the student and of the teachers: backbone, heads and losses (Siméoni et al. 2025, section 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,34 +23,34 @@ from streamtrain.objective.targets import Targets, TeacherFeatures, view_pairs, 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the loss terms at a step; a term of weight 0 is not computed at all."""
+    """Weights of the loss terms at a step; a term of weight 0 is not computed."""
 
     global_loss: float = 1.0
     patch_loss: float = 1.0
     koleo: float = 0.1
-    # of the local views within the global loss
+    # factor of the local views within the global loss
     local_loss: float = 1.0
     gram: float = 0.0
 
 
 @dataclass(frozen=True)
 class StudentFeatures:
-    """Normalised backbone features of a micro-batch; None where no term wants them."""
+    """Normalised backbone features of a micro-batch; None where no loss term needs them."""
 
     # [V * B, dim] and [L * B, dim]
     global_cls: Tensor
     local_cls: Tensor | None
-    # at the masks' index, [M, dim]
+    # the patches at ``masks.index``, [M, dim]
     masked: Tensor | None
-    # of all global crops, [V * B, num_patches, dim]
+    # all patches of the global crops, [V * B, num_patches, dim]
     patches: Tensor | None
 
 
 RECIPE_WEIGHTS = LossWeights()
 
 
-class Learner(nn.Module):
-    """Backbone and heads. Student and teacher are of the same class, so that their shards agree."""
+class SSLModel(nn.Module):
+    """Backbone and heads. Student and teacher are of the same class, so that they are partitioned identically."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -64,26 +65,16 @@ class Learner(nn.Module):
             ProjectionHead(config.model.dim, objective.patch_loss.head) if objective.patch_loss.kind == "ibot" else None
         )
 
-    def forward(
-        self, batch: Batch | Tensor, targets: Targets | None = None, weights: LossWeights = RECIPE_WEIGHTS
-    ) -> TeacherFeatures | dict[str, Tensor] | Features:
-        """The losses of one micro-batch; without ``targets``, the teacher's features of it.
-
-        Of plain images, uint8 ``[N, height, width, 3]``, it returns the backbone's normalised features, for evaluation.
-
-        Returns:
-            As student, fp32 scalars: ``total`` (weighted, differentiable) and, detached and unweighted, one
-            of ``global``, ``patch``, ``koleo``, ``gram`` for each term whose weight is not 0.
-        """
-        if isinstance(batch, Tensor):
-            # compiled is only what a step meets; an evaluation's images may each have a size of their own
-            with torch.compiler.set_stance("force_eager"):
-                return self.backbone.forward_features(self._pixels(batch), self.config.teacher.chunk)
-        return self._teach(batch, weights) if targets is None else self._learn(batch, weights, targets)
+    def forward(self, method: str, *inputs: Any) -> Any:
+        """Call a method by its name: the engine gathers parameters and reduces gradients around ``forward`` only."""
+        return getattr(self, method)(*inputs)
 
     @torch.no_grad()
-    def _teach(self, batch: Batch, weights: LossWeights) -> TeacherFeatures:
-        """Unmasked global crops through backbone and heads; masked positions only where patches matter."""
+    def teacher_features(self, batch: Batch, weights: LossWeights = RECIPE_WEIGHTS) -> TeacherFeatures:
+        """Return the teacher's features of one micro-batch: unmasked global crops through backbone and heads.
+
+        Patch features are computed at the student's masked positions, and only if the patch loss has a weight.
+        """
         if not weights.global_loss and not weights.patch_loss:
             return TeacherFeatures(None, None, batch.masks.weight)
         crops = [self._pixels(batch.global_crops)]
@@ -91,14 +82,21 @@ class Learner(nn.Module):
         rows = {"global": layout.cls_rows(0, crops[0].device)}
         if weights.patch_loss:
             rows["masked"] = layout.patch_rows(0, batch.masks.index)
-        found = self._encoded(crops, [None], rows, chunk=self.config.teacher.chunk)
-        of_global = self.global_head(found["global"]) if weights.global_loss else None
-        of_patch = found.get("masked")
-        if of_patch is not None and self.patch_head is not None:
-            of_patch = self.patch_head(of_patch)
-        return TeacherFeatures(of_global, of_patch, batch.masks.weight, found["global"])
+        features = self._encode(crops, [None], rows, chunk=self.config.teacher.chunk)
+        global_features = self.global_head(features["global"]) if weights.global_loss else None
+        patch_features = features.get("masked")
+        if patch_features is not None and self.patch_head is not None:
+            patch_features = self.patch_head(patch_features)
+        return TeacherFeatures(global_features, patch_features, batch.masks.weight, features["global"])
 
-    def _learn(self, batch: Batch, weights: LossWeights, targets: Targets) -> dict[str, Tensor]:
+    def student_losses(
+        self, batch: Batch, targets: Targets, weights: LossWeights = RECIPE_WEIGHTS
+    ) -> dict[str, Tensor]:
+        """Return the losses of one micro-batch as fp32 scalars.
+
+        ``total`` is weighted and differentiable. ``global``, ``patch``, ``koleo`` and ``gram`` are unweighted and
+        detached; a term of weight 0 is left out.
+        """
         features = self._student_features(batch, weights)
         factors = {
             "global": weights.global_loss,
@@ -121,8 +119,14 @@ class Learner(nn.Module):
         total = torch.stack([factors[name] * loss for name, loss in losses.items()]).sum()
         return {"total": total, **{name: loss.detach() for name, loss in losses.items()}}
 
+    def features(self, images: Tensor) -> Features:
+        """Return the backbone's normalised features of ``images``, uint8 ``[N, height, width, 3]``, for evaluation."""
+        # blocks are compiled for the shapes of a training step only; evaluation images may have any size
+        with torch.compiler.set_stance("force_eager"):
+            return self.backbone.forward_features(self._pixels(images), self.config.teacher.chunk)
+
     def _student_features(self, batch: Batch, weights: LossWeights) -> StudentFeatures:
-        """All crops in one pass, the global ones masked; only the rows that some term wants are normalised."""
+        """Encode all crops in one pass, the global ones masked; only the rows used by a loss term are normalised."""
         crops, masks = [self._pixels(batch.global_crops)], [batch.masks.grid_mask]
         with_local = bool(self.config.crops.local_count and weights.global_loss and weights.local_loss)
         if with_local:
@@ -133,19 +137,19 @@ class Learner(nn.Module):
         layout = self.backbone.layout(crops)
         rows = {"global": layout.cls_rows(0, device)}
         if weights.gram:
-            every = torch.arange(batch.masks.grid_mask.numel(), device=device)
-            rows["patches"] = layout.patch_rows(0, every)
+            all_patches = torch.arange(batch.masks.grid_mask.numel(), device=device)
+            rows["patches"] = layout.patch_rows(0, all_patches)
         elif weights.patch_loss:
             rows["masked"] = layout.patch_rows(0, batch.masks.index)
         if with_local:
             rows["local"] = layout.cls_rows(1, device)
-        found = self._encoded(crops, [*masks, *[None] * (len(crops) - 1)], rows, generator)
+        features = self._encode(crops, [*masks, *[None] * (len(crops) - 1)], rows, generator)
         if weights.gram and weights.patch_loss:
-            found["masked"] = found["patches"].index_select(0, batch.masks.index)
-        patches = found["patches"].unflatten(0, batch.masks.grid_mask.shape) if weights.gram else None
-        return StudentFeatures(found["global"], found.get("local"), found.get("masked"), patches)
+            features["masked"] = features["patches"].index_select(0, batch.masks.index)
+        patches = features["patches"].unflatten(0, batch.masks.grid_mask.shape) if weights.gram else None
+        return StudentFeatures(features["global"], features.get("local"), features.get("masked"), patches)
 
-    def _encoded(
+    def _encode(
         self,
         crops: Sequence[Tensor],
         masks: Sequence[Tensor | None],
@@ -153,16 +157,16 @@ class Learner(nn.Module):
         generator: torch.Generator | None = None,
         chunk: int = 0,
     ) -> dict[str, Tensor]:
-        """Normalised features of the tokens somebody wants, each of the final norms called once."""
+        """Return the normalised features of ``rows`` (token indices by name); each final norm is called once."""
         tokens, _ = self.backbone.encode(crops, masks, generator, chunk, rows=torch.cat(list(rows.values())))
         pieces = dict(zip(rows, tokens.split([len(row) for row in rows.values()]), strict=True))
         norms = {"global": self.backbone.norm_of_cls, "local": self.backbone.norm_of_local_cls}
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         for norm in dict.fromkeys(norms.get(name, self.backbone.norm) for name in rows):
-            mine = {name: piece for name, piece in pieces.items() if norms.get(name, self.backbone.norm) is norm}
-            normalised = norm(tokens if len(mine) == len(pieces) else torch.cat(list(mine.values())))
-            found |= dict(zip(mine, normalised.split([len(piece) for piece in mine.values()]), strict=True))
-        return found
+            parts = {name: piece for name, piece in pieces.items() if norms.get(name, self.backbone.norm) is norm}
+            normalised = norm(tokens if len(parts) == len(pieces) else torch.cat(list(parts.values())))
+            features |= dict(zip(parts, normalised.split([len(part) for part in parts.values()]), strict=True))
+        return features
 
     def _global_loss(self, student: StudentFeatures, targets: Targets, local_weight: float) -> Tensor:
         crops = self.config.crops
@@ -176,7 +180,7 @@ class Learner(nn.Module):
             features,
             targets.global_assignment,
             targets.teacher_prototypes.global_head,
-            # without local rows (their weight is 0) the rows of the global views remain
+            # if the local views have weight 0, only the rows of the global views are left
             view_pairs(*views)[: len(rows)],
             view_weights(*views, local_weight)[: len(rows)],
             self.config.objective.student_temperature,
@@ -192,7 +196,7 @@ class Learner(nn.Module):
         return koleo_loss(view, koleo.neighbours)
 
     def _patch_loss(self, patches: Tensor, batch: Batch, targets: Targets) -> Tensor:
-        """Averaged over all global crops, masked or not."""
+        """Return the masked-patch loss, averaged over all global crops, masked or not."""
         objective = self.config.objective
         features = targets.features.patch_features
         assert features is not None
@@ -221,7 +225,7 @@ class Learner(nn.Module):
 
 
 class GramTeacher(nn.Module):
-    """The frozen backbone whose patch similarities the student keeps; its names are those of a ``Learner``'s."""
+    """The frozen backbone of the Gram loss; its parameters have the names of ``SSLModel``'s backbone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -230,9 +234,9 @@ class GramTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
-        """uint8 ``[N, height, width, 3]`` to patches ``[N, num_patches, dim]`` on ``grid``, that of the global crops.
+        """Return the patches ``[N, num_patches, dim]`` of ``crops``, uint8 ``[N, height, width, 3]``.
 
-        The crops may be larger than the student's; their features are then resized bicubically.
+        Features of crops larger than the student's are resized bicubically to ``grid``, the student's patch grid.
         """
         images = pixels(crops, self.config.crops, self.backbone)
         patches = self.backbone([images], chunk=self.config.teacher.chunk)[0].patches
@@ -241,5 +245,5 @@ class GramTeacher(nn.Module):
 
 
 def pixels(crops: Tensor, config: CropsConfig, backbone: VisionTransformer) -> Tensor:
-    """uint8 ``[N, height, width, 3]`` to normalised ``[N, 3, height, width]`` of the backbone's type."""
+    """Convert uint8 ``[N, height, width, 3]`` to normalised ``[N, 3, height, width]`` in the backbone's dtype."""
     return normalise(crops, config.mean, config.std, backbone.embedding.cls_token.dtype)

@@ -1,7 +1,7 @@
-"""Train as ``main.py`` does, with numbers that are not finite put in on some steps: ``poisoned_run.py PLAN ARGUMENTS``.
+"""Train as ``main.py`` does, with non-finite values injected at some steps: ``poisoned_run.py PLAN ARGUMENTS``.
 
-PLAN is JSON: ``{"what": "gradient" | "loss" | "weight", "rank": R, "steps": [..]}``. The faults are hooks on the
-student's modules, put there once it is built. A run that ends well says how many updates its optimiser has seen.
+PLAN is JSON: ``{"what": "gradient" | "loss" | "weight", "rank": R, "steps": [..]}``. The values are injected by hooks
+on the student's modules. A successful run prints the number of updates of its optimiser.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-import streamtrain.training.loop
+import streamtrain.training.build
 from streamtrain.main import main
 
 PLAN = json.loads(sys.argv.pop(1))
-build = streamtrain.training.loop.build_networks
+build = streamtrain.training.build.build_networks
 
 
 networks: list[Any] = []
@@ -26,34 +26,34 @@ networks: list[Any] = []
 def build_with_hooks(config: Any, runtime: Any, accumulation: int) -> Any:
     student, teacher = build(config, runtime, accumulation)
     global_batch, _ = config.batch_split(runtime.world_size)
-    learner = student._engine.module
+    network = student._engine.module
     now = [0]
 
     def note_step(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        now[0] = int(inputs[0].slots[0]) // global_batch + 1
+        now[0] = int(inputs[1].slots[0]) // global_batch + 1
 
-    def struck(what: str) -> bool:
+    def is_target(what: str) -> bool:
         return PLAN["what"] == what and now[0] in PLAN["steps"] and runtime.rank == PLAN["rank"]
 
     def spoil_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        if struck("gradient"):
+        if is_target("gradient"):
             output.register_hook(lambda gradient: gradient * float("nan"))
 
     def spoil_loss(module: torch.nn.Module, inputs: tuple[Any, ...], output: dict[str, torch.Tensor]) -> Any:
-        if struck("weight"):
-            # one that the backward does not read
+        if is_target("weight"):
+            # a parameter that the backward does not read
             student.master("backbone.norm.bias")[0] = float("nan")
-        # the gradient stays finite: that of a sum is that of its terms
-        return {**output, "total": output["total"] + float("inf")} if struck("loss") else output
+        # the gradient stays finite: a constant adds nothing to it
+        return {**output, "total": output["total"] + float("inf")} if is_target("loss") else output
 
     networks.append(student)
-    learner.register_forward_pre_hook(note_step)
-    learner.register_forward_hook(spoil_loss)
-    learner.backbone.norm.register_forward_hook(spoil_gradient)
+    network.register_forward_pre_hook(note_step)
+    network.register_forward_hook(spoil_loss)
+    network.backbone.norm.register_forward_hook(spoil_gradient)
     return student, teacher
 
 
-streamtrain.training.loop.build_networks = build_with_hooks
+streamtrain.training.build.build_networks = build_with_hooks
 status = main()
 if not status:
     counts = {int(state["step"]) for state in networks[0]._adamw.state.values()}

@@ -1,4 +1,4 @@
-"""A rank that stops moving: the others notice, leave their stacks in the run folder, and end."""
+"""A rank that hangs: the others write their stacks to the run folder and exit."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_a_stopped_rank_ends_the_others(tmp_path: Path, key: str) -> None:
     assert "in train" in text and 'File "' in text
     if key == "hang_timeout_seconds":
         assert processes[0].returncode == 70
-        assert f"rank 0 has got no further for 5 s (engine.{key}); its threads' stacks are in {stacks}" in errors
+        assert f"rank 0 made no progress for 5 s (engine.{key}); the stacks of its threads are in {stacks}" in errors
     else:
         assert processes[0].returncode == 1 and "Traceback" in errors and "Traceback" in text
-    # the figure of the report; the machine of a test may be busy
+    # printed for the report; a test machine may be busy
     print(f"{key}: ended {took:.1f} s after the other rank was stopped")
     assert TIMEOUT - 1 < took < TIMEOUT + 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_launcher_starts_again_and_the_run_completes(tmp_path: Path, launcher: str) -> None:
+def test_a_launcher_restarts_and_the_run_completes(tmp_path: Path, launcher: str) -> None:
     shards, run = packed_set(tmp_path, 24).path, tmp_path / "run"
     words = command(shards, run, "run.steps=40", f"engine.collective_timeout_seconds={TIMEOUT}")
     programs, port = Path(sys.executable).parent, str(free_port())
@@ -73,7 +73,7 @@ def test_a_launcher_starts_again_and_the_run_completes(tmp_path: Path, launcher:
 
 
 def is_rank(folder: Path, run: Path, rank: str) -> bool:
-    """Whether a process of ``/proc`` is that rank of a run."""
+    """Return whether a process in ``/proc`` is the given rank of a run."""
     try:
         words, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
     except OSError:

@@ -114,7 +114,8 @@ def main() -> None:
             is_checked = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
             reading = ForbidHostSyncs if is_checked else nullcontext
             with reading():
-                targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+                features = [teacher.teacher_features(batch, WEIGHTS) for batch in batches]
+                targets = maker.make(features, handles, TEMPERATURE)
             losses = []
             for micro, (batch, target) in enumerate(zip(batches, targets, strict=True)):
                 with reading():
@@ -206,7 +207,7 @@ def head_gradient(
     """Return the patch head's gradient in a step of ``micros``: pairs of a micro-batch and its patch loss weight."""
     for micro, weight in micros:
         weights, batch = LossWeights(1.0, weight, 0.1), batch_of(config, STEPS, rank, micro)
-        (targets,) = maker.make([teacher(batch, None, weights)], handles, TEMPERATURE)
+        (targets,) = maker.make([teacher.teacher_features(batch, weights)], handles, TEMPERATURE)
         student.accumulate(batch, targets, weights)
         if (micro, weight) == micros[-1]:
             names = [name for name in student.parameters if name.startswith("patch_head")]
@@ -223,8 +224,9 @@ def plain_step(
     # a group of this process alone, because it has all rows
     alone = dist.new_subgroups(1)[0]
     maker = TargetMaker(config.objective, alone)
-    targets = maker.make([plain_teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
-    total = torch.stack([plain(b, t, WEIGHTS)["total"] for b, t in zip(batches, targets, strict=True)]).mean()
+    targets = maker.make([plain_teacher.teacher_features(batch, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+    losses = [plain.student_losses(*each, WEIGHTS)["total"] for each in zip(batches, targets, strict=True)]
+    total = torch.stack(losses).mean()
     total.backward()
     gradients = {name: p.grad.double() for name, p in plain.named_parameters() if p.grad is not None}
     return {**gradients, "loss": total.detach()}

@@ -28,7 +28,7 @@ def main() -> None:
         restore(config, None, student, teacher, maker)
         handles = TeacherPrototypes(*(teacher.weight(f"{h}.prototypes.weight") for h in ("global_head", "patch_head")))
         batch = batch_of(config, 0, runtime.rank, 0)
-        (target,) = maker.make([teacher(batch, None, WEIGHTS)], handles, TEMPERATURE)
+        (target,) = maker.make([teacher.teacher_features(batch, WEIGHTS)], handles, TEMPERATURE)
         student.set_rates(1e-3, 0.0, last_layer_frozen=False)
         student.accumulate(batch, target, WEIGHTS)
         student.step()

@@ -62,7 +62,7 @@ def counted(config: Config) -> float:
     heads = (teacher.global_head, teacher.patch_head)
     handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        features = teacher(batch, None, weights)
+        features = teacher.teacher_features(batch, weights)
         (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
         if config.objective.gram.is_active:
             anchor = GramTeacher(config)

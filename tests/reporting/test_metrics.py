@@ -24,7 +24,7 @@ def write_steps(path: Path, first: int, last: int) -> None:
     log.close()
 
 
-def test_full_precision_and_null_for_what_is_not_finite(tmp_path: Path) -> None:
+def test_full_precision_and_null_for_non_finite_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.write(1, 8, {"loss/total": 0.1 + 0.2, "optim/gradient_norm": float("inf")})
@@ -36,7 +36,7 @@ def test_full_precision_and_null_for_what_is_not_finite(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(last=st.integers(0, 12), keep=st.integers(0, 14), torn=st.binary(max_size=30))
-def test_a_truncated_log_goes_on_as_if_never_interrupted(
+def test_a_truncated_log_continues_as_if_never_interrupted(
     tmp_path_factory: pytest.TempPathFactory, last: int, keep: int, torn: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("metrics")
@@ -62,7 +62,7 @@ def test_torn_line_in_the_middle_of_the_last_number(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 2 and path.read_text().endswith("}\n")
 
 
-def test_nothing_to_cut_and_nothing_there(tmp_path: Path) -> None:
+def test_truncating_a_complete_or_missing_file_does_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     truncate_after(path, 5)
     assert not path.exists()

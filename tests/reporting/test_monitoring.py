@@ -1,4 +1,4 @@
-"""What docs/monitoring.md lists is what a run writes, and nothing less or more."""
+"""A run writes exactly the tags that docs/monitoring.md lists."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from streamtrain.interop.load import load_run
 
 STEPS = 30
 CLASSES = ("across", "down")
-# everything that may be seen, often; thresholds of the collapse watch that nothing meets; features that are not all
-# nearly alike, as those of a new network with a small LayerScale, whose nearest neighbours rounding decides
+# every report, often; a collapse bound that no network meets; a large LayerScale, without which rounding decides the
+# nearest neighbours of a new network's nearly equal features
 EVERYTHING = (
     f"run.steps={STEPS}", "monitor.tensorboard=true", "monitor.panel_every=10", "monitor.histogram_every=10",
     "monitor.peak_flops=1e12", "monitor.collapse={every: 2, start: 1, min_rank: 1.0}", "optim.clip_per=module",
@@ -37,7 +37,7 @@ EVERYTHING = (
 
 
 def documented() -> dict[str, set[str]]:
-    """Tags by the heading they stand under; what stands outside of tables does not count."""
+    """Return the tags in tables of the documentation by heading."""
     tags: dict[str, set[str]] = {}
     heading = ""
     for line in (ROOT / "docs" / "monitoring.md").read_text().splitlines():
@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = command(shards, folder / "run", *EVERYTHING, cache, f"evaluation.train={labelled}")
         results = run_ranks(words, 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
-    assert "has failed" not in results[0][2]
+    assert "failed" not in results[0][2]
     return folder / "run"
 
 
@@ -73,14 +73,14 @@ def test_every_documented_tag_is_there_and_every_tag_is_documented(run: Path) ->
     assert set(tags["scalars"]) == found["Scalars"] == logged
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary")}
     shown = {*tags["images"], *tags["histograms"], *texts}
-    # of the blocks, the first one is listed
+    # the documentation lists the first block only
     assert {tag for tag in shown if "block_" not in tag or "block_00" in tag} == found["Pictures, histograms, text"]
     assert len(records) == STEPS and {"custom_scalars__config__", "_hparams_/session_start_info"} <= {
         *tags["tensors"], *events.summary_metadata,
     }  # fmt: skip
 
 
-def test_pictures_come_at_their_interval_and_the_network_is_seen_before_its_first_step(run: Path) -> None:
+def test_pictures_are_drawn_at_their_interval_and_feature_maps_before_the_first_step(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert [image.step for image in events.Images("data/crops")] == [1, 10, 20, 30]
@@ -95,7 +95,7 @@ def test_pictures_come_at_their_interval_and_the_network_is_seen_before_its_firs
     assert set(labels) == set(CLASSES) and len(labels) == 4  # rank 0's half of a fifth of 40
 
 
-def test_what_two_ranks_found_while_training_is_what_one_finds_in_the_checkpoint(run: Path) -> None:
+def test_evaluation_on_two_ranks_agrees_with_the_checkpoint_on_one(run: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "eval/knn_20" in record] == [10, 20, 30]
     config, backbone = read_resolved(run), load_run(run)
@@ -108,7 +108,7 @@ def test_what_two_ranks_found_while_training_is_what_one_finds_in_the_checkpoint
     assert records[-1]["eval/linear"] == pytest.approx(linear_accuracy(*train, *test).accuracy, abs=0.13)
 
 
-def test_the_best_checkpoint_stays(run: Path) -> None:
+def test_the_best_checkpoint_is_kept(run: Path) -> None:
     best = json.loads((run / "best.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     values = {record["step"]: record["eval/knn_20"] for record in records if "eval/knn_20" in record}
@@ -118,7 +118,7 @@ def test_the_best_checkpoint_stays(run: Path) -> None:
     assert kept == sorted({f"step-{first_best:09d}", f"step-{STEPS:09d}"})
 
 
-def test_a_trace_of_the_steps_asked_for(run: Path) -> None:
+def test_the_selected_steps_are_traced(run: Path) -> None:
     traces = sorted(path.name for path in (run / "profile").iterdir())
     assert traces == [f"steps-2-2-rank-{rank}.json.gz" for rank in range(2)]
     with gzip.open(run / "profile" / traces[0]) as file:

@@ -1,4 +1,4 @@
-"""Load a run's newest checkpoint on these ranks and write what they hold: ``reload_checkpoint.py RUN OUT MOMENTS``."""
+"""Load a run's newest checkpoint on these ranks and write its values: ``reload_checkpoint.py RUN OUT MOMENTS``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over a set of which one image in a hundred is damaged, in five ways, before and after it was indexed."""
+"""A run over a set with 1% damaged images: five kinds of damage, made before or after indexing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from drawn_images import drawn_image, encoded
 from ranks import run_ranks, start_ranks
+from test_loop import expect_success, wait_for_steps
 from tiny_run import command, logged
 from training.test_loop import expect_success, wait_for_steps
 
@@ -26,11 +27,11 @@ Place = tuple[str, int]  # tar, sample
 
 
 def damaged(payload: bytes, way: str) -> bytes:
-    """What is left of an image."""
+    """Return the damaged bytes of an image."""
     half = len(payload) // 2
     if way == "flipped bits":
         changed = bytearray(payload)
-        for at in range(len(payload) - 40, len(payload) - 10, 7):  # in the scan, which lies behind the tables
+        for at in range(len(payload) - 40, len(payload) - 10, 7):  # in the scan, behind the tables
             changed[at] ^= 0x10
         return bytes(changed)
     return {
@@ -43,7 +44,7 @@ def damaged(payload: bytes, way: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def places() -> dict[str, dict[Place, str]]:
-    """Where the damage is and of which way it is, before and after indexing."""
+    """Return the positions and kinds of the damage made before and after indexing."""
     drawn = np.random.default_rng(3).permutation(NUM_IMAGES)[: 2 * len(WAYS)].tolist()
     named = [(f"{n // NUM_PER_SHARD:06d}-{n // NUM_PER_SHARD}.tar", n % NUM_PER_SHARD) for n in drawn]
     return {
@@ -54,7 +55,7 @@ def places() -> dict[str, dict[Place, str]]:
 
 @pytest.fixture(scope="module")
 def shard_set(places: dict[str, dict[Place, str]], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Tars of others, damaged, indexed where they lie, and damaged again."""
+    """Damaged tars, indexed in place, and damaged again."""
     folder = tmp_path_factory.mktemp("damaged")
     for shard in range(NUM_SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
@@ -80,10 +81,10 @@ def quarantined(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
 
 
-def test_a_run_names_exactly_the_damaged_images_and_replaces_them_alike_after_a_kill(
+def test_damaged_images_are_quarantined_and_replaced_the_same_after_a_kill(
     shard_set: ShardSet, places: dict[str, dict[Place, str]], tmp_path: Path
 ) -> None:
-    # what decodes to another picture only a checksum can tell, and here that was made of the damaged bytes
+    # flipped bits decode to another picture; only a checksum finds them, and these were indexed after the damage
     expected = {place for place, way in places["before"].items() if way != "flipped bits"} | set(places["after"])
     faults = [fault for fault in verify(shard_set.path) if fault.index is not None]
     assert {(fault.file.removeprefix("shards/"), fault.index) for fault in faults} == expected

@@ -1,4 +1,4 @@
-"""One run goes on with another number of ranks, and with another place for its moments: 2, then 1, then 3."""
+"""A run resumed on another number of ranks (2, 1, 3) with another setting of engine.moments."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from training.test_loop import command, expect_success, losses, shards  # noqa: F401 - a fixture
+from test_loop import command, expect_success, losses, shards  # noqa: F401 - a fixture
 
 from streamtrain.checkpoint import reader as checkpoint
 
 RELOAD = Path(__file__).with_name("reload_checkpoint.py")
-# divisible by 1, 2 and 3 ranks of micro-batches of 2, which is also KoLeo's group
+# divisible by 1, 2 and 3 ranks x micro-batches of 2, which is also the size of KoLeo's groups
 FIXED = ("data.global_batch=12", "data.micro_batch=2", "run.keep_last=0", "run.checkpoint_every=0")
-# a schedule must not depend on where a part of the run ends
+# schedules that do not depend on run.steps
 CONSTANT = {"lr": "peak: 1.0e-3, warmup: 2", "weight_decay": "peak: 0.04", "momentum": "peak: 0.99",
             "teacher_temperature": "peak: 0.05, warmup: 2"}  # fmt: skip
 SCHEDULES = [f"schedules.{name}={{kind: constant, end: null, {rest}}}" for name, rest in CONSTANT.items()]
-# ranks, the step they train to, and where their moments lie
+# ranks, the last step, engine.moments
 PARTS = ((2, 3, "host"), (1, 5, "disk"), (3, 8, "device"))
 
 
 def whole_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every master, moment and average, gathered."""
+    """Return every master, moment and EMA, gathered."""
     with checkpoint.open_checkpoint(checkpoint.step_folder(run_dir, step)) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
         return {f"{kind}/{name}": reader.read_full(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}

@@ -1,4 +1,4 @@
-"""A step reads nothing of the device back, for which a GPU would have to be waited for."""
+"""A step performs no host sync: it never waits for a GPU to read a value back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight, prototype_mass
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
-from streamtrain.training.ssl_model import GramTeacher, Learner, LossWeights
+from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
 
 B, V, L = 4, 2, 2
 HEAD = {"prototypes": 200, "hidden": 24, "bottleneck": 12}
@@ -41,7 +41,7 @@ def config_of(*, objective: dict[str, Any] | None = None, engine: dict[str, Any]
 
 
 def batch_on(device: torch.device) -> Batch:
-    """Noise, and masks of half of the patches, with padding behind them."""
+    """Return noise, with masks of half of the patches and padding."""
     pixels = [torch.randint(0, 256, (n * B, s, s, 3), dtype=torch.uint8, device=device) for n, s in ((V, 32), (L, 16))]
     grid_mask = torch.zeros(V * B, 16, dtype=torch.bool, device=device)
     grid_mask[:, ::2] = True
@@ -54,23 +54,23 @@ def batch_on(device: torch.device) -> Batch:
 
 
 class GeneratorOfCpu(torch.Generator):
-    """There is none for tensors without values."""
+    """A CPU generator in place of one on the meta device, which does not exist."""
 
     def __new__(cls, device: torch.device) -> torch.Generator:
         return super().__new__(cls, "cpu")
 
 
-def step(config: Config, student: Learner, teacher: Learner, batch: Batch) -> None:
-    """From the teacher's pass to the student's gradients."""
+def step(config: Config, student: SSLModel, teacher: SSLModel, batch: Batch) -> None:
+    """Run the teacher pass, the targets, and the student's forward and backward."""
     heads = (teacher.global_head, teacher.patch_head)
     handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     weights = LossWeights(gram=1.0)
-    features = teacher(batch, None, weights)
+    features = teacher.teacher_features(batch, weights)
     (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
     gram = GramTeacher(config).to(batch.global_crops.device)
     asked = GramTargets(gram(batch.global_crops, (4, 4)), "image", "drop", "masked", 2**20)
     prototype_mass(features.global_features, handles.global_head, 0.05, 2**20)
-    student(batch, replace(targets, gram=asked), weights)["total"].backward()
+    student.student_losses(batch, replace(targets, gram=asked), weights)["total"].backward()
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
@@ -86,11 +86,11 @@ def step(config: Config, student: Learner, teacher: Learner, batch: Batch) -> No
 def test_a_step_of_both_networks_reads_no_value(
     objective: dict[str, Any], checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a tensor without values goes the ways of a GPU's, and can do all that needs none
+    # meta tensors take the code paths of a GPU and fail where a value is read
     monkeypatch.setattr(torch, "Generator", GeneratorOfCpu)
     config = config_of(objective=objective, engine={"checkpointing": checkpointing})
     with torch.device("meta"):
-        student, teacher = Learner(config), Learner(config)
+        student, teacher = SSLModel(config), SSLModel(config)
     step(config, student, teacher, batch_on(torch.device("meta")))
     assert student.backbone.embedding.cls_token.grad is not None
 
@@ -99,7 +99,7 @@ def test_a_step_of_both_networks_reads_no_value(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_both_networks_waits_for_no_gpu(dtype: torch.dtype) -> None:
     config, device = config_of(), torch.device("cuda")
-    networks = [Learner(config), Learner(config)]
+    networks = [SSLModel(config), SSLModel(config)]
     for seed, network in enumerate(networks):
         initialise(network, config.model, seed)
         network.to(device, dtype)
@@ -120,7 +120,7 @@ READERS: dict[str, Callable[[torch.Tensor], object]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_reads_a_value_is_found(name: str) -> None:
+def test_reading_a_value_is_detected(name: str) -> None:
     for device in ("cpu", "meta"):
         if name == "assigned" and device == "meta":
             continue

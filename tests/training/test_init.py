@@ -1,4 +1,4 @@
-"""A run that starts from somebody's backbone: what it takes over, what it freezes, when it refuses."""
+"""A run that starts from a pretrained backbone: matched weights, frozen steps, mismatches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_both_networks_start_from_the_weights_and_a_frozen_backbone_stays(folder
     assert code == 0, err[-3000:]
     assert f"backbone from {folder / 'weights'}: matched 35 tensors (100.0% of the backbone's)" in out
     wanted = tiny_backbone().model.state_dict()
-    # two steps without learning, so both networks are what they started as
+    # two steps with a learning rate of 0, so that both networks keep their initial values
     for which in ("teacher", "student"):
         state = checkpoint.read_weights(folder / "run", 2, which)
         for name, value in wanted.items():
@@ -40,7 +40,7 @@ def test_both_networks_start_from_the_weights_and_a_frozen_backbone_stays(folder
     head = "global_head.projection.layers.0.weight"
     assert not torch.equal(first[head], second[head])
     assert not torch.equal(second["backbone.norm.weight"], third["backbone.norm.weight"])
-    # going on needs the weights no longer
+    # a resumed run does not need the weights
     begin = [f"init.weights={folder / 'absent'}", "init.freeze_backbone_steps=2", "run.steps=4"]
     assert [code for code, _, _ in run_ranks(command(folder / "set", folder / "run", *begin), 2)] == [0, 0]
 

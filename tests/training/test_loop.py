@@ -1,4 +1,4 @@
-"""The whole line in real processes: kill and resume, launchers, stopping, and what a wrong start says."""
+"""Training in real processes: kill and resume, launchers, stopping, and the errors of a wrong start."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixture(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The set and another one, of which every fourth image comes."""
+    """The set and another one with a quarter of the images."""
     folder = tmp_path_factory.mktemp("other")
     pack(draw_folder(folder / "images", 13), folder / "shards", PackOptions(shard_bytes=8_000))
     return f"[{{shards: {shards}, weight: 3}}, {{shards: {folder / 'shards'}, weight: 1}}]"
@@ -67,8 +67,8 @@ def expect_success(results: Sequence[tuple[int, str, str]]) -> None:
     assert [code for code, _, _ in results] == [0] * len(results), "\n".join(err[-3000:] for _, _, err in results)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
-    """On one rank and with centres; on two ranks and with Sinkhorn: ``faults/test_runs.py``."""
+def test_a_killed_run_resumes_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    """One rank, softmax centring; ``faults/test_runs.py`` covers two ranks and Sinkhorn."""
     # 12 steps of 8 samples pass twice over the 40 samples; the kill falls between two checkpoints
     settings = ("run.steps=12", "run.checkpoint_every=2", "data.global_batch=8", "data.micro_batch=2",
                 "objective.centering=softmax", "objective.patch_loss.kind=cosine")  # fmt: skip
@@ -81,9 +81,9 @@ def test_a_killed_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path) -> None:
         process.kill()
     for process in processes:
         process.communicate()
-    # that of step 4 was begun only when that of step 2 was whole
-    assert checkpoint.saved_steps(broken)[-1] in range(2, 12, 2)
-    # what a kill in the middle of a write leaves behind
+    # the checkpoint of step 4 was started after that of step 2 was complete
+    assert checkpoint.latest_step(broken) in range(2, 12, 2)
+    # a line torn by a kill
     with open(broken / "metrics.jsonl", "a") as log:
         log.write('{"step": 99, "lo')
     resumed = run_ranks(command(shards, broken, *settings), 1)
@@ -102,7 +102,7 @@ def losses_so_far(run_dir: Path) -> list[str]:
 
 
 def wait_for_steps(run_dir: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
-    """Until so many steps are logged; a rank that ends before that fails the test with what it said."""
+    """Wait until ``steps`` are logged; fail with the stderr of a rank that ends before."""
     deadline = time.monotonic() + 200
     while len(losses_so_far(run_dir)) < steps:
         ended = [process for process in processes if process.poll() is not None]
@@ -148,17 +148,17 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     words = command(shards, tmp_path / "run", "run.steps=100000", "data.micro_batch=2", "run.checkpoint_every=0")
     processes = start_ranks(words, 2)
     wait_for_steps(tmp_path / "run", 1, processes)
-    # nobody else may write to the folder meanwhile; the other ranks of such a start are its launcher's to end
+    # a second run must not write to the folder meanwhile; it is started on one rank, without a launcher to end it
     (code, _, errors), = run_ranks(words, 1)
     assert code == 2 and f"another run is writing to {tmp_path / 'run'}" in errors.strip().splitlines()[-1]
     processes[1].send_signal(signal.SIGTERM)
     ended = [(process.communicate(timeout=100), process.returncode) for process in processes]
     assert [code for _, code in ended] == [75, 75], ended[0][0][1][-2000:]
     last = max(losses(tmp_path / "run"))
-    assert checkpoint.saved_steps(tmp_path / "run")[-1] == last
-    assert f"stopped at step {last}, checkpoint saved; the same command goes on" in ended[0][0][0]
+    assert checkpoint.latest_step(tmp_path / "run") == last
+    assert f"stopped at step {last}, checkpoint saved; run the same command again to resume" in ended[0][0][0]
     assert "stopped at" not in ended[1][0][0]
-    # and a run that has all its steps says so, on one rank
+    # a complete run prints one line, on rank 0
     results = run_ranks([*words, f"run.steps={last}"], 2)
     assert [(code, out) for code, out, _ in results] == [
         (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to continue\n"), (0, "")
@@ -206,7 +206,7 @@ def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
             lines = [line for line in errors.splitlines() if not line.startswith("import time:")]
             assert process.returncode == 2 and len(lines) == 1, (name, lines)
             assert lines[0].startswith("error: ") and told in lines[0], (name, lines)
-            # which is why the answer comes at once
+            # the error is reported before the slow imports
             assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE), name
     assert not (tmp_path / "run").exists()
     assert all((foreign / name).read_text() == "{}\n" for name in ("config.yaml", "metrics.jsonl", "environment.json"))
@@ -239,12 +239,11 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
         assert process.returncode == 2 and told in errors.strip().splitlines()[-1]
         assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE), told
     monkeypatch.delenv("PYTHONPROFILEIMPORTTIME")
-    # the run itself is as it was, until a change is asked for, which then needs no asking again
+    # the run is unchanged until changes are accepted; then they need not be accepted again
     assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
     changes = (*settings, other, "optim.clip=1.0")
-    # one that ends before its first checkpoint has changed nothing
-    accept = ("--accept", "optim.clip", "data.shards")
-    endless = (*accept, "run.steps=1000", "run.checkpoint_every=0")
+    # a start that ends before its first checkpoint changes nothing
+    endless = ("--accept-changes", "run.steps=1000", "run.checkpoint_every=0")
     process, = start_ranks(command(shards, run, *changes, *endless), 1)
     while read_resolved(run).optim.clip != 1.0:
         assert process.poll() is None
@@ -261,7 +260,7 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
     assert re.search(accepted, results[0][1], re.MULTILINE)
     expect_success(run_ranks(command(shards, run, *changes, "run.steps=3"), 1))
     assert [record["slot"] for record in losses(run).values()] == [4, 8, 12]
-    # until something in it is lost
+    # a run whose checkpoints are all damaged is an error
     for step in checkpoint.saved_steps(run):
         (checkpoint.step_folder(run, step) / checkpoint.SHARED_NAME).unlink()
     (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)

@@ -37,7 +37,7 @@ class Remote:
     path: str  # of the set, as ``server.gone`` has it
 
     def fault_count(self) -> int:
-        """How many faults the server has shown so far."""
+        """Number of faults the server has injected so far."""
         if isinstance(self.server, FaultyS3):
             return sum(fault != "404" for fault in self.server.served)
         return sum(fault not in (None, "whole") for _, fault in self.server.gets)
@@ -50,7 +50,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.fixture(scope="module")
 def expected(local: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> dict[int, object]:
-    """What a run from the local set logs."""
+    """The log of a run from the local set."""
     run_dir = tmp_path_factory.mktemp("local")
     results = run_ranks(command(local.path, run_dir, *SETTINGS), 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
@@ -76,7 +76,7 @@ def behind(kind: str, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def late_shard_of_rank_0(local: ShardSet) -> str:
-    """The tar that rank 0, and nobody else, comes to last in the first epoch."""
+    """Return the tar that rank 0 alone reads last in the first epoch."""
     order = Order(local.sizes, seed=0, window=2, lanes=2, lane_block=4)
     assert order.num_lanes == 2
 
@@ -89,8 +89,8 @@ def late_shard_of_rank_0(local: ShardSet) -> str:
 
 
 def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tuple[list[str], int]:
-    """The command of a run through a cache, and the cache's limit."""
-    # two lanes of two shards are in use at a time, and one shard more may come
+    """Return the command of a run through a cache, and the cache's limit."""
+    # two lanes of two shards are in use at a time, plus one shard being fetched
     limit = min_cache_bytes(local.manifest.shards, 5, 2)
     assert local.manifest.num_bytes > 1.5 * limit
     settings = [*SETTINGS, f"data.cache.dir={cache}", f"data.cache.limit={limit}"]
@@ -98,7 +98,7 @@ def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tup
 
 
 def finish(words: list[str], remote: Remote) -> str:
-    """Run to the end through faults; what the ranks had to say."""
+    """Run to the end through faults; return the output of the ranks."""
     remote.server.faults = [*FAULTS]
     results = run_ranks(words, 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
@@ -129,7 +129,7 @@ def test_over_http_two_ranks_train_on_the_same_samples_whatever_the_server_does(
         assert f"error: {remote.url}/shards/{missing} does not exist\n" in first
         assert 0 < len(logged(run_dir)) < STEPS
 
-        # the shard is back, and the same command goes on
+        # the shard is back, and the same command resumes the run
         remote.server.gone.clear()
         said = first + second + finish(words, remote)
     check(run_dir, expected, said, remote, most[0], limit)
@@ -145,7 +145,7 @@ def test_from_s3_two_ranks_train_on_the_same_samples_whatever_the_server_does(
     check(run_dir, expected, said, remote, most[0], limit)
 
 
-def test_a_cache_folder_that_cannot_be_used_is_told_before_torch_is_loaded(
+def test_an_unusable_cache_folder_is_an_error_before_torch_is_imported(
     local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")

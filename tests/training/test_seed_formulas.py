@@ -1,4 +1,4 @@
-"""The terms that a first version of the objective was made of train the quick start's network, each in turn."""
+"""Each alternative loss term of the first objective trains the quick start's network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamtrain.reporting.metrics import read_metrics
 
 STEPS = 50
 FORMULAS = {
-    # whose centre must be able to follow: a slower teacher, and the published ratio of its temperature to the student's
+    # the centre needs a slower teacher, and the published ratio of teacher to student temperature
     "softmax centring": [
         "objective.centering=softmax", "schedules.momentum.peak=0.99", "schedules.teacher_temperature=0.0064",
     ],

@@ -26,7 +26,7 @@ from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, Targets, TeacherPrototypes
 from streamtrain.ops.collectives import sum_over_ranks
 from streamtrain.ops.cpu.build import _Choice
-from streamtrain.training.ssl_model import RECIPE_WEIGHTS, GramTeacher, Learner, LossWeights
+from streamtrain.training.ssl_model import RECIPE_WEIGHTS, GramTeacher, LossWeights, SSLModel
 
 B, V, L, PATCH = 3, 2, 3, 4
 TEMPERATURE = 0.07
@@ -49,14 +49,14 @@ def config_of(objective: dict[str, Any] | None = None, **model: Any) -> Config:
     )
 
 
-def learner_of(config: Config, seed: int) -> Learner:
-    """Weights large enough that no term is near its value at a symmetric start."""
-    learner = Learner(config)
-    initialise(learner, config.model, seed)
+def ssl_model_of(config: Config, seed: int) -> SSLModel:
+    """Return a model with weights large enough that no loss is near its value at a symmetric start."""
+    model = SSLModel(config)
+    initialise(model, config.model, seed)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in learner.parameters():
+    for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return learner
+    return model
 
 
 def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = False) -> Batch:
@@ -68,7 +68,7 @@ def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = Fa
     if identical:
         pixels = [crops[:1].expand_as(crops).contiguous() for crops in pixels]
     grid_mask = torch.rand(V * size, 16, generator=draw) < 0.4
-    # a crop without a mask counts in the mean over crops all the same
+    # a crop without a mask still counts in the mean over crops
     grid_mask[1] = False
     grid_mask &= masked
     index = grid_mask.flatten().nonzero()[:, 0]
@@ -78,7 +78,7 @@ def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = Fa
     return Batch(seed * 100 + np.arange(size), pixels[0], pixels[1], masks)
 
 
-def handles_of(teacher: Learner) -> TeacherPrototypes:
+def handles_of(teacher: SSLModel) -> TeacherPrototypes:
     patch_head = teacher.patch_head
     return TeacherPrototypes(
         PlainWeight(teacher.global_head.prototypes.weight),
@@ -87,13 +87,13 @@ def handles_of(teacher: Learner) -> TeacherPrototypes:
 
 
 def targets_of(
-    config: Config, teacher: Learner, batches: list[Batch], weights: LossWeights = RECIPE_WEIGHTS
+    config: Config, teacher: SSLModel, batches: list[Batch], weights: LossWeights = RECIPE_WEIGHTS
 ) -> list[Targets]:
-    features = [teacher(batch, weights=weights) for batch in batches]
+    features = [teacher.teacher_features(batch, weights) for batch in batches]
     return TargetMaker(config.objective).make(features, handles_of(teacher), TEMPERATURE)
 
 
-def gram_targets(config: Config, teacher: Learner, batch: Batch) -> GramTargets:
+def gram_targets(config: Config, teacher: SSLModel, batch: Batch) -> GramTargets:
     anchor = GramTeacher(config).to(next(teacher.parameters()).dtype)
     anchor.load_state_dict({key: value for key, value in teacher.state_dict().items() if key.startswith("backbone.")})
     return GramTargets(anchor(batch.global_crops, (4, 4)), "image", "keep", "all", chunk_bytes=2**16)
@@ -109,11 +109,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_packed_step_equals_the_plain_one(name: str) -> None:
+def test_packed_step_equals_the_reference(name: str) -> None:
     check_step(0, 1, name)
 
 
-def test_packed_step_over_two_ranks_equals_the_plain_one(tmp_path: Path) -> None:
+def test_packed_step_over_two_ranks_equals_the_reference(tmp_path: Path) -> None:
     run_on_ranks(check_steps, tmp_path)
 
 
@@ -123,9 +123,9 @@ def check_steps(rank: int) -> None:
 
 
 def check_step(rank: int, ranks: int, name: str) -> None:
-    """Each loss and the gradient of a step of two micro-batches, dealt to the ranks, against float64."""
+    """Compare each loss and the gradient of a step of two micro-batches over the ranks with float64."""
     config = config_of(dict(OBJECTIVES[name]))
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batches = [batch_of(0), batch_of(1)]
     weights = LossWeights(0.7, 1.3, 0.2, gram=2.0)
     exact = deepcopy(student).double()
@@ -136,7 +136,7 @@ def check_step(rank: int, ranks: int, name: str) -> None:
 
     mine = batches[rank::ranks]
     for batch, targets, losses in zip(mine, targets_of(config, teacher, mine), expected[rank::ranks], strict=True):
-        got = student(batch, replace(targets, gram=gram_targets(config, teacher, batch)), weights)
+        got = student.student_losses(batch, replace(targets, gram=gram_targets(config, teacher, batch)), weights)
         assert got.keys() == {"total", *losses}
         for term, loss in losses.items():
             torch.testing.assert_close(got[term].double(), loss.detach(), rtol=1e-5, atol=1e-6)
@@ -150,7 +150,7 @@ def check_step(rank: int, ranks: int, name: str) -> None:
 
 def test_targets_do_not_depend_on_the_micro_batch() -> None:
     config = config_of()
-    teacher = learner_of(config, 1)
+    teacher = ssl_model_of(config, 1)
     batches = [batch_of(0), batch_of(1)]
     together = targets_of(config, teacher, batches)
     alone = targets_of(config, teacher, batches[:1])
@@ -163,11 +163,11 @@ def test_targets_do_not_depend_on_the_micro_batch() -> None:
 
 def test_a_term_of_weight_zero_calls_no_head() -> None:
     config = config_of()
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     called: list[str] = []
-    for owner, learner in (("student", student), ("teacher", teacher)):
+    for owner, model in (("student", student), ("teacher", teacher)):
         for head in ("global_head", "patch_head"):
-            module = getattr(learner, head).projection
+            module = getattr(model, head).projection
             module.register_forward_hook(lambda *_, name=f"{owner}.{head}": called.append(name))
     batch = batch_of(0)
     for weights, expected in (
@@ -180,25 +180,25 @@ def test_a_term_of_weight_zero_calls_no_head() -> None:
     ):
         called.clear()
         (targets,) = targets_of(config, teacher, [batch], weights)
-        losses = student(batch, targets, weights)
+        losses = student.student_losses(batch, targets, weights)
         assert called == expected
         assert "koleo" not in losses and len(losses) == 1 + len(expected) // 2
 
 
-def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
+def test_the_teacher_is_skipped_if_no_loss_needs_it() -> None:
     config = config_of()
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     teacher.backbone.embedding.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
     weights = LossWeights(0.0, 0.0, 1.0)
-    losses = student(batch_of(0), targets_of(config, teacher, [batch_of(0)], weights)[0], weights)
+    losses = student.student_losses(batch_of(0), targets_of(config, teacher, [batch_of(0)], weights)[0], weights)
     assert losses.keys() == {"total", "koleo"}
 
 
 def test_a_batch_without_any_mask_has_no_patch_loss() -> None:
     config = config_of()
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batch = batch_of(0, masked=False)
-    losses = student(batch, targets_of(config, teacher, [batch])[0])
+    losses = student.student_losses(batch, targets_of(config, teacher, [batch])[0])
     losses["total"].backward()
     assert losses["patch"] == 0.0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
@@ -208,7 +208,7 @@ def test_teacher_features_in_chunks_equal_the_whole() -> None:
     config = config_of()
     chunked = config.model_copy(update={"teacher": config.teacher.model_copy(update={"chunk": 2})})
     batch = batch_of(0)
-    whole, pieces = (learner_of(c, 1)(batch) for c in (config, chunked))
+    whole, pieces = (ssl_model_of(c, 1).teacher_features(batch) for c in (config, chunked))
     torch.testing.assert_close(pieces.global_features, whole.global_features)
     torch.testing.assert_close(pieces.patch_features, whole.patch_features)
     assert not whole.global_features.requires_grad
@@ -216,11 +216,11 @@ def test_teacher_features_in_chunks_equal_the_whole() -> None:
 
 def test_a_step_repeats_bit_for_bit_and_another_slot_differs() -> None:
     config = config_of(drop_path=0.4, rope_rescale=2.0)
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batch = batch_of(0)
     (targets,) = targets_of(config, teacher, [batch])
     elsewhere = Batch(batch.slots + B, batch.global_crops, batch.local_crops, batch.masks)
-    first, again, other = (student(b, targets)["total"].detach() for b in (batch, batch, elsewhere))
+    first, again, other = (student.student_losses(b, targets)["total"].detach() for b in (batch, batch, elsewhere))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -238,21 +238,22 @@ def test_a_step_repeats_bit_for_bit_and_another_slot_differs() -> None:
 def test_odd_batches_and_large_logits(
     size: int, masked: bool, identical: bool, scale: float, name: str, untied: str, seed: int
 ) -> None:
-    """Where the formulas have a value it is ours; and everything is finite, also in bf16."""
+    """Losses agree with the formulas where these have a value, and are finite, also in bf16."""
     config = config_of(deepcopy(OBJECTIVES[name]), untied_norms=untied)
-    student, teacher = learner_of(config, seed), learner_of(config, seed + 1)
+    student, teacher = ssl_model_of(config, seed), ssl_model_of(config, seed + 1)
     batch = batch_of(seed, masked, size, identical)
-    for learner in (student, teacher):
-        for head in (learner.global_head, learner.patch_head):
+    for model in (student, teacher):
+        for head in (model.global_head, model.patch_head):
             if head is not None:
                 largest = head.prototypes.weight.norm(dim=1).max()
                 head.prototypes.weight.data *= scale / largest.detach()
-    exact = [deepcopy(learner).double() for learner in (student, teacher)]
+    exact = [deepcopy(model).double() for model in (student, teacher)]
     (expected,) = plain_losses(config, *exact, [batch], TEMPERATURE)
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = deepcopy(student).to(dtype), deepcopy(teacher).to(dtype)
         (targets,) = targets_of(config, theirs, [batch])
-        losses = ours(batch, replace(targets, gram=gram_targets(config, theirs, batch)), LossWeights(gram=1.0))
+        targets = replace(targets, gram=gram_targets(config, theirs, batch))
+        losses = ours.student_losses(batch, targets, LossWeights(gram=1.0))
         losses["total"].backward()
         assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
         assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
@@ -263,10 +264,10 @@ def test_odd_batches_and_large_logits(
 
 def test_centres_move_once_a_step_and_are_restored() -> None:
     config = config_of({"centering": "softmax"})
-    teacher = learner_of(config, 1)
+    teacher = ssl_model_of(config, 1)
     maker = TargetMaker(config.objective)
     batches = [batch_of(0), batch_of(1)]
-    first, second = ([teacher(batch) for batch in some] for some in (batches, batches[1:]))
+    first, second = ([teacher.teacher_features(batch) for batch in some] for some in (batches, batches[1:]))
     maker.make(first, handles_of(teacher), TEMPERATURE)
     means = [
         (torch.cat([each.global_features for each in step]) @ teacher.global_head.prototypes.weight.T).mean(0).detach()
@@ -281,27 +282,27 @@ def test_centres_move_once_a_step_and_are_restored() -> None:
     maker.load_state_dict(state)
     other = TargetMaker(config.objective)
     other.load_state_dict(state)
-    features = [teacher(batches[0])]
+    features = [teacher.teacher_features(batches[0])]
     pair = [m.make(features, handles_of(teacher), TEMPERATURE)[0].patch_assignment for m in (maker, other)]
     assert pair[0] is not None and pair[1] is not None and torch.equal(pair[0].row, pair[1].row)
 
 
 def test_the_gram_term_adds_to_the_others_and_changes_none_of_them() -> None:
     config = config_of()
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batch = batch_of(0)
     weights = LossWeights(gram=2.0)
     (targets,) = targets_of(config, teacher, [batch], weights)
     wanted = torch.randn(V * B, 16, config.model.dim, generator=torch.Generator().manual_seed(0))
     targets = replace(targets, gram=GramTargets(wanted, "image", "keep", "all", chunk_bytes=2**16))
-    losses = student(batch, targets, weights)
-    without = student(batch, targets, replace(weights, gram=0.0))
+    losses = student.student_losses(batch, targets, weights)
+    without = student.student_losses(batch, targets, replace(weights, gram=0.0))
     for name in ("global", "patch", "koleo"):
         torch.testing.assert_close(without[name], losses[name])
     torch.testing.assert_close(losses["total"], without["total"] + 2.0 * losses["gram"])
 
 
-def test_a_gram_teacher_of_larger_crops_keeps_to_the_grid_of_the_student() -> None:
+def test_gram_features_of_larger_crops_are_resized_to_the_student_grid() -> None:
     config = config_of()
     gram_teacher = GramTeacher(config)
     initialise(gram_teacher, config.model, 0)
@@ -309,16 +310,18 @@ def test_a_gram_teacher_of_larger_crops_keeps_to_the_grid_of_the_student() -> No
     assert gram_teacher(crops, (4, 4)).shape == (2, 16, config.model.dim)
 
 
-def test_local_weight_scales_the_local_pairs_and_spares_their_crops_at_zero() -> None:
+def test_local_weight_scales_the_local_pairs_and_skips_local_crops_at_zero() -> None:
     config = config_of()
-    student, teacher = learner_of(config, 0), learner_of(config, 1)
+    student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batch = batch_of(0)
     (targets,) = targets_of(config, teacher, [batch])
-    full, half, none = (student(batch, targets, LossWeights(local_loss=x))["global"] for x in (1.0, 0.5, 0.0))
+    full, half, none = (
+        student.student_losses(batch, targets, LossWeights(local_loss=x))["global"] for x in (1.0, 0.5, 0.0)
+    )
     torch.testing.assert_close(half, (full + none) / 2)
     assert none < half
     empty = replace(batch, local_crops=torch.zeros(0, 8, 8, 3, dtype=torch.uint8))
-    torch.testing.assert_close(student(empty, targets, LossWeights(local_loss=0.0))["global"], none)
+    torch.testing.assert_close(student.student_losses(empty, targets, LossWeights(local_loss=0.0))["global"], none)
 
 
 def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
@@ -331,9 +334,9 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
         "groups": {"distributed": True, "group_size": 1},
     }.items():
         config = config_of({"koleo": keys})
-        learner = learner_of(config, 1)
-        (targets,) = targets_of(config, learner, [batch], weights)
-        found[name] = float(learner(batch, targets, weights)["total"].detach())
+        model = ssl_model_of(config, 1)
+        (targets,) = targets_of(config, model, [batch], weights)
+        found[name] = float(model.student_losses(batch, targets, weights)["total"].detach())
     assert found["nearest"] == found["all_ranks"] and found["two"] < found["nearest"]
     # groups of one sample have no neighbours
     assert found["groups"] == 0.0
@@ -341,17 +344,17 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
 
 @for_each_dtype
 @pytest.mark.parametrize("kernels", [True, False])
-def test_students_and_teachers_compute_by_kernels_where_they_may(
+def test_students_and_teachers_use_the_kernels_if_enabled(
     kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(dim=64)
-    monkeypatch.setattr(cpu_build._Selection, "enabled", kernels)
-    learner, gram = learner_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
-    gram.backbone.load_state_dict(learner.backbone.state_dict())
-    exact = learner_of(config, 0).double()(batch_of(0).global_crops).patches
+    monkeypatch.setattr(_Choice, "wanted", kernels)
+    model, gram = ssl_model_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
+    gram.backbone.load_state_dict(model.backbone.state_dict())
+    exact = ssl_model_of(config, 0).double().features(batch_of(0).global_crops).patches
     called = record_kernel_calls(monkeypatch.setattr)
     with torch.no_grad():
-        for found in (learner(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):
+        for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):
             assert (found.float() - exact).norm() < 0.05 * exact.norm()
-    # two blocks of two branches, for either
+    # two blocks of two branches in each network
     assert len(called) == (8 if kernels else 0)

@@ -1,4 +1,4 @@
-"""Later stages in the whole line: Gram anchoring with mixed sizes, killed and resumed, and distillation."""
+"""Later stages in real processes: Gram anchoring with mixed sizes, killed and resumed, and distillation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Path, tmp_path: Path) -> None:
+def test_a_gram_stage_killed_between_refreshes_resumes_bit_for_bit(stage_one: Path, tmp_path: Path) -> None:
     def words(run: str) -> list[str]:
         return [*command(stage_one / "set", tmp_path / run, *GRAM), "--resume", str(stage_one / "run")]
 
@@ -56,11 +56,11 @@ def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Pa
     assert straight == broken and list(straight) == list(range(4, 12))
     ours, theirs = (checkpoint.read_weights(tmp_path / run, 11, "student") for run in ("straight", "broken"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    # the weight is 0 in the step after the delay, and the term costs nothing there
+    # the weight is 0 in the step after the delay, where the term is not computed
     assert "loss/gram" not in straight[4] and all("loss/gram" in straight[step] for step in range(5, 12))
     assert {"optim/gradient_norm", "optim/gradient_norm/backbone", "optim/gradient_norm/patch_head"} <= set(straight[4])
 
-    # the Gram teacher is the average of the last refresh, after 8 steps
+    # the Gram teacher is the EMA at the last refresh, after 8 steps
     with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 11)) as reader:
         gram = {name: reader.read_full(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
     with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 9)) as reader:
@@ -89,7 +89,7 @@ def test_a_mixed_resolution_stage_sees_each_size_in_its_share(stage_one: Path, t
     assert sum(seen.values()) == 40 and all(abs(seen[side] - 40 * share) <= 1 for side, (share, _) in sizes.items())
 
 
-def test_a_gram_teacher_from_a_checkpoint_and_none_that_does_not_fit(stage_one: Path, tmp_path: Path) -> None:
+def test_a_gram_teacher_from_a_checkpoint_and_one_of_another_model(stage_one: Path, tmp_path: Path) -> None:
     folder = checkpoint.step_folder(stage_one / "run", 2)
     given = ["run.steps=1", "objective.gram.weight=1.0", f"objective.gram.teacher={folder}"]
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 1)
@@ -108,7 +108,7 @@ def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Pa
     results = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert all(record["loss/patch"] > 0 for record in logged(tmp_path / "run").values())
-    # the student's average is there for whoever exports or evaluates it
+    # the checkpoint has the student's EMA for export and evaluation
     assert checkpoint.read_weights(tmp_path / "run")["backbone.norm.weight"].shape == (16,)
     for overrides, told in (
         (["objective.global_loss.head.prototypes=33"], "objective.global_loss.head.prototypes is 33, but the teacher"),

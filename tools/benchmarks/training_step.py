@@ -150,7 +150,7 @@ def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int,
             batches = [next(stream) for _ in range(accumulation)]
             phases.end("data_wait")
             start.end("loader")
-            features = [teacher(batch, None, weights) for batch in batches]
+            features = [teacher.teacher_features(batch, weights) for batch in batches]
             phases.end("teacher")
             targets = maker.make(features, teacher_prototypes, 0.07)
             phases.end("targets")

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, in real runs: such a step changes nothing on any rank, and is told and written down."""
+"""Non-finite losses and gradients in real runs: such a step changes nothing on any rank and is recorded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def poisoned(plan: dict[str, object], words: list[str], ranks: int = 2) -> list[
 
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Masters, moments and averages, whole, and the softmax centres."""
+    """Return the whole masters, moments and EMA, and the softmax centres."""
     folder = checkpoint.step_folder(run, step)
     with checkpoint.open_checkpoint(folder) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -37,7 +37,7 @@ def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("clip_per", ["global", "module"])
-def test_the_step_after_a_bad_one_is_sound_where_a_rank_holds_padding_alone(
+def test_training_continues_after_a_non_finite_step_with_a_rank_of_padding_only(
     clip_per: str, shards: Path, tmp_path: Path
 ) -> None:
     words = command(shards, tmp_path / "run", "run.steps=3")
@@ -45,16 +45,17 @@ def test_the_step_after_a_bad_one_is_sound_where_a_rank_holds_padding_alone(
     plan = json.dumps({"what": "loss", "rank": 2, "steps": [2]})
     results = run_ranks([SCRIPT, plan, *words[1:], *small, f"optim.clip_per={clip_per}"], 3)
     assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {2}"])] * 3, results[0][2]
-    assert [line.partition(",")[0] for line in warnings(results[0][2])] == ["warning: step 2 was left out"]
+    (line,) = warnings(results[0][2])
+    assert line.startswith("warning: step 2 was skipped because a loss is not finite; see ")
 
 
 def warnings(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith("warning")]
 
 
-def test_a_bad_number_on_one_rank_changes_nothing_on_any(shards: Path, tmp_path: Path) -> None:
+def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # the last step of a run is saved however it was
+    # the last step of a run is saved even if it was skipped
     words = command(shards, run, "run.steps=3")
     results = poisoned({"what": "gradient", "rank": 1, "steps": [3]}, words)
     assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {2}"])] * 2, results[0][2]
@@ -65,7 +66,7 @@ def test_a_bad_number_on_one_rank_changes_nothing_on_any(shards: Path, tmp_path:
     assert sum(torch.equal(before[name], earlier[name]) for name in before) < 20
 
     record = run / "anomalies" / "step-000000003.json"
-    assert warnings(results[0][2]) == [f"warning: step 3 was left out, since the gradient is not finite; see {record}"]
+    assert warnings(results[0][2]) == [f"warning: step 3 was skipped because the gradient is not finite; see {record}"]
     assert warnings(results[1][2]) == []
     document = json.loads(record.read_text())
     assert document["not_finite"] == "gradient" and document["in_a_row"] == document["skipped"] == 1
@@ -75,11 +76,11 @@ def test_a_bad_number_on_one_rank_changes_nothing_on_any(shards: Path, tmp_path:
     assert [part["slots"] for part in document["ranks"][1]["micro_batches"]] == [[40, 43], [44, 47]]
     assert document["ranks"][0]["micro_batches"][0]["global_crops"]["count"] == 8
 
-    # it goes on, with the count of the updates that there were; and a loss alone is found as well
+    # resume with the right number of updates; a non-finite loss alone is found as well
     words = command(shards, run, "run.steps=6", "run.checkpoint_every=4")
     results = poisoned({"what": "loss", "rank": 0, "steps": [4]}, words)
     assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {4}"])] * 2, results[0][2]
-    # none falls due in a bad step
+    # no checkpoint is saved at a skipped step
     assert not checkpoint.step_folder(run, 4).exists() and checkpoint.step_folder(run, 6).exists()
     document = json.loads((run / "anomalies" / "step-000000004.json").read_text())
     assert document["not_finite"] == "loss" and document["ranks"][1]["images"] == []
@@ -90,22 +91,22 @@ def test_a_bad_number_on_one_rank_changes_nothing_on_any(shards: Path, tmp_path:
     assert lines[3]["optim/gradient_norm"] is None and lines[3]["loss/total"] and lines[4]["loss/total"] is None
 
 
-def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path) -> None:
+def test_too_many_non_finite_steps_in_a_row_end_the_run(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(shards, run, "run.steps=9", "run.max_bad_steps=2", "optim.clip_per=module")
     results = poisoned({"what": "gradient", "rank": 1, "steps": [2, 4, 5, 6]}, words)
     for code, _, errors in results:
         last = errors.strip().splitlines()[-1]
-        assert code == 2 and last.startswith("error: 2 steps in a row, 4 to 5, had a loss or gradient that is not fini")
-        assert f"the last good checkpoint is {checkpoint.step_folder(run, 3)}. Look into {run / 'anomalies'}" in last
+        assert code == 2 and last.startswith("error: 2 steps in a row, 4 to 5, had a non-finite loss or gradient")
+        assert f"the last good checkpoint is {checkpoint.step_folder(run, 3)}. Inspect {run / 'anomalies'}" in last
     assert len(warnings(results[0][2])) == 3
 
 
-def test_weights_that_are_not_finite_are_not_saved(shards: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_saved(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(shards, run, "run.steps=9", "data.micro_batch=16")
-    # too late for the step's own gradient, as a fault of the memory would be
+    # after the step's gradient was checked, as by a memory fault
     ((code, _, errors),) = poisoned({"what": "weight", "rank": 0, "steps": [3]}, words, 1)
     last = errors.strip().splitlines()[-1]
-    assert code == 2 and "weights after step 3 hold numbers that are not finite, and are not saved" in last
+    assert code == 2 and "weights after step 3 are not finite and were not saved" in last
     assert str(checkpoint.step_folder(run, 2)) in last and not checkpoint.step_folder(run, 3).exists()

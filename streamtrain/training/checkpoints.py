@@ -1,0 +1,109 @@
+"""The checkpoint policy of a run: the steps and kinds to save, the saved values, and the best checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from streamtrain.checkpoint.retention import best_value
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
+from streamtrain.config.run import RunConfig
+from streamtrain.config.tree import Config
+from streamtrain.data.loader import Loader
+from streamtrain.diagnostics.non_finite import NonFiniteSteps
+from streamtrain.engine.runtime import Runtime
+from streamtrain.reporting.sink import MetricsSink
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS
+from streamtrain.run.resume_policy import build_provenance
+from streamtrain.run.signals import Requests
+from streamtrain.training.build import Networks
+from streamtrain.training.step import StepResult, is_due
+
+
+def kinds_to_save(step: int, stop_request: int, applied: bool, is_best: bool, config: RunConfig) -> list[str]:
+    """Return the kinds (checkpoints, snapshots) to save after ``step``.
+
+    Args:
+        stop_request: 0 or a request to save or stop.
+        applied: whether the step changed the weights.
+        is_best: whether the step's evaluation is the best so far.
+    """
+    kinds = []
+    if stop_request or step == config.steps or (applied and (is_best or is_due(step, config.checkpoint_every))):
+        kinds.append(CHECKPOINTS)
+    if applied and is_due(step, config.snapshot_every):
+        kinds.append(SNAPSHOTS)
+    return kinds
+
+
+class CheckpointPolicy:
+    """Decides after each step what to save, and starts the save; every rank calls the methods."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, saver: CheckpointWriter, sink: MetricsSink,
+        non_finite: NonFiniteSteps, requests: Requests,
+    ) -> None:  # fmt: skip
+        self._config, self._runtime, self._networks, self._loader = config, runtime, networks, loader
+        self._saver, self._sink, self._non_finite, self._requests = saver, sink, non_finite, requests
+        self._run_dir = Path(config.run.dir)
+        self._provenance = build_provenance(config, runtime.description["dtype"])
+
+    def after_step(self, result: StepResult, metrics: Mapping[str, float]) -> None:
+        """Start the saves that are due after a step with these ``metrics``.
+
+        Raises:
+            DivergedError: if the weights to save are not finite.
+        """
+        saver, requests, step = self._saver, self._requests, result.step
+        self._report_warnings(step)
+        best = self._new_best(step, metrics)
+        kinds = kinds_to_save(step, result.stop_request, result.applied, best is not None, self._config.run)
+        if kinds or not result.applied:
+            # the checkpoint being written must be complete if the run ends here with an error that names it
+            self.wait(step)
+        if not kinds:
+            return
+        self._non_finite.check_weights(step, self._networks.student.is_finite(), self._runtime.device)
+        state = {"data": self._loader.state_dict(result.next_slot), "skipped_steps": self._non_finite.skipped}
+        if CHECKPOINTS in kinds:
+            requests.mark_save_started()
+        contents = checkpoint_contents(kinds, self._provenance | state, self._networks)
+        saver.save(step, contents, requests.mark_save_finished, best)
+
+    def wait(self, step: int) -> None:
+        """Wait until no checkpoint is being written; report failed writes at ``step``."""
+        self._saver.wait()
+        self._report_warnings(step)
+
+    def _report_warnings(self, step: int) -> None:
+        for line in self._saver.warnings():
+            self._sink.warn(step, line)
+
+    def _new_best(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+        """Return the step, metric and value of ``evaluation.best`` if it is the highest so far."""
+        name = self._config.evaluation.best
+        if name is None or f"eval/{name}" not in metrics:
+            return None
+        # the best checkpoint so far counts only once it is written
+        self._saver.wait()
+        value, highest = metrics[f"eval/{name}"], best_value(self._run_dir, name, step)
+        # rank 0 decides: the last digits may differ between ranks, but all ranks save or none
+        is_best = torch.tensor(float(math.isfinite(value) and (highest is None or value > highest)))
+        is_best = is_best.to(self._runtime.device)
+        dist.broadcast(is_best, 0)
+        return {"step": step, "metric": name, "value": value} if is_best else None
+
+
+def checkpoint_contents(kinds: list[str], state: dict[str, Any], networks: Networks) -> dict[str, CheckpointPayload]:
+    """Return the contents of a checkpoint, and of a snapshot of the teacher, by kind."""
+    student = networks.student
+    shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
+    teacher_shards = networks.teacher.shards()
+    shards = student.shards() | teacher_shards | networks.gram.shards()
+    whole = CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state)
+    return {kind: whole if kind == CHECKPOINTS else CheckpointPayload(teacher_shards, {}, shapes, {}) for kind in kinds}

@@ -1,0 +1,199 @@
+"""One optimiser step: scheduled values, teacher pass, targets, student pass, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from streamtrain.config.schedules import value_at
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.diagnostics.collapse import CollapseMetrics, measure_collapse
+from streamtrain.engine.runtime import Runtime
+from streamtrain.objective.prototypes import prototype_mass
+from streamtrain.objective.targets import Targets
+from streamtrain.training.build import Networks
+from streamtrain.training.ssl_model import LossWeights
+
+# yields the items of an iterable unchanged; ``HangDetector.wrap``, to which each item is a sign of progress
+Wrap = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The scheduled values of one optimiser step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temperature: float
+    last_layer_frozen: bool
+    backbone_frozen: bool
+    weights: LossWeights
+
+    @classmethod
+    def at(cls, step: int, config: Config, global_batch: int) -> StepValues:
+        """Return the values of the step that follows ``step`` completed ones."""
+        schedules, objective, steps = config.schedules, config.objective, config.run.steps
+        return cls(
+            lr=value_at(schedules.lr, step, steps) * config.optim.lr_factor(global_batch),
+            weight_decay=value_at(schedules.weight_decay, step, steps),
+            momentum=value_at(schedules.momentum, step, steps),
+            teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
+            last_layer_frozen=step < schedules.freeze_last_layer,
+            backbone_frozen=step < config.init.freeze_backbone_steps,
+            weights=LossWeights(
+                global_loss=value_at(objective.global_loss.weight, step, steps),
+                patch_loss=value_at(objective.patch_loss.weight, step, steps),
+                koleo=value_at(objective.koleo.weight, step, steps),
+                gram=value_at(objective.gram.weight, step, steps),
+                local_loss=value_at(objective.global_loss.local_weight, step, steps),
+            ),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the values by tag."""
+        return {
+            "optim/lr": self.lr,
+            "optim/weight_decay": self.weight_decay,
+            "teacher/momentum": self.momentum,
+            "teacher/temperature": self.teacher_temperature,
+        }
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A completed optimiser step, for the observers and the checkpoint policy."""
+
+    # from 1
+    step: int
+    # the stream's next slot
+    next_slot: int
+    values: StepValues
+    # of this rank, one entry per micro-batch
+    batches: Sequence[Batch]
+    targets: Sequence[Targets]
+    losses: Sequence[dict[str, Tensor]]
+    # over micro-batches and ranks
+    mean_losses: dict[str, float]
+    # False: a loss or the gradient of some rank was not finite, and no rank changed anything
+    applied: bool
+    gradient_norms: dict[str, float]
+    # highest exit code requested on any rank; 0: continue
+    stop_request: int
+    # measured before the teacher's update; None if not due
+    collapse: CollapseMetrics | None
+    prototype_mass: Tensor | None
+    # values of this rank's gradient by part of the network; empty if not due
+    gradient_samples: dict[str, Tensor]
+
+    def metrics(self) -> dict[str, float]:
+        """Return losses, scheduled values and gradient norms by tag."""
+        losses = {f"loss/{name}": value for name, value in self.mean_losses.items()}
+        return losses | self.values.metrics() | self.gradient_norms
+
+
+def train_step(
+    step: int,
+    config: Config,
+    runtime: Runtime,
+    networks: Networks,
+    loader: Iterator[Batch],
+    *,
+    wrap: Wrap = iter,
+    before_update: Callable[[], None] = lambda: None,
+    stop_request: Callable[[], int] = lambda: 0,
+) -> StepResult:
+    """Run optimiser step ``step`` (from 1); every rank calls this.
+
+    Args:
+        wrap: iterates over the micro-batches.
+        before_update: called before any value that a checkpoint saves is changed.
+        stop_request: returns the exit code requested on this rank, 0 to continue.
+    """
+    global_batch, accumulation = config.batch_split(runtime.world_size)
+    student, teacher, gram = networks.student, networks.teacher, networks.gram
+    values = StepValues.at(step - 1, config, global_batch)
+    student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
+    student.sample_gradients = draws_histograms(step, config) and runtime.rank == 0
+
+    batches = [next(loader) for _ in wrap(range(accumulation))]
+    gram.refresh(step - 1, values.weights.gram, teacher, before_update)
+    features = [networks.target_teacher.teacher_features(batch, values.weights) for batch in wrap(batches)]
+    targets = networks.target_maker.make(features, networks.teacher_prototypes, values.teacher_temperature)
+    collapse, mass = _measure_teacher(step, config, targets)
+
+    losses = []
+    for batch, target in zip(wrap(batches), targets, strict=True):
+        target = replace(target, gram=gram.targets(batch, values.weights.gram))
+        losses.append(student.accumulate(batch, target, values.weights))
+        student.step(before_update)
+    if student.applied:
+        teacher.update(values.momentum)
+    else:
+        networks.target_maker.revert()
+
+    mean_losses, stop_code = reduce_losses_and_stop_code(losses, stop_request(), runtime)
+    return StepResult(
+        step=step,
+        next_slot=int(batches[0].slots[0]) + (runtime.world_size - runtime.rank) * (global_batch // runtime.world_size),
+        values=values,
+        batches=batches,
+        targets=targets,
+        losses=losses,
+        mean_losses=mean_losses,
+        applied=student.applied,
+        gradient_norms=student.gradient_norms(),
+        stop_request=stop_code,
+        collapse=collapse,
+        prototype_mass=mass,
+        gradient_samples=student.gradient_samples if student.sample_gradients else {},
+    )
+
+
+def reduce_losses_and_stop_code(
+    losses: Sequence[dict[str, Tensor]], exit_code: int, runtime: Runtime
+) -> tuple[dict[str, float], int]:
+    """Return the losses averaged over micro-batches and ranks, and the highest exit code of any rank.
+
+    One all-reduce carries both, and all ranks get the same code: they must stop at the same step, because a
+    collective waits for every rank.
+    """
+    names = sorted(losses[0])
+    mean = torch.stack([torch.stack([loss[name].float() for name in names]) for loss in losses]).mean(0)
+    codes = torch.zeros(runtime.world_size, device=mean.device)
+    codes[runtime.rank] = exit_code
+    message = torch.cat([mean / runtime.world_size, codes])
+    dist.all_reduce(message)
+    values = message.tolist()
+    return dict(zip(names, values, strict=False)), int(max(values[len(names) :]))
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether an action with an interval of ``every`` steps (0: never) follows ``step``."""
+    return every > 0 and step % every == 0
+
+
+def draws_histograms(step: int, config: Config) -> bool:
+    """Return whether histograms of ``step`` are drawn and shown."""
+    return is_due(step, config.monitor.histogram_every) and bool(config.monitor.tensorboard or config.monitor.trackers)
+
+
+def _measure_teacher(
+    step: int, config: Config, targets: Sequence[Targets]
+) -> tuple[CollapseMetrics | None, Tensor | None]:
+    """Return the collapse metrics and the prototype mass of the teacher behind ``targets``; None where not due."""
+    every, chunk_bytes = config.monitor.collapse.every, config.objective.chunk_bytes
+    collapse = mass = None
+    if every and (step == 1 or is_due(step, every)):
+        collapse = measure_collapse(targets, config.crops.global_count, config.monitor.collapse.images, chunk_bytes)
+    first = targets[0]
+    features, prototypes = first.features.global_features, first.teacher_prototypes.global_head
+    if draws_histograms(step, config) and features is not None and prototypes is not None:
+        mass = prototype_mass(features, prototypes, first.teacher_temperature, chunk_bytes)
+    return collapse, mass
