@@ -21,3 +21,7 @@ class CheckpointError(StreamtrainError):
 
 class DivergedError(StreamtrainError):
     """Training has come to numbers that are not finite, and going on would be of no use."""
+
+
+class TrainingError(StreamtrainError):
+    """``streamtrain.train`` failed or was stopped early; the message is the last error line of the run."""

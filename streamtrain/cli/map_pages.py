@@ -1,4 +1,4 @@
-"""The pages of ``tools/visualize.py`` that need a network: similarity, principal components, attention."""
+"""The pages of ``streamtrain visualize`` that need a network: similarity, principal components, attention."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 import torch
-from backbone_arguments import load_backbone
 from PIL import Image
 
+from streamtrain.cli.backbone import load_selected_backbone
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.canvas import Tile, colour_bar, compose, enlarge, mark, viridis
 from streamtrain.evaluation.maps import (
@@ -30,7 +30,7 @@ SHOWN_SIDE = 400  # shorter side in pixels of an image on the page
 def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     """The page of a network's maps."""
     originals = [read_image(path) for path in arguments.image]
-    backbone = load_backbone(arguments)
+    backbone = load_selected_backbone(arguments)
     config = backbone.config
     size = arguments.size or map_size(config.image_size, config.model.patch_size)
     if size < config.model.patch_size:

@@ -1,4 +1,4 @@
-"""The work of ``tools/evaluate.py``: features of labelled images, and how well they tell classes apart."""
+"""The work of ``streamtrain evaluate``: features of labelled images, and how well they tell classes apart."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import torch
-from backbone_arguments import load_backbone
 
+from streamtrain.cli.backbone import load_selected_backbone
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import extract_features, pixel_features
 from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images
@@ -77,7 +77,7 @@ def features_of(
             for images in (train, test)
         ]
         return {"features": "pixels", "size": size}, both[0], both[1]
-    backbone = load_backbone(arguments)
+    backbone = load_selected_backbone(arguments)
     config = backbone.config
     size = size or config.image_size
     check_sizes(size, resize, config.model.patch_size)

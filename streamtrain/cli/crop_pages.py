@@ -1,4 +1,4 @@
-"""The page of ``tools/visualize.py crops``: what augmentation and masks make of images."""
+"""The page of ``streamtrain visualize crops``: what augmentation and masks make of images."""
 
 from __future__ import annotations
 

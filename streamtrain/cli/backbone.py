@@ -1,0 +1,79 @@
+"""The options that select a backbone, the same in every command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamtrain.checkpoint.retention import read_best
+from streamtrain.config.load import load_config, read_resolved
+from streamtrain.errors import StreamtrainError
+
+if TYPE_CHECKING:
+    from streamtrain.interop.load import Backbone
+
+BEST = "best"
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --run, --step, --student, --weights, --untrained and --config."""
+    parser.add_argument("--run", type=Path, help="run directory; its latest checkpoint unless --step is given")
+    parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or best")
+    parser.add_argument("--student", action="store_true", help="with --run: the student instead of the teacher")
+    parser.add_argument("--weights", type=Path, help="an exported folder (ours or transformers') or .safetensors file")
+    parser.add_argument(
+        "--untrained", action="store_true", help="with --run or --config: the network as initialised from its seed"
+    )
+    parser.add_argument("--config", help="with --untrained: a recipe, as for training")
+
+
+def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
+    """Load the backbone that the options select.
+
+    Raises:
+        StreamtrainError: if the options select none, or two.
+    """
+    from streamtrain.interop.load import load_run, load_untrained, load_weights  # torch takes seconds to load
+
+    if arguments.untrained:
+        if (arguments.run is None) == (arguments.config is None):
+            raise StreamtrainError("--untrained needs either --run or --config")
+        return load_untrained(read_resolved(arguments.run) if arguments.run else load_config(arguments.config))
+    if arguments.config:
+        raise StreamtrainError("--config requires --untrained; a trained network comes from --run or --weights")
+    if (arguments.run is None) == (arguments.weights is None):
+        raise StreamtrainError("select the network: give one of --run RUN, --weights W, or --untrained")
+    if arguments.weights:
+        if arguments.step is not None or arguments.student:
+            raise StreamtrainError("--step and --student select a checkpoint of --run; --weights has none")
+        return load_weights(arguments.weights)
+    return load_run(arguments.run, selected_step(arguments), "student" if arguments.student else "teacher")
+
+
+def describe_backbone(arguments: argparse.Namespace) -> str:
+    """Return one word for the selected network."""
+    if arguments.untrained:
+        return "untrained"
+    return "weights" if arguments.weights else "student" if arguments.student else "teacher"
+
+
+def parse_step(text: str) -> int | str:
+    """Parse a number of steps, or ``best``."""
+    if text != BEST and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {BEST}")
+    return text if text == BEST else int(text)
+
+
+def selected_step(arguments: argparse.Namespace) -> int | None:
+    """Return ``--step`` as a number; None selects the latest checkpoint.
+
+    Raises:
+        StreamtrainError: if the run has no best checkpoint.
+    """
+    if arguments.step != BEST:
+        return arguments.step
+    best = read_best(arguments.run)
+    if best is None:
+        raise StreamtrainError(f"{arguments.run} has no best checkpoint: evaluation.best is null or not measured yet")
+    return int(best["step"])
