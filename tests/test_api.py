@@ -66,7 +66,7 @@ def test_a_notebook_packs_trains_embeds_and_exports(tmp_path: Path, monkeypatch:
 
 
 def test_embed_keeps_the_order_of_the_set(tmp_path: Path) -> None:
-    shard_set = packed_set(tmp_path, 10)
+    shard_set = packed_set(tmp_path, 10, shard_bytes=6_000)
     backbone = streamtrain.load_backbone(tiny_weights(tmp_path / "weights"))
     features, keys = streamtrain.embed(backbone, shard_set.path, batch_size=3)
     assert features.shape == (10, 32) and features.dtype == np.float32 and len(np.unique(features, axis=0)) == 10

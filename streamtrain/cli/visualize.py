@@ -11,8 +11,7 @@ from PIL import Image
 from streamtrain.cli.arguments import writing
 from streamtrain.cli.backbone import add_backbone_arguments
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.canvas import Tile, compose
-from streamtrain.evaluation.chart import charts_of
+from streamtrain.evaluation.figures import draw_charts
 from streamtrain.reporting.metrics import read_metrics
 from streamtrain.run.directory import METRICS_NAME
 
@@ -117,9 +116,9 @@ def draw_curves(arguments: argparse.Namespace) -> Image.Image:
         if not path.is_file():
             raise StreamtrainError(f"{run_dir} is not a run directory with results: {METRICS_NAME} is missing")
         runs[str(run_dir)] = list(read_metrics(path))
-    charts = [Tile(chart) for chart in charts_of(runs, arguments.tags)]
-    if not charts:
-        raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}")
     steps = max((record["step"] for records in runs.values() for record in records), default=0)
-    rows = [charts[index : index + 2] for index in range(0, len(charts), 2)]
-    return compose("Curves", f"{', '.join(run_dir.name for run_dir in arguments.run)} · {steps} steps", rows)
+    subtitle = f"{', '.join(run_dir.name for run_dir in arguments.run)} · {steps} steps"
+    page = draw_charts(runs, arguments.tags, "Curves", subtitle)
+    if page is None:
+        raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}")
+    return page

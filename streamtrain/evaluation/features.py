@@ -1,4 +1,4 @@
-"""Frozen features of labelled images, and raw pixels to compare with: decode, resize, centre crop, forward."""
+"""Frozen features of labelled images, and normalised pixels as a baseline."""
 
 from __future__ import annotations
 
@@ -9,26 +9,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from streamtrain.data.batch import normalise
+from streamtrain.data.still_images import centre_crop
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
 from streamtrain.reporting.terminal import progress_bar
 
 
-def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:
-    """Resize the shorter side to ``resize`` pixels (bicubic) and cut the central square: uint8 [size, size, 3]."""
-    side = size / resize * min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    # One resampling of the wanted part only: the margin is never computed.
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
 def crop_batches(images: LabelledImages, resize: int, size: int, batch_size: int, workers: int) -> Iterator[Tensor]:
-    """Batches uint8 [B, size, size, 3] in order; decoded by threads, at most two batches ahead."""
+    """Yield batches uint8 [B, size, size, 3] in order, decoded by ``workers`` threads at most two batches ahead."""
 
     def load(start: int) -> list[Future[np.ndarray]]:
         stop = min(start + batch_size, len(images))
@@ -62,22 +53,20 @@ def extract_features(
     workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """CLS features of every image, on the model's device and in its precision.
+    """Compute the CLS features of every image, on the model's device and in its precision.
 
     Args:
         model: the backbone, in eval mode.
-        images: what to look at.
-        size: side in pixels of the square that the model sees.
+        size: side in pixels of the model's square input.
         mean, std: of the channels, as in training.
-        resize: the shorter side before the centre crop; ``size`` if None, so that nothing but the longer
-            side's ends is cut off.
+        resize: shorter side in pixels before the centre crop; default: ``size``.
 
     Returns:
         features fp32 [N, D] and labels int64 [N], on the CPU.
     """
     parameter = next(model.parameters())
     parts = []
-    for crops in _shown(images, resize or size, size, batch_size, workers, progress):
+    for crops in _read_crops(images, resize or size, size, batch_size, workers, progress):
         inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype)
         parts.append(model.forward_features(inputs).cls.float().cpu())
     return torch.cat(parts), torch.from_numpy(images.labels)
@@ -94,16 +83,16 @@ def pixel_features(
     workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The pixels themselves, normalised, as features: fp32 [N, 3 * size * size] and labels int64 [N]."""
-    batches = _shown(images, resize or size, size, batch_size, workers, progress)
+    """Return the normalised pixels as features: fp32 [N, 3 * size * size], and labels int64 [N]."""
+    batches = _read_crops(images, resize or size, size, batch_size, workers, progress)
     parts = [normalise(crops, mean, std, torch.float32).flatten(1) for crops in batches]
     return torch.cat(parts), torch.from_numpy(images.labels)
 
 
-def _shown(
+def _read_crops(
     images: LabelledImages, resize: int, size: int, batch_size: int, workers: int | None, progress: bool
 ) -> Iterator[Tensor]:
-    """``crop_batches`` under a progress bar."""
+    """Yield ``crop_batches`` with a progress bar."""
     assert resize >= size, (resize, size)
     threads = workers or min(os.cpu_count() or 1, 16)
     with progress_bar(f"reading {images.name}", len(images), "images", shown=progress) as bar:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shards.errors import SampleError
 from shards.randomness import permutation
 from shards.reading.shard_set import ShardSet
+from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -39,17 +39,12 @@ class LabelledImages:
         return len(self.labels)
 
     def decode(self, index: int) -> Image.Image:
-        """Image ``index``, upright, in RGB.
+        """Return image ``index`` upright, in RGB.
 
         Raises:
             StreamtrainError: if it cannot be decoded; names the image.
         """
-        payload, name = self.read(index)
-        try:
-            with Image.open(io.BytesIO(payload)) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise StreamtrainError(f"cannot decode {name}: {error}") from None
+        return decode_image(*self.read(index))
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
         """The images at ``indices``."""

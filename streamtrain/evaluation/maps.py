@@ -1,46 +1,31 @@
-"""Dense features of images, and what can be seen in them: similarity to a patch, principal components."""
+"""Maps of dense features: cosine similarity to a patch, principal components, attention of the CLS token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
-from streamtrain.model.layers import Attention
-from streamtrain.model.layout import Layout
-from streamtrain.model.rope import RopeTable, rotate
+from streamtrain.model.layers import Block
+from streamtrain.model.rope import rotate
 from streamtrain.model.vit import VisionTransformer
 
 LEGIBLE_PATCHES = 24
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file, upright, in RGB.
-
-    Raises:
-        StreamtrainError: if it is missing or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise StreamtrainError(f"cannot read the image {path}: {error}") from None
-
-
 def map_size(image_size: int, patch_size: int) -> int:
-    """Shorter side in pixels at which maps show something: twice the training's, and at least 24 patches."""
+    """Return a legible input size, the shorter side in pixels: twice the training size, at least 24 patches."""
     return max(2 * image_size, LEGIBLE_PATCHES * patch_size)
 
 
 def fit_to_patches(image: Image.Image, size: int, patch_size: int) -> Image.Image:
-    """Scale to a shorter side of about ``size`` pixels, both sides whole numbers of patches."""
+    """Resize to a shorter side of about ``size`` pixels, with both sides multiples of the patch size."""
     scale = size / min(image.size)
     width, height = (max(round(side * scale / patch_size), 1) * patch_size for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -48,11 +33,14 @@ def fit_to_patches(image: Image.Image, size: int, patch_size: int) -> Image.Imag
 
 @torch.inference_mode()
 def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """L2-normalised features of each patch of an image whose sides are multiples of the patch: fp32 [h, w, D]."""
-    parameter = next(model.parameters())
-    pixels = torch.from_numpy(np.array(image)).unsqueeze(0).to(parameter.device)
-    inputs = normalise(pixels, mean, std, parameter.dtype)
-    patches = model.forward_features(inputs).patches[0].float()
+    """Return L2-normalised patch features fp32 [h, w, D], on the CPU.
+
+    Args:
+        model: in eval mode.
+        image: RGB; both sides multiples of the patch size.
+        mean, std: of the channels, as in training.
+    """
+    patches = model.forward_features(_to_input(model, image, mean, std)).patches[0].float()
     grid = (image.height // model.patch_size, image.width // model.patch_size)
     return F.normalize(patches, dim=-1).unflatten(0, grid).cpu()
 
@@ -61,33 +49,36 @@ def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[
 def cls_attention(
     model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
-    """What the CLS token attends to among the patches in the last block: float32 [heads, h, w].
+    """Return the CLS token's attention to the patches in the last block: float32 [heads, h, w].
 
     Each head's map sums to the share of its attention that goes to patches; the rest goes to CLS and registers.
+    The arguments are the same as for ``patch_features``.
     """
-    attention = model.blocks[-1].attention
-    assert isinstance(attention, Attention)
-    maps: list[Tensor] = []
+    inputs = _to_input(model, image, mean, std)
+    layout, tokens = model.layout([inputs]), model.embedding([inputs], [None])
+    (group,) = layout.groups
+    table = model.rope.table(group.grid, tokens.device, tokens.dtype, None)
+    *blocks, last = model.blocks
+    for block in blocks:
+        tokens = block(tokens, layout, [table])
+    assert isinstance(last, Block)
+    # Computed from the block's input: fused kernels never form the attention weights.
+    qkv = layout.views(last.attention.qkv(last.norm1(tokens)))[0].unflatten(-1, (3, last.attention.num_heads, -1))
+    rotated = rotate(qkv[:, :, :2], table).float()
+    query, keys = rotated[0, 0, 0], rotated[0, :, 1]  # CLS query [heads, d], all keys [tokens, heads, d]
+    scores = torch.einsum("hd,thd->ht", query, keys) * query.shape[-1] ** -0.5
+    return scores.softmax(-1)[:, layout.num_prefix :].unflatten(1, group.grid).cpu().numpy()
 
-    def look(module: nn.Module, inputs: tuple[Tensor, Layout, list[RopeTable]]) -> None:
-        tokens, layout, tables = inputs
-        heads = layout.views(attention.qkv(tokens))[0].unflatten(-1, (3, attention.num_heads, -1))
-        turned = rotate(heads[:, :, :2], tables[0]).float()
-        query, keys = turned[0, 0, 0], turned[0, :, 1]  # of CLS [heads, d], of all tokens [tokens, heads, d]
-        scores = torch.einsum("hd,thd->ht", query, keys) * query.shape[-1] ** -0.5
-        maps.append(scores.softmax(-1)[:, layout.num_prefix :])
 
-    handle = attention.register_forward_pre_hook(look)
-    try:
-        patch_features(model, image, mean, std)
-    finally:
-        handle.remove()
-    grid = (image.height // model.patch_size, image.width // model.patch_size)
-    return maps[0].unflatten(1, grid).cpu().numpy()
+def _to_input(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return the image as a normalised batch of one [1, 3, height, width] on the model's device, in its precision."""
+    parameter = next(model.parameters())
+    pixels = torch.from_numpy(np.array(image)).unsqueeze(0).to(parameter.device)
+    return normalise(pixels, mean, std, parameter.dtype)
 
 
 def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[np.ndarray]:
-    """Cosine similarity of one patch of the first image to every patch of every image.
+    """Return the cosine similarity of one patch of the first image to every patch of every image.
 
     Args:
         features: normalised, [h_i, w_i, D] for each image.
@@ -97,23 +88,23 @@ def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[
         float32 [h_i, w_i] for each image, in -1..1.
 
     Raises:
-        StreamtrainError: if the patch lies outside the grid.
+        StreamtrainError: if the patch is outside the grid.
     """
     height, width = features[0].shape[:2]
     row, column = patch
     if not (0 <= row < height and 0 <= column < width):
         raise StreamtrainError(
-            f"patch {row},{column} lies outside the image's grid of {height} rows and {width} columns (from 0)"
+            f"patch {row},{column} is outside the image's grid of {height} rows and {width} columns (from 0)"
         )
     query = features[0][row, column]
     return [(feature @ query).numpy() for feature in features]
 
 
 def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
-    """The first ``count`` principal components of all images' patches together.
+    """Return the first ``count`` principal components of the patches of all images together.
 
-    Each is scaled so that the middle 96 % of all its values fill 0..1, and is turned so that its larger
-    tail is bright: the same picture whatever sign the decomposition happened to take.
+    The middle 96 % of the values of each component are scaled to 0..1. The sign of a component is chosen such that its
+    longer tail is bright, so that the picture does not depend on the sign of the eigenvector.
 
     Args:
         features: [h_i, w_i, D] for each image; at least ``count`` patches in all.
@@ -135,10 +126,10 @@ def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.
 
 
 def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
-    """``principal_components`` of the foreground's patches alone, the ground being black.
+    """Return the principal components of the foreground patches only; background patches are black.
 
-    The foreground is one side of the first component over all patches, parted where the variance between the sides is
-    greatest (Otsu 1979): the side that holds less of the images' borders.
+    The first component over all patches is split at the threshold with the largest variance between the two sides
+    (Otsu 1979). The foreground is the side with the smaller share of the images' borders.
 
     Args:
         features: [h_i, w_i, D] for each image.
@@ -155,7 +146,7 @@ def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np
     kept = [feature[torch.from_numpy(mask)] for feature, mask in zip(features, bright, strict=True)]
     if sum(map(len, kept)) < count:
         return principal_components(features, count)
-    # as one image of a single row
+    # all foreground patches as one image with a single row
     (colours,) = principal_components([torch.cat(kept)[None]], count)
     pieces = np.split(colours[0], np.cumsum([len(part) for part in kept])[:-1])
     maps = []
@@ -167,7 +158,7 @@ def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The threshold in 0..1 that parts the values into two groups as far apart as can be."""
+    """Return the threshold in 0..1 that splits the values with the largest variance between the two groups."""
     counts, edges = np.histogram(values, bins=128, range=(0.0, 1.0))
     below = np.cumsum(counts)[:-1].astype(np.float64)
     sums = np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
@@ -175,6 +166,6 @@ def _otsu(values: np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
     between = np.nan_to_num(below * above * gap**2)
-    # several thresholds may part them alike
+    # several thresholds may split the values equally well
     best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
     return float(edges[1:-1][best].mean())

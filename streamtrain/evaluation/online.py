@@ -41,8 +41,15 @@ class Study:
     """
 
     def __init__(
-        self, embed: Embed, images: HeldOut | None, config: Config, rank: int, world_size: int, device: torch.device,
-        workers: int, beating: Beating,
+        self,
+        embed: Embed,
+        images: HeldOut | None,
+        config: Config,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        workers: int,
+        beating: Beating,
     ) -> None:
         self.embed, self.images, self.config, self.rank, self.world_size = embed, images, config, rank, world_size
         self.device, self._workers, self._beating = device, workers, beating
@@ -121,7 +128,13 @@ class OnlineEvaluation:
     """Runs the evaluators that are chosen, at their interval and within their share of the time."""
 
     def __init__(
-        self, config: Config, images: HeldOut | None, rank: int, world_size: int, device: torch.device, workers: int,
+        self,
+        config: Config,
+        images: HeldOut | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        workers: int,
     ) -> None:
         """``images``: None where there are none, and nothing is evaluated."""
         self._config, self._images = config, images

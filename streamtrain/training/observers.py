@@ -16,10 +16,10 @@ from streamtrain.config.crops import CropSizes
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
+from streamtrain.data.still_images import centre_crop
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.features import centre_crop
 from streamtrain.evaluation.held_out import drawn, first_images, held_out
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.maps import map_size

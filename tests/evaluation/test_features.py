@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from tiny_backbone import class_folder, tiny_backbone
 
+from streamtrain.data.still_images import centre_crop
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.features import centre_crop, extract_features, pixel_features
+from streamtrain.evaluation.features import extract_features, pixel_features
 from streamtrain.evaluation.images import match_classes, open_images, split_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

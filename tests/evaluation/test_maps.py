@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ from tiny_backbone import tiny_backbone
 
 from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.canvas import Tile, colour_bar, compose, mark, viridis
 from streamtrain.evaluation.maps import (
     cls_attention,
     fit_to_patches,
@@ -19,9 +20,12 @@ from streamtrain.evaluation.maps import (
     principal_components,
     similarity_maps,
 )
+from streamtrain.interop.load import Backbone
+from streamtrain.model.layers import Block
+from streamtrain.ops.cpu import build
 
 
-def test_patch_features_lie_where_the_patches_lie() -> None:
+def test_patch_features_are_at_the_positions_of_the_patches() -> None:
     backbone = tiny_backbone()
     pixels = np.full((32, 56, 3), 90, np.uint8)
     changed = pixels.copy()
@@ -36,31 +40,66 @@ def test_patch_features_lie_where_the_patches_lie() -> None:
     assert divmod(int(difference.argmax()), 7) == (1, 5)
 
 
-def test_attention_of_cls_is_that_of_the_block() -> None:
-    backbone = tiny_backbone()
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
-    found = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
-    assert found.shape == (2, 3, 5) and (found >= 0).all() and (found.sum((1, 2)) < 1).all()
-    # The block's own result: values of patches shifted by a constant move the output of CLS by attention x constant.
-    block = backbone.model.blocks[-1]
+def attention_by_probe(backbone: Backbone, image: Image.Image) -> np.ndarray:
+    """Return each head's share of CLS attention on patches, read off the output of the last block's attention."""
     received: list[torch.Tensor] = []
-    block.attention.proj.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0][0].clone()))
-    pixels = torch.from_numpy(np.array(image))[None]
-    inputs = normalise(pixels, backbone.config.mean, backbone.config.std, torch.float32)
-    tokens = 1 + 4 + 15
+    block = backbone.model.blocks[-1]
+    assert isinstance(block, Block)
+    dim, heads = backbone.config.model.dim, backbone.config.model.num_heads
+    inputs = normalise(
+        torch.from_numpy(np.array(image))[None], backbone.config.mean, backbone.config.std, torch.float32
+    )
+    num_tokens = backbone.model.layout([inputs]).length(0)
 
     def probe(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         values = output.clone()
-        values[:, 64:] = 0
-        values[5:tokens, 64:] = 1  # patches carry 1, the others 0
+        values[:, 2 * dim :] = 0
+        values[backbone.model.num_prefix : num_tokens, 2 * dim :] = 1  # patches have value 1, other tokens 0
         return values
 
-    block.attention.qkv.register_forward_hook(probe)
+    block.kernels = False
+    handles = [
+        block.attention.proj.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0][0].clone())),
+        block.attention.qkv.register_forward_hook(probe),
+    ]
     backbone.model.forward_features(inputs)
-    np.testing.assert_allclose(received[0].reshape(2, 16)[:, 0], found.sum((1, 2)), rtol=1e-5)
+    for handle in handles:
+        handle.remove()
+    block.kernels = True
+    return received[0].reshape(heads, -1)[:, 0].numpy()
 
 
-def test_any_image_becomes_whole_patches() -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{}, {"depth": 1, "key_bias": True}, {"dim": 128, "num_heads": 2}, {"qkv_bias": False}]
+)
+def test_attention_of_cls_is_that_of_the_block(fields: dict[str, Any], kernels: bool) -> None:
+    backbone = tiny_backbone(**fields)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    build.use(kernels)
+    try:
+        maps = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
+    finally:
+        build.use(True)
+    assert maps.shape == (2, 3, 5) and (maps >= 0).all() and (maps.sum((1, 2)) < 1).all()
+    np.testing.assert_allclose(maps.sum((1, 2)), attention_by_probe(backbone, image), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attention_in_bf16_is_close_to_fp32(kernels: bool) -> None:
+    backbone = tiny_backbone(dim=128)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    expected = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
+    build.use(kernels)
+    try:
+        maps = cls_attention(backbone.model.bfloat16(), image, backbone.config.mean, backbone.config.std)
+    finally:
+        build.use(True)
+    assert maps.dtype == np.float32
+    np.testing.assert_allclose(maps, expected, rtol=0.1, atol=1e-3)
+
+
+def test_images_are_resized_to_whole_patches() -> None:
     assert fit_to_patches(Image.new("RGB", (300, 200)), 64, 8).size == (96, 64)
     assert fit_to_patches(Image.new("RGB", (10, 4000)), 32, 16).size == (32, 12800)
     assert fit_to_patches(Image.new("RGB", (50, 50)), 8, 16).size == (16, 16)
@@ -77,7 +116,7 @@ def test_similarity_is_cosine_and_one_at_the_patch() -> None:
             similarity_maps(features, patch)
 
 
-def test_components_are_the_directions_of_most_variance_and_turn_no_somersaults() -> None:
+def test_components_are_the_directions_of_most_variance_with_a_fixed_sign() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.rand(200, 3, generator=generator) ** 2 * torch.tensor([9.0, 4.0, 1.0])
     axes = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0][:3]
@@ -85,14 +124,14 @@ def test_components_are_the_directions_of_most_variance_and_turn_no_somersaults(
     (found,) = principal_components([features])
     assert found.shape == (10, 20, 3) and found.min() == 0.0 and found.max() == 1.0
     for index in range(3):
-        # Middle values only, the ends being clipped; skewed to the right, so bright is more.
+        # the ends are clipped; the values are skewed to the right, so the long tail is bright
         correlation = np.corrcoef(found[..., index].ravel(), hidden[:, index].numpy())[0, 1]
         assert correlation > 0.95
     parts = principal_components([features[:4], features[4:]])
     np.testing.assert_allclose(np.concatenate(parts), found, atol=1e-5)
 
 
-def test_the_foreground_is_told_from_the_ground_and_coloured_alone() -> None:
+def test_foreground_is_separated_and_coloured_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(12, 12, 8, generator=generator) * 0.1
     features[..., 0] -= 5.0
@@ -101,31 +140,15 @@ def test_the_foreground_is_told_from_the_ground_and_coloured_alone() -> None:
     features[inside] += torch.tensor([10.0, *torch.zeros(7).tolist()])
     (found,) = foreground_components([features])
     assert np.array_equal(found.any(-1), inside.numpy()) and found.max() == 1.0
-    # the middle is the foreground, whichever side of the component it lies on
+    # the foreground does not depend on the sign of the component
     (other,) = foreground_components([-features])
     assert np.array_equal(other.any(-1), inside.numpy())
 
 
-def test_maps_have_patches_enough_to_show_something() -> None:
+def test_map_size_has_at_least_24_patches() -> None:
     assert map_size(224, 16) == 448 and map_size(48, 8) == 192
 
 
-def test_a_flat_image_has_components_all_the_same() -> None:
+def test_components_of_a_uniform_image_are_finite() -> None:
     (found,) = principal_components([torch.ones(5, 5, 8)])
     assert np.isfinite(found).all()
-
-
-def test_colours_rise_in_lightness() -> None:
-    colours = viridis(np.linspace(0, 1, 101)).astype(float)
-    lightness = colours @ [0.299, 0.587, 0.114]
-    assert (np.diff(lightness) > -1.0).all() and lightness[-1] - lightness[0] > 150
-    assert viridis(np.array([[-1.0, 2.0]])).tolist() == [[[68, 1, 84], [253, 231, 37]]]
-
-
-def test_mark_and_page() -> None:
-    marked = np.asarray(mark(Image.new("RGB", (80, 40), (0, 0, 255)), (1, 3), (2, 4)))
-    red = np.argwhere((marked == (230, 30, 40)).all(-1))
-    np.testing.assert_allclose(red.mean(0), (30, 70), atol=1.5)
-    page = compose("Title", "subtitle", [[Tile(Image.new("RGB", (60, 40), (1, 2, 3)), "a name too long " * 9)] * 2])
-    assert ((np.asarray(page) == (1, 2, 3)).all(-1)).sum() == 2 * 60 * 40
-    assert colour_bar(-0.25, 1.0, 200, "scale").size == (200, 40)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from streamtrain.evaluation.over_time import COLUMNS, SIDE, MapsOverTime
+from streamtrain.evaluation.over_time import COLUMNS, SIZE, MapsOverTime
 
 
 def features(seed: int) -> list[torch.Tensor]:
@@ -19,10 +19,10 @@ def images() -> list[np.ndarray]:
 
 
 def columns(page: np.ndarray) -> int:
-    return round((page.shape[1] - 48 + 14) / (SIDE + 14)) - 1
+    return round((page.shape[1] - 48 + 14) / (SIZE[0] + 14)) - 1
 
 
-def test_the_first_and_the_latest_moment_stay_and_others_between_them(tmp_path: Path) -> None:
+def test_first_and_latest_moments_are_kept_with_others_between(tmp_path: Path) -> None:
     maps = MapsOverTime(images(), tmp_path / "maps.npz", 0)
     for step in range(0, 100, 10):
         maps.add(step, features(step))
@@ -33,7 +33,7 @@ def test_the_first_and_the_latest_moment_stay_and_others_between_them(tmp_path: 
         assert page.dtype == np.uint8 and columns(page) == COLUMNS
 
 
-def test_a_run_that_goes_on_keeps_what_came_before(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_earlier_moments(tmp_path: Path) -> None:
     path = tmp_path / "maps.npz"
     straight, first = MapsOverTime(images(), tmp_path / "other.npz", 0), MapsOverTime(images(), path, 0)
     for step in (0, 10, 20):
@@ -45,7 +45,7 @@ def test_a_run_that_goes_on_keeps_what_came_before(tmp_path: Path) -> None:
         maps.add(30, features(30))
     assert np.array_equal(resumed.components_page(), straight.components_page())
     assert np.array_equal(resumed.similarity_page(), straight.similarity_page())
-    # one that is torn, or of other images, is none
+    # a damaged file is ignored
     path.write_bytes(path.read_bytes()[:50])
     again = MapsOverTime(images(), path, 30)
     again.add(40, features(40))

@@ -1,0 +1,315 @@
+"""Pages of images and maps, and line charts, drawn with matplotlib's object API on the Agg canvas.
+
+matplotlib is imported when the first figure is made, so that training starts without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito 2008: distinguishable with every kind of colour vision
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
+INK, SOFT_INK, GRID, RED = "#1c1e26", "#6e727e", "#e3e5ea", "#e61e28"
+COLOURS = "viridis"
+# of image pages, in pixels; one point of a figure is one pixel at DPI
+DPI = 72
+MARGIN, GAP, CAPTION, TITLE_SIZE, TEXT_SIZE = 24, 14, 26, 24, 14
+# of charts: pixels per point, and the size of one chart in points
+CHART_SCALE = 2
+CHART_WIDTH, CHART_HEIGHT = 420, 240
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image or a map on a page, with a caption below it.
+
+    Attributes:
+        values: uint8 [h, w, 3], or a float map [h, w] that is drawn in viridis.
+        size: drawn width and height in pixels.
+        caption: one line; cut with an ellipsis if it is wider than the tile.
+        limits: of a map, the values of the darkest and the lightest colour.
+        smooth: interpolate between the values (bicubic); otherwise each value is a flat rectangle.
+        marks: (row, column) of patches in ``grid`` that get a red cross.
+        grid: (rows, columns) of patches in the image.
+    """
+
+    values: np.ndarray
+    size: tuple[int, int]
+    caption: str = ""
+    limits: tuple[float, float] = (0.0, 1.0)
+    smooth: bool = False
+    marks: Sequence[tuple[int, int]] = ()
+    grid: tuple[int, int] = (1, 1)
+
+
+def photo(image: Image.Image, caption: str = "", marks: Sequence[tuple[int, int]] = (),
+          grid: tuple[int, int] = (1, 1)) -> Tile:  # fmt: skip
+    """Return a tile of ``image`` in its own size."""
+    return Tile(np.asarray(image), image.size, caption, marks=marks, grid=grid)
+
+
+def draw_page(
+    title: str, subtitle: str, rows: Sequence[Sequence[Tile]], colour_label: str | None = None
+) -> Image.Image:
+    """Draw a titled page of rows of tiles; with ``colour_label`` a colour bar stands below the first map."""
+    heights = [max(tile.size[1] + (CAPTION if tile.caption else 0) for tile in row) for row in rows]
+    widths = [sum(tile.size[0] for tile in row) + GAP * (len(row) - 1) for row in rows]
+    inner = math.ceil(max(*widths, _text_width(title, TITLE_SIZE), _text_width(subtitle, TEXT_SIZE)))
+    header = 74 if subtitle else 50
+    bar_height = 62 if colour_label is not None else 0
+    width = inner + 2 * MARGIN
+    height = header + sum(heights) + GAP * (len(rows) - 1) + bar_height + 2 * MARGIN
+    figure = _new_figure(width / DPI, height / DPI, DPI)
+    # one set of axes in pixels, with y pointing down
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    _write(axes, MARGIN, MARGIN + 18, title, INK, TITLE_SIZE)
+    _write(axes, MARGIN, MARGIN + 46, subtitle, SOFT_INK, TEXT_SIZE)
+    bar: tuple[int, Tile] | None = None
+    top = MARGIN + header
+    for row, row_height in zip(rows, heights, strict=True):
+        left = MARGIN
+        for tile in row:
+            right, bottom = left + tile.size[0], top + tile.size[1]
+            axes.imshow(
+                tile.values, COLOURS, aspect="auto", extent=(left, right, bottom, top),
+                vmin=tile.limits[0], vmax=tile.limits[1], interpolation="bicubic" if tile.smooth else "nearest",
+            )  # fmt: skip
+            arm = max(min(tile.size) * 0.03, 6)
+            for patch in tile.marks:
+                x, y = (
+                    start + (index + 0.5) * length / count
+                    for start, index, length, count in zip(
+                        (left, top), patch[::-1], tile.size, tile.grid[::-1], strict=True
+                    )
+                )
+                for colour, rim in (("white", 2), (RED, 0)):
+                    size, line = 2 * (arm + rim), round(arm * 0.45) + 2 * rim
+                    axes.plot([x], [y], "+", color=colour, markersize=size, markeredgewidth=line)
+            _write(axes, left, bottom + 17, shorten(tile.caption, tile.size[0], TEXT_SIZE), INK, TEXT_SIZE)
+            if bar is None and tile.values.ndim == 2:
+                bar = (left, tile)
+            left = right + GAP
+        top += row_height + GAP
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    if colour_label is not None and bar is not None:
+        _draw_colour_bar(figure, (bar[0], height - MARGIN - 46), bar[1], colour_label, (width, height))
+    return _render(figure)
+
+
+def _draw_colour_bar(figure: Figure, corner: tuple[int, int], tile: Tile, label: str, page: tuple[int, int]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    left, top = corner[0] / page[0], 1 - corner[1] / page[1]
+    width = max(min(tile.size[0], 480), _text_width(label, TEXT_SIZE)) / page[0]
+    place = figure.add_axes((left, top - 10 / page[1], width, 10 / page[1]))
+    bar = figure.colorbar(ScalarMappable(Normalize(*tile.limits), COLOURS), cax=place, orientation="horizontal")
+    bar.outline.set_visible(False)
+    bar.set_label(label, color=SOFT_INK, fontsize=TEXT_SIZE - 1, labelpad=4)
+    low, high = tile.limits
+    bar.set_ticks([low, (low + high) / 2, high])
+    bar.ax.tick_params(length=0, pad=6, labelsize=TEXT_SIZE - 2, labelcolor=INK)
+    bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:.2f}")
+    first, _, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: the finite ``values`` [N] at ``steps`` [N]."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def read_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], tag: str) -> list[Line]:
+    """Return one line per run that logged ``tag``; ``runs`` holds the records of each run's ``metrics.jsonl``."""
+    lines = []
+    for name, records in runs.items():
+        rows = [(record["step"], record[tag]) for record in records if tag in record]
+        if rows:
+            steps = np.array([step for step, _ in rows], np.float64)
+            values = np.array([math.nan if value is None else value for _, value in rows], np.float64)
+            finite = np.isfinite(values)
+            lines.append(Line(name, steps[finite], values[finite]))
+    return lines
+
+
+def draw_charts(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    tags: Sequence[str],
+    title: str = "",
+    subtitle: str = "",
+    columns: int = 2,
+) -> Image.Image | None:
+    """Draw one chart per tag with one line per run; None if no run logged any of the tags.
+
+    Args:
+        runs: records of ``metrics.jsonl`` by the name of the run. Several runs get a legend.
+        tags: in the order of the charts; tags without records are left out.
+        title: of the page; without one the charts fill the page.
+        subtitle: line below the title.
+        columns: charts side by side.
+    """
+    from matplotlib.lines import Line2D
+
+    charts = [(tag, lines) for tag in tags if (lines := read_lines(runs, tag))]
+    if not charts:
+        return None
+    columns = min(columns, len(charts))
+    width = columns * CHART_WIDTH
+    # beyond the palette, colours repeat with another dash
+    dashes = ("-", "--", ":", "-.")
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": PALETTE[index % len(PALETTE)], "linestyle": dashes[index // len(PALETTE) % len(dashes)]}
+        for index, name in enumerate(runs)
+    }
+    names = [shorten(name, width - 80, 11) for name in runs] if len(runs) > 1 else []
+    legend_columns = max(1, int((width - 40) / (max((_text_width(name, 11) for name in names), default=1) + 44)))
+    legend_height = 8 + 16.8 * math.ceil(len(names) / legend_columns) if names else 0
+    header = (64 if title else 0) + legend_height
+    height = header + CHART_HEIGHT * math.ceil(len(charts) / columns) + (8 if title else 0)
+    figure = _new_figure(width / 72, height / 72, 72 * CHART_SCALE)
+    if title:
+        figure.text(18 / width, 1 - 30 / height, title, color=INK, fontsize=18, parse_math=False)
+        line = shorten(subtitle, width - 36, 11)
+        figure.text(18 / width, 1 - 50 / height, line, color=SOFT_INK, fontsize=11, parse_math=False)
+    if names:
+        legend = figure.legend(
+            [Line2D([], [], linewidth=2.5, **style) for style in styles.values()], names, ncols=legend_columns,
+            loc="upper left", bbox_to_anchor=(12 / width, 1 - (header - legend_height - 2) / height),
+            fontsize=11, frameon=False, borderaxespad=0, borderpad=0.4, handlelength=1.6, labelcolor=INK,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    for index, (tag, lines) in enumerate(charts):
+        left, top = index % columns * CHART_WIDTH, header + index // columns * CHART_HEIGHT
+        inner = (CHART_WIDTH - 78, CHART_HEIGHT - 74)
+        axes = figure.add_axes(
+            ((left + 60) / width, 1 - (top + 34 + inner[1]) / height, inner[0] / width, inner[1] / height)
+        )
+        _draw_chart(axes, tag, lines, styles)
+        if index + columns >= len(charts):
+            axes.set_xlabel("step", color=SOFT_INK, fontsize=10, labelpad=2)
+    return _render(figure)
+
+
+def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the raw values faintly and their running mean on top; the last mean gets a dot.
+
+    The value axis spans the running means and the middle 98 % of the values, so a spike does not flatten the rest.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(tag, loc="left", color=INK, fontsize=12.5, pad=9, parse_math=False, x=-42 / (CHART_WIDTH - 78))
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=10, labelcolor=SOFT_INK, pad=5)
+    for axis, count in ((axes.xaxis, 5), (axes.yaxis, 4)):
+        axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=axis is axes.xaxis))
+        axis.set_major_formatter(lambda value, _: short_number(value))
+    lines = [line for line in lines if len(line.steps)]
+    if not lines:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.text(
+            0.5, 0.5, "no finite values", color=SOFT_INK, fontsize=11, ha="center", va="center",
+            transform=axes.transAxes,
+        )  # fmt: skip
+        return
+    means = [running_mean(line.values) for line in lines]
+    for line in lines:
+        # an opaque tint, since transparent lines of several runs blend to brown
+        tint = tuple(0.72 + 0.28 * channel for channel in to_rgb(styles[line.name]["color"]))
+        axes.plot(line.steps, line.values, color=tint, linewidth=1)
+    for line, mean in zip(lines, means, strict=True):
+        axes.plot(line.steps, mean, **styles[line.name], linewidth=2, solid_capstyle="round")
+        axes.plot(line.steps[-1:], mean[-1:], "o", color=styles[line.name]["color"], markersize=5, clip_on=False)
+    low, high = _value_range([*means, *(np.quantile(line.values, [0.01, 0.99]) for line in lines)])
+    axes.set_ylim(low, high)
+    first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
+    axes.set_xlim(first, last if last > first else first + 1)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over a centred window of about a twentieth of the points; the window is cut at both ends."""
+    half, index = len(values) // 40, np.arange(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    start, stop = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def short_number(value: float) -> str:
+    """Return a short form such as ``12k``, ``0.25`` or ``3e-05``."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def shorten(text: str, width: float, size: float) -> str:
+    """Return ``text``, cut with an ellipsis to at most ``width`` points at font size ``size``."""
+    if _text_width(text, size) <= width:
+        return text
+    while text and _text_width(text + "…", size) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _value_range(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return limits a little wider than the values; never empty."""
+    low, high = min(float(part.min()) for part in values), max(float(part.max()) for part in values)
+    # a constant differs from its running mean by rounding
+    is_constant = high - low <= 1e-9 * max(abs(high), abs(low))
+    margin = max(abs(high) * 0.05, 1e-6) if is_constant else (high - low) * 0.06
+    return low - margin, high + margin
+
+
+def _new_figure(width: float, height: float, dpi: int) -> Figure:
+    """Return an empty white figure of ``width`` x ``height`` inches with an Agg canvas."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _render(figure: Figure) -> Image.Image:
+    figure.canvas.draw()
+    return Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+
+
+def _write(axes: Axes, x: float, y: float, text: str, colour: str, size: float) -> None:
+    axes.text(x, y, text, color=colour, fontsize=size, va="baseline", parse_math=False)
+
+
+@cache
+def _renderer() -> Any:
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    return RendererAgg(1, 1, DPI)
+
+
+def _text_width(text: str, size: float) -> float:
+    """Return the width of ``text`` in points."""
+    from matplotlib.font_manager import FontProperties
+
+    return float(_renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
