@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def train(
     gpus: int | None = None,
     steps: int | None = None,
     resume: Path | str | None = None,
-    accept_changes: bool = False,
+    accept: Sequence[str] = (),
     **overrides: Any,
 ) -> Path:
     """Train in child processes until the run is complete, print their output, and return the run directory.
@@ -77,7 +77,7 @@ def train(
         gpus: number of ranks; default: all visible GPUs, or one rank on the CPU.
         steps: number of steps (``run.steps``).
         resume: another run whose latest checkpoint the run starts from.
-        accept_changes: resume although settings, code, libraries or images have changed.
+        accept: keys of settings that may differ from those of the checkpoint, such as ``["schedules.lr"]``.
         overrides: further settings by section, such as ``data={"micro_batch": 32}``; a dotted key goes into a mapping:
             ``**{"model.drop_path": 0.1}``.
 
@@ -87,7 +87,7 @@ def train(
     command = [sys.executable, "-m", "streamtrain.cli.main", "train", "--config", str(config)]
     command += ["--ranks", str(gpus)] if gpus is not None else []
     command += ["--resume", str(resume)] if resume is not None else []
-    command += ["--accept-changes"] if accept_changes else []
+    command += ["--accept", *accept] if accept else []
     settings = {"data.shards": str(shards), "run.dir": str(run)} | ({"run.steps": steps} if steps is not None else {})
     # JSON is YAML, which the values of overrides are
     command += [f"{key}={json.dumps(value, default=str)}" for key, value in (settings | overrides).items()]

@@ -1,26 +1,26 @@
-"""Errors a user can mend; command lines print them as one line and no traceback."""
+"""Errors that a user can fix; commands print them as one line without a traceback."""
 
 from __future__ import annotations
 
 
 class StreamtrainError(ValueError):
-    """Something in the input, the configuration or the run folder that the user can put right; told in one line."""
+    """An error in the input, the configuration or the run directory; the message is one line."""
 
     def __init__(self, message: str) -> None:
-        # names and values from anywhere may be part of it
+        # a file name or a value in the message may contain line breaks
         super().__init__(" ".join(message.splitlines()))
 
 
 class ConfigError(StreamtrainError):
-    """A configuration that cannot be used: the message names the key and what would be right."""
+    """An invalid configuration; the message names the key and the valid values."""
 
 
 class CheckpointError(StreamtrainError):
-    """A checkpoint that is missing, damaged or belongs to another run."""
+    """A checkpoint that is missing, damaged, or does not fit the run."""
 
 
 class DivergedError(StreamtrainError):
-    """Training has come to numbers that are not finite, and going on would be of no use."""
+    """Training has diverged: losses, gradients or weights are not finite."""
 
 
 class TrainingError(StreamtrainError):

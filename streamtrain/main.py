@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,14 +31,20 @@ from streamtrain.evaluation.held_out import held_out
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.directory import (
     check_weights,
-    held,
-    make_run_folder,
-    nothing_left,
+    completion_message,
+    make_run_dir,
+    run_lock,
     saved_state,
     starting_checkpoint,
 )
 from streamtrain.run.logs import configure_logging
-from streamtrain.run.resume_policy import FLAG, check_resume
+from streamtrain.run.resume_policy import (
+    accepted_keys,
+    add_accept_options,
+    check_resume,
+    separate_overrides,
+    version_changes,
+)
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -54,16 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true",
         help="check the configuration and the data, write one panel of crops to the run directory, and exit",
     )  # fmt: skip
-    parser.add_argument(
-        FLAG, action="store_true",
-        help="resume although settings, code, libraries or images have changed since the checkpoint",
-    )  # fmt: skip
+    add_accept_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that override the YAML file")
     # DeepSpeed's launcher adds this option; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
-def check(config: Config, launch: Launch, source: Path | None, accept_changes: bool) -> AnySet:
+def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:
     """Check everything that needs neither torch nor another rank, and return the set to train on.
 
     The run directory is created last, so that a refused start leaves none behind.
@@ -78,14 +82,17 @@ def check(config: Config, launch: Launch, source: Path | None, accept_changes: b
     saved = saved_state(source) if source is not None else None
     order = order_of(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
-    accepted = []
+    changes, versions = [], []
     if source is not None and saved is not None:
-        accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
-        accepted += check_state(saved["data"], identity_of(shard_set, order), accept_changes)
-    make_run_folder(Path(config.run.dir), launch.rank)
+        changes = check_resume(config, source, saved, launch.world_size, accepted)
+        changes += check_state(saved["data"], identity_of(shard_set, order), accepted)
+        versions = version_changes(config, source, saved)
+    make_run_dir(Path(config.run.dir), launch.rank)
     try_cache(config)
-    if accepted:
-        logger.info("resuming with changes: %s", "; ".join(accepted))
+    if changes:
+        logger.info("resuming with accepted changes: %s", "; ".join(changes))
+    if versions and launch.rank == 0:
+        logger.warning("resuming with other versions: %s; results may differ", "; ".join(versions))
     return shard_set
 
 
@@ -100,18 +107,19 @@ def train_rank(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         run_dir = Path(config.run.dir)
         source = starting_checkpoint(run_dir, arguments.resume)
-        complete = nothing_left(config, source)
+        complete = completion_message(config, source)
         if complete and not arguments.dry_run:
             logger.info(complete)
             return 0
-        shard_set = check(config, launch, source, arguments.accept_changes)
-        with held(run_dir, launch.rank):
+        accepted = accepted_keys(arguments, launch.rank)
+        shard_set = check(config, launch, source, accepted)
+        with run_lock(run_dir, launch.rank):
             choose_accelerator(config.engine, launch)
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
-            return train(config, launch, shard_set, arguments.resume, arguments.accept_changes)
+            return train(config, launch, shard_set, arguments.resume, accepted)
     except (StreamtrainError, ShardError) as error:
         # Most errors occur on all ranks. Rank 0 reports its own at once and the launcher then ends the others, which
         # wait for that; a rank that still exists after the wait has an error that rank 0 does not have.
@@ -149,7 +157,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_arguments(parser)
     # overrides may come before, between and after the options
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    separate_overrides(arguments)
+    return arguments
 
 
 def main() -> int:

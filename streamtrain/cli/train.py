@@ -12,7 +12,7 @@ from streamtrain.cli.launch import run_on_hosts, run_ranks
 from streamtrain.config.load import load_config
 from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
-from streamtrain.run.resume_policy import FLAG
+from streamtrain.run.resume_policy import separate_overrides
 
 _SUMMARY = "Train a self-supervised vision transformer from a stream of image shards."
 _DETAILS = """\
@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         StreamtrainError: for a configuration or a hostfile that cannot be used.
     """
+    separate_overrides(arguments)
     if "RANK" in os.environ:
         run_process(arguments)
     if arguments.hostfile is not None:
@@ -70,14 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def rank_arguments(arguments: argparse.Namespace) -> list[str]:
     """Return the command line of ``main.py`` for parsed arguments."""
-    words = ["--config", arguments.config]
+    words = [*arguments.overrides, "--config", arguments.config]
     if arguments.resume is not None:
         words += ["--resume", str(arguments.resume)]
     if arguments.dry_run:
         words.append("--dry-run")
+    if arguments.accept:
+        words += ["--accept", *arguments.accept]
     if arguments.accept_changes:
-        words.append(FLAG)
-    return [*words, *arguments.overrides]
+        words.append("--accept-changes")
+    return words
 
 
 def count_gpus() -> int:

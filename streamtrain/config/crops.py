@@ -1,57 +1,62 @@
-"""Multi-crop: sizes, scales and colours of the views (Oquab et al. 2023; Siméoni et al. 2025)."""
+"""The ``crops`` section: multi-crop views and their augmentations (Oquab et al. 2023; Siméoni et al. 2025)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Probability, Range, Section, check_range
+from streamtrain.config.section import NonNegative, Positive, Probability, Range, Section, accept, check_range
 
 
 class JitterConfig(Section):
-    """Colour jitter: factors within ``1 ± x``; hue within ``± hue`` turns (1 turn = 360°)."""
+    """Colour jitter. Factors are drawn from ``[1 - x, 1 + x]``."""
 
-    probability: Probability = 0.8
-    brightness: Probability = 0.4
-    contrast: Probability = 0.4
-    saturation: Probability = 0.2
-    hue: float = Field(default=0.1, ge=0.0, le=0.5)
+    probability: Probability = accept(0.8, "Share of the views that are jittered.")
+    brightness: Probability = accept(0.4, "Maximum relative change of the brightness.")
+    contrast: Probability = accept(0.4, "Maximum relative change of the contrast.")
+    saturation: Probability = accept(0.2, "Maximum relative change of the saturation.")
+    hue: float = accept(0.1, "Maximum rotation of the hue in turns (1 turn = 360 degrees).", ge=0.0, le=0.5)
 
 
 class BlurConfig(Section):
-    """Gaussian blur: ``sigma`` in pixels, one probability a global view (the last repeats)."""
+    """Gaussian blur of global and local views."""
 
-    sigma: Range = (0.1, 2.0)
-    global_probability: tuple[Probability, ...] = (1.0, 0.1)
-    local_probability: Probability = 0.5
+    sigma: Range = accept((0.1, 2.0), "Range of the standard deviation in pixels.")
+    global_probability: tuple[Probability, ...] = accept(
+        (1.0, 0.1), "Share of blurred views, one number per global view; the last number repeats."
+    )
+    local_probability: Probability = accept(0.5, "Share of blurred local views.")
 
     @field_validator("sigma")
     @classmethod
-    def _ascending(cls, value: Range) -> Range:
+    def _check_sigma(cls, value: Range) -> Range:
         return check_range("sigma", value, 0.0, 100.0)
 
 
 class SolarizeConfig(Section):
-    """Inversion of all values at or above ``threshold`` on global views (the last probability repeats)."""
+    """Solarization: inverts bright values of global views."""
 
-    global_probability: tuple[Probability, ...] = (0.0, 0.2)
-    threshold: int = Field(default=128, ge=0, le=255)
+    global_probability: tuple[Probability, ...] = accept(
+        (0.0, 0.2), "Share of solarized views, one number per global view; the last number repeats."
+    )
+    threshold: int = accept(128, "Smallest 8-bit value that is inverted.", ge=0, le=255)
 
 
 class SizesConfig(Section):
-    """One of several sets of sizes in pixels; null: that of the ``crops`` section (or of ``objective.gram``)."""
+    """One of several sets of crop sizes that alternate from step to step."""
 
-    # of the steps, relative to the shares of the other sets
-    share: float = Field(gt=0.0)
-    global_size: Positive | None = None
-    local_size: Positive | None = None
-    gram_size: Positive | None = None
+    share: float = accept(..., "Share of the steps with these sizes, relative to the other shares.", gt=0.0)
+    global_size: Positive | None = accept(None, "Side of global crops in pixels; null: crops.global_size.")
+    local_size: Positive | None = accept(None, "Side of local crops in pixels; null: crops.local_size.")
+    gram_size: Positive | None = accept(
+        None, "Side of the Gram teacher's crops in pixels; null: objective.gram.size."
+    )
 
 
 @dataclass(frozen=True)
 class CropSizes:
-    """Sides in pixels of the views of a step; ``gram_size`` None: the Gram teacher sees the global views."""
+    """Sides of the views of a step, in pixels; without ``gram_size`` the Gram teacher gets the global views."""
 
     global_size: int
     local_size: int
@@ -59,37 +64,42 @@ class CropSizes:
 
 
 class CropsConfig(Section):
-    """``crops``: all of it affects results. Sizes in pixels, scales in shares of the image's area."""
+    """Views of an image. Sizes in pixels, scales as shares of the image's area."""
 
-    global_count: Positive = 2
-    global_size: Positive = 224
-    global_scale: Range = (0.32, 1.0)
-    local_count: NonNegative = 8
-    local_size: Positive = 96
-    local_scale: Range = (0.05, 0.32)
-    # sizes that alternate from step to step, each in its share of them; empty: always those above
-    sizes: tuple[SizesConfig, ...] = ()
-    aspect: Range = (3 / 4, 4 / 3)
-    flip: Probability = 0.5
+    global_count: Positive = accept(2, "Global views per image.")
+    global_size: Positive = accept(224, "Side of global crops in pixels, a multiple of model.patch_size.")
+    global_scale: Range = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
+    local_count: NonNegative = accept(8, "Local views per image.")
+    local_size: Positive = accept(96, "Side of local crops in pixels, a multiple of model.patch_size.")
+    local_scale: Range = accept((0.05, 0.32), "Range of a local crop's share of the image's area.")
+    sizes: tuple[SizesConfig, ...] = accept(
+        (), "Sets of sizes that alternate from step to step, each with its share; empty: always the sizes above."
+    )
+    aspect: Range = accept((3 / 4, 4 / 3), "Range of a crop's width / height before it is resized to a square.")
+    flip: Probability = accept(0.5, "Share of views that are flipped horizontally.")
     jitter: JitterConfig = JitterConfig()
-    grey: Probability = 0.2
+    grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
     blur: BlurConfig = BlurConfig()
     solarize: SolarizeConfig = SolarizeConfig()
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = accept(
+        (0.485, 0.456, 0.406), "Mean of the red, green and blue values (0 to 1) that is subtracted."
+    )
+    std: tuple[float, float, float] = accept(
+        (0.229, 0.224, 0.225), "Standard deviation of the red, green and blue values (0 to 1) to divide by."
+    )
 
     @field_validator("global_scale", "local_scale")
     @classmethod
-    def _scale(cls, value: Range) -> Range:
+    def _check_scale(cls, value: Range) -> Range:
         return check_range("a crop scale", value, 1e-4, 1.0)
 
     @field_validator("aspect")
     @classmethod
-    def _aspect(cls, value: Range) -> Range:
+    def _check_aspect(cls, value: Range) -> Range:
         return check_range("aspect", value, 0.05, 20.0)
 
     @model_validator(mode="after")
-    def _not_empty(self) -> CropsConfig:
+    def _check_probabilities_and_std(self) -> CropsConfig:
         if not self.blur.global_probability or not self.solarize.global_probability:
             raise ValueError("blur and solarize need at least one probability for the global views")
         if min(self.std) <= 0:

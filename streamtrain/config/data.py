@@ -1,4 +1,4 @@
-"""The stream: which shard set, in which order, with how many threads."""
+"""The ``data`` section: shard sets, order of the images, loader threads, caches."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from shards.storage.store import Patience
-from streamtrain.config.section import NonNegative, Positive, Probability, Section, Size, branch
+from streamtrain.config.section import (
+    VALUE_TYPE,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Size,
+    accept,
+    branch,
+    fixed,
+    free,
+)
 
 
 class SetShare(Section):
-    """One of several shard sets that a stream mixes."""
+    """One of several shard sets that a run mixes."""
 
-    # a folder, or a URL of one
-    shards: str = Field(min_length=1)
-    # of the stream, relative to the weights of the other sets
-    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    shards: str = accept(..., "Folder or URL of the shard set.", min_length=1)
+    weight: float = accept(
+        ..., "Share of the images that come from this set, relative to the weights of the other sets.", gt=0.0,
+        allow_inf_nan=False,
+    )  # fmt: skip
 
 
 def _form(value: Any) -> str | None:
@@ -32,35 +44,35 @@ ShardSets = Annotated[
         custom_error_type="shards",
         custom_error_message="give the path or the URL of a shard set, or a list of {shards: PATH, weight: NUMBER}",
     ),
+    Field(json_schema_extra={VALUE_TYPE: "path, URL, or list of {shards, weight}"}),
 ]
 
 
 class RemoteConfig(Section):
-    """``data.remote``: how long to try before an object behind a URL counts as lost, which stops the run."""
+    """Retries of reads over the network. An object that stays unreadable stops the run."""
 
-    # for one piece (4 MiB) of an object, all attempts together
-    deadline_seconds: float = Field(default=300.0, gt=0.0)
-    # for one attempt
-    stall_seconds: float = Field(default=30.0, gt=0.0)
+    deadline_seconds: float = free(
+        300.0, "Seconds after which a 4 MiB piece of an object counts as lost, over all attempts.", gt=0.0
+    )
+    stall_seconds: float = free(30.0, "Seconds after which one attempt is given up and repeated.", gt=0.0)
 
     @property
-    def patience(self) -> Patience:
-        """The same for a store."""
+    def retry_policy(self) -> Patience:
+        """The retry policy of a store."""
         return Patience(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
 
 
 class CacheConfig(Section):
-    """``data.cache``: copies of remote shards on a local disk; without it, each image is read over the network."""
+    """Copies of remote shards on a local disk. Without a cache, each image is read over the network."""
 
-    # a folder, which the ranks of a machine share, and other runs may share too; null: no copies
-    dir: str | None = None
-    # bytes that the folder never exceeds, such as 200GB
-    limit: Size | None = None
-    # shards that a rank fetches at a time
-    downloads: Positive = 4
+    dir: str | None = free(
+        None, "Folder of the copies, shared by the ranks of a machine and possibly by other runs; null: no cache."
+    )
+    limit: Size | None = free(None, "Maximum size of the folder.")
+    downloads: Positive = free(4, "Shards that a rank downloads at the same time.")
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> CacheConfig:
+    def _reject_ineffective_keys(self) -> CacheConfig:
         if (self.dir is None) != (self.limit is None):
             raise ValueError("dir and limit need each other")
         if self.dir is None and self.downloads != CacheConfig.model_fields["downloads"].default:
@@ -69,44 +81,42 @@ class CacheConfig(Section):
 
 
 class DataConfig(Section):
-    """``data``: the first block decides what is seen, the second only how fast."""
+    """The images, their order and batches, and how they are read."""
 
-    # affects results
-    # the path or URL of a shard set; or several with their weights: [{shards: A, weight: 3}, {shards: B, weight: 1}]
-    shards: ShardSets = ""
-    micro_batch: Positive = 16
-    # samples of one optimiser step over all ranks; null: micro_batch x world size
-    global_batch: Positive | None = None
-    # shuffle window: so many consecutive (permuted) shards are shuffled together
-    window: Positive = 16
-    # canonical streams an epoch is cut into; a rank reads the shards of its own lanes only
-    lanes: Positive = 64
-
-    # share of images that may be unreadable or undecodable, and replaced, before the run stops
-    max_unusable_share: Probability = 0.01
-
-    # affects speed and memory only
-    reader_threads: Positive = 2
-    # DALI's own threads; 0: the cores of this machine divided by its ranks
-    decode_threads: NonNegative = 0
-    # batches prepared ahead of the step
-    prefetch: Positive = 2
-    read_ahead_bytes: Positive = 256 * 2**20
-    # an image with more pixels is refused before it is decoded
-    max_pixels: Positive = 178_956_970
+    shards: ShardSets = accept(
+        "", "Shard set to train on, or several with weights. On resume the location may change freely; other images "
+        "(compared by the digest of the set) need --accept data.shards.",
+    )  # fmt: skip
+    micro_batch: Positive = free(16, "Images of one forward and backward pass on one rank.")
+    global_batch: Positive | None = accept(
+        None, "Images of one optimizer step over all ranks, a multiple of micro_batch x ranks; null: micro_batch x "
+        "ranks. Compared on resume as a number of images.",
+    )  # fmt: skip
+    window: Positive = fixed(16, "Shuffle window: number of consecutive (permuted) shards that are shuffled together.")
+    lanes: Positive = fixed(
+        64, "Number of independent streams an epoch is divided into; a rank reads only the shards of its own lanes."
+    )
+    max_unusable_share: Probability = free(
+        0.01, "Stop the run when a larger share of the images had to be replaced as unreadable or undecodable."
+    )
+    reader_threads: Positive = free(2, "Threads of a rank that read images.")
+    decode_threads: NonNegative = free(0, "DALI threads of a rank; 0: cores of the machine / ranks on it.")
+    prefetch: Positive = free(2, "Batches prepared ahead of the step.")
+    read_ahead_bytes: Positive = free(256 * 2**20, "Bytes of encoded images that a rank reads ahead at most.")
+    max_pixels: Positive = accept(178_956_970, "Images with more pixels are replaced without decoding them.")
     cache: CacheConfig = CacheConfig()
     remote: RemoteConfig = RemoteConfig()
 
     @property
     def shares(self) -> tuple[SetShare, ...]:
-        """The shard sets with their weights; none where ``shards`` is empty."""
+        """The shard sets with their weights; empty if ``shards`` is not set."""
         if isinstance(self.shards, str):
             return (SetShare(shards=self.shards, weight=1.0),) if self.shards else ()
         return self.shards
 
     @property
     def shards_text(self) -> str:
-        """Which shard sets, for people: a path, or each path with its share of the stream."""
+        """The shard sets for a message: a path, or each path with its share of the images."""
         total = sum(share.weight for share in self.shares)
         if isinstance(self.shards, str):
             return self.shards

@@ -1,55 +1,55 @@
-"""Teacher, optimiser and the ZeRO-3 engine."""
+"""The ``teacher``, ``optim`` and ``engine`` sections."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Section
+from streamtrain.config.section import NonNegative, Positive, Section, accept, free
 
 
 class TeacherConfig(Section):
-    """``teacher``: the exponential moving average of the student, which a run always keeps, and who teaches.
+    """The teacher: an EMA of the student, which every run keeps, and which makes the targets unless one is frozen.
 
-    A ``frozen`` teacher is the newest checkpoint's of another run, whose model and heads it has. Its student sees
-    unmasked crops and learns from all their patches; the average of it follows ``schedules.momentum`` all the same.
+    A frozen teacher is the latest checkpoint of another run with the same model and heads. Its student gets unmasked
+    crops and learns from all patches; the EMA is updated all the same.
     """
 
-    kind: Literal["ema", "frozen"] = "ema"
-    # with kind: frozen, the folder of that run
-    weights: str | None = None
-    # images a forward chunk; 0: all at once (affects memory only)
-    chunk: NonNegative = 0
-    # where the fp32 averages lie; on a CPU both are the same (affects memory and speed only)
-    average: Literal["device", "host"] = "device"
+    kind: Literal["ema", "frozen"] = accept("ema", "The network that makes the targets.")
+    weights: str | None = accept(None, "Run directory of the frozen teacher (required with kind: frozen).")
+    chunk: NonNegative = free(0, "Images of one teacher forward pass; 0: all images at once.")
+    average: Literal["device", "host"] = free(
+        "device", "Memory that holds the fp32 EMA; no difference on a CPU. Affects memory and speed."
+    )
 
     @model_validator(mode="after")
-    def _weights_where_frozen(self) -> TeacherConfig:
+    def _check_weights(self) -> TeacherConfig:
         if (self.kind == "frozen") != (self.weights is not None):
             raise ValueError("kind: frozen and weights (the folder of a run) need each other")
         return self
 
 
 class OptimConfig(Section):
-    """``optim``: AdamW and its parameter groups; the learning rate and weight decay are in ``schedules``."""
+    """AdamW and its parameter groups. Learning rate and weight decay are in ``schedules``."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0.0)
-    # maximum L2 norm of the gradient; 0: no clipping
-    clip: float = Field(default=3.0, ge=0.0)
-    # the norm over all parameters, or of each module (the backbone, each head) on its own
-    clip_per: Literal["global", "module"] = "global"
-    # how schedules.lr, which is meant for a batch of lr_reference_batch, follows the global batch
-    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    lr_reference_batch: Positive | None = None
-    # learning-rate factor from one block to the one below it
-    layer_decay: float = Field(default=0.9, gt=0.0, le=1.0)
-    # further learning-rate factor of the patch embedding
-    patch_embed_lr: float = Field(default=0.2, gt=0.0)
+    betas: tuple[float, float] = accept((0.9, 0.999), "AdamW's decay rates of the first and second moment.")
+    eps: float = accept(1e-8, "AdamW's epsilon.", gt=0.0)
+    clip: float = accept(3.0, "Maximum L2 norm of the gradient; 0: no clipping.", ge=0.0)
+    clip_per: Literal["global", "module"] = accept(
+        "global", "Clip the norm over all parameters, or the norm of each module (backbone and each head)."
+    )
+    lr_scaling: Literal["none", "sqrt", "linear"] = accept(
+        "none", "Scale schedules.lr by the ratio of the global batch to lr_reference_batch, or by its square root."
+    )
+    lr_reference_batch: Positive | None = accept(None, "Global batch for which schedules.lr is given.")
+    layer_decay: float = accept(
+        0.9, "Learning-rate factor of each block relative to the block above it.", gt=0.0, le=1.0
+    )
+    patch_embed_lr: float = accept(0.2, "Additional learning-rate factor of the patch embedding.", gt=0.0)
 
     @model_validator(mode="after")
-    def _consistent(self) -> OptimConfig:
+    def _reject_ineffective_keys(self) -> OptimConfig:
         if (self.lr_scaling == "none") != (self.lr_reference_batch is None):
             raise ValueError("lr_scaling: sqrt or linear and lr_reference_batch need each other")
         if self.clip_per == "module" and not self.clip:
@@ -57,7 +57,7 @@ class OptimConfig(Section):
         return self
 
     def lr_factor(self, global_batch: int) -> float:
-        """What ``schedules.lr`` is multiplied by for this batch."""
+        """Return the factor of ``schedules.lr`` for this batch."""
         if self.lr_reference_batch is None:
             return 1.0
         ratio = global_batch / self.lr_reference_batch
@@ -65,47 +65,57 @@ class OptimConfig(Section):
 
 
 class EngineConfig(Section):
-    """``engine``: how the step is computed; ``dtype`` and ``fp8`` alone affect results beyond rounding."""
+    """Devices, precision, memory and speed. Only ``dtype`` and ``fp8`` affect results beyond rounding."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # auto: bf16 where the device multiplies it natively, else fp32
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    # with bf16, the blocks' matrix products in 8 bits, for a GPU that has such (compute capability 8.9)
-    fp8: bool = False
-    # what the backward recomputes: nothing, each block's MLP (its attention branch is kept), or each whole block
-    checkpointing: Literal["none", "selective", "block"] = "block"
-    # the blocks as compiled kernels: on, off, or auto: on a GPU, but not on a CPU, where it does not pay
-    compile: bool | Literal["auto"] = "auto"
-    # a block's branches recompute their images in so many groups, one after the other
-    view_groups: Positive = 1
-    # what is kept between recomputed blocks waits in host memory (on a CPU it is there anyway)
-    offload_checkpoints: bool = False
-    # AdamW's two moments: fp32 on the device, in 8 bits there, in host memory, or in files
-    moments: Literal["device", "8bit", "host", "disk"] = "device"
-    # share of the moments that is moved away, with moments: host or disk
-    moments_ratio: float = Field(default=1.0, gt=0.0, le=1.0)
-    # folder of the files, with moments: disk; null: run.dir/moments
-    moments_dir: str | None = None
-    # un-sharded parameters that may be alive at once, in blocks of the backbone
-    live_blocks: Positive = 3
-    # of several ranks; one has nothing to reduce
-    reduce_bucket_bytes: int = Field(default=64 * 2**20, ge=2**16)
-    # torch threads of a rank on CPU; 0: the cores of this machine divided by its ranks
-    cpu_threads: NonNegative = 0
-    # on a CPU, blocks and prototypes by kernels of our own, where the processors and the sizes allow it and all ranks
-    # have a compiler at hand (affects speed, memory and rounding only)
-    cpu_kernels: bool = True
-    # a rank that waits so long for another one in a collective operation ends
-    collective_timeout_seconds: float = Field(default=1800.0, gt=0.0)
-    # a rank that gets no further within a micro-batch or between two of them for so long ends; 0: never
-    hang_timeout_seconds: float = Field(default=3600.0, ge=0.0)
+    device: Literal["auto", "cpu", "cuda"] = free("auto", "Device type; auto: a GPU if there is one.")
+    dtype: Literal["auto", "bf16", "fp32"] = accept(
+        "auto", "Data type of the computation; auto: bf16 if the device multiplies bf16 natively, else fp32. Compared "
+        "on resume as the type that is used.",
+    )  # fmt: skip
+    fp8: bool = accept(
+        False, "With bf16: run the blocks' linear layers as FP8 matmuls (GPU of compute capability 8.9 or newer)."
+    )
+    checkpointing: Literal["none", "selective", "block"] = free(
+        "block", "Activations to recompute in the backward pass: none, each block's MLP (selective), or whole blocks."
+    )
+    compile: bool | Literal["auto"] = free(
+        "auto", "Compile the blocks with torch.compile; auto: on a GPU only, because it does not pay on a CPU."
+    )
+    view_groups: Positive = free(
+        1, "Recompute each branch in so many groups of images, one after the other: less memory, more time."
+    )
+    offload_checkpoints: bool = free(
+        False, "Keep the inputs of recomputed blocks in host memory (with checkpointing: block; no effect on a CPU)."
+    )
+    moments: Literal["device", "8bit", "host", "disk"] = free(
+        "device", "AdamW's moments: fp32 on the device, 8-bit on the device, fp32 in host memory, or fp32 in files."
+    )
+    moments_ratio: float = free(
+        1.0, "Share of the moments that is moved to host memory or disk (moments: host or disk).", gt=0.0, le=1.0
+    )
+    moments_dir: str | None = free(None, "Folder of the files (moments: disk); null: run.dir/moments.")
+    live_blocks: Positive = free(3, "Maximum gathered ZeRO-3 parameters, in backbone blocks.")
+    reduce_bucket_bytes: int = free(
+        64 * 2**20, "Bytes of gradients that are reduced together (more than one rank).", ge=2**16
+    )
+    cpu_threads: NonNegative = free(0, "Torch threads of a rank on a CPU; 0: cores of the machine / ranks on it.")
+    cpu_kernels: bool = free(
+        True, "Use streamtrain's own CPU kernels for blocks and prototypes if processor and sizes allow it and every "
+        "rank has a compiler. Affects speed, memory and rounding.",
+    )  # fmt: skip
+    collective_timeout_seconds: float = free(
+        1800.0, "Seconds after which a rank that waits in a collective operation exits with an error.", gt=0.0
+    )
+    hang_timeout_seconds: float = free(
+        3600.0, "Seconds without progress within or between micro-batches after which a rank exits; 0: never.", ge=0.0
+    )
 
     def compiles(self, *, on_gpu: bool) -> bool:
-        """Whether blocks are compiled on such a device."""
+        """Whether blocks are compiled on a GPU or on a CPU."""
         return on_gpu if self.compile == "auto" else self.compile
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> EngineConfig:
+    def _reject_ineffective_keys(self) -> EngineConfig:
         if self.moments_ratio != 1.0 and self.moments not in ("host", "disk"):
             raise ValueError(f"moments_ratio has an effect only with moments: host or disk, not {self.moments}")
         if self.moments_dir is not None and self.moments != "disk":

@@ -1,27 +1,31 @@
-"""Where a new run's backbone comes from."""
+"""The ``init`` section: initial weights of a new run."""
 
 from __future__ import annotations
 
 from pydantic import model_validator
 
-from streamtrain.config.section import Probability, Section, Steps
+from streamtrain.config.section import Probability, Section, Steps, accept, free
 
-ENOUGH = 0.95
+DEFAULT_MINIMUM = 0.95
 
 
 class InitConfig(Section):
-    """``init``: all of it affects results. A run that has a checkpoint, or is started with --resume, ignores it."""
+    """Initial weights. Ignored by a run that has a checkpoint or is started with ``--resume``."""
 
-    # a backbone: a Hugging Face folder of a DINOv3 ViT, timm's folder, an export, run or checkpoint of ours, or a
-    # .safetensors or torch file with the names of any of them; null: drawn from run.seed. Heads are always drawn.
-    weights: str | None = None
-    # share of the backbone's tensors that the weights must provide; below it the run does not start
-    minimum_matched: Probability = ENOUGH
-    # lr of the backbone is 0 for so many first steps, while fresh heads settle
-    freeze_backbone_steps: Steps = 0
+    weights: str | None = free(
+        None, "Pretrained backbone: a Hugging Face folder of a DINOv3 ViT, a timm folder, a streamtrain export, run or "
+        "checkpoint, or a .safetensors or torch file with the tensor names of one of them; null: random weights. Heads "
+        "always start with random weights.",
+    )  # fmt: skip
+    minimum_matched: Probability = free(
+        DEFAULT_MINIMUM, "Smallest share of the backbone's tensors that the weights must provide for the run to start."
+    )
+    freeze_backbone_steps: Steps = accept(
+        0, "First steps of the run in which the backbone has learning rate 0, while the heads adapt."
+    )
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> InitConfig:
-        if self.weights is None and self.minimum_matched != ENOUGH:
+    def _reject_ineffective_keys(self) -> InitConfig:
+        if self.weights is None and self.minimum_matched != DEFAULT_MINIMUM:
             raise ValueError("minimum_matched has an effect only with weights")
         return self

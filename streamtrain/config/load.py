@@ -1,4 +1,4 @@
-"""YAML with ``extends``, ``a.b=value`` overrides, and errors that name the key and the nearest right one."""
+"""Loading of YAML recipes with ``extends`` and ``a.b=value`` overrides; errors suggest the closest key."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
 _MAX_YAML_BYTES = 1 << 20
-# faults told at a time
+# faults in one message
 _MAX_FAULTS = 20
-# what a value must be, by the beginning of a validation error's type
+# required kind of value, by the beginning of pydantic's error type
 _TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text"}
-# how the bounds of a number are called in such an error's context, and here
+# bounds of a number: pydantic's name in the error's context, and the wording of the message
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def preset_folders() -> list[Path]:
-    """Folders that hold the recipes: of a checkout, and of an installed package."""
+    """Return the folders with recipes: of the checkout, or of the installed package."""
     package = Path(__file__).resolve().parent.parent
     return [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:
-    """Path of the recipe ``name``: as given, beside the file that extends it, or among the presets.
+    """Return the path of recipe ``name``: a path, a file beside the one that extends it, or a shipped recipe.
 
     Raises:
-        ConfigError: if there is no such file; the message lists the presets.
+        ConfigError: there is no such file; the message lists the shipped recipes.
     """
     folders = [Path(), *([beside] if beside else []), *preset_folders()]
     for folder in folders:
         for candidate in (folder / name, folder / f"{name}.yaml"):
-            # a name that the system does not even look for raises there, and not here
+            # unlike Path.is_file, this returns False for names that the system rejects
             if os.path.isfile(candidate):
                 return candidate
-    presets = sorted({path.name for folder in preset_folders() for path in folder.glob("*.yaml")})
-    raise ConfigError(f"no config {name!r}; give a path, or one of the presets {', '.join(presets)}")
+    recipes = sorted({path.name for folder in preset_folders() for path in folder.glob("*.yaml")})
+    raise ConfigError(f"no config {name!r}; give a path, or one of the recipes {', '.join(recipes)}")
 
 
 def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping of a YAML file merged over the file(s) it ``extends``.
+    """Return the mapping of a YAML file, merged over the files it ``extends``.
 
     Raises:
-        ConfigError: for a file that is not YAML, not a mapping, or extends itself.
+        ConfigError: the file is not YAML, not a mapping, or extends itself.
     """
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself")
@@ -66,11 +66,11 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold sections (run:, data:, ...), not a {type(raw).__name__}")
+        raise ConfigError(f"{path} must contain sections (run:, data:, ...), not a {type(raw).__name__}")
     parents = raw.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: extends takes the name of a file, or a list of names, not {reprlib.repr(parents)}")
+        raise ConfigError(f"{path}: extends must be a file name or a list of file names, not {reprlib.repr(parents)}")
     merged: dict[str, Any] = {}
     for parent in parents:
         merged = merge(merged, read_raw(find_config(parent, path.parent), (*seen, path.resolve())))
@@ -78,44 +78,44 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def parse_yaml(content: bytes) -> Any:
-    """The value of a YAML document that comes from anywhere.
+    """Return the value of an untrusted YAML document.
 
     Raises:
-        ValueError: it is none, or too large or too deep to be one of ours; in one line.
+        ValueError: it is not valid YAML, too large or nested too deeply; the message is one line.
     """
     if len(content) > _MAX_YAML_BYTES:
         raise ValueError("it is too large")
     try:
         for event in yaml.parse(content, Loader=yaml.SafeLoader):
-            # a few lines of them can stand for more than any memory holds
+            # a few lines of nested aliases can expand to more than fits in memory
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"it has an alias, *{event.anchor}; write its value out")
+                raise ValueError(f"aliases such as *{event.anchor} are not supported; repeat the value")
         return yaml.safe_load(content)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``: mappings merge key by key, anything else replaces."""
+    """Return ``base`` with the values of ``over``: mappings merge key by key, other values replace."""
     result = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
+        are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if are_mappings else value
     return result
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """The nested mapping of one ``a.b=value``; the value is read as YAML.
+    """Return ``a.b=value`` as a nested mapping; the value is parsed as YAML.
 
     Raises:
-        ConfigError: if there is no ``=`` or no key.
+        ConfigError: there is no ``=`` or no key, or the value is not YAML.
     """
     path, separator, value = text.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+        raise ConfigError(f"override {text!r} does not have the form section.key=value")
     try:
         nested: Any = parse_yaml(value.encode(errors="surrogateescape"))
     except ValueError as error:
@@ -126,23 +126,27 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def load_config(name: str, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
-    """The configuration of recipe ``name`` with ``overrides`` applied, merged raw and validated once.
+    """Return the configuration of recipe ``name`` with ``overrides``; all values are merged before validation.
 
-    Lengths in epochs become steps here, by the size of ``data.shards`` and the batch of ``world_size`` ranks.
+    Lengths in epochs become steps, based on the size of ``data.shards`` and the batch of ``world_size`` ranks.
 
     Raises:
-        ConfigError: one line that names each faulty key.
-        ShardError: if a length is in epochs and the set is not there.
+        ConfigError: one line that names each invalid key.
+        ShardError: a length is in epochs and the shard set cannot be read.
     """
     raw = read_raw(find_config(name))
     for override in overrides:
         raw = merge(raw, parse_override(override))
-    given = isinstance(raw.get("data"), dict) and raw["data"].get("shards")
-    return build(raw, partial(_steps_per_epoch, raw, world_size) if given else None)
+    has_shards = isinstance(raw.get("data"), dict) and raw["data"].get("shards")
+    return build(raw, partial(_steps_per_epoch, raw, world_size) if has_shards else None)
 
 
 def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = None) -> Config:
-    """Validate a raw mapping; errors become one line."""
+    """Return the validated configuration of a raw mapping.
+
+    Raises:
+        ConfigError: one line that names each invalid key.
+    """
     try:
         return Config.model_validate(raw, context={STEPS_PER_EPOCH: steps_per_epoch})
     except ValidationError as error:
@@ -150,18 +154,18 @@ def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = Non
 
 
 def _steps_per_epoch(raw: dict[str, Any], world_size: int) -> float:
-    """Steps of as many samples as the sets of a raw configuration hold; opened only where something is in epochs."""
+    """Return the images of the shard sets divided by the global batch; called only for lengths in epochs."""
     data = DataConfig.model_validate(raw["data"])
     batch = data.global_batch or data.micro_batch * world_size
     return _open(data).num_samples / batch
 
 
 def open_shard_set(config: Config) -> AnySet:
-    """The shard set, or sets, that ``data.shards`` names; call it before any process group starts.
+    """Return the shard set or mixture of ``data.shards``.
 
     Raises:
-        ConfigError: the key is empty.
-        ShardError: there is no such set, or it is not whole.
+        ConfigError: ``data.shards`` is empty.
+        ShardError: a shard set is missing or incomplete.
     """
     if not config.data.shards:
         raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
@@ -169,37 +173,36 @@ def open_shard_set(config: Config) -> AnySet:
 
 
 def _open(data: DataConfig) -> AnySet:
-    return open_sets([(share.shards, share.weight) for share in data.shares], data.remote.patience)
+    return open_sets([(share.shards, share.weight) for share in data.shares], data.remote.retry_policy)
 
 
 def read_resolved(run_dir: str | Path) -> Config:
-    """The configuration a run folder was started with.
+    """Return the configuration of a run directory.
 
     Raises:
-        ConfigError: if the folder holds none.
+        ConfigError: the directory has no configuration.
     """
     path = Path(run_dir) / RESOLVED_NAME
     if not path.is_file():
-        raise ConfigError(f"{run_dir} is not a run folder: it has no {RESOLVED_NAME}")
+        raise ConfigError(f"{run_dir} is not a run directory: it has no {RESOLVED_NAME}")
     return build(read_raw(path))
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML text."""
+    """Return the resolved configuration as YAML text."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    """One phrase a fault: the key, what is wrong, and what was given."""
+    """Yield one phrase per fault: the key, the required value, and the value given."""
     faults = error.errors()
     faulty = {fault["loc"] for fault in faults}
     for fault in faults:
         if fault["type"] == "too_short" and any(loc[: len(fault["loc"])] == fault["loc"] != loc for loc in faulty):
-            continue  # the items that were wrong are missing from the list; they are told of by themselves
+            continue  # the list is too short because of invalid items, which have faults of their own
         key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         if fault["type"] == "extra_forbidden":
-            near = _nearest(key)
-            yield f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
+            yield unknown_key_message(key)
             continue
         message = _message(fault["type"], fault.get("ctx", {})) or fault["msg"].removeprefix("Value error, ")
         value = "" if isinstance(fault["input"], dict) else f" (got {reprlib.repr(fault['input'])})"
@@ -207,7 +210,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
 
 
 def _message(kind: str, context: dict[str, Any]) -> str | None:
-    """The commonest faults in our words; None of any other."""
+    """Return the message of a frequent fault, or None for pydantic's own."""
     for name, word in _BOUNDS.items():
         if name in context:
             return f"must be {word} {context[name]}"
@@ -220,22 +223,28 @@ def _message(kind: str, context: dict[str, Any]) -> str | None:
     return next((f"must be {what}" for start, what in _TYPES.items() if kind.startswith(start)), None)
 
 
-def _nearest(wrong: str) -> str | None:
-    """The known key most like ``wrong``: a sibling first, else the same last name in another section."""
-    known = list(_keys(Config))
-    parent, _, name = wrong.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
-    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
+def unknown_key_message(key: str) -> str:
+    """Return the message for an unknown key, with the closest known key if there is one."""
+    closest = _find_closest(key)
+    return f"unknown key {key}" + (f"; did you mean {closest}?" if closest else "")
+
+
+def _find_closest(key: str) -> str | None:
+    """Return the known key most like ``key``: in the same section, else with the same last name in another one."""
+    known = list(known_keys())
+    parent, _, name = key.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     for candidates in (difflib.get_close_matches(name, siblings, 1, 0.6), elsewhere):
         if candidates:
             return siblings.get(candidates[0], candidates[0])
-    close = difflib.get_close_matches(wrong, known, 1, 0.6)
+    close = difflib.get_close_matches(key, known, 1, 0.6)
     return close[0] if close else None
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of every key below ``model``."""
-    for name, field in model.model_fields.items():
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every section and key below ``section``, the keys of schedules included."""
+    for name, field in section.model_fields.items():
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+            yield from known_keys(field.annotation, f"{prefix}{name}.")

@@ -1,45 +1,70 @@
-"""The backbone: a preset's fields, or explicit ones, or both (explicit fields win)."""
+"""The ``model`` section: the backbone and the projection heads."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from streamtrain.config.presets import PRESETS
-from streamtrain.config.section import NonNegative, Positive, Section
+from streamtrain.config.section import NonNegative, Positive, Section, accept, fixed, free
+
+# backbone sizes (Siméoni et al. 2025, table of architectures)
+PRESETS: dict[str, dict[str, Any]] = {
+    "vits16": {"dim": 384, "depth": 12, "num_heads": 6},
+    "vits16plus": {"dim": 384, "depth": 12, "num_heads": 6, "mlp": "swiglu", "mlp_hidden": 1536},
+    "vitb16": {"dim": 768, "depth": 12, "num_heads": 12},
+    "vitl16": {"dim": 1024, "depth": 24, "num_heads": 16},
+    "vitl16plus": {"dim": 1024, "depth": 24, "num_heads": 16, "mlp": "swiglu", "mlp_hidden": 4096},
+    "vith16plus": {"dim": 1280, "depth": 32, "num_heads": 20, "mlp": "swiglu", "mlp_hidden": 5120},
+    "vitg16": {"dim": 1536, "depth": 40, "num_heads": 24},
+    "vit7b16": {
+        "dim": 4096,
+        "depth": 40,
+        "num_heads": 32,
+        "mlp": "swiglu",
+        "mlp_hidden": 8192,
+        "qkv_bias": False,
+        "untied_norms": "local_cls",
+    },
+}
 
 
 class ModelConfig(Section):
-    """``model``: all of it affects results.
+    """The backbone. Keys given beside ``preset`` replace the preset's values."""
 
-    ``preset`` names a row of ``streamtrain.config.presets``; any field given beside it replaces the preset's.
-    """
-
-    preset: str | None = None
-    patch_size: Positive = 16
-    dim: Positive = 384
-    depth: Positive = 12
-    num_heads: Positive = 6
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    # hidden width of the MLP; null: four times dim
-    mlp_hidden: Positive | None = None
-    num_registers: NonNegative = 4
-    # initial value of LayerScale
-    layerscale: float = Field(default=1e-5, gt=0.0)
-    # share of samples that skip a residual branch, the same in every block
-    drop_path: float = Field(default=0.3, ge=0.0, lt=1.0)
-    qkv_bias: bool = True
-    # whether the key part of the query-key-value bias exists
-    key_bias: bool = False
-    norm_eps: float = Field(default=1e-5, gt=0.0)
-    rope_base: float = Field(default=100.0, gt=1.0)
-    # training-time coordinate augmentation: log-uniform in [1/x, x] for both axes, for each axis, and a shift
-    rope_rescale: float | None = Field(default=None, gt=1.0)
-    rope_jitter: float | None = Field(default=None, gt=1.0)
-    rope_shift: float | None = Field(default=None, gt=0.0)
-    # final norms of their own: for CLS and registers (cls), for those of the local crops in training (local_cls)
-    untied_norms: Literal["none", "cls", "local_cls", "cls_and_local_cls"] = "none"
+    preset: str | None = free(
+        None, f"Backbone size that fills in the keys below: {', '.join(PRESETS)}; null: no preset."
+    )
+    patch_size: Positive = fixed(16, "Side of a patch in pixels.")
+    dim: Positive = fixed(384, "Width of the tokens, a multiple of num_heads; each head has a multiple of 4 features.")
+    depth: Positive = fixed(12, "Number of transformer blocks.")
+    num_heads: Positive = fixed(6, "Attention heads per block.")
+    mlp: Literal["gelu", "swiglu"] = fixed("gelu", "Activation of the MLP: GELU, or SwiGLU with a gate.")
+    mlp_hidden: Positive | None = fixed(None, "Hidden width of the MLP; null: 4 x dim.")
+    num_registers: NonNegative = fixed(4, "Number of register tokens.")
+    layerscale: float = accept(1e-5, "Initial value of LayerScale.", gt=0.0)
+    drop_path: float = accept(
+        0.3, "Share of samples that skip a residual branch in training, the same in every block.", ge=0.0, lt=1.0
+    )
+    qkv_bias: bool = fixed(True, "Add a bias to queries, keys and values.")
+    key_bias: bool = fixed(False, "Include the keys in the query-key-value bias.")
+    norm_eps: float = accept(1e-5, "Epsilon of LayerNorm.", gt=0.0)
+    rope_base: float = accept(100.0, "Base of the RoPE periods.", gt=1.0)
+    rope_rescale: float | None = accept(
+        None, "Training only: scale the coordinates of both axes by one log-uniform factor in [1/x, x]; null: off.",
+        gt=1.0,
+    )  # fmt: skip
+    rope_jitter: float | None = accept(
+        None, "Training only: scale the coordinates of each axis by a log-uniform factor in [1/x, x]; null: off.",
+        gt=1.0,
+    )  # fmt: skip
+    rope_shift: float | None = accept(
+        None, "Training only: shift the coordinates of each axis by a uniform value in [-x, x]; null: off.", gt=0.0
+    )
+    untied_norms: Literal["none", "cls", "local_cls", "cls_and_local_cls"] = fixed(
+        "none", "Separate final LayerNorm for CLS and registers: of all crops (cls) or of local crops in training "
+        "(local_cls).",
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -47,17 +72,16 @@ class ModelConfig(Section):
         if not isinstance(raw, dict) or raw.get("preset") is None:
             return raw
         if not isinstance(raw["preset"], str) or raw["preset"] not in PRESETS:
-            raise ValueError(f"unknown preset {raw['preset']!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {raw['preset']!r}; choose one of {', '.join(PRESETS)}")
         return {**PRESETS[raw["preset"]], **raw}
 
     @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
+    def _check_heads_and_bias(self) -> ModelConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if (self.dim // self.num_heads) % 4:
             raise ValueError(
-                f"a head of dim / num_heads = {self.dim // self.num_heads} features cannot hold an axial "
-                "RoPE; it must be a multiple of 4"
+                f"dim / num_heads is {self.dim // self.num_heads}; axial RoPE needs a multiple of 4"
             )
         if self.key_bias and not self.qkv_bias:
             raise ValueError("key_bias needs qkv_bias")
@@ -65,26 +89,24 @@ class ModelConfig(Section):
 
     @property
     def cls_norm(self) -> bool:
-        """Whether CLS and registers have another final norm than the patches."""
+        """Whether CLS and registers have a final norm of their own."""
         return self.untied_norms in ("cls", "cls_and_local_cls")
 
     @property
     def local_norm(self) -> bool:
-        """Whether CLS and registers of local crops have one of their own in training."""
+        """Whether CLS and registers of local crops have a final norm of their own in training."""
         return self.untied_norms in ("local_cls", "cls_and_local_cls")
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the MLP."""
+        """Hidden width of the MLP, with the default filled in."""
         return self.mlp_hidden or 4 * self.dim
 
 
 class HeadConfig(Section):
-    """A projection head: ``layers`` linears to a normalised bottleneck, then prototypes without bias."""
+    """A projection head: an MLP to a normalized bottleneck, then prototypes without bias."""
 
-    prototypes: Positive = 65_536
-    hidden: Positive = 2048
-    bottleneck: Positive = 256
-    layers: Positive = 3
-
-
+    prototypes: Positive = fixed(65_536, "Number of prototypes.")
+    hidden: Positive = fixed(2048, "Hidden width of the MLP.")
+    bottleneck: Positive = fixed(256, "Width of the bottleneck.")
+    layers: Positive = fixed(3, "Linear layers of the MLP.")

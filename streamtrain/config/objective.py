@@ -1,57 +1,55 @@
-"""What the student is asked to match (Siméoni et al. 2025, sections 3 and 4)."""
+"""The ``objective`` section: losses and their weights (Siméoni et al. 2025, sections 3 and 4)."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import NonNegative, Positive, Section, Steps
+from streamtrain.config.section import NonNegative, Positive, Section, Steps, accept, fixed, free
 from streamtrain.errors import ConfigError
 
 
 class GlobalLossConfig(Section):
-    """Cross-entropy between the CLS assignments of student and teacher views."""
+    """Global loss: cross-entropy between the CLS assignments of student and teacher views."""
 
-    weight: Schedule = Schedule(peak=1.0)
-    # of the local views' part of it
-    local_weight: Schedule = Schedule(peak=1.0)
+    weight: Schedule = accept(Schedule(peak=1.0), "Weight of the global loss in the total loss.")
+    local_weight: Schedule = accept(Schedule(peak=1.0), "Weight of the local views within the global loss.")
     head: HeadConfig = HeadConfig()
 
 
 class PatchLossConfig(Section):
-    """Masked-patch loss; ``head`` serves ``ibot`` only, ``reduction`` serves ``l2`` and ``cosine`` only."""
+    """Masked-patch loss. ``head`` is used by ``ibot`` only, ``reduction`` by ``l2`` and ``cosine`` only."""
 
-    kind: Literal["ibot", "l2", "cosine"] = "ibot"
-    weight: Schedule = Schedule(peak=1.0)
-    reduction: Literal["sum", "mean"] = "mean"
+    kind: Literal["ibot", "l2", "cosine"] = fixed(
+        "ibot", "Cross-entropy of assignments (ibot), or squared / cosine distance of backbone features."
+    )
+    weight: Schedule = accept(Schedule(peak=1.0), "Weight of the masked-patch loss in the total loss.")
+    reduction: Literal["sum", "mean"] = accept("mean", "Reduction over the masked patches of a crop (l2 and cosine).")
     head: HeadConfig = HeadConfig()
 
 
 class KoleoConfig(Section):
-    """Kozachenko-Leonenko entropy of the student's global CLS, per view."""
+    """KoLeo: Kozachenko-Leonenko entropy of the student's global CLS tokens, per view."""
 
-    weight: Schedule = Schedule(peak=0.1)
-    # nearest neighbours that a sample is driven from
-    neighbours: Positive = 1
-    # neighbours among the samples of all ranks, or of one rank's micro-batch
-    distributed: bool = False
-    # with distributed: samples of a group within which neighbours are sought; 0: all
-    group_size: NonNegative = 0
+    weight: Schedule = accept(Schedule(peak=0.1), "Weight of KoLeo in the total loss.")
+    neighbours: Positive = accept(1, "Number of nearest neighbours that each sample is pushed away from.")
+    distributed: bool = accept(False, "Search neighbours among the samples of all ranks instead of one micro-batch.")
+    group_size: NonNegative = accept(0, "With distributed: search within groups of so many samples; 0: one group.")
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> KoleoConfig:
+    def _reject_ineffective_keys(self) -> KoleoConfig:
         if self.group_size and not self.distributed:
             raise ValueError("group_size has an effect only with distributed: true")
         return self
 
     def samples(self, micro_batch: int, world_size: int) -> int:
-        """Samples among which neighbours are sought.
+        """Return the number of samples among which neighbours are searched.
 
         Raises:
-            ConfigError: if the samples of a micro-batch on all ranks do not divide into such groups.
+            ConfigError: the micro-batches of all ranks do not divide into groups of ``group_size``.
         """
         if not self.distributed:
             return micro_batch
@@ -65,25 +63,22 @@ class KoleoConfig(Section):
 
 
 class RefreshConfig(Section):
-    """When the Gram teacher becomes a copy of the EMA teacher again."""
+    """Refreshes of the Gram teacher with the values of the EMA teacher."""
 
-    # after so many completed steps for the first time; null: never
-    first: Steps | None = None
-    # and again after each so many further ones; 0: no further time
-    every: Steps = 0
-    # times at most; 0: no limit
-    limit: NonNegative = 0
+    first: Steps | None = accept(None, "Completed steps before the first refresh; null: no refresh.")
+    every: Steps = accept(0, "Steps between two refreshes after the first one; 0: no further refresh.")
+    limit: NonNegative = accept(0, "Maximum number of refreshes; 0: no limit.")
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> RefreshConfig:
+    def _reject_ineffective_keys(self) -> RefreshConfig:
         if self.first is None and (self.every or self.limit):
             raise ValueError("every and limit have an effect only with first")
         if self.limit and not self.every:
             raise ValueError("limit has an effect only with every")
         return self
 
-    def due(self, step: int) -> bool:
-        """Whether it happens after ``step`` completed steps."""
+    def is_due(self, step: int) -> bool:
+        """Whether the Gram teacher is refreshed after ``step`` completed steps."""
         if self.first is None or step < self.first:
             return False
         count, rest = divmod(step - self.first, self.every) if self.every else (0, step - self.first)
@@ -91,40 +86,43 @@ class RefreshConfig(Section):
 
 
 class GramConfig(Section):
-    """Gram anchoring: the student keeps the patch similarities of an earlier teacher; off where ``weight`` is 0."""
+    """Gram anchoring: keeps the student's patch similarities close to an earlier teacher's; off with weight 0."""
 
-    weight: Schedule = Schedule(peak=0.0)
-    # a backbone as in init.weights, or ema: a copy of the EMA teacher at the first step with a weight above 0
-    teacher: str = "ema"
+    weight: Schedule = accept(Schedule(peak=0.0), "Weight of the Gram loss in the total loss.")
+    teacher: str = accept(
+        "ema", "Backbone as in init.weights, or ema: a copy of the EMA teacher at the first step with weight > 0."
+    )
     refresh: RefreshConfig = RefreshConfig()
-    # side in pixels of its crops: the global views' boxes and flips without their colours; null: the global views
-    size: Positive | None = None
-    # pairs of patches within each image, or within the whole micro-batch
-    level: Literal["image", "batch"] = "image"
-    # similarities below 0: kept, set to 0 on both sides, or on the teacher's
-    negatives: Literal["keep", "drop", "drop_teacher"] = "keep"
-    # patches that take part
-    tokens: Literal["all", "masked", "unmasked"] = "all"
+    size: Positive | None = accept(
+        None, "Side of the Gram teacher's crops in pixels (boxes and flips of the global views, without colour "
+        "changes); null: the global views.",
+    )  # fmt: skip
+    level: Literal["image", "batch"] = accept("image", "Compare pairs of patches within an image or a micro-batch.")
+    negatives: Literal["keep", "drop", "drop_teacher"] = accept(
+        "keep", "Negative similarities: keep, set to 0 for student and teacher (drop), or for the teacher only."
+    )
+    tokens: Literal["all", "masked", "unmasked"] = accept("all", "Patches that are compared.")
 
     @property
-    def active(self) -> bool:
+    def is_active(self) -> bool:
         """Whether the run needs a Gram teacher."""
-        return self.weight.ever_positive
+        return self.weight.is_ever_positive
 
 
 class ObjectiveConfig(Section):
-    """``objective``: all of it affects results but ``chunk_bytes``."""
+    """Losses and their targets. The total loss is the weighted sum of the four losses."""
 
-    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
-    sinkhorn_iterations: Positive = 3
-    # of the softmax centre
-    center_momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    student_temperature: float = Field(default=0.1, gt=0.0)
+    centering: Literal["sinkhorn", "softmax"] = accept(
+        "sinkhorn", "Teacher targets by Sinkhorn-Knopp, or by softmax with an EMA centre."
+    )
+    sinkhorn_iterations: Positive = accept(3, "Sinkhorn-Knopp iterations.")
+    center_momentum: float = accept(0.9, "Momentum of the softmax centre, updated once per step.", ge=0.0, lt=1.0)
+    student_temperature: float = accept(0.1, "Temperature of the student's softmax.", gt=0.0)
     global_loss: GlobalLossConfig = GlobalLossConfig()
     patch_loss: PatchLossConfig = PatchLossConfig()
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
-
-    # affects memory and speed only: bytes of one chunk's logits, the prototypes being taken chunk by chunk;
-    # the CPU's kernels take 64 at a time
-    chunk_bytes: int = Field(default=8 * 2**20, ge=2**16)
+    chunk_bytes: int = free(
+        8 * 2**20, "Bytes of logits that are in memory at a time, per chunk of prototypes; the CPU kernels use chunks "
+        "of 64 prototypes instead.", ge=2**16,
+    )  # fmt: skip

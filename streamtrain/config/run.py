@@ -1,25 +1,25 @@
-"""Where a run lives, how long it is, and which checkpoints it keeps."""
+"""The ``run`` section: run directory, length, seed, checkpoints."""
 
 from __future__ import annotations
 
-from streamtrain.config.section import NonNegative, Positive, PositiveSteps, Section, Steps
+from streamtrain.config.section import NonNegative, Positive, PositiveSteps, Section, Steps, fixed, free
 
 
 class RunConfig(Section):
-    """``run``: affects results only through ``seed`` and ``steps`` (schedules end at ``steps``)."""
+    """Run directory, length, seed and checkpoints; only ``seed`` and ``steps`` affect results."""
 
-    dir: str = "runs/default"
-    steps: PositiveSteps = 1000
-    seed: NonNegative = 0
-    # checkpoints; 0 means never
-    checkpoint_every: Steps = 500
-    # the newest so many stay; 0 keeps all
-    keep_last: NonNegative = 2
-    # beyond those, every checkpoint whose step is a multiple of this stays; 0 keeps none
-    keep_every: Steps = 0
-    # the teacher's weights alone, in snapshots/, all of which stay; 0 means never
-    snapshot_every: Steps = 0
-    # write them beside the training, from a copy in host memory where there is room for one
-    save_in_background: bool = True
-    # steps in a row whose loss or gradient is not finite, and which change nothing, before the run stops
-    max_bad_steps: Positive = 10
+    dir: str = free("runs/default", "Run directory: resolved config, checkpoints, metrics and logs.")
+    steps: PositiveSteps = free(1000, "Length of the run in optimizer steps; schedules end at this step.")
+    seed: NonNegative = fixed(0, "Seed of initial weights, image order, augmentations, masks and drop-path.")
+    checkpoint_every: Steps = free(500, "Steps between two checkpoints; 0: only at the end of the run or on a stop.")
+    keep_last: NonNegative = free(2, "Number of latest checkpoints to keep; 0 keeps all.")
+    keep_every: Steps = free(0, "Keep also each checkpoint whose step is a multiple of this; 0: none.")
+    snapshot_every: Steps = free(
+        0, "Steps between two snapshots (the teacher's weights alone, in snapshots/, never deleted); 0: none."
+    )
+    save_in_background: bool = free(
+        True, "Write checkpoints in the background, from a copy in host memory where there is room for one."
+    )
+    max_bad_steps: Positive = free(
+        10, "Stop after so many consecutive steps with a non-finite loss or gradient; such steps change no weights."
+    )

@@ -1,29 +1,30 @@
-"""Values that change with the step; their evaluation is ``streamtrain.config.values``."""
+"""The ``schedules`` section, and the value of a schedule at a step."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from streamtrain.config.section import Section, Steps
+from streamtrain.config.section import Section, Steps, accept
 
 
 class Schedule(Section):
-    """``start`` for ``delay`` steps, linear warm-up to ``peak`` over ``warmup``, then ``kind`` towards ``end``.
+    """A value that changes with the step; a bare number is a constant.
 
-    ``constant`` stays at ``peak``; ``linear`` and ``cosine`` reach ``end`` at the run's last step
-    (or ``tail`` steps before it, and stay there). A bare number is a constant. Lengths may be in epochs.
+    ``start`` for ``delay`` steps, then linear warm-up to ``peak`` over ``warmup`` steps, then ``kind`` towards ``end``.
     """
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    # null: 0
-    start: float | None = None
-    peak: float
-    end: float | None = None
-    delay: Steps = 0
-    warmup: Steps = 0
-    tail: Steps = 0
+    kind: Literal["constant", "linear", "cosine"] = accept(
+        "constant", "Course after the warm-up: stay at peak, or decay to end by the last step of the run."
+    )
+    start: float | None = accept(None, "Value during the delay and at the first step of the warm-up; null: 0.")
+    peak: float = accept(..., "Value after the warm-up.")
+    end: float | None = accept(None, "Value at the last step (linear and cosine only).")
+    delay: Steps = accept(0, "Steps before the warm-up.")
+    warmup: Steps = accept(0, "Steps of the warm-up.")
+    tail: Steps = accept(0, "Last steps of the run that have the value end (linear and cosine only).")
 
     @model_validator(mode="before")
     @classmethod
@@ -36,7 +37,7 @@ class Schedule(Section):
             raise ValueError("must be a number or a schedule {kind, peak, ...}") from None
 
     @model_validator(mode="after")
-    def _end_only_where_reached(self) -> Schedule:
+    def _reject_ineffective_keys(self) -> Schedule:
         if self.kind == "constant" and (self.end is not None or self.tail):
             raise ValueError("a constant schedule has neither end nor tail; choose kind: cosine or linear")
         if self.start is not None and not self.delay + self.warmup:
@@ -46,18 +47,42 @@ class Schedule(Section):
         return self
 
     @property
-    def ever_positive(self) -> bool:
-        """Whether the value is above 0 at any time."""
+    def is_ever_positive(self) -> bool:
+        """Whether the value is above 0 at any step."""
         return max(self.peak, self.end or 0.0, self.start or 0.0) > 0.0
 
 
-class SchedulesConfig(Section):
-    """``schedules``: all of it affects results. Each is a number (constant) or a schedule."""
+def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
+    """Return the value of ``schedule`` at ``step`` (from 0) of a run of ``num_steps`` steps.
 
-    lr: Schedule = Schedule(kind="cosine", peak=1e-3, end=1e-6, warmup=100)
-    weight_decay: Schedule = Schedule(kind="cosine", peak=0.04, end=0.4)
-    # EMA momentum of the teacher
-    momentum: Schedule = Schedule(kind="cosine", peak=0.992, end=1.0)
-    teacher_temperature: Schedule = Schedule(start=0.04, peak=0.07, warmup=300)
-    # lr of the prototypes is 0 for so many first steps
-    freeze_last_layer: Steps = 0
+    The warm-up's first step (after the delay) has the value ``start`` and the step after it ``peak``; the last
+    ``tail`` steps have the value ``end``, and steps past the run keep the last value.
+    """
+    ramp_end, start = schedule.delay + schedule.warmup, schedule.start or 0.0
+    if step < ramp_end:
+        ramp_step = max(0, step - schedule.delay)
+        return start + (schedule.peak - start) * ramp_step / schedule.warmup if ramp_step else start
+    if schedule.end is None:
+        return schedule.peak
+    # the last step before the tail has the value `end`
+    span = num_steps - schedule.tail - ramp_end - 1
+    progress = min(1.0, (step - ramp_end) / span) if span > 0 else 1.0
+    fraction = progress if schedule.kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
+    return schedule.peak + (schedule.end - schedule.peak) * fraction
+
+
+class SchedulesConfig(Section):
+    """Values that change with the step. Each is a number (constant) or a schedule."""
+
+    lr: Schedule = accept(
+        Schedule(kind="cosine", peak=1e-3, end=1e-6, warmup=100),
+        "Learning rate, before optim.lr_scaling and layer-wise factors.",
+    )
+    weight_decay: Schedule = accept(
+        Schedule(kind="cosine", peak=0.04, end=0.4), "Weight decay; biases, norms and LayerScale have none."
+    )
+    momentum: Schedule = accept(Schedule(kind="cosine", peak=0.992, end=1.0), "Momentum of the EMA teacher.")
+    teacher_temperature: Schedule = accept(
+        Schedule(start=0.04, peak=0.07, warmup=300), "Temperature of the teacher's targets."
+    )
+    freeze_last_layer: Steps = accept(0, "First steps of the run in which the prototypes have learning rate 0.")

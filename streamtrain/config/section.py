@@ -1,18 +1,55 @@
-"""The base of every configuration section: frozen, and no unknown keys."""
+"""Base class, field helpers and value types of the configuration sections."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
-    """A frozen group of keys; a key that is not listed is an error, never ignored."""
+    """A frozen group of keys; unknown keys raise an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+ResumeRule = Literal["free", "accept", "fixed"]
+# JSON-schema keys of a setting's resume rule and of the name of its value type
+RESUME_RULE, VALUE_TYPE = "resume", "value_type"
+
+
+def setting(rule: ResumeRule, default: Any, description: str, **limits: Any) -> Any:
+    """Return a pydantic field with a description and a resume rule; ``...`` as the default makes it required.
+
+    The rules, which ``streamtrain.run.resume_policy`` enforces and ``streamtrain config`` shows:
+        free: may change when a run resumes, because results depend on it by rounding at most.
+        accept: changes results, so a resumed run needs ``--accept KEY``.
+        fixed: may not change, because the checkpoint or the order of the images would no longer fit.
+    """
+    return Field(default, description=description, json_schema_extra={RESUME_RULE: rule}, **limits)
+
+
+free, accept, fixed = (partial(setting, rule) for rule in ("free", "accept", "fixed"))
+
+
+def resume_rule(field: FieldInfo) -> ResumeRule:
+    """Return the resume rule of a field made by ``setting``."""
+    extra: Any = field.json_schema_extra
+    rule: ResumeRule = extra[RESUME_RULE]
+    return rule
+
+
+# in a collection of accepted keys: accepts all settings that can be accepted
+ACCEPT_ALL = "*"
+
+
+def is_accepted(key: str, accepted: Collection[str]) -> bool:
+    """Return whether the command line accepts a change of the setting."""
+    return key in accepted or ACCEPT_ALL in accepted
 
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -21,28 +58,28 @@ NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Range = tuple[float, float]
 
-# validation context: a function of no arguments that gives the steps of an epoch
+# key of the validation context: a function without arguments that returns the steps of an epoch
 STEPS_PER_EPOCH = "steps_per_epoch"
 _EPOCHS = re.compile(r"^\s*(\d+(?:\.\d*)?)\s*epochs?\s*$")
 
 
-def _in_steps(value: Any, info: ValidationInfo) -> Any:
-    """``"10 epochs"`` as a number of steps; anything else as it is."""
-    found = _EPOCHS.match(value) if isinstance(value, str) else None
-    if found is None:
+def _epochs_to_steps(value: Any, info: ValidationInfo) -> Any:
+    """Convert text such as ``"10 epochs"`` to steps; return any other value unchanged."""
+    match = _EPOCHS.match(value) if isinstance(value, str) else None
+    if match is None:
         return value
     steps_per_epoch: Callable[[], float] | None = (info.context or {}).get(STEPS_PER_EPOCH)
     if steps_per_epoch is None:
-        raise ValueError("an epoch has a number of steps only for a set of images; give data.shards")
-    return round(float(found[1]) * steps_per_epoch())
+        raise ValueError("a length in epochs needs a set of images; give data.shards")
+    return round(float(match[1]) * steps_per_epoch())
 
 
-# a number of steps, in a file also "N epochs" of data.shards
-Steps = Annotated[int, BeforeValidator(_in_steps), Field(ge=0)]
-PositiveSteps = Annotated[int, BeforeValidator(_in_steps), Field(ge=1)]
+_STEPS: dict[str, Any] = {VALUE_TYPE: 'steps (or "N epochs")'}
+Steps = Annotated[int, BeforeValidator(_epochs_to_steps), Field(ge=0, json_schema_extra=_STEPS)]
+PositiveSteps = Annotated[int, BeforeValidator(_epochs_to_steps), Field(ge=1, json_schema_extra=_STEPS)]
 
 
-# bytes in units of 1000 and of 1024
+# bytes of each unit: powers of 1000 and of 1024
 _UNITS = {"B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -52,10 +89,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of ``80GB``, ``139 GiB`` or a bare number.
+    """Return the bytes of ``80GB``, ``139 GiB`` or a bare number.
 
     Raises:
-        ValueError: it is not such a size.
+        ValueError: the text is not such a size.
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get((match[2] or "B").upper()) if match else None
@@ -64,14 +101,15 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * unit)
 
 
-# a number of bytes, in a file also as text with a unit
 Size = Annotated[
-    int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value), Field(ge=1)
+    int,
+    BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
+    Field(ge=1, json_schema_extra={VALUE_TYPE: "bytes (such as 200GB)"}),
 ]
 
 
 def branch(name: str) -> str:
-    """The tag of one form of a key that has several; errors leave it out of the key's name."""
+    """Return the pydantic tag of one form of a key; error messages leave the tag out of the key's name."""
     return f"<{name}>"
 
 

@@ -1,8 +1,12 @@
-"""The whole configuration: one frozen tree, checked across its sections."""
+"""The whole configuration: all sections, and checks across sections."""
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from collections.abc import Iterator
+from functools import cache
+
+from pydantic import BaseModel, model_validator
+from pydantic.fields import FieldInfo
 
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
@@ -14,13 +18,13 @@ from streamtrain.config.model import ModelConfig
 from streamtrain.config.monitor import MonitorConfig
 from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.config.run import RunConfig
-from streamtrain.config.schedules import SchedulesConfig
-from streamtrain.config.section import Section
+from streamtrain.config.schedules import Schedule, SchedulesConfig
+from streamtrain.config.section import ResumeRule, Section, resume_rule
 from streamtrain.errors import ConfigError
 
 
 class Config(Section):
-    """Everything a run is made from; saved resolved as ``config.yaml`` in the run folder."""
+    """All settings of a run; the resolved form is saved as ``config.yaml`` in the run directory."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -37,14 +41,14 @@ class Config(Section):
     init: InitConfig = InitConfig()
 
     @model_validator(mode="after")
-    def _sizes_fit_patches(self) -> Config:
+    def _check_sizes(self) -> Config:
         patch = self.model.patch_size
         sizes: dict[str, int | None] = {"objective.gram.size": self.objective.gram.size}
         sizes |= {f"crops.{name}": getattr(self.crops, name) for name in ("global_size", "local_size")}
         for index, entry in enumerate(self.crops.sizes):
             for name in ("global_size", "local_size", "gram_size"):
                 sizes[f"crops.sizes.{index}.{name}"] = getattr(entry, name)
-            if entry.gram_size and not self.objective.gram.active:
+            if entry.gram_size and not self.objective.gram.is_active:
                 raise ValueError(f"crops.sizes.{index}.gram_size has an effect only with objective.gram.weight above 0")
         for name, size in sizes.items():
             if size and size % patch:
@@ -54,26 +58,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _widths_fit_fp8(self) -> Config:
+    def _check_fp8_widths(self) -> Config:
         for name, width in (("dim", self.model.dim), ("mlp_hidden", self.model.hidden)):
             if self.engine.fp8 and width % 16:
                 raise ValueError(f"model.{name} is {width}; with engine.fp8 it must be a multiple of 16")
         return self
 
     @model_validator(mode="after")
-    def _nothing_masked_by_a_frozen_teacher(self) -> Config:
+    def _check_frozen_teacher(self) -> Config:
         if self.teacher.kind == "frozen":
             if self.masks != MasksConfig():
-                raise ValueError("masks has no effect with teacher.kind: frozen, whose student sees unmasked crops")
+                raise ValueError("masks has no effect with teacher.kind: frozen, whose student gets unmasked crops")
             if self.objective.gram.tokens != "all":
-                raise ValueError("objective.gram.tokens: nothing is masked with teacher.kind: frozen; use all")
+                raise ValueError("objective.gram.tokens must be all with teacher.kind: frozen, which masks no patches")
         return self
 
     @property
     def crop_sizes(self) -> tuple[CropSizes, ...]:
-        """Every set of sizes that the steps of the run have."""
+        """Every set of crop sizes that the steps of the run use."""
         crops, gram = self.crops, self.objective.gram
-        size = gram.size if gram.active else None
+        size = gram.size if gram.is_active else None
         return tuple(
             CropSizes(
                 entry.global_size or crops.global_size, entry.local_size or crops.local_size, entry.gram_size or size
@@ -82,10 +86,10 @@ class Config(Section):
         ) or (CropSizes(crops.global_size, crops.local_size, size),)
 
     def batch_split(self, world_size: int) -> tuple[int, int]:
-        """``(global_batch, accumulation)`` for ``world_size`` ranks.
+        """Return ``(global_batch, accumulation)``: images of a step and micro-batches of a step on each rank.
 
         Raises:
-            ConfigError: if micro-batch x ranks does not divide the global batch.
+            ConfigError: micro-batch x ranks does not divide the global batch.
         """
         micro = self.data.micro_batch * world_size
         total = self.data.global_batch or micro
@@ -95,3 +99,26 @@ class Config(Section):
                 f"{world_size} ranks = {micro}; set data.global_batch or data.micro_batch so that it is"
             )
         return total, total // micro
+
+
+def walk_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted key and the field of every setting below a section; a schedule is one setting."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Schedule:
+            yield from walk_settings(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+@cache
+def resume_rules() -> dict[str, ResumeRule]:
+    """Return the resume rule of every setting, by its dotted key."""
+    return {key: resume_rule(field) for key, field in walk_settings()}
+
+
+def setting_key(key: str) -> str | None:
+    """Return the setting that a dotted key is, or is part of (``schedules.lr`` for ``schedules.lr.peak``), or None."""
+    while key and key not in resume_rules():
+        key = key.rpartition(".")[0]
+    return key or None

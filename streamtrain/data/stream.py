@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from shards.reading.cache import ShardCache, bytes_in_use, copy_bytes
 from shards.reading.ledger import Ledger, space_for
 from shards.reading.mixture import AnySet, Mixture, stream_order
 from shards.reading.order import Order, SlotOrder
+from streamtrain.config.section import is_accepted
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -46,11 +48,11 @@ def identity_of(shard_set: AnySet, order: Order | Mixture) -> dict[str, Any]:
     return {"version": STATE_VERSION, "digest": shard_set.digest, **order.parameters}
 
 
-def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: bool = False) -> list[str]:
+def check_state(saved: dict[str, Any], current: dict[str, Any], accepted: Collection[str] = ()) -> list[str]:
     """Refuse to continue a stream that is not the saved one (both as from ``identity_of``, or with a position).
 
     Args:
-        accept_changes: go on at the same slot of other images; these changes are returned, as text.
+        accepted: with ``data.shards``, continue at the same slot of other images; these changes are returned, as text.
 
     Raises:
         CheckpointError: names every differing field with both values.
@@ -60,8 +62,8 @@ def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: 
     ]
     sides = [f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}" for name in differing]
     only_sets = set(differing) <= set(_OF_THE_SETS)
-    if differing and not (accept_changes and only_sets):
-        flag = ", or add --accept-changes to go on with the new images" if only_sets else ""
+    if differing and not (only_sets and is_accepted("data.shards", accepted)):
+        flag = ", or add --accept data.shards to continue with the new images" if only_sets else ""
         raise CheckpointError(
             f"the saved position is one of another stream: {'; '.join(sides)}; restore that, or start afresh{flag}"
         )

@@ -1,4 +1,4 @@
-"""Files that outlast a crash: summed while they are written, synced, and renamed into place as the last act."""
+"""Crash-safe files: written with a checksum, synced to disk, and renamed into place last."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-# Summed and written at a time. After each the interpreter must be won back from the thread that trains, so not too few.
+# Bytes per write. After each write this thread has to wait for the GIL of the training thread, so not too small.
 _PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """What a file must hold to be whole."""
+class FileChecksum:
+    """Size and CRC-32 of a file."""
 
     num_bytes: int
     crc32: int
 
 
-class SummedFile:
-    """A new file whose bytes are summed as they are written; it is on the disk once ``finish`` returns.
+class ChecksummedFile:
+    """A new file with a checksum of the bytes written; it is on disk once ``finish`` returns.
 
-    A context manager: without ``finish`` it is merely closed.
+    As a context manager it closes the file at the end.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._sum = FileSum(0, 0)
+        self._checksum = FileChecksum(0, 0)
 
     def write(self, values: bytes | memoryview) -> None:
         """Append ``values``.
 
         Raises:
-            OSError: if they cannot be written, or only in part.
+            OSError: the disk is full, or the write fails.
         """
         memory = memoryview(values).cast("B")
         for start in range(0, len(memory), _PIECE_BYTES):
             piece = memory[start : start + _PIECE_BYTES]
-            self._sum = FileSum(self._sum.num_bytes + len(piece), zlib.crc32(piece, self._sum.crc32))
+            crc32 = zlib.crc32(piece, self._checksum.crc32)
+            self._checksum = FileChecksum(self._checksum.num_bytes + len(piece), crc32)
             while piece:
                 piece = piece[os.write(self._file, piece) :]
 
-    def finish(self) -> FileSum:
-        """Wait until the disk has everything."""
+    def finish(self) -> FileChecksum:
+        """Sync the file to disk and return its checksum."""
         os.fsync(self._file)
-        return self._sum
+        return self._checksum
 
-    def __enter__(self) -> SummedFile:
+    def __enter__(self) -> ChecksummedFile:
         return self
 
     def __exit__(
@@ -57,15 +58,15 @@ class SummedFile:
         os.close(self._file)
 
 
-def write_file(path: Path, content: bytes) -> FileSum:
-    """Write a small file; it is on the disk, though not yet its name in the folder, when this returns."""
-    with SummedFile(path) as file:
+def write_file(path: Path, content: bytes) -> FileChecksum:
+    """Write a small file and sync its contents, but not its name in the folder, to disk."""
+    with ChecksummedFile(path) as file:
         file.write(content)
         return file.finish()
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a small file other content: a crash leaves either the one or the other."""
+    """Replace a small file atomically: after a crash it has either the old or the new content."""
     partial = path.with_name(f".{path.name}.partial")
     write_file(partial, content)
     os.replace(partial, path)
@@ -73,7 +74,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's names."""
+    """Sync the content of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -81,14 +82,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sum_of(path: Path) -> FileSum:
-    """Read a whole file.
+def compute_checksum(path: Path) -> FileChecksum:
+    """Read a file and return its checksum.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: the file cannot be read.
     """
-    found, memory = FileSum(0, 0), memoryview(bytearray(_PIECE_BYTES))
+    checksum, memory = FileChecksum(0, 0), memoryview(bytearray(_PIECE_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(memory):
-            found = FileSum(found.num_bytes + count, zlib.crc32(memory[:count], found.crc32))
-    return found
+            checksum = FileChecksum(checksum.num_bytes + count, zlib.crc32(memory[:count], checksum.crc32))
+    return checksum

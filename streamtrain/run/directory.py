@@ -1,12 +1,10 @@
-"""The run folder: whose it is, who writes to it, where its checkpoints lie, and what it says of where it was made.
-
-Free of torch, so that a start that cannot succeed is told within a second or two.
-"""
+"""The run directory: creation and lock, paths of checkpoints, and the files that describe the run. Torch-free."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,46 +16,48 @@ from shards.format.files import read_json
 from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
-from streamtrain.run.atomic_io import replace_file, sum_of
-from streamtrain.run.provenance import ENVIRONMENT_NAME, environment
+from streamtrain.run.atomic_io import compute_checksum, replace_file
+from streamtrain.run.provenance import ENVIRONMENT_NAME, describe_environment
 from streamtrain.run.signals import SAVE_NAME, STOP_NAME
-from streamtrain.run.step_manifest import fault_of, read_manifest
+from streamtrain.run.step_manifest import CheckpointManifest, find_fault
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
-# folders of a run that hold one folder a step: all that a run goes on from, and the teacher alone
+# the two kinds of checkpoints, and their folders: the whole state of a run, and the teacher's weights alone
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-# of a checkpoint: how far it is, where in the stream, and what made it
+# file of a checkpoint with its step, its position in the stream of images, and its provenance
 STATE_NAME = "state.json"
 LOCK_NAME = ".streamtrain.lock"
-# what may lie in a folder before its first run: a request to it, a volume's own folder, ...
-_BEFORE_A_RUN = (STOP_NAME, SAVE_NAME, "lost+found")
-# ... and what a scheduler or a shell writes of the job
+# names that a directory may contain before its first run: requests, the folder of a file system, ...
+_ALLOWED_NAMES = (STOP_NAME, SAVE_NAME, "lost+found")
+# ... and logs of a scheduler or a shell
 _LOG_SUFFIXES = (".log", ".out", ".err")
 _CHECKPOINT = re.compile(r"^step-(\d{9})$")
-# with fewer candidates the nearest neighbour is hardly near
-FEW_NEIGHBOURS = 8
+# with fewer samples, nearest neighbours say little about how features spread
+MIN_KOLEO_SAMPLES = 8
 
 
-def folder_of(run_dir: str | Path, step: int, place: str = CHECKPOINTS) -> Path:
-    """Where the checkpoint, or another thing in ``place``, of ``step`` completed steps lies."""
-    return Path(run_dir) / place / f"step-{step:09d}"
+def step_folder(run_dir: str | Path, step: int, kind: str = CHECKPOINTS) -> Path:
+    """Return the folder of the checkpoint (or snapshot) after ``step`` completed steps."""
+    return Path(run_dir) / kind / f"step-{step:09d}"
 
 
-def step_of(folder: Path) -> int:
-    """Completed steps of what ``folder_of`` gave."""
+def parse_step(folder: Path) -> int:
+    """Return the completed steps of a folder named by ``step_folder``."""
     return int(folder.name.removeprefix("step-"))
 
 
-def saved_steps(run_dir: str | Path, place: str = CHECKPOINTS) -> list[int]:
-    """Steps of which a checkpoint was written to its end, ascending.
+def saved_steps(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[int]:
+    """Return the steps with a completely written checkpoint, ascending.
 
     Raises:
-        CheckpointError: if nobody can tell, which must not be taken for a fresh start.
+        CheckpointError: the folder cannot be read; the run must not start anew then.
     """
-    parent = Path(run_dir) / place
+    parent = Path(run_dir) / kind
     try:
         names = os.listdir(parent)
     except (FileNotFoundError, NotADirectoryError):
@@ -67,39 +67,40 @@ def saved_steps(run_dir: str | Path, place: str = CHECKPOINTS) -> list[int]:
     return sorted(int(match.group(1)) for name in names if (match := _CHECKPOINT.match(name)))
 
 
-def make_run_folder(run_dir: Path, rank: int) -> None:
-    """Make the folder and try to write in it; called by every rank, since each must reach it.
+def make_run_dir(run_dir: Path, rank: int) -> None:
+    """Create the run directory and write a test file to it; every rank calls it, because each must have access.
 
     Raises:
-        StreamtrainError: if it cannot be made or written, or holds something that is no run.
+        StreamtrainError: the directory cannot be created or written, or contains files of something else.
     """
     probe = run_dir / f".rank-{rank}.probe"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        foreign = _foreign(run_dir)
+        foreign = _find_foreign_name(run_dir)
         if foreign is None:
             probe.write_bytes(b"writable")
             probe.unlink()
     except OSError as error:
         raise StreamtrainError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}); set run.dir to a folder that can"
+            f"the run directory {run_dir} cannot be written ({error.strerror}); set run.dir to a writable directory"
         ) from None
     if foreign is not None:
         raise StreamtrainError(
-            f"run.dir {run_dir} holds no run but other files, such as {foreign}; set run.dir to a new or empty folder"
+            f"run.dir {run_dir} contains no run but other files, such as {foreign}; set run.dir to a new or empty "
+            "directory"
         )
 
 
-def _foreign(run_dir: Path) -> str | None:
-    """The first name in a folder that is no run's, or None where a run may write."""
+def _find_foreign_name(run_dir: Path) -> str | None:
+    """Return the first file name of something else in the directory, or None if a run may write to it."""
     if (run_dir / LOCK_NAME).exists() or saved_steps(run_dir) or _has_environment(run_dir):
         return None
     names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith("."))
-    return next((name for name in names if name not in _BEFORE_A_RUN and not name.endswith(_LOG_SUFFIXES)), None)
+    return next((name for name in names if name not in _ALLOWED_NAMES and not name.endswith(_LOG_SUFFIXES)), None)
 
 
 def _has_environment(run_dir: Path) -> bool:
-    """Whether the folder holds an ``environment.json`` that a run wrote, and not some other program."""
+    """Return whether a run, and not another program, wrote the directory's ``environment.json``."""
     try:
         document = read_json(run_dir / ENVIRONMENT_NAME)
     except (OSError, ValueError):
@@ -108,14 +109,14 @@ def _has_environment(run_dir: Path) -> bool:
 
 
 @contextmanager
-def held(run_dir: Path, rank: int) -> Iterator[None]:
-    """Keep other runs out of the folder for the time of the ``with`` block; rank 0 does so for all ranks.
+def run_lock(run_dir: Path, rank: int) -> Iterator[None]:
+    """Lock the run directory during the ``with`` block; rank 0 holds the lock for all ranks.
 
-    The system lets go of the lock when the process ends, however it ends. (A lock that is a mere file would outlive a
-    kill, and keep out the very start that is to go on.)
+    The system releases the lock whenever the process ends. (A lock file by its mere existence would outlive a killed
+    process, and block the restart.)
 
     Raises:
-        StreamtrainError: if another run has it.
+        StreamtrainError: another run holds the lock.
     """
     if rank > 0:
         yield
@@ -126,11 +127,11 @@ def held(run_dir: Path, rank: int) -> Iterator[None]:
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
         raise StreamtrainError(
-            f"another run is writing to {run_dir}; wait for its end, stop it with `touch {run_dir / STOP_NAME}`, "
-            "or set run.dir to another folder"
+            f"another run is writing to {run_dir}; wait until it ends, stop it with `touch {run_dir / STOP_NAME}`, "
+            "or set run.dir to another directory"
         ) from None
     except OSError:
-        pass  # a file system without locks; that must keep nobody from training
+        pass  # a file system without locks must not prevent training
     try:
         yield
     finally:
@@ -138,21 +139,21 @@ def held(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """The checkpoint to go on from, as far as can be told from sizes and its own description.
+    """Return the latest checkpoint whose file sizes and ``state.json`` are intact, or None without checkpoints.
 
     Raises:
-        CheckpointError: if there is to be one in ``resume_from``, and is not.
+        CheckpointError: ``resume_from`` has no checkpoint.
     """
-    found = candidates(run_dir, resume_from)
-    whole = (each for each in found if fault_of(each, contents=False) is None and saved_state(each) is not None)
-    # where none is whole, reading the newest says what is wrong with it
-    return next(whole, found[0] if found else None)
+    folders = candidates(run_dir, resume_from)
+    intact = (each for each in folders if find_fault(each, contents=False) is None and saved_state(each) is not None)
+    # if none is intact, reading the latest one reports its fault
+    return next(intact, folders[0] if folders else None)
 
 
 def saved_state(source: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself; None if that is damaged, which is told when all of it is read."""
+    """Return the ``state.json`` of a checkpoint, or None if it is damaged (reading the checkpoint reports that)."""
     try:
-        if read_manifest(source)[STATE_NAME] != sum_of(source / STATE_NAME):
+        if CheckpointManifest.read(source).files[STATE_NAME] != compute_checksum(source / STATE_NAME):
             return None
         state = read_json(source / STATE_NAME)
         return state if isinstance(state["data"]["lane_block"], int) else None
@@ -161,75 +162,74 @@ def saved_state(source: Path) -> dict[str, Any] | None:
 
 
 def candidates(run_dir: Path, resume_from: Path | None) -> list[Path]:
-    """The checkpoints that a run may go on from, the best first: its own, else those of ``resume_from``, by age.
+    """Return the checkpoints that a run may resume, latest first: its own, else those of ``resume_from``.
 
     Raises:
-        CheckpointError: if there is to be one in ``resume_from``, and is not.
+        CheckpointError: ``resume_from`` has no checkpoint.
     """
     for folder in (run_dir, resume_from):
         if folder is not None and (steps := saved_steps(folder)):
-            return [folder_of(folder, step) for step in reversed(steps)]
+            return [step_folder(folder, step) for step in reversed(steps)]
     if resume_from is not None:
-        raise CheckpointError(f"--resume {resume_from} holds no checkpoint; give the folder of a run that saved one")
+        raise CheckpointError(f"--resume {resume_from} has no checkpoint; give the directory of a run that saved one")
     return []
 
 
-def nothing_left(config: Config, source: Path | None) -> str | None:
-    """What to say of a run whose ``source`` (see ``starting_checkpoint``) has all its steps; None of any other."""
+def completion_message(config: Config, source: Path | None) -> str | None:
+    """Return a message if the checkpoint ``source`` has all steps of the run, else None."""
     if source is None:
         return None
-    run_dir, step = source.parent.parent, step_of(source)
+    run_dir, step = source.parent.parent, parse_step(source)
     if step < config.run.steps:
         return None
-    return f"already complete: {step} steps in {run_dir}; raise run.steps (now {config.run.steps}) to go on"
+    return f"already complete: {step} steps in {run_dir}; raise run.steps (now {config.run.steps}) to continue"
 
 
 def check_weights(config: Config, source: Path | None) -> None:
-    """Whether the weights that a start reads are there; what they hold is seen when they are read.
+    """Check that the weights to load exist; their contents are checked when they are loaded.
 
     Raises:
-        ConfigError: if they are not.
+        ConfigError: a file or folder is missing.
     """
-    needed = {}
+    paths = {}
     if source is None:
-        needed["init.weights"] = config.init.weights
-        if config.objective.gram.active and config.objective.gram.teacher != "ema":
-            needed["objective.gram.teacher"] = config.objective.gram.teacher
-    for key, weights in needed.items():
+        paths["init.weights"] = config.init.weights
+        if config.objective.gram.is_active and config.objective.gram.teacher != "ema":
+            paths["objective.gram.teacher"] = config.objective.gram.teacher
+    for key, weights in paths.items():
         if weights is not None and not Path(weights).expanduser().exists():
-            raise ConfigError(f"{key}: the weights {weights} cannot be read: there is no such file or folder")
+            raise ConfigError(f"{key}: there is no file or folder {weights}")
     if config.teacher.weights is not None:
         read_resolved(Path(config.teacher.weights).expanduser())
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``, for people and tools; one rank calls it.
+    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it.
 
     Args:
-        computed: where and how the network computes, its ``device`` and ``dtype``.
+        computed: ``device`` and ``dtype`` of the computation.
     """
-    document = json.dumps(environment(world_size) | dict(computed), indent=1)
+    document = json.dumps(describe_environment(world_size) | dict(computed), indent=1)
     replace_file(run_dir / RESOLVED_NAME, to_yaml(config).encode())
     replace_file(run_dir / ENVIRONMENT_NAME, f"{document}\n".encode())
 
 
-def start_notes(config: Config, world_size: int) -> list[str]:
-    """What a user should know before the first step: numbers that follow from others, and doubtful choices."""
+def log_start_notes(config: Config, world_size: int) -> None:
+    """Log the numbers that follow from several settings, and warn of doubtful settings; rank 0 calls it."""
     global_batch, accumulation = config.batch_split(world_size)
-    micro_batch = config.data.micro_batch
-    notes = [f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)"]
+    micro_batch, optim, koleo = config.data.micro_batch, config.optim, config.objective.koleo
+    logger.info(f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)")
     if len(config.data.shares) > 1:
-        notes.append(f"images: {config.data.shards_text}")
-    if config.optim.lr_reference_batch is not None:
-        factor, peak = config.optim.lr_factor(global_batch), config.schedules.lr.peak
-        notes.append(
+        logger.info(f"images: {config.data.shards_text}")
+    if optim.lr_reference_batch is not None:
+        factor, peak = optim.lr_factor(global_batch), config.schedules.lr.peak
+        logger.info(
             f"lr peak {peak * factor:.3g} = {peak:.3g} x {factor:.3g} "
-            f"({config.optim.lr_scaling} of batch {global_batch} / {config.optim.lr_reference_batch})"
+            f"({optim.lr_scaling} of batch {global_batch} / {optim.lr_reference_batch})"
         )
-    samples = config.objective.koleo.samples(micro_batch, world_size)
-    if config.objective.koleo.weight.ever_positive and samples < FEW_NEIGHBOURS:
-        notes.append(
-            f"warning: KoLeo finds nearest neighbours among {samples} sample(s) only, which says little about how "
-            "features spread; raise data.micro_batch, set objective.koleo.distributed=true, or its weight to 0"
+    samples = koleo.samples(micro_batch, world_size)
+    if koleo.weight.is_ever_positive and samples < MIN_KOLEO_SAMPLES:
+        logger.warning(
+            f"KoLeo searches nearest neighbours among only {samples} sample(s), which says little about how features "
+            "spread; raise data.micro_batch, set objective.koleo.distributed=true, or set its weight to 0"
         )
-    return notes

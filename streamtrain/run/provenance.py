@@ -1,7 +1,4 @@
-"""What a run is made by: the program's own code, the libraries, and the machine; kept as ``environment.json``.
-
-Free of torch, as it is looked at before a run starts.
-"""
+"""Versions of the code and the libraries, and the machine of a run (``environment.json``). Torch-free."""
 
 from __future__ import annotations
 
@@ -20,21 +17,21 @@ _PACKAGES = ("shards", "streamtrain")
 _SOURCES = (".py", ".cpp", ".h")
 
 
-def program() -> dict[str, str]:
-    """What results may depend on beside the configuration: by name, a version each."""
-    found = {"code": _code_digest(), "python": ".".join(platform.python_version_tuple()[:2])}
+def program_versions() -> dict[str, str]:
+    """Return the versions of Python, the libraries and streamtrain's own code (a digest), by name."""
+    versions = {"code": _code_digest(), "python": ".".join(platform.python_version_tuple()[:2])}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # one that is optional, or the other DALI
-    return found
+            continue  # an optional library, or DALI for the other CUDA version
+    return versions
 
 
-def environment(world_size: int) -> dict[str, Any]:
-    """The document."""
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Return the content of ``environment.json``, without device and data type."""
     return {
-        "program": program(),
+        "program": program_versions(),
         "commit": _commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -44,20 +41,20 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def _code_digest() -> str:
-    """Of all source files, committed or not; 12 hexadecimal digits."""
-    total = hashlib.sha256()
+    """Return 12 hexadecimal digits of the SHA-256 of all source files, committed or not."""
+    digest = hashlib.sha256()
     files = (path for package in _PACKAGES for path in (_ROOT / package).rglob("*") if path.suffix in _SOURCES)
     for path in sorted(files):
         content = path.read_bytes()
-        total.update(f"{path.relative_to(_ROOT)} {len(content)}\n".encode() + content)
-    return total.hexdigest()[:12]
+        digest.update(f"{path.relative_to(_ROOT)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:
-    """That of the checkout, for people; what is not committed shows in the digest alone."""
-    words = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
+    """Return the checkout's commit, or None without one; uncommitted changes show only in the code digest."""
+    command = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,128 +1,213 @@
-"""Whether a start goes on with the run that a checkpoint is of, or would quietly turn it into another one.
+"""Comparison of a start's settings with those of the checkpoint it resumes. Torch-free.
 
-A checkpoint says itself what made it: whatever a start writes before its own first one binds nobody.
-
-Three kinds of keys, listed in docs/reliability.md as well: those that may change, since no result depends on them
-beyond rounding and the run's length; those that may not, since the checkpoint or the stream would be another; and all
-others, which change results, and may change only when that is asked for. Free of torch.
+A checkpoint records the settings, versions and data type it was made with. A start may change settings with the resume
+rule ``free`` (see ``streamtrain.config.section.setting``), and ``accept`` settings whose keys follow ``--accept``. It
+may never change ``fixed`` settings. Other versions of the code and the libraries cause a warning only.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import reprlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from streamtrain.config.load import parse_yaml, to_yaml
-from streamtrain.config.tree import Config
-from streamtrain.errors import CheckpointError
-from streamtrain.run.provenance import program
+from streamtrain.config.load import known_keys, merge, parse_yaml, to_yaml, unknown_key_message
+from streamtrain.config.section import ACCEPT_ALL, is_accepted
+from streamtrain.config.tree import Config, resume_rules, setting_key
+from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.run.provenance import program_versions
 
-FREE = (
-    "run.dir", "run.steps", "run.checkpoint_every", "run.keep_last", "run.keep_every", "run.snapshot_every",
-    "run.save_in_background", "run.max_bad_steps", "data.shards", "data.micro_batch", "data.max_unusable_share",
-    "data.reader_threads", "data.decode_threads", "data.prefetch", "data.read_ahead_bytes", "data.cache", "data.remote",
-    "model.preset", "objective.chunk_bytes", "teacher.chunk", "teacher.average", "engine.device",
-    "engine.checkpointing", "engine.compile", "engine.view_groups", "engine.offload_checkpoints", "engine.moments",
-    "engine.moments_ratio", "engine.moments_dir", "engine.live_blocks", "engine.reduce_bucket_bytes",
-    "engine.cpu_threads", "engine.cpu_kernels", "engine.collective_timeout_seconds", "engine.hang_timeout_seconds",
-    "init.weights", "init.minimum_matched", "monitor", "evaluation",
-)  # fmt: skip
-FIXED = (
-    "run.seed", "data.window", "data.lanes", "model.patch_size", "model.dim", "model.depth", "model.num_heads",
-    "model.mlp", "model.mlp_hidden", "model.num_registers", "model.qkv_bias", "model.key_bias", "model.untied_norms",
-    "objective.global_loss.head", "objective.patch_loss.head", "objective.patch_loss.kind",
-)  # fmt: skip
-FLAG = "--accept-changes"
-_MISSING = "not there"
+logger = logging.getLogger(__name__)
+
+# accepts a checkpoint that does not record its settings
+CONFIG_KEY = "config"
+# settings that are compared by their effect: the digest of the images, the images of a step, the data type in use
+_COMPARED_BY_EFFECT = ("data.shards", "data.global_batch", "engine.dtype")
+_MISSING = "missing"
+# parts of a key at most, such as objective.gram.refresh.first; a damaged checkpoint may be nested deeper
+_MAX_PARTS = 5
 
 
-def made_by(config: Config, dtype: str) -> dict[str, Any]:
-    """What a checkpoint keeps of what made it: the resolved ``config``, the ``program``, and in what it computed."""
-    return {"config": _plain(config), "program": program(), "dtype": dtype}
+class Change(NamedTuple):
+    """A setting that differs from the checkpoint's."""
+
+    key: str
+    text: str
+
+    @property
+    def setting(self) -> str:
+        """The setting that ``key`` is, or is part of."""
+        return setting_key(self.key) or self.key
+
+
+def build_provenance(config: Config, dtype: str) -> dict[str, Any]:
+    """Return what a checkpoint records about its origin: resolved settings, versions and data type."""
+    return {"config": _to_plain(config), "program": program_versions(), "dtype": dtype}
+
+
+def add_accept_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that accept changed settings."""
+    parser.add_argument(
+        "--accept", nargs="+", action="extend", default=[], metavar="KEY",
+        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip",
+    )  # fmt: skip
+    # an older form, which accepts every setting that can be accepted
+    parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)
+
+
+def separate_overrides(arguments: argparse.Namespace) -> None:
+    """Move overrides that follow ``--accept KEY``, which argparse takes for keys, to ``arguments.overrides``."""
+    words = arguments.overrides + [word for word in arguments.accept if "=" in word]
+    # the last override of a key wins, so their order matters
+    arguments.overrides = sorted(words, key=lambda word: sys.argv.index(word) if word in sys.argv else len(sys.argv))
+    arguments.accept = [word for word in arguments.accept if "=" not in word]
+
+
+def accepted_keys(arguments: argparse.Namespace, rank: int) -> frozenset[str]:
+    """Return the keys of the settings that may differ from the checkpoint's.
+
+    Raises:
+        ConfigError: a key is unknown, a whole section, or fixed.
+    """
+    accepted = parse_accepted(arguments.accept)
+    if not arguments.accept_changes:
+        return accepted
+    if rank == 0:
+        logger.warning("--accept-changes is deprecated; use --accept KEY [KEY ...] with the keys of the changes")
+    return accepted | {ACCEPT_ALL}
+
+
+def parse_accepted(values: Iterable[str]) -> frozenset[str]:
+    """Return the keys of ``--accept``, given one by one or joined by commas.
+
+    Raises:
+        ConfigError: a key is unknown, a whole section, or fixed.
+    """
+    keys = frozenset(key for value in values for key in value.split(",") if key)
+    for key in sorted(keys - {CONFIG_KEY}):
+        setting = setting_key(key)
+        if key not in known_keys():
+            raise ConfigError(f"--accept: {unknown_key_message(key)}")
+        if setting is None:
+            raise ConfigError(f"--accept {key}: this is a section; give the keys of the changed settings")
+        if resume_rules()[setting] == "fixed":
+            raise ConfigError(f"--accept {key}: this setting is fixed for a run; set run.dir to a new directory")
+    return keys
 
 
 def check_resume(
-    config: Config, source: Path, saved: Mapping[str, Any], world_size: int, accept_changes: bool,
+    config: Config, source: Path, saved: Mapping[str, Any], world_size: int, accepted: Collection[str] = (),
     dtype: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Whether ``config`` may go on from a checkpoint; returns the changes that were accepted, as text.
+    """Check that ``config`` may resume a checkpoint; return the accepted changes as text.
 
-    Another run's checkpoint (``--resume``) begins a new stage, whose settings are meant to differ; of them only those
-    that may never change are compared.
+    With the checkpoint of another run (``--resume``), a new stage with other settings begins: only ``fixed`` settings
+    are compared.
 
     Args:
-        source: the checkpoint.
-        saved: what it says of itself (``saved_state``).
+        source: folder of the checkpoint.
+        saved: its ``state.json``.
         world_size: ranks of this start.
-        dtype: what this start computes in, which ``auto`` leaves to the machine; None: not known yet.
+        accepted: keys of settings that may differ; ``*``: all that are not fixed.
+        dtype: data type of this start; None: not known yet if ``engine.dtype`` is ``auto``.
 
     Raises:
-        CheckpointError: it may not; names each difference.
+        CheckpointError: it may not; the message names each change, and the option that accepts it.
     """
     run_dir = source.parent.parent
-    own = run_dir.resolve() == Path(config.run.dir).resolve()
-    before, was = saved.get("config"), saved.get("program")
-    changes = list(_differences(before, _plain(config))) if isinstance(before, dict) else []
-    # a key that is of another version of this program is for the user to judge
-    never = [text for key, text in changes if _among(key, FIXED) and _MISSING not in text]
-    if never:
+    is_own = run_dir.resolve() == Path(config.run.dir).resolve()
+    changes = list(_changes(config, source, saved, world_size, dtype))
+    rules = resume_rules()
+    if fixed := [change.text for change in changes if rules.get(change.setting) == "fixed"]:
+        remedy = "set run.dir to a new directory" if is_own else "start without --resume"
         raise CheckpointError(
-            f"{run_dir} cannot go on with other values of {'; '.join(never)}; use those of the run, or set run.dir to "
-            "a new folder"
+            f"fixed settings differ from checkpoint {source}: {'; '.join(fixed)}; restore them, or {remedy}"
         )
-    if not own:
+    if not is_own:
         return []
-    found = [text for key, text in changes if not _among(key, FREE) and key != "data.global_batch"]
-    if isinstance(before, dict):
-        found += _batch_change(config, before, saved.get("world_size"), world_size)
-    else:
-        found.append(f"{source.name} does not say with which settings")
-    if isinstance(was, dict):
-        found += [text for _, text in _differences(was, program())]
-    else:
-        found.append(f"{source.name} does not say by which program")
-    if dtype is not None and saved.get("dtype", dtype) != dtype:
-        kept = _shown(saved["dtype"])
-        found.append(f"it computed in {kept}, and this machine would in {dtype} (engine.dtype={kept} keeps it)")
-    if found and not accept_changes:
+    changes = [change for change in changes if rules.get(change.setting) != "free"]
+    refused = [
+        change for change in changes if not any(is_accepted(key, accepted) for key in (change.key, change.setting))
+    ]
+    if refused:
+        keys = dict.fromkeys(change.setting for change in refused)
         raise CheckpointError(
-            f"{run_dir} was made otherwise: {'; '.join(found)}; start it as it was, or add {FLAG} to go on all the same"
+            f"settings differ from checkpoint {source}: {'; '.join(change.text for change in refused)}; restore them, "
+            f"or add --accept {' '.join(keys)}"
         )
-    return found
+    return [change.text for change in changes]
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    """The tree as files hold it."""
+def version_changes(config: Config, source: Path, saved: Mapping[str, Any]) -> list[str]:
+    """Return the differences to the code, the libraries and the known keys of the run's own checkpoint, as text."""
+    if source.parent.parent.resolve() != Path(config.run.dir).resolve():
+        return []
+    before, current = saved.get("program"), program_versions()
+    if not isinstance(before, dict):
+        return [f"{source.name} does not record its versions"]
+    names = sorted({*map(str, before), *current})
+    texts = [_describe(name, current.get(name, _MISSING), before.get(name, _MISSING)) for name in names
+             if before.get(name, _MISSING) != current.get(name, _MISSING)]  # fmt: skip
+    unknown = [key for key, _ in _flatten(saved.get("config")) if setting_key(key) is None]
+    return texts + [f"the checkpoint has a setting {reprlib.repr(key)} that no longer exists" for key in unknown]
+
+
+def _changes(
+    config: Config, source: Path, saved: Mapping[str, Any], world_size: int, dtype: str | None
+) -> Iterator[Change]:
+    """Yield every setting that differs. A key that the checkpoint lacks had its default before it was introduced."""
+    recorded, before = saved.get("config"), dict[str, Any]()
+    if not isinstance(recorded, dict):
+        yield Change(CONFIG_KEY, f"{source.name} does not record its settings")
+    else:
+        before = dict(_flatten(merge(_to_plain(Config()), recorded)))
+        current = dict(_flatten(_to_plain(config)))
+        for key in sorted({*before, *current}):
+            was, now = before.get(key, _MISSING), current.get(key, _MISSING)
+            if was != now and setting_key(key) not in (None, *_COMPARED_BY_EFFECT):
+                yield Change(key, _describe(key, now, was))
+        yield from _batch_change(config, recorded, saved.get("world_size"), world_size)
+    dtype = config.engine.dtype if config.engine.dtype != "auto" else dtype
+    # older checkpoints do not record the type that auto stood for
+    was = saved.get("dtype", before.get("engine.dtype", "auto"))
+    if dtype is not None and was not in (dtype, "auto"):
+        yield Change("engine.dtype", f"{_describe('the data type', dtype, was)} (engine.dtype={_show(was)} keeps it)")
+
+
+def _batch_change(config: Config, recorded: Mapping[str, Any], ranks: object, world_size: int) -> Iterator[Change]:
+    """Yield the change of the images of a step, which follow from two settings and the number of ranks."""
+    data = recorded.get("data")
+    if not isinstance(data, dict) or not isinstance(ranks, int) or not isinstance(data.get("micro_batch"), int):
+        yield Change("data.global_batch", "the checkpoint does not record its batch")
+        return
+    was, now = data.get("global_batch") or data["micro_batch"] * ranks, config.batch_split(world_size)[0]
+    if was != now:
+        text = f"{_describe('the batch', now, was)} images (data.global_batch={_show(was)} keeps it)"
+        yield Change("data.global_batch", text)
+
+
+def _to_plain(config: Config) -> dict[str, Any]:
+    """Return the settings with the types that YAML files have."""
     return dict(parse_yaml(to_yaml(config).encode()))
 
 
-def _batch_change(config: Config, before: Mapping[str, Any], ranks: object, world_size: int) -> list[str]:
-    """The images of a step follow from three numbers."""
-    data = before.get("data")
-    if not isinstance(data, dict) or not isinstance(ranks, int) or not isinstance(data.get("micro_batch"), int):
-        return [f"the batch was {_MISSING}"]
-    was, now = data.get("global_batch") or data["micro_batch"] * ranks, config.batch_split(world_size)[0]
-    if was == now:
-        return []
-    return [f"the batch was {was} images and is now {now} (data.global_batch={was} keeps it)"]
+def _flatten(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every leaf of nested mappings."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict) and prefix.count(".") < _MAX_PARTS:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each key that differs, in full, and what to say of it."""
-    for name in sorted({*map(str, before), *now}):
-        key, was, value = prefix + name, before.get(name, _MISSING), now.get(name, _MISSING)
-        if isinstance(was, dict) and isinstance(value, dict):
-            yield from _differences(was, value, f"{key}.")
-        elif was != value:
-            yield key, f"{key} was {_shown(was)} and is now {_shown(value)}"
+def _describe(name: str, now: Any, was: Any) -> str:
+    return f"{name} is {_show(now)}, the checkpoint has {_show(was)}"
 
 
-def _shown(value: Any) -> str:
-    """As in the file, where that is short."""
+def _show(value: Any) -> str:
+    """Return a short text as it is, and any other value in a shortened form."""
     return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
-
-
-def _among(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(key == pattern or key.startswith(f"{pattern}.") for pattern in patterns)

@@ -1,8 +1,8 @@
-"""``manifest.json``: the size and the checksum of every file of a checkpoint, by which damage to it is found.
+"""``manifest.json`` of a checkpoint: size and CRC-32 of every file, to detect damage.
 
-    {"files": {"state.json": {"bytes": 512, "crc32": "0a1b2c3d"}, ...}, "crc32": that of "files"}
+    {"files": {"state.json": {"bytes": 512, "crc32": "0a1b2c3d"}, ...}, "crc32": checksum of "files"}
 
-It is the last file that is written before the folder gets its name.
+It is written last, before the folder is renamed to its final name.
 """
 
 from __future__ import annotations
@@ -10,52 +10,61 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from shards.format.files import read_json
-from streamtrain.run.atomic_io import FileSum, sum_of, write_file
+from streamtrain.run.atomic_io import FileChecksum, compute_checksum, write_file
 
 MANIFEST_NAME = "manifest.json"
 
 
-def write_manifest(folder: Path, files: Mapping[str, FileSum]) -> None:
-    """Write the manifest of ``files``, by their names in the folder."""
-    entries = {name: {"bytes": one.num_bytes, "crc32": f"{one.crc32:08x}"} for name, one in files.items()}
-    document = {"files": entries, "crc32": _sum_of_entries(entries)}
-    write_file(folder / MANIFEST_NAME, json.dumps(document, indent=1).encode())
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """Size and CRC-32 of the files of a checkpoint, by their names."""
+
+    files: Mapping[str, FileChecksum]
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` to a folder."""
+        entries = {name: {"bytes": file.num_bytes, "crc32": f"{file.crc32:08x}"} for name, file in self.files.items()}
+        document = {"files": entries, "crc32": _checksum_entries(entries)}
+        write_file(folder / MANIFEST_NAME, json.dumps(document, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> CheckpointManifest:
+        """Read the manifest of a folder.
+
+        Raises:
+            OSError, ValueError: the manifest cannot be read, or is damaged.
+        """
+        try:
+            document = read_json(folder / MANIFEST_NAME)
+            entries = document["files"]
+            if document["crc32"] != _checksum_entries(entries):
+                raise ValueError("its checksum differs")
+            files = {name: FileChecksum(int(file["bytes"]), int(file["crc32"], 16)) for name, file in entries.items()}
+            return cls(files)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{MANIFEST_NAME} is damaged ({error})") from None
 
 
-def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """What each file must hold.
-
-    Raises:
-        OSError, ValueError: if the manifest cannot be read, or is not as it was written.
-    """
-    try:
-        document = read_json(folder / MANIFEST_NAME)
-        entries = document["files"]
-        if document["crc32"] != _sum_of_entries(entries):
-            raise ValueError("its checksum differs")
-        return {name: FileSum(int(one["bytes"]), int(one["crc32"], 16)) for name, one in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{MANIFEST_NAME} is damaged ({error})") from None
-
-
-def fault_of(folder: Path, *, contents: bool, part: tuple[int, int] = (0, 1)) -> str | None:
-    """Why a folder is not whole, or None if it is.
+def find_fault(folder: Path, *, contents: bool, part: tuple[int, int] = (0, 1)) -> str | None:
+    """Return what is wrong with a checkpoint, or None if all files have the recorded sizes and checksums.
 
     Args:
-        contents: read the files and compare their checksums, not their sizes only.
-        part: ``(index, count)``: read only every ``count``-th file, from ``index`` on; sizes are compared of all.
+        contents: compare checksums too, not only sizes.
+        part: ``(index, count)``: compare the checksums of every ``count``-th file, starting at ``index``, and the
+            sizes of all files.
     """
     try:
-        files = read_manifest(folder)
-        for index, (name, wanted) in enumerate(files.items()):
+        manifest = CheckpointManifest.read(folder)
+        for index, (name, recorded) in enumerate(manifest.files.items()):
             num_bytes = (folder / name).stat().st_size
-            if num_bytes != wanted.num_bytes:
-                return f"{name} has {num_bytes} bytes, not {wanted.num_bytes}"
-            if contents and index % part[1] == part[0] and sum_of(folder / name) != wanted:
-                return f"{name} holds other values than were written to it"
+            if num_bytes != recorded.num_bytes:
+                return f"{name} has {num_bytes} bytes, not {recorded.num_bytes}"
+            if contents and index % part[1] == part[0] and compute_checksum(folder / name) != recorded:
+                return f"{name} has a wrong checksum"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except ValueError as error:
@@ -63,5 +72,5 @@ def fault_of(folder: Path, *, contents: bool, part: tuple[int, int] = (0, 1)) ->
     return None
 
 
-def _sum_of_entries(entries: object) -> str:
+def _checksum_entries(entries: object) -> str:
     return f"{zlib.crc32(json.dumps(entries).encode()):08x}"

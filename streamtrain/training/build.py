@@ -45,7 +45,7 @@ def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple
 
 def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> GramAnchor:
     """The Gram teacher, sharded like the student, where the objective has a Gram term; to be filled by ``restore``."""
-    if not config.objective.gram.active:
+    if not config.objective.gram.is_active:
         return GramAnchor(config, None)
     settings = _settings(config, runtime, accumulation)
     module = _built(GramTeacher, config, runtime, settings)

@@ -48,7 +48,7 @@ class GramAnchor:
 
     def refresh(self, step: int, weight: float, teacher: Teacher, before: Callable[[], None]) -> None:
         """Become a copy of the teacher where that is due after ``step`` completed steps, but call ``before`` first."""
-        due = self._config.objective.gram.refresh.due(step) or (weight > 0 and not self._filled)
+        due = self._config.objective.gram.refresh.is_due(step) or (weight > 0 and not self._filled)
         if self._network is not None and due:
             before()
             # partitioned alike, so that every rank has what it needs

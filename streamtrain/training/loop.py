@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
 from streamtrain.checkpoint.writer import Contents, Saver
 from streamtrain.config.run import RunConfig
+from streamtrain.config.schedules import value_at
 from streamtrain.config.tree import Config
-from streamtrain.config.values import value_at
 from streamtrain.data.loader import Loader
 from streamtrain.data.stream import check_state
 from streamtrain.diagnostics.bad_steps import Evidence
@@ -32,8 +33,15 @@ from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import at_end, at_start
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.usage import peak_bytes
-from streamtrain.run.directory import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, saved_state, start_notes
-from streamtrain.run.resume_policy import check_resume, made_by
+from streamtrain.run.directory import (
+    CHECKPOINTS,
+    QUARANTINE_NAME,
+    SNAPSHOTS,
+    describe_run,
+    log_start_notes,
+    saved_state,
+)
+from streamtrain.run.resume_policy import build_provenance, check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.training.gram import GramAnchor
@@ -90,7 +98,7 @@ def train(
     launch: Launch,
     shard_set: AnySet,
     resume_from: Path | None = None,
-    accept_changes: bool = False,
+    accepted: Collection[str] = (),
 ) -> int:
     """Train to ``run.steps``, going on from the run folder's newest checkpoint if it holds one.
 
@@ -98,7 +106,7 @@ def train(
         config: whose run folder is made.
         shard_set: that of ``data.shards``.
         resume_from: another run's folder to start from when this one's is new.
-        accept_changes: go on with other images than the checkpoint's.
+        accepted: keys of settings that may differ from the checkpoint's.
 
     Returns:
         The exit status: 0 when the run is complete, 75 or 130 when it was asked to stop early.
@@ -112,9 +120,9 @@ def train(
     requests = Requests(run_dir, launch.rank)
     with joined(config.engine, launch) as runtime:
         dtype = runtime.described["dtype"]
-        origin = made_by(config, dtype)
+        provenance = build_provenance(config, dtype)
         if launch.rank == 0:
-            print("\n".join(start_notes(config, launch.world_size)), flush=True)
+            log_start_notes(config, launch.world_size)
         planned = plan(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
             kernels=not runtime.on_gpu and usable(runtime.dtype),
@@ -131,7 +139,7 @@ def train(
         if position.source is not None and (saved := saved_state(position.source)) is not None:
             # the newest checkpoint, with which the start was compared, may have turned out damaged; and in what this
             # machine computes has only been known since
-            check_resume(config, position.source, saved, launch.world_size, accept_changes, dtype)
+            check_resume(config, position.source, saved, launch.world_size, accepted, dtype)
         quarantine = Quarantine(run_dir / QUARANTINE_NAME, config.data.max_unusable_share)
         loader = Loader(
             shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
@@ -139,7 +147,7 @@ def train(
             lane_block=position.lane_block, local_world_size=launch.local_world_size, quarantine=quarantine,
         )
         if position.data:
-            check_state(position.data, loader.state_dict(slot), accept_changes)
+            check_state(position.data, loader.state_dict(slot), accepted)
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
             describe_run(run_dir, config, launch.world_size, runtime.described)
@@ -174,7 +182,7 @@ def train(
                     target_maker.revert()
 
                 step, slot = step + 1, slot + global_batch
-                means, wish = agree(losses, requests.code(), runtime)
+                means, wish = agree(losses, requests.stop_code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
                 scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
                 scalars |= watch.scalars(step, student.applied, means["total"]) | seen
@@ -190,11 +198,11 @@ def train(
                     saver.wait()
                 if places:
                     watch.bad_steps.check_weights(step, student.finite(), runtime.device)
-                    state = origin | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
+                    state = provenance | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
                     if CHECKPOINTS in places:
-                        requests.saving()
+                        requests.mark_save_started()
                     made = contents(places, state, student, teacher, target_maker, gram)
-                    saver.save(step, made, requests.saved, observer.best)
+                    saver.save(step, made, requests.mark_save_finished, observer.best)
                 if wish > SAVE:
                     break
                 watch.bad_steps.check(step)
@@ -202,7 +210,7 @@ def train(
             for line in saver.warnings():
                 monitor.warn(step, line)
         if wish > SAVE:
-            requests.stopped()
+            requests.remove_stop_file()
             runtime.say(f"stopped at step {step}, {saver.told()}; the same command goes on")
         elif saver.failure:
             raise CheckpointError(f"all steps are done, but {saver.told()}; mend that and start the same command again")

@@ -1,4 +1,4 @@
-"""Recipes, overrides, and what a user is told of a wrong key."""
+"""Loading of recipes and overrides, and the messages for invalid keys and values."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ RECIPES = sorted(path.name for folder in preset_folders() for path in folder.glo
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_valid_and_survives_its_resolved_form(name: str, tmp_path: Path) -> None:
+def test_every_recipe_loads_and_equals_its_resolved_form(name: str, tmp_path: Path) -> None:
     config = load_config(name)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert read_resolved(tmp_path) == config
 
 
-def test_overrides_are_read_as_yaml_and_exponents_without_a_dot_are_numbers() -> None:
+def test_overrides_are_parsed_as_yaml_and_1e_4_is_a_number() -> None:
     config = load_config("vits16.yaml", ["schedules.lr=1e-4", "crops.global_scale=[0.5, 1]", "data.global_batch=null"])
     assert config.schedules.lr.peak == 1e-4 and config.schedules.lr.kind == "constant"
     assert config.crops.global_scale == (0.5, 1.0) and config.data.global_batch is None
 
 
-def test_a_recipe_is_found_with_and_without_its_ending_and_as_a_path(tmp_path: Path) -> None:
+def test_recipes_are_found_with_and_without_suffix_and_by_path(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: vits16\nrun: {steps: 7}\nmodel: {drop_path: 0.2}\n")
     config = load_config(str(tmp_path / "mine.yaml"))
     assert (config.run.steps, config.model.drop_path, config.model.dim) == (7, 0.2, 384)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("run.step=3", "unknown key run.step; did you mean run.steps?"),
         ("optim.lr=3", "unknown key optim.lr; did you mean schedules.lr?"),
         ("schedules.lr.peek=3", "unknown key schedules.lr.peek; did you mean schedules.lr.peak?"),
         ("schedules.lr=abc", "schedules.lr: must be a number or a schedule"),
-        ("model.preset=vitx", "unknown preset 'vitx'; there are vits16"),
+        ("model.preset=vitx", "unknown preset 'vitx'; choose one of vits16"),
         ("crops.global_size=225", "crops.global_size 225 is not a multiple of model.patch_size 16"),
         ("crops.global_scale=[0.9, 0.1]", "crops.global_scale"),
         ("data.micro_batch=0", "data.micro_batch: must be at least 1 (got 0)"),
@@ -58,14 +58,14 @@ def test_a_recipe_is_found_with_and_without_its_ending_and_as_a_path(tmp_path: P
         ("monitor.progress=7", "monitor.progress: must be true or false (got 7)"),
         ("run.dir=7", "run.dir: must be text (got 7)"),
         ("engine.dtype=fp16", "engine.dtype: must be 'auto', 'bf16' or 'fp32' (got 'fp16')"),
-        ("data.micro_batch", "not of the form section.key=value"),
+        ("data.micro_batch", "does not have the form section.key=value"),
         ("run.dir=[", "is not YAML"),
     ],
 )
-def test_a_wrong_override_is_told_in_one_line(override: str, told: str) -> None:
+def test_an_invalid_override_raises_a_one_line_error(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("vits16.yaml", [override])
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -75,26 +75,26 @@ def test_a_wrong_override_is_told_in_one_line(override: str, told: str) -> None:
         "extends: [vits16, null]\n", "extends: {a: 1}\n", f"extends: {'a' * 5000}\n", 'extends: "a\\0b"\n',
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_recipe_is_told_in_one_line(text: str, tmp_path: Path) -> None:
+def test_an_invalid_file_raises_a_one_line_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "self.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_config(str(tmp_path / "self.yaml"))
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_recipe_names_those_there_are() -> None:
+def test_a_missing_recipe_raises_an_error_that_lists_the_recipes() -> None:
     with pytest.raises(ConfigError, match=r"no config 'absent'.*vits16\.yaml"):
         load_config("absent")
 
 
-def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_numbers() -> None:
+def test_the_global_batch_must_be_a_multiple_of_the_ranks_micro_batches() -> None:
     config = load_config("vits16.yaml", ["data.micro_batch=4", "data.global_batch=12"])
     assert config.batch_split(3) == (12, 1) and config.batch_split(1) == (12, 3)
     with pytest.raises(ConfigError, match=r"12 is not a multiple of data.micro_batch 4 x 2 ranks = 8"):
         config.batch_split(2)
 
 
-def test_lengths_in_epochs_become_steps_by_the_set_and_the_batch(tmp_path: Path) -> None:
+def test_lengths_in_epochs_become_steps(tmp_path: Path) -> None:
     pack(draw_folder(tmp_path / "images", 12), tmp_path / "set", PackOptions())
     given = [f"data.shards={tmp_path / 'set'}", "data.micro_batch=2", "run.steps=10 epochs",
              "schedules.lr.warmup=0.5 epochs"]  # fmt: skip
@@ -104,13 +104,13 @@ def test_lengths_in_epochs_become_steps_by_the_set_and_the_batch(tmp_path: Path)
     assert load_config("vits16.yaml", [*given, "data.global_batch=4"], world_size=2).run.steps == 30
     with pytest.raises(ConfigError, match=r"run.steps: .*no set here|run.steps: .*absent"):
         load_config("vits16.yaml", [*given, f"data.shards={tmp_path / 'absent'}"])
-    with pytest.raises(ConfigError, match=r"run.steps: an epoch has a number of steps only .* give data.shards"):
+    with pytest.raises(ConfigError, match=r"run.steps: a length in epochs needs a set .* give data.shards"):
         load_config("vits16.yaml", ["run.steps=3 epochs"])
     with pytest.raises(ConfigError, match=r"schedules.lr.peak"):
         load_config("vits16.yaml", [*given, "schedules.lr.peak=3 epochs"])
 
 
-def test_koleo_groups_that_the_ranks_cannot_form_are_refused() -> None:
+def test_koleo_groups_must_fit_the_ranks_micro_batches() -> None:
     koleo = build({"objective": {"koleo": {"distributed": True, "group_size": 8}}}).objective.koleo
     assert koleo.samples(4, 4) == koleo.samples(16, 1) == 8
     assert build({"objective": {"koleo": {"distributed": True}}}).objective.koleo.samples(4, 4) == 16
@@ -129,13 +129,13 @@ def test_koleo_groups_that_the_ranks_cannot_form_are_refused() -> None:
         ({"engine": {"fp8": True}, "model": {"mlp_hidden": 100}}, r"model.mlp_hidden is 100; with engine.fp8"),
     ],
 )
-def test_fp8_where_it_cannot_be_is_refused(sections: dict[str, Any], message: str) -> None:
+def test_fp8_needs_bf16_and_multiples_of_16(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(sections)
 
 
 @pytest.mark.parametrize(("word", "expected"), [("on", (True, True)), ("off", (False, False)), ("auto", (True, False))])
-def test_compiling_follows_the_device_unless_it_is_said(word: str, expected: tuple[bool, bool]) -> None:
+def test_compile_auto_depends_on_the_device(word: str, expected: tuple[bool, bool]) -> None:
     engine = load_config("vits16.yaml", [f"engine.compile={word}"]).engine
     assert (engine.compiles(on_gpu=True), engine.compiles(on_gpu=False)) == expected
 
@@ -148,8 +148,8 @@ _TREES = st.recursive(
 
 
 @given(_TREES, _TREES, _TREES)
-def test_laying_over_is_associative_with_the_empty_mapping_as_unit(a: dict, b: dict, c: dict) -> None:
-    # true wherever a key keeps its kind; a mapping that replaces a value forgets what lay below it
+def test_merge_is_associative_and_idempotent_with_the_empty_mapping_as_identity(a: dict, b: dict, c: dict) -> None:
+    # associative if no key is a mapping in one tree and a value in another one: a value replaces a whole mapping
     assert merge(a, {}) == a == merge({}, a)
     assert merge(a, a) == a
     if not _kinds_clash(a, b) and not _kinds_clash(b, c) and not _kinds_clash(a, c):
@@ -163,7 +163,7 @@ def _kinds_clash(a: object, b: object) -> bool:
 
 
 @given(st.lists(st.sampled_from(["run", "x", "steps"]), min_size=1), st.integers())
-def test_an_override_is_the_nested_mapping_of_its_path(path: list[str], value: int) -> None:
+def test_an_override_becomes_a_nested_mapping(path: list[str], value: int) -> None:
     nested = parse_override(f"{'.'.join(path)}={value}")
     for key in path:
         assert list(nested) == [key]
@@ -171,7 +171,7 @@ def test_an_override_is_the_nested_mapping_of_its_path(path: list[str], value: i
     assert nested == value
 
 
-def test_the_tree_is_frozen_and_yaml_stays_plain() -> None:
+def test_the_configuration_is_frozen_and_its_yaml_has_plain_types_only() -> None:
     config = build({})
     with pytest.raises(ValueError, match="frozen"):
         config.run.steps = 5  # type: ignore[misc]
@@ -187,7 +187,7 @@ def test_shards_are_a_path_or_a_list_with_weights(tmp_path: Path) -> None:
     assert (one.data.shards_text, several.data.shards_text) == ("s3://bucket/set", "75.0% of a, 25.0% of b")
     (tmp_path / "config.yaml").write_text(to_yaml(several))
     assert read_resolved(tmp_path) == several
-    for value, said in (
+    for value, message in (
         ("3", "data.shards: give the path or the URL of a shard set, or a list of"),
         ("[]", "data.shards: must have at least 1 item"),
         ("[{shards: a}]", "data.shards.0.weight: Field required"),
@@ -197,27 +197,27 @@ def test_shards_are_a_path_or_a_list_with_weights(tmp_path: Path) -> None:
         ("[{shards: a, weigth: 1, weight: 1}]", "unknown key data.shards.0.weigth"),
         ("[a, b]", "data.shards.0: must be a mapping, {key: value, ...} (got 'a')"),
     ):
-        with pytest.raises(ConfigError, match=re.escape(said)):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             load_config("vits16.yaml", [f"data.shards={value}"])
 
 
-def test_an_epoch_of_a_mixture_is_as_many_samples_as_its_sets_hold(tmp_path: Path) -> None:
+def test_an_epoch_of_a_mixture_has_as_many_images_as_its_sets(tmp_path: Path) -> None:
     for name, count in (("a", 6), ("b", 10)):
         pack(draw_folder(tmp_path / f"{name} images", count), tmp_path / name, PackOptions())
     shards = f"data.shards=[{{shards: {tmp_path / 'a'}, weight: 1}}, {{shards: {tmp_path / 'b'}, weight: 9}}]"
     assert load_config("vits16.yaml", [shards, "data.micro_batch=4", "run.steps=3 epochs"]).run.steps == 12
 
 
-def test_sizes_have_units() -> None:
+def test_sizes_are_parsed_with_units() -> None:
     for text, limit in (("200GB", 200 * 10**9), ("1.5 MiB", 3 << 19), ("1000", 1000), ("7 kb", 7000)):
         config = load_config("vits16.yaml", [f"data.cache={{dir: copies, limit: {text}}}"])
         assert config.data.cache.limit == limit
-    for value, said in (
+    for value, message in (
         ("{dir: copies, limit: much}", "data.cache.limit: must be a size such as 80GB"),
         ("{dir: copies, limit: 0B}", "data.cache.limit: must be at least 1"),
         ("{dir: copies}", "data.cache: dir and limit need each other"),
         ("{limit: 1GB}", "data.cache: dir and limit need each other"),
         ("{downloads: 2}", "data.cache: downloads has an effect only with dir"),
     ):
-        with pytest.raises(ConfigError, match=re.escape(said)):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             load_config("vits16.yaml", [f"data.cache={value}"])

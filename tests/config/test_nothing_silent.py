@@ -141,7 +141,7 @@ def gram(config: Config) -> object:
     batch = fixed_batch(config)
     targets = anchor.targets(batch, 1.0)
     student = torch.randn(len(batch.global_crops), 16, 6, generator=draw(1))
-    return float(targets(student, batch.masks.grid_mask)), [config.objective.gram.refresh.due(s) for s in range(20)]
+    return float(targets(student, batch.masks.grid_mask)), [config.objective.gram.refresh.is_due(s) for s in range(20)]
 
 
 def koleo_groups(config: Config) -> object:

@@ -36,10 +36,10 @@ from streamtrain.checkpoint.reader import opened, write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
 from streamtrain.errors import StreamtrainError
-from streamtrain.run.atomic_io import sum_of
+from streamtrain.run.atomic_io import compute_checksum
 from streamtrain.run.directory import saved_state
-from streamtrain.run.resume_policy import check_resume, made_by
-from streamtrain.run.step_manifest import MANIFEST_NAME, fault_of, write_manifest
+from streamtrain.run.resume_policy import build_provenance, check_resume
+from streamtrain.run.step_manifest import MANIFEST_NAME, CheckpointManifest, find_fault
 
 ROOM_BYTES = 512 << 20
 BLOCK = tarfile.BLOCKSIZE
@@ -310,7 +310,7 @@ def whole_checkpoint() -> dict[str, bytes]:
     folder.mkdir()
     state = {"version": 2, "step": 3, "world_size": 1, "shapes": {"a": [3, 2]}, "skipped_steps": 0}
     state["data"] = {"version": 1, "digest": "x", "seed": 0, "lane_block": 1, "next_slot": 24}
-    state |= made_by(build_config({}), "fp32")
+    state |= build_provenance(build_config({}), "fp32")
     (folder / "state.json").write_text(json.dumps(state))
     write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Values()})
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -355,14 +355,14 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
     for name in parts:
         (folder / name).write_bytes(files[name])
     if sealed or MANIFEST_NAME not in files:
-        write_manifest(folder, {name: sum_of(folder / name) for name in parts})
+        CheckpointManifest({name: compute_checksum(folder / name) for name in parts}).write(folder)
     else:
         (folder / MANIFEST_NAME).write_bytes(files[MANIFEST_NAME])
-    fault_of(folder, contents=True)
+    find_fault(folder, contents=True)
     refused, saved = None, saved_state(folder)
-    for accept in (False, True) if saved is not None else ():
+    for accepted in ((), ("*",)) if saved is not None else ():
         try:
-            check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accept)
+            check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accepted)
         except StreamtrainError as error:
             refused = error
     with opened(folder) as reader:

@@ -34,7 +34,7 @@ from shards.reading import shard_set
 from shards import errors
 from streamtrain import errors as ours
 from streamtrain.config.load import read_resolved
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.step_manifest import find_fault
 work, path = sys.argv[1:]
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
@@ -129,11 +129,12 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         lambda p: written(p, npy_header("(1000000000000,)")), "shard_set.load_index(path)", "refused: index",
     ),
     "a checkpoint's manifest of 70 MB": (
-        lambda p: written(folder(p) / "manifest.json", b" " * 70_000_000).parent, "fault_of(Path(path), contents=True)",
+        lambda p: written(folder(p) / "manifest.json", b" " * 70_000_000).parent,
+        "find_fault(Path(path), contents=True)",
         "manifest.json is damaged",
     ),
     "nine lists of nine lists of ...": (
-        lambda p: written(folder(p) / "config.yaml", laughs()).parent, "read_resolved(path)", "it has an alias",
+        lambda p: written(folder(p) / "config.yaml", laughs()).parent, "read_resolved(path)", "aliases such as",
     ),
     "a picture of 4 giga pixels": (
         lambda p: written(p, bomb()), "images.prepare(open(path, 'rb').read())", "refused: ",

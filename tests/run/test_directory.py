@@ -1,62 +1,72 @@
-"""Whose folder it is, and what a run says of itself before its first step."""
+"""Creation and lock of the run directory, and the notes before the first step."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from streamtrain.config.load import build
+from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError, StreamtrainError
-from streamtrain.run.directory import describe_run, folder_of, held, make_run_folder, start_notes
+from streamtrain.run.directory import describe_run, make_run_dir, run_lock, step_folder
 
 
-def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
+def test_only_an_empty_directory_or_a_run_is_accepted(tmp_path: Path) -> None:
     for name in ("STOP", "job-7.out", "train.log", ".DS_Store"):
         (tmp_path / name).touch()
-    make_run_folder(tmp_path, 0)
+    make_run_dir(tmp_path, 0)
     for name in ("thesis.txt", "config.yaml", "environment.json", "metrics.jsonl"):
         (tmp_path / name).write_text("precious")
         with pytest.raises(StreamtrainError, match=f"such as {name}"):
-            make_run_folder(tmp_path, 0)
+            make_run_dir(tmp_path, 0)
         (tmp_path / name).rename(tmp_path / ".hidden")
     (tmp_path / "thesis.txt").touch()
-    folder_of(tmp_path, 3).mkdir(parents=True)
-    make_run_folder(tmp_path, 0)
-    folder_of(tmp_path, 3).rename(tmp_path / "checkpoints" / "3")
+    step_folder(tmp_path, 3).mkdir(parents=True)
+    make_run_dir(tmp_path, 0)
+    step_folder(tmp_path, 3).rename(tmp_path / "checkpoints" / "3")
     with pytest.raises(StreamtrainError, match="such as checkpoints"):
-        make_run_folder(tmp_path, 0)
+        make_run_dir(tmp_path, 0)
     describe_run(tmp_path, build({}), 1, {"device": "cpu", "dtype": "fp32"})
-    make_run_folder(tmp_path, 0)
+    make_run_dir(tmp_path, 0)
 
 
-def test_a_run_that_ended_before_its_first_step_left_a_folder_of_its_own(tmp_path: Path) -> None:
-    with held(tmp_path, 0):
-        with pytest.raises(StreamtrainError, match="another run is writing"), held(tmp_path, 0):
+def test_a_directory_that_was_locked_by_a_run_is_accepted(tmp_path: Path) -> None:
+    with run_lock(tmp_path, 0):
+        with pytest.raises(StreamtrainError, match="another run is writing"), run_lock(tmp_path, 0):
             pass
-        with held(tmp_path, 1):
+        with run_lock(tmp_path, 1):
             (tmp_path / "moments").mkdir()
-    make_run_folder(tmp_path, 0)
-    with held(tmp_path, 0):
+    make_run_dir(tmp_path, 0)
+    with run_lock(tmp_path, 0):
         pass
 
 
-def test_the_batch_is_shown_and_a_small_koleo_group_is_warned_of() -> None:
+def notes(config: Config, world_size: int, caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        log_start_notes(config, world_size)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_start_notes_have_the_batch_and_warn_of_small_koleo_groups(caplog: pytest.LogCaptureFixture) -> None:
     alone = build({"data": {"micro_batch": 2, "global_batch": 16}})
-    first, warning = start_notes(alone, 4)
-    assert first == "batch 16 = 2 x 4 rank(s) x 2 micro-batch(es)"
-    assert warning.startswith("warning: KoLeo") and "2 sample(s)" in warning
+    first, (level, warning) = notes(alone, 4, caplog)
+    assert first == ("INFO", "batch 16 = 2 x 4 rank(s) x 2 micro-batch(es)")
+    assert level == "WARNING" and warning.startswith("KoLeo") and "2 sample(s)" in warning
     together = build({"data": {"micro_batch": 2}, "objective": {"koleo": {"distributed": True}}})
-    assert len(start_notes(together, 4)) == 1 and len(start_notes(together, 2)) == 2
-    assert len(start_notes(build({"data": {"micro_batch": 1}, "objective": {"koleo": {"weight": 0}}}), 1)) == 1
+    assert len(notes(together, 4, caplog)) == 1 and len(notes(together, 2, caplog)) == 2
+    off = build({"data": {"micro_batch": 1}, "objective": {"koleo": {"weight": 0}}})
+    assert len(notes(off, 1, caplog)) == 1
 
 
-def test_a_scaled_learning_rate_is_shown() -> None:
+def test_start_notes_have_a_scaled_learning_rate(caplog: pytest.LogCaptureFixture) -> None:
     keys = {"data": {"micro_batch": 16, "global_batch": 256}, "schedules": {"lr": 1e-3}}
     sqrt = build({**keys, "optim": {"lr_scaling": "sqrt", "lr_reference_batch": 1024}})
     linear = build({**keys, "optim": {"lr_scaling": "linear", "lr_reference_batch": 1024}})
-    assert sqrt.optim.lr_factor(256) == 0.5 and linear.optim.lr_factor(256) == 0.25 == linear.optim.lr_factor(256)
-    assert start_notes(sqrt, 2)[1] == "lr peak 0.0005 = 0.001 x 0.5 (sqrt of batch 256 / 1024)"
+    assert sqrt.optim.lr_factor(256) == 0.5 and linear.optim.lr_factor(256) == 0.25
+    assert notes(sqrt, 2, caplog)[1] == ("INFO", "lr peak 0.0005 = 0.001 x 0.5 (sqrt of batch 256 / 1024)")
     for half in ({"lr_scaling": "sqrt"}, {"lr_reference_batch": 64}, {"clip_per": "module", "clip": 0}):
         with pytest.raises(ConfigError):
             build({"optim": half})

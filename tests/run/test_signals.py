@@ -1,4 +1,4 @@
-"""What is asked of a run by signals and by files, in a process that is busy in a library and runs no Python."""
+"""Requests by signals and files, also while the process is inside a library call."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from streamtrain.run.signals import Requests
 requests = Requests(Path(sys.argv[1]), int(sys.argv[2]))
 print("ready", flush=True)
 for line in sys.stdin:
-    if line == "code\\n":
-        print(requests.code(), flush=True)
+    if line == "stop_code\\n":
+        print(requests.stop_code(), flush=True)
     elif line == "busy\\n":
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     else:
@@ -46,33 +46,33 @@ def listening(folder: Path, rank: int = 0) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def told(process: subprocess.Popen[str], word: str) -> str:
+def ask(process: subprocess.Popen[str], word: str) -> str:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(f"{word}\n")
     return process.stdout.readline().strip()
 
 
-def code_becomes(process: subprocess.Popen[str], code: int) -> None:
+def wait_for_code(process: subprocess.Popen[str], code: int) -> None:
     deadline = time.monotonic() + 10
-    while told(process, "code") != str(code):
+    while ask(process, "stop_code") != str(code):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
-    ("numbers", "code"),
+    ("numbers", "stop_code"),
     [([signal.SIGTERM], 75), ([signal.SIGUSR1], 75), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGTERM], 130)],
 )
-def test_a_signal_is_an_exit_status(numbers: list[signal.Signals], code: int, tmp_path: Path) -> None:
+def test_signals_set_the_exit_code(numbers: list[signal.Signals], code: int, tmp_path: Path) -> None:
     with listening(tmp_path, rank=1) as process:
-        assert told(process, "code") == "0"
+        assert ask(process, "stop_code") == "0"
         for number in numbers:
             process.send_signal(number)
             time.sleep(0.1)
-        code_becomes(process, code)
+        wait_for_code(process, code)
 
 
-def test_a_second_interrupt_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
+def test_a_second_interrupt_ends_a_busy_process(tmp_path: Path) -> None:
     with listening(tmp_path) as process:
         assert process.stdin is not None
         process.stdin.write("busy\n")
@@ -84,24 +84,24 @@ def test_a_second_interrupt_ends_a_process_that_waits_for_others(tmp_path: Path)
         assert process.wait(10) == 130
 
 
-def test_files_ask_rank_0_and_go_when_it_is_done(tmp_path: Path) -> None:
+def test_rank_0_checks_for_request_files_and_removes_them(tmp_path: Path) -> None:
     save, stop = tmp_path / SAVE_NAME, tmp_path / STOP_NAME
     with listening(tmp_path, rank=1) as other:
         save.touch(), stop.touch()
-        assert told(other, "code") == "0"
-        told(other, "stopped")
+        assert ask(other, "stop_code") == "0"
+        ask(other, "remove_stop_file")
         assert stop.exists()
     stop.unlink()
     with listening(tmp_path) as process:
-        assert told(process, "code") == "1"
-        # a save that began before the file came does not count, one that begins now is the one
-        told(process, "saved")
+        assert ask(process, "stop_code") == "1"
+        # a save that started before the file existed does not fulfil the request; one that starts now does
+        ask(process, "mark_save_finished")
         assert save.exists()
-        told(process, "saving")
-        assert told(process, "code") == "0" and save.exists()
+        ask(process, "mark_save_started")
+        assert ask(process, "stop_code") == "0" and save.exists()
         stop.touch()
-        assert told(process, "code") == "75"
-        told(process, "saved")
+        assert ask(process, "stop_code") == "75"
+        ask(process, "mark_save_finished")
         assert not save.exists()
-        told(process, "stopped")
-        assert not stop.exists() and told(process, "code") == "0"
+        ask(process, "remove_stop_file")
+        assert not stop.exists() and ask(process, "stop_code") == "0"

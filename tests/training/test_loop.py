@@ -161,7 +161,8 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     # and a run that has all its steps says so, on one rank
     results = run_ranks([*words, f"run.steps={last}"], 2)
     assert [(code, out) for code, out, _ in results] == [
-        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to go on\n"), (0, "")
+        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to continue\n"),
+        (0, ""),
     ]  # fmt: skip
 
 
@@ -179,10 +180,10 @@ WRONG_STARTS = {
     "no set": (["data.shards=''"], "data.shards is not set"),
     "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
     "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
-    "foreign": (["run.dir=FOREIGN"], "holds no run but other files, such as config.yaml"),
-    "weights": (["init.weights=absent"], "init.weights: the weights absent cannot be read"),
-    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run folder"),
-    "resume": (["--resume", "absent", "run.seed=1"], "--resume absent holds no checkpoint"),
+    "foreign": (["run.dir=FOREIGN"], "contains no run but other files, such as config.yaml"),
+    "weights": (["init.weights=absent"], "init.weights: there is no file or folder absent"),
+    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run directory"),
+    "resume": (["--resume", "absent", "run.seed=1"], "--resume absent has no checkpoint"),
 }
 
 
@@ -213,22 +214,26 @@ def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
     assert len(list(foreign.iterdir())) == 3
 
 
-def test_another_run_than_the_checkpoints_is_refused_at_once(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_changed_settings_are_refused_at_once_unless_accepted(
+    dtype: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, settings = tmp_path / "run", ("run.steps=2", "data.micro_batch=4")
-    expect_success(run_ranks(command(shards, run, "run.steps=1", "data.micro_batch=4"), 1))
+    run, always = tmp_path / "run", ("data.micro_batch=4", f"engine.dtype={dtype}")
+    settings = ("run.steps=2", *always)
+    expect_success(run_ranks(command(shards, run, "run.steps=1", *always), 1))
     pack(draw_folder(tmp_path / "images", 12), tmp_path / "other", PackOptions())
     other = f"data.shards={tmp_path / 'other'}"
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     started = [
         (start_ranks(command(shards, run, *settings, *overrides), 1)[0], told)
         for overrides, told in (
-            (["model.dim=32"], "cannot go on with other values of model.dim was 16 and is now 32"),
+            (["model.dim=32"], "model.dim is 32, the checkpoint has 16; restore them, or set run.dir"),
             ([other], "digest was"),
-            (["optim.clip=1.0"], "optim.clip was 3.0 and is now 1.0; start it as it was, or add --accept-changes"),
-            (["run.seed=4", "--accept-changes"], "run.seed was 0 and is now 4"),
-            ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "holds no checkpoint"),
+            (["optim.clip=1.0"], "optim.clip is 1.0, the checkpoint has 3.0; restore them, or add --accept optim.clip"),
+            (["optim.clip=1.0", "optim.eps=1e-7", "--accept", "optim.eps"], "or add --accept optim.clip"),
+            (["run.seed=4", "--accept-changes"], "run.seed is 4, the checkpoint has 0"),
+            (["run.seed=4", "--accept", "run.seed"], "--accept run.seed: this setting is fixed for a run"),
+            ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "has no checkpoint"),
             ([f"run.dir={tmp_path / 'new'}", "--resume", str(run), other], "digest was"),
         )
     ]
@@ -241,7 +246,8 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
     changes = (*settings, other, "optim.clip=1.0")
     # one that ends before its first checkpoint has changed nothing
-    endless = ("--accept-changes", "run.steps=1000", "run.checkpoint_every=0")
+    accept = ("--accept", "optim.clip", "data.shards")
+    endless = (*accept, "run.steps=1000", "run.checkpoint_every=0")
     process, = start_ranks(command(shards, run, *changes, *endless), 1)
     while read_resolved(run).optim.clip != 1.0:
         assert process.poll() is None
@@ -249,16 +255,17 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     process.kill()
     process.communicate()
     assert checkpoint.saved_steps(run) == [1]
-    saved = saved_state(checkpoint.folder_of(run, 1))
-    assert saved is not None and saved["dtype"] == "fp32"
+    saved = saved_state(checkpoint.step_folder(run, 1))
+    assert saved is not None and saved["dtype"] == dtype
     expect_success(run_ranks(command(shards, run, *settings, "--dry-run"), 1))
-    results = run_ranks(command(shards, run, *changes, "--accept-changes"), 1)
+    results = run_ranks(command(shards, run, *changes, *accept), 1)
     expect_success(results)
-    assert re.search(r"^going on with changes: optim.clip was 3.0 and is now 1.0; digest was", results[0][1])
+    accepted = r"^resuming with accepted changes: optim.clip is 1.0, the checkpoint has 3.0; digest was"
+    assert re.search(accepted, results[0][1], re.MULTILINE)
     expect_success(run_ranks(command(shards, run, *changes, "run.steps=3"), 1))
     assert [record["slot"] for record in losses(run).values()] == [4, 8, 12]
     # until something in it is lost
     for step in checkpoint.saved_steps(run):
-        (checkpoint.folder_of(run, step) / checkpoint.SHARED_NAME).unlink()
+        (checkpoint.step_folder(run, step) / checkpoint.SHARED_NAME).unlink()
     (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
     assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Schedules reach what they promise, at the step they promise it."""
+"""Values of schedules at given steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamtrain.config.schedules import Schedule
-from streamtrain.config.values import value_at
+from streamtrain.config.schedules import Schedule, value_at
 
 
 def test_warm_up_then_cosine_to_the_last_step() -> None:
@@ -18,21 +17,21 @@ def test_warm_up_then_cosine_to_the_last_step() -> None:
     assert values[10:] == sorted(values[10:], reverse=True)
 
 
-def test_a_tail_stays_at_the_end_value() -> None:
+def test_a_tail_keeps_the_end_value() -> None:
     schedule = Schedule(kind="linear", peak=1.0, end=0.0, tail=5)
     assert [value_at(schedule, step, 10) for step in (0, 2, 4, 7, 9, 50)] == [1.0, 0.5, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_a_number_is_a_constant() -> None:
+def test_a_number_is_a_constant_schedule() -> None:
     assert value_at(Schedule.model_validate("3e-4"), 17, 20) == 3e-4
 
 
-def test_a_delay_keeps_the_start_value_and_moves_the_warm_up() -> None:
+def test_a_delay_keeps_the_start_value_and_shifts_the_warm_up() -> None:
     schedule = Schedule(start=1.0, peak=3.0, delay=4, warmup=2)
     assert [value_at(schedule, step, 9) for step in range(9)] == [1, 1, 1, 1, 1, 2, 3, 3, 3]
     switch = Schedule(peak=2.0, delay=3)
     assert [value_at(switch, step, 9) for step in range(5)] == [0, 0, 0, 2, 2]
-    assert switch.ever_positive and not Schedule(peak=0.0).ever_positive
+    assert switch.is_ever_positive and not Schedule(peak=0.0).is_ever_positive
 
 
 @given(
@@ -40,7 +39,7 @@ def test_a_delay_keeps_the_start_value_and_moves_the_warm_up() -> None:
     st.integers(0, 9), st.integers(0, 30), st.integers(0, 30), st.integers(1, 60), st.integers(0, 200),
     st.floats(-1, 1), st.floats(-1, 1),
 )
-def test_values_lie_between_their_bounds(
+def test_values_stay_between_start_peak_and_end(
     kind: str, delay: int, warmup: int, tail: int, steps: int, step: int, peak: float, end: float
 ) -> None:
     start = peak if delay + warmup else None
@@ -51,6 +50,6 @@ def test_values_lie_between_their_bounds(
 @pytest.mark.parametrize(
     "raw", [{"peak": 1, "end": 0}, {"kind": "cosine", "peak": 1}, {"peak": "high"}, "x", {"peak": 1, "start": 2}]
 )
-def test_a_schedule_that_cannot_be_meant_is_refused(raw: object) -> None:
+def test_invalid_schedules_are_rejected(raw: object) -> None:
     with pytest.raises(ValueError):
         Schedule.model_validate(raw)
