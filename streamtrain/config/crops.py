@@ -16,7 +16,7 @@ class JitterConfig(Section):
     brightness: Probability = accept(0.4, "Maximum relative change of the brightness.")
     contrast: Probability = accept(0.4, "Maximum relative change of the contrast.")
     saturation: Probability = accept(0.2, "Maximum relative change of the saturation.")
-    hue: float = accept(0.1, "Maximum rotation of the hue in turns (1 turn = 360 degrees).", ge=0.0, le=0.5)
+    hue: float = accept(0.1, "Maximum rotation of the hue, where 1 is a full circle.", ge=0.0, le=0.5)
 
 
 class BlurConfig(Section):

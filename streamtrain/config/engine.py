@@ -82,7 +82,7 @@ class EngineConfig(Section):
         "auto", "Compile the blocks with torch.compile; auto: on a GPU only, because it does not pay on a CPU."
     )
     view_groups: Positive = free(
-        1, "Recompute each branch in so many groups of images, one after the other: less memory, more time."
+        1, "Number of groups of images in which a branch is recomputed, one after the other: less memory, more time."
     )
     offload_checkpoints: bool = free(
         False, "Keep the inputs of recomputed blocks in host memory (with checkpointing: block; no effect on a CPU)."

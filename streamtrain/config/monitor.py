@@ -61,7 +61,7 @@ class MonitorConfig(Section):
     )  # fmt: skip
     profile: ProfileConfig = ProfileConfig()
     spike_score: float = free(
-        10.0, "Warn when the loss is so many robust standard deviations above the median of the steps before.", gt=0.0
+        10.0, "Warn when the loss exceeds the median of the steps before by more robust standard deviations.", gt=0.0
     )
     spike_window: NonNegative = free(200, "Number of steps before that the loss is compared with; 0: no warning.")
     collapse: CollapseConfig = CollapseConfig()

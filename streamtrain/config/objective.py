@@ -37,7 +37,9 @@ class KoleoConfig(Section):
     weight: Schedule = accept(Schedule(peak=0.1), "Weight of KoLeo in the total loss.")
     neighbours: Positive = accept(1, "Number of nearest neighbours that each sample is pushed away from.")
     distributed: bool = accept(False, "Search neighbours among the samples of all ranks instead of one micro-batch.")
-    group_size: NonNegative = accept(0, "With distributed: search within groups of so many samples; 0: one group.")
+    group_size: NonNegative = accept(
+        0, "With distributed: number of samples of a group that is searched for neighbours; 0: all samples."
+    )
 
     @model_validator(mode="after")
     def _reject_ineffective_keys(self) -> KoleoConfig:

@@ -21,5 +21,5 @@ class RunConfig(Section):
         True, "Write checkpoints in the background, from a copy in host memory where there is room for one."
     )
     max_bad_steps: Positive = free(
-        10, "Stop after so many consecutive steps with a non-finite loss or gradient; such steps change no weights."
+        10, "Number of consecutive steps with a non-finite loss or gradient (no update) after which the run stops."
     )

@@ -1,4 +1,4 @@
-"""Comparison of a start's settings with those of the checkpoint it resumes. Torch-free.
+"""Comparison of a start's settings with the checkpoint it resumes. Torch-free.
 
 A checkpoint records the settings, versions and data type it was made with. A start may change settings with the resume
 rule ``free`` (see ``streamtrain.config.section.setting``), and ``accept`` settings whose keys follow ``--accept``. It
@@ -45,7 +45,7 @@ class Change(NamedTuple):
 
 
 def build_provenance(config: Config, dtype: str) -> dict[str, Any]:
-    """Return what a checkpoint records about its origin: resolved settings, versions and data type."""
+    """Return a checkpoint's provenance: resolved settings, versions and data type."""
     return {"config": _to_plain(config), "program": program_versions(), "dtype": dtype}
 
 

@@ -50,7 +50,7 @@ class CheckpointManifest:
 
 
 def find_fault(folder: Path, *, contents: bool, part: tuple[int, int] = (0, 1)) -> str | None:
-    """Return what is wrong with a checkpoint, or None if all files have the recorded sizes and checksums.
+    """Return the fault of a checkpoint, or None if all files have the recorded sizes and checksums.
 
     Args:
         contents: compare checksums too, not only sizes.

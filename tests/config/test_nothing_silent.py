@@ -1,13 +1,14 @@
-"""No key of the configuration is ignored: each changes what comes out, or, where it sets a pace, is read by a run."""
+"""Every setting has an effect: it changes results, or a run reads it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,15 +18,13 @@ import pytest
 import torch
 from drawn_images import draw_folder
 from faulty_server import faulty_server
-from pydantic import BaseModel
 from ranks import ROOT
 from tiny_backbone import class_folder, tiny_weights
 from tiny_run import command
 
 from shards.packing.pack import PackOptions, pack
 from streamtrain.config.load import build, merge, open_shard_set, parse_override
-from streamtrain.config.schedules import Schedule
-from streamtrain.config.tree import Config
+from streamtrain.config.tree import Config, walk_settings
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.loader import Loader
 from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
@@ -51,7 +50,7 @@ BASE: dict[str, Any] = {
 
 
 def batches(config: Config) -> object:
-    """Pixels and masks of the first micro-batches."""
+    """Return shapes and digests of the pixels and masks of the first micro-batches."""
     with Loader(open_shard_set(config), config, rank=0, world_size=1, device="cpu") as loader:
         return [
             [(tuple(t.shape), hashlib.sha256(t.numpy().tobytes()).hexdigest()) for t in batch.tensors()]
@@ -74,23 +73,23 @@ def fixed_batch(config: Config) -> Batch:
 
 
 def losses(config: Config) -> object:
-    """What a step computes from a batch: parameters' names and shapes, losses, the softmax centres."""
+    """Return the losses of a batch, names and shapes of the parameters, and the softmax centres."""
     student, teacher = Learner(config), Learner(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
-        # at the start attention is nearly uniform, and what turns it hardly matters
+        # with initial weights attention is nearly uniform, so that RoPE has hardly any effect
         network.requires_grad_(False)
         for value in network.backbone.blocks.parameters():
             value.mul_(4.0).add_(0.05)
     batch, maker = fixed_batch(config), TargetMaker(config.objective)
     heads = [head and PlainWeight(head.prototypes.weight) for head in (teacher.global_head, teacher.patch_head)]
     weights = LossWeights(koleo=1.0)
-    # two steps, since an average of one is that one
+    # two steps, so that the momentum of the centre has an effect
     for each in (replace(batch, global_crops=255 - batch.global_crops), batch):
         (targets,) = maker.make([teacher(each, None, weights)], PrototypeHandles(*heads), 0.05)
-    found = {name: float(value) for name, value in student(batch, targets, weights).items()}
+    terms = {name: float(value) for name, value in student(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
-    return found, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}
+    return terms, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}
 
 
 def local_norm(config: Config) -> object:
@@ -98,12 +97,12 @@ def local_norm(config: Config) -> object:
 
 
 def steps(config: Config) -> object:
-    """Scheduled values of some steps."""
+    """Return the scheduled values of some steps."""
     return [StepValues.at(step, config, config.batch_split(1)[0]) for step in (0, 1, 5, 19)]
 
 
 def optimiser(config: Config) -> object:
-    """Where a few steps of the optimiser take some parameters, and what its moments are."""
+    """Return parameters after some optimizer steps, the types of the moments, and the files of moments on disk."""
     names = ("backbone.embedding.projection.weight", "backbone.blocks.0.mlp.up.weight", "backbone.norm.weight")
     named = [(name, torch.nn.Parameter(torch.ones(600 if "up" in name else 3))) for name in names]
     folder = Path(config.engine.moments_dir or f"{config.run.dir}/moments")
@@ -119,16 +118,16 @@ def optimiser(config: Config) -> object:
 
 
 def engine(config: Config) -> object:
-    """What DeepSpeed and the blocks of one of two ranks are told."""
+    """Return the DeepSpeed configuration and the attributes of backbone and blocks for one of two ranks."""
     runtime = Runtime(Launch(0, 2, 0, 2), torch.device("cpu"), torch.float32)
     learner = Learner(config)
-    told = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
+    backbone = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
     blocks = {key: value for key, value in vars(learner.backbone.blocks[0]).items() if isinstance(value, str | int)}
-    return engine_config(config, runtime, 2, 1000), told, blocks
+    return engine_config(config, runtime, 2, 1000), backbone, blocks
 
 
 def blocks(config: Config) -> object:
-    """How the blocks compute, in bf16 on a CPU."""
+    """Return the implementation of the blocks in bf16 on a CPU."""
     runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), Learner(config)
     prepare_blocks(learner, config.engine, runtime)
     block = learner.backbone.blocks[0]
@@ -136,7 +135,7 @@ def blocks(config: Config) -> object:
 
 
 def gram(config: Config) -> object:
-    """What the Gram teacher asks, and when it is refreshed."""
+    """Return the Gram loss and the steps with a refresh."""
     anchor = GramAnchor(config, lambda crops, grid: torch.randn(len(crops), grid[0] * grid[1], 6, generator=draw()))
     batch = fixed_batch(config)
     targets = anchor.targets(batch, 1.0)
@@ -145,7 +144,7 @@ def gram(config: Config) -> object:
 
 
 def koleo_groups(config: Config) -> object:
-    """Among how many samples two ranks seek neighbours; the losses of both are compared with the loss's own tests."""
+    """Return the samples of a neighbour search on two ranks; the tests of the loss cover its values."""
     return config.objective.koleo.samples(config.data.micro_batch, 2)
 
 
@@ -156,7 +155,7 @@ def draw(seed: int = 0) -> torch.Generator:
 Probe = Callable[[Config], object]
 SOFTMAX, SWIGLU = ["objective.centering=softmax"], ["model.mlp=swiglu"]
 COSINE = ["objective.patch_loss.kind=cosine"]
-# a key, another value of it, what shows that it matters, and what else must be set for that
+# a key, another value, the function whose result changes, and further overrides that this requires
 EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("run.steps", "10", steps, ["schedules.lr={kind: linear, peak: 1.0, end: 0.0}"]),
     ("run.seed", "1", batches, []),
@@ -225,7 +224,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("engine.moments_dir", "FOLDER", optimiser, ["engine.moments=disk"]),
     ("init.freeze_backbone_steps", "3", steps, []),
 ]  # fmt: skip
-# what sets a pace, a place or a display; a run that uses everything reads them
+# settings of speed, memory, paths and displays; runs that use every feature read them
 READ = {
     "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads", "data.max_pixels",
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
@@ -243,16 +242,6 @@ READ = {
 }  # fmt: skip
 
 
-def leaves(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every key that holds a value; a schedule counts as one (its own keys are tested with the schedules)."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Schedule:
-            yield from leaves(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("silent")
@@ -260,37 +249,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_key_has_its_proof() -> None:
-    proven = [key for key, *_ in EFFECTS]
-    assert len(set(proven)) == len(proven) and not READ & set(proven)
-    assert {*proven, *READ} == set(leaves())
+def test_every_setting_is_tested() -> None:
+    tested = [key for key, *_ in EFFECTS]
+    assert len(set(tested)) == len(tested) and not READ & set(tested)
+    assert {*tested, *READ} == {key for key, _ in walk_settings()}
 
 
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect[0])
-def test_a_key_changes_what_comes_out(effect: tuple[str, str, Probe, list[str]], folder: Path, tmp_path: Path) -> None:
+def test_a_setting_changes_results(effect: tuple[str, str, Probe, list[str]], folder: Path, tmp_path: Path) -> None:
     key, value, probe, extra = effect
-    places = {"data": {"shards": str(folder / "set")}, "run": {"dir": str(tmp_path)}}
-    raw = merge(BASE, places)
-    given = [*extra] if key != "teacher.kind" else []
-    for override in given:
+    raw = merge(BASE, {"data": {"shards": str(folder / "set")}, "run": {"dir": str(tmp_path)}})
+    for override in extra if key != "teacher.kind" else []:
         raw = merge(raw, parse_override(override))
     changed = merge(raw, parse_override(f"{key}={value.replace('FOLDER', str(tmp_path / 'moments'))}"))
     if key == "teacher.kind":
         changed = merge(changed, parse_override(extra[0]))
     if key == "model.preset":
-        # explicit fields win over the preset's
+        # keys given beside a preset replace the preset's values
         changed["model"] = {"preset": value}
         raw["model"] = {"preset": "vits16plus"}
     assert probe(build(raw)) != probe(build(changed))
 
 
+# Runs the training command and prints the settings that the run reads. Reads by validators of the configuration, and
+# by the table of hyperparameters, do not count: these read every setting, whether or not anything depends on it.
 TRACE = """
 import json, runpy, sys
 from streamtrain.config.section import Section
 read, plain = set(), Section.__getattribute__
 def traced(self, name):
     if name in type(self).model_fields:
-        read.add(f"{type(self).__name__}.{name}")
+        code = sys._getframe(1).f_code
+        in_validator = "/streamtrain/config/" in code.co_filename and code.co_name.startswith("_")
+        if not in_validator and not code.co_filename.endswith("/streamtrain/reporting/layout.py"):
+            read.add(f"{type(self).__name__}.{name}")
     return plain(self, name)
 Section.__getattribute__ = traced
 arguments, sys.argv = sys.argv[1:], sys.argv[1:]
@@ -302,31 +294,59 @@ print("READ" + json.dumps(sorted(read)))
 """
 
 
-def test_a_run_reads_what_only_sets_a_pace(folder: Path, tmp_path: Path) -> None:
+def read_by_run(words: list[str], root: Path = ROOT, **environment: str) -> set[str]:
+    """Run the training command with the sources of ``root``; return ``Class.field`` of the settings that it reads."""
+    words = [str(root / "streamtrain" / "main.py"), *words[1:]]
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE, *words], cwd=root, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return set(json.loads(done.stdout.rpartition("READ")[2]))
+
+
+def test_a_run_reads_the_settings_without_effect_on_results(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
 
     def run(name: str, *overrides: str) -> set[str]:
         words = command(folder / "set", tmp_path / name, "run.steps=1", "monitor.tensorboard=true", *overrides)
-        store = {"MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
-        done = subprocess.run(
-            [sys.executable, "-c", TRACE, *words], cwd=ROOT, capture_output=True, text=True, timeout=200,
-            env={**os.environ, **store},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return set(json.loads(done.stdout.rpartition("READ")[2]))
+        return read_by_run(words, MLFLOW_TRACKING_URI=(tmp_path / "mlflow").as_uri(), MLFLOW_ALLOW_FILE_STORE="true")
 
     backbone = tiny_weights(tmp_path / "weights")
     labelled = class_folder(tmp_path / "labelled")
-    watched = ("monitor.profile.start=1", "monitor.trackers=[mlflow]", "evaluation.every=1", "evaluation.best=knn_20",
-               f"evaluation.train={labelled}", f"evaluation.test={labelled}")  # fmt: skip
-    learnt = (f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
-    found = run("first", *learnt, *watched)
+    monitored = ("monitor.profile.start=1", "monitor.trackers=[mlflow]", "evaluation.every=1",
+                 "evaluation.best=knn_20", f"evaluation.train={labelled}", f"evaluation.test={labelled}")  # fmt: skip
+    pretrained = (f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
+    read = run("first", *pretrained, *monitored)
     with faulty_server(folder) as server:
-        copied = [f"data.shards={server.url}/set", f"data.cache={{dir: {tmp_path / 'cache'}, limit: 1MB}}"]
-        found |= run("second", "teacher.kind=frozen", f"teacher.weights={tmp_path / 'first'}", *copied)
+        cached = [f"data.shards={server.url}/set", f"data.cache={{dir: {tmp_path / 'cache'}, limit: 1MB}}"]
+        read |= run("second", "teacher.kind=frozen", f"teacher.weights={tmp_path / 'first'}", *cached)
     assert list((tmp_path / "cache").glob("*.shard"))
     sections = {name: type(getattr(Config(), name)).__name__ for name in Config.model_fields}
     sections |= {"objective.gram": "GramConfig", "data.cache": "CacheConfig", "data.remote": "RemoteConfig"}
     sections |= {"monitor.collapse": "CollapseConfig", "monitor.profile": "ProfileConfig"}
-    wanted = {f"{sections[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in READ}
-    assert wanted <= found, wanted - found
+    expected = {f"{sections[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in READ}
+    assert expected <= read, expected - read
+
+
+def test_the_trace_finds_settings_that_nothing_uses(folder: Path, tmp_path: Path) -> None:
+    """The copy of the sources has a setting that nothing reads, and one that only a validator reads."""
+    root = tmp_path / "checkout"
+    for name in ("shards", "streamtrain", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    module = root / "streamtrain" / "config" / "monitor.py"
+    source, anchor = module.read_text(), "    tensorboard: bool = free("
+    assert source.count(anchor) == 1
+    mutant = (
+        '    unused: int = free(1, "Nothing reads it.")\n'
+        '    checked: int = free(1, "Only a validator reads it.")\n\n'
+        '    @model_validator(mode="after")\n'
+        "    def _check(self) -> MonitorConfig:\n"
+        "        assert self.checked == 1\n"
+        "        return self\n\n"
+    )
+    module.write_text(source.replace(anchor, mutant + anchor))
+    words = command(folder / "set", tmp_path / "run", "run.steps=1", "monitor.tensorboard=true")
+    read = read_by_run(words, root)
+    assert {"MonitorConfig.tensorboard", "RunConfig.steps"} <= read
+    assert not {"MonitorConfig.unused", "MonitorConfig.checked"} & read

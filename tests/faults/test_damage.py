@@ -31,7 +31,7 @@ def damage(folder: Path, kind: str) -> str:
         return f"{RANK_1} has {len(content) - 9} bytes, not {len(content)}"
     if kind == "flipped":
         flip_a_bit(folder / RANK_1, 0.9)
-        return f"{RANK_1} holds other values"
+        return f"{RANK_1} has a wrong checksum"
     if kind == "missing":
         (folder / "shared.safetensors").unlink()
         return "shared.safetensors: No such file"
@@ -39,7 +39,7 @@ def damage(folder: Path, kind: str) -> str:
         # a valid document, but of another slot
         text = (folder / "state.json").read_text()
         (folder / "state.json").write_text(text.replace('"slot": 3', '"slot": 9'))
-        return "state.json holds other values"
+        return "state.json has a wrong checksum"
     flip_a_bit(folder / "manifest.json", 0.4)
     return "manifest.json is damaged"
 

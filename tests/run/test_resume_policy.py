@@ -1,4 +1,4 @@
-"""Comparison of a start's settings with those of the checkpoint it resumes."""
+"""Comparison of a start's settings with the checkpoint it resumes."""
 
 from __future__ import annotations
 
