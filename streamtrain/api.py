@@ -77,7 +77,7 @@ def train(
         gpus: number of ranks; default: all visible GPUs, or one rank on the CPU.
         steps: number of steps (``run.steps``).
         resume: another run whose latest checkpoint the run starts from.
-        accept: keys of settings that may differ from those of the checkpoint, such as ``["schedules.lr"]``.
+        accept: settings that may differ from the checkpoint, such as ``["schedules.lr"]``.
         overrides: further settings by section, such as ``data={"micro_batch": 32}``; a dotted key goes into a mapping:
             ``**{"model.drop_path": 0.1}``.
 

@@ -69,9 +69,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("wheel")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(output)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(source)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (built,) = output.glob("*.whl")
     return built

@@ -1,12 +1,11 @@
-"""How the demo images are drawn: ten classes that differ in shape and texture, and in nothing else.
+"""Draw the demo images: ten classes that differ in shape and texture only.
 
-Every image shows one to three objects of its class on a ground that is printed with the same texture, so
-that nearly every crop shows something of the class. Colours, positions, sizes, rotations, clutter, light
-and noise come from one law for all classes, so the mean colour tells nothing and raw pixels little: what
-tells the classes apart is structure. All images share one palette, since a network that has only minutes
-would otherwise learn to tell images by their colour, the easiest thing that two crops share. Shapes are
-signed distances and textures are functions of the object's own coordinates, so that an image can be drawn
-at any size. NumPy and Pillow only.
+Each image has one to three objects of its class on a background with the same texture, so that nearly every
+crop shows part of the class. Colours, positions, sizes, rotations, clutter, light and noise have the same
+distribution in all classes, so the mean colour carries no label, raw pixels little, and the structure all.
+All images share one palette, because colour is the easiest property that two crops share, and a network
+that trains for minutes would learn nothing else. Shapes are signed distances and textures are functions of
+the object's own coordinates, so an image can be drawn at any size. NumPy and Pillow only.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw a labelled demo set: JPEGs in one folder a class, the same for the same seed, on any machine.
+"""Draw a labelled demo set: JPEGs in one folder per class; the same seed gives the same images on any machine.
 
 python tools/make_demo_images.py --out DIR [--count 2400] [--size 112] [--seed 0] [--workers N]
 """
@@ -21,38 +21,38 @@ from PIL import Image
 from streamtrain.reporting.terminal import progress_bar
 
 VERSION = 5
-RECORD = ".demo.json"  # hidden, so that whatever reads the folder's images passes it by
+RECORD = ".demo.json"  # hidden, so that readers of the folder skip it
 
 
 def write_images(folder: Path, seed: int, size: int, indices: range) -> int:
-    """Draw and write images ``indices``; each depends on (seed, size, index) alone. Returns how many."""
+    """Draw and write images ``indices``, each a function of (seed, size, index), and return their number."""
     names = list(CLASSES)
     for index in indices:
         rng = np.random.default_rng([seed, index])
         name = names[index % len(names)]
-        # Sides vary, as those of photographs do; the quality of JPEG likewise.
+        # sides and JPEG quality vary as in photographs
         width, height = (int(side) for side in np.rint(size * rng.uniform(0.86, 1.14, 2)))
         image = Image.fromarray(draw(name, rng, width, height))
         image.save(folder / name / f"{index:06d}.jpg", quality=int(rng.integers(82, 95)))
     return len(indices)
 
 
-def make_demo_images(
-    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True
-) -> bool:
-    """Write the set at ``out``, or find it finished there; True if it was drawn now.
+def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True) -> bool:
+    """Draw the set at ``out`` and return True, or return False if it exists.
 
-    The images are drawn in a folder beside ``out`` that takes its name when all are there, so a finished name
-    is a finished set. Raises ValueError when ``out`` holds something else.
+    The images are drawn in a folder beside ``out`` that is renamed once it is complete.
+
+    Raises:
+        ValueError: if ``out`` contains other files or another demo set.
     """
     wanted = {"version": VERSION, "count": count, "size": size, "seed": seed}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         record = out / RECORD
         if not record.is_file():
-            raise ValueError(f"{out} exists and is not a demo set: choose another --out, or remove it")
-        found = json.loads(record.read_text())
-        if found != wanted:
-            raise ValueError(f"{out} holds another demo set ({found}): remove it, or choose another --out")
+            raise ValueError(f"{out} exists and is not a demo set; choose another --out, or remove it")
+        existing = json.loads(record.read_text())
+        if existing != wanted:
+            raise ValueError(f"{out} contains another demo set ({existing}); remove it, or choose another --out")
         return False
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -74,13 +74,11 @@ def make_demo_images(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; one subfolder a class")
-    parser.add_argument("--count", type=int, default=2400, help="images in all (default 2400)")
-    parser.add_argument("--size", type=int, default=112, help="about this many pixels a side (default 112)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; one subfolder per class")
+    parser.add_argument("--count", type=int, default=2400, help="number of images (default: 2400)")
+    parser.add_argument("--size", type=int, default=112, help="average side in pixels (default: 112)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images (default: 0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     arguments = parser.parse_args()
     out, workers = arguments.out, arguments.workers
     try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: ruff, mypy, import-linter, pytest.
 #
-#   tools/test.sh                 all tests except those that take minutes or need a GPU
+#   tools/test.sh                 all tests except slow ones and those for a GPU
 #   tools/test.sh -k order        arguments are passed to pytest
 #   tools/test.sh -m slow         the tests that take minutes; -m gpu: the tests that need a GPU
 #

@@ -165,9 +165,7 @@ def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], k
     """Start a packing and kill it at random moments; whenever one ends before its kill, compare it and begin anew."""
     draw = random.Random(7)
     while kills:
-        process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             _, said = process.communicate(timeout=draw.uniform(0.0, longest))
         except subprocess.TimeoutExpired:

@@ -16,7 +16,7 @@ from streamtrain.run.directory import describe_run
 
 
 class Page(HTMLParser):
-    """Collects what a page shows, what it fetches, and whether its tags are balanced."""
+    """Collect the text and the links of a page, and check that its tags are balanced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,20 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert page.open == []
     assert all(source.startswith("data:") for source in page.sources)
     assert sum(source.startswith("data:image/png") for source in page.sources) == 6 + 1
-    for words in ("Run run <1>", "data/crops, step 5", "10 s", "25.0%", "9.000 → 1.800", "1.00 GiB", "<script>", "40",
-                  "1.07 GB", "TFLOP", "10.0% (step 1)", "50.0% (step 5)"):
+    for words in (
+        "Run run <1>",
+        "data/crops, step 5",
+        "10 s",
+        "25.0%",
+        "9.000 → 1.800",
+        "1.00 GiB",
+        "<script>",
+        "40",
+        "1.07 GB",
+        "TFLOP",
+        "10.0% (step 1)",
+        "50.0% (step 5)",
+    ):
         assert words in page.words, words
 
 

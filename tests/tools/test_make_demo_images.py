@@ -1,4 +1,4 @@
-"""The demo set: the same for the same seed, and told apart by structure only."""
+"""The demo set: reproducible from its seed, with classes that differ in structure only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pixels(folder: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images as float32 [N, side * side * 3] and class numbers [N], in order of their numbers."""
+    """Return images as float32 [N, side * side * 3] and class numbers [N], in order of file names."""
     files = sorted(folder.glob("*/*.jpg"), key=lambda file: file.stem)
     images = [Image.open(file).resize((side, side), Image.Resampling.BOX) for file in files]
     names = list(CLASSES)
@@ -44,7 +44,7 @@ def test_ten_balanced_classes_of_varied_sizes(demo: Path) -> None:
     assert len(sizes) > 50 and all(80 <= side <= 112 for size in sizes for side in size)
 
 
-def test_mean_colour_does_not_tell_classes_apart(demo: Path) -> None:
+def test_mean_colour_does_not_separate_classes(demo: Path) -> None:
     colours, labels = pixels(demo, 1)
     train = np.arange(len(labels)) < 400
     means = np.stack([colours[train & (labels == label)].mean(0) for label in range(len(CLASSES))])
@@ -52,13 +52,13 @@ def test_mean_colour_does_not_tell_classes_apart(demo: Path) -> None:
     assert (nearest == labels[~train]).mean() < 0.2
 
 
-def test_raw_pixels_hardly_tell_classes_apart(demo: Path) -> None:
+def test_raw_pixels_hardly_separate_classes(demo: Path) -> None:
     images, labels = pixels(demo, 32)
     images -= images.mean(1, keepdims=True)
     images /= np.linalg.norm(images, axis=1, keepdims=True)
     nearest = np.argsort(-images[400:] @ images[:400].T, axis=1)[:, :20]
     votes = np.apply_along_axis(np.bincount, 1, labels[:400][nearest], minlength=len(CLASSES))
-    # chance is 0.1; textures that lie alike by luck are what raw pixels find
+    # chance is 0.1; raw pixels match textures with the same phase
     assert (votes.argmax(1) == labels[400:]).mean() < 0.4
 
 
@@ -72,9 +72,9 @@ def test_same_seed_same_bytes_in_any_split(demo: Path, tmp_path: Path) -> None:
     assert not np.array_equal(first, second)
 
 
-def test_a_finished_set_is_reused_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_finished_set_is_reused_and_other_files_are_rejected(tmp_path: Path) -> None:
     out = tmp_path / "set"
-    (tmp_path / "set.partial").mkdir()  # what a killed run leaves behind
+    (tmp_path / "set.partial").mkdir()  # left by a killed run
     first = make(out, "--count", "20", "--size", "32", "--workers", "1")
     assert first.returncode == 0 and first.stdout.startswith("drew 20 images"), first.stderr
     assert not (tmp_path / "set.partial").exists()

@@ -1,4 +1,4 @@
-"""``setup_env.sh`` with a stand-in for pip: what it installs, when, and its error messages."""
+"""``setup_env.sh`` with a stand-in for pip: its installations and its error messages."""
 
 from __future__ import annotations
 
