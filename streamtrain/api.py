@@ -101,6 +101,8 @@ def train(
 
 def _run_and_print(command: list[str]) -> tuple[int, str]:
     """Run a command, print its output as it comes, and return its exit status and its last error line."""
+    from streamtrain.cli.launch import stop_with_parent
+
     environment = dict(os.environ)
     # a rank that calls this must not make the child a rank
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -109,7 +111,7 @@ def _run_and_print(command: list[str]) -> tuple[int, str]:
         environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
+        text=True, errors="replace", start_new_session=True, preexec_fn=stop_with_parent,
     )  # fmt: skip
     assert process.stdout is not None
     error = last = ""

@@ -63,7 +63,7 @@ def _run(command: Sequence[str], environments: Sequence[dict[str, object]]) -> i
                     subprocess.Popen(
                         command, env=environment, stdin=subprocess.DEVNULL,
                         # a session of its own: Ctrl-C in the terminal then arrives once, from here
-                        start_new_session=True, preexec_fn=_stop_with_parent,
+                        start_new_session=True, preexec_fn=stop_with_parent,
                     )
                 )  # fmt: skip
             return _wait(processes, received)
@@ -129,8 +129,8 @@ def _received_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _stop_with_parent() -> None:
-    """Let Linux send SIGTERM to this rank when the launcher is killed, so that the run stops after a checkpoint."""
+def stop_with_parent() -> None:
+    """Let Linux send SIGTERM to this process when its parent is killed, so that a run stops after a checkpoint."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from commands import COMMAND, ENVIRONMENT, run_command
 from drawn_images import packed_set
-from ranks import ROOT
+from ranks import ROOT, free_port, run_ranks
 from tiny_run import command, logged
 
 from streamtrain.checkpoint.reader import latest_step
@@ -73,6 +74,42 @@ def test_one_rank_needs_no_launcher(shards: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 75 and "Traceback" not in errors
+
+
+def test_ranks_of_a_hostfile_start_through_deepspeed(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    words = train_words(shards, tmp_path / "run", "run.steps=1")
+    ended = run_command("train", "--hostfile", tmp_path / "hosts", *words)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "step-000000001" / "rank-00001-of-00002.safetensors").is_file()
+
+
+def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -> None:
+    """As in ``srun streamtrain train ...``, with RANK and the other variables set."""
+    words = ["-m", "streamtrain.cli.main", "train", *train_words(shards, tmp_path / "run", "run.steps=1")]
+    results = run_ranks(words, 2)
+    assert [status for status, _, _ in results] == [0, 0], results[0][2][-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "step-000000001" / "rank-00001-of-00002.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["deepspeed", "--num_gpus", "1", "--master_port", "{port}", "--module"],
+        ["torchrun", "--nproc_per_node", "1", "--master_port", "{port}", "-m"],
+        ["python", "-m"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_launchers_start_the_module(launcher: list[str], shards: Path, tmp_path: Path) -> None:
+    """From another folder, so that the module cannot come from the working directory."""
+    bin_folder = Path(sys.executable).parent
+    environment = {**ENVIRONMENT, "PATH": f"{bin_folder}{os.pathsep}{ENVIRONMENT['PATH']}"}
+    words = [word.format(port=free_port()) for word in launcher]
+    command = [*words, "streamtrain.main", *train_words(shards, tmp_path / "run", "run.steps=1")]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert list(logged(tmp_path / "run")) == [1]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
