@@ -128,17 +128,20 @@ def _run_and_print(command: list[str]) -> tuple[int, str]:
             process.send_signal(signal.SIGINT)
 
 
-def load_backbone(path: Path | str) -> Backbone:
-    """Load the backbone of a run, an exported folder or a ``.safetensors`` file.
+def load_backbone(path: Path | str, *, step: int | str | None = None, which: str = "teacher") -> Backbone:
+    """Load the backbone of a run, an exported folder, a Hugging Face or timm folder, or a ``.safetensors`` file.
+
+    Args:
+        path: of the run, folder or file.
+        step: of a run: the checkpoint's step, or ``"best"``; default: the latest.
+        which: of a run: ``teacher`` or ``student``.
 
     Raises:
         StreamtrainError: if there is no backbone at ``path``.
     """
-    from streamtrain.config.load import RESOLVED_NAME
-    from streamtrain.interop.load import load_run, load_weights
+    from streamtrain.interop import load
 
-    path = Path(path)
-    return load_run(path) if (path / RESOLVED_NAME).is_file() else load_weights(path)
+    return load.load_backbone(path, step, which)
 
 
 def embed(
@@ -168,7 +171,7 @@ def embed(
     shard_set = ShardSet.open(source)
     config = backbone.config
     features, _ = extract_features(
-        backbone.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).model,
         images_of_set(shard_set, np.arange(shard_set.num_samples)),
         size=config.image_size, mean=config.mean, std=config.std, batch_size=batch_size, progress=True,
     )  # fmt: skip
@@ -211,12 +214,10 @@ def export(run: Path | str, out: Path | str, *, to: str = "hf", step: int | str 
     Raises:
         StreamtrainError: if the run has no such checkpoint, or ``out`` cannot be written.
     """
-    from streamtrain.cli.backbone import load_selected_backbone
-    from streamtrain.cli.export import check_out, export_backbone
+    from streamtrain.cli.export import export_selected
 
-    arguments = _command_arguments("export", [], {"run": run, "out": out, "to": to, "step": step})
-    check_out(arguments.out)
-    return export_backbone(load_selected_backbone(arguments), arguments.out, arguments.to, arguments.run)
+    given = {"run": run, "out": out, "to": to, "step": step}
+    return export_selected(_command_arguments("export", [], given))[0]
 
 
 def _command_arguments(command: str, words: list[str], options: Mapping[str, Any]) -> argparse.Namespace:

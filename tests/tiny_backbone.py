@@ -1,4 +1,4 @@
-"""A tiny network and a few labelled images, for the tests of evaluation, export and tools."""
+"""A tiny network and a few labelled images, for tests of evaluation, export and tools."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CROPS = {"global_size": 32, "local_size": 16}
 
 
 def tiny_config(**model: Any) -> Config:
-    """The configuration of a network of a few thousand parameters."""
+    """Return the configuration of a network with a few thousand parameters."""
     return build({"model": {**TINY, **model}, "crops": CROPS})
 
 
 def tiny_backbone(**model: Any) -> Backbone:
-    """That network with every part alive: as trained, LayerScale and biases would start too small to see."""
+    """Return that network with random LayerScale, biases and tokens, which are close to 0 in a fresh network."""
     backbone = load_untrained(tiny_config(**model))
     generator = torch.Generator().manual_seed(0)
     for name, value in backbone.model.named_parameters():
@@ -36,14 +36,14 @@ def tiny_backbone(**model: Any) -> Backbone:
 
 
 def tiny_weights(folder: Path, **model: Any) -> Path:
-    """That network as an exported folder."""
+    """Export that network to ``folder``."""
     backbone = tiny_backbone(**model)
     export_safetensors(backbone.model, backbone.config, folder)
     return folder
 
 
 def class_folder(folder: Path, classes: tuple[str, ...] = ("across", "down"), each: int = 10) -> Path:
-    """Images of stripes that run across or down, 40 pixels or so a side."""
+    """Write images of horizontal or vertical stripes, about 40 pixels a side, in one subfolder per class."""
     rng = np.random.default_rng(len(classes))
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
 
@@ -21,7 +20,9 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, help="run directory; its latest checkpoint unless --step is given")
     parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or best")
     parser.add_argument("--student", action="store_true", help="with --run: the student instead of the teacher")
-    parser.add_argument("--weights", type=Path, help="an exported folder (ours or transformers') or .safetensors file")
+    parser.add_argument(
+        "--weights", type=Path, help="an exported folder (also of transformers or timm) or .safetensors file"
+    )
     parser.add_argument(
         "--untrained", action="store_true", help="with --run or --config: the network as initialised from its seed"
     )
@@ -48,7 +49,7 @@ def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
         if arguments.step is not None or arguments.student:
             raise StreamtrainError("--step and --student select a checkpoint of --run; --weights has none")
         return load_weights(arguments.weights)
-    return load_run(arguments.run, selected_step(arguments), "student" if arguments.student else "teacher")
+    return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher")
 
 
 def describe_backbone(arguments: argparse.Namespace) -> str:
@@ -63,17 +64,3 @@ def parse_step(text: str) -> int | str:
     if text != BEST and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {BEST}")
     return text if text == BEST else int(text)
-
-
-def selected_step(arguments: argparse.Namespace) -> int | None:
-    """Return ``--step`` as a number; None selects the latest checkpoint.
-
-    Raises:
-        StreamtrainError: if the run has no best checkpoint.
-    """
-    if arguments.step != BEST:
-        return arguments.step
-    best = read_best(arguments.run)
-    if best is None:
-        raise StreamtrainError(f"{arguments.run} has no best checkpoint: evaluation.best is null or not measured yet")
-    return int(best["step"])

@@ -1,4 +1,4 @@
-"""A backbone as a Hugging Face folder that ``AutoModel.from_pretrained`` loads, and such a folder as a backbone."""
+"""Write Hugging Face folders that ``AutoModel.from_pretrained`` loads, and read their configs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamtrain.interop.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
 MODEL_TYPE = "dinov3_vit"
-BICUBIC = 3  # Pillow's number of it
+BICUBIC = 3  # Pillow's constant
 
 
 def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
@@ -35,23 +35,23 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
             "--to hf needs transformers with DINOv3 (4.56 or later): pip install -U transformers"
         ) from None
     with torch.device("meta"):
-        theirs = DINOv3ViTModel(DINOv3ViTConfig(**hf_config(config)))
+        hf_model = DINOv3ViTModel(DINOv3ViTConfig(**hf_config(config)))
     saved = to_hf(model.state_dict())
     state = {}
-    for name in theirs.state_dict():
-        # Blocks of the live model lie one level deeper than those of its files.
+    for name in hf_model.state_dict():
+        # the live model has its blocks one level deeper than its files
         value = saved.pop(name if name in saved else name.removeprefix("model."))
-        # Of one matrix's parts, such as query, key and value, transformers would copy each that shares a storage.
+        # through numpy, since transformers copies tensors that share a storage, as query, key and value do
         state[name] = torch.from_numpy(value.detach().numpy())
     assert not saved, f"no place for {sorted(saved)}"
-    theirs.load_state_dict(state, assign=True)
-    theirs.save_pretrained(out)
+    hf_model.load_state_dict(state, assign=True)
+    hf_model.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
     (out / "README.md").write_text(model_card(config), encoding="utf-8")
 
 
 def hf_config(config: BackboneConfig) -> dict[str, Any]:
-    """The arguments of ``DINOv3ViTConfig``."""
+    """Return the arguments of ``DINOv3ViTConfig``."""
     model = config.model
     return {
         "patch_size": model.patch_size,
@@ -76,47 +76,51 @@ def hf_config(config: BackboneConfig) -> dict[str, Any]:
 
 
 def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> BackboneConfig:
-    """What a folder's ``config.json`` and ``preprocessor_config.json`` (None: there is none) say, in our terms.
+    """Return the description of a Hugging Face folder's model.
+
+    Args:
+        document: the folder's ``config.json``.
+        preprocessor: its ``preprocessor_config.json``; None if there is none.
 
     Raises:
-        StreamtrainError: for a variant that our model cannot be.
+        StreamtrainError: for a variant that is not supported.
     """
-    # Files leave out what equals the defaults of the class; these are its defaults.
-    read = {
+    # files leave out values that equal the defaults of the class, repeated here
+    values = {
         "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
         "num_attention_heads": 6, "hidden_act": "gelu", "use_gated_mlp": False, "num_register_tokens": 0,
         "layer_norm_eps": 1e-5, "layerscale_value": 1.0, "rope_theta": 100.0, "query_bias": True,
         "key_bias": False, "value_bias": True, "image_size": 224, "proj_bias": True, "mlp_bias": True,
         **document,
     }  # fmt: skip
-    wanted = {
-        "hidden_act": "silu" if read["use_gated_mlp"] else "gelu",
-        "value_bias": read["query_bias"],
+    supported = {
+        "hidden_act": "silu" if values["use_gated_mlp"] else "gelu",
+        "value_bias": values["query_bias"],
         "proj_bias": True,
         "mlp_bias": True,
     }
-    for key, value in wanted.items():
-        if read[key] != value:
-            raise StreamtrainError(f"a DINOv3 ViT with {key} {read[key]!r} is not supported, only {value!r}")
+    for key, value in supported.items():
+        if values[key] != value:
+            raise StreamtrainError(f"a DINOv3 ViT with {key} {values[key]!r} is not supported, only {value!r}")
     model = ModelConfig(
         preset=None,
-        patch_size=read["patch_size"],
-        dim=read["hidden_size"],
-        depth=read["num_hidden_layers"],
-        num_heads=read["num_attention_heads"],
-        mlp="swiglu" if read["use_gated_mlp"] else "gelu",
-        mlp_hidden=read["intermediate_size"],
-        num_registers=read["num_register_tokens"],
-        layerscale=read["layerscale_value"],
-        norm_eps=read["layer_norm_eps"],
-        rope_base=read["rope_theta"],
-        qkv_bias=read["query_bias"],
-        key_bias=read["key_bias"],
+        patch_size=values["patch_size"],
+        dim=values["hidden_size"],
+        depth=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        mlp="swiglu" if values["use_gated_mlp"] else "gelu",
+        mlp_hidden=values["intermediate_size"],
+        num_registers=values["num_register_tokens"],
+        layerscale=values["layerscale_value"],
+        norm_eps=values["layer_norm_eps"],
+        rope_base=values["rope_theta"],
+        qkv_bias=values["query_bias"],
+        key_bias=values["key_bias"],
     )
     colours = preprocessor or {}
     return BackboneConfig(
         model=model,
-        image_size=read["image_size"],
+        image_size=values["image_size"],
         mean=colours.get("image_mean", IMAGENET_MEAN),
         std=colours.get("image_std", IMAGENET_STD),
         origin={"source": "transformers"},
@@ -124,7 +128,7 @@ def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[s
 
 
 def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
-    """What ``AutoImageProcessor`` reads: how images were shown in training."""
+    """Return the settings for ``AutoImageProcessor``: image preprocessing as in training."""
     return {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "do_resize": True,
@@ -139,7 +143,7 @@ def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
 
 
 def model_card(config: BackboneConfig) -> str:
-    """A short page on what this is and how to use it."""
+    """Return a model card: the model, its use and its provenance."""
     model = config.model
     origin = "\n".join(f"- {key}: {value}" for key, value in config.origin.items() if value is not None)
     if "run" in config.origin:
@@ -149,7 +153,7 @@ library_name: transformers
 pipeline_tag: image-feature-extraction
 tags: [dinov3, self-supervised, streamtrain]
 ---
-# Vision transformer, {model.dim} wide, {model.depth} deep
+# Vision transformer, width {model.dim}, depth {model.depth}
 
 Trained without labels by streamtrain with the DINOv3 objective (arXiv:2508.10104):
 patches of {model.patch_size} px, {model.num_heads} heads, {model.num_registers} register tokens, {model.mlp} MLP,

@@ -1,175 +1,258 @@
-"""A backbone for evaluation, pictures and export: from a run, from an exported folder or file, or untrained."""
+"""Load a backbone for evaluation, pictures, export and the Python API."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards.format.files import MAX_JSON_BYTES, parse_json
 from streamtrain.checkpoint.reader import iterate_weights, opened, weights_folder
-from streamtrain.config.load import read_resolved
+from streamtrain.checkpoint.retention import read_best
+from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
+from streamtrain.data.batch import normalise
+from streamtrain.data.still_images import centre_crop, decode_image, upright_rgb
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig, Origin
+from streamtrain.interop.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, BackboneConfig, Origin, open_state
 from streamtrain.interop.hf import MODEL_TYPE, backbone_config_from_hf
-from streamtrain.interop.naming import from_hf
+from streamtrain.interop.naming import from_hf, from_timm
+from streamtrain.interop.timm_folder import backbone_config_from_timm
 from streamtrain.model.initialise import initial_value
-from streamtrain.model.vit import VisionTransformer
+from streamtrain.model.vit import Features, VisionTransformer
 from streamtrain.run.directory import parse_step
 
-PREFIX = "backbone."  # of the backbone's parameters within the learner's
+PREFIX = "backbone."  # of the backbone's parameters in a checkpoint
+BEST = "best"
+ImageSource = str | Path | Image.Image | np.ndarray
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A backbone ready to use.
+class Backbone(nn.Module):
+    """A vision transformer with the preprocessing it was trained with.
+
+    Loaded in eval mode, in fp32, on the CPU, without gradients; ``.to()`` and ``.requires_grad_()`` work as usual.
 
     Attributes:
-        model: in eval mode, fp32, on the CPU, without gradients.
-        config: its shape, the image size and colours it was trained with, and where it came from.
+        model: the network.
+        config: its shape, input size, channel mean and deviation, and the provenance of the weights.
     """
 
-    model: VisionTransformer
-    config: BackboneConfig
+    def __init__(self, model: VisionTransformer, config: BackboneConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def preprocess(self, images: ImageSource | Sequence[ImageSource], size: int | None = None) -> Tensor:
+        """Return images as the network's input.
+
+        The shorter side is resized to ``size`` (bicubic), the centre is cropped and the channels are normalised.
+
+        Args:
+            images: one image or a sequence: path, PIL image, or array uint8 [height, width, 3].
+            size: side in pixels, a multiple of the patch size; default: the size of the training crops.
+
+        Returns:
+            [N, 3, size, size] on the device and in the dtype of the parameters.
+
+        Raises:
+            StreamtrainError: if a file cannot be read.
+            ValueError: for an array of another shape or dtype, or a size that is not whole patches.
+        """
+        size = self.config.image_size if size is None else size
+        if size < 1 or size % self.model.patch_size:
+            raise ValueError(f"size {size} is not a multiple of the patch size {self.model.patch_size}")
+        is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
+        sources: Any = [images] if is_one else images
+        crops = torch.from_numpy(np.stack([centre_crop(_open_image(source), size, size) for source in sources]))
+        parameter = next(self.parameters())
+        return normalise(crops.to(parameter.device), self.config.mean, self.config.std, parameter.dtype)
+
+    def forward_features(self, images: Tensor) -> Features:
+        """Return normalised features of ``images`` [N, 3, height, width], whose sides are multiples of the patch size.
+
+        Returns:
+            ``cls`` [N, dim], ``registers`` [N, num_registers, dim] and ``patches`` [N, num_patches, dim], row by row.
+        """
+        return self.model.forward_features(images)
+
+    def forward(self, images: Tensor) -> Features:
+        """Return the same as ``forward_features``."""
+        return self.forward_features(images)
 
 
-def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> Backbone:
-    """The backbone of a run's checkpoint, or of its snapshot of the teacher.
+def load_backbone(path: str | Path, step: int | str | None = None, which: str = "teacher") -> Backbone:
+    """Load a backbone from a run directory, an export, or a Hugging Face or timm folder of a DINOv3 ViT.
 
     Args:
-        run_dir: the run folder.
-        step: completed steps; None is the newest checkpoint.
+        path: run directory, folder with config.json and safetensors, or a ``.safetensors`` file written by ``export``.
+        step: of a run: the checkpoint's step, or ``best``; default: the latest.
+        which: of a run: ``teacher`` or ``student``.
+
+    Raises:
+        StreamtrainError: if the path is none of these, or its weights and its config do not match.
+    """
+    path = Path(path).expanduser()
+    if (path / RESOLVED_NAME).is_file():
+        return load_run(path, step, which)
+    if step is not None or which != "teacher":
+        raise StreamtrainError(f"step and which choose a checkpoint of a run, and {path} is not a run folder")
+    return load_weights(path)
+
+
+def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher") -> Backbone:
+    """Load the backbone of a run's checkpoint, or of a snapshot of its teacher.
+
+    Args:
+        run_dir: the run directory.
+        step: completed steps, or ``best``; default: the latest checkpoint.
         which: ``teacher`` or ``student``.
 
     Raises:
         StreamtrainError: if there is no run, or no such checkpoint.
     """
     config = read_resolved(run_dir)
+    if step == BEST:
+        best = read_best(run_dir)
+        if best is None:
+            raise StreamtrainError(f"{run_dir} has no best checkpoint: evaluation.best is null, or not measured")
+        step = int(best["step"])
+    assert not isinstance(step, str), step
     folder = weights_folder(run_dir, step, which)
-    found = parse_step(folder)
-    weights = iterate_weights(run_dir, found, which, lambda name: name.startswith(PREFIX))
-    origin: Origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards_text}
+    step = parse_step(folder)
+    weights = iterate_weights(run_dir, step, which, lambda name: name.startswith(PREFIX))
+    origin: Origin = {"source": which, "step": step, "run": config.run.dir, "data": config.data.shards_text}
     with opened(folder) as reader:
         # a snapshot of the teacher has no position in the stream
         stream = reader.state.get("data") or {}
     origin |= {"data_digest": stream.get("digest"), "images_seen": stream.get("next_slot")}
-    return Backbone(
-        fill(config.model, ((name.removeprefix(PREFIX), value) for name, value in weights), str(run_dir)),
-        backbone_config(config, origin),
-    )
+    model = _build(config.model, ((name.removeprefix(PREFIX), value) for name, value in weights), str(run_dir))
+    return Backbone(model, _config_of_run(config, origin))
 
 
 def load_untrained(config: Config) -> Backbone:
-    """The backbone as a run of ``config`` starts: every value from its name and ``run.seed``."""
+    """Return the backbone with the initial values of a run of ``config``, which follow from ``run.seed``."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in VisionTransformer(config.model).state_dict().items()}
     values = (
         (name, initial_value(PREFIX + name, tuple(shape), config.model, config.run.seed))
         for name, shape in shapes.items()
     )
-    return Backbone(fill(config.model, values, "the configuration"), backbone_config(config, {"step": 0}))
+    return Backbone(_build(config.model, values, "the configuration"), _config_of_run(config, {"step": 0}))
 
 
 def load_weights(path: Path) -> Backbone:
-    """The backbone of an exported folder (ours, or a DINOv3 ViT of Hugging Face) or of our ``.safetensors`` file.
+    """Load an exported folder, a Hugging Face or timm folder of a DINOv3 ViT, or an exported ``.safetensors`` file.
 
     Raises:
-        StreamtrainError: if it is none of these, or its weights and its config do not belong together.
+        StreamtrainError: if it is none of these, or its weights and its config do not match.
     """
     if path.is_file():
-        config = _described(path)
-        return Backbone(fill(config.model, _tensors(path), str(path)), config)
-    if not (path / CONFIG_NAME).is_file() or not (path / WEIGHTS_NAME).is_file():
+        config = _parse(_read_header(path), path)
+    elif (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        document = _read_document(path / CONFIG_NAME)
+        if document.get("model_type") == MODEL_TYPE or "architecture" in document:
+            return _load_foreign(path, document)
+        config = _parse(document, path / CONFIG_NAME)
+    else:
         raise StreamtrainError(
-            f"{path} is neither a .safetensors file nor a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+            f"{path} is neither a run folder, nor a .safetensors file, nor a folder with {CONFIG_NAME} and "
+            f"{WEIGHTS_NAME}"
         )
-    document = _document(path / CONFIG_NAME)
-    if document.get("model_type") == MODEL_TYPE:
-        return _load_hf(path, document)
-    config = _parse(document, path / CONFIG_NAME)
-    return Backbone(fill(config.model, _tensors(path / WEIGHTS_NAME), str(path)), config)
+    with open_state(path) as file:
+        return Backbone(_build(config.model, file.items(), str(path)), config)
 
 
-def backbone_config(config: Config, origin: Origin) -> BackboneConfig:
-    """What belongs beside the weights of a run's backbone."""
+def _load_foreign(path: Path, document: dict[str, Any]) -> Backbone:
+    """Load a folder of transformers or timm."""
+    with open_state(path) as file:
+        tensors = dict(file.items())
+    if "architecture" in document:
+        state = from_timm(tensors)
+        config = backbone_config_from_timm(document, state, str(path))
+        # tensors that timm has no place for
+        dim = config.model.dim
+        state.setdefault("embedding.mask_token", torch.zeros(1, dim))
+        state.setdefault("embedding.register_tokens", torch.zeros(0, dim))
+    else:
+        preprocessor = path / "preprocessor_config.json"
+        colours = _read_document(preprocessor) if preprocessor.is_file() else None
+        state, config = from_hf(tensors), backbone_config_from_hf(document, colours)
+    return Backbone(_build(config.model, state.items(), str(path)), config)
+
+
+def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
     crops = config.crops
     return BackboneConfig(
         model=config.model, image_size=crops.global_size, mean=crops.mean, std=crops.std, origin=origin
     )
 
 
-def fill(config: ModelConfig, weights: Iterator[tuple[str, Tensor]], source: str) -> VisionTransformer:
-    """A backbone of shape ``config`` that takes over the tensors of ``weights``, one at a time.
+def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: str) -> VisionTransformer:
+    """Return a network of shape ``config`` with the tensors of ``weights``, taken one at a time.
 
     Raises:
-        StreamtrainError: if a tensor is missing, left over, or of another shape.
+        StreamtrainError: if a tensor is missing, unexpected, or of another shape.
     """
     with torch.device("meta"):
         model = VisionTransformer(config)
-    wanted = model.state_dict()
+    expected = model.state_dict()
     state: dict[str, Tensor] = {}
     for name, value in weights:
-        if name not in wanted:
+        if name not in expected:
             raise StreamtrainError(f"{source} holds {name}, which this model has no place for")
-        if value.shape != wanted[name].shape:
+        if value.shape != expected[name].shape:
             raise StreamtrainError(
-                f"{source} holds {name} as {list(value.shape)}, the model has {list(wanted[name].shape)}"
+                f"{source} holds {name} as {list(value.shape)}, the model has {list(expected[name].shape)}"
             )
         state[name] = value.float()
-    missing = sorted(set(wanted) - set(state))
+    missing = sorted(set(expected) - set(state))
     if missing:
-        raise StreamtrainError(f"{source} lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}")
+        raise StreamtrainError(f"{source} lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]}")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _load_hf(path: Path, document: dict[str, Any]) -> Backbone:
-    preprocessor = path / "preprocessor_config.json"
-    read = _document(preprocessor) if preprocessor.is_file() else None
-    config = backbone_config_from_hf(document, read)
-    weights = from_hf(dict(_tensors(path / WEIGHTS_NAME)))
-    return Backbone(fill(config.model, iter(weights.items()), str(path)), config)
+def _open_image(source: ImageSource) -> Image.Image:
+    if isinstance(source, str | Path):
+        return decode_image(Path(source), source)
+    if isinstance(source, Image.Image):
+        return upright_rgb(source)
+    array = np.asarray(source)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"an image array is uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")
+    return Image.fromarray(array)
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise StreamtrainError(f"{path} cannot be read: {error}") from None
-
-
-def _described(path: Path) -> BackboneConfig:
-    """The config that our files carry in their header."""
+def _read_header(path: Path) -> Any:
+    """Return the config in the header of an exported weights file."""
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("streamtrain")
     except (OSError, SafetensorError) as error:
         raise StreamtrainError(f"{path} cannot be read as safetensors: {error}") from None
     if text is None:
-        raise StreamtrainError(f"{path} does not say what model it is: it was not written by tools/export.py")
-    return _parse(_value(text, path), path)
+        raise StreamtrainError(f"{path} does not describe its model: it was not written by streamtrain's export")
+    return _parse_json(text, path)
 
 
-def _document(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file."""
+def _read_document(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file."""
     with open(path, "rb") as file:
-        found = _value(file.read(MAX_JSON_BYTES + 1), path)
-    if not isinstance(found, dict):
-        raise StreamtrainError(f"{path} holds a {type(found).__name__}, not a mapping")
-    return found
+        document = _parse_json(file.read(MAX_JSON_BYTES + 1), path)
+    if not isinstance(document, dict):
+        raise StreamtrainError(f"{path} holds a {type(document).__name__}, not a mapping")
+    return document
 
 
-def _value(content: bytes | str, path: Path) -> Any:
+def _parse_json(content: bytes | str, path: Path) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Starting from somebody's backbone: what of it fits, what does not, and a stop where it is another model."""
+"""Load pretrained backbone weights: report mismatches, fail below a threshold."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from torch import Tensor
 
 from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.naming import QKV_BIAS, combine, convert, detect, find_origins
-from streamtrain.interop.state_file import opened_state
+from streamtrain.interop.folder import open_state
+from streamtrain.interop.naming import QKV_BIAS, combine, convert, detect_naming, match_names
 
 
 @dataclass(frozen=True)
-class ImportReport:
-    """How a state fits a model: names of tensors, ours but for ``unexpected``."""
+class MatchReport:
+    """How pretrained weights fit a backbone: streamtrain's tensor names, except in ``unexpected``.
+
+    Attributes:
+        matched: taken from the weights.
+        missing: absent from the weights.
+        reshaped: of another shape in the weights.
+        unexpected: names in the weights without a counterpart in the backbone.
+        zeroed: biases set to 0, because the weights have no such biases.
+    """
 
     matched: tuple[str, ...]
-    # the source has no such tensor
     missing: tuple[str, ...]
-    # the source's shape differs
     reshaped: tuple[str, ...]
-    # of the source, without a place in the model
     unexpected: tuple[str, ...]
-    # biases of a source that has none, which amount to 0
     zeroed: tuple[str, ...]
 
     @property
     def share(self) -> float:
-        """Matched tensors (zeroed biases among them) of those the model has."""
+        """Return the share of the backbone's tensors that are matched or zeroed."""
         good = len(self.matched) + len(self.zeroed)
         return good / max(1, good + len(self.missing) + len(self.reshaped))
 
     def text(self) -> str:
-        """A few lines for people."""
+        """Return the report as a few lines."""
         lines = [f"matched {len(self.matched)} tensors ({self.share:.1%} of the backbone's)"]
         for label in ("zeroed", "missing", "reshaped", "unexpected"):
             names = getattr(self, label)
@@ -47,64 +51,65 @@ class ImportReport:
         return "\n".join(lines)
 
 
-def import_backbone(
-    state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], source: str, minimum: float = DEFAULT_MINIMUM
-) -> tuple[dict[str, Tensor], ImportReport]:
-    """The tensors of ``state`` (of any known family) that fit a backbone, under our names, and the report.
+def match_backbone(
+    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str, minimum: float = DEFAULT_MINIMUM
+) -> tuple[dict[str, Tensor], MatchReport]:
+    """Return the tensors of ``state`` that fit a backbone, under streamtrain's names, and a report.
 
     Args:
-        state: a backbone's tensors, heads or not.
-        wanted: names and shapes of the backbone's parameters.
-        source: where ``state`` is from, for the error.
-        minimum: share of the wanted tensors that must match.
+        state: tensors of a backbone of any known family, with or without heads.
+        expected: names and shapes of the backbone's parameters.
+        source: of ``state``, for errors.
+        minimum: smallest accepted share of the expected tensors.
 
     Raises:
-        StreamtrainError: if fewer do.
+        StreamtrainError: if fewer tensors match.
     """
-    found, unexpected = convert(state, detect(state))
-    biases = [name for name in wanted if name.endswith(QKV_BIAS)]
-    zeroed = [] if any(name in found for name in biases) else biases
-    # a model without registers still has a tensor for them, of no rows
-    zeroed += [name for name, shape in wanted.items() if not shape.numel() and name not in found]
-    matched = {name: found[name] for name, shape in wanted.items() if name in found and found[name].shape == shape}
-    reshaped = [name for name in wanted if name in found and name not in matched]
-    report = ImportReport(
-        tuple(matched),
-        tuple(name for name in wanted if name not in found and name not in zeroed),
-        tuple(reshaped),
-        tuple(unexpected + [name for name in found if name not in wanted]),
-        tuple(zeroed),
+    converted, unexpected = convert(state, detect_naming(state))
+    biases = [name for name in expected if name.endswith(QKV_BIAS)]
+    zeroed = [] if any(name in converted for name in biases) else biases
+    # a model without registers still has an empty tensor for them
+    zeroed += [name for name, shape in expected.items() if not shape.numel() and name not in converted]
+    present = [name for name in expected if name in converted]
+    matched = {name: converted[name] for name in present if converted[name].shape == expected[name]}
+    report = MatchReport(
+        matched=tuple(matched),
+        missing=tuple(name for name in expected if name not in converted and name not in zeroed),
+        reshaped=tuple(name for name in present if name not in matched),
+        unexpected=tuple(unexpected + [name for name in converted if name not in expected]),
+        zeroed=tuple(zeroed),
     )
     if report.share < minimum:
         raise StreamtrainError(
             f"{source} fits this model to {report.share:.0%} only; choose the model section that belongs to it. "
             + "; ".join(report.text().splitlines())
         )
-    return {**matched, **{name: torch.zeros(wanted[name]) for name in zeroed}}, report
+    return {**matched, **{name: torch.zeros(expected[name]) for name in zeroed}}, report
 
 
 @contextmanager
-def opened_backbone(
-    path: Path, wanted: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
-) -> Iterator[tuple[Callable[[str], Tensor | None], ImportReport]]:
-    """As ``import_backbone`` for weights on disk, of which each tensor is read only when it is asked for.
+def load_pretrained_backbone(
+    path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
+) -> Iterator[tuple[Callable[[str], Tensor | None], MatchReport]]:
+    """Open pretrained weights on disk and match them to a backbone, as ``match_backbone`` does.
 
-    Yields a function from one of our names to its tensor (None where the weights do not provide it), and the report.
+    Yields:
+        A function that reads the tensor of one parameter (None if the weights lack it), and the report.
 
     Raises:
-        StreamtrainError: if the weights cannot be read, or fewer than ``minimum`` of the wanted tensors match.
+        StreamtrainError: if the weights cannot be read, or a smaller share than ``minimum`` matches.
     """
-    with opened_state(path) as file:
+    with open_state(path) as file:
         shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
-        found, report = import_backbone(shapes, wanted, str(path), minimum)
-        naming = detect(shapes)
-        origins, _ = find_origins(shapes, naming)
+        matched, report = match_backbone(shapes, expected, str(path), minimum)
+        naming = detect_naming(shapes)
+        sources, _ = match_names(shapes, naming)
 
         def read(name: str) -> Tensor | None:
-            if name not in found:
+            if name not in matched:
                 return None
             if name in report.zeroed:
-                return torch.zeros(wanted[name])
-            return combine(name, [file.read(origin) for origin in origins[name]], naming).float()
+                return torch.zeros(expected[name])
+            return combine(name, [file.read(source) for source in sources[name]], naming).float()
 
         yield read, report

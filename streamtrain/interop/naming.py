@@ -1,73 +1,192 @@
-"""Our parameter names and those of the published families: DINOv3's own, transformers', timm's.
+"""Convert parameter names between streamtrain and the published families: DINOv3's own, transformers, timm.
 
-Only names and the cutting of tensors differ; every conversion is exact in both directions. A key bias, which RoPE lets
-move the scores, goes along; whoever writes for a family whose models have none refuses it.
+Families differ in names and in how tensors are split; every conversion is exact in both directions. A key bias is
+converted too, because with RoPE it changes the attention scores; exporters for families without one refuse it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
 
 import torch
 from torch import Tensor
 
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.families import DINOV3, HF, TIMM, Naming
 
 QKV_BIAS = "attention.qkv.bias"
+KINDS = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Parameter names of one model family.
+
+    Mappings go from streamtrain's name to the family's. Within a block, one streamtrain tensor can be several of the
+    family's, stacked along rows in the order given.
+
+    Attributes:
+        name: of the family.
+        fixed: names outside the blocks; tensors that the family lacks are left out.
+        block: prefix of the block names, before the index.
+        common: names within every block.
+        gelu, swiglu: names within a block with that MLP.
+        bias: of query, key and value; a single name is a fused bias whose key part counts as 0.
+        ignored: pattern of names that are no parameters.
+    """
+
+    name: str
+    fixed: Mapping[str, str]
+    block: str
+    common: Mapping[str, Sequence[str]]
+    gelu: Mapping[str, Sequence[str]]
+    swiglu: Mapping[str, Sequence[str]]
+    bias: Sequence[str]
+    ignored: str
+
+    def suffixes(self, swiglu: bool) -> dict[str, Sequence[str]]:
+        """Return the names within a block, except the qkv bias."""
+        return {**self.common, **(self.swiglu if swiglu else self.gelu)}
+
+
+def _with_bias(names: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Return the names of the weight and the bias of each layer in ``names``."""
+    return {f"{name}.{kind}": [f"{part}.{kind}" for part in parts] for name, parts in names.items() for kind in KINDS}
+
+
+HF = Naming(
+    name="transformers",
+    fixed={
+        "embedding.cls_token": "embeddings.cls_token",
+        "embedding.register_tokens": "embeddings.register_tokens",
+        "embedding.mask_token": "embeddings.mask_token",
+        "embedding.projection.weight": "embeddings.patch_embeddings.weight",
+        "embedding.projection.bias": "embeddings.patch_embeddings.bias",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+    },
+    block="layer.",
+    common={
+        **_with_bias({"norm1": ["norm1"], "norm2": ["norm2"], "attention.proj": ["attention.o_proj"]}),
+        **_with_bias({"mlp.down": ["mlp.down_proj"]}),
+        "attention.qkv.weight": [f"attention.{part}_proj.weight" for part in "qkv"],
+        "scale1.gamma": ["layer_scale1.lambda1"],
+        "scale2.gamma": ["layer_scale2.lambda1"],
+    },
+    gelu=_with_bias({"mlp.up": ["mlp.up_proj"]}),
+    swiglu=_with_bias({"mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"]}),
+    bias=[f"attention.{part}_proj.bias" for part in "qkv"],
+    ignored=r"rope_embeddings\.",
+)
+
+TIMM = Naming(
+    name="timm",
+    fixed={
+        "embedding.cls_token": "cls_token",
+        "embedding.register_tokens": "reg_token",
+        "embedding.projection.weight": "patch_embed.proj.weight",
+        "embedding.projection.bias": "patch_embed.proj.bias",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+    },
+    block="blocks.",
+    common={
+        **_with_bias({"norm1": ["norm1"], "norm2": ["norm2"], "attention.proj": ["attn.proj"]}),
+        **_with_bias({"mlp.down": ["mlp.fc2"]}),
+        "attention.qkv.weight": ["attn.qkv.weight"],
+        "scale1.gamma": ["gamma_1"],
+        "scale2.gamma": ["gamma_2"],
+    },
+    gelu=_with_bias({"mlp.up": ["mlp.fc1"]}),
+    swiglu=_with_bias({"mlp.gate_up": ["mlp.fc1_g", "mlp.fc1_x"]}),
+    bias=["attn.q_bias", "attn.k_bias", "attn.v_bias"],
+    ignored=r"rope\.",
+)
+
+DINOV3 = Naming(
+    name="DINOv3",
+    fixed={
+        "embedding.cls_token": "cls_token",
+        "embedding.register_tokens": "storage_tokens",
+        "embedding.mask_token": "mask_token",
+        "embedding.projection.weight": "patch_embed.proj.weight",
+        "embedding.projection.bias": "patch_embed.proj.bias",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+        "cls_norm.weight": "cls_norm.weight",
+        "cls_norm.bias": "cls_norm.bias",
+        "local_norm.weight": "local_cls_norm.weight",
+        "local_norm.bias": "local_cls_norm.bias",
+    },
+    block="blocks.",
+    common={
+        **_with_bias({"norm1": ["norm1"], "norm2": ["norm2"], "attention.proj": ["attn.proj"]}),
+        "attention.qkv.weight": ["attn.qkv.weight"],
+        "scale1.gamma": ["ls1.gamma"],
+        "scale2.gamma": ["ls2.gamma"],
+    },
+    gelu=_with_bias({"mlp.up": ["mlp.fc1"], "mlp.down": ["mlp.fc2"]}),
+    swiglu=_with_bias({"mlp.gate_up": ["mlp.w1", "mlp.w2"], "mlp.down": ["mlp.w3"]}),
+    bias=["attn.qkv.bias"],
+    ignored=r"rope_embed\.|blocks\.\d+\.attn\.qkv\.bias_mask",
+)
 
 
 def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's state under the names of a saved ``DINOv3ViTModel``; the norm of local crops has no place there."""
-    return _export(state, HF)
+    """Return a backbone's state under the names of a saved ``DINOv3ViTModel``, which has no norm for local crops."""
+    return _rename(state, HF)
 
 
 def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our backbone's state from that of a ``DINOv3ViTModel``, saved or live."""
+    """Return a backbone's state from the state of a ``DINOv3ViTModel``, saved or live."""
     return convert(state, HF)[0]
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's state under timm's names, which have no place for the mask token and the norm of local crops."""
-    return _export(state, TIMM)
+    """Return a backbone's state under timm's names, without the mask token and the norm for local crops."""
+    return _rename(state, TIMM)
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our backbone's state from that of one of timm's DINOv3 models."""
+    """Return a backbone's state from the state of one of timm's DINOv3 models."""
     return convert(state, TIMM)[0]
 
 
 def from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our backbone's state from one with the names of DINOv3's own checkpoints."""
+    """Return a backbone's state from a state with the names of DINOv3's own checkpoints."""
     return convert(state, DINOV3)[0]
 
 
-def detect(state: Mapping[str, Tensor]) -> Naming | None:
-    """The family that ``state`` is named after; None for our own names.
+def detect_naming(state: Iterable[str]) -> Naming | None:
+    """Return the family whose names ``state`` has; None for streamtrain's own names.
 
     Raises:
-        StreamtrainError: if it is none of them.
+        StreamtrainError: if the names belong to no known family.
     """
+    names = list(state)
     marks = {".layer_scale1.lambda1": HF, ".gamma_1": TIMM, ".ls1.gamma": DINOV3, ".scale1.gamma": None}
     for mark, naming in marks.items():
-        if any(name.endswith(mark) for name in state):
+        if any(name.endswith(mark) for name in names):
             return naming
     raise StreamtrainError(
-        f"none of the {len(state)} tensors bears a name of a vision transformer of transformers, timm, DINOv3 or ours"
+        f"none of the {len(names)} tensors has a name of a vision transformer of streamtrain, transformers, timm or "
+        "DINOv3"
     )
 
 
 def convert(state: Mapping[str, Tensor], naming: Naming | None) -> tuple[dict[str, Tensor], list[str]]:
-    """``state`` under our names, and what of it has none; a prefix such as ``backbone.`` is taken off."""
-    origins, unexpected = find_origins(state, naming)
-    found = {ours: combine(ours, [state[name] for name in theirs], naming) for ours, theirs in origins.items()}
-    return found, unexpected
+    """Return ``state`` under streamtrain's names, and the names without a counterpart.
+
+    A prefix of all names, such as ``backbone.``, is removed.
+    """
+    sources, unexpected = match_names(state, naming)
+    return {name: combine(name, [state[part] for part in parts], naming) for name, parts in sources.items()}, unexpected
 
 
-def find_origins(names: Iterable[str], naming: Naming | None) -> tuple[dict[str, list[str]], list[str]]:
-    """For each of our names those of ``names`` that ``combine`` makes it from, and the names without a place."""
+def match_names(names: Iterable[str], naming: Naming | None) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the names that make up each streamtrain tensor, and the names without a counterpart."""
     names = list(names)
     anchor = "embedding.cls_token" if naming is None else naming.fixed["embedding.cls_token"]
     prefix = min((name for name in names if f".{name}".endswith(f".{anchor}")), key=len, default=anchor)
@@ -75,78 +194,72 @@ def find_origins(names: Iterable[str], naming: Naming | None) -> tuple[dict[str,
     inner = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
     unexpected = [name for name in names if not name.startswith(prefix)]
     if naming is None:
-        return {ours: [name] for ours, name in inner.items()}, unexpected
-    # transformers' live model keeps its blocks one level deeper than its files
+        return {name: [source] for name, source in inner.items()}, unexpected
+    # the live model of transformers has its blocks one level deeper than its files
     inner = {re.sub(rf"^model\.(?={re.escape(naming.block)}\d)", "", short): name for short, name in inner.items()}
-    origins = {ours: [inner.pop(name) for name in theirs] for ours, theirs in list(_pairs(inner, naming))}
+    sources = {name: [inner.pop(part) for part in parts] for name, parts in list(_pairs(inner, naming))}
     unexpected += [name for short, name in inner.items() if not re.match(naming.ignored, short)]
-    return origins, unexpected
+    return sources, unexpected
 
 
-def _export(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
-    """``state`` under ``naming``; tensors without a place there are left out."""
+def combine(name: str, parts: list[Tensor], naming: Naming | None) -> Tensor:
+    """Return streamtrain's tensor ``name`` from the tensors of the family ``naming`` that make it up."""
+    if naming is None:
+        return parts[0]
+    value = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if name.endswith(QKV_BIAS) and len(parts) == 1:
+        # the family masks the key part of its fused bias, so its values count as 0
+        query, _, rest = value.chunk(3)
+        return torch.cat([query, rest])
+    if name == "embedding.projection.weight":
+        return value.flatten(1)
+    if name in ("embedding.cls_token", "embedding.register_tokens", "embedding.mask_token"):
+        return value.reshape(-1, value.shape[-1])
+    return value
+
+
+def _rename(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+    """Return ``state`` under the family's names; tensors without a counterpart are left out."""
     dim = state["embedding.cls_token"].shape[-1]
     suffixes = naming.suffixes(swiglu="blocks.0.mlp.gate_up.weight" in state)
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in naming.fixed:
-            if not value.numel() and naming is not HF:
-                # without registers only transformers has a tensor for them
-                continue
-            result[naming.fixed[name]] = _outward(name, value)
-            continue
-        block = re.match(r"blocks\.(\d+)\.(.+)", name)
-        if block is None:
-            continue
-        start, suffix = f"{naming.block}{block[1]}.", block[2]
-        if suffix == QKV_BIAS:
-            pieces = (value[:dim], value[dim:-dim], value[-dim:])
-            result |= {start + theirs: piece for theirs, piece in zip(naming.bias, pieces, strict=True) if len(piece)}
-        else:
-            names = suffixes[suffix]
-            for theirs, piece in zip(names, value.chunk(len(names)), strict=True):
-                result[start + theirs] = piece
+            # without registers only transformers has a tensor for them
+            if value.numel() or naming is HF:
+                result[naming.fixed[name]] = _reshape(name, value)
+        elif block := re.match(r"blocks\.(\d+)\.(.+)", name):
+            start, suffix = f"{naming.block}{block[1]}.", block[2]
+            if suffix == QKV_BIAS:
+                parts = (value[:dim], value[dim:-dim], value[-dim:])
+                result |= {start + bias: part for bias, part in zip(naming.bias, parts, strict=True) if len(part)}
+            else:
+                names = suffixes[suffix]
+                for part_name, part in zip(names, value.chunk(len(names)), strict=True):
+                    result[start + part_name] = part
     return result
 
 
-def _outward(name: str, value: Tensor) -> Tensor:
-    """Their shape of one of the tensors outside the blocks."""
+def _reshape(name: str, value: Tensor) -> Tensor:
+    """Return a tensor outside the blocks in the shape that all families use."""
     if name.endswith("projection.weight"):
         side = isqrt(value.shape[1] // 3)
         return value.reshape(value.shape[0], 3, side, side)
-    if name.endswith(("_token", "_tokens")):
-        return value[None]
-    return value
+    return value[None] if name.endswith(("_token", "_tokens")) else value
 
 
-def _pairs(state: Mapping[str, str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
-    """Ours, and the names of theirs that make it up, for all that ``state`` has in full."""
-    for ours, theirs in naming.fixed.items():
-        if theirs in state:
-            yield ours, [theirs]
-    indices = sorted({int(m[1]) for m in (re.match(rf"{re.escape(naming.block)}(\d+)\.", n) for n in state) if m})
+def _pairs(names: Mapping[str, str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
+    """Yield streamtrain's name and the family's names that make it up, for each tensor that is there in full."""
+    for name, theirs in naming.fixed.items():
+        if theirs in names:
+            yield name, [theirs]
+    indices = sorted({int(m[1]) for m in (re.match(rf"{re.escape(naming.block)}(\d+)\.", n) for n in names) if m})
     for index in indices:
         start = f"{naming.block}{index}."
         gate = start + naming.swiglu["mlp.gate_up.weight"][0]
-        for ours, parts in naming.suffixes(swiglu=gate in state).items():
-            if all(start + part in state for part in parts):
-                yield f"blocks.{index}.{ours}", [start + part for part in parts]
-        biases = [start + part for part in naming.bias if start + part in state]
+        for name, parts in naming.suffixes(swiglu=gate in names).items():
+            if all(start + part in names for part in parts):
+                yield f"blocks.{index}.{name}", [start + part for part in parts]
+        biases = [start + part for part in naming.bias if start + part in names]
         if biases:
             yield f"blocks.{index}.{QKV_BIAS}", biases
-
-
-def combine(ours: str, pieces: list[Tensor], naming: Naming | None) -> Tensor:
-    """Our tensor from those of the family ``naming`` that make it up."""
-    if naming is None:
-        return pieces[0]
-    value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if ours.endswith(QKV_BIAS) and len(pieces) == 1:
-        # the family masks the key part of its fused bias: whatever stands there counts as 0
-        query, _, rest = value.chunk(3)
-        return torch.cat([query, rest])
-    if ours == "embedding.projection.weight":
-        return value.flatten(1)
-    if ours in ("embedding.cls_token", "embedding.register_tokens", "embedding.mask_token"):
-        return value.reshape(-1, value.shape[-1])
-    return value

@@ -1,47 +1,43 @@
-"""A backbone as a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads; timm not needed."""
+"""Write and describe folders that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, without timm."""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import CONFIG_NAME, WEIGHTS_NAME, BackboneConfig, check_one_norm
+from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, check_one_norm, write_folder
 from streamtrain.interop.naming import to_timm
 from streamtrain.model.vit import VisionTransformer
 
-# The model whose family ours belongs to; its sizes are all overridden.
+# a model of timm's DINOv3 family; the folder's config overrides all its sizes
 ARCHITECTURE = "vit_small_patch16_dinov3_qkvb"
-NORM_EPS = 1e-5  # part of the architecture: the folder's config cannot say another
+NORM_EPS = 1e-5  # fixed by the architecture
 
 
 def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
-    """Write ``out``/config.json and ``out``/model.safetensors; the weights are there last, and whole.
+    """Write ``out``/config.json and ``out``/model.safetensors.
 
     Raises:
-        StreamtrainError: for a model that timm's family cannot express.
+        StreamtrainError: if timm's family cannot express the model.
     """
     check_one_norm(config, "timm")
     if config.model.norm_eps != NORM_EPS:
         raise StreamtrainError(f"timm's DINOv3 models have norm_eps {NORM_EPS}, this one {config.model.norm_eps}")
     if config.model.key_bias:
-        # RoPE turns a key bias by each key's position, so it does move the scores and cannot be left out.
+        # with RoPE a key bias changes the attention scores, so it cannot be left out
         raise StreamtrainError("timm's DINOv3 models have no key bias, this one has: export it --to hf")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG_NAME).write_text(json.dumps(timm_config(config), indent=2) + "\n", encoding="utf-8")
-    partial = out / f".{WEIGHTS_NAME}.partial"
-    tensors = {name: value.contiguous() for name, value in to_timm(model.state_dict()).items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, out / WEIGHTS_NAME)
+    write_folder(out, json.dumps(timm_config(config), indent=2), to_timm(model.state_dict()), {"format": "pt"})
 
 
 def timm_config(config: BackboneConfig) -> dict[str, Any]:
-    """The ``config.json`` of a timm folder."""
+    """Return the ``config.json`` of a timm folder."""
     model, size = config.model, config.image_size
     return {
         "architecture": ARCHITECTURE,
@@ -77,6 +73,47 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
 
 
 def mlp_ratio(model: ModelConfig) -> float:
-    """A ratio whose product with the width, cut to an integer as timm does, is the hidden width."""
+    """Return a ratio that gives the hidden width when timm multiplies it by the width and truncates."""
     ratio = model.hidden / model.dim
     return ratio if int(model.dim * ratio) == model.hidden else (model.hidden + 0.5) / model.dim
+
+
+def backbone_config_from_timm(document: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> BackboneConfig:
+    """Return the description of a timm folder's model.
+
+    Args:
+        document: the folder's ``config.json``.
+        state: the weights under streamtrain's names, whose shapes give all sizes but the number of heads.
+        source: the folder, for errors.
+
+    Raises:
+        StreamtrainError: if the model is not one of timm's DINOv3 ViTs.
+    """
+    if "dinov3" not in str(document["architecture"]) or "blocks.0.attention.qkv.weight" not in state:
+        raise StreamtrainError(f"{source} is timm's {document['architecture']}; only its DINOv3 ViTs are supported")
+    arguments, pretrained = document.get("model_args") or {}, document.get("pretrained_cfg") or {}
+    dim = state["embedding.cls_token"].shape[1]
+    registers, bias = state.get("embedding.register_tokens"), state.get("blocks.0.attention.qkv.bias")
+    # heads are 64 wide in all published models but the 7B one
+    head_width = 128 if dim == 4096 else 64
+    model = ModelConfig(
+        preset=None,
+        patch_size=isqrt(state["embedding.projection.weight"].shape[1] // 3),
+        dim=dim,
+        depth=sum(name.endswith(".scale1.gamma") for name in state),
+        num_heads=arguments.get("num_heads", dim // head_width),
+        mlp="swiglu" if "blocks.0.mlp.gate_up.weight" in state else "gelu",
+        mlp_hidden=state["blocks.0.mlp.down.weight"].shape[1],
+        num_registers=0 if registers is None else len(registers),
+        norm_eps=NORM_EPS,
+        rope_base=arguments.get("rope_temperature", 100.0),
+        qkv_bias=bias is not None,
+        key_bias=bias is not None and len(bias) == 3 * dim,
+    )
+    return BackboneConfig(
+        model=model,
+        image_size=pretrained.get("input_size", (3, 256, 256))[-1],
+        mean=pretrained.get("mean", IMAGENET_MEAN),
+        std=pretrained.get("std", IMAGENET_STD),
+        origin={"source": "timm"},
+    )

@@ -19,7 +19,7 @@ from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
-from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
@@ -173,7 +173,7 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE)
             }
             path = Path(config.init.weights).expanduser()
-            adopted, report = stack.enter_context(opened_backbone(path, shapes, config.init.minimum_matched))
+            adopted, report = stack.enter_context(load_pretrained_backbone(path, shapes, config.init.minimum_matched))
             if dist.get_rank() == 0:
                 print(f"backbone from {path}: {report.text()}", flush=True)
 

@@ -14,8 +14,8 @@ from streamtrain.engine.frozen import FrozenNetwork
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Fragment, Shard
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.families import KINDS
-from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
+from streamtrain.interop.naming import KINDS
 from streamtrain.objective.gram import GramTargets
 
 BACKBONE = "backbone."
@@ -73,7 +73,7 @@ class GramAnchor:
 
     def _read_weights(self, network: FrozenNetwork, path: Path) -> None:
         shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
-        with opened_backbone(path, shapes) as (read, report):
+        with load_pretrained_backbone(path, shapes) as (read, report):
             lacking = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
             if lacking:
                 raise StreamtrainError(f"objective.gram.teacher {path} lacks {', '.join(lacking[:5])}")

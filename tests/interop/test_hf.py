@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_loads_what_we_export_and_sees_the_same(variant: str, tmp_path: Path) -> None:
+def test_transformers_loads_an_export_and_computes_the_same_features(variant: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     backbone = tiny_backbone(**VARIANTS[variant])
     export_hf(backbone.model, backbone.config, tmp_path)
@@ -43,7 +43,7 @@ def test_transformers_loads_what_we_export_and_sees_the_same(variant: str, tmp_p
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "untied"])
-def test_an_exported_folder_comes_back_bit_for_bit(variant: str, tmp_path: Path) -> None:
+def test_an_exported_folder_loads_bit_for_bit(variant: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     backbone = tiny_backbone(**VARIANTS[variant])
     export_hf(backbone.model, backbone.config, tmp_path)
@@ -56,7 +56,7 @@ def test_an_exported_folder_comes_back_bit_for_bit(variant: str, tmp_path: Path)
     assert again.config.image_size == 32
 
 
-def test_preprocessing_and_card_say_how_to_use_it(tmp_path: Path) -> None:
+def test_preprocessing_and_model_card_describe_the_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     backbone = tiny_backbone()
     export_hf(backbone.model, backbone.config, tmp_path)
@@ -75,7 +75,7 @@ def test_two_final_norms_are_refused(export: Callable[..., None], tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_config_leaves_out_is_the_default_of_transformers() -> None:
+def test_missing_config_keys_have_the_defaults_of_transformers() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     theirs = transformers.DINOv3ViTConfig()
     assert hf_config(backbone_config_from_hf({}, None)) == {
@@ -87,7 +87,7 @@ def test_what_the_config_leaves_out_is_the_default_of_transformers() -> None:
         backbone_config_from_hf({"hidden_act": "relu"}, None)
 
 
-def test_without_transformers_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     backbone = tiny_backbone()
     with pytest.raises(StreamtrainError, match="pip install -U transformers"):

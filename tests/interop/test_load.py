@@ -3,19 +3,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sealed import seal
 from tiny_backbone import tiny_backbone, tiny_config, tiny_weights
 
 from streamtrain.checkpoint.reader import SHARED_NAME, STATE_NAME, VERSION, step_folder
 from streamtrain.config.load import to_yaml
+from streamtrain.data.still_images import centre_crop
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.load import load_run, load_untrained, load_weights
+from streamtrain.interop.load import load_backbone, load_run, load_untrained, load_weights
 
 
-def test_our_folder_and_its_one_file_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_an_export_and_its_weights_file_load_bit_for_bit(tmp_path: Path) -> None:
     before = tiny_backbone(mlp="swiglu", mlp_hidden=48, untied_norms="local_cls")
     folder = tiny_weights(tmp_path / "out", mlp="swiglu", mlp_hidden=48, untied_norms="local_cls")
     alone = tmp_path / "alone.safetensors"
@@ -30,7 +33,7 @@ def test_our_folder_and_its_one_file_come_back_bit_for_bit(tmp_path: Path) -> No
 
 
 def write_checkpoint(run: Path, step: int, world_size: int) -> None:
-    """A checkpoint as a run leaves it, its parameters cut into flat fragments for any number of ranks."""
+    """Write a run's checkpoint, with its parameters in flat fragments of any number of ranks."""
     config = tiny_config()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(to_yaml(config))
@@ -56,7 +59,7 @@ def write_checkpoint(run: Path, step: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_teacher_and_student_of_a_run(world_size: int, tmp_path: Path) -> None:
+def test_teacher_and_student_of_a_run_are_loaded(world_size: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 5, world_size)
     write_checkpoint(tmp_path, 10, world_size)
     initial = load_untrained(tiny_config()).model.state_dict()
@@ -69,7 +72,7 @@ def test_teacher_and_student_of_a_run(world_size: int, tmp_path: Path) -> None:
         load_run(tmp_path, 7)
 
 
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
+def test_each_load_error_is_one_line(tmp_path: Path) -> None:
     folder = tiny_weights(tmp_path / "out")
     weights = load_file(folder / "model.safetensors")
     (tmp_path / "text.safetensors").write_text("not tensors")
@@ -77,7 +80,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "nowhere", "neither"),
         (tmp_path / "text.safetensors", "cannot be read"),
-        (tmp_path / "foreign.safetensors", "does not say what model it is"),
+        (tmp_path / "foreign.safetensors", "does not describe its model"),
     ):
         with pytest.raises(StreamtrainError, match=words):
             load_weights(path)
@@ -94,3 +97,41 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
         load_weights(folder)
     with pytest.raises(StreamtrainError, match="not a run folder"):
         load_run(tmp_path)
+
+
+def test_load_backbone_accepts_runs_and_exports(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", 5, 1)
+    write_checkpoint(tmp_path / "run", 10, 1)
+    assert load_backbone(str(tmp_path / "run")).config.origin["step"] == 10
+    assert load_backbone(tmp_path / "run", 5, "student").config.origin["source"] == "student"
+    with pytest.raises(StreamtrainError, match="no best checkpoint"):
+        load_backbone(tmp_path / "run", "best")
+    folder = tiny_weights(tmp_path / "out")
+    assert load_backbone(folder).config.model.dim == 32
+    with pytest.raises(StreamtrainError, match="is not a run folder"):
+        load_backbone(folder, 5)
+
+
+def test_a_backbone_preprocesses_and_computes_features(tmp_path: Path) -> None:
+    backbone = tiny_backbone()
+    assert isinstance(backbone, torch.nn.Module) and not backbone.training
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    inputs = backbone.preprocess([tmp_path / "image.png", Image.fromarray(pixels), pixels])
+    assert inputs.shape == (3, 3, 32, 32) and inputs.dtype == torch.float32
+    assert torch.equal(inputs[0], inputs[1]) and torch.equal(inputs[0], inputs[2])
+    crop = torch.from_numpy(centre_crop(Image.fromarray(pixels), 32, 32))
+    mean, std = (torch.tensor(values) for values in (backbone.config.mean, backbone.config.std))
+    torch.testing.assert_close(inputs[0].permute(1, 2, 0), (crop / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    features = backbone.forward_features(inputs)
+    assert features.cls.shape == (3, 32) and features.registers.shape == (3, 4, 32)
+    assert features.patches.shape == (3, 16, 32)
+    assert torch.equal(backbone(inputs).cls, features.cls) and not features.cls.requires_grad
+    assert backbone.preprocess(str(tmp_path / "image.png"), 48).shape == (1, 3, 48, 48)
+    assert backbone.bfloat16().preprocess(pixels).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="size 30 is not a multiple of the patch size 8"):
+        backbone.preprocess(pixels, 30)
+    with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\], not float64"):
+        backbone.preprocess(pixels / 255)
+    with pytest.raises(StreamtrainError, match=r"cannot read the image .*nothing\.png"):
+        backbone.preprocess(tmp_path / "nothing.png")

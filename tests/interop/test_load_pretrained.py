@@ -1,4 +1,4 @@
-"""Backbones on disk, in every form people have them, become ours tensor by tensor."""
+"""Pretrained weights in every supported format are read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tiny_backbone import tiny_backbone
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import export_safetensors
 from streamtrain.interop.hf import export_hf
-from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.interop.naming import to_timm
 from streamtrain.interop.timm_folder import export_timm
 
 
-def as_hf_in_pieces(folder: Path) -> Path:
-    """As larger models come from a hub: several files and an index."""
+def as_sharded_hf(folder: Path) -> Path:
+    """Write several files and an index, as larger models on the Hugging Face Hub have."""
     from transformers import AutoModel
 
     backbone = tiny_backbone()
@@ -40,7 +40,7 @@ def as_timm(folder: Path) -> Path:
     return folder
 
 
-def as_ours(folder: Path) -> Path:
+def as_export(folder: Path) -> Path:
     backbone = tiny_backbone()
     export_safetensors(backbone.model, backbone.config, folder)
     return folder
@@ -63,20 +63,20 @@ def as_old_torch(folder: Path) -> Path:
     return folder / "weights.pt"
 
 
-@pytest.mark.parametrize("make", [as_hf_in_pieces, as_hf, as_timm, as_ours, as_file, as_torch, as_old_torch])
-def test_every_form_gives_the_same_tensors(make: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [as_sharded_hf, as_hf, as_timm, as_export, as_file, as_torch, as_old_torch])
+def test_every_format_gives_the_same_tensors(make: object, tmp_path: Path) -> None:
     if "hf" in make.__name__:
         pytest.importorskip("transformers", reason="transformers is not installed")
     path = make(tmp_path)
     wanted = tiny_backbone().model.state_dict()
-    with opened_backbone(path, {name: value.shape for name, value in wanted.items()}) as (read, report):
+    with load_pretrained_backbone(path, {name: value.shape for name, value in wanted.items()}) as (read, report):
         assert set(report.missing) <= {"embedding.mask_token"} and not report.reshaped and not report.unexpected
         for name, value in wanted.items():
             found = read(name)
             assert (name in report.missing) if found is None else torch.equal(found, value), name
 
 
-def test_what_cannot_be_weights_is_told_in_one_line(tmp_path: Path) -> None:
+def test_each_error_is_one_line(tmp_path: Path) -> None:
     shapes = {name: value.shape for name, value in tiny_backbone().model.state_dict().items()}
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "torn.safetensors").write_bytes(b"\x10")
@@ -84,12 +84,12 @@ def test_what_cannot_be_weights_is_told_in_one_line(tmp_path: Path) -> None:
     other = tiny_backbone(dim=64)
     export_safetensors(other.model, other.config, tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    for name, told in {
+    for name, words in {
         "absent": "cannot be read", "text.pth": "cannot be read", "torn.safetensors": "cannot be read",
         "list.pth": "holds a list", "empty": "no run with a checkpoint", "other": "choose the model section",
     }.items():  # fmt: skip
-        with pytest.raises(StreamtrainError, match=told) as caught, opened_backbone(tmp_path / name, shapes):
+        with pytest.raises(StreamtrainError, match=words) as caught, load_pretrained_backbone(tmp_path / name, shapes):
             pass
         assert "\n" not in str(caught.value), name
-    with opened_backbone(tmp_path / "other", shapes, minimum=0.0) as (_, report):
+    with load_pretrained_backbone(tmp_path / "other", shapes, minimum=0.0) as (_, report):
         assert len(report.reshaped) > 0 and report.share < 0.95

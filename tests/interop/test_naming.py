@@ -1,4 +1,4 @@
-"""Weights go to the published families and back bit for bit, and mean the same there."""
+"""Weights convert to the published families and back bit for bit, and give the same features there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from transformers import AutoModel, DINOv3ViTConfig
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.families import DINOV3
-from streamtrain.interop.load_pretrained import import_backbone
-from streamtrain.interop.naming import convert, from_dinov3, from_hf, from_timm, to_hf, to_timm
+from streamtrain.interop.load_pretrained import match_backbone
+from streamtrain.interop.naming import DINOV3, convert, from_dinov3, from_hf, from_timm, to_hf, to_timm
 from streamtrain.model.initialise import initialise
 from streamtrain.model.vit import VisionTransformer
 
@@ -43,7 +42,7 @@ def shapes(model: VisionTransformer) -> dict[str, torch.Size]:
 
 
 def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As DINOv3 saves a backbone, written out here by hand: masked key bias, periods, a ``teacher`` wrapper."""
+    """Return a backbone's state as DINOv3 saves it: masked key bias, RoPE periods, prefixed names."""
     result: dict[str, Tensor] = {"rope_embed.periods": torch.ones(3)}
     dim = state["embedding.cls_token"].shape[1]
     outside = {"embedding.cls_token": "cls_token", "embedding.register_tokens": "storage_tokens"}
@@ -91,7 +90,7 @@ def test_round_trips_are_exact(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transformers_loads_what_is_saved_and_gives_the_same_features(shape: str, tmp_path: Path) -> None:
+def test_transformers_loads_a_saved_file_and_computes_the_same_features(shape: str, tmp_path: Path) -> None:
     model, config = make(SHAPES[shape])
     described = DINOv3ViTConfig(
         patch_size=config.patch_size,
@@ -106,7 +105,7 @@ def test_transformers_loads_what_is_saved_and_gives_the_same_features(shape: str
         value_bias=config.qkv_bias,
     )
     described.save_pretrained(tmp_path)
-    # as released: a file of the older, flat names
+    # released files have the older, flat names
     save_file(
         {name: value.contiguous() for name, value in to_hf(model.state_dict()).items()}, tmp_path / "model.safetensors"
     )
@@ -135,7 +134,7 @@ def test_a_key_bias_is_never_lost(
     state = model.state_dict()
     name = "blocks.3.attention.qkv.bias"
     assert torch.equal(back(there(state))[name], state[name])
-    # since RoPE lets it move the scores
+    # with RoPE the key bias changes the attention scores
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     before = model.forward_features(pixels).cls
     state[name][24:-24] += 1.0
@@ -158,7 +157,7 @@ def test_timm_names() -> None:
     assert gated["blocks.0.mlp.fc1_g.weight"].shape == gated["blocks.0.mlp.fc1_x.weight"].shape == (40, 24)
 
 
-def test_untied_norms_travel_with_their_own_family_only() -> None:
+def test_untied_norms_convert_in_dinov3_only() -> None:
     state = make({"untied_norms": "cls_and_local_cls"})[0].state_dict()
     untied = {f"{norm}.{part}" for norm in ("cls_norm", "local_norm") for part in ("weight", "bias")}
     back = from_dinov3(to_dinov3(state))
@@ -166,19 +165,19 @@ def test_untied_norms_travel_with_their_own_family_only() -> None:
     assert from_hf(to_hf(state)).keys() == state.keys() - untied
 
 
-def test_bookkeeping_of_a_checkpoint_is_not_unexpected_but_a_head_is() -> None:
+def test_buffers_are_ignored_and_heads_are_unexpected() -> None:
     state = to_dinov3(make({})[0].state_dict())
     state["teacher.dino_head.last_layer.weight"] = torch.ones(2, 2)
     _, unexpected = convert(state, DINOV3)
     assert unexpected == ["teacher.dino_head.last_layer.weight"]
 
 
-def test_report_of_an_import() -> None:
+def test_match_report() -> None:
     model, _ = make({"untied_norms": "local_cls"})
     state = to_hf(model.state_dict())
     state["layer.0.norm1.weight"] = torch.ones(5)
     state["classifier.weight"] = torch.ones(3, 24)
-    found, report = import_backbone(state, shapes(model), "a file")
+    found, report = match_backbone(state, shapes(model), "a file")
     assert report.missing == ("local_norm.weight", "local_norm.bias")
     assert report.reshaped == ("blocks.0.norm1.weight",)
     assert report.unexpected == ("classifier.weight",)
@@ -187,29 +186,27 @@ def test_report_of_an_import() -> None:
     assert "missing 2: local_norm.weight, local_norm.bias" in report.text()
 
 
-def test_biases_of_a_source_without_any_are_the_zeros_they_amount_to() -> None:
+def test_biases_of_a_source_without_any_are_zeros() -> None:
     source, _ = make({"qkv_bias": False})
     wanted = shapes(make({})[0])
-    found, report = import_backbone(to_timm(source.state_dict()), wanted, "a file")
+    found, report = match_backbone(to_timm(source.state_dict()), wanted, "a file")
     assert len(report.zeroed) == 11 and report.missing == ("embedding.mask_token",)
     assert not found["blocks.3.attention.qkv.bias"].any()
 
 
-def test_our_own_names_and_a_learner_fit_as_they_are() -> None:
+def test_own_names_match_with_and_without_heads() -> None:
     model, _ = make({})
     state = {f"backbone.{name}": value for name, value in model.state_dict().items()}
-    found, report = import_backbone(
-        {**state, "global_head.prototypes.weight": torch.ones(2, 2)}, shapes(model), "a run"
-    )
+    found, report = match_backbone({**state, "global_head.prototypes.weight": torch.ones(2, 2)}, shapes(model), "a run")
     assert report.share == 1.0 and report.unexpected == ("global_head.prototypes.weight",)
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
-def test_another_model_is_refused_in_one_line() -> None:
+def test_another_model_is_refused() -> None:
     wanted = shapes(make({})[0])
     for fields in ({"dim": 32}, {"depth": 6}, {"mlp": "swiglu"}):
         with pytest.raises(StreamtrainError, match="choose the model section") as caught:
-            import_backbone(to_hf(make(fields)[0].state_dict()), wanted, "a file")
+            match_backbone(to_hf(make(fields)[0].state_dict()), wanted, "a file")
         assert "\n" not in str(caught.value)
     with pytest.raises(StreamtrainError, match="vision transformer"):
-        import_backbone({"conv1.weight": torch.ones(1)}, wanted, "a file")
+        match_backbone({"conv1.weight": torch.ones(1)}, wanted, "a file")

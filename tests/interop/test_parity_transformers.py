@@ -1,4 +1,4 @@
-"""Every preset's shape, at reduced depth, gives the features of transformers' DINOv3 at any size of image."""
+"""Every preset, at reduced depth, computes the features of transformers' DINOv3 at several image sizes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streamtrain.interop.naming import from_hf, to_hf
 from streamtrain.model.vit import VisionTransformer
 
 SIZES = [(224, 224), (256, 256), (512, 512), (192, 320)]
-# two blocks of them take seconds a size on a CPU
+# two blocks of these take seconds per size on a CPU
 WIDE = {"vit7b16"}
 
 
 def backbone(preset: str, depth: int) -> tuple[VisionTransformer, BackboneConfig]:
-    """A preset's shape in which every part has a say: the usual start has LayerScale near 0 and no biases."""
+    """Return a preset with random LayerScale, norms and biases, so that every parameter affects the features."""
     config = ModelConfig(preset=preset, depth=depth, drop_path=0.0)
     model = VisionTransformer(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ def test_features_equal_transformers_at_every_size(preset: str) -> None:
     model, config = backbone(preset, depth=1 if preset in WIDE else 2)
     reference = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**hf_config(config))).eval()
     saved = to_hf(model.state_dict())
-    # blocks of the live model lie one level deeper than those of its files
+    # the live model has its blocks one level deeper than its files
     state = {name: saved[name.removeprefix("model.")] for name in reference.state_dict()}
     reference.load_state_dict(state, assign=True)
     back = from_hf(state)
@@ -55,4 +55,4 @@ def test_features_equal_transformers_at_every_size(preset: str) -> None:
             theirs = reference(images).last_hidden_state
         tokens = torch.cat([ours.cls[:, None], ours.registers, ours.patches], dim=1)
         assert tokens.std() > 0.5
-        torch.testing.assert_close(tokens, theirs, rtol=1e-5, atol=1e-5, msg=lambda told, size=size: f"{size}: {told}")
+        torch.testing.assert_close(tokens, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, size=size: f"{size}: {text}")

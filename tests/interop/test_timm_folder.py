@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_backbone import tiny_backbone
 
 from streamtrain.errors import StreamtrainError
+from streamtrain.interop.load import load_backbone
 from streamtrain.interop.naming import from_timm
 from streamtrain.interop.timm_folder import export_timm, mlp_ratio
 
@@ -21,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_folder_says_all_that_timm_asks(variant: str, tmp_path: Path) -> None:
+def test_folder_has_everything_that_timm_needs(variant: str, tmp_path: Path) -> None:
     backbone = tiny_backbone(**VARIANTS[variant])
     export_timm(backbone.model, backbone.config, tmp_path)
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
@@ -37,7 +38,32 @@ def test_folder_says_all_that_timm_asks(variant: str, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], before[name]) for name in again)
 
 
-def test_what_timm_cannot_be_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [*VARIANTS, "no_registers"])
+def test_a_timm_folder_loads_without_timm(variant: str, tmp_path: Path) -> None:
+    backbone = tiny_backbone(**VARIANTS.get(variant, {"num_registers": 0}))
+    export_timm(backbone.model, backbone.config, tmp_path)
+    loaded = load_backbone(tmp_path)
+    expected, state = backbone.model.state_dict(), loaded.model.state_dict()
+    for name in state.keys() - {"embedding.mask_token"}:
+        assert torch.equal(state[name], expected[name]), name
+    images = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.forward_features(images).patches, backbone.forward_features(images).patches)
+    assert loaded.config.mean == backbone.config.mean and loaded.config.image_size == 32
+
+
+def test_a_published_timm_config_without_model_args_is_enough(tmp_path: Path) -> None:
+    backbone = tiny_backbone(dim=128, num_heads=2)
+    export_timm(backbone.model, backbone.config, tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    del document["model_args"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert load_backbone(tmp_path).config.model.num_heads == 2
+    (tmp_path / "config.json").write_text(json.dumps({**document, "architecture": "resnet50"}))
+    with pytest.raises(StreamtrainError, match="is timm's resnet50; only its DINOv3 ViTs are supported"):
+        load_backbone(tmp_path)
+
+
+def test_models_that_timm_cannot_express_are_refused(tmp_path: Path) -> None:
     for variant, words in (({"norm_eps": 1e-6}, "norm_eps"), ({"key_bias": True}, "key bias")):
         backbone = tiny_backbone(**variant)
         with pytest.raises(StreamtrainError, match=words):
@@ -46,6 +72,6 @@ def test_what_timm_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hidden", [32, 33, 50, 1365, 2730])
-def test_ratio_survives_being_cut_to_an_integer(hidden: int) -> None:
+def test_mlp_ratio_survives_truncation(hidden: int) -> None:
     model = tiny_backbone(mlp_hidden=hidden).config.model
     assert int(model.dim * mlp_ratio(model)) == hidden
