@@ -146,7 +146,7 @@ def use_every_command(bin_folder: Path, folder: Path) -> None:
     streamtrain("pack", "--src", "images", "--out", "set")
     assert "no faults" in streamtrain("verify", "set")
     assert "fits" in streamtrain("plan", "--config", "vits16.yaml", "--gpus", "1", "--gpu-memory", "80GB")
-    words = command("set", Path("run"), "run.steps=2")[1:]
+    words = command("set", Path("run"), "data.global_batch=8", "run.steps=2")[1:]
     streamtrain("train", *words)
     streamtrain("train", "--ranks", "2", *words, "run.steps=3")
     assert "kNN accuracy" in streamtrain("evaluate", "knn", "--run", "run", "--train", "set")
