@@ -21,3 +21,7 @@ class CheckpointError(StreamtrainError):
 
 class DivergedError(StreamtrainError):
     """Training has diverged: losses, gradients or weights are not finite."""
+
+
+class TrainingError(StreamtrainError):
+    """``streamtrain.train`` failed or was stopped early; the message is the last error line of the run."""

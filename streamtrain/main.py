@@ -1,18 +1,24 @@
-"""Train: ``deepspeed streamtrain/main.py --config vits16.yaml data.shards=SET run.dir=RUN [a.b=value ...]``."""
+"""One rank of a training run: ``deepspeed streamtrain/main.py --config vits16.yaml data.shards=SET run.dir=RUN``."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Collection
 from pathlib import Path
+from typing import NoReturn
 
-# A launcher that starts this file by its path puts streamtrain/ itself first on sys.path: put the checkout there.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    # Ctrl-C ends the process without a traceback until the run installs its own handler
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    if not __package__:
+        # started by its path, so streamtrain/ itself is first on sys.path: replace it by the folder above
+        sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shards.errors import ShardError
 from shards.reading.mixture import AnySet
@@ -32,41 +38,39 @@ from streamtrain.run.directory import (
     starting_checkpoint,
 )
 from streamtrain.run.logs import configure_logging
-from streamtrain.run.resume_policy import FLAG, check_resume
+from streamtrain.run.resume_policy import (
+    accepted_keys,
+    add_accept_options,
+    check_resume,
+    separate_overrides,
+    version_changes,
+)
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
+# the module's own name is __main__ when it is run as a script
+logger = logging.getLogger("streamtrain.main")
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="main.py",
-        description="Train a self-supervised vision transformer from a stream of image shards.",
-        epilog="Start it with deepspeed (one rank a GPU), torchrun, or plain python for one rank. Starting the same "
-        "command again goes on from the run folder's newest checkpoint. Example: deepspeed streamtrain/main.py "
-        "--config vits16.yaml data.shards=my_set run.dir=runs/first run.steps=20000",
-    )
-    parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="start from another run's newest checkpoint")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a training run."""
+    parser.add_argument("--config", required=True, help="path of a YAML file, or the name of a recipe in configs/")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="start from the latest checkpoint of another run")
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="check the configuration and the data, draw one panel of crops into the run folder, and exit",
-    )
+        help="check the configuration and the data, write one panel of crops to the run directory, and exit",
+    )  # fmt: skip
     add_accept_options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys that replace the file's")
-    # DeepSpeed's launcher adds it; the rank is read from the environment
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that override the YAML file")
+    # DeepSpeed's launcher adds this option; the rank is read from the environment
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    # overrides may stand before, between and after the options
-    arguments = parser.parse_intermixed_args()
-    separate_overrides(arguments)
-    return arguments
 
 
 def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:
-    """What can be told before any library is loaded and any rank waits for another; returns the set to train on.
+    """Check everything that needs neither torch nor another rank, and return the set to train on.
 
-    The run folder comes last, so that a start that is refused makes none.
+    The run directory is created last, so that a refused start leaves none behind.
     """
     config.batch_split(launch.world_size)
     config.objective.koleo.samples(config.data.micro_batch, launch.world_size)
@@ -80,20 +84,23 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
     changes, versions = [], []
     if source is not None and saved is not None:
-        accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
-        accepted += check_state(saved["data"], stream_identity(shard_set, order), accept_changes)
+        changes = check_resume(config, source, saved, launch.world_size, accepted)
+        changes += check_state(saved["data"], stream_identity(shard_set, order), accepted)
+        versions = version_changes(config, source, saved)
     make_run_dir(Path(config.run.dir), launch.rank)
     check_cache_folder(config)
-    if changes and launch.rank == 0:
-        logger.info(f"resuming with accepted changes: {'; '.join(changes)}")
+    if changes:
+        logger.info("resuming with accepted changes: %s", "; ".join(changes))
     if versions and launch.rank == 0:
-        logger.warning(f"resuming with other versions: {'; '.join(versions)}; results may differ")
+        logger.warning("resuming with other versions: %s; results may differ", "; ".join(versions))
     return shard_set
 
 
-def main() -> int:
-    """Exit status: 0 done, 75 or 130 stopped early and saved, 2 something to put right."""
-    arguments = parse()
+def train_rank(arguments: argparse.Namespace) -> int:
+    """Run this process's rank and return its exit status.
+
+    0 means completed, 75 or 130 stopped early after a checkpoint, 2 an error that the user can fix.
+    """
     launch = Launch.from_environment()
     configure_logging(launch.rank, launch.world_size)
     try:
@@ -102,8 +109,7 @@ def main() -> int:
         source = starting_checkpoint(run_dir, arguments.resume)
         complete = completion_message(config, source)
         if complete and not arguments.dry_run:
-            if launch.rank == 0:
-                print(complete, flush=True)
+            logger.info(complete)
             return 0
         shard_set = check(config, launch, source, arguments.accept_changes)
         with run_lock(run_dir, launch.rank):
@@ -114,23 +120,51 @@ def main() -> int:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
             return train(config, launch, shard_set, arguments.resume, accepted)
     except (StreamtrainError, ShardError) as error:
-        # Most faults are found by all ranks alike. Rank 0 tells them at once, and the launcher then ends the others,
-        # who wait for that; one that is still there after a while has a fault of its own to tell.
+        # Most errors occur on all ranks. Rank 0 reports its own at once and the launcher then ends the others, which
+        # wait for that; a rank that still exists after the wait has an error that rank 0 does not have.
         if launch.rank > 0:
             time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        logger.error(error)
         return EXIT_USAGE
 
 
-if __name__ == "__main__":
+def run_process(arguments: argparse.Namespace) -> NoReturn:
+    """Run this process's rank and end the process.
+
+    A rank that failed ends at once, because its threads and the process group would wait for the other ranks.
+    """
     try:
-        status = main()
-    except KeyboardInterrupt:
-        status = 130
+        status = train_rank(arguments)
     except Exception:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # a rank that failed leaves at once: its threads and the process group would wait for the other ranks
-    os._exit(status) if status else sys.exit(0)
+    if status:
+        os._exit(status)
+    sys.exit(0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line of one rank."""
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Run one rank of a training run. A launcher (deepspeed, torchrun, srun) starts this script once "
+        "per rank; without a launcher it is the only rank. `streamtrain train` starts the ranks itself.",
+        epilog="Example: deepspeed --num_gpus 8 streamtrain/main.py --config vits16.yaml data.shards=sets/photos "
+        "run.dir=runs/photos run.steps=20000",
+    )
+    add_arguments(parser)
+    # overrides may come before, between and after the options
+    arguments = parser.parse_intermixed_args()
+    separate_overrides(arguments)
+    return arguments
+
+
+def main() -> int:
+    """Run the rank of this command line and return its exit status."""
+    return train_rank(parse_arguments())
+
+
+if __name__ == "__main__":
+    run_process(parse_arguments())

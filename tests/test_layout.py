@@ -1,4 +1,4 @@
-"""The layout of the source: layers, torch-free packages, file names and sizes."""
+"""Layout of the source: layers, torch-free packages, file names and sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((R
 
 
 def test_imports_follow_the_layers() -> None:
-    """The contracts are in pyproject.toml."""
+    """The contracts are in ``pyproject.toml``."""
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -43,17 +43,33 @@ def test_torch_free_packages_load_without_torch() -> None:
 
 def test_no_command_line_loads_torch_before_it_is_parsed() -> None:
     """``--help`` and a mistyped argument are answered at once."""
-    names = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
-    scripts = [name for name in names if "argparse.ArgumentParser(" in (ROOT / "tools" / f"{name}.py").read_text()]
-    assert "evaluate" in scripts
-    code = f"import {', '.join(scripts)}, streamtrain.main, sys; assert not {{'torch', 'deepspeed'}} & set(sys.modules)"
+    scripts = [path.stem for path in sorted((ROOT / "tools").glob("*.py"))]
+    code = f"import {', '.join(scripts)}, streamtrain.main, sys\n"
+    code += "from streamtrain.cli.main import COMMANDS, build_parser\nbuild_parser(COMMANDS)\n"
+    code += "assert not {'torch', 'deepspeed', 'matplotlib'} & set(sys.modules)"
     paths = os.pathsep.join(map(str, (ROOT / "tools", ROOT)))
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_module_name_says_its_subject() -> None:
+def test_no_import_changes_the_path_of_modules() -> None:
+    """Only ``streamtrain/main.py`` sets ``sys.path``, and only when it is run as a script."""
+    names = [name for name in SOURCES if name.partition(".")[0] in ("shards", "streamtrain")]
+    code = f"import sys; before = list(sys.path)\nimport {', '.join(names)}\nassert sys.path == before"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    patching = [name for name, path in SOURCES.items() if "sys.path" in path.read_text()]
+    assert set(patching) <= {"streamtrain.main", "tools.bench"}
+
+
+def test_scripts_of_commands_are_thin() -> None:
+    """Each subcommand that has a script in tools/ is called by it, in at most ten lines."""
+    scripts = [path for path in (ROOT / "tools").glob("*.py") if "streamtrain.cli" in path.read_text()]
+    assert len(scripts) == 8 and all(len(path.read_text().splitlines()) <= 10 for path in scripts)
+
+
+def test_no_module_has_a_vague_name() -> None:
     vague = {"util", "utils", "helper", "helpers", "common", "misc"}
     assert not [name for name in SOURCES if name.split(".")[-1] in vague]
 
@@ -70,7 +86,7 @@ def test_no_file_is_too_long() -> None:
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-def test_no_file_names_a_path_of_one_machine() -> None:
+def test_no_file_contains_a_path_of_one_machine() -> None:
     machine = re.compile(rf"(?<![\w.])/(home|Users|root|mnt)/\w|{re.escape(str(ROOT))}/")
     texts = [p for s in ("py", "sh", "md", "yaml", "ini", "toml", "cff") for p in ROOT.glob(f"*.{s}")]
     for folder in (*PACKAGES, "configs", "tests", "docs"):

@@ -1,7 +1,8 @@
-"""The README names what there is, and nothing that there is not."""
+"""The README names every recipe and command, and each of its command lines is valid."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -11,56 +12,78 @@ from pathlib import Path
 
 import pytest
 
+from streamtrain.cli.main import COMMANDS, parse_arguments
 from streamtrain.config.load import load_config
-from streamtrain.config.model import PRESETS
+from streamtrain.main import add_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# script in tools/ -> the command that it calls
+WRAPPERS = {
+    f"tools/{path.name}": match[1]
+    for path in sorted((ROOT / "tools").glob("*.py"))
+    if (match := re.search(r'main\(\["(\w+)"', path.read_text()))
+}
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Script and arguments of every command line in the README's blocks."""
+def command_lines() -> Iterator[tuple[str, list[str]]]:
+    """Yield the program and the arguments of every command line in the README's blocks."""
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            script = next((index for index, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
-            if script is not None:
-                yield words[script], words[script + 1 :]
+            programs = [i for i, word in enumerate(words) if word == "streamtrain" or word.endswith((".py", ".sh"))]
+            if programs:
+                yield words[programs[0]], words[programs[0] + 1 :]
 
 
-def test_every_recipe_preset_and_tool_is_named() -> None:
-    names = {f"`{path.name}`" for path in (ROOT / "configs").glob("*.yaml")} | {f"`{name}`" for name in PRESETS}
-    for path in (ROOT / "tools").iterdir():
-        if path.suffix in (".py", ".sh") and ("ArgumentParser(" in path.read_text() or path.suffix == ".sh"):
-            names.add(path.name)
-    # those that others start
-    names -= {"setup_env.sh", "make_demo_images.py"}
-    assert not {name for name in names if name not in README}
+def parse_training(program: str, arguments: list[str]) -> argparse.Namespace | None:
+    """Parse a command line of our own parsers; None for other scripts."""
+    if program == "streamtrain/main.py":
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        return parser.parse_intermixed_args(arguments)
+    if program == "streamtrain" or program in WRAPPERS:
+        return parse_arguments(arguments if program == "streamtrain" else [WRAPPERS[program], *arguments])
+    return None
 
 
-@pytest.mark.parametrize("script", sorted({script for script, _ in commands() if script.endswith(".py")}))
-def test_every_option_of_a_command_line_exists(script: str) -> None:
-    kinds = {arguments[0] for name, arguments in commands() if name == script and not arguments[0].startswith("-")}
-    kinds = kinds if script in ("tools/bench.py", "tools/visualize.py") else set()
+def test_every_recipe_and_command_is_named() -> None:
+    missing = {path.name for path in (ROOT / "configs").glob("*.yaml") if f"`{path.name}`" not in README}
+    scripts = {command: script for script, command in WRAPPERS.items()}
+    for command in set(COMMANDS) - {"config"}:
+        script = Path(scripts.get(command, "streamtrain/main.py")).name
+        if f"streamtrain {command}" not in README and script not in README:
+            missing.add(command)
+    missing |= {script for script in ("tools/quickstart.sh", "tools/test.sh") if script not in README}
+    assert not missing
+
+
+def test_every_script_of_a_command_is_a_command() -> None:
+    assert len(WRAPPERS) == 8 and set(WRAPPERS.values()) < set(COMMANDS)
+
+
+@pytest.mark.parametrize(("program", "arguments"), list(command_lines()), ids=lambda value: str(value)[:60])
+def test_command_lines_have_known_options_and_valid_settings(program: str, arguments: list[str]) -> None:
+    parsed = parse_training(program, arguments)
+    if parsed is not None:
+        if getattr(parsed, "overrides", None) is not None and getattr(parsed, "config", None):
+            load_config(parsed.config, parsed.overrides)
+        return
+    assert (ROOT / program).is_file()
+    kind = arguments[:1] if program == "tools/bench.py" else []
+    command = ["bash" if program.endswith(".sh") else sys.executable, program]
     texts = [
-        subprocess.run([sys.executable, script, *kind, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-        for kind in ([], *([kind] for kind in sorted(kinds)))
+        subprocess.run([*command, *words, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+        for words in ([], kind)
     ]
     known = set(re.findall(r"--[a-z][a-z-]*", " ".join(texts)))
-    used = {word for name, arguments in commands() if name == script for word in arguments if word.startswith("--")}
+    used = {word for word in arguments if word.startswith("--")}
     assert used <= known, used - known
 
 
-def test_every_setting_of_a_command_line_is_valid() -> None:
-    checked = 0
-    for script, arguments in commands():
-        if script == "streamtrain/main.py":
-            overrides = [word for word in arguments if "=" in word]
-            load_config(arguments[arguments.index("--config") + 1], overrides)
-            checked += 1
-    assert checked > 5
+def test_every_setting_in_the_text_exists() -> None:
     for key in re.findall(r"`((?:data|crops|masks|model|objective|teacher|optim|engine|init|run)\.[a-z_.]+)`", README):
-        found = load_config("quickstart.yaml").model_dump()
+        section = load_config("quickstart.yaml").model_dump()
         for part in key.split("."):
-            assert part in found, key
-            found = found[part]
+            assert part in section, key
+            section = section[part]

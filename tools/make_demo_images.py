@@ -15,10 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from demo_images import CLASSES, draw
+from PIL import Image
 
 from streamtrain.run.progress import progress_bar
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything once, small and real: images -> shards -> training -> kNN accuracy, pictures, exported backbone.
+# Run every step once on a small data set: images -> shards -> training -> kNN accuracy, pictures, exported backbone.
 #
-#   tools/quickstart.sh                       with a drawn demo set; minutes on two CPU cores
+#   tools/quickstart.sh                       with a generated demo set; minutes on two CPU cores
 #   tools/quickstart.sh --images DIR          with your own images; subfolders of DIR are classes
 #
-#   --out DIR       where everything goes (default: quickstart; quickstart/own with --images)
-#   --ranks N       training processes, one a GPU where there are any (default: 1)
-#   a.b=value ...   further arguments go to the training, e.g. run.steps=1000
+#   --out DIR       folder for all results (default: quickstart; quickstart/own with --images)
+#   --ranks N       training processes, one per GPU if there are GPUs (default: 1)
+#   a.b=value ...   further settings of the training, such as run.steps=1000
 #
-# Needs Python >= 3.10. Running it again goes on where it was and repeats nothing finished; with other settings it trains
-# anew, in a run folder of its own. tools/setup_env.sh tells the variables that the installation heeds.
+# Needs Python >= 3.10. Run it again to resume where it stopped; finished steps are skipped. Other settings train in
+# a run directory of their own. tools/setup_env.sh --help lists the variables of the installation.
 set -euo pipefail
 started=$SECONDS
 caller=$PWD
@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
             esac
             shift 2
             ;;
-        run.dir=* | data.shards=*) misused "${1%%=*} is chosen here, below --out" ;;
+        run.dir=* | data.shards=*) misused "${1%%=*} is set by this script, below --out" ;;
         *=*) overrides+=("$1"); shift ;;
         *) misused "unknown argument $1" ;;
     esac
@@ -42,22 +42,22 @@ done
 if [ -z "$out" ]; then out=quickstart${images:+/own}; fi
 mkdir -p "$out/logs" "$out/done" || fail "cannot write to $out"
 
-# stage NAME KEY COMMAND ...: runs the command, once for each KEY that is not empty; its output goes to the terminal
-# and to a log.
+# stage NAME KEY COMMAND ...: run the command and copy its output to a log. A command that has succeeded with the same
+# non-empty KEY is skipped.
 names=() times=()
 stage() {
     local name=$1 key=$2 begun=$SECONDS status=0
     local log=$out/logs/$name.log mark=$out/done/$name
     shift 2
     if [ -n "$key" ] && [ "$(cat "$mark" 2>/dev/null)" = "$key" ]; then
-        printf '\n== %s: done before\n' "$name"
-        names+=("$name") times+=("before")
+        printf '\n== %s: already done\n' "$name"
+        names+=("$name") times+=("earlier")
         return
     fi
     printf '\n== %s\n' "$name"
     "$@" 2>&1 | tee -i "$log" || status=${PIPESTATUS[0]}
     if [ "$status" -eq 75 ]; then
-        printf 'stopped after a checkpoint; the same command goes on from there\n' >&2
+        printf 'stopped after a checkpoint; run the same command again to resume\n' >&2
         exit 75
     elif [ "$status" -ne 0 ]; then
         fail "stage '$name' failed (exit $status); its output is in $log"
@@ -66,7 +66,7 @@ stage() {
     names+=("$name") times+=("$((SECONDS - begun)) s")
     printf '   %s\n' "${times[-1]}"
 }
-trap 'printf "\ninterrupted; the same command goes on from here\n" >&2; exit 130' INT TERM
+trap 'printf "\ninterrupted; run the same command again to resume\n" >&2; exit 130' INT TERM
 
 printf '== set-up\n'
 tools/setup_env.sh hf
@@ -74,17 +74,17 @@ export PATH="$PWD/.venv/bin:$PATH"
 names+=("set-up") times+=("$((SECONDS - started)) s")
 work_started=$SECONDS
 
-# Both find by themselves what they finished before. Another version draws other images, which must not mix with those.
+# Both commands skip finished work themselves. Another version of the demo set has other images, so it gets another folder.
 set_dir=$out/shards
 if [ -z "$images" ]; then
     version=$(sed -n 's/^VERSION = //p' tools/make_demo_images.py)
     images=$out/images-v$version set_dir=$out/shards-v$version
     stage images "" python tools/make_demo_images.py --out "$images"
 fi
-stage pack "" python tools/make_shards.py --src "$images" --out "$set_dir"
+stage pack "" streamtrain pack --src "$images" --out "$set_dir"
 
-# What is left depends on the images, the recipe and the overrides; so does the run, which can only be gone on with as
-# it was begun.
+# The remaining stages depend on the images, the recipe and the overrides. A run resumes only with the settings that
+# it was started with, so its directory has this key too.
 key=$( (grep '"digest"' "$set_dir/manifest.json"; cat configs/quickstart.yaml; echo "$ranks" "${overrides[@]}") |
     cksum | cut -d ' ' -f 1)
 run=$out/run-$key
@@ -100,40 +100,40 @@ knn() {
     if [ -n "$no_labels" ]; then
         printf '\n== %s: skipped: %s\n' "$name" "$no_labels"
     else
-        stage "$name" "$key" python tools/evaluate.py knn "$@" --train "$set_dir" --json
+        stage "$name" "$key" streamtrain evaluate knn "$@" --train "$set_dir" --json
     fi
 }
 
-# Of the packed images, since those are known to be readable: four, spread over the first shard.
+# Draw four images, spread over the first shard; packed images are known to be readable.
 pictures() {
     local tar=$set_dir/shards/000000.tar folder=$out/pictures chosen
     mapfile -t chosen < <(tar -tf "$tar" | grep -vE '\.(cls|json|txt)$' |
         awk '{name[NR] = $0} END {n = NR < 4 ? NR : 4; for (i = 0; i < n; i++) print name[int(i * NR / n) + 1]}')
     mkdir -p "$folder/images" && tar -xf "$tar" -C "$folder/images" "${chosen[@]}" &&
-        python tools/visualize.py pca --run "$run" --image "${chosen[@]/#/$folder/images/}" --out "$folder/pca.png" &&
-        python tools/visualize.py similarity --run "$run" --image "$folder/images/${chosen[0]}" \
+        streamtrain visualize pca --run "$run" --image "${chosen[@]/#/$folder/images/}" --out "$folder/pca.png" &&
+        streamtrain visualize similarity --run "$run" --image "$folder/images/${chosen[0]}" \
             --out "$folder/similarity.png"
 }
 
 export_backbone() {
-    python tools/export.py --run "$run" --to hf --out "$out/export/hf" &&
-        python tools/export.py --run "$run" --to safetensors --out "$out/export/safetensors"
+    streamtrain export --run "$run" --to hf --out "$out/export/hf" &&
+        streamtrain export --run "$run" --to safetensors --out "$out/export/safetensors"
 }
 
 knn knn-pixels --pixels
 knn knn-untrained --untrained --config quickstart.yaml
-stage train "$key" deepspeed --num_gpus "$ranks" streamtrain/main.py --config quickstart.yaml \
+stage train "$key" streamtrain train --ranks "$ranks" --config quickstart.yaml \
     "data.shards=$set_dir" "run.dir=$run" "${overrides[@]}"
 knn knn-trained --run "$run"
 stage pictures "$key" pictures
-stage report "$key" python tools/report.py --run "$run" --out "$out/report.html"
+stage report "$key" streamtrain report --run "$run" --out "$out/report.html"
 stage export "$key" export_backbone
 
 printf '\n== done\n'
 for i in "${!names[@]}"; do printf '   %-16s %8s\n' "${names[i]}" "${times[i]}"; done
 printf '   %-16s %8s   (without set-up: %s s)\n' total "$((SECONDS - started)) s" "$((SECONDS - work_started))"
 if [ -z "$no_labels" ]; then
-    printf '\nkNN accuracy (k = 10) on a fifth of the images, the others being the neighbours\n'
+    printf '\nkNN accuracy (k = 10) on a fifth of the images, with the other images as neighbours\n'
     for what in pixels untrained trained; do
         printf '   %-16s %8s\n' "$what" "$(tail -n 1 "$out/logs/knn-$what.log" |
             python -c 'import json, sys; print(format(json.load(sys.stdin)["knn_10"], ".1%"))')"
@@ -141,15 +141,15 @@ if [ -z "$no_labels" ]; then
 fi
 cat <<EOF
 
-Where things are
+Results
    pictures      $out/pictures/pca.png, $out/pictures/similarity.png
-   report        $out/report.html (curves, the network's maps before and after training, settings)
+   report        $out/report.html (curves, feature maps before and after training, settings)
    run           $run (metrics.jsonl, checkpoints/, tensorboard/)
    backbone      $out/export/hf (for transformers), $out/export/safetensors
 
-Next
-   see the curves and the crops     .venv/bin/tensorboard --logdir $run
-   the same with your images        tools/quickstart.sh --images DIR
-   a real run: pack, then train     .venv/bin/python tools/make_shards.py --src DIR --out SET
-                                    .venv/bin/deepspeed streamtrain/main.py --config vits16.yaml data.shards=SET run.dir=RUN
+Next (after: source .venv/bin/activate)
+   view curves and crops             tensorboard --logdir $run
+   the same with your images         tools/quickstart.sh --images DIR
+   pack, then train in earnest       streamtrain pack --src DIR --out SET
+                                     streamtrain train --config vits16.yaml data.shards=SET run.dir=RUN
 EOF

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every check: ruff, mypy, pytest.
+# Set up .venv and run every check: ruff, mypy, import-linter, pytest.
 #
-#   tools/test.sh                 everything but what takes minutes or needs a GPU
-#   tools/test.sh -k order        arguments go to pytest
-#   tools/test.sh -m slow         what takes minutes; -m gpu: what needs a GPU
+#   tools/test.sh                 all tests except slow ones and those for a GPU
+#   tools/test.sh -k order        arguments are passed to pytest
+#   tools/test.sh -m slow         the tests that take minutes; -m gpu: the tests that need a GPU
 #
-# tools/setup_env.sh tells the variables that the installation heeds.
+# tools/setup_env.sh --help lists the variables of the installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,5 +16,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .
 mypy
-# two of the tests at a time: those that start ranks spend much of their time on imports
+lint-imports --no-cache
+# in parallel, because the tests that start ranks spend much of their time on imports
 exec python -m pytest -n auto "$@"

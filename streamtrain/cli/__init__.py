@@ -1,0 +1,1 @@
+"""The ``streamtrain`` command: one module for each subcommand, with ``add_parser`` and ``run``."""

@@ -1,4 +1,4 @@
-"""The quick start's course, with stand-ins for what takes minutes: what runs again, where, and what it refuses."""
+"""``quickstart.sh`` with stand-ins for its slow commands: which run again, in which folders, and which errors."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Notes down every command; packing leaves a set to look into, anything else nothing.
+# Writes every command to the log; packing leaves a set, everything else nothing.
 PYTHON = """#!/bin/sh
 echo "$*" >>"{log}"
 if [ "$1" = -c ]; then exec "{python}" "$@"; fi
-if [ "$1" = tools/make_shards.py ]; then
+"""
+STREAMTRAIN = """#!/bin/sh
+echo "streamtrain $*" >>"{log}"
+case "$1" in
+pack)
     mkdir -p "$5/shards" && touch 0.jpg 1.jpg && tar -cf "$5/shards/000000.tar" 0.jpg 1.jpg
     echo '"digest": "of '"$3"'"' >"$5/manifest.json"
-fi
-"""
-DEEPSPEED = """#!/bin/sh
-echo "$*" >>"{log}"
-exit "${{TRAINING_ENDS:-0}}"
+    ;;
+train) exit "${{TRAINING_STATUS:-0}}" ;;
+esac
 """
 
 
 class Checkout:
-    """A folder with the script, its recipe, and a `.venv` whose programs do next to nothing."""
+    """A folder with the script, its recipe, and a `.venv` whose programs only log their commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "commands.log"
@@ -41,21 +43,21 @@ class Checkout:
         for name, text in (
             ("tools/setup_env.sh", "#!/bin/sh\n"),
             (".venv/bin/python", PYTHON.format(log=self.log, python=sys.executable)),
-            (".venv/bin/deepspeed", DEEPSPEED.format(log=self.log)),
+            (".venv/bin/streamtrain", STREAMTRAIN.format(log=self.log)),
         ):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run the script; the log then holds the commands of this time."""
+        """Run the script; the log then has the commands of this run."""
         self.log.write_text("")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         command = ["bash", str(self.folder / "tools" / "quickstart.sh"), *arguments]
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=100)
 
     def trained_in(self) -> list[str]:
-        """Run folders of the trainings of the latest time."""
-        return re.findall(r"^.*main\.py.* run\.dir=(\S+)", self.log.read_text(), re.MULTILINE)
+        """Return the run directories of the trainings of the latest run."""
+        return re.findall(r"^streamtrain train .*run\.dir=(\S+)", self.log.read_text(), re.MULTILINE)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "checkout")
 
 
-def test_a_run_is_of_its_images_its_recipe_and_its_settings(checkout: Checkout) -> None:
+def test_each_set_of_images_recipe_and_settings_has_its_own_run_directory(checkout: Checkout) -> None:
     done = checkout.run()
     assert done.returncode == 0, done.stderr
     (first,) = checkout.trained_in()
@@ -85,35 +87,35 @@ def test_a_run_is_of_its_images_its_recipe_and_its_settings(checkout: Checkout) 
     assert len({first, shorter, other_recipe, other_images, two_ranks}) == 5
 
 
-def test_a_training_that_was_stopped_is_gone_on_with(checkout: Checkout) -> None:
-    stopped = checkout.run(TRAINING_ENDS="75")
-    assert stopped.returncode == 75 and "the same command goes on from there" in stopped.stderr
-    begun = checkout.trained_in()
-    failed = checkout.run(TRAINING_ENDS="2")
+def test_a_stopped_training_resumes_in_its_run_directory(checkout: Checkout) -> None:
+    stopped = checkout.run(TRAINING_STATUS="75")
+    assert stopped.returncode == 75 and "run the same command again to resume" in stopped.stderr
+    started = checkout.trained_in()
+    failed = checkout.run(TRAINING_STATUS="2")
     assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith("error: stage 'train' failed (exit 2)")
-    assert checkout.run().returncode == 0 and checkout.trained_in() == begun
+    assert checkout.run().returncode == 0 and checkout.trained_in() == started
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--images"], "--images needs a value"),
         (["--images", "nowhere"], "nowhere is not a folder"),
         (["--ranks", "two"], "--ranks two is not a number of processes"),
         (["--ranks", "0"], "--ranks 0 is not a number of processes"),
-        (["run.dir=elsewhere"], "run.dir is chosen here"),
+        (["run.dir=elsewhere"], "run.dir is set by this script"),
         (["--epochs"], "unknown argument --epochs"),
     ],
 )
-def test_a_misuse_is_one_line_before_anything_is_done(checkout: Checkout, arguments: list[str], told: str) -> None:
+def test_a_usage_error_is_one_line_before_any_work(checkout: Checkout, arguments: list[str], message: str) -> None:
     done = checkout.run(*arguments)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and told in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
     assert not (checkout.folder / "quickstart").exists()
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "setup_env.sh"])
-def test_help_is_told_and_nothing_is_done(script: str, tmp_path: Path) -> None:
+def test_help_is_printed_and_nothing_is_done(script: str, tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools" / script, tmp_path / "tools")
     done = subprocess.run(["bash", str(tmp_path / "tools" / script), "--help"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The set-up script, with a stand-in for pip: what it would install, when, and what it says when it cannot."""
+"""``setup_env.sh`` with a stand-in for pip: its installations and its error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Runs Python for everything but `-m pip`, whose arguments it notes down, and the check of the installed torch.
+# Runs Python, except for `-m pip`, whose arguments it writes to a log, and the check of the installed torch.
 PYTHON_SHIM = """#!/bin/sh
 case "$*" in *"import sys, torch"*) exit ;; esac
 if [ "$1 $2" = "-m pip" ]; then echo "$@" >>"{log}"; exit; fi
@@ -21,14 +21,16 @@ exec "{python}" "$@"
 
 
 class Checkout:
-    """A folder with the script, a setup.py and a `.venv` whose pip installs nothing."""
+    """A folder with the script, pyproject.toml, the lock file, and a `.venv` whose pip installs nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log, self.commands = folder, folder / "pip.log", folder / "commands"
-        for sub in ("tools", ".venv/bin", "commands"):
+        for sub in ("tools", ".venv/bin", "commands", "requirements"):
             (folder / sub).mkdir(parents=True)
         shutil.copy(ROOT / "tools" / "setup_env.sh", folder / "tools")
-        shutil.copy(ROOT / "setup.py", folder)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        self.lock = folder / "requirements" / "test.lock"
+        self.lock.write_text("# Python 1.0\nnumpy==1.0\n")
         self.command(".venv/bin/python", PYTHON_SHIM.format(log=self.log, python=sys.executable))
 
     def command(self, path: str, text: str) -> None:
@@ -37,7 +39,7 @@ class Checkout:
         (self.folder / path).chmod(0o755)
 
     def driver(self, cuda: str) -> None:
-        """A driver that runs programs up to this CUDA version."""
+        """Pretend to have a driver that supports this CUDA version."""
         self.command("commands/nvidia-smi", f"#!/bin/sh\necho '| Driver Version: 1.2  CUDA Version: {cuda}  |'\n")
 
     def run(self, *extras: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +51,7 @@ class Checkout:
         return subprocess.run(["bash", script, *extras], cwd="/", env=environment, capture_output=True, text=True)
 
     def installs(self) -> list[str]:
-        """Arguments of every `pip install` so far, less the common options."""
+        """Return the arguments of every `pip install` so far, without the common options."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         common = "-m pip install --disable-pip-version-check --progress-bar off "
         return [line.removeprefix(common) for line in lines if line.startswith("-m pip install")]
@@ -64,12 +66,34 @@ def test_installs_once_and_again_when_the_requirements_change(checkout: Checkout
     checkout.driver("13.0")
     assert checkout.run("test").returncode == 0
     assert checkout.run("test").returncode == 0
-    assert checkout.run().returncode == 0, "more extras serve those who want fewer"
+    assert checkout.run().returncode == 0, "an installation with more extras serves a call with fewer"
     assert checkout.installs() == ["--editable .[cu13,test]"]
-    with (checkout.folder / "setup.py").open("a") as file:
+    with (checkout.folder / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     checkout.run()
     assert checkout.installs()[1:] == ["--editable .[cu13]"]
+
+
+def test_the_lock_file_applies_to_tests_on_its_version_of_python(checkout: Checkout) -> None:
+    checkout.driver("13.0")
+    checkout.run("test")
+    checkout.lock.write_text("# Python {}.{}\n".format(*sys.version_info))
+    checkout.run("hf")
+    checkout.run("test", "hf")
+    assert checkout.installs() == [
+        "--editable .[cu13,test]",
+        "--editable .[cu13,hf]",
+        "--constraint requirements/test.lock --editable .[cu13,test,hf]",
+    ]
+
+
+def test_the_lock_file_pins_the_environment_but_not_the_build_of_torch() -> None:
+    header, *lines = (ROOT / "requirements" / "test.lock").read_text().splitlines()
+    assert header.startswith("# Python 3.")
+    pins = [line.partition("==")[0].lower() for line in lines if not line.startswith("#")]
+    assert all("==" in line or line.startswith("#") for line in lines)
+    assert {"deepspeed", "numpy", "pydantic", "pytest", "ruff", "mypy"} <= set(pins)
+    assert not [name for name in pins if name in ("torch", "triton", "streamtrain") or name.startswith("nvidia-cu")]
 
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cu12"), ("13.1", "cu13")])
@@ -79,9 +103,9 @@ def test_dali_follows_the_driver(checkout: Checkout, cuda: str, extra: str) -> N
     assert checkout.installs() == [f"--editable .[{extra}]"]
 
 
-def test_torch_comes_from_where_the_variable_says(checkout: Checkout, tmp_path: Path) -> None:
+def test_torch_comes_from_the_index_of_the_variable(checkout: Checkout, tmp_path: Path) -> None:
     checkout.driver("13.0")
-    torch = next(part for part in (ROOT / "setup.py").read_text().split('"') if part.startswith("torch>="))
+    torch = next(part for part in (ROOT / "pyproject.toml").read_text().split('"') if part.startswith("torch>="))
     checkout.run(STREAMTRAIN_TORCH_INDEX="scheme://index")
     checkout.run(STREAMTRAIN_TORCH_INDEX=str(tmp_path))
     assert checkout.installs()[0] == f"--no-deps --index-url scheme://index {torch}"
@@ -98,7 +122,7 @@ def test_no_python_is_one_line(checkout: Checkout) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_failed_installation_says_where_the_story_is(checkout: Checkout) -> None:
+def test_a_failed_installation_names_its_log(checkout: Checkout) -> None:
     shim = '#!/bin/sh\n[ "$3" = install ] && echo "ERROR: no such thing" && exit 1\nexit 0\n'
     checkout.command(".venv/bin/python", shim)
     done = checkout.run()

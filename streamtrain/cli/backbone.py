@@ -1,4 +1,4 @@
-"""Command-line arguments that select a backbone, shared by several tools."""
+"""The options that select a backbone, the same in every command."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ BEST = "best"
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --run, --step, --student, --weights, --untrained and --config."""
-    parser.add_argument("--run", type=Path, help="run folder; its latest checkpoint unless --step names another")
-    parser.add_argument("--step", type=step, help="with --run: the checkpoint of this step, or best")
-    parser.add_argument("--student", action="store_true", help="with --run: the student, not the teacher")
+    parser.add_argument("--run", type=Path, help="run directory; its latest checkpoint unless --step is given")
+    parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or best")
+    parser.add_argument("--student", action="store_true", help="with --run: the student instead of the teacher")
     parser.add_argument(
         "--weights", type=Path, help="an exported folder (also of transformers or timm) or .safetensors file"
     )
     parser.add_argument(
-        "--untrained", action="store_true", help="with --run or --config: the network with its initial values"
+        "--untrained", action="store_true", help="with --run or --config: the network as initialised from its seed"
     )
     parser.add_argument("--config", help="with --untrained: a recipe, as for training")
 
 
-def load_backbone(arguments: argparse.Namespace) -> Backbone:
-    """Load the backbone that the arguments select.
+def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
+    """Load the backbone that the options select.
 
     Raises:
-        StreamtrainError: if they select none, or two.
+        StreamtrainError: if the options select none, or two.
     """
     from streamtrain.interop.load import load_run, load_untrained, load_weights  # torch takes seconds to load
 
@@ -42,17 +42,24 @@ def load_backbone(arguments: argparse.Namespace) -> Backbone:
             raise StreamtrainError("--untrained needs either --run or --config")
         return load_untrained(read_resolved(arguments.run) if arguments.run else load_config(arguments.config))
     if arguments.config:
-        raise StreamtrainError("--config goes with --untrained only: a trained network comes from --run or --weights")
+        raise StreamtrainError("--config requires --untrained; a trained network comes from --run or --weights")
     if (arguments.run is None) == (arguments.weights is None):
-        raise StreamtrainError("give the network: one of --run RUN, --weights W, or --untrained")
+        raise StreamtrainError("select the network: give one of --run RUN, --weights W, or --untrained")
     if arguments.weights:
         if arguments.step is not None or arguments.student:
-            raise StreamtrainError("--step and --student choose a checkpoint of --run; --weights has none")
+            raise StreamtrainError("--step and --student select a checkpoint of --run; --weights has none")
         return load_weights(arguments.weights)
     return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher")
 
 
-def step(text: str) -> int | str:
+def describe_backbone(arguments: argparse.Namespace) -> str:
+    """Return one word for the selected network."""
+    if arguments.untrained:
+        return "untrained"
+    return "weights" if arguments.weights else "student" if arguments.student else "teacher"
+
+
+def parse_step(text: str) -> int | str:
     """Parse a number of steps, or ``best``."""
     if text != BEST and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {BEST}")

@@ -1,25 +1,21 @@
-"""Pictures from a tiny exported network, as users make them."""
+"""``streamtrain visualize`` with a tiny exported network."""
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import exit_status, run_command
 from PIL import Image
 from tiny_backbone import class_folder, tiny_weights
 
 from streamtrain.reporting.metrics import MetricsLog
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
-
 
 def visualize(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return run_command("visualize", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def test_pca_page(place: Path) -> None:
     assert len(np.unique(page.reshape(-1, 3), axis=0)) > 1000
 
 
-def test_several_patches_of_one_image_stand_in_a_grid(place: Path) -> None:
+def test_several_patches_of_one_image_are_drawn_in_a_grid(place: Path) -> None:
     patches = ["0,0", "3,5", "7,1"]
     done = visualize(
         place, "similarity", "--weights", "weights", "--image", "wide.png", "--size", "64", "--patch", *patches,
@@ -88,14 +84,11 @@ def test_crops_page_of_an_image(place: Path) -> None:
         (["--image", "wide.png", "--size", "3"], "less than one patch"),
     ],
 )
-def test_every_mistake_is_named(
+def test_errors_are_one_line(
     place: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    command = ["visualize.py", "similarity", "--weights", "weights", *arguments, "--out", "x.png"]
-    monkeypatch.setattr(sys, "argv", command)
-    assert importlib.import_module("visualize").main() == 2
+    assert exit_status(["visualize", "similarity", "--weights", "weights", *arguments, "--out", "x.png"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (place / "x.png").exists()
@@ -103,11 +96,8 @@ def test_every_mistake_is_named(
 
 def test_attention_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
     images = ["--image", "wide.png", "images/down/000.png"]
-    command = ["visualize.py", "attention", "--weights", "weights", *images, "--out", "a.png"]
-    monkeypatch.setattr(sys, "argv", command)
-    assert importlib.import_module("visualize").main() == 0
+    assert exit_status(["visualize", "attention", "--weights", "weights", *images, "--out", "a.png"]) == 0
     page = np.asarray(Image.open("a.png"))
     assert page.shape[0] > 2 * 200 and page.shape[1] > 4 * 300  # image, mean and two heads of a wide image
 
@@ -120,11 +110,8 @@ def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             log.write(step, step, {"loss/total": start / step, "optim/gradient_norm": float("nan")})
         log.close()
     monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    main = importlib.import_module("visualize").main
-    for runs, out, code in ((["a", "b"], "c.png", 0), (["a", "weights"], "none.png", 2)):
-        monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", "--run", *runs, "--out", out])
-        assert main() == code
+    for runs, out, status in ((["a", "b"], "c.png", 0), (["a", "weights"], "none.png", 2)):
+        assert exit_status(["visualize", "curves", "--run", *runs, "--out", out]) == status
     assert "error: weights is not a run directory" in capsys.readouterr().err
     page = np.asarray(Image.open("c.png"))
     for colour in ((0, 114, 178), (213, 94, 0)):
@@ -134,18 +121,15 @@ def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pca", "--out", "x.txt"], "--out x.txt has no suffix of an image"),
+        (["pca", "--out", "x.txt"], "x.txt has no image suffix, such as .png"),
         (["similarity", "--out", "x.png", "--patch", "7"], "'7' is not a patch as ROW,COL, such as 7,7"),
         (["similarity", "--out", "x.png", "--patch", "7,x"], "'7,x' is not a patch"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_any_work(
-    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_invalid_arguments_are_rejected_before_any_work(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments, "--weights", "nowhere", "--image", "wide.png"])
-    with pytest.raises(SystemExit, match="2"):
-        importlib.import_module("visualize").main()
+    assert exit_status(["visualize", *arguments, "--weights", "nowhere", "--image", "wide.png"]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -153,9 +137,6 @@ def test_a_page_that_cannot_be_written_is_one_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
     for out, reason in (("/proc/nowhere/p.png", "No such file or directory"), ("wide.png/p.png", "File exists")):
-        command = ["visualize.py", "pca", "--weights", "weights", "--image", "wide.png", "--out", out]
-        monkeypatch.setattr(sys, "argv", command)
-        assert importlib.import_module("visualize").main() == 2
+        assert exit_status(["visualize", "pca", "--weights", "weights", "--image", "wide.png", "--out", out]) == 2
         assert capsys.readouterr().err == f"error: cannot write {out} ({reason}); choose another --out\n"

@@ -1,4 +1,4 @@
-"""``tools/visualize.py`` crops: the training crops and masks that a configuration draws from images."""
+"""``streamtrain visualize crops``: the training crops and masks that a configuration draws from images."""
 
 from __future__ import annotations
 

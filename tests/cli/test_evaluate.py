@@ -1,24 +1,20 @@
-"""The command line on a tiny exported network, as users run it."""
+"""``streamtrain evaluate`` on a tiny exported network."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import exit_status, run_command
 from tiny_backbone import CROPS, TINY, class_folder, tiny_weights
 
 from shards.packing.pack import PackOptions, pack
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
-
 
 def evaluate(cwd: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return run_command("evaluate", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_knn_of_an_exported_folder_on_a_class_folder(place: Path) -> None:
     done = evaluate(place, "knn", "--weights", "weights", "--train", "images", "--json")
     assert done.returncode == 0, done.stderr
-    # the bar of what takes a while is a line now and then where there is no terminal
+    # without a terminal the progress bar is a line now and then
     assert "images: 32/32 images" in done.stderr.splitlines()[-3] and done.stderr.count("\n") < 20
     assert "\r" not in done.stderr
     line, last = done.stdout.splitlines()
@@ -67,7 +63,7 @@ def test_pixels_on_a_shard_set_equal_those_on_its_folder(place: Path) -> None:
     assert results[0]["knn_20"] == results[1]["knn_20"] and results[0]["features"] == "pixels"
 
 
-def test_a_mistake_ends_in_one_line(place: Path) -> None:
+def test_an_error_is_one_line(place: Path) -> None:
     done = evaluate(place, "knn", "--weights", "nowhere", "--train", "images")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -76,7 +72,7 @@ def test_a_mistake_ends_in_one_line(place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--train", "images"], "give the network"),
+        (["--train", "images"], "select the network"),
         (["--weights", "weights", "--train", "nowhere"], "not a folder"),
         (["--weights", "images", "--train", "images"], "neither"),
         (["--run", "weights", "--train", "images"], "not a run folder"),
@@ -86,13 +82,11 @@ def test_a_mistake_ends_in_one_line(place: Path) -> None:
         (["--untrained", "--train", "images"], "--untrained needs"),
     ],
 )
-def test_every_mistake_is_named(
+def test_errors_name_the_option(
     place: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "knn", *arguments])
-    assert importlib.import_module("evaluate").main() == 2
+    assert exit_status(["evaluate", "knn", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and words in printed.err
     assert printed.out == ""

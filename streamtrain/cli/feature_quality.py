@@ -1,4 +1,4 @@
-"""``tools/evaluate.py``: compute the features of labelled images and measure a classifier on them."""
+"""Compute the features of labelled images and the accuracy of a classifier on them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import torch
-from backbone_arguments import load_backbone
 
+from streamtrain.cli.backbone import describe_backbone, load_selected_backbone
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import extract_features, pixel_features
 from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images
@@ -18,13 +18,13 @@ from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.run.progress import progress_bar
 
-PIXELS_SIZE = 32  # input size of the pixel baseline without --size
+PIXELS_SIZE = 32  # side of the raw-pixel baseline unless --size is given
 
 Features = tuple[torch.Tensor, torch.Tensor]
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
-    """Return the result as one flat object."""
+    """Evaluate as the arguments of ``streamtrain evaluate`` say, and return one flat object."""
     train_images, test_images = open_sets(arguments.train, arguments.test)
     began = time.perf_counter()
     source, train, test = features_of(arguments, train_images, test_images)
@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
 
 
 def open_sets(train: Path, test: Path | None) -> tuple[LabelledImages, LabelledImages]:
-    """Open both sets, or split the one by a fixed rule."""
+    """Open the train and test images, or split the train images if there is no test set."""
     if test is None:
         return split_images(open_images(train))
     opened = open_images(train)
@@ -69,7 +69,7 @@ def features_of(
     size, resize = arguments.size, arguments.resize
     if arguments.pixels:
         if arguments.run or arguments.weights or arguments.untrained:
-            raise StreamtrainError("--pixels is a baseline without a network: give no --run, --weights or --untrained")
+            raise StreamtrainError("--pixels uses no network; remove --run, --weights or --untrained")
         size = size or PIXELS_SIZE
         check_sizes(size, resize, 1)
         both = [
@@ -77,7 +77,7 @@ def features_of(
             for images in (train, test)
         ]
         return {"features": "pixels", "size": size}, both[0], both[1]
-    backbone = load_backbone(arguments)
+    backbone = load_selected_backbone(arguments)
     config = backbone.config
     size = size or config.image_size
     check_sizes(size, resize, config.model.patch_size)
@@ -93,20 +93,13 @@ def features_of(
         for images in (train, test)
     ]  # fmt: skip
     step = config.origin.get("step")
-    described: dict[str, str | int | float] = {"features": describe(arguments), "size": size}
+    described: dict[str, str | int | float] = {"features": describe_backbone(arguments), "size": size}
     return described | ({"step": step} if isinstance(step, int) else {}), both[0], both[1]
 
 
 def check_sizes(size: int, resize: int | None, patch: int) -> None:
-    """Check that ``size`` is whole patches and ``resize`` is not smaller."""
+    """Raise StreamtrainError if the sizes do not fit the patch size or each other."""
     if size < 1 or size % patch:
         raise StreamtrainError(f"--size {size} is not a multiple of the patch size {patch}")
     if resize is not None and resize < size:
         raise StreamtrainError(f"--resize {resize} is smaller than the input of {size} pixels")
-
-
-def describe(arguments: argparse.Namespace) -> str:
-    """Return the source of the features."""
-    if arguments.untrained:
-        return "untrained"
-    return "weights" if arguments.weights else "student" if arguments.student else "teacher"

@@ -1,4 +1,4 @@
-"""make_shards and verify_shards as a user runs them: clear last words, nothing half done."""
+"""``streamtrain pack`` and ``verify`` as users run them: one-line errors, and interrupted packings that resume."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import COMMAND, ENVIRONMENT, exit_status, run_command
 from drawn_images import draw_folder
 
 from shards.errors import ShardError
 from shards.reading.shard_set import ShardSet
 
-_ROOT = Path(__file__).resolve().parents[2]
-_PACK = [sys.executable, str(_ROOT / "tools" / "make_shards.py")]
-_VERIFY = [sys.executable, str(_ROOT / "tools" / "verify_shards.py")]
-
-
-def _run(command: list[str], *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=60, check=False
-    )
+_PACK = [*COMMAND, "pack"]
 
 
 def _files(path: Path) -> dict[str, bytes]:
@@ -35,7 +27,8 @@ def _files(path: Path) -> dict[str, bytes]:
 def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     draw_folder(tmp_path / "images", 20, ("cat", "dog"))
     (tmp_path / "images" / "cat" / "text.jpg").write_text("hello")
-    packed = _run(_PACK, "--src", "images", "--out", "a/set", "--workers", 2, "--shard-size", "20KB", cwd=tmp_path)
+    options = ("--workers", 2, "--shard-size", "20KB")
+    packed = run_command("pack", "--src", "images", "--out", "a/set", *options, cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
     assert packed.stdout.count("\n") == 1
     shard_set = ShardSet.open(tmp_path / "a" / "set")
@@ -43,7 +36,7 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     assert "1 rejected (see a/set/rejected.jsonl)" in packed.stdout
     assert shard_set.digest in packed.stdout
 
-    whole = _run(_VERIFY, "a/set", "--workers", 1, cwd=tmp_path)
+    whole = run_command("verify", "a/set", "--workers", 1, cwd=tmp_path)
     assert (whole.returncode, whole.stdout.splitlines()[-1]) == (
         0,
         f"read 20 images in {len(shard_set.sizes)} shards: no faults",
@@ -51,7 +44,7 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     with open(shard_set.tar_path(1), "r+b") as tar:
         tar.seek(int(shard_set.record(1, 0)["offset"]))
         tar.write(b"damage")
-    damaged = _run(_VERIFY, "a/set", "--workers", 1, cwd=tmp_path)
+    damaged = run_command("verify", "a/set", "--workers", 1, cwd=tmp_path)
     assert damaged.returncode == 1
     assert damaged.stdout.splitlines()[1].startswith("shards/000001.tar, sample 0 (key '")
     assert damaged.stdout.splitlines()[-1].endswith("2 faults")
@@ -59,16 +52,18 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     with open(shard_set.tar_path(1), "r+b") as tar:
         tar.seek(int(shard_set.record(1, 0)["offset"]))
         tar.write(b"\xff\xd8\xff\xe0\x00\x10")
-    mended = _run(_VERIFY, "a/set", "--workers", 1, cwd=tmp_path)
-    assert mended.stdout.splitlines()[-1].endswith(": 1 fault")
+    fixed = run_command("verify", "a/set", "--workers", 1, cwd=tmp_path)
+    assert fixed.stdout.splitlines()[-1].endswith(": 1 fault")
 
 
-def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
+def test_errors_of_the_user_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw_folder(tmp_path / "images", 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     for number in range(3):
-        (tmp_path / "texts" / f"{number}.jpg").write_text("I am no image")
+        (tmp_path / "texts" / f"{number}.jpg").write_text("not an image")
     (tmp_path / "junk.tar").write_bytes(b"no tar" * 1000)
     (tmp_path / "junk.tar.xz").write_bytes(b"no tar" * 1000)
     (tmp_path / "junk.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
@@ -95,14 +90,14 @@ def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
         (["--src", "images", "--out", "set", "--shard-size", "many"], "is not a size such as 64MB"),
         (["--src", "images", "--out", "set", "--workers", "0"], "not a whole number above 0"),
     ]
-    for arguments, said in cases:
-        ended = _run(_PACK, "--workers", 1, *arguments, cwd=tmp_path)
-        assert ended.returncode == 2, (arguments, ended)
-        last = ended.stderr.splitlines()[-1]
-        assert said in last and "error: " in last, (arguments, ended.stderr)
-        assert "Traceback" not in ended.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for arguments, message in cases:
+        assert exit_status(["pack", "--workers", "1", *arguments]) == 2, arguments
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert message in last and "error: " in last, (arguments, last)
         assert not (tmp_path / "set").exists(), arguments
-    missing = _run(_VERIFY, "set", cwd=tmp_path)
+    missing = run_command("verify", "set", cwd=tmp_path)
     assert missing.returncode == 2
     assert "error: no shard set at set" in missing.stderr
 
@@ -111,7 +106,7 @@ def _start_and_wait_for_shard(number: int, folder: Path, out: Path) -> subproces
     """Start a packing that takes a while, and wait until it has completed this shard, but not all."""
     command = [*_PACK, "--src", str(folder), "--out", str(out), "--workers", "2", "--shard-size", "40KB"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 60
     while not list(out.glob(f"shards/{number:06d}.tar")):
@@ -134,8 +129,8 @@ def _session_members(session: int) -> list[int]:
     return members
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-def test_killed_packings_leave_no_set_and_no_process_and_go_on_to_the_same(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_killed_packings_leave_no_set_and_no_process_and_resume_to_the_same_bytes(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path / "images", 1200)
     out, unbroken = tmp_path / "set", tmp_path / "unbroken"
     for number, stop in enumerate((signal.SIGKILL, signal.SIGINT)):
@@ -160,7 +155,8 @@ def test_killed_packings_leave_no_set_and_no_process_and_go_on_to_the_same(tmp_p
         journal = out / "packing.jsonl"
         journal.write_text("\n".join(journal.read_text().splitlines()[:2]) + "\n")
     for target in (out, unbroken):
-        ended = _run(_PACK, "--src", folder, "--out", target, "--shard-size", "40KB", "--workers", 1, cwd=tmp_path)
+        options = ("--shard-size", "40KB", "--workers", 1)
+        ended = run_command("pack", "--src", folder, "--out", target, *options, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
     assert _files(out) == _files(unbroken)
 
@@ -169,7 +165,7 @@ def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], k
     """Start a packing and kill it at random moments; whenever one ends before its kill, compare it and begin anew."""
     draw = random.Random(7)
     while kills:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             _, said = process.communicate(timeout=draw.uniform(0.0, longest))
         except subprocess.TimeoutExpired:
@@ -180,7 +176,7 @@ def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], k
         assert process.returncode == 0, said
         assert _files(out) == unbroken
         shutil.rmtree(out)
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert _files(out) == unbroken
 
@@ -193,7 +189,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, place: st
     shutil.copy(folder / "b" / "image 2001.jpg", folder / "b" / "same.jpg")
     options = ["--src", str(folder), "--shard-size", "100KB", "--workers", "2", "--shuffle", "1", "--dedup"]
     began = time.monotonic()
-    ended = _run(_PACK, *options, "--out", tmp_path / "unbroken", cwd=tmp_path)
+    ended = run_command("pack", *options, "--out", tmp_path / "unbroken", cwd=tmp_path)
     seconds = time.monotonic() - began
     assert ended.returncode == 0, ended.stderr
     out = tmp_path / "set"
@@ -203,7 +199,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, place: st
     assert not (tmp_path / "scratch").exists()
 
 
-def test_the_help_teaches() -> None:
-    said = _run(_PACK, "--help", cwd=_ROOT).stdout
+def test_help_explains_sources_and_shows_examples() -> None:
+    text = run_command("pack", "--help").stdout
     for word in ("--src", "--max-side", "rejected.jsonl", "examples:", "class subfolders"):
-        assert word in said
+        assert word in text

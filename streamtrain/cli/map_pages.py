@@ -1,13 +1,13 @@
-"""``tools/visualize.py`` pca, similarity and attention: load network and images, compute the maps, draw them."""
+"""``streamtrain visualize`` pca, similarity and attention: load network and images, compute the maps, draw them."""
 
 from __future__ import annotations
 
 import argparse
 
 import torch
-from backbone_arguments import load_backbone
 from PIL import Image
 
+from streamtrain.cli.backbone import load_selected_backbone
 from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import (
@@ -28,7 +28,7 @@ SHOWN_SIDE = 400  # shorter side in pixels of an image on the page
 def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     """Return the page that ``arguments.kind`` names."""
     originals = [decode_image(path, path) for path in arguments.image]
-    backbone = load_backbone(arguments)
+    backbone = load_selected_backbone(arguments)
     config = backbone.config
     patch_size = config.model.patch_size
     size = arguments.size or map_size(config.image_size, patch_size)

@@ -1,0 +1,238 @@
+"""The Python API; its functions are attributes of ``streamtrain``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamtrain.errors import StreamtrainError, TrainingError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from shards.format.set_manifest import Manifest
+    from streamtrain.interop.load import Backbone
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **options: Any) -> Manifest:
+    """Pack images into a shard set, like ``streamtrain pack``, and return its manifest.
+
+    Args:
+        src: folder, list file, tar, parquet file or folder, or URL of the images.
+        out: folder or URL of the set.
+        workers: decoding processes; default: all cores.
+        options: fields of ``shards.packing.pack.PackOptions``, such as ``max_side=512``.
+
+    Raises:
+        ShardError: if there is nothing to pack, or ``out`` cannot be written.
+    """
+    from shards.packing.pack import PackOptions
+    from shards.packing.pack import pack as pack_images
+
+    report = pack_images(src, out, PackOptions(**options), workers=workers or os.cpu_count() or 1, progress=True)
+    return report.manifest
+
+
+def verify(shards: Path | str, *, workers: int | None = None) -> list[str]:
+    """Check everything in a shard set and return one line per fault.
+
+    Raises:
+        ShardError: if there is no readable set.
+    """
+    from shards.packing.verify import verify as verify_set
+
+    return [str(fault) for fault in verify_set(shards, workers=workers or os.cpu_count() or 1, progress=True)]
+
+
+def train(
+    config: Path | str,
+    *,
+    shards: Path | str,
+    run: Path | str,
+    gpus: int | None = None,
+    steps: int | None = None,
+    resume: Path | str | None = None,
+    accept: Sequence[str] = (),
+    **overrides: Any,
+) -> Path:
+    """Train in child processes until the run is complete, print their output, and return the run directory.
+
+    Call again with the same arguments to resume from the latest checkpoint.
+
+    Args:
+        config: path of a YAML file, or the name of a recipe such as ``vits16.yaml``.
+        shards: folder or URL of the shard set (``data.shards``).
+        run: run directory (``run.dir``).
+        gpus: number of ranks; default: all visible GPUs, or one rank on the CPU.
+        steps: number of steps (``run.steps``).
+        resume: another run whose latest checkpoint the run starts from.
+        accept: settings that may differ from the checkpoint, such as ``["schedules.lr"]``.
+        overrides: further settings by section, such as ``data={"micro_batch": 32}``; a dotted key goes into a mapping:
+            ``**{"model.drop_path": 0.1}``.
+
+    Raises:
+        TrainingError: if the run failed, or was stopped before its last step; the message is the last error line.
+    """
+    command = [sys.executable, "-m", "streamtrain.cli.main", "train", "--config", str(config)]
+    command += ["--ranks", str(gpus)] if gpus is not None else []
+    command += ["--resume", str(resume)] if resume is not None else []
+    command += ["--accept", *accept] if accept else []
+    settings = {"data.shards": str(shards), "run.dir": str(run)} | ({"run.steps": steps} if steps is not None else {})
+    # JSON is YAML, which the values of overrides are
+    command += [f"{key}={json.dumps(value, default=str)}" for key, value in (settings | overrides).items()]
+    status, error = _run_and_print(command)
+    if status:
+        stopped = status in (75, 130)
+        message = f"{run} was stopped after a checkpoint; call train again to resume" if stopped else error
+        raise TrainingError(message or f"training ended with exit status {status}")
+    return Path(run)
+
+
+def _run_and_print(command: list[str]) -> tuple[int, str]:
+    """Run a command, print its output as it comes, and return its exit status and its last error line."""
+    from streamtrain.cli.launch import stop_with_parent
+
+    environment = dict(os.environ)
+    # a rank that calls this must not make the child a rank
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        environment.pop(name, None)
+    if _ROOT.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True, preexec_fn=stop_with_parent,
+    )  # fmt: skip
+    assert process.stdout is not None
+    error = last = ""
+    while True:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                last = line.strip() or last
+                if line.startswith("error: "):
+                    error = line.removeprefix("error: ").strip()
+            return process.wait(), error or last
+        except KeyboardInterrupt:
+            # in a notebook: stop the run after a checkpoint, and print until it ends
+            process.send_signal(signal.SIGINT)
+
+
+def load_backbone(path: Path | str, *, step: int | str | None = None, which: str = "teacher") -> Backbone:
+    """Load the backbone of a run, an exported folder, a Hugging Face or timm folder, or a ``.safetensors`` file.
+
+    Args:
+        path: of the run, folder or file.
+        step: of a run: the checkpoint's step, or ``"best"``; default: the latest.
+        which: of a run: ``teacher`` or ``student``.
+
+    Raises:
+        StreamtrainError: if there is no backbone at ``path``.
+    """
+    from streamtrain.interop import load
+
+    return load.load_backbone(path, step, which)
+
+
+def embed(
+    backbone: Backbone, source: Path | str, *, batch_size: int = 64, device: str | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Compute the CLS features of every image of a shard set, in memory.
+
+    Args:
+        backbone: as returned by ``load_backbone``.
+        source: folder of the shard set.
+        batch_size: images per forward.
+        device: default: a GPU if there is one.
+
+    Returns:
+        float32 [images, dim], and the key of each image.
+
+    Raises:
+        ShardError: if ``source`` is not a shard set, or one of its images is damaged.
+    """
+    import numpy as np
+    import torch
+
+    from shards.reading.shard_set import ShardSet
+    from streamtrain.evaluation.features import extract_features
+    from streamtrain.evaluation.images import images_of_set
+
+    shard_set = ShardSet.open(source)
+    config = backbone.config
+    features, _ = extract_features(
+        backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).model,
+        images_of_set(shard_set, np.arange(shard_set.num_samples)),
+        size=config.image_size, mean=config.mean, std=config.std, batch_size=batch_size, progress=True,
+    )  # fmt: skip
+    keys = [
+        shard_set.key(shard, sample) for shard, size in enumerate(shard_set.sizes.tolist()) for sample in range(size)
+    ]
+    return features.numpy(), keys
+
+
+def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **options: Any) -> dict[str, Any]:
+    """Measure features on labelled images, like ``streamtrain evaluate``, and return its JSON object.
+
+    Args:
+        task: ``knn``, ``linear`` or ``logistic``.
+        train: shard set, or folder with one subfolder per class, to learn from.
+        test: images to predict; default: a fixed fifth of ``train`` is held out.
+        options: options of the command, such as ``run="runs/photos"`` or ``weights="exported"``.
+
+    Raises:
+        StreamtrainError: for an unknown option, or images or weights that cannot be used.
+    """
+    from streamtrain.cli.evaluate import TASKS
+    from streamtrain.cli.feature_quality import evaluate as evaluate_features
+
+    if task not in TASKS:
+        raise StreamtrainError(f"task {task!r} is not one of {', '.join(TASKS)}")
+    given = {**options, "train": train, "test": test}
+    return evaluate_features(_command_arguments("evaluate", [task], given))
+
+
+def export(run: Path | str, out: Path | str, *, to: str = "hf", step: int | str | None = None) -> Path:
+    """Write the backbone of a run for another library, like ``streamtrain export``, and return the path of the weights.
+
+    Args:
+        run: run directory.
+        out: folder to write; new, empty, or an earlier export.
+        to: ``hf`` (transformers), ``timm`` or ``safetensors``.
+        step: of the checkpoint, or ``"best"``; default: the latest.
+
+    Raises:
+        StreamtrainError: if the run has no such checkpoint, or ``out`` cannot be written.
+    """
+    from streamtrain.cli.export import export_selected
+
+    given = {"run": run, "out": out, "to": to, "step": step}
+    return export_selected(_command_arguments("export", [], given))[0]
+
+
+def _command_arguments(command: str, words: list[str], options: Mapping[str, Any]) -> argparse.Namespace:
+    """Parse Python values as the options of a command; None and False leave an option out.
+
+    Raises:
+        StreamtrainError: for an option that the command does not have, or a value that it rejects.
+    """
+    from streamtrain.cli.main import build_parser
+
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    for name, value in given.items():
+        words = [*words, f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    with redirect_stderr(io.StringIO()) as stderr:
+        try:
+            return build_parser([command]).parse_args([command, *words])
+        except SystemExit:
+            raise StreamtrainError(stderr.getvalue().rpartition("error: ")[2]) from None

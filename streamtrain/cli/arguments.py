@@ -1,0 +1,56 @@
+"""Argument types and helpers that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from streamtrain.config.section import parse_bytes
+from streamtrain.errors import StreamtrainError
+
+
+def add_command(subparsers: Any, name: str, summary: str, details: str, examples: str) -> argparse.ArgumentParser:
+    """Add a subcommand whose help shows a summary, details and example command lines."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary[0].lower() + summary[1:].rstrip("."),
+        description=f"{summary}\n\n{details}".rstrip(),
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def byte_size(text: str) -> int:
+    """Parse a size such as ``64MB``, ``1GiB`` or ``256M``; a bare number is bytes."""
+    for candidate in (text, f"{text.strip()}B"):
+        try:
+            size = parse_bytes(candidate)
+        except ValueError:
+            continue
+        if size >= 1:
+            return size
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MB or 1GiB")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Report a failed write to ``out`` in the ``with`` block as one line.
+
+    Raises:
+        StreamtrainError: if the block raises ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StreamtrainError(f"cannot write {out} ({error.strerror or error}); choose another --out") from None

@@ -1,0 +1,69 @@
+"""``streamtrain export``: write a backbone for use in other libraries."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from streamtrain.cli.arguments import add_command, writing
+from streamtrain.cli.backbone import add_backbone_arguments, load_selected_backbone
+from streamtrain.config.load import RESOLVED_NAME
+from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.directory import METRICS_NAME
+
+FORMATS = ("hf", "timm", "safetensors")
+
+_SUMMARY = "Write the backbone of a run for use in other libraries."
+_DETAILS = """\
+  hf           a folder for transformers' AutoModel.from_pretrained (needs transformers)
+  timm         a folder for timm.create_model("local-dir:DIR", pretrained=True)
+  safetensors  our own names, with the model's config in the file and in a JSON file
+
+The settings of the run are copied to recipe.yaml in the same folder.
+"""
+_EXAMPLES = """\
+  streamtrain export --run runs/photos --to hf --out exported
+  streamtrain export --run runs/photos --step best --to timm --out exported
+  streamtrain export --weights exported --to safetensors --out converted
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = add_command(subparsers, "export", _SUMMARY, _DETAILS, _EXAMPLES)
+    add_backbone_arguments(parser)
+    parser.add_argument("--to", choices=FORMATS, required=True, help="format of the folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; new, empty, or an earlier export")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export and print a summary."""
+    path, num_parameters = export_selected(arguments)
+    print(f"wrote {path} ({num_parameters / 1e6:.1f} M parameters, {arguments.to})")
+    return 0
+
+
+def export_selected(arguments: argparse.Namespace) -> tuple[Path, int]:
+    """Export the selected backbone, and return the path of its weights and its number of parameters.
+
+    Raises:
+        StreamtrainError: if there is no such backbone, or --out cannot be written.
+    """
+    from streamtrain.interop.export import check_export_folder, export_backbone  # torch takes seconds to load
+
+    check_export_folder(arguments.out)
+    backbone = load_selected_backbone(arguments)
+    recipe, losses = None, {}
+    if arguments.run:
+        recipe, losses = arguments.run / RESOLVED_NAME, read_losses(arguments.run, backbone.config.origin.get("step"))
+    with writing(arguments.out):
+        path = export_backbone(backbone, arguments.to, arguments.out, recipe, losses)
+    return path, sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def read_losses(run_dir: Path, step: object) -> dict[str, float]:
+    """Return the losses of ``step`` from a run's metrics; empty if it has no record of the step."""
+    path = run_dir / METRICS_NAME
+    record = next((line for line in read_metrics(path) if line["step"] == step), {}) if path.is_file() else {}
+    return {tag: value for tag, value in record.items() if tag.startswith("loss/")}

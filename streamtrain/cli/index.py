@@ -1,0 +1,51 @@
+"""``streamtrain index``: index existing WebDataset tars in place."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ShardError
+from shards.packing.index_tars import index_tars
+from streamtrain.cli.arguments import add_command
+
+_SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
+_DETAILS = """\
+Writes an index of every image, DALI's index, and a manifest that points to the tars. Each tar is
+read once. The image of a sample is its first .jpg, .jpeg, .png, .webp, .tif or .tiff member; its
+label is the integer in .cls.
+"""
+_EXAMPLES = """\
+  streamtrain index --src /data/wds --out sets/wds
+  streamtrain index --src '/data/a/*.tar' /data/b/000.tar --out sets/both
+  streamtrain index --src https://example.org/wds/000.tar s3://bucket/wds --out sets/remote
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = add_command(subparsers, "index", _SUMMARY, _DETAILS, _EXAMPLES)
+    parser.add_argument("--src", nargs="+", required=True, metavar="TAR|DIR|URL", help="the tars")
+    parser.add_argument("--out", required=True, metavar="SET", help="folder of the set; new or empty")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Index and print a summary."""
+    if not arguments.out.strip():
+        raise ShardError("--out is empty; give the folder of the set")
+    report = index_tars(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
+    for url in report.empty:
+        print(f"left out, no images: {url}")
+    for refusal in report.without_dali:
+        print(f"no index for DALI's own reader: {refusal}")
+    manifest = report.manifest
+    print(
+        f"indexed {manifest.extent}, {manifest.num_bytes} bytes; "
+        f"{report.num_unreadable} unreadable; digest {manifest.digest}"
+    )
+    return 0

@@ -1,0 +1,136 @@
+"""Start the ranks of a training run and pass stop signals to them.
+
+The launchers of PyTorch and DeepSpeed kill the ranks 30 s after a signal and exit with status 1. A stop takes as long
+as one step and one checkpoint, and schedulers restart a run by its exit status (75 or 130), so this module starts the
+ranks of one machine itself. Several machines go through DeepSpeed's launcher.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamtrain.main import EXIT_USAGE
+from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
+SCRIPT = Path(__file__).resolve().parents[1] / "main.py"
+STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+# a rank reports these itself, so the launcher adds nothing
+_EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
+# from the failure of one rank until the others are killed
+GRACE_SECONDS = 30.0
+_POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+def run_ranks(arguments: Sequence[str], world_size: int) -> int:
+    """Run ``main.py ARGUMENTS`` on ``world_size`` ranks of this machine and return the exit status of the run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environments = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
+    return _run([sys.executable, str(SCRIPT), *arguments], environments)
+
+
+def run_on_hosts(arguments: Sequence[str], hostfile: Path, ranks_per_host: int | None) -> int:
+    """Run ``main.py ARGUMENTS`` on the hosts of ``hostfile`` through DeepSpeed's launcher."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    if ranks_per_host is not None:
+        launcher += ["--num_gpus", str(ranks_per_host)]
+    return _run([*launcher, str(SCRIPT), *arguments], [{}])
+
+
+def _run(command: Sequence[str], environments: Sequence[dict[str, object]]) -> int:
+    """Run ``command`` once for each set of variables, and return the exit status of the first process that failed."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with _received_signals() as received:
+        try:
+            for variables in environments:
+                environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+                processes.append(
+                    subprocess.Popen(
+                        command, env=environment, stdin=subprocess.DEVNULL,
+                        # a session of its own: Ctrl-C in the terminal then arrives once, from here
+                        start_new_session=True, preexec_fn=stop_with_parent,
+                    )
+                )  # fmt: skip
+            return _wait(processes, received)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
+    """Wait for all processes, send each received signal on, and end the others when one fails."""
+    failure: int | None = None
+    deadline = float("inf")
+    stops: list[int] = []
+    while True:
+        for process in processes:
+            process.poll()
+        is_running = any(process.returncode is None for process in processes)
+        while received:
+            stops.append(received.pop(0))
+            _send(processes, stops[-1])
+        failed = [(process.returncode, rank) for rank, process in enumerate(processes) if process.returncode]
+        if failed and failure is None:
+            # a rank that was killed is the cause of the errors of the others
+            returncode, rank = min(failed)
+            failure = _exit_status(returncode, stops)
+            deadline = time.monotonic() + GRACE_SECONDS
+            if failure not in STOP_STATUSES:
+                if failure not in _EXPLAINED_STATUSES:
+                    logger.error("rank %d ended with exit status %d", rank, failure)
+                _send(processes, signal.SIGTERM)
+        if not is_running:
+            return failure or 0
+        if time.monotonic() > deadline:
+            _send(processes, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+
+
+def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)
+
+
+def _exit_status(returncode: int, stops: Sequence[int]) -> int:
+    """Return the exit status for a ``Popen.returncode``; a rank ended by a signal that was sent on has stopped."""
+    if returncode >= 0:
+        return returncode
+    if -returncode in stops:
+        return EXIT_INTERRUPTED if -returncode == signal.SIGINT else EXIT_PREEMPTED
+    return 128 - returncode
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """Collect the stop signals that arrive during a ``with`` block instead of acting on them."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = [signal.signal(number, lambda number, frame: received.append(number)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def stop_with_parent() -> None:
+    """Let Linux send SIGTERM to this process when its parent is killed, so that a run stops after a checkpoint."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

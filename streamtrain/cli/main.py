@@ -1,0 +1,94 @@
+"""Entry point of the ``streamtrain`` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from shards.errors import ShardError
+from streamtrain import __version__
+from streamtrain.errors import StreamtrainError
+from streamtrain.run.logs import configure_logging
+
+COMMANDS = (
+    "pack", "index", "verify", "plan", "train", "evaluate", "visualize", "report", "export", "config",
+)  # fmt: skip
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_DESCRIPTION = """\
+Train DINOv3-style self-supervised vision transformers from streams of images.
+`streamtrain COMMAND --help` shows the options and examples of a command.
+"""
+_EPILOG = """\
+examples:
+  streamtrain pack --src photos/ --out sets/photos
+  streamtrain train --config vits16.yaml data.shards=sets/photos run.dir=runs/photos
+  streamtrain export --run runs/photos --to hf --out exported
+
+exit status: 0 completed, 1 failed, 2 an error in the input or the settings (one line on stderr),
+75 stopped early after a checkpoint (run the same command again to resume), 130 interrupted.
+
+Shell completion, for ~/.bashrc or ~/.zshrc: eval "$(register-python-argcomplete streamtrain)"
+"""
+
+# the module is __main__ under python -m
+logger = logging.getLogger("streamtrain.cli.main")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        configure_logging()
+        command = importlib.import_module(f"streamtrain.cli.{arguments.command}")
+        status: int = command.run(arguments)
+        return status
+    except (StreamtrainError, ShardError) as error:
+        logger.error(error)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; ``a.b=value`` overrides may come before, between and after the options."""
+    # importing the one named command is enough, unless the help or a completion lists all of them
+    parser = build_parser(argv[:1] if argv and argv[0] in COMMANDS and "_ARGCOMPLETE" not in os.environ else COMMANDS)
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):
+        # argparse takes one run of positional arguments only, and returns the others here
+        arguments.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.exit(
+            EXIT_USAGE,
+            f"error: unrecognized arguments: {' '.join(rest)}; see streamtrain {arguments.command} --help\n",
+        )
+    return arguments
+
+
+def build_parser(commands: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the given commands."""
+    parser = argparse.ArgumentParser(
+        prog="streamtrain", description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"streamtrain {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in commands:
+        importlib.import_module(f"streamtrain.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

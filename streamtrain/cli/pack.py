@@ -1,0 +1,119 @@
+"""``streamtrain pack``: pack images into a shard set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ShardError
+from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
+from shards.packing.pack import PackOptions, pack
+from shards.packing.parquet import Columns
+from streamtrain.cli.arguments import add_command, byte_size, positive_int
+
+_SUMMARY = "Pack images into a shard set: WebDataset tars, an index of every image, and a manifest."
+_DETAILS = """\
+Every image is decoded in full first. Images that do not decode are left out and listed with
+the reason in SET/rejected.jsonl. Re-run the same command to resume an interrupted packing;
+on a finished set it does nothing. The result does not depend on --workers.
+
+The images and the set may be behind any URL that fsspec supports (s3://, gs://, hf://, and
+http(s):// for reading only). A set for a URL is packed in a local folder; each shard is removed
+from there once it is uploaded, and the manifest is uploaded last.
+
+--src is one of
+  a folder    searched recursively; class subfolders become labels (sorted by name, from 0), a flat
+              folder has no labels
+  a list      a text file with one path or URL per line, relative to the file; an optional label
+              follows a tab: numbers (-1 for none) or names
+  a tar       .tar, .tar.gz, .tar.xz or .tar.bz2; labels from .cls members, otherwise from class folders
+  parquet     a file, or a folder of parquet files without images: a column of bytes, or of structs with
+              bytes as Hugging Face writes them; labels from the column "label". Needs pyarrow.
+              --shuffle reorders row groups and mixes within each
+  a URL       of a folder, a tar (copied next to the set first) or a parquet file
+"""
+_EXAMPLES = """\
+  streamtrain pack --src photos/ --out sets/photos
+  streamtrain pack --src imagenet/train --out /data/imagenet --max-side 512 --workers 32
+  streamtrain pack --src list.txt --out sets/mine --shuffle 1
+  streamtrain pack --src hf://datasets/OWNER/NAME/data --out sets/downloaded
+  streamtrain pack --src s3://bucket/raw --out s3://bucket/set
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = add_command(subparsers, "pack", _SUMMARY, _DETAILS, _EXAMPLES)
+    add = parser.add_argument
+    add("--src", required=True, metavar="DIR|LIST|TAR|PARQUET|URL", help="the images")
+    add("--out", required=True, metavar="SET", help="folder or URL of the set; new or empty")
+    add("--shard-size", type=byte_size, default="256MB", metavar="SIZE", help="largest tar (default: 256MB)")
+    add(
+        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N",
+        help="decoding processes (default: all cores)",
+    )  # fmt: skip
+    add("--max-side", type=positive_int, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
+    add("--quality", type=positive_int, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
+    add(
+        "--max-pixels", type=positive_int, default=DEFAULT_MAX_PIXELS,
+        help="reject larger images (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--orientation", choices=("keep", "apply"), default="keep",
+        help="EXIF rotation: keep the bytes and let decoders rotate (default), or rotate now and store a new JPEG",
+    )  # fmt: skip
+    add("--shuffle", type=int, metavar="SEED", help="pack in random order; for sources that are sorted by class")
+    add("--image-column", metavar="NAME", help="image column of parquet files (default: the only one with images)")
+    add(
+        "--label-column", metavar="NAME",
+        help="label column of parquet files (default: label, if present; '' for no labels)",
+    )  # fmt: skip
+    add(
+        "--scratch", type=Path, metavar="DIR",
+        help="local folder in which a set for a URL is packed (default: in the folder for temporary files)",
+    )  # fmt: skip
+    add("--dedup", action="store_true", help="leave out images with the same bytes as an earlier one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Pack and print a summary."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = PackOptions(
+        shard_bytes=arguments.shard_size,
+        max_side=arguments.max_side,
+        quality=arguments.quality,
+        max_pixels=arguments.max_pixels,
+        upright=arguments.orientation == "apply",
+        shuffle=arguments.shuffle,
+        dedup=arguments.dedup,
+    )
+    if not arguments.out.strip():
+        raise ShardError("--out is empty; give the folder or the URL of the set")
+    try:
+        report = pack(
+            arguments.src,
+            arguments.out,
+            options,
+            columns=Columns(arguments.image_column, arguments.label_column),
+            workers=arguments.workers,
+            progress=True,
+            scratch=arguments.scratch,
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted; run the same command again to resume packing {arguments.out}", file=sys.stderr)
+        return 130
+    manifest = report.manifest
+    log = f"{arguments.out.rstrip('/')}/rejected.jsonl"
+    if report.num_rejected is None:
+        rejected = f"number of rejected images unknown, because {log} is missing"
+    else:
+        rejected = f"{report.num_rejected} rejected" + (f" (see {log})" if report.num_rejected else "")
+    print(
+        f"packed {manifest.extent}, {manifest.num_bytes} bytes; "
+        f"{rejected}, {report.num_ignored} other files ignored; digest {manifest.digest}"
+    )
+    return 0

@@ -1,0 +1,51 @@
+"""``streamtrain report``: write the HTML page of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from streamtrain.cli.arguments import add_command, writing
+from streamtrain.evaluation.report import report_page
+from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
+
+_SUMMARY = "Write a page about a run: curves, pictures, numbers and configuration."
+_DETAILS = "The page is one HTML file that needs no network."
+_EXAMPLES = """\
+  streamtrain report --run runs/photos
+  streamtrain report --run runs/photos --out report.html
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = add_command(subparsers, "report", _SUMMARY, _DETAILS, _EXAMPLES)
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page and print its path."""
+    out: Path = arguments.out or arguments.run / "report.html"
+    page = render_run(arguments.run)
+    with writing(out):
+        out.write_text(page, encoding="utf-8")
+    print(f"wrote {out} ({len(page.encode()) / 2**20:.1f} MiB)")
+    return 0
+
+
+def render_run(run_dir: Path) -> str:
+    """Return the HTML page of a run directory.
+
+    Raises:
+        StreamtrainError: if ``run_dir`` is not a run directory, or has no completed step.
+    """
+    metrics = run_dir / METRICS_NAME
+    records = list(read_metrics(metrics)) if metrics.is_file() else []
+    if not records:
+        return report_page(run_dir, [], {})
+    from streamtrain.reporting.tensorboard import latest_images  # TensorBoard takes a second to load
+
+    return report_page(run_dir, records, latest_images(run_dir / TENSORBOARD_NAME))

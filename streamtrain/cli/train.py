@@ -1,0 +1,92 @@
+"""``streamtrain train``: start the ranks of a training run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from streamtrain.cli.arguments import add_command, positive_int
+from streamtrain.cli.launch import run_on_hosts, run_ranks
+from streamtrain.config.load import load_config
+from streamtrain.errors import StreamtrainError
+from streamtrain.main import add_arguments, run_process
+from streamtrain.run.resume_policy import separate_overrides
+
+_SUMMARY = "Train a self-supervised vision transformer from a stream of image shards."
+_DETAILS = """\
+Starts one rank for each GPU of this machine, or one rank on the CPU. Re-run the same command to resume
+from the latest checkpoint of the run directory. `touch RUN/STOP` or SIGTERM stops the run after
+a checkpoint with exit status 75; Ctrl-C does the same with 130, and a second Ctrl-C ends it at once.
+
+A rank that another launcher has started (deepspeed, torchrun, srun; RANK is set) runs as that rank.
+"""
+_EXAMPLES = """\
+  streamtrain train --config vits16.yaml data.shards=sets/photos run.dir=runs/photos
+  streamtrain train --gpus 2 --config vits16.yaml data.shards=sets/photos run.dir=runs/photos run.steps=20000
+  streamtrain train --config my.yaml run.dir=runs/next --resume runs/first
+  streamtrain train --hostfile hosts --config vitl16.yaml data.shards=s3://bucket/set run.dir=/shared/run
+"""
+# present where a driver is installed: NVIDIA, AMD, Windows Subsystem for Linux
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = add_command(subparsers, "train", _SUMMARY, _DETAILS, _EXAMPLES)
+    add_arguments(parser)
+    parser.add_argument(
+        "--gpus", "--ranks", dest="ranks", type=positive_int, metavar="N",
+        help="number of ranks, one per GPU; on a machine without a GPU, processes on the CPU (default: all "
+        "visible GPUs, otherwise 1; with --hostfile: the number of GPUs to use on each host)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="F",
+        help="train on several machines with DeepSpeed's launcher: lines such as `node1 slots=8`; needs passwordless "
+        "ssh and the same paths on each",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the ranks, or run the only rank in this process.
+
+    Raises:
+        StreamtrainError: for a configuration or a hostfile that cannot be used.
+    """
+    separate_overrides(arguments)
+    if "RANK" in os.environ:
+        run_process(arguments)
+    if arguments.hostfile is not None:
+        if not arguments.hostfile.is_file():
+            raise StreamtrainError(f"--hostfile {arguments.hostfile} does not exist")
+        return run_on_hosts(rank_arguments(arguments), arguments.hostfile, arguments.ranks)
+    # a wrong setting is reported once and at once, before any rank loads a library
+    device = load_config(arguments.config, arguments.overrides, arguments.ranks or 1).engine.device
+    ranks = arguments.ranks or (1 if device == "cpu" else max(1, count_gpus()))
+    if ranks > 1:
+        return run_ranks(rank_arguments(arguments), ranks)
+    run_process(arguments)
+
+
+def rank_arguments(arguments: argparse.Namespace) -> list[str]:
+    """Return the command line of ``main.py`` for parsed arguments."""
+    words = [*arguments.overrides, "--config", arguments.config]
+    if arguments.resume is not None:
+        words += ["--resume", str(arguments.resume)]
+    if arguments.dry_run:
+        words.append("--dry-run")
+    if arguments.accept:
+        words += ["--accept", *arguments.accept]
+    if arguments.accept_changes:
+        words.append("--accept-changes")
+    return words
+
+
+def count_gpus() -> int:
+    """Return the number of visible GPUs; without a driver, without loading torch."""
+    if not any(os.path.exists(device) for device in _GPU_DEVICES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,44 @@
+"""``streamtrain verify``: check a shard set from the first byte to the last."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from shards.format.images import DEFAULT_MAX_PIXELS
+from shards.format.set_manifest import SetManifest, counted
+from shards.packing.verify import verify
+from streamtrain.cli.arguments import add_command
+
+_SUMMARY = "Check a shard set: every tar, both indexes, the manifest, every checksum, a decode of every image."
+_DETAILS = """\
+Prints one line for each fault. Exit status 0 means no faults, 1 faults, 2 no readable set. Each
+process downloads remote shards one by one to the folder for temporary files (TMPDIR).
+"""
+_EXAMPLES = """\
+  streamtrain verify sets/photos
+  streamtrain verify s3://bucket/set --workers 8
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = add_command(subparsers, "verify", _SUMMARY, _DETAILS, _EXAMPLES)
+    parser.add_argument("set", metavar="SET", help="folder or URL of the set")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="report larger images (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify, print the faults and a summary."""
+    manifest = SetManifest.load(arguments.set)
+    faults = verify(arguments.set, workers=max(1, arguments.workers), max_pixels=arguments.max_pixels, progress=True)
+    for fault in faults:
+        print(fault)
+    print(f"read {manifest.extent}: {counted(len(faults), 'fault') if faults else 'no faults'}")
+    return 1 if faults else 0

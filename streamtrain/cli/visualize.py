@@ -1,0 +1,124 @@
+"""``streamtrain visualize``: draw the features of images, the training crops, and the curves of runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from streamtrain.cli.arguments import writing
+from streamtrain.cli.backbone import add_backbone_arguments
+from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.figures import draw_charts
+from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.directory import METRICS_NAME
+
+CURVES = (
+    "loss/total", "loss/global", "loss/patch", "loss/koleo", "eval/knn_20", "eval/linear", "features/rank",
+    "teacher/entropy", "optim/gradient_norm", "speed/images_per_second",
+)  # fmt: skip
+
+_SUMMARIES = {
+    "similarity": "Cosine similarity of the patch under the red cross to all other patches, also of further images.",
+    "pca": "The first three principal components of the patch features of all images as red, green and blue.",
+    "attention": "Attention of the CLS token in the last block, one map per head, each on its own scale.",
+    "crops": "Training crops and masks of an image; look at them before a long run.",
+    "curves": "Losses, evaluations and speed of one or several runs, from their metrics.jsonl.",
+}
+_EXAMPLES = """\
+examples:
+  streamtrain visualize similarity --run runs/photos --image cat.jpg dog.jpg --patch 7,7 --out similarity.png
+  streamtrain visualize pca --weights exported --image cat.jpg --out pca.png
+  streamtrain visualize attention --run runs/photos --image cat.jpg --out attention.png
+  streamtrain visualize crops --config vits16.yaml --image cat.jpg --out crops.png crops.local_count=4
+  streamtrain visualize curves --run runs/photos runs/other --out curves.png
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its kinds of pictures."""
+    kinds = "\n".join(f"  {kind:<11} {summary}" for kind, summary in _SUMMARIES.items())
+    parser = subparsers.add_parser(
+        "visualize",
+        help="draw the features of images, the training crops, and the curves of runs",
+        description=f"Draw the features of images, the training crops, and the curves of runs.\n\n{kinds}",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pictures = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    of_kind = {kind: pictures.add_parser(kind, description=summary) for kind, summary in _SUMMARIES.items()}
+    for kind in ("similarity", "pca", "attention"):
+        add = of_kind[kind].add_argument
+        add_backbone_arguments(of_kind[kind])
+        add("--image", type=Path, nargs="+", required=True, metavar="X", help="image files")
+        add("--size", type=int, help="shorter side of the input in pixels (default: twice the training size or more)")
+        add("--smooth", action="store_true", help="interpolate the maps between patches")
+        add("--device", default="auto", help="auto, cpu or cuda")
+    of_kind["similarity"].add_argument(
+        "--patch", type=parse_patch, nargs="+", metavar="ROW,COL",
+        help="patches of the first image: one row each, or a grid if there is one image (default: the middle patch)",
+    )  # fmt: skip
+    of_kind["pca"].add_argument("--foreground", action="store_true", help="leave the background black")
+    add = of_kind["crops"].add_argument
+    add("--run", type=Path, help="run directory whose recipe is used")
+    add("--config", help="a recipe, as for training")
+    add("--image", type=Path, nargs="+", required=True, metavar="X", help="image files")
+    add("--draws", type=int, default=4, help="draws of each image (default: 4)")
+    add("overrides", nargs="*", metavar="a.b=value", help="with --config: settings, as for training")
+    add = of_kind["curves"].add_argument
+    add("--run", type=Path, nargs="+", required=True, help="run directories, one line each")
+    add("--tags", nargs="+", default=CURVES, help=f"tags to draw (default: {' '.join(CURVES)})")
+    for kind_parser in of_kind.values():
+        kind_parser.add_argument("--out", type=parse_image_path, required=True, metavar="P.png", help="file to write")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the page, write it, and print its path."""
+    if arguments.kind == "curves":
+        page = draw_curves(arguments)
+    elif arguments.kind == "crops":
+        from streamtrain.cli.crop_pages import draw_crops  # torch and DALI take seconds to load
+
+        page = draw_crops(arguments)
+    else:
+        from streamtrain.cli.map_pages import draw_maps  # torch takes seconds to load
+
+        page = draw_maps(arguments)
+    with writing(arguments.out):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        page.save(arguments.out)
+    print(f"wrote {arguments.out} ({page.width} x {page.height})")
+    return 0
+
+
+def parse_image_path(text: str) -> Path:
+    """Parse the path of an image to write."""
+    if Path(text).suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f"{text} has no image suffix, such as .png")
+    return Path(text)
+
+
+def parse_patch(text: str) -> tuple[int, int]:
+    """Parse ``ROW,COL``."""
+    row, separator, column = text.partition(",")
+    if not (separator and row.isdecimal() and column.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a patch as ROW,COL, such as 7,7; both count from 0")
+    return int(row), int(column)
+
+
+def draw_curves(arguments: argparse.Namespace) -> Image.Image:
+    """Return a page of charts, two in a row."""
+    runs = {}
+    for run_dir in arguments.run:
+        path = run_dir / METRICS_NAME
+        if not path.is_file():
+            raise StreamtrainError(f"{run_dir} is not a run directory with results: {METRICS_NAME} is missing")
+        runs[str(run_dir)] = list(read_metrics(path))
+    steps = max((record["step"] for records in runs.values() for record in records), default=0)
+    subtitle = f"{', '.join(run_dir.name for run_dir in arguments.run)} · {steps} steps"
+    page = draw_charts(runs, arguments.tags, "Curves", subtitle)
+    if page is None:
+        raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}")
+    return page
