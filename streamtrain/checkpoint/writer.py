@@ -32,7 +32,7 @@ from streamtrain.engine.fragments import Shard
 from streamtrain.errors import CheckpointError
 from streamtrain.run.atomic_io import FileChecksum, replace_file, sync, write_file
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, saved_steps, step_folder
-from streamtrain.run.step_manifest import write_manifest
+from streamtrain.run.step_manifest import CheckpointManifest
 
 # the share of the available memory that copies may use
 _MEMORY_SHARE = 0.8
@@ -265,7 +265,7 @@ class CheckpointWriter:
         self, partial: Path, folder: Path, files: Mapping[str, FileChecksum], best: Mapping[str, Any] | None
     ) -> None:
         """Give the complete directory its name, and remove the checkpoints that it replaces."""
-        write_manifest(partial, files)
+        CheckpointManifest(files).write(partial)
         sync(partial)
         for name in (METRICS_NAME, QUARANTINE_NAME):
             # a checkpoint on disk must not be newer than the history it continues

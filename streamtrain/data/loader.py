@@ -28,7 +28,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.augment import SizeSchedule
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import PendingBatch, Producer
-from streamtrain.data.stream import build_order, open_cache, stream_identity
+from streamtrain.data.stream import build_stream_order, open_cache, stream_identity
 
 
 def micro_batch_slots(
@@ -81,7 +81,7 @@ class Loader:
             ValueError: micro-batch x ranks does not divide the global batch.
         """
         global_batch, _ = config.batch_split(world_size)
-        order = build_order(config, shard_set, world_size, lane_block)
+        order = build_stream_order(config, shard_set, world_size, lane_block)
         slots = micro_batch_slots(start_slot, global_batch, config.data.micro_batch, rank, world_size)
         self._identity = stream_identity(shard_set, order)
         self.wait_seconds = 0.0

@@ -14,6 +14,7 @@ from shards.reading.cache import ShardCache, copy_bytes, min_cache_bytes
 from shards.reading.ledger import Ledger, available_bytes
 from shards.reading.mixture import AnyOrder, AnySet, Mixture, build_order
 from shards.reading.order import Order
+from streamtrain.config.section import is_accepted
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -25,7 +26,7 @@ _SET_FIELDS = ("digest", "cycle", "counts")
 _MAX_SLOTS_CHECKED = 1 << 20
 
 
-def build_order(config: Config, shard_set: AnySet, world_size: int, lane_block: int | None = None) -> Order | Mixture:
+def build_stream_order(config: Config, shard_set: AnySet, world_size: int, lane_block: int | None = None) -> Order | Mixture:
     """Build the order of a run's stream.
 
     Args:
@@ -47,11 +48,11 @@ def stream_identity(shard_set: AnySet, order: Order | Mixture) -> dict[str, Any]
     return {"version": STATE_VERSION, "digest": shard_set.digest, **order.parameters}
 
 
-def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: bool = False) -> list[str]:
+def check_state(saved: dict[str, Any], current: dict[str, Any], accepted: Collection[str] = ()) -> list[str]:
     """Check that a stream is the saved one; both states are from ``stream_identity``, with or without a position.
 
     Args:
-        accept_changes: allow different images at the same slot; the changes are returned as text.
+        accepted: with ``data.shards``, other images may be at the same slot; the changes are returned as text.
 
     Raises:
         CheckpointError: names every differing field with both values.
@@ -61,8 +62,8 @@ def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: 
     ]
     changes = [f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}" for name in differing]
     only_sets = set(differing) <= set(_SET_FIELDS)
-    if differing and not (accept_changes and only_sets):
-        flag = ", or pass --accept-changes to continue with the new images" if only_sets else ""
+    if differing and not (only_sets and is_accepted("data.shards", accepted)):
+        flag = ", or add --accept data.shards to continue with the new images" if only_sets else ""
         raise CheckpointError(
             f"the checkpoint belongs to a different stream: {'; '.join(changes)}; restore these settings, or start a "
             f"new run{flag}"

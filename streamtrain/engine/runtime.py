@@ -119,7 +119,7 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     import torch
 
     from streamtrain.engine import deepspeed_compat
-    from streamtrain.ops.cpu.build import found, use
+    from streamtrain.ops.cpu.build import set_enabled
 
     deepspeed_compat.check_version()
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
@@ -142,35 +142,12 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     try:
         yield Runtime(launch, device, dtype)
     finally:
-        use(True)
+        set_enabled(True)
     # after an error the other ranks do not reach this point, and the launcher ends all of them
     torch.distributed.destroy_process_group()
 
 
 def uses_bf16(config: EngineConfig, cuda: bool) -> bool:
     """Return whether the networks compute in bf16 on a GPU (``cuda``) or on this CPU."""
-    return (cuda or _cpu_multiplies_bf16()) if config.dtype == "auto" else config.dtype == "bf16"
+    return (cuda or multiplies_bf16()) if config.dtype == "auto" else config.dtype == "bf16"
 
-
-def _tune_allocation() -> None:
-    """Large tensors come in large pages and go back to the system when they are freed (glibc on Linux; else nothing).
-
-    That is without the kernels, which keep the memory themselves. A step makes and frees activations of tens of
-    megabytes. By default each is mapped anew in small pages, whose first touch costs as much as a pass over them, or
-    stays with the process for good.
-    """
-    # read by torch when it first allocates
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this processor has instructions for bf16 products; elsewhere bf16 is slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -37,6 +37,14 @@ class ShardedNetwork:
         """Run the network's forward, which gathers each block once."""
         return self._engine(*inputs)
 
+    def teacher_features(self, *inputs: Any) -> Any:
+        """Return ``SSLModel.teacher_features`` of one micro-batch."""
+        return self("teacher_features", *inputs)
+
+    def features(self, images: torch.Tensor) -> Any:
+        """Return ``SSLModel.features`` of images."""
+        return self("features", images)
+
     def weight(self, name: str) -> ShardedWeight | None:
         """Return a handle for gathering one parameter; None if the network does not have it."""
         return ShardedWeight(self.parameters[name]) if name in self.parameters else None

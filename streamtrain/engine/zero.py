@@ -131,8 +131,8 @@ class Student:
         )
 
     def accumulate(self, *inputs: Any) -> dict[str, Tensor]:
-        """Run forward and backward of one micro-batch; returns the losses, detached."""
-        losses = self._engine(*inputs)
+        """Run ``student_losses`` of the module on one micro-batch and its backward; returns the losses, detached."""
+        losses = self._engine("student_losses", *inputs)
         self._engine.backward(losses["total"])
         if self._engine.is_gradient_accumulation_boundary():
             self._gradients.finish_accumulation()

@@ -13,9 +13,8 @@ from torch import Tensor
 from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
 from streamtrain.model.layers import Block
-from streamtrain.model.rope import rotate
 from streamtrain.model.vit import VisionTransformer
-from streamtrain.ops.attention import RopeTable, add_key_bias, rotate
+from streamtrain.ops.attention import rotate
 
 LEGIBLE_PATCHES = 24
 

@@ -25,6 +25,7 @@ from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.model.vit import Features
 from streamtrain.ops.collectives import gather_rows, sum_over_ranks
 
+logger = logging.getLogger(__name__)
 # images per rank for patch retrieval
 RETRIEVED = 64
 # images per rank in the projector, and the side of their thumbnails in pixels

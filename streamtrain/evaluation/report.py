@@ -20,7 +20,7 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.figures import draw_charts
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import gigabytes, of_rank
+from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, saved_steps
 from streamtrain.run.provenance import ENVIRONMENT_NAME
 
@@ -133,7 +133,7 @@ def _plan_table(run: Path, records: Records) -> list[list[str]]:
     disk_bytes = sum(path.stat().st_size for path in (run / CHECKPOINTS).rglob("*") if path.is_file())
     return [
         ["", "planned", "measured"],
-        [f"peak memory per rank, {device}", f"{gigabytes(of_rank(planned, on_gpu))} GB", f"{gigabytes(peak)} GB"],
+        [f"peak memory per rank, {device}", f"{gigabytes(rank_peak_bytes(planned, on_gpu))} GB", f"{gigabytes(peak)} GB"],
         ["parameters", f"{planned.num_parameters / 1e6:,.1f} M", ""],
         ["FLOPs of a step, all ranks", f"{planned.flops_per_step / 1e12:,.3g} TFLOP", f"{rate / 1e12:,.3g} TFLOP/s"],
         ["step time, median", "", f"{seconds:.3g} s"],

@@ -18,12 +18,12 @@ from streamtrain.planning.flops import step_flops
 from streamtrain.planning.shapes import block_shapes, parameter_shapes, partition
 
 Location = Literal["gpu", "host", "disk"]
+# of a block's branches (``streamtrain/ops/branches.py``)
+Implementation = Literal["cpu_kernels", "reference"]
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
 CONTEXT_BYTES = 1_500_000_000
 # an interpreter with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
 PROCESS_BYTES = 800_000_000
-# freed CPU tensors that the process keeps for reuse, at most (``streamtrain/ops/cpu/memory.cpp``)
-KEPT_BYTES = 2**30
 # the CUDA allocator's overhead, as a share of the model states on the device
 FRAGMENTATION = 0.03
 RANKS_PER_HOST = 8
@@ -96,13 +96,16 @@ class Plan:
 STATES = ("student values", "masters", "gradients", "moments", "teacher values", "averages")
 
 
-def plan(config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True, kernels: bool = True) -> Plan:
+def plan(
+    config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True,
+    implementation: Implementation = "cpu_kernels",
+) -> Plan:  # fmt: skip
     """Plan one of ``world_size`` ranks.
 
     Args:
         on_gpu: whether the ranks compute on GPUs; if not, "gpu" means the network's share of host memory.
         bf16: whether the networks compute in bf16; if not, in fp32.
-        kernels: whether the CPUs support the kernels that ``engine.cpu_kernels`` enables.
+        implementation: that the CPUs support for a block's branches; the configuration may choose the reference.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
@@ -127,8 +130,7 @@ class _Sizes:
     config: Config
     world_size: int
     on_gpu: bool
-    # whether the CPUs support the kernels
-    kernels: bool
+    implementation: Implementation
     # bytes per value of the dtype that the networks compute in
     item: int
     accumulation: int
@@ -177,14 +179,6 @@ class _Sizes:
         return kept[0] * self.global_tokens + kept[1] * self.local_tokens
 
     @property
-    def by_kernels(self) -> bool:
-        """Whether CPU kernels compute the blocks (``streamtrain/model/fused.py``)."""
-        model, engine = self.config.model, self.config.engine
-        enabled = engine.cpu_kernels and self.kernels and not engine.fp8 and not engine.compiles(on_gpu=False)
-        aligned = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
-        return enabled and aligned and not self.on_gpu
-
-    @property
     def heads(self) -> list[tuple[str, HeadConfig, int, int]]:
         """Name, configuration, student rows and teacher rows (of one micro-batch) of each head."""
         objective = self.config.objective
@@ -192,6 +186,14 @@ class _Sizes:
         if objective.patch_loss.kind == "ibot":
             heads.append(("patch", objective.patch_loss.head, self.masked_rows, self.masked_rows))
         return heads
+
+
+def _implementation(config: Config, on_gpu: bool, supported: Implementation) -> Implementation:
+    """Return the implementation of a block's branches that ``ops.branches`` will choose."""
+    model, engine = config.model, config.engine
+    is_reference = on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False)
+    is_tileable = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
+    return supported if is_tileable and not is_reference else "reference"
 
 
 def _part(name: str, location: Location, when: tuple[str, ...] | str, *factors: tuple[float, str]) -> Part:
@@ -307,8 +309,6 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
         widest = ((2 if model.mlp == "swiglu" else 1) * model.hidden, "values")
         size = (1 if engine.compiles(on_gpu=s.on_gpu) else 5, "B")
         yield _part("a factor in 8 bits", "gpu", through, kept, widest, size)
-
-
     peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
     chunk = (min(s.config.teacher.chunk or s.images[0], s.images[0]) * s.global_tokens, "tokens of a chunk")
     yield _part("teacher's block", "gpu", TEACHER, chunk, (peak, "values"), item)
@@ -327,7 +327,6 @@ def _activations(s: _Sizes) -> Iterator[Part]:
         yield _part(f"{name} head", "gpu", through, (rows, "rows"), (per_row, "values"), item)
 
     # the teacher needs the residual stream, and the activations of one block for one chunk of images
-    chunk = min(config.teacher.chunk or s.images[0], s.images[0])
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
     yield _part("teacher's stream", "gpu", TEACHER, stream_tokens, (width, "values"), item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
 from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.planning.memory import Plan, plan
+from streamtrain.planning.memory import Implementation, Plan, plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
-from streamtrain.run.directory import describe_run, saved_state, start_notes
+from streamtrain.run.directory import describe_run, log_start_notes, saved_state
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
@@ -49,7 +50,7 @@ def train(
         config: of the run, whose folder exists.
         shard_set: the images of ``data.shards``.
         resume_from: another run's folder to start from if this run is new.
-        accept_changes: resume although settings or images differ from the checkpoint's.
+        accepted: keys of settings that may differ from the checkpoint's.
 
     Returns:
         The exit code: 0 if the run is complete, 75 or 130 if it was stopped early.
@@ -66,7 +67,7 @@ def train(
             config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram
         )
         loader = build_loader(config, runtime, shard_set, start)
-        _check_start(config, runtime, start, loader, accept_changes)
+        _check_start(config, runtime, start, loader, accepted)
         sink = _open_sink(config, runtime, start, planned)
         hang_detector = HangDetector(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
         non_finite = NonFiniteSteps(run_dir, config.run.max_bad_steps, start.step, start.skipped_steps)
@@ -81,7 +82,7 @@ def train(
                 step += 1
                 result = train_step(
                     step, config, runtime, networks, loader, wrap=hang_detector.wrap, before_update=saver.wait_until_copied,
-                    stop_request=requests.code,
+                    stop_request=requests.stop_code,
                 )  # fmt: skip
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | saver.scalars() | observers.after_step(result)
@@ -104,16 +105,16 @@ def train(
 
 def _plan(config: Config, runtime: Runtime) -> Plan:
     """Plan the memory; log it with derived settings and warnings."""
-    for line in start_notes(config, runtime.world_size):
-        logger.info(line)
+    if runtime.rank == 0:
+        log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
-    kernels = not on_gpu and usable(runtime.dtype)
-    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, kernels=kernels)
+    implementation: Implementation = "cpu_kernels" if not on_gpu and is_enabled(runtime.dtype) else "reference"
+    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, implementation=implementation)
     logger.info(start_summary(planned, on_gpu))
     return planned
 
 
-def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Loader, accept_changes: bool) -> None:
+def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Loader, accepted: Collection[str]) -> None:
     """Check the configuration and the images against the checkpoint that was restored.
 
     A check before the process group started compared them with the newest checkpoint, which may have turned out
@@ -123,9 +124,9 @@ def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Lo
         CheckpointError: if they differ in a way that is not accepted.
     """
     if start.source is not None and (saved := saved_state(start.source)) is not None:
-        check_resume(config, start.source, saved, runtime.world_size, accept_changes, runtime.description["dtype"])
+        check_resume(config, start.source, saved, runtime.world_size, accepted, runtime.description["dtype"])
     if start.data:
-        check_state(start.data, loader.state_dict(start.slot), accept_changes)
+        check_state(start.data, loader.state_dict(start.slot), accepted)
 
 
 def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Plan) -> MetricsSink:

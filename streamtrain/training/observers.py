@@ -27,7 +27,7 @@ from streamtrain.diagnostics.spikes import SpikeDetector
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.held_out import HeldOut, drawn, first_images, held_out
+from streamtrain.evaluation.held_out import HeldOut, first_images, held_out, sample_images
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
@@ -293,7 +293,7 @@ class FeatureMaps(Observer):
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if images is None and shard_set.is_remote:
             return []
-        chosen = (drawn(images.test, count) if images is not None else first_images(shard_set, count)).lenient()
+        chosen = (sample_images(images.test, count) if images is not None else first_images(shard_set, count)).lenient()
         return [centre_crop(chosen.decode(index), size, size) for index in range(len(chosen))]
 
     def _embed_and_draw(self, step: int) -> None:

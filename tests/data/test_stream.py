@@ -22,7 +22,7 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import build, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader, micro_batch_slots
-from streamtrain.data.stream import build_order, check_cache, find_lanes
+from streamtrain.data.stream import build_stream_order, check_cache, find_lanes
 from streamtrain.errors import ConfigError
 
 
@@ -65,7 +65,7 @@ def config_of(shards: str, folder: Path, limit: int | str) -> Config:
 
 def check(config: Config, rank: int = 0, world_size: int = 1, local_world_size: int = 1) -> None:
     shard_set = open_shard_set(config)
-    order = build_order(config, shard_set, world_size)
+    order = build_stream_order(config, shard_set, world_size)
     check_cache(config, shard_set, order, rank, world_size, local_world_size)
 
 

@@ -14,7 +14,7 @@ from shards.reading.source import Source
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader, micro_batch_slots
-from streamtrain.data.stream import build_order
+from streamtrain.data.stream import build_stream_order
 
 WARM_UP_SAMPLES = 50_000  # read before the measurement, until pools and allocators reach their size
 BLOCKS = 20
@@ -71,7 +71,7 @@ def _read_batches(config: Config) -> Generator[None, None, None]:
     """Read samples as the loader does, without decoding."""
     shard_set, data = open_shard_set(config), config.data
     total, _ = config.batch_split(1)
-    order = build_order(config, shard_set, 1)
+    order = build_stream_order(config, shard_set, 1)
     source = Source(shard_set, order, threads=data.reader_threads, max_bytes_in_flight=data.read_ahead_bytes)
     for _ in source.batches(micro_batch_slots(0, total, data.micro_batch, 0, 1)):
         yield
