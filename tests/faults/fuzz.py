@@ -32,7 +32,8 @@ from shards.format.set_manifest import Manifest
 from shards.packing.index_tars import adopt
 from shards.packing.inputs import list_inputs
 from shards.reading.shard_set import ShardSet
-from streamtrain.checkpoint.reader import open_checkpoint, write_fragments
+from streamtrain.checkpoint.reader import open_checkpoint
+from streamtrain.checkpoint.writer import write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
 from streamtrain.errors import StreamtrainError
