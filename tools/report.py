@@ -51,12 +51,12 @@ def main() -> int:
 def page_of(run: Path) -> str:
     """The page of the run folder ``run``."""
     if not (run / RESOLVED_NAME).is_file():
-        raise StreamtrainError(f"{run} is not a run folder: it has no {RESOLVED_NAME}")
+        raise StreamtrainError(f"{run} is not a run directory: it has no {RESOLVED_NAME}")
     metrics = run / METRICS_NAME
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
         raise StreamtrainError(f"{run} has nothing to report yet: no step stands in its {METRICS_NAME}")
-    from streamtrain.reporting.events import latest_images  # TensorBoard takes a second to load
+    from streamtrain.reporting.tensorboard import latest_images  # TensorBoard takes a second to load
 
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=order)
     # A run is on every chart alone, so a name for it would say nothing.

@@ -31,8 +31,8 @@ from shards.format.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.checkpoint.retention import set_aside
 from streamtrain.engine.fragments import Fragment
 from streamtrain.errors import CheckpointError
-from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, folder_of, saved_steps
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, saved_steps, step_folder
+from streamtrain.run.step_manifest import find_fault
 
 logger = logging.getLogger(__name__)
 VERSION = 2
@@ -152,7 +152,7 @@ def find_fault_on_any_rank(folder: Path) -> str | None:
     """Verify a checkpoint's files; returns the first fault, or None. Call it on all ranks: each reads some files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     faults: list[str | None] = [None] * world_size
-    dist.all_gather_object(faults, fault_of(folder, contents=True, part=(rank, world_size)))
+    dist.all_gather_object(faults, find_fault(folder, contents=True, part=(rank, world_size)))
     return next((fault for fault in faults if fault is not None), None)
 
 
@@ -195,7 +195,7 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointReader]:
     """
     with ExitStack() as stack:
         try:
-            if fault := fault_of(folder, contents=False):
+            if fault := find_fault(folder, contents=False):
                 raise ValueError(fault)
             state = _checked(read_json(folder / STATE_NAME))
             world_size = state["world_size"]
@@ -218,7 +218,7 @@ def _checked(state: Any) -> dict[str, Any]:
 
 
 def read_weights(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> dict[str, torch.Tensor]:
-    """Read the full fp32 parameters of a run's checkpoint on the CPU, by their names in ``Learner.state_dict()``.
+    """Read the full fp32 parameters of a run's checkpoint on the CPU, by their names in ``SSLModel.state_dict()``.
 
     Args:
         step: completed steps; None: the newest checkpoint.
@@ -236,7 +236,7 @@ def iterate_weights(
     """Read parameters like ``read_weights``, one at a time, and only those for which ``wanted(name)`` is true."""
     folder = weights_folder(run_dir, step, which)
     # verify checksums too: an export may outlive the checkpoint
-    if fault := fault_of(folder, contents=True):
+    if fault := find_fault(folder, contents=True):
         raise damage_error(folder, fault)
     with open_checkpoint(folder) as reader:
         for name in reader.state["shapes"]:
@@ -255,9 +255,9 @@ def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "t
     if step is None and (steps or snapshots):
         step = (steps or snapshots)[-1]
     if step in steps:
-        return folder_of(run_dir, step)
+        return step_folder(run_dir, step)
     if step in snapshots:
-        return folder_of(run_dir, step, SNAPSHOTS)
+        return step_folder(run_dir, step, SNAPSHOTS)
     if step is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet")
     raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; available: {sorted({*steps, *snapshots})}")

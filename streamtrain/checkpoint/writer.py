@@ -30,8 +30,8 @@ from streamtrain.checkpoint.retention import partial_of, prune, remove_leftovers
 from streamtrain.config.run import RunConfig
 from streamtrain.engine.fragments import Shard
 from streamtrain.errors import CheckpointError
-from streamtrain.run.atomic_io import FileSum, SummedFile, replace_file, sync, write_file
-from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, folder_of, saved_steps
+from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum, replace_file, sync, write_file
+from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, saved_steps, step_folder
 from streamtrain.run.step_manifest import write_manifest
 
 # the share of the available memory that copies may use
@@ -203,7 +203,7 @@ class CheckpointWriter:
             for kind, payload in payloads.items():
                 failure = None
                 try:
-                    self._write(folder_of(self._run_dir, job.step, kind), job.step, payload, job.best)
+                    self._write(step_folder(self._run_dir, job.step, kind), job.step, payload, job.best)
                 except _SaveError as reason:
                     failure = str(reason)
                     self._new_warnings.append(
@@ -250,7 +250,7 @@ class CheckpointWriter:
         partial.mkdir()
         sync(self._run_dir)
 
-    def _write_files(self, partial: Path, step: int, payload: CheckpointPayload) -> dict[str, FileSum]:
+    def _write_files(self, partial: Path, step: int, payload: CheckpointPayload) -> dict[str, FileChecksum]:
         """Write this rank's files."""
         name = rank_name(self._rank, self._world_size)
         sums = {name: write_fragments(partial / name, payload.shards)}
@@ -262,7 +262,7 @@ class CheckpointWriter:
         return sums
 
     def _publish(
-        self, partial: Path, folder: Path, files: Mapping[str, FileSum], best: Mapping[str, Any] | None
+        self, partial: Path, folder: Path, files: Mapping[str, FileChecksum], best: Mapping[str, Any] | None
     ) -> None:
         """Give the complete directory its name, and remove the checkpoints that it replaces."""
         write_manifest(partial, files)
@@ -301,7 +301,7 @@ class CheckpointWriter:
         return values
 
 
-def write_fragments(path: Path, shards: Mapping[str, Shard]) -> FileSum:
+def write_fragments(path: Path, shards: Mapping[str, Shard]) -> FileChecksum:
     """Write a safetensors file one shard at a time (its library needs all tensors at once); raises OSError."""
     header, offset = {}, 0
     for key, shard in shards.items():
@@ -309,7 +309,7 @@ def write_fragments(path: Path, shards: Mapping[str, Shard]) -> FileSum:
         offset += 4 * shard.numel
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with SummedFile(path) as file:
+    with ChecksummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, shard in shards.items():
             tensor = shard.read().detach().to("cpu", torch.float32).contiguous()

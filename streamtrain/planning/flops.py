@@ -74,7 +74,7 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
         alignment = math.gcd(batch, config.masks.group)
         rows = max_rows(config.masks, batch, crops.global_count, full.patches, alignment)
     # only these output tokens of the last block are used: CLS, and the masked or (for the Gram term) all patches
-    used = full.images + (full.images * full.patches if objective.gram.active else rows)
+    used = full.images + (full.images * full.patches if objective.gram.is_active else rows)
     total = _student(config, full, used) + _student(config, local, local.images)
     total += _forward(teacher.model, full, full.images + rows)
 
@@ -83,7 +83,7 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     if objective.patch_loss.kind == "ibot":
         head, teacher_head = objective.patch_loss.head, teacher.objective.patch_loss.head
         total += _heads(config, teacher, head, teacher_head, rows, rows)
-    if objective.gram.active:
+    if objective.gram.is_active:
         gram = _Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
         total += _forward(config.model, gram, gram.images * _tokens(config.model, gram)) + _gram_matrices(config, full)
     return total

@@ -19,7 +19,7 @@ from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
 from streamtrain.engine.zero import Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
-from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
@@ -45,7 +45,7 @@ def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple
 
 def build_gram_anchor(config: Config, runtime: Runtime, accumulation: int) -> GramAnchor:
     """The Gram teacher, sharded like the student, where the objective has a Gram term; to be filled by ``restore``."""
-    if not config.objective.gram.active:
+    if not config.objective.gram.is_active:
         return GramAnchor(config, None)
     settings = _settings(config, runtime, accumulation)
     module = _built(GramTeacher, config, runtime, settings)
@@ -173,7 +173,7 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE)
             }
             path = Path(config.init.weights).expanduser()
-            adopted, report = stack.enter_context(opened_backbone(path, shapes, config.init.minimum_matched))
+            adopted, report = stack.enter_context(load_pretrained_backbone(path, shapes, config.init.minimum_matched))
             if dist.get_rank() == 0:
                 print(f"backbone from {path}: {report.text()}", flush=True)
 

@@ -57,8 +57,8 @@ def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
     folder = Path(str(config.teacher.weights)).expanduser()
     steps = checkpoint.saved_steps(folder)
     if not steps:
-        raise CheckpointError(f"teacher.weights {folder} holds no checkpoint")
-    source = checkpoint.folder_of(folder, steps[-1])
+        raise CheckpointError(f"teacher.weights {folder} has no checkpoint")
+    source = checkpoint.step_folder(folder, steps[-1])
     if fault := checkpoint.find_fault_on_any_rank(source):
         raise checkpoint.damage_error(source, fault)
     with checkpoint.open_checkpoint(source) as reader:

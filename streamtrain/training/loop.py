@@ -16,8 +16,8 @@ from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
 from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
+from streamtrain.config.schedules import value_at
 from streamtrain.config.tree import Config
-from streamtrain.config.values import value_at
 from streamtrain.data.loader import Loader
 from streamtrain.data.stream import check_state
 from streamtrain.diagnostics.bad_steps import Evidence
@@ -27,14 +27,14 @@ from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.ops.cpu.build import usable
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import end_summary, start_summary
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import CHECKPOINTS, QUARANTINE_NAME, SNAPSHOTS, describe_run, saved_state, start_notes
-from streamtrain.run.resume_policy import check_resume, made_by
+from streamtrain.run.resume_policy import build_provenance, check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import build_gram_anchor, build_guide, build_networks, restore
 from streamtrain.training.gram import GramAnchor
@@ -114,7 +114,7 @@ def train(
     requests = Requests(run_dir, launch.rank)
     with init_process_group(config.engine, launch) as runtime:
         dtype = runtime.description["dtype"]
-        origin = made_by(config, dtype)
+        origin = build_provenance(config, dtype)
         if launch.rank == 0:
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
         planned = plan(
@@ -127,7 +127,7 @@ def train(
         guide = build_guide(config, runtime, accumulation, teacher)
         gram = build_gram_anchor(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
-        handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
+        teacher_prototypes = TeacherPrototypes(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
         if position.source is not None and (saved := saved_state(position.source)) is not None:
@@ -162,7 +162,7 @@ def train(
                 batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
                 gram.refresh(step, values.weights.gram, teacher, saver.wait_until_copied)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
-                targets = target_maker.make(features, handles, values.teacher_temperature)
+                targets = target_maker.make(features, teacher_prototypes, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
                 observer.look(step + 1, targets[0])
                 losses = []
@@ -176,7 +176,7 @@ def train(
                     target_maker.revert()
 
                 step, slot = step + 1, slot + global_batch
-                means, wish = agree(losses, requests.code(), runtime)
+                means, wish = agree(losses, requests.stop_code(), runtime)
                 scalars = {f"loss/{name}": value for name, value in means.items()} | values.scalars()
                 scalars |= student.gradient_norms() | loader.scalars() | saver.scalars()
                 scalars |= watch.scalars(step, student.applied, means["total"]) | seen
@@ -194,9 +194,9 @@ def train(
                     watch.bad_steps.check_weights(step, student.is_finite(), runtime.device)
                     state = origin | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
                     if CHECKPOINTS in places:
-                        requests.saving()
+                        requests.mark_save_started()
                     made = contents(places, state, student, teacher, target_maker, gram)
-                    saver.save(step, made, requests.saved, observer.best)
+                    saver.save(step, made, requests.mark_save_finished, observer.best)
                 if wish > SAVE:
                     break
                 watch.bad_steps.check(step)
@@ -204,7 +204,7 @@ def train(
             for line in saver.warnings():
                 monitor.warn(step, line)
         if wish > SAVE:
-            requests.stopped()
+            requests.remove_stop_file()
             logger.info(f"stopped at step {step}, {saver.status_message()}; the same command goes on")
         elif saver.failure:
             raise CheckpointError(

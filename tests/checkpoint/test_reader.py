@@ -46,8 +46,8 @@ def test_any_fragment_from_any_number_of_ranks(
     world_size: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    write(checkpoint.folder_of(run, 7), world_size)
-    with checkpoint.open_checkpoint(checkpoint.folder_of(run, 7)) as reader:
+    write(checkpoint.step_folder(run, 7), world_size)
+    with checkpoint.open_checkpoint(checkpoint.step_folder(run, 7)) as reader:
         for name in SHAPES:
             flat = value(name).flatten()
             start = data.draw(st.integers(0, len(flat)))
@@ -62,7 +62,7 @@ def test_any_fragment_from_any_number_of_ranks(
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "header", "garbage"])
 def test_damaged_file_is_a_one_line_error(damage: str, tmp_path: Path) -> None:
-    folder = checkpoint.folder_of(tmp_path, 7)
+    folder = checkpoint.step_folder(tmp_path, 7)
     write(folder, 2)
     path = folder / "rank-00001-of-00002.safetensors"
     content = path.read_bytes()
@@ -77,7 +77,7 @@ def test_damaged_file_is_a_one_line_error(damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sides", [(3, 22), (2**40, 2**12), (2**52, 2**52)])
 def test_shape_larger_than_the_file_is_an_error_before_allocation(sides: tuple[int, int], tmp_path: Path) -> None:
-    folder = checkpoint.folder_of(tmp_path, 7)
+    folder = checkpoint.step_folder(tmp_path, 7)
     write(folder, 2)
     state = json.loads((folder / "state.json").read_text())
     state["shapes"]["backbone.a"] = sides

@@ -7,7 +7,7 @@ import torch
 
 from streamtrain.config.load import build
 from streamtrain.engine.optim import parameter_groups, set_rates
-from streamtrain.training.ssl_model import Learner
+from streamtrain.training.ssl_model import SSLModel
 
 CONFIG = build(
     {
@@ -20,7 +20,7 @@ CONFIG = build(
 
 def test_rates_of_every_group_and_frozen_parts() -> None:
     with torch.device("meta"):
-        named = list(Learner(CONFIG).named_parameters())
+        named = list(SSLModel(CONFIG).named_parameters())
     groups = parameter_groups(named, CONFIG.model.depth, CONFIG.optim)
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for _, p in named)
     names = {id(parameter): name for name, parameter in named}

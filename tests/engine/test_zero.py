@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import NUMBERS, REASON
+from cpu_kernels import DTYPES, REASON
 from ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharded_step.py")
@@ -29,10 +29,10 @@ def test_sharded_steps_equal_unsharded_steps(
 def test_sharded_steps_with_kernels_equal_unsharded_steps(dtype: str) -> None:
     report = check_steps(2, dtype, "block", "1", "off", "on")
     # 8 steps x 2 micro-batches x 3 blocks x 2 branches x (teacher, forward, backward); and one evaluation
-    assert report["called"] == (8 * 2 * 3 * 2 * 3 + 3 * 2 if TYPES[dtype] in NUMBERS else 0)
+    assert report["called"] == (8 * 2 * 3 * 2 * 3 + 3 * 2 if TYPES[dtype] in DTYPES else 0)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in NUMBERS, reason=REASON)
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason=REASON)
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["block", "none"])
 def test_kernels_are_as_accurate_as_torch(checkpointing: str) -> None:

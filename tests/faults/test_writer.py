@@ -18,8 +18,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from streamtrain.checkpoint.reader import read_weights
 from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
-from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
+from streamtrain.run.step_manifest import find_fault
 
 SHAPES = {"backbone.a": (30, 7), "head.b": (5,)}
 # the hardest case: the old one goes as soon as the new one is there
@@ -79,7 +79,7 @@ def copied(folder: Path, name: str) -> Path:
 
 
 def find_newest_intact(run: Path) -> int:
-    return next(s for s in reversed(saved_steps(run)) if fault_of(folder_of(run, s), contents=True) is None)
+    return next(s for s in reversed(saved_steps(run)) if find_fault(step_folder(run, s), contents=True) is None)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -110,7 +110,7 @@ def after_a_death(place: Path, world_size: int) -> int:
     run = place / "run"
     # whatever bears the name of a checkpoint is one
     steps = saved_steps(run)
-    assert all(fault_of(folder_of(run, step), contents=True) is None for step in steps), steps
+    assert all(find_fault(step_folder(run, step), contents=True) is None for step in steps), steps
     assert steps in ([2], [2, 3], [3])
     cut_power(place / "report.json")
     newest = find_newest_intact(run)

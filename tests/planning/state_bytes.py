@@ -9,7 +9,7 @@ from pathlib import Path
 from streamtrain.config.load import build, merge
 from streamtrain.engine.deepspeed_compat import shard_of
 from streamtrain.engine.runtime import Launch, init_process_group
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.memory import STATES, plan
 from streamtrain.training.build import build_networks, restore
 
@@ -26,7 +26,7 @@ def main() -> None:
         student, teacher = build_networks(config, runtime, 1)
         maker = TargetMaker(config.objective)
         restore(config, None, student, teacher, maker)
-        handles = PrototypeHandles(*(teacher.weight(f"{h}.prototypes.weight") for h in ("global_head", "patch_head")))
+        handles = TeacherPrototypes(*(teacher.weight(f"{h}.prototypes.weight") for h in ("global_head", "patch_head")))
         batch = batch_of(config, 0, runtime.rank, 0)
         (target,) = maker.make([teacher(batch, None, WEIGHTS)], handles, TEMPERATURE)
         student.set_rates(1e-3, 0.0, last_layer_frozen=False)

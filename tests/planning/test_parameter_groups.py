@@ -12,21 +12,21 @@ from streamtrain.config.load import load_config, preset_folders
 from streamtrain.config.tree import Config
 from streamtrain.model.layers import LayerScale
 from streamtrain.planning.parameter_groups import GroupRule, rule_of
-from streamtrain.training.ssl_model import Learner
+from streamtrain.training.ssl_model import SSLModel
 
 RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
 DECAY, PATCH_EMBED = 0.9, 0.2
 VARIANTS = [(), ("objective.patch_loss.kind=cosine", "model.untied_norms=local_cls", "model.mlp=swiglu")]
 
 
-def build(recipe: str, variant: tuple[str, ...]) -> tuple[Config, Learner]:
+def build(recipe: str, variant: tuple[str, ...]) -> tuple[Config, SSLModel]:
     rates = (f"optim.layer_decay={DECAY}", f"optim.patch_embed_lr={PATCH_EMBED}")
     config = load_config(recipe, (*rates, *variant))
     with torch.device("meta"):
-        return config, Learner(config)
+        return config, SSLModel(config)
 
 
-def expected_rules(learner: Learner) -> dict[str, GroupRule]:
+def expected_rules(learner: SSLModel) -> dict[str, GroupRule]:
     """The rules from the modules that own the parameters, not from their names."""
     depth = len(learner.backbone.blocks)
     rules = {}

@@ -129,7 +129,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
 def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, start: Start) -> Iterator[float]:
     """Do the steps; yields the seconds of each."""
-    from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+    from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
     from streamtrain.training.build import build_networks, restore
     from streamtrain.training.ssl_model import LossWeights
 
@@ -137,7 +137,7 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
     student, teacher = build_networks(config, runtime, accumulation)
     start.end("networks")
     maker = TargetMaker(config.objective)
-    handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+    teacher_prototypes = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
     restore(config, None, student, teacher, maker)
     start.end("values")
     student.module.register_forward_hook(lambda *_: phases.end("forward"))
@@ -152,7 +152,7 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
             start.end("loader")
             features = [teacher(batch, None, weights) for batch in batches]
             phases.end("teacher")
-            targets = maker.make(features, handles, 0.07)
+            targets = maker.make(features, teacher_prototypes, 0.07)
             phases.end("targets")
             for batch, target in zip(batches, targets, strict=True):
                 student.accumulate(batch, target, weights)
