@@ -161,7 +161,7 @@ def _find_error(manifest: SetManifest) -> str | None:
 def _explain_missing(set_dir: Path) -> str:
     """Return an error message for a folder without a manifest."""
     if not set_dir.exists():
-        return f"no shard set at {set_dir}; make one with: python tools/make_shards.py --src IMAGES --out {set_dir}"
+        return f"no shard set at {set_dir}; make one with: streamtrain pack --src IMAGES --out {set_dir}"
     if not set_dir.is_dir():
         return f"{set_dir} is a file, not a shard set; give the folder that contains {FILE_NAME}"
     if (set_dir / JOURNAL_NAME).exists():

@@ -13,11 +13,10 @@ are the parameter, so any other number of ranks can read them. ``writer`` writes
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,8 @@ from safetensors.torch import load_file
 
 from shards.format.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.checkpoint.retention import set_aside
-from streamtrain.engine.fragments import Fragment, Shard
+from streamtrain.engine.fragments import Fragment
 from streamtrain.errors import CheckpointError
-from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum
 from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, saved_steps, step_folder
 from streamtrain.run.step_manifest import find_fault
 
@@ -106,10 +104,6 @@ class CheckpointReader:
         """Completed steps."""
         return int(self.state["step"])
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of parameter ``name``."""
-        return tuple(self.state["shapes"][name])
-
     def has(self, key: str) -> bool:
         """Return whether the checkpoint contains ``kind/name``."""
         return key in self._shard_numel
@@ -137,7 +131,7 @@ class CheckpointReader:
 
     def read_full(self, key: str) -> torch.Tensor:
         """Return the full parameter ``kind/name`` in its shape."""
-        shape = self.shape(key.partition("/")[2])
+        shape = tuple(self.state["shapes"][key.partition("/")[2]])
         count = math.prod(shape)
         return self.read(key, Fragment(shape, 0, count, count)).reshape(shape)
 
@@ -272,20 +266,3 @@ def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "t
 def rank_name(rank: int, world_size: int) -> str:
     """Return the name of one rank's file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def write_fragments(path: Path, shards: Mapping[str, Shard]) -> FileChecksum:
-    """Write a safetensors file one shard at a time (its library needs all tensors at once); raises OSError."""
-    header, offset = {}, 0
-    for key, shard in shards.items():
-        header[key] = {"dtype": "F32", "shape": [shard.numel], "data_offsets": [offset, offset + 4 * shard.numel]}
-        offset += 4 * shard.numel
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with ChecksummedFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key, shard in shards.items():
-            tensor = shard.read().detach().to("cpu", torch.float32).contiguous()
-            assert tensor.shape == (shard.numel,), key
-            file.write(tensor.numpy().data)
-        return file.finish()

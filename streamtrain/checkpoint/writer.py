@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
-from streamtrain.checkpoint.reader import SHARED_NAME, VERSION, rank_name, write_fragments
+from streamtrain.checkpoint.reader import SHARED_NAME, VERSION, rank_name
 from streamtrain.checkpoint.retention import partial_of, prune, remove_leftovers, write_best
 from streamtrain.config.run import RunConfig
 from streamtrain.engine.fragments import Shard
 from streamtrain.errors import CheckpointError
-from streamtrain.run.atomic_io import FileChecksum, replace_file, sync, write_file
+from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum, replace_file, sync, write_file
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, saved_steps, step_folder
-from streamtrain.run.step_manifest import CheckpointManifest
+from streamtrain.run.step_manifest import write_manifest
 
 # the share of the available memory that copies may use
 _MEMORY_SHARE = 0.8
@@ -299,6 +299,23 @@ class CheckpointWriter:
         values: list[Any] = [None] * self._world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def write_fragments(path: Path, shards: Mapping[str, Shard]) -> FileChecksum:
+    """Write a safetensors file one shard at a time (its library needs all tensors at once); raises OSError."""
+    header, offset = {}, 0
+    for key, shard in shards.items():
+        header[key] = {"dtype": "F32", "shape": [shard.numel], "data_offsets": [offset, offset + 4 * shard.numel]}
+        offset += 4 * shard.numel
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with ChecksummedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, shard in shards.items():
+            tensor = shard.read().detach().to("cpu", torch.float32).contiguous()
+            assert tensor.shape == (shard.numel,), key
+            file.write(tensor.numpy().data)
+        return file.finish()
 
 
 def _reason(error: Exception) -> str:

@@ -64,7 +64,7 @@ def start_summary(planned: Plan, on_gpu: bool) -> str:
     states, peak = gigabytes(planned.state_bytes), gigabytes(rank_peak_bytes(planned, on_gpu))
     return (
         f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; per {'GPU' if on_gpu else 'rank'} {states} GB of "
-        f"model states and a peak of {peak} GB ({planned.peak_phase}); {gigabytes(planned.disk_bytes)} GB of disk"
+        f"model states and a peak of {peak} GB ({planned.peak_phase}); {gigabytes(planned.disk_bytes)} GB on disk"
     )
 
 
