@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shards.format.files import MAX_JSON_BYTES, parse_json
-from streamtrain.checkpoint.reader import iterate_weights, opened, weights_folder
+from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.config.load import read_resolved
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
@@ -57,7 +57,7 @@ def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> 
     found = parse_step(folder)
     weights = iterate_weights(run_dir, found, which, lambda name: name.startswith(PREFIX))
     origin: Origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards_text}
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         # a snapshot of the teacher has no position in the stream
         stream = reader.state.get("data") or {}
     origin |= {"data_digest": stream.get("digest"), "images_seen": stream.get("next_slot")}
@@ -156,7 +156,7 @@ def _described(path: Path) -> BackboneConfig:
     except (OSError, SafetensorError) as error:
         raise StreamtrainError(f"{path} cannot be read as safetensors: {error}") from None
     if text is None:
-        raise StreamtrainError(f"{path} does not say what model it is: it was not written by tools/export.py")
+        raise StreamtrainError(f"{path} does not say what model it is: it was not written by streamtrain export")
     return _parse(_value(text, path), path)
 
 
