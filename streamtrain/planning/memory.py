@@ -7,7 +7,7 @@ libraries take for themselves (contexts, communicators, decoders) is an allowanc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +18,8 @@ from streamtrain.planning.flops import step_flops
 from streamtrain.planning.shapes import block_shapes, parameter_shapes, partition
 
 Place = Literal["gpu", "host", "disk"]
-# of a block's branches (``streamtrain/ops/branches.py``)
 Implementation = Literal["cpu_kernels", "reference"]
+CPU_KERNELS: Implementation = "cpu_kernels"
 # a CUDA context with its kernels, cuBLAS' workspace, NCCL's buffers; fragmentation is on top of a fitting plan
 CONTEXT_BYTES = 1_500_000_000
 # an interpreter with torch, DeepSpeed and DALI, as measured by `tools/bench.py memory`
@@ -28,7 +28,7 @@ PROCESS_BYTES = 800_000_000
 FRAGMENTATION = 0.03
 # ranks that share a host
 RANKS_A_HOST = 8
-# values a chunk of moments or averages that visit the device, and bytes a value while 8-bit codes are searched
+# values per chunk of moments or averages on the device, and bytes per value of the search for 8-bit codes
 STAGED, EIGHT_BIT_STAGED, EIGHT_BIT_SEARCH_BYTES = 16 * 2**20, 4 * 2**20, 56
 
 ALWAYS = "always"
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def peak_phase(self) -> str:
-        """When the device holds most."""
+        """The phase with the largest device memory."""
         return max(PHASES, key=self.at)
 
     @property
@@ -96,20 +96,19 @@ STATES = ("student values", "masters", "gradients", "moments", "teacher values",
 
 
 def plan(
-    config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True,
-    implementation: Implementation = "cpu_kernels",
-) -> Plan:  # fmt: skip
+    config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True, supported: Implementation = CPU_KERNELS
+) -> Plan:
     """The plan of each of ``world_size`` ranks.
 
     Args:
         on_gpu: whether the ranks compute on GPUs; else "gpu" stands for what a rank's network takes of the host.
         bf16: whether the network computes in 16 bits.
-        implementation: the implementation of a block that the CPUs support; the configuration may choose the reference.
+        supported: the implementation of a block that the CPUs support; the configuration may choose the reference.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
     """
-    sizes = _Sizes.of(config, world_size, on_gpu, bf16, implementation)
+    sizes = _Sizes.of(config, world_size, on_gpu, bf16, supported)
     parts = [*_states(sizes), *_gathers(sizes), *_activations(sizes), *_prototypes(sizes), *_step(sizes), *_host(sizes)]
     parts += _disk(sizes)
     return Plan(
@@ -151,11 +150,11 @@ class _Sizes:
         prefix = 1 + config.model.num_registers
         sides = [size // config.model.patch_size for size in (config.crops.global_size, config.crops.local_size)]
         crops, batch = config.crops, config.data.micro_batch
+        block = sum(map(math.prod, block_shapes(config.model).values()))
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
         return cls(
             config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
-            part.numel, part.shard_numel, part.flat_numels, part.largest_numel,
-            sum(map(math.prod, block_shapes(config.model).values())),
+            part.numel, part.shard_numel, part.flat_numels, part.largest_numel, block,
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows,
         )  # fmt: skip
 
@@ -192,11 +191,12 @@ class _Sizes:
 
 
 def _implementation(config: Config, on_gpu: bool, supported: Implementation) -> Implementation:
-    """Return the implementation of a block's branches that ``ops.branches`` will choose."""
+    """Return the implementation of a block's branches that ``ops/branches.py`` will choose."""
     model, engine = config.model, config.engine
-    is_reference = on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False)
+    if on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False):
+        return "reference"
     is_tileable = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
-    return supported if is_tileable and not is_reference else "reference"
+    return supported if is_tileable else "reference"
 
 
 def _part(name: str, place: Place, when: tuple[str, ...] | str, *factors: tuple[float, str]) -> Part:
@@ -286,8 +286,7 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
     attention, mlp, stream = _branches(s)
     item = (s.item, "B")
     kept, tokens = (s.kept_tokens, "kept tokens"), (s.tokens, "tokens")
-    depth = (model.depth, "blocks")
-    through = (LOSS, BACKWARD)
+    depth, through = (model.depth, "blocks"), (LOSS, BACKWARD)
     if engine.checkpointing == "block":
         place: Place = "host" if engine.offload_checkpoints and s.on_gpu else "gpu"
         yield _part("kept between blocks", place, through, depth, tokens, (model.dim, "values"), item)
@@ -314,19 +313,14 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
         widest = ((2 if model.mlp == "swiglu" else 1) * model.hidden, "values")
         size = (1 if engine.compiles(on_gpu=s.on_gpu) else 5, "B")
         yield _part("a factor in 8 bits", "gpu", through, kept, widest, size)
-
-
     peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
     chunk = (min(s.config.teacher.chunk or s.images[0], s.images[0]) * s.global_tokens, "tokens of a chunk")
     yield _part("teacher's block", "gpu", TEACHER, chunk, (peak, "values"), item)
 
 
-_BLOCKS: dict[Implementation, Callable[[_Sizes], Iterator[Part]]] = {"cpu_kernels": _tiled_blocks, "reference": _blocks}
-
-
 def _activations(s: _Sizes) -> Iterator[Part]:
     config, model, through, item = s.config, s.config.model, (LOSS, BACKWARD), (s.item, "B")
-    yield from _BLOCKS[s.implementation](s)
+    yield from (_tiled_blocks if s.implementation == CPU_KERNELS else _blocks)(s)
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
     yield _part("embedded pixels", "gpu", through, (patches, "patches"), (3 * 3 * model.patch_size**2, "values"), item)
     for name, head, rows, _ in s.heads:

@@ -117,7 +117,7 @@ def train(
             print("\n".join(start_notes(config, launch.world_size)), flush=True)
         planned = plan(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
-            implementation="cpu_kernels" if not runtime.on_gpu and is_enabled(runtime.dtype) else "reference",
+            supported="cpu_kernels" if not runtime.on_gpu and is_enabled(runtime.dtype) else "reference",
         )  # fmt: skip
         runtime.say(at_start(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)
