@@ -32,14 +32,14 @@ from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.memory import plan
 from streamtrain.training.build import build_networks, restore
-from streamtrain.training.ssl_model import Learner, LossWeights
+from streamtrain.training.ssl_model import LossWeights, SSLModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.traffic import Traffic
+from benchmarks.collective_traffic import Traffic
 from cpu_kernels import record_kernel_calls
-from reading import RefuseReading
+from host_syncs import ForbidHostSyncs
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -94,7 +94,7 @@ def main() -> None:
         restore(config, None, student, teacher, maker)
         handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
 
-        plain, plain_teacher = Learner(config), Learner(config)
+        plain, plain_teacher = SSLModel(config), SSLModel(config)
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
             for block in network.backbone.blocks:
@@ -112,7 +112,7 @@ def main() -> None:
             # In the first step the engine compares between ranks what it has learnt of the order of things. Kernels of
             # a CPU may look, and what is compiled would be compiled anew.
             watched = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
-            reading = RefuseReading if watched else nullcontext
+            reading = ForbidHostSyncs if watched else nullcontext
             with reading():
                 targets = maker.make([teacher(batch, None, WEIGHTS) for batch in batches], handles, TEMPERATURE)
             losses = []
@@ -216,7 +216,7 @@ def head_gradient(
 
 
 def plain_step(
-    config: Config, plain: Learner, plain_teacher: Learner, batches: list[Batch]
+    config: Config, plain: SSLModel, plain_teacher: SSLModel, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
     """Gradients (and the loss) of one optimiser step over all ranks' micro-batches, without an engine."""
     handles = TeacherPrototypes(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
