@@ -7,7 +7,7 @@ saves. The libraries' own memory (contexts, communicators, decoders) is an estim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,7 +110,7 @@ def plan(
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
     """
-    sizes = _Sizes.of(config, world_size, on_gpu, bf16, implementation)
+    sizes = _Sizes.of(config, world_size, on_gpu, bf16, supported)
     parts = [*_states(sizes), *_gathers(sizes), *_activations(sizes), *_prototypes(sizes), *_step(sizes), *_host(sizes)]
     parts += _disk(sizes)
     return Plan(
@@ -153,11 +153,11 @@ class _Sizes:
         prefix = 1 + config.model.num_registers
         sides = [size // config.model.patch_size for size in (config.crops.global_size, config.crops.local_size)]
         crops, batch = config.crops, config.data.micro_batch
+        block = sum(map(math.prod, block_shapes(config.model).values()))
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
         return cls(
             config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
-            part.numel, part.shard_numel, part.flat_numels, part.largest_numel,
-            sum(map(math.prod, block_shapes(config.model).values())),
+            part.numel, part.shard_numel, part.flat_numels, part.largest_numel, block,
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows,
         )  # fmt: skip
 
@@ -189,11 +189,12 @@ class _Sizes:
 
 
 def _implementation(config: Config, on_gpu: bool, supported: Implementation) -> Implementation:
-    """Return the implementation of a block's branches that ``ops.branches`` will choose."""
+    """Return the implementation of a block's branches that ``ops/branches.py`` will choose."""
     model, engine = config.model, config.engine
-    is_reference = on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False)
+    if on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False):
+        return "reference"
     is_tileable = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
-    return supported if is_tileable and not is_reference else "reference"
+    return supported if is_tileable else "reference"
 
 
 def _part(name: str, location: Location, when: tuple[str, ...] | str, *factors: tuple[float, str]) -> Part:
@@ -314,12 +315,9 @@ def _blocks(s: _Sizes) -> Iterator[Part]:
     yield _part("teacher's block", "gpu", TEACHER, chunk, (peak, "values"), item)
 
 
-_BLOCKS: dict[Implementation, Callable[[_Sizes], Iterator[Part]]] = {"cpu_kernels": _tiled_blocks, "reference": _blocks}
-
-
 def _activations(s: _Sizes) -> Iterator[Part]:
     config, model, through, item = s.config, s.config.model, (LOSS, BACKWARD), (s.item, "B")
-    yield from _BLOCKS[s.implementation](s)
+    yield from (_tiled_blocks if s.implementation == CPU_KERNELS else _blocks)(s)
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
     yield _part("embedded pixels", "gpu", through, (patches, "patches"), (3 * 3 * model.patch_size**2, "values"), item)
     for name, head, rows, _ in s.heads:
