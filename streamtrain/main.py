@@ -23,9 +23,9 @@ from streamtrain.evaluation.held_out import held_out
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.directory import (
     check_weights,
-    held,
-    make_run_folder,
-    nothing_left,
+    completion_message,
+    make_run_dir,
+    run_lock,
     saved_state,
     starting_checkpoint,
 )
@@ -80,7 +80,7 @@ def check(config: Config, launch: Launch, source: Path | None, accept_changes: b
     if source is not None and saved is not None:
         accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
         accepted += check_state(saved["data"], stream_identity(shard_set, order), accept_changes)
-    make_run_folder(Path(config.run.dir), launch.rank)
+    make_run_dir(Path(config.run.dir), launch.rank)
     check_cache_folder(config)
     if accepted and launch.rank == 0:
         print(f"going on with changes: {'; '.join(accepted)}", flush=True)
@@ -95,13 +95,13 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         run_dir = Path(config.run.dir)
         source = starting_checkpoint(run_dir, arguments.resume)
-        complete = nothing_left(config, source)
+        complete = completion_message(config, source)
         if complete and not arguments.dry_run:
             if launch.rank == 0:
                 print(complete, flush=True)
             return 0
         shard_set = check(config, launch, source, arguments.accept_changes)
-        with held(run_dir, launch.rank):
+        with run_lock(run_dir, launch.rank):
             choose_accelerator(config.engine, launch)
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 

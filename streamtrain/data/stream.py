@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shards.reading.cache import ShardCache, bytes_in_use, copy_bytes
-from shards.reading.ledger import Ledger, space_for
-from shards.reading.mixture import AnySet, Mixture, stream_order
-from shards.reading.order import Order, SlotOrder
+from shards.reading.cache import ShardCache, copy_bytes, min_cache_bytes
+from shards.reading.ledger import Ledger, available_bytes
+from shards.reading.mixture import AnyOrder, AnySet, Mixture, build_order
+from shards.reading.order import Order
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -38,7 +38,7 @@ def build_order(config: Config, shard_set: AnySet, world_size: int, lane_block: 
     data = config.data
     # whole lanes per rank if the batch allows it; otherwise more ranks read more shards, without other effects
     lane_block = lane_block or max(1, global_batch // data.lanes)
-    return stream_order(shard_set, config.run.seed, data.window, data.lanes, lane_block)
+    return build_order(shard_set, config.run.seed, data.window, data.lanes, lane_block)
 
 
 def stream_identity(shard_set: AnySet, order: Order | Mixture) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: 
     return changes
 
 
-def find_lanes(order: SlotOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
+def find_lanes(order: AnyOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
     """Return the lanes that serve a share of every batch, such as ``range(0, 8)`` for its first eight samples."""
     period = math.lcm(global_batch, order.lane_cycle)
     steps = period // global_batch
@@ -81,7 +81,7 @@ def find_lanes(order: SlotOrder, global_batch: int, start_slot: int, share: rang
 
 
 def check_cache(
-    config: Config, shard_set: AnySet, order: SlotOrder, rank: int, world_size: int, local_world_size: int
+    config: Config, shard_set: AnySet, order: AnyOrder, rank: int, world_size: int, local_world_size: int
 ) -> None:
     """Check that ``data.cache`` has an effect, holds the shards in use on this machine, and fits on its disk.
 
@@ -91,20 +91,20 @@ def check_cache(
     cache = config.data.cache
     if cache.dir is None or cache.limit is None:
         return
-    entries = [remote.entry for shard in range(shard_set.num_shards) if (remote := shard_set.remote(shard))]
+    entries = [remote.entry for shard in range(shard_set.num_shards) if (remote := shard_set.remote_shard(shard))]
     if not entries:
         raise ConfigError(f"data.cache has no effect: {config.data.shards_text} is on this machine; remove data.cache")
     global_batch, _ = config.batch_split(world_size)
     samples, first_rank = global_batch // world_size, rank // local_world_size * local_world_size
     share = range(samples * first_rank, samples * min(first_rank + local_world_size, world_size))
     lanes = len(find_lanes(order, global_batch, 0, share))
-    needed = bytes_in_use(entries, lanes * config.data.window, local_world_size)
+    needed = min_cache_bytes(entries, lanes * config.data.window, local_world_size)
     if cache.limit < needed:
         raise ConfigError(
             f"data.cache.limit is {cache.limit} bytes, but the shards that this machine reads at a time need {needed} "
             f"({lanes} lanes x data.window {config.data.window} shards); raise it, or lower data.window or data.lanes"
         )
-    required, free = min(cache.limit, sum(map(copy_bytes, entries))), space_for(Path(cache.dir).expanduser())
+    required, free = min(cache.limit, sum(map(copy_bytes, entries))), available_bytes(Path(cache.dir).expanduser())
     if free < required:
         raise ConfigError(
             f"data.cache may use {required} bytes, but its disk has {free} bytes free; lower data.cache.limit, or set "
@@ -126,7 +126,7 @@ def check_cache_folder(config: Config) -> None:
 def open_cache(
     config: Config,
     shard_set: AnySet,
-    order: SlotOrder,
+    order: AnyOrder,
     *,
     rank: int,
     world_size: int,
@@ -147,10 +147,10 @@ def open_cache(
     global_batch, _ = config.batch_split(world_size)
     samples = global_batch // world_size
     lanes = find_lanes(order, global_batch, start_slot, range(samples * rank, samples * (rank + 1)))
-    blocks = order.blocks(start_slot, lanes)
+    blocks = order.windows(start_slot, lanes)
     return ShardCache(
         Ledger(Path(cache.dir).expanduser(), cache.limit),
-        shard_set.remote,
+        shard_set.remote_shard,
         itertools.takewhile(lambda block: end_slot is None or block.first_slot < end_slot, blocks),
         start_slot=start_slot,
         horizon_slots=2 * shard_set.num_samples,

@@ -15,7 +15,7 @@ from torch import Tensor
 from streamtrain.data.batch import normalise
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
-from streamtrain.reporting.terminal import progress_bar
+from streamtrain.run.progress import progress_bar
 
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:

@@ -16,17 +16,17 @@ from streamtrain.config.crops import CropSizes
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
+from streamtrain.data.still_images import centre_crop
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.features import centre_crop
-from streamtrain.evaluation.held_out import drawn, first_images, held_out
+from streamtrain.evaluation.held_out import first_images, held_out, sample_images
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
+from streamtrain.objective.prototypes import prototype_mass
 from streamtrain.objective.targets import Targets
-from streamtrain.objective.usage import prototype_mass
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.peak import peak_flops
@@ -99,7 +99,7 @@ class Observer:
     def look(self, step: int, targets: Targets) -> None:
         """At what the teacher asks in ``step`` (from 1) of a micro-batch, before the teacher changes."""
         self._mass = None
-        features, handle = targets.features.global_features, targets.handles.global_head
+        features, handle = targets.features.global_features, targets.teacher_prototypes.global_head
         due_now = self._pictures and due(step, self._config.monitor.histogram_every)
         if due_now and features is not None and handle is not None:
             chunk_bytes = self._config.objective.chunk_bytes
@@ -149,7 +149,7 @@ class Observer:
         with self._monitoring:
             self.monitor.log(step, slot, scalars)
             if told := self._profiler.end(step):
-                self._runtime.say(told)
+                logger.info(told)
             if due(step, self._config.monitor.panel_every) or step == 1:
                 if self.monitor.shows:
                     self.monitor.panel(step, batch_panel(batch, self._config.monitor.panel_samples))
@@ -175,7 +175,7 @@ class Observer:
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if test is None and shard_set.is_remote:
             return []
-        shown = (drawn(test, count) if test is not None else first_images(shard_set, count)).lenient()
+        shown = (sample_images(test, count) if test is not None else first_images(shard_set, count)).lenient()
         return [centre_crop(shown.decode(index), size, size) for index in range(len(shown))]
 
     def _show_maps(self, step: int) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import NO_SOLARIZE, draw_views
 from streamtrain.data.views import Appearance, CpuViewMaker, apply_appearance, crop_and_resize, recolor_views
-from streamtrain.objective.logits import scaled_logits
+from streamtrain.ops.logits import scaled_logits
 
 CROPS = CropsConfig(global_size=64, local_size=32, local_count=3)
 SAME = (1.0, 1.0, 1.0, 0.0)

@@ -10,9 +10,9 @@ import pytest
 from faults.test_writer import SHAPES, save_on_ranks
 from joined_processes import run_on_ranks
 
-from streamtrain.checkpoint.reader import newest_whole, read_weights
+from streamtrain.checkpoint.reader import find_newest_intact, read_weights
 from streamtrain.errors import CheckpointError
-from streamtrain.run.directory import folder_of, saved_steps, starting_checkpoint
+from streamtrain.run.directory import saved_steps, starting_checkpoint, step_folder
 
 RANK_1 = "rank-00001-of-00002.safetensors"
 
@@ -31,7 +31,7 @@ def damage(folder: Path, kind: str) -> str:
         return f"{RANK_1} has {len(content) - 9} bytes, not {len(content)}"
     if kind == "flipped":
         flip_a_bit(folder / RANK_1, 0.9)
-        return f"{RANK_1} holds other values"
+        return f"{RANK_1} has a wrong checksum"
     if kind == "missing":
         (folder / "shared.safetensors").unlink()
         return "shared.safetensors: No such file"
@@ -39,7 +39,7 @@ def damage(folder: Path, kind: str) -> str:
         # a valid document with a different slot
         text = (folder / "state.json").read_text()
         (folder / "state.json").write_text(text.replace('"slot": 3', '"slot": 9'))
-        return "state.json holds other values"
+        return "state.json has a wrong checksum"
     flip_a_bit(folder / "manifest.json", 0.4)
     return "manifest.json is damaged"
 
@@ -51,13 +51,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (2, 3):
         (folder / str(step) / "run").mkdir(parents=True)
         save_on_ranks(folder / str(step), (step,), 2)
-    shutil.move(folder_of(folder / "2" / "run", 2), folder_of(folder / "3" / "run", 2))
+    shutil.move(step_folder(folder / "2" / "run", 2), step_folder(folder / "3" / "run", 2))
     return folder / "3" / "run"
 
 
 def write_found(rank: int, run: Path, resume_from: Path | None, out: Path) -> None:
     try:
-        result = str(newest_whole(run, resume_from))
+        result = str(find_newest_intact(run, resume_from))
     except CheckpointError as error:
         result = f"error: {error}"
     (out / f"rank-{rank}").write_text(result)
@@ -76,28 +76,28 @@ def find_newest(run: Path, resume_from: Path | None = None) -> str:
 def test_the_newest_intact_one_is_used(kind: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    message = damage(folder_of(copy, 3), kind)
+    message = damage(step_folder(copy, 3), kind)
     # sizes and small files are checked before torch is imported
-    assert starting_checkpoint(copy, None) == folder_of(copy, 3 if kind == "flipped" else 2)
+    assert starting_checkpoint(copy, None) == step_folder(copy, 3 if kind == "flipped" else 2)
     with pytest.raises(CheckpointError, match=r"step-000000003 cannot be read: "):
         read_weights(copy, 3)
     # another run's directory is not modified
-    assert find_newest(tmp_path / "new", copy) == str(folder_of(copy, 2)) and saved_steps(copy) == [2, 3]
+    assert find_newest(tmp_path / "new", copy) == str(step_folder(copy, 2)) and saved_steps(copy) == [2, 3]
     capfd.readouterr()
-    assert find_newest(copy) == str(folder_of(copy, 2))
+    assert find_newest(copy) == str(step_folder(copy, 2))
     log = capfd.readouterr().out
     moved = copy / "checkpoints" / "damaged-step-000000003"
     assert f"warning: checkpoint step-000000003 is damaged: {message}" in log and f"it is kept as {moved}\n" in log
     assert "from step-000000002, the newest" in log and log.count("\n") == 2
     assert saved_steps(copy) == [2] and moved.is_dir()
     # without an intact checkpoint the run fails instead of starting fresh
-    damage(folder_of(copy, 2), "truncated")
-    assert find_newest(copy).startswith(f"error: checkpoint {folder_of(copy, 2)} cannot be read: ") and moved.is_dir()
+    damage(step_folder(copy, 2), "truncated")
+    assert find_newest(copy).startswith(f"error: checkpoint {step_folder(copy, 2)} cannot be read: ") and moved.is_dir()
 
 
 def test_the_latest_file_is_not_needed(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "checkpoints" / "latest").unlink()
-    assert find_newest(copy) == str(folder_of(copy, 3))
+    assert find_newest(copy) == str(step_folder(copy, 3))
     assert set(read_weights(copy)) == set(SHAPES)

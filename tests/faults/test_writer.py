@@ -16,10 +16,10 @@ from joined_processes import run_on_ranks
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from streamtrain.checkpoint.reader import read_weights
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
-from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
+from streamtrain.run.step_manifest import find_fault
 
 SHAPES = {"backbone.a": (30, 7), "head.b": (5,)}
 # the hardest case: the old checkpoint is deleted as soon as the new one exists
@@ -37,21 +37,21 @@ class ConstantShard:
         return torch.full((self.numel,), self.value)
 
 
-def make_payloads(step: int, world_size: int) -> dict[str, Contents]:
+def make_payloads(step: int, world_size: int) -> dict[str, CheckpointPayload]:
     def shards(kinds: tuple[str, ...]) -> dict[str, ConstantShard]:
         numels = {name: -(-torch.Size(shape).numel() // world_size) for name, shape in SHAPES.items()}
         return {f"{kind}/{name}": ConstantShard(numel, float(step)) for kind in kinds for name, numel in numels.items()}
 
     state = {"data": {"slot": step, "lane_block": 1}}
     return {
-        CHECKPOINTS: Contents(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
-        SNAPSHOTS: Contents(shards(("ema",)), {}, SHAPES, {}),
+        CHECKPOINTS: CheckpointPayload(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
+        SNAPSHOTS: CheckpointPayload(shards(("ema",)), {}, SHAPES, {}),
     }
 
 
 def save_steps(rank: int, run: Path, steps: tuple[int, ...], world_size: int, dying: int, fatal: int | None) -> None:
     """Save some steps; in the last one, rank ``dying`` is killed at call ``fatal`` or, if None, reports its calls."""
-    saver = Saver(run, RUN)
+    saver = CheckpointWriter(run, RUN)
     for step in steps[:-1]:
         saver.save(step, make_payloads(step, world_size))
         saver.wait()
@@ -82,8 +82,8 @@ def copy_run(folder: Path, name: str) -> Path:
     return copy
 
 
-def newest_whole(run: Path) -> int:
-    return next(s for s in reversed(saved_steps(run)) if fault_of(folder_of(run, s), contents=True) is None)
+def find_newest_intact(run: Path) -> int:
+    return next(s for s in reversed(saved_steps(run)) if find_fault(step_folder(run, s), contents=True) is None)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -114,10 +114,10 @@ def check_after_kill(folder: Path, world_size: int) -> int:
     run = folder / "run"
     # every folder named like a checkpoint is an intact checkpoint
     steps = saved_steps(run)
-    assert all(fault_of(folder_of(run, step), contents=True) is None for step in steps), steps
+    assert all(find_fault(step_folder(run, step), contents=True) is None for step in steps), steps
     assert steps in ([2], [2, 3], [3])
     cut_power(folder / "report.json")
-    newest = newest_whole(run)
+    newest = find_newest_intact(run)
     assert newest in (2, 3)
     weights = read_weights(run, newest)
     assert all(bool((weights[name] == newest).all()) for name in SHAPES)

@@ -1,6 +1,6 @@
 """The same training step in plain PyTorch, to compare with: one process, nothing sharded, fused or recomputed.
 
-It uses the parameters of ``Learner`` but none of its forward code: one forward per crop size with fused attention,
+It uses the parameters of ``SSLModel`` but none of its forward code: one forward per crop size with fused attention,
 whole logits and targets, bf16 autocast over fp32 weights, AdamW, a teacher EMA updated parameter by parameter, and
 drop-path that multiplies dropped branches by 0.
 """
@@ -18,8 +18,8 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.engine.optim import parameter_groups
 from streamtrain.model.initialise import initialise
-from streamtrain.objective.koleo import koleo_loss
-from streamtrain.training.ssl_model import Learner
+from streamtrain.objective.feature_losses import koleo_loss
+from streamtrain.training.ssl_model import SSLModel
 
 
 class PlainStep:
@@ -28,7 +28,7 @@ class PlainStep:
     def __init__(self, config: Config, device: torch.device, autocast: bool) -> None:
         """``autocast``: run matmuls in bf16."""
         self.config, self.device, self.autocast = config, device, autocast
-        self.student, self.teacher = (Learner(config).to(device) for _ in range(2))
+        self.student, self.teacher = (SSLModel(config).to(device) for _ in range(2))
         for network in (self.student, self.teacher):
             initialise(network, config.model, config.run.seed)
         self.teacher.requires_grad_(False).eval()
