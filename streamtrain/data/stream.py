@@ -14,7 +14,6 @@ from shards.reading.cache import ShardCache, copy_bytes, min_cache_bytes
 from shards.reading.ledger import Ledger, available_bytes
 from shards.reading.mixture import AnyOrder, AnySet, Mixture, build_order
 from shards.reading.order import Order
-from streamtrain.config.section import is_accepted
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 

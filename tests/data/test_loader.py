@@ -296,8 +296,8 @@ def test_alternating_sizes_repeat_bit_for_bit_from_any_start_and_on_any_rank(con
         assert batch.masks.grid_mask.shape[1] == (batch.global_crops.shape[1] // 16) ** 2
     resumed, second_rank = take_batches(0, 24, 6), take_batches(1, 24, 3)
     pairs = [*zip(resumed, straight[6:], strict=True), *zip(second_rank, straight[7::2], strict=True)]
-    for ours, theirs in pairs:
-        assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), theirs.tensors(), strict=True))
+    for batch, expected in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), expected.tensors(), strict=True))
 
 
 @pytest.mark.gpu

@@ -57,13 +57,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_found(rank: int, run: Path, resume_from: Path | None, out: Path) -> None:
     try:
-        found = str(find_newest_intact(run, resume_from))
+        result = str(find_newest_intact(run, resume_from))
     except CheckpointError as error:
-        found = f"error: {error}"
-    (out / f"rank-{rank}").write_text(found)
+        result = f"error: {error}"
+    (out / f"rank-{rank}").write_text(result)
 
 
-def agreed(run: Path, resume_from: Path | None = None) -> str:
+def find_newest(run: Path, resume_from: Path | None = None) -> str:
     """Return the checkpoint that both ranks find."""
     out = Path(tempfile.mkdtemp(dir=run.parent))
     run_on_ranks(write_found, out, run, resume_from, out)
@@ -74,30 +74,30 @@ def agreed(run: Path, resume_from: Path | None = None) -> str:
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "position", "manifest"])
 def test_the_newest_intact_one_is_used(kind: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ours = tmp_path / "ours"
-    shutil.copytree(run, ours)
-    told = damage(step_folder(ours, 3), kind)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    message = damage(step_folder(copy, 3), kind)
     # sizes and small files are checked before torch is imported
-    assert starting_checkpoint(ours, None) == step_folder(ours, 3 if kind == "flipped" else 2)
+    assert starting_checkpoint(copy, None) == step_folder(copy, 3 if kind == "flipped" else 2)
     with pytest.raises(CheckpointError, match=r"step-000000003 cannot be read: "):
-        read_weights(ours, 3)
+        read_weights(copy, 3)
     # another run's directory is not modified
-    assert agreed(tmp_path / "new", ours) == str(step_folder(ours, 2)) and saved_steps(ours) == [2, 3]
+    assert find_newest(tmp_path / "new", copy) == str(step_folder(copy, 2)) and saved_steps(copy) == [2, 3]
     capfd.readouterr()
-    assert agreed(ours) == str(step_folder(ours, 2))
-    said = capfd.readouterr().out
-    aside = ours / "checkpoints" / "damaged-step-000000003"
-    assert f"warning: checkpoint step-000000003 is damaged: {told}" in said and f"it is kept as {aside}\n" in said
-    assert "from step-000000002, the newest" in said and said.count("\n") == 2
-    assert saved_steps(ours) == [2] and aside.is_dir()
+    assert find_newest(copy) == str(step_folder(copy, 2))
+    log = capfd.readouterr().out
+    moved = copy / "checkpoints" / "damaged-step-000000003"
+    assert f"warning: checkpoint step-000000003 is damaged: {message}" in log and f"it is kept as {moved}\n" in log
+    assert "from step-000000002, the newest" in log and log.count("\n") == 2
+    assert saved_steps(copy) == [2] and moved.is_dir()
     # without an intact checkpoint the run fails instead of starting fresh
-    damage(step_folder(ours, 2), "truncated")
-    assert agreed(ours).startswith(f"error: checkpoint {step_folder(ours, 2)} cannot be read: ") and aside.is_dir()
+    damage(step_folder(copy, 2), "truncated")
+    assert find_newest(copy).startswith(f"error: checkpoint {step_folder(copy, 2)} cannot be read: ") and moved.is_dir()
 
 
 def test_the_latest_file_is_not_needed(run: Path, tmp_path: Path) -> None:
-    ours = tmp_path / "ours"
-    shutil.copytree(run, ours)
-    (ours / "checkpoints" / "latest").unlink()
-    assert agreed(ours) == str(step_folder(ours, 3))
-    assert set(read_weights(ours)) == set(SHAPES)
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "latest").unlink()
+    assert find_newest(copy) == str(step_folder(copy, 3))
+    assert set(read_weights(copy)) == set(SHAPES)

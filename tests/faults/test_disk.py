@@ -52,8 +52,8 @@ def test_full_and_read_only_disks(tmp_path: Path) -> None:
     if not can_mount(tmp_path):
         pytest.skip("this process may not mount; the file-size limit is tested anyway")
     out = run(*NAMESPACE, sys.executable, SCRIPT, tmp_path / "run", "mount")
-    told = [line for line in out.splitlines() if not line.startswith("warning: ")]
-    for line, expected in zip(told, (
+    status_lines = [line for line in out.splitlines() if not line.startswith("warning: ")]
+    for line, expected in zip(status_lines, (
         r"step 1: checkpoint saved",
         r"step 2: checkpoint saved",
         r"step 3: the checkpoint could not be written \(No space left on device\); the latest one is from step 2",
@@ -98,5 +98,5 @@ def test_a_run_with_a_full_disk_finishes_and_reports_the_missing_checkpoint(tmp_
     assert "the latest one is from step 1" in error.splitlines()[-1]
     assert "resuming at step 1 from" in (tmp_path / "broken/second.out").read_text()
     assert logged(tmp_path / "broken") == logged(tmp_path / "straight")
-    ours, theirs = (read_weights(tmp_path / name) for name in ("broken", "straight"))
-    assert all(bool((ours[name] == value).all()) for name, value in theirs.items())
+    broken_weights, straight_weights = (read_weights(tmp_path / name) for name in ("broken", "straight"))
+    assert all(bool((broken_weights[name] == value).all()) for name, value in straight_weights.items())

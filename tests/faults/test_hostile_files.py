@@ -32,7 +32,7 @@ from shards.packing import inputs
 from shards.format import set_manifest as manifest
 from shards.reading import shard_set
 from shards import errors
-from streamtrain import errors as ours
+from streamtrain import errors as streamtrain_errors
 from streamtrain.config.load import read_resolved
 from streamtrain.run.step_manifest import find_fault
 work, path = sys.argv[1:]
@@ -40,10 +40,10 @@ taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpages
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    found = eval(work)
-except (errors.ShardError, ours.StreamtrainError) as error:
-    found = f"refused: {error}"
-print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    result = eval(work)
+except (errors.ShardError, streamtrain_errors.StreamtrainError) as error:
+    result = f"refused: {error}"
+print(result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
@@ -60,9 +60,9 @@ def bounded(work: str, path: Path) -> str:
     words = [sys.executable, "-c", BOUNDED, work, str(path)]
     done = subprocess.run(words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, _, kilobytes = done.stdout.strip().rpartition(" ")
-    assert int(kilobytes) < 100_000, (found, kilobytes)
-    return found
+    result, _, kilobytes = done.stdout.strip().rpartition(" ")
+    assert int(kilobytes) < 100_000, (result, kilobytes)
+    return result
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -192,9 +192,9 @@ def image_bomb() -> bytes:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_uses_no_memory(name: str, tmp_path: Path) -> None:
-    make, work, told = BOMBS[name]
+    make, work, message = BOMBS[name]
     suffix = ".tar" if "GB" in name or "member" in name else ""
-    assert told in bounded(work, make(tmp_path / f"bomb{suffix}"))
+    assert message in bounded(work, make(tmp_path / f"bomb{suffix}"))
 
 
 def test_member_paths_outside_the_set_are_not_followed(tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ def test_member_paths_outside_the_set_are_not_followed(tmp_path: Path) -> None:
 def test_a_manifest_cannot_name_outside_files_or_run_commands(tmp_path: Path) -> None:
     manifest = {"version": 1, "digest": "", "fingerprint": "", "classes": []}
     entry = {"name": "../../../etc/passwd", "bytes": 3, "samples": 1, "sha256": ""}
-    told = bounded("manifest.SetManifest.load(path)", write_set_folder(tmp_path / "a", {**manifest, "shards": [entry]}))
-    assert told.endswith("'../../../etc/passwd' is not a valid tar name; copy the set again, or pack it again")
+    message = bounded("manifest.SetManifest.load(path)", write_set_folder(tmp_path / "a", {**manifest, "shards": [entry]}))
+    assert message.endswith("'../../../etc/passwd' is not a valid tar name; copy the set again, or pack it again")
     piped = {**entry, "name": "0.tar", "url": f"pipe:touch {tmp_path / 'ran'}"}
     place = write_set_folder(tmp_path / "b", {**manifest, "shards": [piped]})
     assert "refused" in bounded("shard_set.ShardSet.open(path).read(0, 0)", place)

@@ -56,10 +56,10 @@ class TinyRuns:
 
     def assert_same_as_straight(self, name: str) -> None:
         """Assert that each step was logged once, in order, with equal losses, and that the final states are equal."""
-        ours, theirs = logged(self.folder / name), logged(self.folder / "straight")
-        assert self.steps_of(name) == self.steps and list(ours) == list(range(1, self.steps + 1))
-        assert [record["slot"] for record in ours.values()] == [8 * step for step in ours]
-        assert ours == theirs
+        records, expected = logged(self.folder / name), logged(self.folder / "straight")
+        assert self.steps_of(name) == self.steps and list(records) == list(range(1, self.steps + 1))
+        assert [record["slot"] for record in records.values()] == [8 * step for step in records]
+        assert records == expected
         states = []
         for run in (name, "straight"):
             with checkpoint.open_checkpoint(step_folder(self.folder / run, self.steps)) as reader:
