@@ -20,7 +20,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from demo_images import CLASSES, draw
 
-from streamtrain.reporting.terminal import progress_bar
+from streamtrain.run.progress import progress_bar
 
 VERSION = 5
 RECORD = ".demo.json"  # hidden, so that whatever reads the folder's images passes it by

@@ -43,7 +43,7 @@ def page_of(run: Path) -> str:
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
         return report_page(run, [], {})
-    from streamtrain.reporting.events import latest_images  # TensorBoard takes a second to load
+    from streamtrain.reporting.tensorboard import latest_images  # TensorBoard takes a second to load
 
     return report_page(run, records, latest_images(run / TENSORBOARD_NAME))
 

@@ -108,7 +108,7 @@ def draw_curves(arguments: argparse.Namespace) -> Image.Image:
     for run in arguments.run:
         path = run / METRICS_NAME
         if not path.is_file():
-            raise StreamtrainError(f"{run} is not a run folder with results: it has no {METRICS_NAME}")
+            raise StreamtrainError(f"{run} is not a run directory with results: it has no {METRICS_NAME}")
         runs[str(run)] = list(read_metrics(path))
     steps = max((record["step"] for records in runs.values() for record in records), default=0)
     subtitle = f"{', '.join(run.name for run in arguments.run)} · {steps} steps"

@@ -20,7 +20,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
 from streamtrain.errors import DivergedError
 from streamtrain.objective.targets import TeacherFeatures
-from streamtrain.run.directory import folder_of, saved_steps
+from streamtrain.run.directory import saved_steps, step_folder
 
 FOLDER_NAME = "anomalies"
 
@@ -64,7 +64,7 @@ class BadSteps:
             # the gradients of all ranks are one by the time anybody could tell whose was at fault
             own = [{**part, "in_doubt": True} for part in own]
         doubtful = [batch.slots for batch, part in zip(evidence.batches, own, strict=True) if part["in_doubt"]]
-        images = [image for slots in doubtful for image in loader.names(slots)]
+        images = [image for slots in doubtful for image in loader.describe_samples(slots)]
         everyone: list[dict[str, Any] | None] = [None] * world_size
         dist.all_gather_object(everyone, {"rank": rank, "micro_batches": own, "images": images})
         path = self._run_dir / FOLDER_NAME / f"step-{step:09d}.json"
@@ -120,7 +120,7 @@ class BadSteps:
         steps = [step for step in saved_steps(self._run_dir) if step <= self._last_good]
         if not steps:
             return "there is no checkpoint"
-        return f"the last good checkpoint is {folder_of(self._run_dir, steps[-1])}"
+        return f"the last good checkpoint is {step_folder(self._run_dir, steps[-1])}"
 
 
 def _describe(evidence: Evidence) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shards.format.files import parse_json, read_json
-from streamtrain.checkpoint.reader import iterate_weights, opened, weights_folder
+from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.config.model import ModelConfig
@@ -28,7 +28,7 @@ from streamtrain.interop.naming import from_hf, from_timm
 from streamtrain.interop.timm_folder import backbone_config_from_timm
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import Features, VisionTransformer
-from streamtrain.run.directory import step_of
+from streamtrain.run.directory import parse_step
 
 PREFIX = "backbone."  # of the backbone's parameters in a checkpoint
 BEST = "best"
@@ -104,7 +104,7 @@ def load_backbone(path: str | Path, step: int | str | None = None, which: str = 
     if (path / RESOLVED_NAME).is_file():
         return load_run(path, step, which)
     if step is not None or which != "teacher":
-        raise StreamtrainError(f"step and which choose a checkpoint of a run, and {path} is not a run folder")
+        raise StreamtrainError(f"step and which choose a checkpoint of a run, and {path} is not a run directory")
     return load_weights(path)
 
 
@@ -127,10 +127,10 @@ def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher
         step = int(best["step"])
     assert not isinstance(step, str), step
     folder = weights_folder(run_dir, step, which)
-    step = step_of(folder)
+    step = parse_step(folder)
     weights = iterate_weights(run_dir, step, which, lambda name: name.startswith(PREFIX))
     origin: Origin = {"source": which, "step": step, "run": config.run.dir, "data": config.data.shards_text}
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         # a snapshot of the teacher has no position in the stream
         stream = reader.state.get("data") or {}
     origin |= {"data_digest": stream.get("digest"), "images_seen": stream.get("next_slot")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamtrain.config.init import ENOUGH
+from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import open_state
 from streamtrain.interop.naming import QKV_BIAS, combine, convert, detect_naming, match_names
@@ -52,7 +52,7 @@ class MatchReport:
 
 
 def match_backbone(
-    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str, minimum: float = ENOUGH
+    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str, minimum: float = DEFAULT_MINIMUM
 ) -> tuple[dict[str, Tensor], MatchReport]:
     """Return the tensors of ``state`` that fit a backbone, under streamtrain's names, and a report.
 
@@ -89,7 +89,7 @@ def match_backbone(
 
 @contextmanager
 def load_pretrained_backbone(
-    path: Path, expected: Mapping[str, torch.Size], minimum: float = ENOUGH
+    path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
 ) -> Iterator[tuple[Callable[[str], Tensor | None], MatchReport]]:
     """Open pretrained weights on disk and match them to a backbone, as ``match_backbone`` does.
 

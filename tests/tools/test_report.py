@@ -12,7 +12,7 @@ import pytest
 from tiny_backbone import tiny_config
 
 from streamtrain.config.load import build, to_yaml
-from streamtrain.reporting.monitor import Monitor
+from streamtrain.reporting.sink import MetricsSink
 from streamtrain.run.directory import describe_run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -59,14 +59,14 @@ def test_page_of_a_run(main, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (run / "config.yaml").write_text(to_yaml(tiny_config()) + "# <script>alert(1)</script>\n")
     assert main("--run", str(run)) == 2 and "nothing to report yet" in capsys.readouterr().err
     assert not (run / "report.html").exists()
-    monitor = Monitor(run, build({"run": {"steps": 5}, "monitor": {"progress": False}}), rank=0, start_step=0)
+    sink = MetricsSink(run, build({"run": {"steps": 5}, "monitor": {"progress": False}}), rank=0, start_step=0)
     for step in range(1, 6):
         scalars = {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25}
         scalars |= {"speed/images_per_second": 4.0, "memory/peak_rss_bytes": 2.0**30, "eval/knn_20": 0.1 * step}
-        monitor.log(step, 8 * step, scalars)
-    monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
-    monitor.panel(5, np.full((8, 8, 3), 255, np.uint8))
-    monitor.close()
+        sink.log(step, 8 * step, scalars)
+    sink.image(1, np.zeros((8, 8, 3), np.uint8))
+    sink.image(5, np.full((8, 8, 3), 255, np.uint8))
+    sink.close()
     assert main("--run", str(run), "--out", "nowhere/page.html") == 2
     assert "error: cannot write nowhere/page.html (No such file or directory)" in capsys.readouterr().err
     assert main("--run", str(run), "--out", str(tmp_path / "page.html")) == 0
@@ -83,4 +83,4 @@ def test_page_of_a_run(main, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_what_is_no_run_is_said_in_one_line(main, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     assert main("--run", "nowhere") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: nowhere is not a run folder") and error.count("\n") == 1
+    assert error.startswith("error: nowhere is not a run directory") and error.count("\n") == 1
