@@ -21,7 +21,7 @@ from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
 from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.planning.memory import Implementation, Plan, plan
+from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
@@ -82,7 +82,7 @@ def train(
                 step += 1
                 result = train_step(
                     step, config, runtime, networks, loader, wrap=hang_detector.wrap, before_update=saver.wait_until_copied,
-                    stop_request=requests.stop_code,
+                    stop_request=requests.code,
                 )  # fmt: skip
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | saver.scalars() | observers.after_step(result)
@@ -108,8 +108,8 @@ def _plan(config: Config, runtime: Runtime) -> Plan:
     if runtime.rank == 0:
         log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
-    implementation: Implementation = "cpu_kernels" if not on_gpu and is_enabled(runtime.dtype) else "reference"
-    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, implementation=implementation)
+    kernels = not on_gpu and usable(runtime.dtype)
+    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, kernels=kernels)
     logger.info(start_summary(planned, on_gpu))
     return planned
 
@@ -124,7 +124,7 @@ def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Lo
         CheckpointError: if they differ in a way that is not accepted.
     """
     if start.source is not None and (saved := saved_state(start.source)) is not None:
-        check_resume(config, start.source, saved, runtime.world_size, accepted, runtime.description["dtype"])
+        check_resume(config, start.source, saved, runtime.world_size, accept_changes, runtime.description["dtype"])
     if start.data:
         check_state(start.data, loader.state_dict(start.slot), accepted)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from streamtrain.config.load import build
@@ -126,3 +130,17 @@ def test_a_failing_tracker_is_logged_once_with_a_traceback_and_disabled(
     assert record.message == "EventWriter failed and is disabled for the rest of this run" and record.exc_info
     assert not sink.has_trackers
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_tensorflow_is_not_imported_where_it_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    code = (
+        "import sys; from pathlib import Path; from streamtrain.config.tree import Config\n"
+        "from streamtrain.reporting.tensorboard import EventWriter, latest_images\n"
+        "writer = EventWriter(Path(sys.argv[1]), 0, Config()); writer.scalars(1, {'loss/total': 1.0}); writer.close()\n"
+        "assert latest_images(Path(sys.argv[1])) == {}"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", code, str(tmp_path / "tensorboard")]
+    done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
