@@ -165,7 +165,7 @@ def _explain_missing(set_dir: Path) -> str:
     if not set_dir.is_dir():
         return f"{set_dir} is a file, not a shard set; give the folder that contains {FILE_NAME}"
     if (set_dir / JOURNAL_NAME).exists():
-        return f"{set_dir} is not a finished shard set; re-run the same make_shards command to resume"
+        return f"{set_dir} is not a finished shard set; re-run the same streamtrain pack command to resume"
     if next(set_dir.glob("*.tar"), None) is not None:
-        return f"{set_dir} has tars but no {FILE_NAME}; index them: tools/index_shards.py --src {set_dir} --out SET"
-    return f"{set_dir} is not a shard set: it has no {FILE_NAME}; make one with tools/make_shards.py"
+        return f"{set_dir} has tars but no {FILE_NAME}; index them: streamtrain index --src {set_dir} --out SET"
+    return f"{set_dir} is not a shard set: it has no {FILE_NAME}; make one with streamtrain pack"

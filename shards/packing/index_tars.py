@@ -140,7 +140,7 @@ def _tars_of(source: str) -> list[str]:
 def _refuse_compressed(location: str) -> None:
     refuse_zstd(location)
     if is_compressed_tar(location):
-        raise ShardError(f"--src {location} is compressed, so single images cannot be read; use tools/make_shards.py")
+        raise ShardError(f"--src {location} is compressed, so single images cannot be read; use streamtrain pack")
 
 
 def _index_one(out: Path, task: tuple[str, str]) -> _IndexedTar:

@@ -118,6 +118,6 @@ class Quarantine:
         log = "" if self.path is None else f"; all are listed in {self.path}"
         return (
             f"{self.num_entries} unusable images in {self._num_slots} slots, far above the allowed share of "
-            f"{self.max_rate:g}; check the set with tools/verify_shards.py; the latest: shard {latest.shard}, "
+            f"{self.max_rate:g}; check the set with streamtrain verify; the latest: shard {latest.shard}, "
             f"sample {latest.index} (key {latest.key!r}): {latest.reason}{log}"
         )

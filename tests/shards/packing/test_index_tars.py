@@ -119,7 +119,7 @@ def test_command_prints_errors_in_one_line(tmp_path: Path) -> None:
         ("pipe:cat good.tar", "pipe: runs shell commands"),
         (str(tmp_path / "bad.tar"), "bad.tar is"),
         ("", "--src is empty"),
-        ("good.tar.gz", "good.tar.gz is compressed, so single images cannot be read; use tools/make_shards.py"),
+        ("good.tar.gz", "good.tar.gz is compressed, so single images cannot be read; use streamtrain pack"),
         ("file:///nowhere/good.tar.gz", "good.tar.gz is compressed"),
         ("good.tar.zst", "zstd is not supported"),
         ("packed/set", "packed/set already is a shard set"),
