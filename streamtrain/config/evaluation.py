@@ -17,8 +17,9 @@ class EvaluationConfig(Section):
 
     every: Steps = free(1000, "Steps between two evaluations; 0: never.")
     evaluators: tuple[Literal["knn", "linear", "patches"], ...] = free(
-        ("knn",), "k-NN (knn) or linear classification, or retrieval of an enlarged, mirrored view's patches (patches)."
-    )
+        ("knn",), "Classification by k-NN (knn) or a linear layer (linear), and retrieval of the patches of an "
+        "enlarged, mirrored view (patches).",
+    )  # fmt: skip
     train: str | None = free(
         None, "Labelled training images: a shard set or a folder of class subfolders; null: data.shards if labelled."
     )
