@@ -168,7 +168,7 @@ def open_shard_set(config: Config) -> AnySet:
         ShardError: a shard set is missing or incomplete.
     """
     if not config.data.shards:
-        raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
+        raise ConfigError("data.shards is not set; pack images with streamtrain pack and give data.shards=SET")
     return _open(config.data)
 
 

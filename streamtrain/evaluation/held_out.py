@@ -1,4 +1,4 @@
-"""The images that a run is tried on while it trains; free of torch, so that a wrong path is told at once."""
+"""The labelled images for evaluation while training; imports no torch, so that a wrong path fails at once."""
 
 from __future__ import annotations
 
@@ -13,54 +13,56 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.tree import Config
 from streamtrain.evaluation.images import LabelledImages, images_of_set, match_classes, open_images, split_images
 
-# of train, how many images of test
+# train images per test image
 TEST_SHARE = 4
 _PURPOSE = "evaluation/held out"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labelled images to learn from and to predict."""
+    """Labelled images: a train and a test set."""
 
     train: LabelledImages
     test: LabelledImages
 
 
 def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
-    """The images of ``evaluation``, or None and why there are none.
+    """Return the images that ``evaluation`` selects, or None and the reason.
 
     Raises:
-        ShardError, StreamtrainError: a set that is named is not there, or has no labels.
+        ShardError, StreamtrainError: if a named set is missing or has no labels.
     """
     evaluation = config.evaluation
     if evaluation.train is not None:
         train = open_images(Path(evaluation.train).expanduser())
         if evaluation.test is not None:
             test = match_classes(train, open_images(Path(evaluation.test).expanduser()))
-            return HeldOut(drawn(train, evaluation.images), drawn(test, evaluation.images // TEST_SHARE)), ""
-        return _split(drawn(train, evaluation.images + evaluation.images // TEST_SHARE)), ""
+            return HeldOut(
+                sample_images(train, evaluation.images), sample_images(test, evaluation.images // TEST_SHARE)
+            ), ""
+        return _split(sample_images(train, evaluation.images + evaluation.images // TEST_SHARE)), ""
     if isinstance(shard_set, JoinedSet) or shard_set.is_remote:
         return None, "data.shards is not one local set"
-    places = stratified(shard_set.num_samples, evaluation.images + evaluation.images // TEST_SHARE)
-    images = images_of_set(shard_set, places)
+    indices = stratified_indices(shard_set.num_samples, evaluation.images + evaluation.images // TEST_SHARE)
+    images = images_of_set(shard_set, indices)
     if (images.labels < 0).any() or len(set(images.labels.tolist())) < 2:
         return None, "data.shards has no labels"
     return (_split(images), "") if len(images) > TEST_SHARE else (None, "data.shards has too few images")
 
 
 def first_images(shard_set: AnySet, count: int) -> LabelledImages:
-    """A few images of a set, or of the first of several sets, whatever their labels."""
+    """Return a few images of a set, or of the first of several sets, labelled or not."""
     one: ShardSet = shard_set.members[0] if isinstance(shard_set, JoinedSet) else shard_set
-    return images_of_set(one, stratified(one.num_samples, count))
+    return images_of_set(one, stratified_indices(one.num_samples, count))
 
 
-def drawn(images: LabelledImages, count: int) -> LabelledImages:
-    """At most ``count`` of the images, spread over all of them."""
-    return images if len(images) <= count else images.subset(stratified(len(images), count), images.name)
+def sample_images(images: LabelledImages, count: int) -> LabelledImages:
+    """Return at most ``count`` of the images, spread over all of them."""
+    return images if len(images) <= count else images.subset(stratified_indices(len(images), count), images.name)
 
 
-def stratified(total: int, count: int) -> np.ndarray:
-    """About ``count`` of ``range(total)``, never more, in order: one drawn from each of as many equal parts; int64."""
+def stratified_indices(total: int, count: int) -> np.ndarray:
+    """Return at most ``count`` ascending indices below ``total``, int64: one drawn from each of equal parts."""
     if total <= count:
         return np.arange(total)
     draws = uniforms(0, _PURPOSE, np.arange(count), 1)[:, 0]

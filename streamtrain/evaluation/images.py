@@ -1,4 +1,4 @@
-"""Labelled images to evaluate on: a shard set with labels, or a folder of class subfolders."""
+"""Labelled images for evaluation: a shard set with labels, or a folder of class subfolders."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """N images that can be read one by one, from any thread.
+    """N images that can be read individually, from any thread.
 
     Attributes:
-        name: where they come from, for messages.
-        labels: int64 [N], positions in ``classes`` where there are names.
+        name: of the set, for messages.
+        labels: int64 [N], indices into ``classes`` if it is not empty.
         classes: the label names; may be empty.
-        read: the encoded bytes of image i, and a name for messages.
+        read: returns the encoded bytes of image i, and its name for messages.
     """
 
     name: str
@@ -47,16 +47,16 @@ class LabelledImages:
         return decode_image(*self.read(index))
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
-        """The images at ``indices``."""
+        """Return the images at ``indices``."""
         return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
 
     def lenient(self) -> LabelledImages:
-        """The same, with a grey image in the place of each that cannot be read or decoded."""
+        """Return the same images, with a grey one instead of each that cannot be read or decoded."""
         return _Lenient(self.name, self.labels, self.classes, self.read)
 
 
 class _Lenient(LabelledImages):
-    """What a run is tried on, which one damaged image must not end."""
+    """Images for evaluation while training, which a damaged image must not stop."""
 
     def decode(self, index: int) -> Image.Image:
         try:
@@ -66,7 +66,7 @@ class _Lenient(LabelledImages):
 
 
 def open_images(path: Path) -> LabelledImages:
-    """Open a shard set or a class folder; images of a folder stand in order of class and file name.
+    """Open a shard set, or a class folder, whose images are sorted by class and file name.
 
     Raises:
         StreamtrainError: if ``path`` is neither, is empty, or has no labels.
@@ -84,7 +84,7 @@ def open_images(path: Path) -> LabelledImages:
 
 
 def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """A fixed split into train and test: a fifth, drawn from the number of images alone, is test.
+    """Split into train and test; the fifth that is test depends on the number of images only.
 
     Raises:
         StreamtrainError: if there are too few images to split.
@@ -98,7 +98,7 @@ def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages
 
 
 def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages:
-    """``test`` with its labels in the numbering of ``train``, matched by class names where both have them.
+    """Return ``test`` with the label numbers of ``train``, matched by class names if both sets have them.
 
     Raises:
         StreamtrainError: if ``test`` has a class that ``train`` lacks.
@@ -122,9 +122,9 @@ def _open_folder(path: Path) -> LabelledImages:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
-        files += found
-        labels += [label] * len(found)
+        images = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        files += images
+        labels += [label] * len(images)
     if not files:
         loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
         what = "images but no class subfolders" if loose else "no images in class subfolders, nor a manifest.json"
@@ -142,19 +142,19 @@ def _open_shards(path: Path) -> LabelledImages:
     return images_of_set(shard_set, np.arange(shard_set.num_samples))
 
 
-def images_of_set(shard_set: ShardSet, places: np.ndarray) -> LabelledImages:
-    """The images of a set at ``places``, int64 ascending, counted through its shards; without labels, those are -1."""
+def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
+    """Return a set's images at ``indices`` (int64, ascending, counted over all shards); missing labels are -1."""
     ends = np.cumsum(shard_set.sizes)
-    shards = np.searchsorted(ends, places, side="right")
-    samples = places - (ends - shard_set.sizes)[shards]
-    labels = np.full(len(places), -1, np.int64)
+    shards = np.searchsorted(ends, indices, side="right")
+    samples = indices - (ends - shard_set.sizes)[shards]
+    labels = np.full(len(indices), -1, np.int64)
     for shard in np.unique(shards).tolist():
-        here = shards == shard
-        labels[here] = shard_set.records(shard)["label"][samples[here]]
-    where = str(shard_set.path)
+        in_shard = shards == shard
+        labels[in_shard] = shard_set.records(shard)["label"][samples[in_shard]]
+    path = str(shard_set.path)
 
     def read(index: int) -> tuple[bytes, str]:
         shard, sample = int(shards[index]), int(samples[index])
-        return shard_set.read(shard, sample), f"sample {sample} of {where}/shards/{shard_set.name(shard)}"
+        return shard_set.read(shard, sample), f"sample {sample} of {path}/shards/{shard_set.name(shard)}"
 
-    return LabelledImages(where, labels, shard_set.classes, read)
+    return LabelledImages(path, labels, shard_set.classes, read)

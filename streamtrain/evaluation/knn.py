@@ -20,13 +20,13 @@ TEMPERATURE = 0.07
 
 
 def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
-    """The ``count`` rows of ``bank`` with the largest dot product with each query, best first.
+    """Find the ``count`` rows of ``bank`` with the largest dot product with each query, best first.
 
     Args:
         queries: [M, D].
         bank: [N, D]; N >= ``count``.
-        count: neighbours wanted.
-        chunk_bytes: bytes of similarities held at a time.
+        count: neighbours per query.
+        chunk_bytes: bytes of similarities in memory at a time.
 
     Returns:
         similarities [M, count] and rows of the bank int64 [M, count].
@@ -50,7 +50,7 @@ def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28)
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's part of labelled features; every rank has as many rows, those beyond the images of label -1."""
+    """This rank's part of labelled features; all ranks have the same number of rows, padded with label -1."""
 
     # [n, dim]
     features: Tensor
@@ -66,7 +66,7 @@ def knn_predict(
     temperature: float = TEMPERATURE,
     chunk_bytes: int = 2**28,
 ) -> dict[int, Tensor]:
-    """Predicted labels int64 [M] of ``test_features`` [M, D] for each number of neighbours.
+    """Predict the labels int64 [M] of ``test_features`` [M, D] for each number of neighbours.
 
     Features need not be normalised. A number of neighbours above N counts as N.
     """
@@ -82,15 +82,15 @@ def knn_predict_over_ranks(
     temperature: float = TEMPERATURE,
     chunk_bytes: int = 2**28,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """As ``knn_predict``, where each rank holds a part; all ranks get all predictions and the labels.
+    """Predict as ``knn_predict`` with features spread over ranks; all ranks get all predictions and the labels.
 
-    Each rank seeks the neighbours among its own rows only; those of all ranks, of which there are few, are joined.
+    Each rank searches its own rows only; the few best of every rank are gathered and merged.
     """
-    ours = train.labels >= 0
-    bank, labels = F.normalize(train.features[ours], dim=1), train.labels[ours]
+    is_image = train.labels >= 0
+    bank, labels = F.normalize(train.features[is_image], dim=1), train.labels[is_image]
     queries = gather_rows(F.normalize(test.features, dim=1), None)
-    wanted = gather_rows(test.labels, None)
-    queries, wanted = queries[wanted >= 0], wanted[wanted >= 0]
+    expected = gather_rows(test.labels, None)
+    queries, expected = queries[expected >= 0], expected[expected >= 0]
     classes = int(max_over_ranks(train.labels.max()[None], None)) + 1
     most = max(neighbours)
     predictions: dict[int, list[Tensor]] = {count: [] for count in neighbours}
@@ -105,14 +105,14 @@ def knn_predict_over_ranks(
         votes = _vote(similarities[:, :most], found[:, :most], classes, neighbours, temperature)
         for count, guess in votes.items():
             predictions[count].append(guess)
-    return {count: torch.cat(parts) for count, parts in predictions.items()}, wanted
+    return {count: torch.cat(parts) for count, parts in predictions.items()}, expected
 
 
 def _vote(
     similarities: Tensor, labels: Tensor, classes: int, neighbours: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
-    """The winner for each number of neighbours, of ``similarities`` and ``labels`` [M, k], best first."""
-    # The best similarity is taken out of the exponent: no overflow at any temperature, and no change of the winner.
+    """Return the winning label for each number of neighbours; ``similarities`` and ``labels`` [M, k], best first."""
+    # subtracting the best similarity avoids overflow at any temperature and does not change the winner
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(labels), classes)
     predictions = {}
@@ -131,6 +131,6 @@ def knn_accuracy(
     temperature: float = TEMPERATURE,
     chunk_bytes: int = 2**28,
 ) -> dict[int, float]:
-    """Share of ``test_labels`` predicted rightly, for each number of neighbours."""
+    """Return the accuracy for each number of neighbours."""
     predictions = knn_predict(train_features, train_labels, test_features, neighbours, temperature, chunk_bytes)
     return {count: float((guess == test_labels).double().mean()) for count, guess in predictions.items()}

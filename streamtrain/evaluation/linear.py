@@ -1,4 +1,4 @@
-"""Linear probe on frozen features: many learning rates trained at once, the best chosen on held-out training data."""
+"""Linear probe on frozen features: all learning rates in one training, the best chosen on held-out training data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PURPOSE = "evaluation/linear"
 
 @dataclass(frozen=True)
 class LinearResult:
-    """Share of the test labels predicted rightly by the probe whose learning rate did best on held-out data."""
+    """Test accuracy of the probe whose learning rate has the highest accuracy on held-out training data."""
 
     accuracy: float
     learning_rate: float
@@ -36,17 +36,17 @@ def linear_accuracy(
     seed: int = 0,
     report: Callable[[int], object] | None = None,
 ) -> LinearResult:
-    """Train linear classifiers on features [N, D] by SGD with momentum and a cosine to zero; test the best.
+    """Train linear classifiers by SGD with momentum and a cosine schedule, and return the test accuracy of the best.
 
-    A tenth of the training data, never of the test data, chooses the learning rate. Features are
-    standardised by the training data's mean and deviation, so that one grid serves every network.
+    A tenth of the training data, never of the test data, chooses the learning rate. Features are standardised by the
+    mean and deviation of the training data, so that one grid of learning rates suits every network.
 
     Args:
         train_features, test_features: fp32 [N, D], [M, D].
         train_labels, test_labels: int64 [N], [M].
-        learning_rates: the grid; its classifiers are trained together.
+        learning_rates: one classifier per value, all trained together.
         epochs, batch_size, seed: of the training.
-        report: called with the epochs done after each.
+        report: called after each epoch with the number of epochs done.
     """
     mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
@@ -66,7 +66,7 @@ def linear_accuracy(
             progress = (epoch * batches + index) / (epochs * batches)
             scale = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi))).item()
             features = train[rows]
-            # The gradient of mean cross-entropy of every classifier of the grid, in closed form.
+            # gradient of the mean cross-entropy of all classifiers, in closed form
             error = (features @ weight + bias).softmax(-1) - F.one_hot(train_labels[rows], num_classes)
             gradients = (features.T @ error / len(rows), error.mean(1, keepdim=True))
             for (value, velocity), gradient in zip(state, gradients, strict=True):
@@ -82,8 +82,8 @@ def linear_accuracy(
 
 
 def _accuracies(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[G] accuracies of the G classifiers, in pieces of bounded memory."""
+    """Return the accuracies [G] of the G classifiers, in chunks of bounded memory."""
     right = torch.zeros(len(weight), dtype=torch.float64, device=features.device)
-    for part, wanted in zip(features.split(4096), labels.split(4096), strict=True):
-        right += ((part @ weight + bias).argmax(-1) == wanted).double().sum(-1)
+    for part, expected in zip(features.split(4096), labels.split(4096), strict=True):
+        right += ((part @ weight + bias).argmax(-1) == expected).double().sum(-1)
     return right / len(features)

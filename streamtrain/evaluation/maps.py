@@ -62,11 +62,16 @@ def cls_attention(
     for block in blocks:
         tokens = block(tokens, layout, [table])
     assert isinstance(last, Block)
-    # Computed from the block's input: fused kernels never form the attention weights.
-    qkv = layout.views(last.attention.qkv(last.norm1(tokens)))[0].unflatten(-1, (3, last.attention.num_heads, -1))
-    rotated = rotate(qkv[:, :, :2], table).float()
-    query, keys = rotated[0, 0, 0], rotated[0, :, 1]  # CLS query [heads, d], all keys [tokens, heads, d]
-    scores = torch.einsum("hd,thd->ht", query, keys) * query.shape[-1] ** -0.5
+    # Computed from the block's input and weights: fused kernels never form the attention weights.
+    norm, weight, bias, dim = last.norm1, last.attention.qkv.weight, last.attention.qkv.bias, tokens.shape[-1]
+    normed = F.layer_norm(tokens, (dim,), norm.weight, norm.bias, norm.eps)
+    query = F.linear(normed, weight[:dim], None if bias is None else bias[:dim])
+    has_key_bias = bias is not None and len(bias) == 3 * dim
+    key = F.linear(normed, weight[dim : 2 * dim], bias[dim : 2 * dim] if has_key_bias else None)
+    pairs = torch.stack([query, key], 1).unflatten(-1, (-1, model.rope.head_dim))
+    rotated = rotate(pairs[None], table)[0].float()
+    query, key = rotated[0, 0], rotated[:, 1]  # of CLS [heads, d], of all tokens [tokens, heads, d]
+    scores = torch.einsum("hd,thd->ht", query, key) * model.rope.head_dim**-0.5
     return scores.softmax(-1)[:, layout.num_prefix :].unflatten(1, group.grid).cpu().numpy()
 
 

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: every rank embeds its part of the images with the sharded teacher."""
+"""Evaluation while training: every rank embeds its part of the images with the sharded teacher."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from streamtrain.evaluation.held_out import HeldOut
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
-from streamtrain.evaluation.retrieval import matched, second_view
+from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.model.vit import Features
 from streamtrain.objective.distributed import gather_rows, sum_over_ranks
 
-# images of a rank whose patches are sought in another view of them
+# images per rank for patch retrieval
 RETRIEVED = 64
-# images of a rank that the projector shows, and the side of their thumbnails
+# images per rank in the projector, and the side of their thumbnails in pixels
 SHOWN, THUMBNAIL = 400, 32
 
-# uint8 [images, side, side, 3] to their features; all ranks call it alike
+# uint8 [images, side, side, 3] to features; a collective call of all ranks
 Embed = Callable[[Tensor], Features]
-# lets each item through, as a sign of life
-Beating = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+# passes items on and resets the watchdog at each
+KeepAlive = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 
 
 class Study:
-    """The network as it is now and the images; features are computed once, for whoever asks first.
+    """The current network and the images; features are computed at first use and cached.
 
-    Whatever is asked for is asked for by all ranks.
+    All methods and properties are collective: every rank uses them in the same order.
     """
 
     def __init__(
@@ -49,58 +49,58 @@ class Study:
         world_size: int,
         device: torch.device,
         workers: int,
-        beating: Beating,
+        keep_alive: KeepAlive,
     ) -> None:
         self.embed, self.images, self.config, self.rank, self.world_size = embed, images, config, rank, world_size
-        self.device, self._workers, self._beating = device, workers, beating
+        self.device, self._workers, self._keep_alive = device, workers, keep_alive
 
     @cached_property
     def train(self) -> Rows:
-        """Features of the images to learn from."""
+        """Return the features of the train images."""
         assert self.images is not None
         return self._rows(self.images.train)
 
     @cached_property
     def test(self) -> Rows:
-        """Features of the images to predict."""
+        """Return the features of the test images."""
         assert self.images is not None
         return self._rows(self.images.test)
 
     def own(self, images: LabelledImages) -> LabelledImages:
-        """This rank's part, as many on each rank: the last ones are repeated where the images do not divide."""
+        """Return this rank's part; the last image is repeated so that all parts have the same length."""
         count = -(-len(images) // self.world_size)
         indices = self.rank + self.world_size * np.arange(count)
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
 
     def crops(self, images: LabelledImages) -> Iterator[Tensor]:
-        """uint8 [B, side, side, 3] of the images, at the size of the global crops, on the CPU."""
+        """Yield batches uint8 [B, side, side, 3] of the images at the size of the global crops, on the CPU."""
         size, batch = self.config.crops.global_size, self.config.crops.global_count * self.config.data.micro_batch
-        yield from self._beating(crop_batches(images.lenient(), size, size, batch, self._workers))
+        yield from self._keep_alive(crop_batches(images.lenient(), size, size, batch, self._workers))
 
     def _rows(self, images: LabelledImages) -> Rows:
         own = self.own(images)
         features = [self.embed(crops.to(self.device)).cls.float() for crops in self.crops(own)]
         labels = torch.from_numpy(own.labels).clone()
-        # what stands in for images that this rank lacks
+        # repeated images are padding
         labels[(len(images) - self.rank + self.world_size - 1) // self.world_size :] = -1
         return Rows(torch.cat(features), labels.to(self.device))
 
 
 class Evaluator(Protocol):
-    """One way to measure a network; called by all ranks, which get the same figures."""
+    """A measurement of a network: called by all ranks, returns the same values on all."""
 
     def __call__(self, study: Study) -> dict[str, float]: ...
 
 
 def knn(study: Study) -> dict[str, float]:
-    """Accuracy of weighted nearest neighbours."""
-    predictions, wanted = knn_predict_over_ranks(study.train, study.test)
-    return {f"knn_{count}": float((guess == wanted).double().mean()) for count, guess in predictions.items()}
+    """Return the accuracy of weighted nearest neighbours."""
+    predictions, expected = knn_predict_over_ranks(study.train, study.test)
+    return {f"knn_{count}": float((guess == expected).double().mean()) for count, guess in predictions.items()}
 
 
 def linear(study: Study) -> dict[str, float]:
-    """Accuracy of linear classifiers, all learning rates at once; rank 0 trains them, the others wait."""
-    train, test = (_gathered(rows) for rows in (study.train, study.test))
+    """Return the accuracy of a linear probe; rank 0 trains it while the others wait."""
+    train, test = (_gather(rows) for rows in (study.train, study.test))
     score = torch.zeros(1, dtype=torch.float64, device=study.device)
     if study.rank == 0:
         score += linear_accuracy(*train, *test).accuracy
@@ -108,14 +108,14 @@ def linear(study: Study) -> dict[str, float]:
 
 
 def patches(study: Study) -> dict[str, float]:
-    """Share of the patches of a second view that find where they came from."""
+    """Return the share of patches of a second view whose nearest neighbour is their origin."""
     assert study.images is not None
     few = study.own(study.images.test)
     counts = torch.zeros(2, dtype=torch.float64, device=study.device)
     for crops in study.crops(few.subset(np.arange(min(len(few), RETRIEVED)), few.name)):
         first, second = (study.embed(view.to(study.device)).patches for view in (crops, second_view(crops)))
-        found = matched(first, second)
-        counts += torch.tensor([float(found.sum()), found.numel()], dtype=torch.float64, device=study.device)
+        is_match = match_patches(first, second)
+        counts += torch.tensor([float(is_match.sum()), is_match.numel()], dtype=torch.float64, device=study.device)
     right, total = sum_over_ranks(counts, None).tolist()
     return {"patch_retrieval": right / total}
 
@@ -125,7 +125,7 @@ EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": pat
 
 
 class OnlineEvaluation:
-    """Runs the evaluators that are chosen, at their interval and within their share of the time."""
+    """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class OnlineEvaluation:
         device: torch.device,
         workers: int,
     ) -> None:
-        """``images``: None where there are none, and nothing is evaluated."""
+        """``images``: None if there are none, so that nothing is evaluated."""
         self._config, self._images = config, images
         self._rank, self._world_size, self._device, self._workers = rank, world_size, device, workers
         self._began, self._seconds, self._max_share = time.monotonic(), 0.0, config.evaluation.max_share
@@ -144,36 +144,36 @@ class OnlineEvaluation:
 
     @property
     def share(self) -> float:
-        """Of this start's time so far, spent here."""
+        """Return the share of the time since the start that evaluation has taken."""
         return self._seconds / max(time.monotonic() - self._began, 1e-9)
 
-    def run(self, embed: Embed, beating: Beating) -> dict[str, float]:
-        """The figures by tag; none where the evaluations so far have taken more than their share.
+    def run(self, embed: Embed, keep_alive: KeepAlive) -> dict[str, float]:
+        """Return metrics by tag; none if the evaluations so far have taken more than their share of the time.
 
-        ``study`` is the last one afterwards, with what it has computed.
+        ``study`` is set to the study of this evaluation, with its cached features.
         """
-        if self._images is None or not self._config.evaluation.evaluators or self._over():
+        if self._images is None or not self._config.evaluation.evaluators or self._is_over_budget():
             return {}
         began = time.monotonic()
         study = Study(
-            embed, self._images, self._config, self._rank, self._world_size, self._device, self._workers, beating
+            embed, self._images, self._config, self._rank, self._world_size, self._device, self._workers, keep_alive
         )
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for name in self._config.evaluation.evaluators:
-            found |= EVALUATORS[name](study)
+            results |= EVALUATORS[name](study)
         self.study = study
         seconds = time.monotonic() - began
         self._seconds += seconds
-        figures = {f"eval/{name}": value for name, value in found.items()}
+        figures = {f"eval/{name}": value for name, value in results.items()}
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
 
     def improved(self, value: float, best: float | None) -> bool:
-        """Whether ``value`` is higher than ``best``, as rank 0 finds; all ranks are told."""
-        # the last digits may be each rank's own, but all have to save, or none
+        """Return on all ranks whether ``value`` is higher than ``best`` on rank 0."""
+        # the last digits may differ between ranks, but either all save or none does
         return self._of_rank_0(math.isfinite(value) and (best is None or value > best))
 
     def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
-        """For the projector: this rank's test features [N, D] of the last study, with class names and thumbnails."""
+        """Return for the projector this rank's test features [N, D] of the last study, class names and thumbnails."""
         study = self.study
         if study is None or study.images is None or "test" not in vars(study):
             return None
@@ -184,24 +184,25 @@ class OnlineEvaluation:
         names = [few.classes[label] if few.classes else str(label) for label in few.labels.tolist()]
         return study.test.features[:count].cpu(), names, torch.cat(list(pictures))
 
-    def _over(self) -> bool:
-        """Whether rank 0, by whose clock all go, has spent too much; the first time is free."""
+    def _is_over_budget(self) -> bool:
+        """Return whether rank 0, whose clock decides, has spent too much time; the first evaluation always runs."""
         return self._of_rank_0(self._seconds > 0 and self.share > self._max_share)
 
-    def _of_rank_0(self, answer: bool) -> bool:
-        said = torch.full((1,), float(answer and self._rank == 0), device=self._device)
-        return bool(sum_over_ranks(said, None))
+    def _of_rank_0(self, value: bool) -> bool:
+        """Return rank 0's ``value`` on all ranks."""
+        flag = torch.full((1,), float(value and self._rank == 0), device=self._device)
+        return bool(sum_over_ranks(flag, None))
 
 
-def _gathered(rows: Rows) -> tuple[Tensor, Tensor]:
-    """All ranks' rows."""
+def _gather(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of all ranks."""
     features, labels = gather_rows(rows.features, None), gather_rows(rows.labels, None)
     return features[labels >= 0], labels[labels >= 0]
 
 
 def embed_maps(embed: Embed, images: Sequence[Tensor], patch_size: int) -> list[Tensor]:
-    """Normalised patch features fp32 [h, w, D], on the CPU, of images uint8 [height, width, 3], all of one size."""
+    """Return normalised patch features fp32 [h, w, D], on the CPU, of images uint8 [height, width, 3] of one size."""
     stacked = torch.stack(list(images))
     grid = (stacked.shape[1] // patch_size, stacked.shape[2] // patch_size)
-    patches_found = F.normalize(embed(stacked).patches.float(), dim=-1)
-    return [one.unflatten(0, grid).cpu() for one in patches_found]
+    features = F.normalize(embed(stacked).patches.float(), dim=-1)
+    return [one.unflatten(0, grid).cpu() for one in features]

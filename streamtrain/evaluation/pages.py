@@ -29,7 +29,7 @@ def pca_page(
         components: float [h, w, 3] in 0..1 for each image.
         subtitle: line below the title.
         smooth: interpolate between patches.
-        foreground: the components are those of the foreground's patches.
+        foreground: ``components`` cover the foreground patches only.
     """  # fmt: skip
     maps = [
         Tile(np.rint(values * 255).astype(np.uint8), image.size, smooth=smooth)

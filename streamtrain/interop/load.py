@@ -49,6 +49,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
+        self.eval()
 
     def preprocess(self, images: ImageSource | Sequence[ImageSource], size: int | None = None) -> Tensor:
         """Return images as the network's input.

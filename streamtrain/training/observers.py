@@ -20,7 +20,7 @@ from streamtrain.data.still_images import centre_crop
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.held_out import drawn, first_images, held_out
+from streamtrain.evaluation.held_out import first_images, held_out, sample_images
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
@@ -175,7 +175,7 @@ class Observer:
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if test is None and shard_set.is_remote:
             return []
-        shown = (drawn(test, count) if test is not None else first_images(shard_set, count)).lenient()
+        shown = (sample_images(test, count) if test is not None else first_images(shard_set, count)).lenient()
         return [centre_crop(shown.decode(index), size, size) for index in range(len(shown))]
 
     def _show_maps(self, step: int) -> None:

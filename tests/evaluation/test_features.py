@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return class_folder(tmp_path_factory.mktemp("images") / "set")
 
 
-def test_features_are_those_of_each_image_alone_in_order(folder: Path) -> None:
+def test_batches_do_not_change_the_features(folder: Path) -> None:
     images = open_images(folder)
     backbone = tiny_backbone()
     features, labels = extract_features(backbone.model, images, size=32, mean=MEAN, std=STD, batch_size=7, workers=3)
@@ -52,7 +52,7 @@ def test_pixels_as_features(folder: Path) -> None:
     assert features.abs().max() < 3
 
 
-def test_split_is_fixed_disjoint_and_whole(folder: Path) -> None:
+def test_split_is_fixed_disjoint_and_complete(folder: Path) -> None:
     images = open_images(folder)
     train, test = split_images(images)
     again, _ = split_images(open_images(folder))
@@ -71,7 +71,7 @@ def test_classes_are_matched_by_name(folder: Path, tmp_path: Path) -> None:
         match_classes(train, stranger)
 
 
-def test_what_cannot_be_evaluated_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
+def test_each_error_is_one_line(folder: Path, tmp_path: Path) -> None:
     empty, loose = tmp_path / "empty", tmp_path / "loose"
     empty.mkdir()
     loose.mkdir()

@@ -10,14 +10,14 @@ from tiny_backbone import class_folder
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.held_out import first_images, held_out, stratified
+from streamtrain.evaluation.held_out import first_images, held_out, stratified_indices
 
 
 def config(**evaluation: object) -> Config:
     return build({"evaluation": evaluation})
 
 
-def test_a_labelled_set_is_split_and_an_unlabelled_one_says_why_not(tmp_path: Path) -> None:
+def test_a_labelled_set_is_split_and_an_unlabelled_one_has_a_reason(tmp_path: Path) -> None:
     labelled = packed_set(tmp_path / "a", 60, ("x", "y"), shard_bytes=5_000)
     found, why = held_out(config(images=20), labelled)
     assert found is not None and not why
@@ -31,7 +31,7 @@ def test_a_labelled_set_is_split_and_an_unlabelled_one_says_why_not(tmp_path: Pa
     assert len(first_images(unlabelled, 3)) == 3
 
 
-def test_named_sets_are_used_and_must_have_labels(tmp_path: Path) -> None:
+def test_named_sets_must_have_labels(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path / "a", 8)
     folder, test = class_folder(tmp_path / "train", each=20), class_folder(tmp_path / "test", each=3)
     found, _ = held_out(config(train=str(folder), test=str(test), images=24), shard_set)
@@ -42,13 +42,13 @@ def test_named_sets_are_used_and_must_have_labels(tmp_path: Path) -> None:
 
 
 def test_strata_are_ascending_and_spread() -> None:
-    places = stratified(10_000_000_000, 100)
-    assert len(places) == 100 and (np.diff(places) > 0).all() and np.diff(places).max() < 2.01e8
-    assert stratified(5, 9).tolist() == [0, 1, 2, 3, 4]
-    assert len(set(stratified(11, 10).tolist())) == len(stratified(11, 10)) <= 10
+    indices = stratified_indices(10_000_000_000, 100)
+    assert len(indices) == 100 and (np.diff(indices) > 0).all() and np.diff(indices).max() < 2.01e8
+    assert stratified_indices(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert len(set(stratified_indices(11, 10).tolist())) == len(stratified_indices(11, 10)) <= 10
 
 
-def test_a_damaged_image_is_grey(tmp_path: Path) -> None:
+def test_a_damaged_image_is_replaced_by_grey(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "train", each=8)
     (folder / "down" / "003.png").write_bytes(b"no image")
     shard_set = packed_set(tmp_path / "a", 8)

@@ -15,7 +15,7 @@ from streamtrain.evaluation.knn import knn_accuracy, knn_predict, nearest
 def reference(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, neighbours: int, temperature: float
 ) -> np.ndarray:
-    """The definition, one test row at a time in float64."""
+    """Predict by the definition, one test row at a time in float64."""
     train = train / np.linalg.norm(train, axis=1, keepdims=True)
     predictions = []
     for row in test / np.linalg.norm(test, axis=1, keepdims=True):
@@ -35,18 +35,20 @@ def reference(
     classes=st.integers(1, 7),
     chunk_bytes=st.sampled_from([1, 4000, 2**28]),
 )
-def test_equals_the_definition(seed: int, num_train: int, num_test: int, classes: int, chunk_bytes: int) -> None:
+def test_predictions_equal_the_definition(
+    seed: int, num_train: int, num_test: int, classes: int, chunk_bytes: int
+) -> None:
     rng = np.random.default_rng(seed)
     train, test = rng.normal(size=(num_train, 12)), rng.normal(size=(num_test, 12))
     labels = rng.integers(0, classes, num_train)
     predictions = knn_predict(
         *map(torch.from_numpy, (train, labels, test)), neighbours=(1, 10, 20), chunk_bytes=chunk_bytes
     )
-    for count, found in predictions.items():
-        assert np.array_equal(found.numpy(), reference(train, labels, test, count, 0.07))
+    for count, labels_found in predictions.items():
+        assert np.array_equal(labels_found.numpy(), reference(train, labels, test, count, 0.07))
 
 
-def test_neighbours_are_those_of_the_whole_matrix_whatever_the_pieces() -> None:
+def test_chunks_do_not_change_the_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(200_000, 4, generator=generator)
     queries = torch.randn(7, 4, generator=generator)
@@ -57,14 +59,14 @@ def test_neighbours_are_those_of_the_whole_matrix_whatever_the_pieces() -> None:
 
 
 def clusters(count: int, seed: int, dim: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 [count, dim] of ten classes that overlap, and labels."""
+    """Return features float32 [count, dim] of ten overlapping classes, and labels."""
     centres = np.random.default_rng(0).normal(size=(10, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, count)
     return (centres[labels] + 1.6 * rng.normal(size=(count, dim))).astype(np.float32), labels
 
 
-def test_equals_brute_force_of_scikit_learn() -> None:
+def test_predictions_equal_scikit_learn_by_brute_force() -> None:
     neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
     (train, labels), (test, test_labels) = clusters(20_000, 1), clusters(4000, 2)
     tensors = map(torch.from_numpy, (train, labels, test))
@@ -86,13 +88,13 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     # ranks take every second row
     order = np.concatenate([np.arange(0, 4001, 2), np.arange(1, 4001, 2)])
     for rank in range(2):
-        found = np.load(tmp_path / f"found-{rank}.npz")
-        assert np.array_equal(found["wanted"], test_labels[order])
+        arrays = np.load(tmp_path / f"predictions-{rank}.npz")
+        assert np.array_equal(arrays["expected"], test_labels[order])
         for count in (10, 20):
-            assert np.array_equal(found[f"knn_{count}"], expected[count].numpy()[order])
+            assert np.array_equal(arrays[f"knn_{count}"], expected[count].numpy()[order])
 
 
-def test_scale_of_features_does_not_count_and_fewer_samples_than_neighbours_will_do() -> None:
+def test_feature_scale_is_ignored_and_few_samples_are_enough() -> None:
     generator = torch.Generator().manual_seed(0)
     train, test = torch.randn(8, 5, generator=generator), torch.randn(6, 5, generator=generator)
     labels, test_labels = torch.arange(8) % 2, torch.arange(6) % 2

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_backbone import tiny_backbone
 
-from streamtrain.data.batch import normalise
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import (
     cls_attention,
@@ -20,8 +19,9 @@ from streamtrain.evaluation.maps import (
     principal_components,
     similarity_maps,
 )
+from streamtrain.interop.hf import hf_config
 from streamtrain.interop.load import Backbone
-from streamtrain.model.layers import Block
+from streamtrain.interop.naming import to_hf
 from streamtrain.ops.cpu import build
 
 
@@ -40,49 +40,37 @@ def test_patch_features_are_at_the_positions_of_the_patches() -> None:
     assert divmod(int(difference.argmax()), 7) == (1, 5)
 
 
-def attention_by_probe(backbone: Backbone, image: Image.Image) -> np.ndarray:
-    """Return each head's share of CLS attention on patches, read off the output of the last block's attention."""
-    received: list[torch.Tensor] = []
-    block = backbone.model.blocks[-1]
-    assert isinstance(block, Block)
-    dim, heads = backbone.config.model.dim, backbone.config.model.num_heads
-    inputs = normalise(
-        torch.from_numpy(np.array(image))[None], backbone.config.mean, backbone.config.std, torch.float32
-    )
-    num_tokens = backbone.model.layout([inputs]).length(0)
-
-    def probe(module: torch.nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        values = output.clone()
-        values[:, 2 * dim :] = 0
-        values[backbone.model.num_prefix : num_tokens, 2 * dim :] = 1  # patches have value 1, other tokens 0
-        return values
-
-    block.kernels = False
-    handles = [
-        block.attention.proj.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0][0].clone())),
-        block.attention.qkv.register_forward_hook(probe),
-    ]
-    backbone.model.forward_features(inputs)
-    for handle in handles:
-        handle.remove()
-    block.kernels = True
-    return received[0].reshape(heads, -1)[:, 0].numpy()
+def attention_of_transformers(backbone: Backbone, image: Image.Image) -> np.ndarray:
+    """Return the CLS token's attention to patches in the last block of the same network in transformers."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    described = transformers.DINOv3ViTConfig(**hf_config(backbone.config), attn_implementation="eager")
+    reference = transformers.DINOv3ViTModel(described).eval()
+    saved = to_hf(backbone.model.state_dict())
+    reference.load_state_dict({name: saved[name.removeprefix("model.")] for name in reference.state_dict()})
+    with torch.no_grad():
+        attentions = reference(backbone.preprocess(image), output_attentions=True).attentions
+    return attentions[-1][0, :, 0, backbone.model.num_prefix :].unflatten(1, (4, 4)).numpy()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(
     "fields", [{}, {"depth": 1, "key_bias": True}, {"dim": 128, "num_heads": 2}, {"qkv_bias": False}]
 )
-def test_attention_of_cls_is_that_of_the_block(fields: dict[str, Any], kernels: bool) -> None:
+def test_attention_equals_transformers(fields: dict[str, Any], kernels: bool) -> None:
     backbone = tiny_backbone(**fields)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    # the attention of a fresh network is close to uniform
+    for name, value in backbone.model.named_parameters():
+        if name.endswith("qkv.weight"):
+            value.mul_(10)
+    expected = attention_of_transformers(backbone, image)
     build.use(kernels)
     try:
         maps = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
     finally:
         build.use(True)
-    assert maps.shape == (2, 3, 5) and (maps >= 0).all() and (maps.sum((1, 2)) < 1).all()
-    np.testing.assert_allclose(maps.sum((1, 2)), attention_by_probe(backbone, image), rtol=1e-4)
+    assert maps.shape == (2, 4, 4) and (maps.sum((1, 2)) < 1).all() and expected.std() > 5e-3
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernels", [False, True])

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from streamtrain.evaluation.retrieval import ZOOM, matched, second_view
+from streamtrain.evaluation.retrieval import ZOOM, match_patches, second_view
 
 
-def test_features_that_know_their_place_find_it() -> None:
-    """What a patch shows is the mean place of its pixels in the first view."""
+def test_features_of_the_position_are_matched() -> None:
+    """A patch's feature is the mean position of its pixels in the first view."""
     side, patch = 64, 8
     ramp = np.linspace(0, 255, side)
     image = np.stack([*np.meshgrid(ramp, ramp), np.full((side, side), 90.0)], -1)
@@ -19,13 +19,13 @@ def test_features_that_know_their_place_find_it() -> None:
         x, y = patches[..., 0] / 255 * 3, patches[..., 1] / 255 * 3
         return torch.stack([x.cos(), x.sin(), y.cos(), y.sin()], -1)
 
-    assert matched(features(images), features(second_view(images))).all()
+    assert match_patches(features(images), features(second_view(images))).all()
     generator = torch.Generator().manual_seed(0)
-    by_chance = matched(*(torch.randn(50, 64, 8, generator=generator) for _ in range(2))).double().mean()
+    by_chance = match_patches(*(torch.randn(50, 64, 8, generator=generator) for _ in range(2))).double().mean()
     assert 2 / 64 < by_chance < 12 / 64
 
 
-def test_the_second_view_is_the_middle_mirrored() -> None:
+def test_second_view_is_the_mirrored_middle() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     (view,) = second_view(torch.from_numpy(pixels)[None]).numpy()
     middle = Image.fromarray(pixels[4:36, 4:36]).resize((40, 40), Image.Resampling.BICUBIC)
