@@ -72,7 +72,7 @@ def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, byt
         StreamtrainError: if ``run`` is not a run directory, or has no completed step.
     """
     if not (run / RESOLVED_NAME).is_file():
-        raise StreamtrainError(f"{run} is not a run folder: it has no {RESOLVED_NAME}")
+        raise StreamtrainError(f"{run} is not a run directory: it has no {RESOLVED_NAME}")
     if not records:
         raise StreamtrainError(f"{run} has nothing to report yet: its {METRICS_NAME} has no step")
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=_tag_order)

@@ -104,7 +104,7 @@ def load_backbone(path: str | Path, step: int | str | None = None, which: str = 
     if (path / RESOLVED_NAME).is_file():
         return load_run(path, step, which)
     if step is not None or which != "teacher":
-        raise StreamtrainError(f"step and which choose a checkpoint of a run, and {path} is not a run folder")
+        raise StreamtrainError(f"step and which choose a checkpoint of a run, and {path} is not a run directory")
     return load_weights(path)
 
 

@@ -95,7 +95,7 @@ def test_each_load_error_is_one_line(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model": {"dim": "wide"}}')
     with pytest.raises(StreamtrainError, match=r"model\.dim"):
         load_weights(folder)
-    with pytest.raises(StreamtrainError, match="not a run folder"):
+    with pytest.raises(StreamtrainError, match="not a run directory"):
         load_run(tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_load_backbone_accepts_runs_and_exports(tmp_path: Path) -> None:
         load_backbone(tmp_path / "run", "best")
     folder = tiny_weights(tmp_path / "out")
     assert load_backbone(folder).config.model.dim == 32
-    with pytest.raises(StreamtrainError, match="is not a run folder"):
+    with pytest.raises(StreamtrainError, match="is not a run directory"):
         load_backbone(folder, 5)
 
 
