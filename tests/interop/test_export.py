@@ -28,9 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["hf", "timm", "safetensors"])
-def test_each_format_is_written_and_overwritten(
-    kind: str, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_format_is_written_and_overwritten(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if kind == "hf":
         pytest.importorskip("transformers", reason="transformers is not installed")
     for _ in range(2):
