@@ -28,12 +28,14 @@ class LabelledImages:
         labels: int64 [N], indices into ``classes`` if it is not empty.
         classes: the label names; may be empty.
         read: returns the encoded bytes of image i, and its name for messages.
+        is_lenient: use a grey image instead of one that cannot be read or decoded.
     """
 
     name: str
     labels: np.ndarray
     classes: tuple[str, ...]
     read: Callable[[int], tuple[bytes, str]]
+    is_lenient: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,7 +46,12 @@ class LabelledImages:
         Raises:
             StreamtrainError: if it cannot be decoded; names the image.
         """
-        return decode_image(*self.read(index))
+        try:
+            return decode_image(*self.read(index))
+        except (StreamtrainError, SampleError):
+            if not self.is_lenient:
+                raise
+            return Image.new("RGB", (64, 64), (128, 128, 128))
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
         """Return the images at ``indices``."""
@@ -52,17 +59,7 @@ class LabelledImages:
 
     def lenient(self) -> LabelledImages:
         """Return the same images, with a grey one instead of each that cannot be read or decoded."""
-        return _Lenient(self.name, self.labels, self.classes, self.read)
-
-
-class _Lenient(LabelledImages):
-    """Images for evaluation while training, which a damaged image must not stop."""
-
-    def decode(self, index: int) -> Image.Image:
-        try:
-            return super().decode(index)
-        except (StreamtrainError, SampleError):
-            return Image.new("RGB", (64, 64), (128, 128, 128))
+        return replace(self, is_lenient=True)
 
 
 def open_images(path: Path) -> LabelledImages:

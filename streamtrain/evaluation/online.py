@@ -41,16 +41,9 @@ class Study:
     """
 
     def __init__(
-        self,
-        embed: Embed,
-        images: HeldOut | None,
-        config: Config,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        workers: int,
-        keep_alive: KeepAlive,
-    ) -> None:
+        self, embed: Embed, images: HeldOut | None, config: Config, rank: int, world_size: int, device: torch.device,
+        workers: int, keep_alive: KeepAlive,
+    ) -> None:  # fmt: skip
         self.embed, self.images, self.config, self.rank, self.world_size = embed, images, config, rank, world_size
         self.device, self._workers, self._keep_alive = device, workers, keep_alive
 
@@ -128,13 +121,7 @@ class OnlineEvaluation:
     """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
 
     def __init__(
-        self,
-        config: Config,
-        images: HeldOut | None,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        workers: int,
+        self, config: Config, images: HeldOut | None, rank: int, world_size: int, device: torch.device, workers: int
     ) -> None:
         """``images``: None if there are none, so that nothing is evaluated."""
         self._config, self._images = config, images

@@ -17,6 +17,19 @@ from streamtrain.model.vit import VisionTransformer
 
 MODEL_TYPE = "dinov3_vit"
 BICUBIC = 3  # Pillow's constant
+# keys of DINOv3ViTConfig and the fields of ModelConfig with the same values
+_FIELDS = {
+    "patch_size": "patch_size", "hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+    "num_register_tokens": "num_registers", "layer_norm_eps": "norm_eps", "layerscale_value": "layerscale",
+    "rope_theta": "rope_base", "query_bias": "qkv_bias", "key_bias": "key_bias",
+}  # fmt: skip
+# defaults of DINOv3ViTConfig, which files leave out
+_DEFAULTS = {
+    "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
+    "hidden_act": "gelu", "use_gated_mlp": False, "num_register_tokens": 0, "layer_norm_eps": 1e-5,
+    "layerscale_value": 1.0, "rope_theta": 100.0, "query_bias": True, "key_bias": False, "value_bias": True,
+    "image_size": 224, "proj_bias": True, "mlp_bias": True,
+}  # fmt: skip
 
 
 def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
@@ -54,19 +67,10 @@ def hf_config(config: BackboneConfig) -> dict[str, Any]:
     """Return the arguments of ``DINOv3ViTConfig``."""
     model = config.model
     return {
-        "patch_size": model.patch_size,
-        "hidden_size": model.dim,
+        **{key: getattr(model, field) for key, field in _FIELDS.items()},
         "intermediate_size": model.hidden,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.num_heads,
         "hidden_act": "silu" if model.mlp == "swiglu" else "gelu",
         "use_gated_mlp": model.mlp == "swiglu",
-        "num_register_tokens": model.num_registers,
-        "layer_norm_eps": model.norm_eps,
-        "layerscale_value": model.layerscale,
-        "rope_theta": model.rope_base,
-        "query_bias": model.qkv_bias,
-        "key_bias": model.key_bias,
         "value_bias": model.qkv_bias,
         "image_size": config.image_size,
         "pos_embed_rescale": model.rope_rescale,
@@ -85,14 +89,7 @@ def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[s
     Raises:
         StreamtrainError: for a variant that is not supported.
     """
-    # files leave out values that equal the defaults of the class, repeated here
-    values = {
-        "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
-        "num_attention_heads": 6, "hidden_act": "gelu", "use_gated_mlp": False, "num_register_tokens": 0,
-        "layer_norm_eps": 1e-5, "layerscale_value": 1.0, "rope_theta": 100.0, "query_bias": True,
-        "key_bias": False, "value_bias": True, "image_size": 224, "proj_bias": True, "mlp_bias": True,
-        **document,
-    }  # fmt: skip
+    values: dict[str, Any] = {**_DEFAULTS, **document}
     supported = {
         "hidden_act": "silu" if values["use_gated_mlp"] else "gelu",
         "value_bias": values["query_bias"],
@@ -104,18 +101,9 @@ def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[s
             raise StreamtrainError(f"a DINOv3 ViT with {key} {values[key]!r} is not supported, only {value!r}")
     model = ModelConfig(
         preset=None,
-        patch_size=values["patch_size"],
-        dim=values["hidden_size"],
-        depth=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
         mlp="swiglu" if values["use_gated_mlp"] else "gelu",
         mlp_hidden=values["intermediate_size"],
-        num_registers=values["num_register_tokens"],
-        layerscale=values["layerscale_value"],
-        norm_eps=values["layer_norm_eps"],
-        rope_base=values["rope_theta"],
-        qkv_bias=values["query_bias"],
-        key_bias=values["key_bias"],
+        **{field: values[key] for key, field in _FIELDS.items()},
     )
     colours = preprocessor or {}
     return BackboneConfig(

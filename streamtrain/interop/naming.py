@@ -154,11 +154,6 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return convert(state, TIMM)[0]
 
 
-def from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a backbone's state from a state with the names of DINOv3's own checkpoints."""
-    return convert(state, DINOV3)[0]
-
-
 def detect_naming(state: Iterable[str]) -> Naming | None:
     """Return the family whose names ``state`` has; None for streamtrain's own names.
 

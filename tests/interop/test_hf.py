@@ -12,7 +12,7 @@ from tiny_backbone import tiny_backbone
 
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.hf import backbone_config_from_hf, export_hf, hf_config
-from streamtrain.interop.load import load_weights
+from streamtrain.interop.load import load_backbone, load_weights
 from streamtrain.interop.timm_folder import export_timm
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -54,6 +54,17 @@ def test_an_exported_folder_loads_bit_for_bit(variant: str, tmp_path: Path) -> N
     assert torch.equal(backbone.model.forward_features(images).cls, again.model.forward_features(images).cls)
     assert (again.config.mean, again.config.std) == (backbone.config.mean, backbone.config.std)
     assert again.config.image_size == 32
+
+
+def test_a_folder_in_several_files_loads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    backbone = tiny_backbone()
+    export_hf(backbone.model, backbone.config, tmp_path / "whole")
+    hf_model = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    hf_model.save_pretrained(tmp_path / "pieces", max_shard_size="20KB")
+    assert not (tmp_path / "pieces" / "model.safetensors").exists()
+    state, expected = load_backbone(tmp_path / "pieces").model.state_dict(), backbone.model.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_preprocessing_and_model_card_describe_the_model(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModel, DINOv3ViTConfig
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.load_pretrained import match_backbone
-from streamtrain.interop.naming import DINOV3, convert, from_dinov3, from_hf, from_timm, to_hf, to_timm
+from streamtrain.interop.naming import DINOV3, convert, from_hf, from_timm, to_hf, to_timm
 from streamtrain.model.initialise import initialise
 from streamtrain.model.vit import VisionTransformer
 
@@ -67,6 +67,10 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed = renamed.replace("mlp.up", "mlp.fc1").replace("mlp.down", "mlp.w3" if swiglu else "mlp.fc2")
             result[renamed] = value
     return {f"teacher.backbone.{name}": value for name, value in result.items()}
+
+
+def from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return convert(state, DINOV3)[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
