@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from shards.format.files import MAX_JSON_BYTES, parse_json
+from shards.format.files import parse_json, read_json
 from streamtrain.checkpoint.reader import iterate_weights, opened, weights_folder
 from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
@@ -241,23 +241,21 @@ def _read_header(path: Path) -> Any:
         raise StreamtrainError(f"{path} cannot be read as safetensors: {error}") from None
     if text is None:
         raise StreamtrainError(f"{path} does not describe its model: it was not written by streamtrain's export")
-    return _parse_json(text, path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise StreamtrainError(f"{path} cannot be read: {error}") from None
 
 
 def _read_document(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file."""
-    with open(path, "rb") as file:
-        document = _parse_json(file.read(MAX_JSON_BYTES + 1), path)
+    try:
+        document = read_json(path)
+    except ValueError as error:
+        raise StreamtrainError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise StreamtrainError(f"{path} holds a {type(document).__name__}, not a mapping")
     return document
-
-
-def _parse_json(content: bytes | str, path: Path) -> Any:
-    try:
-        return parse_json(content)
-    except ValueError as error:
-        raise StreamtrainError(f"{path} cannot be read: {error}") from None
 
 
 def _parse(document: object, path: Path) -> BackboneConfig:
