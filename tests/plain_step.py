@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.training.ssl_model import Learner
+from streamtrain.training.ssl_model import SSLModel
 
 
 class PlainBackbone(nn.Module):
     """The backbone of one crop size, from the textbook: a convolution, [N, T, D] tokens, softmax attention."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: SSLModel) -> None:
         super().__init__()
         self.net = learner.backbone
         self.config = learner.config.model
@@ -115,7 +115,7 @@ def plain_koleo(cls: Tensor) -> Tensor:
 
 
 def plain_losses(
-    config: Config, student: Learner, teacher: Learner, batches: list[Batch], teacher_temperature: float
+    config: Config, student: SSLModel, teacher: SSLModel, batches: list[Batch], teacher_temperature: float
 ) -> list[dict[str, Tensor]]:
     """Losses of every micro-batch of one step, a forward per view; of networks in float64."""
     V, L = config.crops.global_count, config.crops.local_count

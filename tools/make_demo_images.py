@@ -18,7 +18,7 @@ import numpy as np
 from demo_images import CLASSES, draw
 from PIL import Image
 
-from streamtrain.reporting.terminal import progress_bar
+from streamtrain.run.progress import progress_bar
 
 VERSION = 5
 RECORD = ".demo.json"  # hidden, so that readers of the folder skip it

@@ -261,7 +261,7 @@ def latest_step(run_dir: str | Path) -> int | None:
 
 
 def read_weights(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> dict[str, torch.Tensor]:
-    """Whole fp32 parameters of a run's checkpoint, on CPU, by their names in ``Learner.state_dict()``.
+    """Whole fp32 parameters of a run's checkpoint, on CPU, by their names in ``SSLModel.state_dict()``.
 
     Args:
         step: completed steps; None is the newest.

@@ -16,7 +16,7 @@ from streamtrain.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from streamtrain.evaluation.linear import EPOCHS, linear_accuracy
 from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
-from streamtrain.reporting.terminal import progress_bar
+from streamtrain.run.progress import progress_bar
 
 PIXELS_SIZE = 32  # input size of the pixel baseline without --size
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardError
-from shards.packing.index_tars import adopt
+from shards.packing.index_tars import index_tars
 from streamtrain.cli.arguments import add_command
 
 _SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Index and print a summary."""
     if not arguments.out.strip():
         raise ShardError("--out is empty; give the folder of the set")
-    report = adopt(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
+    report = index_tars(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
     for url in report.empty:
         print(f"left out, no images: {url}")
     for refusal in report.without_dali:

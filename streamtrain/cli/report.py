@@ -46,6 +46,6 @@ def render_run(run_dir: Path) -> str:
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
         return report_page(run_dir, [], {})
-    from streamtrain.reporting.events import latest_images  # TensorBoard takes a second to load
+    from streamtrain.reporting.tensorboard import latest_images  # TensorBoard takes a second to load
 
     return report_page(run_dir, records, latest_images(run_dir / TENSORBOARD_NAME))

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from shards.format.images import DEFAULT_MAX_PIXELS
-from shards.format.set_manifest import counted
-from shards.packing.verify import load_manifest, verify
+from shards.format.set_manifest import SetManifest, counted
+from shards.packing.verify import verify
 from streamtrain.cli.arguments import add_command
 
 _SUMMARY = "Check a shard set: every tar, both indexes, the manifest, every checksum, a decode of every image."
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify, print the faults and a summary."""
-    manifest = load_manifest(arguments.set)
+    manifest = SetManifest.load(arguments.set)
     faults = verify(arguments.set, workers=max(1, arguments.workers), max_pixels=arguments.max_pixels, progress=True)
     for fault in faults:
         print(fault)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from shards.storage.store import Patience
+from shards.storage.store import RetryPolicy
 from streamtrain.config.section import (
     VALUE_TYPE,
     NonNegative,
@@ -57,9 +57,9 @@ class RemoteConfig(Section):
     stall_seconds: float = free(30.0, "Seconds after which one attempt is given up and repeated.", gt=0.0)
 
     @property
-    def retry_policy(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """The retry policy of a store."""
-        return Patience(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
+        return RetryPolicy(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
 
 
 class CacheConfig(Section):

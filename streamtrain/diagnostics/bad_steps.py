@@ -64,7 +64,7 @@ class BadSteps:
             # the gradients of all ranks are one by the time anybody could tell whose was at fault
             own = [{**part, "in_doubt": True} for part in own]
         doubtful = [batch.slots for batch, part in zip(evidence.batches, own, strict=True) if part["in_doubt"]]
-        images = [image for slots in doubtful for image in loader.names(slots)]
+        images = [image for slots in doubtful for image in loader.describe_samples(slots)]
         everyone: list[dict[str, Any] | None] = [None] * world_size
         dist.all_gather_object(everyone, {"rank": rank, "micro_batches": own, "images": images})
         path = self._run_dir / FOLDER_NAME / f"step-{step:09d}.json"

@@ -15,7 +15,7 @@ from streamtrain.data.batch import normalise
 from streamtrain.data.still_images import centre_crop
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
-from streamtrain.reporting.terminal import progress_bar
+from streamtrain.run.progress import progress_bar
 
 
 def crop_batches(images: LabelledImages, resize: int, size: int, batch_size: int, workers: int) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.model.vit import Features
-from streamtrain.objective.distributed import gather_rows, sum_over_ranks
+from streamtrain.ops.collectives import gather_rows, sum_over_ranks
 
 # images per rank for patch retrieval
 RETRIEVED = 64

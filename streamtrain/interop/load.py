@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shards.format.files import parse_json, read_json
-from streamtrain.checkpoint.reader import iterate_weights, opened, weights_folder
+from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.config.model import ModelConfig
@@ -130,7 +130,7 @@ def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher
     step = parse_step(folder)
     weights = iterate_weights(run_dir, step, which, lambda name: name.startswith(PREFIX))
     origin: Origin = {"source": which, "step": step, "run": config.run.dir, "data": config.data.shards_text}
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         # a snapshot of the teacher has no position in the stream
         stream = reader.state.get("data") or {}
     origin |= {"data_digest": stream.get("digest"), "images_seen": stream.get("next_slot")}

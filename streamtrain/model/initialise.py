@@ -16,7 +16,7 @@ STANDARD_DEVIATION = 0.02
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of parameter ``name`` of a ``Learner`` or a backbone: fp32, on the CPU.
+    """The initial value of parameter ``name`` of a ``SSLModel`` or a backbone: fp32, on the CPU.
 
     It depends on nothing but its arguments; a leading ``backbone.`` makes no difference.
 

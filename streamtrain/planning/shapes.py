@@ -1,4 +1,4 @@
-"""Names and shapes of a ``Learner``'s parameters, and the flat tensors that ZeRO-3 makes of them; without torch."""
+"""Names and shapes of a ``SSLModel``'s parameters, and the flat tensors that ZeRO-3 makes of them; without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(config: Config) -> Shapes:
-    """Every parameter in the order of ``Learner.named_parameters()``."""
+    """Every parameter in the order of ``SSLModel.named_parameters()``."""
     objective = config.objective
     shapes = {f"backbone.{name}": shape for name, shape in backbone_shapes(config.model).items()}
     shapes |= dict(_head("global_head", config.model.dim, objective.global_loss.head))

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.engine import EngineConfig
 from streamtrain.config.tree import Config
-from streamtrain.engine.frozen import FrozenNetwork, ShardedNetwork
+from streamtrain.engine.fragments import Fragment
 from streamtrain.engine.runtime import Runtime
-from streamtrain.engine.teacher import Teacher
-from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
+from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
+from streamtrain.engine.zero import Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.model.compiled import compile_blocks
@@ -85,7 +85,7 @@ def prepare_blocks(network: torch.nn.Module, engine: EngineConfig, runtime: Runt
         if runtime.dtype != torch.bfloat16:
             raise ConfigError("engine.fp8 needs bf16, and this device computes in fp32; set engine.dtype=bf16")
         if runtime.on_gpu and torch.cuda.get_device_capability(runtime.device) < FP8_CAPABILITY:
-            name = runtime.described["device"]
+            name = runtime.description["device"]
             raise ConfigError(f"engine.fp8: this GPU ({name}) has no products in 8-bit floating point; set it to false")
         compute_in_fp8(network)
     if engine.compiles(on_gpu=runtime.on_gpu):
@@ -136,7 +136,7 @@ def restore(
         CheckpointError: if the checkpoint belongs to another model, or there are some and none is whole.
         StreamtrainError: if ``init.weights`` cannot be read, or is of another model.
     """
-    source = checkpoint.newest_whole(Path(config.run.dir), resume_from)
+    source = checkpoint.find_newest_intact(Path(config.run.dir), resume_from)
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
@@ -145,7 +145,7 @@ def restore(
         if gram is not None:
             gram.start(None)
         return Position(0, 0, None, None)
-    with checkpoint.opened(source) as reader:
+    with checkpoint.open_checkpoint(source) as reader:
         for name, fragment in student.fragments.items():
             if reader.state["shapes"].get(name) != list(fragment.shape):
                 raise CheckpointError(
@@ -155,7 +155,7 @@ def restore(
         skipped = int(reader.state.get("skipped_steps", 0))
         student.write(reader.read, optimizer_steps=reader.step - skipped)
         teacher.write(reader.read)
-        target_maker.load_state_dict(reader.shared())
+        target_maker.load_state_dict(reader.read_shared())
         if gram is not None:
             gram.start(reader)
         return Position(reader.step, skipped, reader.state["data"], source)

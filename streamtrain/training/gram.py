@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from streamtrain.checkpoint.reader import Reader
+from streamtrain.checkpoint.reader import CheckpointReader
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.engine.frozen import FrozenNetwork
-from streamtrain.engine.teacher import Teacher
-from streamtrain.engine.zero import Fragment, Shard
+from streamtrain.engine.fragments import Fragment, Shard
+from streamtrain.engine.teacher import FrozenNetwork, Teacher
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.interop.naming import KINDS
@@ -31,7 +30,7 @@ class GramAnchor:
         self._config, self._network = config, network
         self._filled = False
 
-    def start(self, reader: Reader | None) -> None:
+    def start(self, reader: CheckpointReader | None) -> None:
         """Take the values that a checkpoint has, or those that the configuration names; the EMA teacher's come later.
 
         Raises:
@@ -52,7 +51,7 @@ class GramAnchor:
         if self._network is not None and due:
             before()
             # partitioned alike, so that every rank has what it needs
-            self._network.write(lambda name, _: teacher.average(name))
+            self._network.write(lambda name, _: teacher.ema_shard(name))
             self._filled = True
 
     def targets(self, batch: Batch, weight: float) -> GramTargets | None:

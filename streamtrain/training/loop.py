@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
 from streamtrain.config.schedules import value_at
 from streamtrain.config.tree import Config
@@ -23,14 +23,14 @@ from streamtrain.data.stream import check_state
 from streamtrain.diagnostics.bad_steps import Evidence
 from streamtrain.diagnostics.watch import Watch
 from streamtrain.diagnostics.watchdog import Watchdog
-from streamtrain.engine.runtime import Launch, Runtime, joined
+from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.errors import CheckpointError
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.ops.cpu.build import usable
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import at_end, at_start
+from streamtrain.planning.plan_text import end_summary, start_summary
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import (
@@ -118,8 +118,8 @@ def train(
     run_dir = Path(config.run.dir)
 
     requests = Requests(run_dir, launch.rank)
-    with joined(config.engine, launch) as runtime:
-        dtype = runtime.described["dtype"]
+    with init_process_group(config.engine, launch) as runtime:
+        dtype = runtime.description["dtype"]
         provenance = build_provenance(config, dtype)
         if launch.rank == 0:
             log_start_notes(config, launch.world_size)
@@ -127,13 +127,13 @@ def train(
             config, launch.world_size, on_gpu=runtime.on_gpu, bf16=runtime.dtype == torch.bfloat16,
             kernels=not runtime.on_gpu and usable(runtime.dtype),
         )  # fmt: skip
-        runtime.say(at_start(planned, runtime.on_gpu))
+        logger.info(start_summary(planned, runtime.on_gpu))
         student, teacher = build_networks(config, runtime, accumulation)
         # a frozen network takes the average's place as the one that teaches
         guide = build_guide(config, runtime, accumulation, teacher)
         gram = build_gram_anchor(config, runtime, accumulation)
         target_maker = TargetMaker(config.objective)
-        handles = PrototypeHandles(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
+        teacher_prototypes = TeacherPrototypes(*(guide.weight(f"{head}.prototypes.weight") for head in HEADS))
         position = restore(config, resume_from, student, teacher, target_maker, gram)
         step, slot = position.step, position.slot
         if position.source is not None and (saved := saved_state(position.source)) is not None:
@@ -150,14 +150,14 @@ def train(
             check_state(position.data, loader.state_dict(slot), accepted)
         # only now is it certain that this configuration is the run's
         if launch.rank == 0:
-            describe_run(run_dir, config, launch.world_size, runtime.described)
+            describe_run(run_dir, config, launch.world_size, runtime.description)
         if position.source is not None:
-            runtime.say(f"resuming at step {step} from {position.source}")
+            logger.info(f"resuming at step {step} from {position.source}")
         observer = Observer(config, runtime, shard_set, planned, student, teacher, step)
         monitor = observer.monitor
         watch = Watch(config, step, position.skipped_steps)
         watchdog = Watchdog(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
-        saver = Saver(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
+        saver = CheckpointWriter(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
         with watchdog, closing(loader), closing(observer), closing(saver):
             wish = 0
             while step < config.run.steps:
@@ -166,16 +166,16 @@ def train(
                 student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
 
                 batches = [next(loader) for _ in watchdog.beating(range(accumulation))]
-                gram.refresh(step, values.weights.gram, teacher, saver.copied)
+                gram.refresh(step, values.weights.gram, teacher, saver.wait_until_copied)
                 features = [guide(batch, None, values.weights) for batch in watchdog.beating(batches)]
-                targets = target_maker.make(features, handles, values.teacher_temperature)
+                targets = target_maker.make(features, teacher_prototypes, values.teacher_temperature)
                 seen = watch.look(step + 1, targets)
                 observer.look(step + 1, targets[0])
                 losses = []
                 for batch, target in zip(watchdog.beating(batches), targets, strict=True):
                     target = replace(target, gram=gram.targets(batch, values.weights.gram))
                     losses.append(student.accumulate(batch, target, values.weights))
-                    student.step(saver.copied)
+                    student.step(saver.wait_until_copied)
                 if student.applied:
                     teacher.update(values.momentum)
                 else:
@@ -197,7 +197,7 @@ def train(
                     # so that the checkpoint begun last is there, should the run end here and name it
                     saver.wait()
                 if places:
-                    watch.bad_steps.check_weights(step, student.finite(), runtime.device)
+                    watch.bad_steps.check_weights(step, student.is_finite(), runtime.device)
                     state = provenance | {"data": loader.state_dict(slot), "skipped_steps": watch.bad_steps.skipped}
                     if CHECKPOINTS in places:
                         requests.mark_save_started()
@@ -211,10 +211,10 @@ def train(
                 monitor.warn(step, line)
         if wish > SAVE:
             requests.remove_stop_file()
-            runtime.say(f"stopped at step {step}, {saver.told()}; the same command goes on")
+            logger.info(f"stopped at step {step}, {saver.status_message()}; the same command goes on")
         elif saver.failure:
-            raise CheckpointError(f"all steps are done, but {saver.told()}; mend that and start the same command again")
-        runtime.say(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+            raise CheckpointError(f"all steps are done, but {saver.status_message()}; mend that and start the same command again")
+        logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return wish if wish > SAVE else 0
 
 
@@ -235,12 +235,12 @@ def contents(
     teacher: Teacher,
     target_maker: TargetMaker,
     gram: GramAnchor,
-) -> dict[str, Contents]:
+) -> dict[str, CheckpointPayload]:
     """What goes into a checkpoint, and into a snapshot of the teacher, where those are among ``places``."""
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     averages = teacher.shards()
-    whole = Contents(student.shards() | averages | gram.shards(), target_maker.state_dict(), shapes, state)
-    return {place: whole if place == CHECKPOINTS else Contents(averages, {}, shapes, {}) for place in places}
+    whole = CheckpointPayload(student.shards() | averages | gram.shards(), target_maker.state_dict(), shapes, state)
+    return {place: whole if place == CHECKPOINTS else CheckpointPayload(averages, {}, shapes, {}) for place in places}
 
 
 def agree(

@@ -25,8 +25,8 @@ from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
+from streamtrain.objective.prototypes import prototype_mass
 from streamtrain.objective.targets import Targets
-from streamtrain.objective.usage import prototype_mass
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.peak import peak_flops
@@ -99,7 +99,7 @@ class Observer:
     def look(self, step: int, targets: Targets) -> None:
         """At what the teacher asks in ``step`` (from 1) of a micro-batch, before the teacher changes."""
         self._mass = None
-        features, handle = targets.features.global_features, targets.handles.global_head
+        features, handle = targets.features.global_features, targets.teacher_prototypes.global_head
         due_now = self._pictures and due(step, self._config.monitor.histogram_every)
         if due_now and features is not None and handle is not None:
             chunk_bytes = self._config.objective.chunk_bytes
@@ -149,7 +149,7 @@ class Observer:
         with self._monitoring:
             self.monitor.log(step, slot, scalars)
             if told := self._profiler.end(step):
-                self._runtime.say(told)
+                logger.info(told)
             if due(step, self._config.monitor.panel_every) or step == 1:
                 if self.monitor.shows:
                     self.monitor.panel(step, batch_panel(batch, self._config.monitor.panel_samples))

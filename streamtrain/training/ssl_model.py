@@ -14,9 +14,8 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.model.heads import ProjectionHead
 from streamtrain.model.vit import Features, VisionTransformer
+from streamtrain.objective.feature_losses import cosine_loss, distributed_koleo_loss, koleo_loss, l2_loss
 from streamtrain.objective.gram import resize_patches
-from streamtrain.objective.koleo import distributed_koleo_loss, koleo_loss
-from streamtrain.objective.patches import cosine_loss, l2_loss
 from streamtrain.objective.prototypes import PrototypeTargets
 from streamtrain.objective.targets import Targets, TeacherFeatures, view_pairs, view_weights
 
@@ -169,14 +168,14 @@ class Learner(nn.Module):
         crops = self.config.crops
         features = targets.features.global_features
         assert features is not None and targets.global_assignment is not None
-        assert targets.handles.global_head is not None
+        assert targets.teacher_prototypes.global_head is not None
         rows = student.global_cls if student.local_cls is None else torch.cat([student.global_cls, student.local_cls])
         batch = student.global_cls.shape[0] // crops.global_count
         views = (crops.global_count, crops.local_count, batch, rows.device)
         loss = PrototypeTargets(
             features,
             targets.global_assignment,
-            targets.handles.global_head,
+            targets.teacher_prototypes.global_head,
             # without local rows (their weight is 0) the rows of the global views remain
             view_pairs(*views)[: len(rows)],
             view_weights(*views, local_weight)[: len(rows)],
@@ -204,11 +203,11 @@ class Learner(nn.Module):
         if self.patch_head is None:
             patch_loss = l2_loss if objective.patch_loss.kind == "l2" else cosine_loss
             return patch_loss(patches, features, weight)
-        assert targets.patch_assignment is not None and targets.handles.patch_head is not None
+        assert targets.patch_assignment is not None and targets.teacher_prototypes.patch_head is not None
         loss = PrototypeTargets(
             features,
             targets.patch_assignment,
-            targets.handles.patch_head,
+            targets.teacher_prototypes.patch_head,
             None,
             weight,
             objective.student_temperature,

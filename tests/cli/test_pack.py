@@ -15,7 +15,7 @@ from commands import COMMAND, ENVIRONMENT, exit_status, run_command
 from drawn_images import draw_folder
 
 from shards.errors import ShardError
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _PACK = [*COMMAND, "pack"]
 

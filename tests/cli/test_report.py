@@ -11,7 +11,7 @@ from commands import exit_status
 from tiny_backbone import tiny_config
 
 from streamtrain.config.load import build, to_yaml
-from streamtrain.reporting.monitor import Monitor
+from streamtrain.reporting.sink import Monitor
 from streamtrain.run.directory import describe_run
 
 

@@ -27,16 +27,17 @@ from streamtrain.config.load import build, merge, open_shard_set, parse_override
 from streamtrain.config.tree import Config, walk_settings
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.loader import Loader
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine.moments import moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.training.build import prepare_blocks
 from streamtrain.training.gram import GramAnchor
-from streamtrain.training.loop import StepValues
-from streamtrain.training.ssl_model import Learner, LossWeights
+from streamtrain.training.ssl_model import LossWeights, SSLModel
+from streamtrain.training.step import StepValues
 
 HEAD = {"prototypes": 24, "hidden": 12, "bottleneck": 8}
 BASE: dict[str, Any] = {
@@ -74,7 +75,7 @@ def fixed_batch(config: Config) -> Batch:
 
 def losses(config: Config) -> object:
     """Return the losses of a batch, names and shapes of the parameters, and the softmax centres."""
-    student, teacher = Learner(config), Learner(config)
+    student, teacher = SSLModel(config), SSLModel(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
         # with initial weights attention is nearly uniform, so that RoPE has hardly any effect
@@ -86,14 +87,14 @@ def losses(config: Config) -> object:
     weights = LossWeights(koleo=1.0)
     # two steps, so that the momentum of the centre has an effect
     for each in (replace(batch, global_crops=255 - batch.global_crops), batch):
-        (targets,) = maker.make([teacher(each, None, weights)], PrototypeHandles(*heads), 0.05)
+        (targets,) = maker.make([teacher(each, None, weights)], TeacherPrototypes(*heads), 0.05)
     terms = {name: float(value) for name, value in student(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
     return terms, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}
 
 
 def local_norm(config: Config) -> object:
-    return [name for name, _ in Learner(config).named_parameters()]
+    return [name for name, _ in SSLModel(config).named_parameters()]
 
 
 def steps(config: Config) -> object:
@@ -120,7 +121,7 @@ def optimiser(config: Config) -> object:
 def engine(config: Config) -> object:
     """Return the DeepSpeed configuration and the attributes of backbone and blocks for one of two ranks."""
     runtime = Runtime(Launch(0, 2, 0, 2), torch.device("cpu"), torch.float32)
-    learner = Learner(config)
+    learner = SSLModel(config)
     backbone = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
     blocks = {key: value for key, value in vars(learner.backbone.blocks[0]).items() if isinstance(value, str | int)}
     return engine_config(config, runtime, 2, 1000), backbone, blocks
@@ -128,7 +129,7 @@ def engine(config: Config) -> object:
 
 def blocks(config: Config) -> object:
     """Return the implementation of the blocks in bf16 on a CPU."""
-    runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), Learner(config)
+    runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), SSLModel(config)
     prepare_blocks(learner, config.engine, runtime)
     block = learner.backbone.blocks[0]
     return block.kernels, "transform" in vars(block), block.attention.qkv.product.__module__

@@ -30,9 +30,9 @@ def poisoned(plan: dict[str, object], words: list[str], ranks: int = 2) -> list[
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Masters, moments and averages, whole, and the softmax centres."""
     folder = checkpoint.step_folder(run, step)
-    with checkpoint.opened(folder) as reader:
+    with checkpoint.open_checkpoint(folder) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
-        whole = {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+        whole = {f"{kind}/{name}": reader.read_full(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
     return whole | {f"centre/{name}": value for name, value in load_file(folder / checkpoint.SHARED_NAME).items()}
 
 

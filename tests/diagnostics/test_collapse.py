@@ -12,7 +12,7 @@ from streamtrain.config.monitor import CollapseConfig
 from streamtrain.diagnostics.collapse import ENTROPY, RANK, STD, USAGE, Collapse
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.sinkhorn import sinkhorn
-from streamtrain.objective.targets import PrototypeHandles, Targets, TeacherFeatures
+from streamtrain.objective.targets import Targets, TeacherFeatures, TeacherPrototypes
 
 IMAGES, DIM, PROTOTYPES, TEMPERATURE = 24, 16, 40, 0.1
 
@@ -23,7 +23,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def targets_of(cls: Tensor, bottlenecks: Tensor, weight: Tensor, micro_batches: int) -> list[Targets]:
     """Of images ``[N, ...]`` in micro-batches of two equal views."""
-    handle = PrototypeHandles(PlainWeight(weight), None)
+    handle = TeacherPrototypes(PlainWeight(weight), None)
     pieces = zip(cls.chunk(micro_batches), bottlenecks.chunk(micro_batches), strict=True)
     features = [TeacherFeatures(b.repeat(2, 1), None, torch.zeros(0), c.repeat(2, 1)) for c, b in pieces]
     found = []

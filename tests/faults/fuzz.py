@@ -27,12 +27,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.format.index import RECORD, build, dali_index, load_index, parse_index, save_index
-from shards.format.set_manifest import Manifest
-from shards.packing.index_tars import adopt
+from shards.format.index import RECORD, build_index, load_index, make_dali_index, parse_index, save_index
+from shards.format.set_manifest import SetManifest
+from shards.packing.index_tars import index_tars
 from shards.packing.inputs import list_inputs
 from shards.reading.shard_set import ShardSet
-from streamtrain.checkpoint.reader import opened, write_fragments
+from streamtrain.checkpoint.reader import open_checkpoint
+from streamtrain.checkpoint.writer import write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
 from streamtrain.errors import StreamtrainError
@@ -180,14 +181,14 @@ def tars(draw: Callable[..., Any]) -> bytes:
 
 
 def read_tar(content: bytes) -> None:
-    index = build(io.BytesIO(content), "x.tar")
+    index = build_index(io.BytesIO(content), "x.tar")
     for record in index.records:
         assert 0 <= int(record["offset"]) + int(record["length"]) <= len(content)
     (HERE / "x.tar").write_bytes(content)
     try:
         list_inputs(str(HERE / "x.tar"))
     finally:
-        dali_index(index.samples)
+        make_dali_index(index.samples)
 
 
 MANIFEST = {
@@ -212,7 +213,7 @@ def manifests(draw: Callable[..., Any]) -> bytes:
 
 
 def read_manifest(content: bytes) -> None:
-    manifest = Manifest.parse(content, "manifest.json")
+    manifest = SetManifest.parse(content, "manifest.json")
     shard_set = ShardSet(HERE, manifest)
     assert int(shard_set.sizes.sum()) == manifest.num_samples >= 0 <= manifest.num_bytes
     for number, entry in enumerate(manifest.shards):
@@ -224,7 +225,7 @@ def read_manifest(content: bytes) -> None:
 def small_set() -> ShardSet:
     (HERE / "tars").mkdir()
     (HERE / "tars" / "0.tar").write_bytes(TARS[0])
-    adopt([str(HERE / "tars")], HERE / "set")
+    index_tars([str(HERE / "tars")], HERE / "set")
     return ShardSet.open(HERE / "set")
 
 
@@ -365,9 +366,9 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
             check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accepted)
         except StreamtrainError as error:
             refused = error
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         for name in reader.state["shapes"]:
-            reader.whole(f"master/{name}")
+            reader.read_full(f"master/{name}")
         reader.step, reader.has("x")
     if refused:
         raise refused

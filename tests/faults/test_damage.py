@@ -10,7 +10,7 @@ import pytest
 from faults.test_writer import SHAPES, saved
 from joined_processes import run_on_ranks
 
-from streamtrain.checkpoint.reader import newest_whole, read_weights
+from streamtrain.checkpoint.reader import find_newest_intact, read_weights
 from streamtrain.errors import CheckpointError
 from streamtrain.run.directory import saved_steps, starting_checkpoint, step_folder
 
@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def agree(rank: int, run: Path, resume_from: Path | None, out: Path) -> None:
     try:
-        found = str(newest_whole(run, resume_from))
+        found = str(find_newest_intact(run, resume_from))
     except CheckpointError as error:
         found = f"error: {error}"
     (out / f"rank-{rank}").write_text(found)

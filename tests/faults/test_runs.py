@@ -62,10 +62,10 @@ class Toy:
         assert ours == theirs
         states = []
         for run in (name, "straight"):
-            with checkpoint.opened(step_folder(self.folder / run, self.steps)) as reader:
+            with checkpoint.open_checkpoint(step_folder(self.folder / run, self.steps)) as reader:
                 keys = [f"{kind}/{parameter}" for kind in KINDS for parameter in reader.state["shapes"]]
-                state = {key: reader.whole(key) for key in keys}
-                states.append(state | reader.shared() | {"slot": torch.tensor(reader.state["data"]["next_slot"])})
+                state = {key: reader.read_full(key) for key in keys}
+                states.append(state | reader.read_shared() | {"slot": torch.tensor(reader.state["data"]["next_slot"])})
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

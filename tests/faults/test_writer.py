@@ -16,7 +16,7 @@ from joined_processes import run_on_ranks
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from streamtrain.checkpoint.reader import read_weights
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
 from streamtrain.run.step_manifest import find_fault
@@ -35,21 +35,21 @@ class Values:
         return torch.full((self.numel,), self.value)
 
 
-def contents(step: int, world_size: int) -> dict[str, Contents]:
+def contents(step: int, world_size: int) -> dict[str, CheckpointPayload]:
     def shards(kinds: tuple[str, ...]) -> dict[str, Values]:
         numels = {name: -(-torch.Size(shape).numel() // world_size) for name, shape in SHAPES.items()}
         return {f"{kind}/{name}": Values(numel, float(step)) for kind in kinds for name, numel in numels.items()}
 
     state = {"data": {"slot": step, "lane_block": 1}}
     return {
-        CHECKPOINTS: Contents(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
-        SNAPSHOTS: Contents(shards(("ema",)), {}, SHAPES, {}),
+        CHECKPOINTS: CheckpointPayload(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
+        SNAPSHOTS: CheckpointPayload(shards(("ema",)), {}, SHAPES, {}),
     }
 
 
 def save(rank: int, run: Path, steps: tuple[int, ...], world_size: int, dying: int, fatal: int | None) -> None:
     """Save some steps; during the last one, rank ``dying`` dies at its call ``fatal``, or tells of all its calls."""
-    saver = Saver(run, RUN)
+    saver = CheckpointWriter(run, RUN)
     for step in steps[:-1]:
         saver.save(step, contents(step, world_size))
         saver.wait()
@@ -78,7 +78,7 @@ def copied(folder: Path, name: str) -> Path:
     return place
 
 
-def newest_whole(run: Path) -> int:
+def find_newest_intact(run: Path) -> int:
     return next(s for s in reversed(saved_steps(run)) if find_fault(step_folder(run, s), contents=True) is None)
 
 
@@ -113,7 +113,7 @@ def after_a_death(place: Path, world_size: int) -> int:
     assert all(find_fault(step_folder(run, step), contents=True) is None for step in steps), steps
     assert steps in ([2], [2, 3], [3])
     cut_power(place / "report.json")
-    newest = newest_whole(run)
+    newest = find_newest_intact(run)
     assert newest in (2, 3)
     weights = read_weights(run, newest)
     assert all(bool((weights[name] == newest).all()) for name in SHAPES)

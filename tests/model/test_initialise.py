@@ -8,7 +8,7 @@ import torch
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.model.initialise import initial_value, initialise
-from streamtrain.training.ssl_model import Learner
+from streamtrain.training.ssl_model import SSLModel
 
 
 def tiny() -> Config:
@@ -31,7 +31,7 @@ def tiny() -> Config:
 
 def test_nothing_is_left_of_what_storage_held() -> None:
     config = tiny()
-    learner = Learner(config)
+    learner = SSLModel(config)
     for parameter in learner.parameters():
         parameter.data.fill_(torch.nan)
     initialise(learner, config.model, seed=3)
@@ -42,7 +42,7 @@ def test_nothing_is_left_of_what_storage_held() -> None:
 
 def test_values_follow_their_rules() -> None:
     config = tiny()
-    learner = Learner(config)
+    learner = SSLModel(config)
     initialise(learner, config.model, seed=3)
     values = dict(learner.named_parameters())
     assert values["backbone.blocks.0.attention.qkv.bias"].shape == (2 * 64,)
@@ -82,7 +82,7 @@ def test_a_name_without_a_rule_is_an_error() -> None:
 
 def test_construction_on_the_meta_device_takes_no_memory() -> None:
     with torch.device("meta"):
-        learner = Learner(build({"model": {"preset": "vit7b16"}}))
+        learner = SSLModel(build({"model": {"preset": "vit7b16"}}))
     backbone = sum(parameter.numel() for parameter in learner.backbone.parameters())
     assert all(parameter.is_meta for parameter in learner.parameters())
     # 6 716 M as published

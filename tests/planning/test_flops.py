@@ -14,11 +14,11 @@ from streamtrain.data.batch import Batch, Masks
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
-from streamtrain.training.ssl_model import GramTeacher, Learner, LossWeights
+from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
 
 HEAD = {"prototypes": 96, "hidden": 40, "bottleneck": 24}
 BASE: dict[str, Any] = {
@@ -42,7 +42,7 @@ ATTENTION = {
 
 def counted(config: Config) -> float:
     """What torch counts in one step of one micro-batch."""
-    student, teacher = Learner(config), Learner(config)
+    student, teacher = SSLModel(config), SSLModel(config)
     for seed, network in enumerate((student, teacher)):
         initialise(network, config.model, seed)
     crops, draw = config.crops, torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def counted(config: Config) -> float:
     batch = Batch(torch.arange(4).numpy(), *images, Masks(mask, mask.flatten().nonzero()[:, 0], weight))
     weights = LossWeights(koleo=0.0, gram=1.0 if config.objective.gram.is_active else 0.0)
     heads = (teacher.global_head, teacher.patch_head)
-    handles = PrototypeHandles(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+    handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         features = teacher(batch, None, weights)
         (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)

@@ -7,7 +7,7 @@ import torch
 
 from streamtrain.config.load import load_config, preset_folders
 from streamtrain.planning.shapes import block_shapes, parameter_shapes
-from streamtrain.training.ssl_model import Learner
+from streamtrain.training.ssl_model import SSLModel
 
 RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
 
@@ -17,7 +17,7 @@ RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
 def test_names_order_and_shapes_are_the_learner_s(recipe: str, overrides: tuple[str, ...]) -> None:
     config = load_config(recipe, overrides)
     with torch.device("meta"):
-        learner = Learner(config)
+        learner = SSLModel(config)
     expected = [(name, tuple(parameter.shape)) for name, parameter in learner.named_parameters()]
     assert list(parameter_shapes(config).items()) == expected
     block = learner.backbone.blocks[0]

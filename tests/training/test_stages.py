@@ -61,11 +61,11 @@ def test_a_gram_stage_killed_between_refreshes_goes_on_bit_for_bit(stage_one: Pa
     assert {"optim/gradient_norm", "optim/gradient_norm/backbone", "optim/gradient_norm/patch_head"} <= set(straight[4])
 
     # the Gram teacher is the average of the last refresh, after 8 steps
-    with checkpoint.opened(checkpoint.step_folder(tmp_path / "straight", 11)) as reader:
-        gram = {name: reader.whole(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
-    with checkpoint.opened(checkpoint.step_folder(tmp_path / "straight", 9)) as reader:
-        before = {name: reader.whole(f"gram/{name}") for name in gram}
-        average = reader.whole("ema/backbone.norm.weight")
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 11)) as reader:
+        gram = {name: reader.read_full(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 9)) as reader:
+        before = {name: reader.read_full(f"gram/{name}") for name in gram}
+        average = reader.read_full("ema/backbone.norm.weight")
     assert all(torch.equal(gram[name], before[name]) for name in gram)
     assert not torch.equal(average, gram["backbone.norm.weight"])
 
@@ -94,8 +94,8 @@ def test_a_gram_teacher_from_a_checkpoint_and_none_that_does_not_fit(stage_one: 
     given = ["run.steps=1", "objective.gram.weight=1.0", f"objective.gram.teacher={folder}"]
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 1)
     assert code == 0, errors[-3000:]
-    with checkpoint.opened(checkpoint.step_folder(tmp_path / "run", 1)) as reader:
-        ours = reader.whole("gram/backbone.blocks.1.mlp.up.weight")
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "run", 1)) as reader:
+        ours = reader.read_full("gram/backbone.blocks.1.mlp.up.weight")
     assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
     assert code == 2 and "choose the model section" in errors.strip().splitlines()[-1]

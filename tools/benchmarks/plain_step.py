@@ -1,6 +1,6 @@
 """A training step as it is usually written, to compare ours with: one process, plain PyTorch, nothing left out.
 
-The same architecture, objective and parameter names as a ``Learner``: a forward for each crop size with fused
+The same architecture, objective and parameter names as a ``SSLModel``: a forward for each crop size with fused
 attention, whole logits and targets, bf16 autocast over fp32 weights, AdamW, an average kept parameter by parameter.
 Drop-path multiplies by 0 what it drops.
 """
@@ -18,7 +18,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.engine.optim import parameter_groups
 from streamtrain.model.initialise import initialise
-from streamtrain.objective.koleo import koleo_loss
+from streamtrain.objective.feature_losses import koleo_loss
 
 
 class PlainAttention(nn.Module):
