@@ -1,4 +1,4 @@
-"""Compute the features of labelled images and the accuracy of a classifier on them."""
+"""``streamtrain evaluate``: compute the features of labelled images and measure a classifier on them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.run.progress import progress_bar
 
-PIXELS_SIZE = 32  # side of the raw-pixel baseline unless --size is given
+PIXELS_SIZE = 32  # input size of the pixel baseline without --size
 
 Features = tuple[torch.Tensor, torch.Tensor]
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
-    """Evaluate as the arguments of ``streamtrain evaluate`` say, and return one flat object."""
+    """Return the result as one flat object."""
     train_images, test_images = open_sets(arguments.train, arguments.test)
     began = time.perf_counter()
     source, train, test = features_of(arguments, train_images, test_images)
@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
 
 
 def open_sets(train: Path, test: Path | None) -> tuple[LabelledImages, LabelledImages]:
-    """Open the train and test images, or split the train images if there is no test set."""
+    """Open both sets, or split the one by a fixed rule."""
     if test is None:
         return split_images(open_images(train))
     opened = open_images(train)
@@ -98,7 +98,7 @@ def features_of(
 
 
 def check_sizes(size: int, resize: int | None, patch: int) -> None:
-    """Raise StreamtrainError if the sizes do not fit the patch size or each other."""
+    """Check that ``size`` is whole patches and ``resize`` is not smaller."""
     if size < 1 or size % patch:
         raise StreamtrainError(f"--size {size} is not a multiple of the patch size {patch}")
     if resize is not None and resize < size:

@@ -75,7 +75,7 @@ def test_an_error_is_one_line(place: Path) -> None:
         (["--train", "images"], "select the network"),
         (["--weights", "weights", "--train", "nowhere"], "not a folder"),
         (["--weights", "images", "--train", "images"], "neither"),
-        (["--run", "weights", "--train", "images"], "not a run folder"),
+        (["--run", "weights", "--train", "images"], "not a run directory"),
         (["--weights", "weights", "--train", "images", "--size", "30"], "not a multiple"),
         (["--weights", "weights", "--pixels", "--train", "images"], "--pixels"),
         (["--weights", "weights", "--step", "5", "--train", "images"], "--step"),

@@ -76,7 +76,13 @@ def test_one_rank_needs_no_launcher(shards: Path, tmp_path: Path) -> None:
     assert process.returncode == 75 and "Traceback" not in errors
 
 
-def test_ranks_of_a_hostfile_start_through_deepspeed(shards: Path, tmp_path: Path) -> None:
+def test_ranks_of_a_hostfile_start_through_deepspeed(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for ssh, which prints the address of the host."""
+    (tmp_path / "ssh").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}")
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     words = train_words(shards, tmp_path / "run", "run.steps=1")
     ended = run_command("train", "--hostfile", tmp_path / "hosts", *words)

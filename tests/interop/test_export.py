@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import exit_status
 from drawn_images import draw_folder
 from ranks import ROOT, run_ranks
 from tiny_backbone import tiny_weights
@@ -19,37 +19,26 @@ from shards.packing.pack import PackOptions, pack
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.interop.load import load_weights
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture()
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_weights(tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TOOLS))
     return tmp_path
 
 
-def export(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
-    result: int = importlib.import_module("export").main()
-    return result
-
-
 @pytest.mark.parametrize("kind", ["hf", "timm", "safetensors"])
-def test_each_format_is_written_and_overwritten(
-    kind: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_format_is_written_and_overwritten(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if kind == "hf":
         pytest.importorskip("transformers", reason="transformers is not installed")
     for _ in range(2):
-        assert export(monkeypatch, "--weights", "weights", "--to", kind, "--out", "out") == 0
+        assert exit_status(["export", "--weights", "weights", "--to", kind, "--out", "out"]) == 0
         assert capsys.readouterr().out.startswith("wrote out/model.safetensors (0.0 M parameters")
     assert (place / "out" / "config.json").is_file() and not (place / "out" / "recipe.yaml").exists()
     assert load_weights(place / "out").config.model.dim == 32
 
 
-def test_errors_are_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "mine").mkdir()
     (place / "mine" / "thesis.txt").write_text("precious")
     (place / "file").write_text("x")
@@ -57,10 +46,10 @@ def test_errors_are_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["--weights", "weights"], "mine", "no earlier export"),
         (["--weights", "weights"], "file", "no earlier export"),
         (["--weights", "weights"], "file/below", "cannot write file/below (Not a directory); choose another --out"),
-        (["--run", "nowhere"], "out", "not a run folder"),
-        ([], "out", "give the network"),
+        (["--run", "nowhere"], "out", "not a run directory"),
+        ([], "out", "select the network"),
     ):
-        assert export(monkeypatch, *source, "--to", "safetensors", "--out", out) == 2
+        assert exit_status(["export", *source, "--to", "safetensors", "--out", out]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert [path.name for path in (place / "mine").iterdir()] == ["thesis.txt"]
@@ -68,7 +57,7 @@ def test_errors_are_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 # growth of this process's private memory in bytes; the libraries are loaded before
 GROWTH = """
-import importlib, json, re, sys, threading
+import json, re, sys, threading
 def resident():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 import streamtrain.interop.hf, streamtrain.interop.load, streamtrain.reporting.metrics, safetensors.torch
@@ -80,7 +69,8 @@ def watch():
         highest = max(highest, resident())
 watcher = threading.Thread(target=watch)
 watcher.start()
-code = importlib.import_module("export").main()
+from streamtrain.cli.main import main
+code = main(["export", *sys.argv[1:]])
 over.set()
 watcher.join()
 print(json.dumps({"code": code, "growth": highest - before}))
@@ -100,7 +90,7 @@ def test_checkpoint_of_two_ranks_is_exported_within_the_memory_of_its_weights(tm
         out = tmp_path / kind
         done = subprocess.run(
             [sys.executable, "-c", GROWTH, "--run", str(run), "--to", kind, "--out", str(out)],
-            capture_output=True, text=True, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PATH": "/usr/bin"},
+            capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         result = json.loads(done.stdout.splitlines()[-1])

@@ -95,7 +95,7 @@ def test_each_load_error_is_one_line(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model": {"dim": "wide"}}')
     with pytest.raises(StreamtrainError, match=r"model\.dim"):
         load_weights(folder)
-    with pytest.raises(StreamtrainError, match="not a run folder"):
+    with pytest.raises(StreamtrainError, match="not a run directory"):
         load_run(tmp_path)
 
 
