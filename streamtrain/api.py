@@ -19,13 +19,13 @@ from streamtrain.errors import StreamtrainError, TrainingError
 if TYPE_CHECKING:
     import numpy as np
 
-    from shards.format.set_manifest import Manifest
+    from shards.format.set_manifest import SetManifest
     from streamtrain.interop.load import Backbone
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **options: Any) -> Manifest:
+def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **options: Any) -> SetManifest:
     """Pack images into a shard set, like ``streamtrain pack``, and return its manifest.
 
     Args:

@@ -24,7 +24,7 @@ from shards.errors import ShardError
 from shards.reading.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
-from streamtrain.data.stream import build_order, check_cache, check_cache_folder, check_state, stream_identity
+from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
@@ -80,7 +80,7 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
     if config.evaluation.every:
         held_out(config, shard_set)
     saved = saved_state(source) if source is not None else None
-    order = build_order(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
+    order = build_stream_order(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
     changes, versions = [], []
     if source is not None and saved is not None:

@@ -18,7 +18,7 @@ from streamtrain.training.ssl_model import SSLModel
 class PlainBackbone(nn.Module):
     """The backbone for one crop size: a convolution, [N, T, D] tokens, softmax attention."""
 
-    def __init__(self, learner: SSLModel) -> None:
+    def __init__(self, model: SSLModel) -> None:
         super().__init__()
         self.net = model.backbone
         self.config = model.config.model

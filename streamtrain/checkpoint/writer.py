@@ -32,7 +32,7 @@ from streamtrain.engine.fragments import Shard
 from streamtrain.errors import CheckpointError
 from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum, replace_file, sync, write_file
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, saved_steps, step_folder
-from streamtrain.run.step_manifest import write_manifest
+from streamtrain.run.step_manifest import CheckpointManifest
 
 # the share of the available memory that copies may use
 _MEMORY_SHARE = 0.8

@@ -14,6 +14,7 @@ from shards.reading.cache import ShardCache, copy_bytes, min_cache_bytes
 from shards.reading.ledger import Ledger, available_bytes
 from shards.reading.mixture import AnyOrder, AnySet, Mixture, build_order
 from shards.reading.order import Order
+from streamtrain.config.section import is_accepted
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -25,7 +26,9 @@ _SET_FIELDS = ("digest", "cycle", "counts")
 _MAX_SLOTS_CHECKED = 1 << 20
 
 
-def build_stream_order(config: Config, shard_set: AnySet, world_size: int, lane_block: int | None = None) -> Order | Mixture:
+def build_stream_order(
+    config: Config, shard_set: AnySet, world_size: int, lane_block: int | None = None
+) -> Order | Mixture:
     """Build the order of a run's stream.
 
     Args:

@@ -25,6 +25,7 @@ from streamtrain.objective.sinkhorn import Assignment
 from streamtrain.objective.targets import Targets
 from streamtrain.ops.collectives import gather_rows, world_size
 from streamtrain.ops.logits import chunk_rows, chunks, scaled_logits
+from streamtrain.ops.prototypes import TINY
 
 ENTROPY, USAGE, RANK, STD = "teacher/entropy", "teacher/prototype_usage", "features/rank", "features/std"
 _KEYS = {ENTROPY: "entropy", USAGE: "usage", RANK: "rank", STD: "std"}

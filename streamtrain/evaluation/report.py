@@ -131,9 +131,10 @@ def _plan_table(run: Path, records: Records) -> list[list[str]]:
     seconds = float(np.median([record.get("speed/step_seconds", math.nan) for record in records]))
     rate = step_flops(config, world_size).executed / seconds
     disk_bytes = sum(path.stat().st_size for path in (run / CHECKPOINTS).rglob("*") if path.is_file())
+    expected = gigabytes(rank_peak_bytes(planned, on_gpu))
     return [
         ["", "planned", "measured"],
-        [f"peak memory per rank, {device}", f"{gigabytes(rank_peak_bytes(planned, on_gpu))} GB", f"{gigabytes(peak)} GB"],
+        [f"peak memory per rank, {device}", f"{expected} GB", f"{gigabytes(peak)} GB"],
         ["parameters", f"{planned.num_parameters / 1e6:,.1f} M", ""],
         ["FLOPs of a step, all ranks", f"{planned.flops_per_step / 1e12:,.3g} TFLOP", f"{rate / 1e12:,.3g} TFLOP/s"],
         ["step time, median", "", f"{seconds:.3g} s"],

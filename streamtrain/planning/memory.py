@@ -20,6 +20,7 @@ from streamtrain.planning.shapes import block_shapes, parameter_shapes, partitio
 Location = Literal["gpu", "host", "disk"]
 # of a block's branches (``streamtrain/ops/branches.py``)
 Implementation = Literal["cpu_kernels", "reference"]
+CPU_KERNELS: Implementation = "cpu_kernels"
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
 CONTEXT_BYTES = 1_500_000_000
 # an interpreter with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
@@ -97,15 +98,14 @@ STATES = ("student values", "masters", "gradients", "moments", "teacher values",
 
 
 def plan(
-    config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True,
-    implementation: Implementation = "cpu_kernels",
-) -> Plan:  # fmt: skip
+    config: Config, world_size: int, *, on_gpu: bool = True, bf16: bool = True, supported: Implementation = CPU_KERNELS
+) -> Plan:
     """Plan one of ``world_size`` ranks.
 
     Args:
         on_gpu: whether the ranks compute on GPUs; if not, "gpu" means the network's share of host memory.
         bf16: whether the networks compute in bf16; if not, in fp32.
-        implementation: that the CPUs support for a block's branches; the configuration may choose the reference.
+        supported: the implementation of a block that the CPUs support; the configuration may choose the reference.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.

@@ -189,7 +189,8 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE)
             }
             path = Path(config.init.weights).expanduser()
-            pretrained, report = stack.enter_context(load_pretrained_backbone(path, shapes, config.init.minimum_matched))
+            loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched)
+            pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())
 
         def read(key: str, fragment: Fragment) -> torch.Tensor:

@@ -45,8 +45,8 @@ class CheckpointPolicy:
     """Decides after each step what to save, and starts the save; every rank calls the methods."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, saver: CheckpointWriter, sink: MetricsSink,
-        non_finite: NonFiniteSteps, requests: Requests,
+        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, saver: CheckpointWriter,
+        sink: MetricsSink, non_finite: NonFiniteSteps, requests: Requests,
     ) -> None:  # fmt: skip
         self._config, self._runtime, self._networks, self._loader = config, runtime, networks, loader
         self._saver, self._sink, self._non_finite, self._requests = saver, sink, non_finite, requests

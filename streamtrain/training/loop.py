@@ -21,7 +21,7 @@ from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
 from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.planning.memory import Plan, plan
+from streamtrain.planning.memory import CPU_KERNELS, Plan, plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
@@ -44,12 +44,12 @@ def train(
     resume_from: Path | None = None,
     accepted: Collection[str] = (),
 ) -> int:
-    """Train to ``run.steps``; resume from the run folder's newest checkpoint if there is one.
+    """Train to ``run.steps``; resume from the run directory's latest checkpoint if there is one.
 
     Args:
-        config: of the run, whose folder exists.
+        config: of the run, whose directory exists.
         shard_set: the images of ``data.shards``.
-        resume_from: another run's folder to start from if this run is new.
+        resume_from: another run's directory to start from if this run is new.
         accepted: keys of settings that may differ from the checkpoint's.
 
     Returns:
@@ -81,8 +81,8 @@ def train(
             while step < config.run.steps and stop_request <= SAVE:
                 step += 1
                 result = train_step(
-                    step, config, runtime, networks, loader, wrap=hang_detector.wrap, before_update=saver.wait_until_copied,
-                    stop_request=requests.code,
+                    step, config, runtime, networks, loader, wrap=hang_detector.wrap,
+                    before_update=saver.wait_until_copied, stop_request=requests.stop_code,
                 )  # fmt: skip
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | saver.scalars() | observers.after_step(result)
@@ -98,7 +98,8 @@ def train(
             requests.remove_stop_file()
             logger.info("stopped at step %d, %s; run the same command again to resume", step, saver.status_message())
         elif saver.failure:
-            raise CheckpointError(f"all steps are done, but {saver.status_message()}; fix that and run the same command again")
+            status = saver.status_message()
+            raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
         logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return stop_request if stop_request > SAVE else 0
 
@@ -108,13 +109,15 @@ def _plan(config: Config, runtime: Runtime) -> Plan:
     if runtime.rank == 0:
         log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
-    kernels = not on_gpu and usable(runtime.dtype)
-    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, kernels=kernels)
+    supported = CPU_KERNELS if not on_gpu and is_enabled(runtime.dtype) else "reference"
+    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported)
     logger.info(start_summary(planned, on_gpu))
     return planned
 
 
-def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Loader, accepted: Collection[str]) -> None:
+def _check_start(
+    config: Config, runtime: Runtime, start: StartState, loader: Loader, accepted: Collection[str]
+) -> None:
     """Check the configuration and the images against the checkpoint that was restored.
 
     A check before the process group started compared them with the newest checkpoint, which may have turned out
@@ -124,7 +127,7 @@ def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Lo
         CheckpointError: if they differ in a way that is not accepted.
     """
     if start.source is not None and (saved := saved_state(start.source)) is not None:
-        check_resume(config, start.source, saved, runtime.world_size, accept_changes, runtime.description["dtype"])
+        check_resume(config, start.source, saved, runtime.world_size, accepted, runtime.description["dtype"])
     if start.data:
         check_state(start.data, loader.state_dict(start.slot), accepted)
 

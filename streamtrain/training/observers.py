@@ -27,7 +27,7 @@ from streamtrain.diagnostics.spikes import SpikeDetector
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.held_out import HeldOut, drawn, first_images, held_out
+from streamtrain.evaluation.held_out import HeldOut, first_images, held_out, sample_images
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime

@@ -11,7 +11,7 @@ from commands import exit_status
 from tiny_backbone import tiny_config
 
 from streamtrain.config.load import build, to_yaml
-from streamtrain.reporting.sink import Monitor
+from streamtrain.reporting.sink import MetricsSink
 from streamtrain.run.directory import describe_run
 
 
@@ -48,10 +48,10 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     for step in range(1, 6):
         scalars = {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25}
         scalars |= {"speed/images_per_second": 4.0, "memory/peak_rss_bytes": 2.0**30, "eval/knn_20": 0.1 * step}
-        monitor.log(step, 8 * step, scalars)
-    monitor.panel(1, np.zeros((8, 8, 3), np.uint8))
-    monitor.panel(5, np.full((8, 8, 3), 255, np.uint8))
-    monitor.close()
+        sink.log(step, 8 * step, scalars)
+    sink.panel(1, np.zeros((8, 8, 3), np.uint8))
+    sink.panel(5, np.full((8, 8, 3), 255, np.uint8))
+    sink.close()
     assert exit_status(["report", "--run", str(run), "--out", "nowhere/page.html"]) == 2
     assert "error: cannot write nowhere/page.html (No such file or directory)" in capsys.readouterr().err
     assert exit_status(["report", "--run", str(run), "--out", str(tmp_path / "page.html")]) == 0

@@ -32,7 +32,8 @@ def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = checkpoint.step_folder(run, step)
     with checkpoint.open_checkpoint(folder) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
-        whole = {f"{kind}/{name}": reader.read_full(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+        keys = [f"{kind}/{name}" for kind in kinds for name in reader.state["shapes"]]
+        whole = {key: reader.read_full(key) for key in keys}
     return whole | {f"centre/{name}": value for name, value in load_file(folder / checkpoint.SHARED_NAME).items()}
 
 

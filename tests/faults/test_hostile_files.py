@@ -224,7 +224,8 @@ def test_member_paths_outside_the_set_are_not_followed(tmp_path: Path) -> None:
 def test_a_manifest_cannot_name_outside_files_or_run_commands(tmp_path: Path) -> None:
     manifest = {"version": 1, "digest": "", "fingerprint": "", "classes": []}
     entry = {"name": "../../../etc/passwd", "bytes": 3, "samples": 1, "sha256": ""}
-    message = bounded("manifest.SetManifest.load(path)", write_set_folder(tmp_path / "a", {**manifest, "shards": [entry]}))
+    folder = write_set_folder(tmp_path / "a", {**manifest, "shards": [entry]})
+    message = bounded("manifest.SetManifest.load(path)", folder)
     assert message.endswith("'../../../etc/passwd' is not a valid tar name; copy the set again, or pack it again")
     piped = {**entry, "name": "0.tar", "url": f"pipe:touch {tmp_path / 'ran'}"}
     place = write_set_folder(tmp_path / "b", {**manifest, "shards": [piped]})

@@ -24,6 +24,7 @@ with init_process_group(config.engine, Launch.from_environment()) as runtime:
     shards = student.shards() | teacher.shards()
     Path(out).mkdir(exist_ok=True)
     saver = CheckpointWriter(Path(out), config.run)
-    saver.save(position.step, {CHECKPOINTS: CheckpointPayload(shards, maker.state_dict(), shapes, {"data": position.data})})
+    payload = CheckpointPayload(shards, maker.state_dict(), shapes, {"data": position.data})
+    saver.save(position.step, {CHECKPOINTS: payload})
     saver.wait()
     assert saver.failure is None, saver.failure

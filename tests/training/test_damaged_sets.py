@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from drawn_images import drawn_image, encoded
 from ranks import run_ranks, start_ranks
-from test_loop import expect_success, wait_for_steps
 from tiny_run import command, logged
 from training.test_loop import expect_success, wait_for_steps
 

@@ -26,7 +26,8 @@ def whole_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Return every master, moment and EMA, gathered."""
     with checkpoint.open_checkpoint(checkpoint.step_folder(run_dir, step)) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
-        return {f"{kind}/{name}": reader.read_full(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+        keys = [f"{kind}/{name}" for kind in kinds for name in reader.state["shapes"]]
+        return {key: reader.read_full(key) for key in keys}
 
 
 @pytest.mark.slow

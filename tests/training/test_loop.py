@@ -161,7 +161,8 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     # a complete run prints one line, on rank 0
     results = run_ranks([*words, f"run.steps={last}"], 2)
     assert [(code, out) for code, out, _ in results] == [
-        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to continue\n"), (0, "")
+        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to continue\n"),
+        (0, ""),
     ]  # fmt: skip
 
 
@@ -228,8 +229,10 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
         for overrides, told in (
             (["model.dim=32"], "model.dim is 32, the checkpoint has 16; restore them, or set run.dir"),
             ([other], "digest was"),
-            (["optim.clip=1.0"], "optim.clip was 3.0 and is now 1.0; start it as it was, or add --accept-changes"),
-            (["run.seed=4", "--accept-changes"], "run.seed was 0 and is now 4"),
+            (["optim.clip=1.0"], "optim.clip is 1.0, the checkpoint has 3.0; restore them, or add --accept optim.clip"),
+            (["optim.clip=1.0", "optim.eps=1e-7", "--accept", "optim.eps"], "or add --accept optim.clip"),
+            (["run.seed=4", "--accept-changes"], "run.seed is 4, the checkpoint has 0"),
+            (["run.seed=4", "--accept", "run.seed"], "--accept run.seed: this setting is fixed for a run"),
             ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "has no checkpoint"),
             ([f"run.dir={tmp_path / 'new'}", "--resume", str(run), other], "digest was"),
         )
@@ -243,7 +246,8 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
     assert read_resolved(run).run.steps == 1 and read_resolved(run).model.dim == 16
     changes = (*settings, other, "optim.clip=1.0")
     # a start that ends before its first checkpoint changes nothing
-    endless = ("--accept-changes", "run.steps=1000", "run.checkpoint_every=0")
+    accept = ("--accept", "optim.clip", "data.shards")
+    endless = (*accept, "run.steps=1000", "run.checkpoint_every=0")
     process, = start_ranks(command(shards, run, *changes, *endless), 1)
     while read_resolved(run).optim.clip != 1.0:
         assert process.poll() is None
@@ -252,7 +256,7 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
     process.communicate()
     assert checkpoint.saved_steps(run) == [1]
     saved = saved_state(checkpoint.step_folder(run, 1))
-    assert saved is not None and saved["dtype"] == "fp32"
+    assert saved is not None and saved["dtype"] == dtype
     expect_success(run_ranks(command(shards, run, *settings, "--dry-run"), 1))
     results = run_ranks(command(shards, run, *changes, *accept), 1)
     expect_success(results)

@@ -62,7 +62,8 @@ def test_a_gram_stage_killed_between_refreshes_resumes_bit_for_bit(stage_one: Pa
 
     # the Gram teacher is the EMA at the last refresh, after 8 steps
     with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 11)) as reader:
-        gram = {name: reader.read_full(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
+        names = [name for name in reader.state["shapes"] if name.startswith("backbone.")]
+        gram = {name: reader.read_full(f"gram/{name}") for name in names}
     with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 9)) as reader:
         before = {name: reader.read_full(f"gram/{name}") for name in gram}
         average = reader.read_full("ema/backbone.norm.weight")

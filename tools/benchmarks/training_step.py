@@ -137,7 +137,7 @@ def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int,
     student, teacher = build_networks(config, runtime, accumulation)
     start.end("networks")
     maker = TargetMaker(config.objective)
-    handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+    teacher_prototypes = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
     restore(config, None, student, teacher, maker)
     start.end("values")
     student.module.register_forward_hook(lambda *_: phases.end("forward"))
