@@ -16,16 +16,16 @@ from shards.errors import ShardError
 from shards.reading.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
-from streamtrain.data.stream import check_cache, check_state, identity_of, order_of, try_cache
+from streamtrain.data.stream import build_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.runtime import Launch, choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.directory import (
     check_weights,
-    held,
-    make_run_folder,
-    nothing_left,
+    completion_message,
+    make_run_dir,
+    run_lock,
     saved_state,
     starting_checkpoint,
 )
@@ -75,14 +75,14 @@ def check(config: Config, launch: Launch, source: Path | None, accept_changes: b
     if config.evaluation.every:
         held_out(config, shard_set)
     saved = saved_state(source) if source is not None else None
-    order = order_of(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
+    order = build_order(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
     accepted = []
     if source is not None and saved is not None:
         accepted = check_resume(config, source, saved, launch.world_size, accept_changes)
-        accepted += check_state(saved["data"], identity_of(shard_set, order), accept_changes)
-    make_run_folder(Path(config.run.dir), launch.rank)
-    try_cache(config)
+        accepted += check_state(saved["data"], stream_identity(shard_set, order), accept_changes)
+    make_run_dir(Path(config.run.dir), launch.rank)
+    check_cache_folder(config)
     if accepted and launch.rank == 0:
         print(f"going on with changes: {'; '.join(accepted)}", flush=True)
     return shard_set
@@ -97,13 +97,13 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         run_dir = Path(config.run.dir)
         source = starting_checkpoint(run_dir, arguments.resume)
-        complete = nothing_left(config, source)
+        complete = completion_message(config, source)
         if complete and not arguments.dry_run:
             if launch.rank == 0:
                 print(complete, flush=True)
             return 0
         shard_set = check(config, launch, source, arguments.accept_changes)
-        with held(run_dir, launch.rank):
+        with run_lock(run_dir, launch.rank):
             choose_accelerator(config.engine, launch)
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from shards.packing.pack import PackOptions, pack
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 
 def drawn_image(number: int, width: int = 40, height: int = 30) -> Image.Image:

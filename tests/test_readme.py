@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamtrain.config.load import load_config
-from streamtrain.config.presets import PRESETS
+from streamtrain.config.model import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

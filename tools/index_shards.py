@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
-from shards.packing.index_tars import adopt
+from shards.packing.index_tars import index_tars
 
 _HELP = """\
 Make a shard set of WebDataset tars that exist already, without copying them: an index of every
@@ -38,7 +38,7 @@ def main() -> int:
     try:
         if not arguments.out.strip():
             raise ShardError("--out is empty; give the folder of the set")
-        report = adopt(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
+        report = index_tars(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
     except ShardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(verdict("GPU", planned.gpu_bytes, gpu_memory))
         if host_memory is not None:
-            print(verdict(f"host of {planned.ranks_a_host} rank(s)", planned.host_bytes, host_memory))
+            print(verdict(f"host of {planned.ranks_per_host} rank(s)", planned.host_bytes, host_memory))
         if not fitting:
             print("--fit looks for settings that do")
     if arguments.json:
@@ -90,7 +90,7 @@ def document(planned: Plan, fitting: bool, chosen: list[str]) -> dict[str, Any]:
         "transfer_bytes_per_step": planned.transfer_bytes_per_step,
         "overrides": chosen,
         "parts": [
-            {"name": p.name, "place": p.place, "bytes": p.num_bytes, "when": list(p.when), "sum": p.sum}
+            {"name": p.name, "place": p.location, "bytes": p.num_bytes, "when": list(p.when), "sum": p.arithmetic}
             for p in planned.parts
         ],
     }

@@ -25,7 +25,7 @@ from streamtrain.evaluation.chart import charts_of
 from streamtrain.evaluation.report import Picture, numbers_of, png_of, render
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import gigabytes, of_rank
+from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
 from streamtrain.reporting.metrics import read_metrics
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 from streamtrain.run.provenance import ENVIRONMENT_NAME
@@ -51,7 +51,7 @@ def main() -> int:
 def page_of(run: Path) -> str:
     """The page of the run folder ``run``."""
     if not (run / RESOLVED_NAME).is_file():
-        raise StreamtrainError(f"{run} is not a run folder: it has no {RESOLVED_NAME}")
+        raise StreamtrainError(f"{run} is not a run directory: it has no {RESOLVED_NAME}")
     metrics = run / METRICS_NAME
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
@@ -87,7 +87,7 @@ def planned_and_measured(run: Path, records: list[dict[str, Any]]) -> list[list[
     rate = step_flops(config, world_size).executed / seconds
     return [
         ["", "planned", "measured"],
-        [f"peak memory of a rank, {environment.get('device', 'cpu')}", _gb(of_rank(found, on_gpu)), _gb(peak)],
+        [f"peak memory of a rank, {environment.get('device', 'cpu')}", _gb(rank_peak_bytes(found, on_gpu)), _gb(peak)],
         ["parameters", f"{found.num_parameters / 1e6:,.1f} M", ""],
         ["arithmetic of a step, all ranks", f"{found.flops_per_step / 1e12:,.3g} TFLOP", f"{rate / 1e12:,.3g} TFLOP/s"],
         ["step (median)", "", f"{seconds:.3g} s"],

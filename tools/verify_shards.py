@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards.errors import ShardError
 from shards.format.images import DEFAULT_MAX_PIXELS
-from shards.format.set_manifest import counted
-from shards.packing.verify import load_manifest, verify
+from shards.format.set_manifest import SetManifest, counted
+from shards.packing.verify import verify
 
 _HELP = """\
 Read everything in a shard set: every tar, both indexes, the manifest, every checksum, and a full
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger images are faults")
     arguments = parser.parse_args()
     try:
-        manifest = load_manifest(arguments.set)
+        manifest = SetManifest.load(arguments.set)
         faults = verify(
             arguments.set, workers=max(1, arguments.workers), max_pixels=arguments.max_pixels, progress=True
         )

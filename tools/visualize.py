@@ -109,7 +109,7 @@ def draw_curves(arguments: argparse.Namespace) -> Image.Image:
     for run in arguments.run:
         path = run / METRICS_NAME
         if not path.is_file():
-            raise StreamtrainError(f"{run} is not a run folder with results: it has no {METRICS_NAME}")
+            raise StreamtrainError(f"{run} is not a run directory with results: it has no {METRICS_NAME}")
         runs[str(run)] = list(read_metrics(path))
     charts = [Tile(chart) for chart in charts_of(runs, arguments.tags)]
     if not charts:

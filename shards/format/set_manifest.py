@@ -158,11 +158,11 @@ def counted(number: int, noun: str) -> str:
 def _why_absent(set_dir: Path) -> str:
     """What a place without a manifest is instead of a set, and what to do about it."""
     if not set_dir.exists():
-        return f"no shard set at {set_dir}; make one with: python tools/make_shards.py --src IMAGES --out {set_dir}"
+        return f"no shard set at {set_dir}; make one with: streamtrain pack --src IMAGES --out {set_dir}"
     if not set_dir.is_dir():
         return f"{set_dir} is a file, not a shard set; give the folder that holds {FILE_NAME}"
     if (set_dir / JOURNAL_NAME).exists():
         return f"{set_dir} is not a finished shard set; go on with the make_shards command that began it"
     if next(set_dir.glob("*.tar"), None) is not None:
-        return f"{set_dir} holds tars but no {FILE_NAME}; index them: tools/index_shards.py --src {set_dir} --out SET"
-    return f"{set_dir} is no shard set: it has no {FILE_NAME}; make one with tools/make_shards.py"
+        return f"{set_dir} holds tars but no {FILE_NAME}; index them: streamtrain index --src {set_dir} --out SET"
+    return f"{set_dir} is no shard set: it has no {FILE_NAME}; make one with streamtrain pack"

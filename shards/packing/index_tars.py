@@ -128,7 +128,7 @@ def _tars_of(source: str) -> list[str]:
 def _refuse_compressed(location: str) -> None:
     refuse_zstd(location)
     if is_compressed_tar(location):
-        raise ShardError(f"--src {location} is compressed, so no image can be read by itself; use tools/make_shards.py")
+        raise ShardError(f"--src {location} is compressed, so no image can be read by itself; use streamtrain pack")
 
 
 def _adopt_one(out: Path, task: tuple[str, str]) -> _Adopted:

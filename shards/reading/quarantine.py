@@ -119,6 +119,6 @@ class Quarantine:
         log = "" if self.path is None else f"; {self.path} lists them all"
         return (
             f"{self.num_entries} images could not be used where {self._num_slots} were wanted, far above the allowed "
-            f"share of {self.max_rate:g}; check the set with tools/verify_shards.py; the latest: shard {latest.shard}, "
+            f"share of {self.max_rate:g}; check the set with streamtrain verify; the latest: shard {latest.shard}, "
             f"sample {latest.index} (key {latest.key!r}): {latest.reason}{log}"
         )

@@ -190,7 +190,7 @@ class Source:
             shard, sample = self.order.substitute(slot, attempt)
         raise ShardError(
             f"{MAX_IN_A_ROW} images in a row cannot be used, the last in shard {self.shard_set.name(shard)}; "
-            "check the set with tools/verify_shards.py"
+            "check the set with streamtrain verify"
         )
 
     def _usable_record(self, shard: int, sample: int) -> np.void:

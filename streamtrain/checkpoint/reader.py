@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 from shards.format.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.checkpoint.retention import set_aside
 from streamtrain.errors import CheckpointError
-from streamtrain.run.atomic_io import FileSum, SummedFile
-from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, folder_of, saved_steps
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum
+from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, saved_steps, step_folder
+from streamtrain.run.step_manifest import find_fault
 
 VERSION = 2
 # more than have ever trained together
@@ -185,7 +185,7 @@ def agreed_fault(folder: Path) -> str | None:
     """Why a checkpoint is not whole, or None if it is; all ranks call it, each reads some of the files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     faults: list[str | None] = [None] * world_size
-    dist.all_gather_object(faults, fault_of(folder, contents=True, part=(rank, world_size)))
+    dist.all_gather_object(faults, find_fault(folder, contents=True, part=(rank, world_size)))
     return next((fault for fault in faults if fault is not None), None)
 
 
@@ -228,7 +228,7 @@ def opened(folder: Path) -> Iterator[Reader]:
     """
     with ExitStack() as stack:
         try:
-            if fault := fault_of(folder, contents=False):
+            if fault := find_fault(folder, contents=False):
                 raise ValueError(fault)
             state = _checked(read_json(folder / STATE_NAME))
             world_size = state["world_size"]
@@ -279,7 +279,7 @@ def iterate_weights(
     """As ``read_weights``, one parameter at a time; ``wanted(name)`` leaves out the others."""
     folder = weights_folder(run_dir, step, which)
     # whatever is made of the weights lasts longer than reading them once more
-    if fault := fault_of(folder, contents=True):
+    if fault := find_fault(folder, contents=True):
         raise damaged(folder, fault)
     with opened(folder) as reader:
         for name in reader.state["shapes"]:
@@ -298,12 +298,12 @@ def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "t
     if step is None and (steps or snapshots):
         step = (steps or snapshots)[-1]
     if step in steps:
-        return folder_of(run_dir, step)
+        return step_folder(run_dir, step)
     if step in snapshots:
-        return folder_of(run_dir, step, SNAPSHOTS)
+        return step_folder(run_dir, step, SNAPSHOTS)
     if step is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
-    raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; there are {sorted({*steps, *snapshots})}")
+        raise CheckpointError(f"{run_dir} has no checkpoint yet")
+    raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are {sorted({*steps, *snapshots})}")
 
 
 def rank_name(rank: int, world_size: int) -> str:
@@ -311,7 +311,7 @@ def rank_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_fragments(path: Path, shards: Mapping[str, Values]) -> FileSum:
+def write_fragments(path: Path, shards: Mapping[str, Values]) -> FileChecksum:
     """A safetensors file: the length of the header, the header, the values (its library wants all at once).
 
     Raises:
@@ -323,7 +323,7 @@ def write_fragments(path: Path, shards: Mapping[str, Values]) -> FileSum:
         offset += 4 * values.numel
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with SummedFile(path) as file:
+    with ChecksummedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, values in shards.items():
             tensor = values.read().detach().to("cpu", torch.float32).contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamtrain.config.run import RunConfig
 from streamtrain.run.atomic_io import replace_file, sync
-from streamtrain.run.directory import BEST_NAME, CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
+from streamtrain.run.directory import BEST_NAME, CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
 
 
 def prune(run_dir: Path, config: RunConfig) -> None:
@@ -25,7 +25,7 @@ def prune(run_dir: Path, config: RunConfig) -> None:
     kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
     kept |= {best["step"]} if (best := read_best(run_dir)) else set()
     for step in sorted(set(steps) - kept):
-        folder = folder_of(run_dir, step)
+        folder = step_folder(run_dir, step)
         # what is half removed must not be taken for a checkpoint
         os.replace(folder, removed := folder.with_name(f".{folder.name}.removed"))
         sync(folder.parent)

@@ -31,8 +31,8 @@ from streamtrain.checkpoint.reader import SHARED_NAME, VERSION, Values, rank_nam
 from streamtrain.checkpoint.retention import partial_of, prune, remove_leftovers, write_best
 from streamtrain.config.run import RunConfig
 from streamtrain.errors import CheckpointError
-from streamtrain.run.atomic_io import FileSum, replace_file, sync, write_file
-from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, folder_of, saved_steps
+from streamtrain.run.atomic_io import FileChecksum, replace_file, sync, write_file
+from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, saved_steps, step_folder
 from streamtrain.run.step_manifest import write_manifest
 
 # of the memory that is free, what copies may take
@@ -208,7 +208,7 @@ class Saver:
             for place, each in contents.items():
                 failure = None
                 try:
-                    self._write(folder_of(self._run_dir, step, place), step, each, best)
+                    self._write(step_folder(self._run_dir, step, place), step, each, best)
                 except _Abandoned as reason:
                     failure = str(reason)
                     self._noted.append(
@@ -255,7 +255,7 @@ class Saver:
         partial.mkdir()
         sync(self._run_dir)
 
-    def _write_files(self, partial: Path, step: int, contents: Contents) -> dict[str, FileSum]:
+    def _write_files(self, partial: Path, step: int, contents: Contents) -> dict[str, FileChecksum]:
         """Write this rank's files."""
         name = rank_name(self._rank, self._world_size)
         sums = {name: write_fragments(partial / name, contents.shards)}
@@ -267,7 +267,7 @@ class Saver:
         return sums
 
     def _publish(
-        self, partial: Path, folder: Path, files: Mapping[str, FileSum], best: Mapping[str, Any] | None
+        self, partial: Path, folder: Path, files: Mapping[str, FileChecksum], best: Mapping[str, Any] | None
     ) -> None:
         """Everything is written: let it be found, and what it replaces go."""
         write_manifest(partial, files)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from shards.storage.store import Patience
+from shards.storage.store import RetryPolicy
 from streamtrain.config.section import NonNegative, Positive, Probability, Section, Size, branch
 
 
@@ -44,9 +44,9 @@ class RemoteConfig(Section):
     stall_seconds: float = Field(default=30.0, gt=0.0)
 
     @property
-    def patience(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """The same for a store."""
-        return Patience(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
+        return RetryPolicy(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
 
 
 class CacheConfig(Section):

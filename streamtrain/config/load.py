@@ -164,12 +164,12 @@ def open_shard_set(config: Config) -> AnySet:
         ShardError: there is no such set, or it is not whole.
     """
     if not config.data.shards:
-        raise ConfigError("data.shards is not set; pack images with tools/make_shards.py and give data.shards=SET")
+        raise ConfigError("data.shards is not set; pack images with streamtrain pack and give data.shards=SET")
     return _open(config.data)
 
 
 def _open(data: DataConfig) -> AnySet:
-    return open_sets([(share.shards, share.weight) for share in data.shares], data.remote.patience)
+    return open_sets([(share.shards, share.weight) for share in data.shares], data.remote.retry_policy)
 
 
 def read_resolved(run_dir: str | Path) -> Config:

@@ -99,13 +99,13 @@ class Loader:
         )
         self._remote_set = shard_set if shard_set.is_remote else None
         source = Source(
-            shard_set if self._cache is None else shard_set.reading_copies(self._cache),
+            shard_set if self._cache is None else shard_set.with_copies(self._cache),
             order,
             threads=config.data.reader_threads,
             max_bytes_in_flight=config.data.read_ahead_bytes,
             quarantine=quarantine,
             max_pixels=config.data.max_pixels,
-            on_read=None if self._cache is None else self._cache.passed,
+            on_read=None if self._cache is None else self._cache.mark_consumed,
         )
         self._quarantine, self._source = quarantine, source
         choice = SizeChoice(config, global_batch, start_slot)
@@ -177,7 +177,7 @@ class Loader:
         shard_set = self._source.shard_set
         return [
             {"slot": slot, "shard": shard_set.name(shard), "index": index, "key": shard_set.key(shard, index)}
-            for slot, (shard, index) in zip(slots.tolist(), self._source.places(slots), strict=True)
+            for slot, (shard, index) in zip(slots.tolist(), self._source.locate(slots), strict=True)
         ]
 
     def close(self) -> None:

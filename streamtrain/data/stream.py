@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shards.reading.cache import ShardCache, bytes_in_use, copy_bytes
-from shards.reading.ledger import Ledger, space_for
-from shards.reading.mixture import AnySet, Mixture, stream_order
-from shards.reading.order import Order, SlotOrder
+from shards.reading.cache import ShardCache, copy_bytes, min_cache_bytes
+from shards.reading.ledger import Ledger, available_bytes
+from shards.reading.mixture import AnyOrder, AnySet, Mixture, build_order
+from shards.reading.order import Order
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -38,7 +38,7 @@ def order_of(config: Config, shard_set: AnySet, world_size: int, lane_block: int
     data = config.data
     # whole lanes a rank where the batch allows it; otherwise more ranks read more shards, nothing else
     lane_block = lane_block or max(1, global_batch // data.lanes)
-    return stream_order(shard_set, config.run.seed, data.window, data.lanes, lane_block)
+    return build_order(shard_set, config.run.seed, data.window, data.lanes, lane_block)
 
 
 def identity_of(shard_set: AnySet, order: Order | Mixture) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def check_state(saved: dict[str, Any], current: dict[str, Any], accept_changes: 
     return sides
 
 
-def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
+def lanes_read(order: AnyOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
     """The lanes that serve a share of every batch (such as ``range(0, 8)``, its first eight samples)."""
     period = math.lcm(global_batch, order.lane_cycle)
     steps = period // global_batch
@@ -80,7 +80,7 @@ def lanes_read(order: SlotOrder, global_batch: int, start_slot: int, share: rang
 
 
 def check_cache(
-    config: Config, shard_set: AnySet, order: SlotOrder, rank: int, world_size: int, local_world_size: int
+    config: Config, shard_set: AnySet, order: AnyOrder, rank: int, world_size: int, local_world_size: int
 ) -> None:
     """Whether ``data.cache`` makes sense, is large enough for what the ranks of this machine read, and has the disk.
 
@@ -90,20 +90,20 @@ def check_cache(
     cache = config.data.cache
     if cache.dir is None or cache.limit is None:
         return
-    entries = [remote.entry for shard in range(shard_set.num_shards) if (remote := shard_set.remote(shard))]
+    entries = [remote.entry for shard in range(shard_set.num_shards) if (remote := shard_set.remote_shard(shard))]
     if not entries:
         raise ConfigError(f"data.cache has no effect: {config.data.shards_text} is on this machine; leave it out")
     global_batch, _ = config.batch_split(world_size)
     samples, first_rank = global_batch // world_size, rank // local_world_size * local_world_size
     share = range(samples * first_rank, samples * min(first_rank + local_world_size, world_size))
     lanes = len(lanes_read(order, global_batch, 0, share))
-    needed = bytes_in_use(entries, lanes * config.data.window, local_world_size)
+    needed = min_cache_bytes(entries, lanes * config.data.window, local_world_size)
     if cache.limit < needed:
         raise ConfigError(
             f"data.cache.limit is {cache.limit} bytes, but the shards that this machine reads at a time need {needed} "
             f"({lanes} lanes x data.window {config.data.window} shards); raise it, or lower data.window or data.lanes"
         )
-    wanted, space = min(cache.limit, sum(map(copy_bytes, entries))), space_for(Path(cache.dir).expanduser())
+    wanted, space = min(cache.limit, sum(map(copy_bytes, entries))), available_bytes(Path(cache.dir).expanduser())
     if space < wanted:
         raise ConfigError(
             f"data.cache may come to {wanted} bytes, but its disk has room for {space}; lower data.cache.limit, or set "
@@ -125,7 +125,7 @@ def try_cache(config: Config) -> None:
 def open_cache(
     config: Config,
     shard_set: AnySet,
-    order: SlotOrder,
+    order: AnyOrder,
     *,
     rank: int,
     world_size: int,
@@ -146,10 +146,10 @@ def open_cache(
     global_batch, _ = config.batch_split(world_size)
     samples = global_batch // world_size
     lanes = lanes_read(order, global_batch, start_slot, range(samples * rank, samples * (rank + 1)))
-    blocks = order.blocks(start_slot, lanes)
+    blocks = order.windows(start_slot, lanes)
     return ShardCache(
         Ledger(Path(cache.dir).expanduser(), cache.limit),
-        shard_set.remote,
+        shard_set.remote_shard,
         itertools.takewhile(lambda block: end_slot is None or block.first_slot < end_slot, blocks),
         start_slot=start_slot,
         horizon_slots=2 * shard_set.num_samples,

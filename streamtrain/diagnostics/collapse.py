@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from streamtrain.config.monitor import CollapseConfig
-from streamtrain.objective.distributed import gather_rows, world_size
-from streamtrain.objective.logits import chunk_rows, chunks, scaled_logits
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import TINY, Assignment
 from streamtrain.objective.targets import Targets
+from streamtrain.ops.collectives import gather_rows, world_size
+from streamtrain.ops.logits import chunk_rows, chunks, scaled_logits
 
 ENTROPY, USAGE, RANK, STD = "teacher/entropy", "teacher/prototype_usage", "features/rank", "features/std"
 _KEYS = {ENTROPY: "entropy", USAGE: "usage", RANK: "rank", STD: "std"}
@@ -74,11 +74,11 @@ def measure_collapse(targets: Sequence[Targets], num_views: int, num_images: int
     features = first_views([each.features.global_features for each in targets])
     row = first_views([each.global_assignment.row for each in targets if each.global_assignment is not None])
     if features is not None and row is not None:
-        assert first.global_assignment is not None and first.handles.global_head is not None
+        assert first.global_assignment is not None and first.teacher_prototypes.global_head is not None
         assignment = Assignment(first.global_assignment.column, row)
         num_prototypes = len(assignment.column)
         statistics |= assignment_statistics(
-            features, assignment, first.handles.global_head, first.teacher_temperature, chunk_bytes
+            features, assignment, first.teacher_prototypes.global_head, first.teacher_temperature, chunk_bytes
         )
     values = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
     return CollapseMetrics(values, _shares(values, rows.shape[0], rows.shape[1], num_prototypes))

@@ -20,7 +20,7 @@ from torch import Tensor
 from streamtrain.data.batch import Batch
 from streamtrain.errors import DivergedError
 from streamtrain.objective.targets import TeacherFeatures
-from streamtrain.run.directory import folder_of, saved_steps
+from streamtrain.run.directory import saved_steps, step_folder
 
 FOLDER_NAME = "anomalies"
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class NonFiniteSteps:
         steps = [step for step in saved_steps(self._run_dir) if step <= self._last_good]
         if not steps:
             return "there is no checkpoint"
-        return f"the last good checkpoint is {folder_of(self._run_dir, steps[-1])}"
+        return f"the last good checkpoint is {step_folder(self._run_dir, steps[-1])}"
 
 
 @contextmanager

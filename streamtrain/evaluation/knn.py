@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamtrain.objective.distributed import gather_rows, max_over_ranks, world_size
+from streamtrain.ops.collectives import gather_rows, max_over_ranks, world_size
 
 NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07

@@ -23,7 +23,7 @@ from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import matched, second_view
 from streamtrain.model.vit import Features
-from streamtrain.objective.distributed import gather_rows, sum_over_ranks
+from streamtrain.ops.collectives import gather_rows, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 # images of a rank whose patches are sought in another view of them

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shards.format.files import MAX_JSON_BYTES, parse_json
-from streamtrain.checkpoint.reader import iterate_weights, opened, weights_folder
+from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.config.load import read_resolved
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
@@ -23,7 +23,7 @@ from streamtrain.interop.hf import MODEL_TYPE, backbone_config_from_hf
 from streamtrain.interop.naming import from_hf
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import VisionTransformer
-from streamtrain.run.directory import step_of
+from streamtrain.run.directory import parse_step
 
 PREFIX = "backbone."  # of the backbone's parameters within the learner's
 
@@ -54,10 +54,10 @@ def load_run(run_dir: Path, step: int | None = None, which: str = "teacher") -> 
     """
     config = read_resolved(run_dir)
     folder = weights_folder(run_dir, step, which)
-    found = step_of(folder)
+    found = parse_step(folder)
     weights = iterate_weights(run_dir, found, which, lambda name: name.startswith(PREFIX))
     origin: Origin = {"source": which, "step": found, "run": config.run.dir, "data": config.data.shards_text}
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         # a snapshot of the teacher has no position in the stream
         stream = reader.state.get("data") or {}
     origin |= {"data_digest": stream.get("digest"), "images_seen": stream.get("next_slot")}
@@ -156,7 +156,7 @@ def _described(path: Path) -> BackboneConfig:
     except (OSError, SafetensorError) as error:
         raise StreamtrainError(f"{path} cannot be read as safetensors: {error}") from None
     if text is None:
-        raise StreamtrainError(f"{path} does not say what model it is: it was not written by tools/export.py")
+        raise StreamtrainError(f"{path} does not say what model it is: it was not written by streamtrain export")
     return _parse(_value(text, path), path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamtrain.config.init import ENOUGH
+from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.naming import QKV_BIAS, combine, convert, detect, find_origins
 from streamtrain.interop.state_file import opened_state
@@ -48,7 +48,7 @@ class ImportReport:
 
 
 def import_backbone(
-    state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], source: str, minimum: float = ENOUGH
+    state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], source: str, minimum: float = DEFAULT_MINIMUM
 ) -> tuple[dict[str, Tensor], ImportReport]:
     """The tensors of ``state`` (of any known family) that fit a backbone, under our names, and the report.
 
@@ -85,7 +85,7 @@ def import_backbone(
 
 @contextmanager
 def opened_backbone(
-    path: Path, wanted: Mapping[str, torch.Size], minimum: float = ENOUGH
+    path: Path, wanted: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
 ) -> Iterator[tuple[Callable[[str], Tensor | None], ImportReport]]:
     """As ``import_backbone`` for weights on disk, of which each tensor is read only when it is asked for.
 

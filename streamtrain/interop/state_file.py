@@ -49,10 +49,10 @@ def _open(path: Path, stack: ExitStack) -> StateFile:
     if path.is_dir():
         steps = checkpoint.saved_steps(path)
         if steps or (path / checkpoint.STATE_NAME).is_file():
-            folder = checkpoint.folder_of(path, steps[-1]) if steps else path
-            reader = stack.enter_context(checkpoint.opened(folder))
+            folder = checkpoint.step_folder(path, steps[-1]) if steps else path
+            reader = stack.enter_context(checkpoint.open_checkpoint(folder))
             shapes = {name: torch.Size(shape) for name, shape in reader.state["shapes"].items()}
-            return StateFile(shapes, lambda name: reader.whole(f"ema/{name}"))
+            return StateFile(shapes, lambda name: reader.read_full(f"ema/{name}"))
         if (path / INDEX_NAME).is_file():
             try:
                 names = read_json(path / INDEX_NAME)["weight_map"].values()

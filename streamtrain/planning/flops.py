@@ -74,7 +74,7 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
         alignment = math.gcd(batch, config.masks.group)
         rows = max_rows(config.masks, batch, crops.global_count, seen.patches, alignment)
     # of the last block's result only these are read: CLS, and what is masked or all patches
-    of_student = seen.images + (seen.images * seen.patches if objective.gram.active else rows)
+    of_student = seen.images + (seen.images * seen.patches if objective.gram.is_active else rows)
     total = _student(config, seen, of_student) + _student(config, local, local.images)
     total += _forward(teacher.model, seen, seen.images + rows)
 
@@ -83,7 +83,7 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     if objective.patch_loss.kind == "ibot":
         ours, theirs = objective.patch_loss.head, teacher.objective.patch_loss.head
         total += _heads(config, teacher, ours, theirs, rows, rows)
-    if objective.gram.active:
+    if objective.gram.is_active:
         shown = _Crops.of(config.model, seen.images, sizes.gram_size or sizes.global_size, 0.0)
         every = shown.images * _tokens(config.model, shown)
         total += _forward(config.model, shown, every) + _gram_matrices(config, seen)

@@ -225,7 +225,7 @@ def _states(s: _Sizes) -> Iterator[Part]:
     on_host = s.on_gpu and s.config.teacher.average == "host"
     yield _part("teacher values", "gpu", ALWAYS, shard, (0 if fp32 and not on_host else s.item, "B"))
     yield _part("averages", "host" if on_host else "gpu", ALWAYS, shard, (4, "B"))
-    if s.config.objective.gram.active:
+    if s.config.objective.gram.is_active:
         backbone = {n: shape for n, shape in parameter_shapes(s.config).items() if n.startswith("backbone.")}
         own = partition(backbone, s.config, s.world_size).shard_numel
         yield _part("Gram teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
@@ -270,7 +270,7 @@ def _blocks_by_kernels(s: _Sizes) -> Iterator[Part]:
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
     # all that a branch makes of its input passes through the cache, and is made again in the backward
     yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
-    read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.active else s.masked_rows)
+    read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.is_active else s.masked_rows)
     yield _part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
     yield _part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)
     yield _part("a block's values laid out", "gpu", ALWAYS, (2, "directions"), values, item)
@@ -336,10 +336,10 @@ def _activations(s: _Sizes) -> Iterator[Part]:
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
     batch = config.data.micro_batch
     waiting = s.accumulation + 2
-    if config.objective.gram.active and config.objective.gram.size:
+    if config.objective.gram.is_active and config.objective.gram.size:
         pixels += crops.global_count * config.objective.gram.size**2
     yield _part("crops of the step", "gpu", ALWAYS, (waiting, "micro-batches"), (batch, "samples"), (3 * pixels, "B"))
-    if config.objective.gram.active:
+    if config.objective.gram.is_active:
         similarities = (s.images[0] * (s.global_tokens - 1) ** 2, "patch pairs")
         yield _part("Gram matrices and their gradient", "gpu", through, similarities, (4, "copies"), (4, "B"))
     for name, head, _, rows in s.heads:

@@ -17,17 +17,17 @@ from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.engine import EngineConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
-from streamtrain.engine.frozen import FrozenNetwork, ShardedNetwork
+from streamtrain.engine.fragments import Fragment
 from streamtrain.engine.runtime import Runtime
-from streamtrain.engine.teacher import Teacher
-from streamtrain.engine.zero import Fragment, Student, build_sharded, engine_config
+from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
+from streamtrain.engine.zero import Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
-from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.run.directory import QUARANTINE_NAME
 from streamtrain.training.distill import fill_frozen_teacher, frozen_teacher_config
 from streamtrain.training.gram import BACKBONE, GramAnchor
@@ -48,7 +48,7 @@ class Networks:
     teacher: Teacher
     # whose outputs are the targets: the teacher, or a frozen network
     target_teacher: ShardedNetwork
-    teacher_prototypes: PrototypeHandles
+    teacher_prototypes: TeacherPrototypes
     gram: GramAnchor
     target_maker: TargetMaker
 
@@ -65,9 +65,9 @@ class Networks:
         if config.teacher.kind == "frozen":
             target_teacher = frozen = _build_frozen(SSLModel, frozen_teacher_config(config), runtime, accumulation)
             fill_frozen_teacher(config, frozen)
-        is_active = config.objective.gram.active
+        is_active = config.objective.gram.is_active
         gram = GramAnchor(config, _build_frozen(GramTeacher, config, runtime, accumulation) if is_active else None)
-        prototypes = PrototypeHandles(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+        prototypes = TeacherPrototypes(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
         return cls(student, teacher, target_teacher, prototypes, gram, TargetMaker(config.objective))
 
 
@@ -106,7 +106,7 @@ def prepare_blocks(network: torch.nn.Module, engine: EngineConfig, runtime: Runt
         if runtime.dtype != torch.bfloat16:
             raise ConfigError("engine.fp8 needs bf16, but this device computes in fp32; set engine.dtype=bf16")
         if runtime.on_gpu and torch.cuda.get_device_capability(runtime.device) < FP8_CAPABILITY:
-            name = runtime.described["device"]
+            name = runtime.description["device"]
             raise ConfigError(f"engine.fp8: this GPU ({name}) has no FP8 matmuls; set engine.fp8=false")
         compute_in_fp8(network)
     if engine.compiles(on_gpu=runtime.on_gpu):
@@ -151,7 +151,7 @@ def restore(
         CheckpointError: if the checkpoint has a different model, or none of the existing ones is complete.
         StreamtrainError: if ``init.weights`` cannot be read or has a different model.
     """
-    source = checkpoint.newest_whole(Path(config.run.dir), resume_from)
+    source = checkpoint.find_newest_intact(Path(config.run.dir), resume_from)
     if source is None:
         with starting_values(config, student) as read:
             student.write(read, optimizer_steps=0)
@@ -160,7 +160,7 @@ def restore(
         if gram is not None:
             gram.start(None)
         return StartState(0, 0, None, None)
-    with checkpoint.opened(source) as reader:
+    with checkpoint.open_checkpoint(source) as reader:
         for name, fragment in student.fragments.items():
             saved_shape = reader.state["shapes"].get(name)
             if saved_shape != list(fragment.shape):
@@ -171,7 +171,7 @@ def restore(
         skipped = int(reader.state.get("skipped_steps", 0))
         student.write(reader.read, optimizer_steps=reader.step - skipped)
         teacher.write(reader.read)
-        target_maker.load_state_dict(reader.shared())
+        target_maker.load_state_dict(reader.read_shared())
         if gram is not None:
             gram.start(reader)
         return StartState(reader.step, skipped, reader.state["data"], source)
@@ -189,7 +189,7 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE)
             }
             path = Path(config.init.weights).expanduser()
-            pretrained, report = stack.enter_context(opened_backbone(path, shapes, config.init.minimum_matched))
+            pretrained, report = stack.enter_context(load_pretrained_backbone(path, shapes, config.init.minimum_matched))
             logger.info("backbone from %s: %s", path, report.text())
 
         def read(key: str, fragment: Fragment) -> torch.Tensor:

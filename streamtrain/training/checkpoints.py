@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from streamtrain.checkpoint.retention import best_value
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
@@ -19,7 +19,7 @@ from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Runtime
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS
-from streamtrain.run.resume_policy import made_by
+from streamtrain.run.resume_policy import build_provenance
 from streamtrain.run.signals import Requests
 from streamtrain.training.build import Networks
 from streamtrain.training.step import StepResult, is_due
@@ -45,13 +45,13 @@ class CheckpointPolicy:
     """Decides after each step what to save, and starts the save; every rank calls the methods."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, saver: Saver, sink: MetricsSink,
+        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, saver: CheckpointWriter, sink: MetricsSink,
         non_finite: NonFiniteSteps, requests: Requests,
     ) -> None:  # fmt: skip
         self._config, self._runtime, self._networks, self._loader = config, runtime, networks, loader
         self._saver, self._sink, self._non_finite, self._requests = saver, sink, non_finite, requests
         self._run_dir = Path(config.run.dir)
-        self._provenance = made_by(config, runtime.described["dtype"])
+        self._provenance = build_provenance(config, runtime.description["dtype"])
 
     def after_step(self, result: StepResult, metrics: Mapping[str, float]) -> None:
         """Start the saves that are due after a step with these ``metrics``.
@@ -68,12 +68,12 @@ class CheckpointPolicy:
             self.wait(step)
         if not kinds:
             return
-        self._non_finite.check_weights(step, self._networks.student.finite(), self._runtime.device)
+        self._non_finite.check_weights(step, self._networks.student.is_finite(), self._runtime.device)
         state = {"data": self._loader.state_dict(result.next_slot), "skipped_steps": self._non_finite.skipped}
         if CHECKPOINTS in kinds:
-            requests.saving()
+            requests.mark_save_started()
         contents = checkpoint_contents(kinds, self._provenance | state, self._networks)
-        saver.save(step, contents, requests.saved, best)
+        saver.save(step, contents, requests.mark_save_finished, best)
 
     def wait(self, step: int) -> None:
         """Wait until no checkpoint is being written; report failed writes at ``step``."""
@@ -99,11 +99,11 @@ class CheckpointPolicy:
         return {"step": step, "metric": name, "value": value} if is_best else None
 
 
-def checkpoint_contents(kinds: list[str], state: dict[str, Any], networks: Networks) -> dict[str, Contents]:
+def checkpoint_contents(kinds: list[str], state: dict[str, Any], networks: Networks) -> dict[str, CheckpointPayload]:
     """Return the contents of a checkpoint, and of a snapshot of the teacher, by kind."""
     student = networks.student
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     teacher_shards = networks.teacher.shards()
     shards = student.shards() | teacher_shards | networks.gram.shards()
-    whole = Contents(shards, networks.target_maker.state_dict(), shapes, state)
-    return {kind: whole if kind == CHECKPOINTS else Contents(teacher_shards, {}, shapes, {}) for kind in kinds}
+    whole = CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state)
+    return {kind: whole if kind == CHECKPOINTS else CheckpointPayload(teacher_shards, {}, shapes, {}) for kind in kinds}

@@ -8,7 +8,7 @@ from pathlib import Path
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.load import read_resolved
 from streamtrain.config.tree import Config
-from streamtrain.engine.frozen import FrozenNetwork
+from streamtrain.engine.teacher import FrozenNetwork
 from streamtrain.errors import CheckpointError, ConfigError
 
 
@@ -50,8 +50,8 @@ def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
     steps = checkpoint.saved_steps(folder)
     if not steps:
         raise CheckpointError(f"teacher.weights: {folder} has no checkpoint")
-    source = checkpoint.folder_of(folder, steps[-1])
-    if fault := checkpoint.agreed_fault(source):
-        raise checkpoint.damaged(source, fault)
-    with checkpoint.opened(source) as reader:
+    source = checkpoint.step_folder(folder, steps[-1])
+    if fault := checkpoint.find_fault_on_any_rank(source):
+        raise checkpoint.damage_error(source, fault)
+    with checkpoint.open_checkpoint(source) as reader:
         network.write(lambda name, fragment: reader.read(f"ema/{name}", fragment))

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from streamtrain.checkpoint.reader import Reader
+from streamtrain.checkpoint.reader import CheckpointReader
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
-from streamtrain.engine.frozen import FrozenNetwork
-from streamtrain.engine.teacher import Teacher
-from streamtrain.engine.zero import Fragment, Shard
+from streamtrain.engine.fragments import Fragment, Shard
+from streamtrain.engine.teacher import FrozenNetwork, Teacher
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.families import KINDS
-from streamtrain.interop.load_pretrained import opened_backbone
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
+from streamtrain.interop.naming import KINDS
 from streamtrain.objective.gram import GramTargets
 
 BACKBONE = "backbone."
@@ -31,7 +30,7 @@ class GramAnchor:
         self._config, self._network = config, network
         self._filled = False
 
-    def start(self, reader: Reader | None) -> None:
+    def start(self, reader: CheckpointReader | None) -> None:
         """Fill the network from a checkpoint or from ``objective.gram.teacher``; ``refresh`` copies the EMA teacher.
 
         Raises:
@@ -48,11 +47,11 @@ class GramAnchor:
 
     def refresh(self, step: int, weight: float, teacher: Teacher, before: Callable[[], None]) -> None:
         """Copy the teacher if a refresh is due after ``step`` completed steps; ``before`` is called first."""
-        is_due = self._config.objective.gram.refresh.due(step) or (weight > 0 and not self._filled)
+        is_due = self._config.objective.gram.refresh.is_due(step) or (weight > 0 and not self._filled)
         if self._network is not None and is_due:
             before()
             # partitioned identically, so that no rank needs another rank's values
-            self._network.write(lambda name, _: teacher.average(name))
+            self._network.write(lambda name, _: teacher.ema_shard(name))
             self._filled = True
 
     def targets(self, batch: Batch, weight: float) -> GramTargets | None:
@@ -73,7 +72,7 @@ class GramAnchor:
 
     def _read_weights(self, network: FrozenNetwork, path: Path) -> None:
         shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
-        with opened_backbone(path, shapes) as (read, report):
+        with load_pretrained_backbone(path, shapes) as (read, report):
             missing = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
             if missing:
                 raise StreamtrainError(f"objective.gram.teacher {path} has no {', '.join(missing[:5])}")

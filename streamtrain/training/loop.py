@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 
 from shards.reading.mixture import AnySet
-from streamtrain.checkpoint.writer import Saver
+from streamtrain.checkpoint.writer import CheckpointWriter
 from streamtrain.config.load import to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
 from streamtrain.data.stream import check_state
 from streamtrain.diagnostics.hang_detector import HangDetector
 from streamtrain.diagnostics.non_finite import NonFiniteSteps
-from streamtrain.engine.runtime import Launch, Runtime, joined
+from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
-from streamtrain.ops.cpu.build import usable
+from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.memory import Plan, plan
-from streamtrain.planning.plan_text import at_end, at_start, model_table, table
+from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
@@ -59,7 +59,7 @@ def train(
     """
     run_dir, stop_request = Path(config.run.dir), 0
     requests = Requests(run_dir, launch.rank)
-    with joined(config.engine, launch) as runtime:
+    with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
         networks = Networks.build(config, runtime)
         start = restore(
@@ -73,14 +73,14 @@ def train(
         observers = build_observers(
             config, runtime, shard_set, planned, networks, loader, sink, non_finite, hang_detector.wrap, start.step
         )
-        saver = Saver(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
+        saver = CheckpointWriter(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
         policy = CheckpointPolicy(config, runtime, networks, loader, saver, sink, non_finite, requests)
         step = start.step
         with hang_detector, closing(loader), closing(sink), closing(observers), closing(saver):
             while step < config.run.steps and stop_request <= SAVE:
                 step += 1
                 result = train_step(
-                    step, config, runtime, networks, loader, wrap=hang_detector.wrap, before_update=saver.copied,
+                    step, config, runtime, networks, loader, wrap=hang_detector.wrap, before_update=saver.wait_until_copied,
                     stop_request=requests.code,
                 )  # fmt: skip
                 non_finite.count(step, result.applied)
@@ -94,11 +94,11 @@ def train(
                 del result
             policy.wait(step)
         if stop_request > SAVE:
-            requests.stopped()
-            logger.info("stopped at step %d, %s; run the same command again to resume", step, saver.told())
+            requests.remove_stop_file()
+            logger.info("stopped at step %d, %s; run the same command again to resume", step, saver.status_message())
         elif saver.failure:
-            raise CheckpointError(f"all steps are done, but {saver.told()}; fix that and run the same command again")
-        logger.info(at_end(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+            raise CheckpointError(f"all steps are done, but {saver.status_message()}; fix that and run the same command again")
+        logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return stop_request if stop_request > SAVE else 0
 
 
@@ -109,7 +109,7 @@ def _plan(config: Config, runtime: Runtime) -> Plan:
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
     kernels = not on_gpu and usable(runtime.dtype)
     planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, kernels=kernels)
-    logger.info(at_start(planned, on_gpu))
+    logger.info(start_summary(planned, on_gpu))
     return planned
 
 
@@ -123,7 +123,7 @@ def _check_start(config: Config, runtime: Runtime, start: StartState, loader: Lo
         CheckpointError: if they differ in a way that is not accepted.
     """
     if start.source is not None and (saved := saved_state(start.source)) is not None:
-        check_resume(config, start.source, saved, runtime.world_size, accept_changes, runtime.described["dtype"])
+        check_resume(config, start.source, saved, runtime.world_size, accept_changes, runtime.description["dtype"])
     if start.data:
         check_state(start.data, loader.state_dict(start.slot), accept_changes)
 
@@ -132,7 +132,7 @@ def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Pla
     """Write the configuration and the environment of the run, now that all checks have passed; open its metrics."""
     run_dir = Path(config.run.dir)
     if runtime.rank == 0:
-        describe_run(run_dir, config, runtime.world_size, runtime.described)
+        describe_run(run_dir, config, runtime.world_size, runtime.description)
     if start.source is not None:
         logger.info("resuming at step %d from %s", start.step, start.source)
     sink = MetricsSink(run_dir, config, rank=runtime.rank, start_step=start.step)

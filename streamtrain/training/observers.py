@@ -20,13 +20,13 @@ from streamtrain.config.crops import CropSizes
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
+from streamtrain.data.still_images import centre_crop
 from streamtrain.diagnostics.collapse import CollapseDetector
 from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.diagnostics.spikes import SpikeDetector
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
-from streamtrain.evaluation.features import centre_crop
 from streamtrain.evaluation.held_out import HeldOut, drawn, first_images, held_out
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
@@ -124,7 +124,7 @@ def build_observers(
     profiler = Profiler(Path(config.run.dir), config.monitor.profile, runtime.rank, start_step)
     return ObserverList(
         [
-            Diagnostics(config, non_finite, loader.names, sink),
+            Diagnostics(config, non_finite, loader.describe_samples, sink),
             SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
             Evaluation(config, runtime, teacher, images, sink, wrap),
             CropPictures(config, sink),

@@ -15,9 +15,8 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.model.heads import ProjectionHead
 from streamtrain.model.vit import Features, VisionTransformer
+from streamtrain.objective.feature_losses import cosine_loss, distributed_koleo_loss, koleo_loss, l2_loss
 from streamtrain.objective.gram import resize_patches
-from streamtrain.objective.koleo import distributed_koleo_loss, koleo_loss
-from streamtrain.objective.patches import cosine_loss, l2_loss
 from streamtrain.objective.prototypes import PrototypeTargets
 from streamtrain.objective.targets import Targets, TeacherFeatures, view_pairs, view_weights
 
@@ -173,14 +172,14 @@ class SSLModel(nn.Module):
         crops = self.config.crops
         features = targets.features.global_features
         assert features is not None and targets.global_assignment is not None
-        assert targets.handles.global_head is not None
+        assert targets.teacher_prototypes.global_head is not None
         rows = student.global_cls if student.local_cls is None else torch.cat([student.global_cls, student.local_cls])
         batch = student.global_cls.shape[0] // crops.global_count
         views = (crops.global_count, crops.local_count, batch, rows.device)
         loss = PrototypeTargets(
             features,
             targets.global_assignment,
-            targets.handles.global_head,
+            targets.teacher_prototypes.global_head,
             # if the local views have weight 0, only the rows of the global views are left
             view_pairs(*views)[: len(rows)],
             view_weights(*views, local_weight)[: len(rows)],
@@ -208,11 +207,11 @@ class SSLModel(nn.Module):
         if self.patch_head is None:
             patch_loss = l2_loss if objective.patch_loss.kind == "l2" else cosine_loss
             return patch_loss(patches, features, weight)
-        assert targets.patch_assignment is not None and targets.handles.patch_head is not None
+        assert targets.patch_assignment is not None and targets.teacher_prototypes.patch_head is not None
         loss = PrototypeTargets(
             features,
             targets.patch_assignment,
-            targets.handles.patch_head,
+            targets.teacher_prototypes.patch_head,
             None,
             weight,
             objective.student_temperature,

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from streamtrain.config.schedules import value_at
 from streamtrain.config.tree import Config
-from streamtrain.config.values import value_at
 from streamtrain.data.batch import Batch
 from streamtrain.diagnostics.collapse import CollapseMetrics, measure_collapse
 from streamtrain.engine.runtime import Runtime
+from streamtrain.objective.prototypes import prototype_mass
 from streamtrain.objective.targets import Targets
-from streamtrain.objective.usage import prototype_mass
 from streamtrain.training.build import Networks
 from streamtrain.training.ssl_model import LossWeights
 
@@ -193,7 +193,7 @@ def _measure_teacher(
     if every and (step == 1 or is_due(step, every)):
         collapse = measure_collapse(targets, config.crops.global_count, config.monitor.collapse.images, chunk_bytes)
     first = targets[0]
-    features, prototypes = first.features.global_features, first.handles.global_head
+    features, prototypes = first.features.global_features, first.teacher_prototypes.global_head
     if draws_histograms(step, config) and features is not None and prototypes is not None:
         mass = prototype_mass(features, prototypes, first.teacher_temperature, chunk_bytes)
     return collapse, mass

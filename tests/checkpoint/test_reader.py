@@ -53,8 +53,8 @@ def test_any_piece_of_any_number_of_ranks(
     world_size: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    write(checkpoint.folder_of(run, 7), world_size)
-    with checkpoint.opened(checkpoint.folder_of(run, 7)) as reader:
+    write(checkpoint.step_folder(run, 7), world_size)
+    with checkpoint.opened(checkpoint.step_folder(run, 7)) as reader:
         for name in SHAPES:
             flat = value(name).flatten()
             start = data.draw(st.integers(0, len(flat)))
@@ -68,7 +68,7 @@ def test_any_piece_of_any_number_of_ranks(
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "header", "garbage"])
 def test_a_damaged_file_is_told_in_one_line(damage: str, tmp_path: Path) -> None:
-    folder = checkpoint.folder_of(tmp_path, 7)
+    folder = checkpoint.step_folder(tmp_path, 7)
     write(folder, 2)
     path = folder / "rank-00001-of-00002.safetensors"
     content = path.read_bytes()
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_told_in_one_line(damage: str, tmp_path: Path) -> None
 def test_a_shape_of_more_values_than_there_are_is_told_before_any_memory_is_taken(
     sides: tuple[int, int], tmp_path: Path
 ) -> None:
-    folder = checkpoint.folder_of(tmp_path, 7)
+    folder = checkpoint.step_folder(tmp_path, 7)
     write(folder, 2)
     state = json.loads((folder / "state.json").read_text())
     state["shapes"]["backbone.a"] = sides

@@ -8,14 +8,14 @@ import pytest
 
 from streamtrain.checkpoint.retention import best_value, prune, write_best
 from streamtrain.config.run import RunConfig
-from streamtrain.run.directory import BEST_NAME, folder_of, saved_steps
+from streamtrain.run.directory import BEST_NAME, saved_steps, step_folder
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with checkpoints of four steps, of which the second is the best."""
     for step in (10, 20, 30, 40):
-        folder_of(tmp_path, step).mkdir(parents=True)
+        step_folder(tmp_path, step).mkdir(parents=True)
     write_best(tmp_path, {"step": 20, "metric": "knn_20", "value": 0.75})
     return tmp_path
 
@@ -25,7 +25,7 @@ def test_the_best_value_is_that_of_a_checkpoint_that_is_there(run: Path) -> None
     # of another metric, of steps that are to be done again, of one that was never written or turned out damaged
     assert best_value(run, "linear", 40) is None
     assert best_value(run, "knn_20", 19) is None
-    folder_of(run, 20).rename(run / "checkpoints" / "damaged-step-000000020")
+    step_folder(run, 20).rename(run / "checkpoints" / "damaged-step-000000020")
     assert best_value(run, "knn_20", 40) is None
 
 

@@ -28,12 +28,13 @@ from streamtrain.config.schedules import Schedule
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.loader import Loader
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine.moments import moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.training.build import prepare_blocks
 from streamtrain.training.gram import GramAnchor
 from streamtrain.training.ssl_model import LossWeights, SSLModel
@@ -87,7 +88,7 @@ def losses(config: Config) -> object:
     weights = LossWeights(koleo=1.0)
     # two steps, since an average of one is that one
     for each in (replace(batch, global_crops=255 - batch.global_crops), batch):
-        (targets,) = maker.make([teacher.teacher_features(each, weights)], PrototypeHandles(*heads), 0.05)
+        (targets,) = maker.make([teacher.teacher_features(each, weights)], TeacherPrototypes(*heads), 0.05)
     found = {name: float(value) for name, value in student.student_losses(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
     return found, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}

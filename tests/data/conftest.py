@@ -10,7 +10,7 @@ from PIL import Image
 
 from shards.format.index import save_index
 from shards.packing.pack import PackOptions, pack
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.data import DataConfig
 from streamtrain.config.run import RunConfig

@@ -16,7 +16,7 @@ from faulty_server import FaultyServer, faulty_server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.format.set_manifest import Manifest
+from shards.format.set_manifest import SetManifest
 from shards.reading.order import Order
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import build, open_shard_set
@@ -89,8 +89,8 @@ def test_a_limit_below_the_window_is_refused_with_the_bytes_that_are_needed(
 
 
 def test_a_disk_too_small_for_the_limit_is_refused(server: FaultyServer, tmp_path: Path) -> None:
-    manifest = Manifest.load(server.root / "set")
-    Manifest(tuple(replace(shard, bytes=10**14) for shard in manifest.shards)).save(server.root / "set")
+    manifest = SetManifest.load(server.root / "set")
+    SetManifest(tuple(replace(shard, bytes=10**14) for shard in manifest.shards)).save(server.root / "set")
     with pytest.raises(ConfigError, match=r"data\.cache may come to 1000000000000000 bytes, but its disk has room for"):
         check(config_of(f"{server.url}/set", tmp_path / "cache", "1000TB"))
 

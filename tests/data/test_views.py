@@ -14,7 +14,7 @@ from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.appearance import Appearance, adjust
 from streamtrain.data.augment import draw_views
 from streamtrain.data.views import CpuViews, crop, finish
-from streamtrain.objective.logits import scaled_logits
+from streamtrain.ops.logits import scaled_logits
 
 CROPS = CropsConfig(global_size=64, local_size=32, local_count=3)
 

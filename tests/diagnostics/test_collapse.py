@@ -20,7 +20,7 @@ from streamtrain.diagnostics.collapse import (
 )
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.sinkhorn import sinkhorn
-from streamtrain.objective.targets import PrototypeHandles, Targets, TeacherFeatures
+from streamtrain.objective.targets import Targets, TeacherFeatures, TeacherPrototypes
 
 IMAGES, DIM, PROTOTYPES, TEMPERATURE = 24, 16, 40, 0.1
 
@@ -31,7 +31,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def targets_of(cls: Tensor, bottlenecks: Tensor, weight: Tensor, micro_batches: int) -> list[Targets]:
     """Return the targets of images ``[N, ...]`` in micro-batches of two equal views."""
-    handle = PrototypeHandles(PlainWeight(weight), None)
+    handle = TeacherPrototypes(PlainWeight(weight), None)
     pieces = zip(cls.chunk(micro_batches), bottlenecks.chunk(micro_batches), strict=True)
     features = [TeacherFeatures(b.repeat(2, 1), None, torch.zeros(0), c.repeat(2, 1)) for c, b in pieces]
     targets = []
@@ -95,10 +95,10 @@ def test_all_ranks_get_the_metrics_of_all_images(tmp_path: Path) -> None:
 
 def test_only_features_without_a_head_are_measured_without_prototypes() -> None:
     rest = TeacherFeatures(None, None, torch.zeros(0), drawn(2 * IMAGES, DIM))
-    metrics = measure([Targets(rest, PrototypeHandles(None, None), TEMPERATURE, None, None)])
+    metrics = measure([Targets(rest, TeacherPrototypes(None, None), TEMPERATURE, None, None)])
     assert metrics.values.keys() == metrics.shares.keys() == {RANK, STD}
     nothing = TeacherFeatures(None, None, torch.zeros(0))
-    assert measure([Targets(nothing, PrototypeHandles(None, None), TEMPERATURE, None, None)]).values == {}
+    assert measure([Targets(nothing, TeacherPrototypes(None, None), TEMPERATURE, None, None)]).values == {}
 
 
 SOUND = (drawn(IMAGES, DIM), drawn(IMAGES, 8, seed=1))

@@ -29,10 +29,10 @@ def poisoned(plan: dict[str, object], words: list[str], ranks: int = 2) -> list[
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Return the whole masters, moments and EMA, and the softmax centres."""
-    folder = checkpoint.folder_of(run, step)
-    with checkpoint.opened(folder) as reader:
+    folder = checkpoint.step_folder(run, step)
+    with checkpoint.open_checkpoint(folder) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
-        whole = {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+        whole = {f"{kind}/{name}": reader.read_full(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
     return whole | {f"centre/{name}": value for name, value in load_file(folder / checkpoint.SHARED_NAME).items()}
 
 
@@ -81,7 +81,7 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: P
     results = poisoned({"what": "loss", "rank": 0, "steps": [4]}, words)
     assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {4}"])] * 2, results[0][2]
     # no checkpoint is saved at a skipped step
-    assert not checkpoint.folder_of(run, 4).exists() and checkpoint.folder_of(run, 6).exists()
+    assert not checkpoint.step_folder(run, 4).exists() and checkpoint.step_folder(run, 6).exists()
     document = json.loads((run / "anomalies" / "step-000000004.json").read_text())
     assert document["not_finite"] == "loss" and document["ranks"][1]["images"] == []
     assert document["ranks"][0]["micro_batches"][0]["losses"]["total"] == "inf"
@@ -98,7 +98,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(shards: Path, tmp_path: 
     for code, _, errors in results:
         last = errors.strip().splitlines()[-1]
         assert code == 2 and last.startswith("error: 2 steps in a row, 4 to 5, had a non-finite loss or gradient")
-        assert f"the last good checkpoint is {checkpoint.folder_of(run, 3)}. Inspect {run / 'anomalies'}" in last
+        assert f"the last good checkpoint is {checkpoint.step_folder(run, 3)}. Inspect {run / 'anomalies'}" in last
     assert len(warnings(results[0][2])) == 3
 
 
@@ -109,4 +109,4 @@ def test_non_finite_weights_are_not_saved(shards: Path, tmp_path: Path) -> None:
     ((code, _, errors),) = poisoned({"what": "weight", "rank": 0, "steps": [3]}, words, 1)
     last = errors.strip().splitlines()[-1]
     assert code == 2 and "weights after step 3 are not finite and were not saved" in last
-    assert str(checkpoint.folder_of(run, 2)) in last and not checkpoint.folder_of(run, 3).exists()
+    assert str(checkpoint.step_folder(run, 2)) in last and not checkpoint.step_folder(run, 3).exists()

@@ -28,7 +28,7 @@ from streamtrain.data.masking import draw_masks, rasterise
 from streamtrain.engine.runtime import Launch, joined
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.memory import plan
 from streamtrain.training.build import build_networks, restore
 from streamtrain.training.ssl_model import LossWeights, SSLModel
@@ -36,9 +36,9 @@ from streamtrain.training.ssl_model import LossWeights, SSLModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.traffic import Traffic
-from cpu_kernels import counted
-from reading import RefuseReading
+from benchmarks.collective_traffic import Traffic
+from cpu_kernels import record_kernel_calls
+from host_syncs import ForbidHostSyncs
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
@@ -85,13 +85,13 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
 
 def main() -> None:
     config, launch = config_of(*sys.argv[1:]), Launch.from_environment()
-    traffic, called = Traffic(), counted(setattr)
+    traffic, called = Traffic(), record_kernel_calls(setattr)
     with joined(config.engine, launch) as runtime:
         world = range(runtime.world_size)
         student, teacher = build_networks(config, runtime, ACCUMULATION)
         maker = TargetMaker(config.objective)
         restore(config, None, student, teacher, maker)
-        handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+        handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
 
         plain, plain_teacher = SSLModel(config), SSLModel(config)
         for network in (plain, plain_teacher):
@@ -111,7 +111,7 @@ def main() -> None:
             # In the first step the engine compares between ranks what it has learnt of the order of things. Kernels of
             # a CPU may look, and what is compiled would be compiled anew.
             watched = step > 0 and config.engine.dtype == "fp32" and not config.engine.compile
-            reading = RefuseReading if watched else nullcontext
+            reading = ForbidHostSyncs if watched else nullcontext
             with reading():
                 features = [teacher.teacher_features(batch, WEIGHTS) for batch in batches]
                 targets = maker.make(features, handles, TEMPERATURE)
@@ -219,7 +219,7 @@ def plain_step(
     config: Config, plain: SSLModel, plain_teacher: SSLModel, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
     """Gradients (and the loss) of one optimiser step over all ranks' micro-batches, without an engine."""
-    handles = PrototypeHandles(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
+    handles = TeacherPrototypes(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
     # a maker of its own process: all rows are here, so nothing is to be reduced
     alone = dist.new_subgroups(1)[0]
     maker = TargetMaker(config.objective, alone)

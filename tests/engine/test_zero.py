@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import NUMBERS, REASON
+from cpu_kernels import DTYPES, REASON
 from ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharded_step.py")
@@ -29,10 +29,10 @@ def test_sharded_steps_equal_unsharded_ones(
 def test_sharded_steps_by_kernels_equal_unsharded_ones(dtype: str) -> None:
     report = check_steps(2, dtype, "block", "1", "off", "on")
     # teacher, forward and backward of eight steps of two micro-batches, three blocks of two branches; an evaluation
-    assert report["called"] == (8 * 2 * 3 * 2 * 3 + 3 * 2 if TYPES[dtype] in NUMBERS else 0)
+    assert report["called"] == (8 * 2 * 3 * 2 * 3 + 3 * 2 if TYPES[dtype] in DTYPES else 0)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in NUMBERS, reason=REASON)
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason=REASON)
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["block", "none"])
 def test_steps_by_kernels_are_as_accurate_as_those_without(checkpointing: str) -> None:

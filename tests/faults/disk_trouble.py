@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from faults.test_writer import contents
 
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
 from streamtrain.run.directory import CHECKPOINTS
 
@@ -44,9 +44,9 @@ def save(step: int, megabytes: int = 0) -> None:
     """A checkpoint of step ``step``; ``megabytes`` of its shared values are found too many only when written."""
     whole = contents(step, 1)[CHECKPOINTS]
     shared = {"center": whole.shared["center"].new_zeros(megabytes * 250_000)}
-    saver.save(step, {CHECKPOINTS: Contents(whole.shards, shared, whole.shapes, whole.state)})
+    saver.save(step, {CHECKPOINTS: CheckpointPayload(whole.shards, shared, whole.shapes, whole.state)})
     saver.wait()
-    lines = [*(f"warning: {line}" for line in saver.warnings()), f"step {step}: {saver.told()}"]
+    lines = [*(f"warning: {line}" for line in saver.warnings()), f"step {step}: {saver.status_message()}"]
     print("\n".join(lines), flush=True)
 
 
@@ -54,7 +54,7 @@ folder.mkdir(parents=True)
 if kind == "mount":
     mount("-t", "tmpfs", "-o", "size=256k", "tmpfs")
 dist.init_process_group("gloo", init_method=f"file://{run}/rendezvous", rank=0, world_size=1)
-saver = Saver(run, RunConfig(keep_last=1))
+saver = CheckpointWriter(run, RunConfig(keep_last=1))
 save(1)
 save(2)
 if kind == "mount":

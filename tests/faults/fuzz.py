@@ -27,19 +27,20 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.format.index import RECORD, build, dali_index, load_index, parse_index, save_index
-from shards.format.set_manifest import Manifest
-from shards.packing.index_tars import adopt
+from shards.format.index import RECORD, build_index, load_index, make_dali_index, parse_index, save_index
+from shards.format.set_manifest import SetManifest
+from shards.packing.index_tars import index_tars
 from shards.packing.inputs import list_inputs
 from shards.reading.shard_set import ShardSet
-from streamtrain.checkpoint.reader import opened, write_fragments
+from streamtrain.checkpoint.reader import open_checkpoint
+from streamtrain.checkpoint.writer import write_fragments
 from streamtrain.config.load import build as build_config
 from streamtrain.config.load import merge, parse_override, preset_folders, read_raw, to_yaml
 from streamtrain.errors import StreamtrainError
-from streamtrain.run.atomic_io import sum_of
+from streamtrain.run.atomic_io import compute_checksum
 from streamtrain.run.directory import saved_state
-from streamtrain.run.resume_policy import check_resume, made_by
-from streamtrain.run.step_manifest import MANIFEST_NAME, fault_of, write_manifest
+from streamtrain.run.resume_policy import build_provenance, check_resume
+from streamtrain.run.step_manifest import MANIFEST_NAME, find_fault, write_manifest
 
 ROOM_BYTES = 512 << 20
 BLOCK = tarfile.BLOCKSIZE
@@ -180,14 +181,14 @@ def tars(draw: Callable[..., Any]) -> bytes:
 
 
 def read_tar(content: bytes) -> None:
-    index = build(io.BytesIO(content), "x.tar")
+    index = build_index(io.BytesIO(content), "x.tar")
     for record in index.records:
         assert 0 <= int(record["offset"]) + int(record["length"]) <= len(content)
     (HERE / "x.tar").write_bytes(content)
     try:
         list_inputs(str(HERE / "x.tar"))
     finally:
-        dali_index(index.samples)
+        make_dali_index(index.samples)
 
 
 MANIFEST = {
@@ -212,7 +213,7 @@ def manifests(draw: Callable[..., Any]) -> bytes:
 
 
 def read_manifest(content: bytes) -> None:
-    manifest = Manifest.parse(content, "manifest.json")
+    manifest = SetManifest.parse(content, "manifest.json")
     shard_set = ShardSet(HERE, manifest)
     assert int(shard_set.sizes.sum()) == manifest.num_samples >= 0 <= manifest.num_bytes
     for number, entry in enumerate(manifest.shards):
@@ -224,7 +225,7 @@ def read_manifest(content: bytes) -> None:
 def small_set() -> ShardSet:
     (HERE / "tars").mkdir()
     (HERE / "tars" / "0.tar").write_bytes(TARS[0])
-    adopt([str(HERE / "tars")], HERE / "set")
+    index_tars([str(HERE / "tars")], HERE / "set")
     return ShardSet.open(HERE / "set")
 
 
@@ -310,7 +311,7 @@ def whole_checkpoint() -> dict[str, bytes]:
     folder.mkdir()
     state = {"version": 2, "step": 3, "world_size": 1, "shapes": {"a": [3, 2]}, "skipped_steps": 0}
     state["data"] = {"version": 1, "digest": "x", "seed": 0, "lane_block": 1, "next_slot": 24}
-    state |= made_by(build_config({}), "fp32")
+    state |= build_provenance(build_config({}), "fp32")
     (folder / "state.json").write_text(json.dumps(state))
     write_fragments(folder / "rank-00000-of-00001.safetensors", {"master/a": _Values()})
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -355,19 +356,19 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
     for name in parts:
         (folder / name).write_bytes(files[name])
     if sealed or MANIFEST_NAME not in files:
-        write_manifest(folder, {name: sum_of(folder / name) for name in parts})
+        write_manifest(folder, {name: compute_checksum(folder / name) for name in parts})
     else:
         (folder / MANIFEST_NAME).write_bytes(files[MANIFEST_NAME])
-    fault_of(folder, contents=True)
+    find_fault(folder, contents=True)
     refused, saved = None, saved_state(folder)
     for accept in (False, True) if saved is not None else ():
         try:
             check_resume(build_config({"run": {"dir": str(run)}}), folder, saved, 1, accept)
         except StreamtrainError as error:
             refused = error
-    with opened(folder) as reader:
+    with open_checkpoint(folder) as reader:
         for name in reader.state["shapes"]:
-            reader.whole(f"master/{name}")
+            reader.read_full(f"master/{name}")
         reader.step, reader.has("x")
     if refused:
         raise refused

@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 BOUNDED = """
 import resource, sys
 from pathlib import Path
-from shards.packing import index_tars as adopt
+from shards.packing import index_tars
 from shards.format import images
 from shards.packing import inputs
 from shards.format import set_manifest as manifest
@@ -34,7 +34,7 @@ from shards.reading import shard_set
 from shards import errors
 from streamtrain import errors as ours
 from streamtrain.config.load import read_resolved
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.step_manifest import find_fault
 work, path = sys.argv[1:]
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
@@ -100,7 +100,7 @@ LARGE = 2 << 30
 BOMBS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a header of 2 GB": (
         lambda p: sparse(p, (header("x", LARGE, tarfile.GNUTYPE_LONGNAME), b"a"), (header("a.jpg", 3), b"abc")),
-        "adopt.build(open(path, 'rb'), 'x.tar')", "refused: x.tar is damaged near byte",
+        "index_tars.build_index(open(path, 'rb'), 'x.tar')", "refused: x.tar is damaged near byte",
     ),
     "an attribute of 2 GB": (
         lambda p: sparse(p, (header("x", LARGE, tarfile.XHDTYPE), b"9 a=b"), (header("a.jpg", 3), b"abc")),
@@ -108,28 +108,28 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     ),
     "an image of 2 GB": (
         lambda p: sparse(p, (header("a.jpg", LARGE), b"\xff\xd8")),
-        "adopt.build(open(path, 'rb'), 'x.tar')", "refused: x.tar: 'a.jpg' has 2147483648 bytes, which no image has",
+        "index_tars.build_index(open(path, 'rb'), 'x.tar')", "'a.jpg' has 2147483648 bytes, more than 1073741824",
     ),
     "a label of 2 GB": (
         lambda p: sparse(p, (header("a.cls", LARGE), b"7"), (header("a.jpg", 3), b"abc")),
-        "adopt.build(open(path, 'rb'), 'x.tar').records['label']", "[-1]",
+        "index_tars.build_index(open(path, 'rb'), 'x.tar').records['label']", "[-1]",
     ),
     "a member that leads back to itself": (
-        lambda p: negative(p), "adopt.build(open(path, 'rb'), 'x.tar')", "refused: x.tar is damaged at byte",
+        lambda p: negative(p), "index_tars.build_index(open(path, 'rb'), 'x.tar')", "refused: x.tar is damaged at byte",
     ),
     "a manifest of 70 MB": (
         lambda p: written(folder(p) / "manifest.json", b"[" + b"[]," * 23_000_000 + b"0]").parent,
-        "manifest.Manifest.load(path)", "manifest.json cannot be read",
+        "manifest.SetManifest.load(path)", "manifest.json cannot be read",
     ),
     "a manifest a million deep": (
         lambda p: written(folder(p) / "manifest.json", b"[" * 1_000_000).parent,
-        "manifest.Manifest.load(path)", "manifest.json cannot be read",
+        "manifest.SetManifest.load(path)", "manifest.json cannot be read",
     ),
     "an index of a tera of records": (
         lambda p: written(p, npy_header("(1000000000000,)")), "shard_set.load_index(path)", "refused: index",
     ),
     "a checkpoint's manifest of 70 MB": (
-        lambda p: written(folder(p) / "manifest.json", b" " * 70_000_000).parent, "fault_of(Path(path), contents=True)",
+        lambda p: written(folder(p) / "manifest.json", b" " * 70_000_000).parent, "find_fault(Path(path), contents=True)",
         "manifest.json is damaged",
     ),
     "nine lists of nine lists of ...": (
@@ -220,8 +220,8 @@ def test_names_that_lead_elsewhere_are_names_only(tmp_path: Path) -> None:
 def test_a_manifest_cannot_name_files_elsewhere_or_start_a_command(tmp_path: Path) -> None:
     manifest = {"version": 1, "digest": "", "fingerprint": "", "classes": []}
     entry = {"name": "../../../etc/passwd", "bytes": 3, "samples": 1, "sha256": ""}
-    told = bounded("manifest.Manifest.load(path)", made(tmp_path / "a", {**manifest, "shards": [entry]}))
-    assert told.endswith("'../../../etc/passwd' is no name of a tar; copy the set again, or pack it again")
+    told = bounded("manifest.SetManifest.load(path)", made(tmp_path / "a", {**manifest, "shards": [entry]}))
+    assert told.endswith("'../../../etc/passwd' is not a valid tar name; copy the set again, or pack it again")
     piped = {**entry, "name": "0.tar", "url": f"pipe:touch {tmp_path / 'ran'}"}
     place = made(tmp_path / "b", {**manifest, "shards": [piped]})
     assert "refused" in bounded("shard_set.ShardSet.open(path).read(0, 0)", place)
@@ -231,9 +231,9 @@ def test_a_manifest_cannot_name_files_elsewhere_or_start_a_command(tmp_path: Pat
 def made(path: Path, document: dict[str, object]) -> Path:
     """A set's folder with that manifest."""
     path.mkdir()
-    from shards.format.set_manifest import Manifest, ShardEntry
+    from shards.format.set_manifest import SetManifest, ShardEntry
 
     entries = tuple(ShardEntry(**one) for one in document["shards"])  # type: ignore[attr-defined]
-    document["digest"] = Manifest(entries).digest
+    document["digest"] = SetManifest(entries).digest
     (path / "manifest.json").write_text(json.dumps(document))
     return path

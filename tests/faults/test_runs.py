@@ -19,8 +19,8 @@ from tiny_run import command, logged
 
 from shards.packing.pack import PackOptions, pack
 from streamtrain.checkpoint import reader as checkpoint
-from streamtrain.run.directory import SNAPSHOTS, folder_of, saved_steps
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.directory import SNAPSHOTS, saved_steps, step_folder
+from streamtrain.run.step_manifest import find_fault
 
 PATIENCE_SECONDS = 300
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -62,10 +62,10 @@ class Toy:
         assert ours == theirs
         states = []
         for run in (name, "straight"):
-            with checkpoint.opened(folder_of(self.folder / run, self.steps)) as reader:
+            with checkpoint.open_checkpoint(step_folder(self.folder / run, self.steps)) as reader:
                 keys = [f"{kind}/{parameter}" for kind in KINDS for parameter in reader.state["shapes"]]
-                state = {key: reader.whole(key) for key in keys}
-                states.append(state | reader.shared() | {"slot": torch.tensor(reader.state["data"]["next_slot"])})
+                state = {key: reader.read_full(key) for key in keys}
+                states.append(state | reader.read_shared() | {"slot": torch.tensor(reader.state["data"]["next_slot"])})
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -107,14 +107,14 @@ def test_killed_saved_stopped_and_damaged(tmp_path: Path) -> None:
     processes = toy.start("broken", "run.checkpoint_every=0")
     assert until(processes, lambda: not (run / "SAVE").exists())
     asked = saved_steps(run)[-1]
-    assert fault_of(folder_of(run, asked), contents=True) is None
+    assert find_fault(step_folder(run, asked), contents=True) is None
     processes[1].send_signal(signal.SIGTERM)
     results = ended(processes)
     assert [code for code, _, _ in results] == [75, 75], results[0][2][-3000:]
     stopped = saved_steps(run)[-1]
     assert f"stopped at step {stopped}, checkpoint saved" in results[0][1] and asked < stopped
 
-    flip_a_bit(folder_of(run, stopped) / "rank-00001-of-00002.safetensors", 0.5)
+    flip_a_bit(step_folder(run, stopped) / "rank-00001-of-00002.safetensors", 0.5)
     (run / "checkpoints" / "latest").unlink()
     results = ended(toy.start("broken", "run.checkpoint_every=5", "run.snapshot_every=3"))
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]

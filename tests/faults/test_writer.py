@@ -16,10 +16,10 @@ from joined_processes import run_on_ranks
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from streamtrain.checkpoint.reader import read_weights
-from streamtrain.checkpoint.writer import Contents, Saver
+from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
-from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, folder_of, saved_steps
-from streamtrain.run.step_manifest import fault_of
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
+from streamtrain.run.step_manifest import find_fault
 
 SHAPES = {"backbone.a": (30, 7), "head.b": (5,)}
 # the hardest case: the old one goes as soon as the new one is there
@@ -35,21 +35,21 @@ class Values:
         return torch.full((self.numel,), self.value)
 
 
-def contents(step: int, world_size: int) -> dict[str, Contents]:
+def contents(step: int, world_size: int) -> dict[str, CheckpointPayload]:
     def shards(kinds: tuple[str, ...]) -> dict[str, Values]:
         numels = {name: -(-torch.Size(shape).numel() // world_size) for name, shape in SHAPES.items()}
         return {f"{kind}/{name}": Values(numel, float(step)) for kind in kinds for name, numel in numels.items()}
 
     state = {"data": {"slot": step, "lane_block": 1}}
     return {
-        CHECKPOINTS: Contents(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
-        SNAPSHOTS: Contents(shards(("ema",)), {}, SHAPES, {}),
+        CHECKPOINTS: CheckpointPayload(shards(("master", "ema")), {"center": torch.zeros(3)}, SHAPES, state),
+        SNAPSHOTS: CheckpointPayload(shards(("ema",)), {}, SHAPES, {}),
     }
 
 
 def save(rank: int, run: Path, steps: tuple[int, ...], world_size: int, dying: int, fatal: int | None) -> None:
     """Save some steps; during the last one, rank ``dying`` dies at its call ``fatal``, or tells of all its calls."""
-    saver = Saver(run, RUN)
+    saver = CheckpointWriter(run, RUN)
     for step in steps[:-1]:
         saver.save(step, contents(step, world_size))
         saver.wait()
@@ -78,8 +78,8 @@ def copied(folder: Path, name: str) -> Path:
     return place
 
 
-def newest_whole(run: Path) -> int:
-    return next(s for s in reversed(saved_steps(run)) if fault_of(folder_of(run, s), contents=True) is None)
+def find_newest_intact(run: Path) -> int:
+    return next(s for s in reversed(saved_steps(run)) if find_fault(step_folder(run, s), contents=True) is None)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -110,10 +110,10 @@ def after_a_death(place: Path, world_size: int) -> int:
     run = place / "run"
     # whatever bears the name of a checkpoint is one
     steps = saved_steps(run)
-    assert all(fault_of(folder_of(run, step), contents=True) is None for step in steps), steps
+    assert all(find_fault(step_folder(run, step), contents=True) is None for step in steps), steps
     assert steps in ([2], [2, 3], [3])
     cut_power(place / "report.json")
-    newest = newest_whole(run)
+    newest = find_newest_intact(run)
     assert newest in (2, 3)
     weights = read_weights(run, newest)
     assert all(bool((weights[name] == newest).all()) for name in SHAPES)

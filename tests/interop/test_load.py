@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from sealed import seal
 from tiny_backbone import tiny_backbone, tiny_config, tiny_weights
 
-from streamtrain.checkpoint.reader import SHARED_NAME, STATE_NAME, VERSION, folder_of
+from streamtrain.checkpoint.reader import SHARED_NAME, STATE_NAME, VERSION, step_folder
 from streamtrain.config.load import to_yaml
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.load import load_run, load_untrained, load_weights
@@ -34,7 +34,7 @@ def write_checkpoint(run: Path, step: int, world_size: int) -> None:
     config = tiny_config()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(to_yaml(config))
-    folder = folder_of(run, step)
+    folder = step_folder(run, step)
     folder.mkdir(parents=True)
     state = {f"backbone.{name}": value for name, value in load_untrained(config).model.state_dict().items()}
     state["global_head.prototypes.weight"] = torch.zeros(4, 4)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from streamtrain.config.crops import CropsConfig
-from streamtrain.config.model import ModelConfig
-from streamtrain.config.presets import PRESETS
+from streamtrain.config.model import PRESETS, ModelConfig
 from streamtrain.interop.folder import BackboneConfig
 from streamtrain.interop.hf import hf_config
 from streamtrain.interop.naming import from_hf, to_hf

@@ -9,7 +9,7 @@ from sharded_step import TEMPERATURE, WEIGHTS, batch_of, config_of
 
 from streamtrain.config.load import build, merge
 from streamtrain.engine.runtime import Launch, joined
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.memory import STATES, plan
 from streamtrain.training.build import build_networks, restore
 
@@ -22,7 +22,7 @@ def main() -> None:
         student, teacher = build_networks(config, runtime, 1)
         maker = TargetMaker(config.objective)
         restore(config, None, student, teacher, maker)
-        handles = PrototypeHandles(*(teacher.weight(f"{h}.prototypes.weight") for h in ("global_head", "patch_head")))
+        handles = TeacherPrototypes(*(teacher.weight(f"{h}.prototypes.weight") for h in ("global_head", "patch_head")))
         batch = batch_of(config, 0, runtime.rank, 0)
         (target,) = maker.make([teacher.teacher_features(batch, WEIGHTS)], handles, TEMPERATURE)
         student.set_rates(1e-3, 0.0, last_layer_frozen=False)

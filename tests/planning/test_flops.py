@@ -14,7 +14,7 @@ from streamtrain.data.batch import Batch, Masks
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
@@ -58,13 +58,13 @@ def counted(config: Config) -> float:
         mask[row, :count] = True
     weight = (1 / mask.sum(1).clamp_min(1).float())[:, None].expand_as(mask)[mask]
     batch = Batch(torch.arange(4).numpy(), *images, Masks(mask, mask.flatten().nonzero()[:, 0], weight))
-    weights = LossWeights(koleo=0.0, gram=1.0 if config.objective.gram.active else 0.0)
+    weights = LossWeights(koleo=0.0, gram=1.0 if config.objective.gram.is_active else 0.0)
     heads = (teacher.global_head, teacher.patch_head)
-    handles = PrototypeHandles(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+    handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         features = teacher.teacher_features(batch, weights)
         (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
-        if config.objective.gram.active:
+        if config.objective.gram.is_active:
             anchor = GramTeacher(config)
             initialise(anchor, config.model, 2)
             side = crops.global_size // config.model.patch_size

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_backbone import class_folder
 from tiny_run import command
 
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import read_resolved
 from streamtrain.evaluation.features import extract_features
 from streamtrain.evaluation.held_out import held_out

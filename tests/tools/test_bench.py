@@ -131,7 +131,7 @@ def test_the_plain_step_has_the_losses_of_ours() -> None:
     from streamtrain.config.load import load_config
     from streamtrain.model.initialise import initialise
     from streamtrain.objective.prototypes import PlainWeight
-    from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+    from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
     from streamtrain.training.ssl_model import SSLModel
 
     config = load_config("vits16.yaml", [*TINY, "data.micro_batch=4"])
@@ -139,7 +139,7 @@ def test_the_plain_step_has_the_losses_of_ours() -> None:
     network = SSLModel(config)
     initialise(network, config.model, config.run.seed)
     heads = (network.global_head, network.patch_head)
-    handles = PrototypeHandles(*(PlainWeight(head.prototypes.weight) for head in heads if head is not None))
+    handles = TeacherPrototypes(*(PlainWeight(head.prototypes.weight) for head in heads if head is not None))
     (targets,) = TargetMaker(config.objective).make([network.teacher_features(batch)], handles, 0.05)
     ours = network.student_losses(batch, targets)
     plain = PlainStep(config, torch.device("cpu"), autocast=False)

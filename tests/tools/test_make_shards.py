@@ -15,7 +15,7 @@ import pytest
 from drawn_images import draw_folder
 
 from shards.errors import ShardError
-from shards.reading.source import ShardSet
+from shards.reading.shard_set import ShardSet
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACK = [sys.executable, str(_ROOT / "tools" / "make_shards.py")]
@@ -83,12 +83,12 @@ def test_faults_of_the_user_end_in_one_clear_line(tmp_path: Path) -> None:
         (["--src", "junk.tar.xz", "--out", "set"], "junk.tar.xz cannot be decompressed"),
         (["--src", "", "--out", "set"], "--src is empty"),
         (["--src", "images", "--out", ""], "--out is empty"),
-        (["--src", "texts/0.jpg", "--out", "set"], "texts/0.jpg is a single image, which is no source; give its fold"),
+        (["--src", "texts/0.jpg", "--out", "set"], "texts/0.jpg is a single image; give its folder"),
         (["--src", "junk.tar.zst", "--out", "set"], "junk.tar.zst: zstd is not supported"),
         (["--src", "file", "--out", "set"], "file lists no images"),
         (["--src", "junk.bin", "--out", "set"], "neither a folder, a tar nor a text file"),
         (["--src", "list.txt", "--out", "set"], "missing.jpg: No such file"),
-        (["--src", "images", "--out", "images"], "holds other files"),
+        (["--src", "images", "--out", "images"], "has other files"),
         (["--src", "images", "--out", "file"], "cannot be written to"),
         (["--src", "images", "--out", "file/set"], "cannot be written to"),
         (["--src", "images", "--out", "/proc/set"], "cannot be written to"),

@@ -83,4 +83,4 @@ def test_page_of_a_run(main, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_what_is_no_run_is_said_in_one_line(main, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     assert main("--run", "nowhere") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: nowhere is not a run folder") and error.count("\n") == 1
+    assert error.startswith("error: nowhere is not a run directory") and error.count("\n") == 1

@@ -125,7 +125,7 @@ def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for runs, out, code in ((["a", "b"], "c.png", 0), (["a", "weights"], "none.png", 2)):
         monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", "--run", *runs, "--out", out])
         assert main() == code
-    assert "error: weights is not a run folder" in capsys.readouterr().err
+    assert "error: weights is not a run directory" in capsys.readouterr().err
     page = np.asarray(Image.open("c.png"))
     for colour in ((0, 114, 178), (213, 94, 0)):
         assert (page == colour).all(-1).sum() > 300

@@ -14,7 +14,7 @@ from ranks import run_ranks, start_ranks
 from test_loop import expect_success, wait_for_steps
 from tiny_run import command, logged
 
-from shards.packing.index_tars import adopt
+from shards.packing.index_tars import index_tars
 from shards.packing.verify import verify
 from shards.reading.order import Order
 from shards.reading.shard_set import ShardSet
@@ -65,7 +65,7 @@ def shard_set(places: dict[str, dict[Place, str]], tmp_path_factory: pytest.Temp
                 header = tarfile.TarInfo(f"{shard}-{sample:03d}.jpg")
                 header.size = len(payload)
                 tar.addfile(header, io.BytesIO(payload))
-    adopt([str(folder)], folder / "set")
+    index_tars([str(folder)], folder / "set")
     shard_set = ShardSet.open(folder / "set")
     for (name, sample), way in places["after"].items():
         shard = int(name[:6])
@@ -86,7 +86,7 @@ def test_damaged_images_are_quarantined_and_replaced_the_same_after_a_kill(
     # flipped bits decode to another picture; only a checksum finds them, and these were indexed after the damage
     expected = {place for place, way in places["before"].items() if way != "flipped bits"} | set(places["after"])
     faults = [fault for fault in verify(shard_set.path) if fault.index is not None]
-    assert {(fault.place.removeprefix("shards/"), fault.index) for fault in faults} == expected
+    assert {(fault.file.removeprefix("shards/"), fault.index) for fault in faults} == expected
 
     settings = (f"run.steps={NUM_IMAGES // BATCH}", f"data.micro_batch={BATCH}", "run.checkpoint_every=4")
     straight, broken = tmp_path / "straight", tmp_path / "broken"

@@ -24,9 +24,9 @@ PARTS = ((2, 3, "host"), (1, 5, "disk"), (3, 8, "device"))
 
 def whole_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Return every master, moment and EMA, gathered."""
-    with checkpoint.opened(checkpoint.folder_of(run_dir, step)) as reader:
+    with checkpoint.open_checkpoint(checkpoint.step_folder(run_dir, step)) as reader:
         kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
-        return {f"{kind}/{name}": reader.whole(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
+        return {f"{kind}/{name}": reader.read_full(f"{kind}/{name}") for kind in kinds for name in reader.state["shapes"]}
 
 
 @pytest.mark.slow

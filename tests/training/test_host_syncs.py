@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from reading import RefuseReading
+from host_syncs import ForbidHostSyncs
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
-from streamtrain.engine.clipping import ModuleClipping
-from streamtrain.engine.optim import AdamW, moments_maker, parameter_groups, set_rates
+from streamtrain.engine.gradients import ModuleClipping
+from streamtrain.engine.moments import moments_maker
+from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
-from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker
-from streamtrain.objective.usage import prototype_mass
+from streamtrain.objective.prototypes import PlainWeight, prototype_mass
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
 
 B, V, L = 4, 2, 2
@@ -63,7 +63,7 @@ class GeneratorOfCpu(torch.Generator):
 def step(config: Config, student: SSLModel, teacher: SSLModel, batch: Batch) -> None:
     """Run the teacher pass, the targets, and the student's forward and backward."""
     heads = (teacher.global_head, teacher.patch_head)
-    handles = PrototypeHandles(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+    handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     weights = LossWeights(gram=1.0)
     features = teacher.teacher_features(batch, weights)
     (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
@@ -125,7 +125,7 @@ def test_reading_a_value_is_detected(name: str) -> None:
         if name == "assigned" and device == "meta":
             continue
         values = torch.ones(3, device=device)
-        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), RefuseReading():
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), ForbidHostSyncs():
             READERS[name](values)
 
 
@@ -142,7 +142,7 @@ def test_clipping_and_the_optimiser_read_no_value(moments: str, monkeypatch: pyt
         for _, parameter in named:
             parameter.grad = torch.rand(600)
         set_rates(adamw.param_groups, 1e-2, 0.1, last_layer_frozen=False)
-        with RefuseReading() if watched else torch.no_grad():
+        with ForbidHostSyncs() if watched else torch.no_grad():
             clipping.apply((parameter, parameter.grad) for _, parameter in named)
             adamw.divisor = torch.ones(())
             adamw.step()

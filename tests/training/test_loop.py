@@ -161,7 +161,7 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     # a complete run prints one line, on rank 0
     results = run_ranks([*words, f"run.steps={last}"], 2)
     assert [(code, out) for code, out, _ in results] == [
-        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to go on\n"), (0, "")
+        (0, f"already complete: {last} steps in {tmp_path / 'run'}; raise run.steps (now {last}) to continue\n"), (0, "")
     ]  # fmt: skip
 
 
@@ -179,10 +179,10 @@ WRONG_STARTS = {
     "no set": (["data.shards=''"], "data.shards is not set"),
     "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
     "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
-    "foreign": (["run.dir=FOREIGN"], "holds no run but other files, such as config.yaml"),
+    "foreign": (["run.dir=FOREIGN"], "contains no run but other files, such as config.yaml"),
     "weights": (["init.weights=absent"], "init.weights: the weights absent cannot be read"),
-    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run folder"),
-    "resume": (["--resume", "absent", "run.seed=1"], "--resume absent holds no checkpoint"),
+    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run directory"),
+    "resume": (["--resume", "absent", "run.seed=1"], "--resume absent has no checkpoint"),
 }
 
 
@@ -228,7 +228,7 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
             ([other], "digest was"),
             (["optim.clip=1.0"], "optim.clip was 3.0 and is now 1.0; start it as it was, or add --accept-changes"),
             (["run.seed=4", "--accept-changes"], "run.seed was 0 and is now 4"),
-            ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "holds no checkpoint"),
+            ([f"run.dir={tmp_path / 'new'}", "--resume", str(tmp_path / "nothing")], "has no checkpoint"),
             ([f"run.dir={tmp_path / 'new'}", "--resume", str(run), other], "digest was"),
         )
     ]
@@ -249,7 +249,7 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     process.kill()
     process.communicate()
     assert checkpoint.saved_steps(run) == [1]
-    saved = saved_state(checkpoint.folder_of(run, 1))
+    saved = saved_state(checkpoint.step_folder(run, 1))
     assert saved is not None and saved["dtype"] == "fp32"
     expect_success(run_ranks(command(shards, run, *settings, "--dry-run"), 1))
     results = run_ranks(command(shards, run, *changes, "--accept-changes"), 1)
@@ -259,6 +259,6 @@ def test_another_run_than_the_checkpoints_is_refused_at_once(
     assert [record["slot"] for record in losses(run).values()] == [4, 8, 12]
     # a run whose checkpoints are all damaged is an error
     for step in checkpoint.saved_steps(run):
-        (checkpoint.folder_of(run, step) / checkpoint.SHARED_NAME).unlink()
+        (checkpoint.step_folder(run, step) / checkpoint.SHARED_NAME).unlink()
     (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
     assert code == 2 and "remove that folder" in errors.strip().splitlines()[-1]

@@ -19,7 +19,7 @@ from ranks import run_ranks
 from tiny_run import command, logged
 from watched_folder import watched
 
-from shards.reading.cache import bytes_in_use
+from shards.reading.cache import min_cache_bytes
 from shards.reading.order import Order
 from shards.reading.shard_set import ShardSet
 
@@ -81,7 +81,7 @@ def late_shard_of_rank_0(local: ShardSet) -> str:
     assert order.num_lanes == 2
 
     def read_by(lane: int) -> list[int]:
-        blocks = itertools.takewhile(lambda block: block.first_slot < local.num_samples, order.blocks(0, [lane]))
+        blocks = itertools.takewhile(lambda block: block.first_slot < local.num_samples, order.windows(0, [lane]))
         return [shard for block in blocks for shard in block.shards]
 
     *_, last = (shard for shard in read_by(0) if shard not in read_by(1))
@@ -91,7 +91,7 @@ def late_shard_of_rank_0(local: ShardSet) -> str:
 def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tuple[list[str], int]:
     """Return the command of a run through a cache, and the cache's limit."""
     # two lanes of two shards are in use at a time, plus one shard being fetched
-    limit = bytes_in_use(local.manifest.shards, 5, 2)
+    limit = min_cache_bytes(local.manifest.shards, 5, 2)
     assert local.manifest.num_bytes > 1.5 * limit
     settings = [*SETTINGS, f"data.cache.dir={cache}", f"data.cache.limit={limit}"]
     return command(remote.url, run_dir, *settings, "data.remote={stall_seconds: 1.5, deadline_seconds: 60}"), limit

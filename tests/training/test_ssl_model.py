@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import counted, in_each_number
+from cpu_kernels import for_each_dtype, record_kernel_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joined_processes import run_on_ranks
@@ -21,10 +21,10 @@ from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.model.initialise import initialise
-from streamtrain.objective.distributed import sum_over_ranks
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import PrototypeHandles, TargetMaker, Targets
+from streamtrain.objective.targets import TargetMaker, Targets, TeacherPrototypes
+from streamtrain.ops.collectives import sum_over_ranks
 from streamtrain.ops.cpu.build import _Choice
 from streamtrain.training.ssl_model import RECIPE_WEIGHTS, GramTeacher, LossWeights, SSLModel
 
@@ -78,9 +78,9 @@ def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = Fa
     return Batch(seed * 100 + np.arange(size), pixels[0], pixels[1], masks)
 
 
-def handles_of(teacher: SSLModel) -> PrototypeHandles:
+def handles_of(teacher: SSLModel) -> TeacherPrototypes:
     patch_head = teacher.patch_head
-    return PrototypeHandles(
+    return TeacherPrototypes(
         PlainWeight(teacher.global_head.prototypes.weight),
         None if patch_head is None else PlainWeight(patch_head.prototypes.weight),
     )
@@ -342,7 +342,7 @@ def test_koleo_takes_its_neighbours_and_groups_from_the_configuration() -> None:
     assert found["groups"] == 0.0
 
 
-@in_each_number
+@for_each_dtype
 @pytest.mark.parametrize("kernels", [True, False])
 def test_students_and_teachers_use_the_kernels_if_enabled(
     kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -352,7 +352,7 @@ def test_students_and_teachers_use_the_kernels_if_enabled(
     model, gram = ssl_model_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
     gram.backbone.load_state_dict(model.backbone.state_dict())
     exact = ssl_model_of(config, 0).double().features(batch_of(0).global_crops).patches
-    called = counted(monkeypatch.setattr)
+    called = record_kernel_calls(monkeypatch.setattr)
     with torch.no_grad():
         for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):
             assert (found.float() - exact).norm() < 0.05 * exact.norm()

@@ -61,11 +61,11 @@ def test_a_gram_stage_killed_between_refreshes_resumes_bit_for_bit(stage_one: Pa
     assert {"optim/gradient_norm", "optim/gradient_norm/backbone", "optim/gradient_norm/patch_head"} <= set(straight[4])
 
     # the Gram teacher is the EMA at the last refresh, after 8 steps
-    with checkpoint.opened(checkpoint.folder_of(tmp_path / "straight", 11)) as reader:
-        gram = {name: reader.whole(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
-    with checkpoint.opened(checkpoint.folder_of(tmp_path / "straight", 9)) as reader:
-        before = {name: reader.whole(f"gram/{name}") for name in gram}
-        average = reader.whole("ema/backbone.norm.weight")
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 11)) as reader:
+        gram = {name: reader.read_full(f"gram/{name}") for name in reader.state["shapes"] if name.startswith("backbone.")}
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "straight", 9)) as reader:
+        before = {name: reader.read_full(f"gram/{name}") for name in gram}
+        average = reader.read_full("ema/backbone.norm.weight")
     assert all(torch.equal(gram[name], before[name]) for name in gram)
     assert not torch.equal(average, gram["backbone.norm.weight"])
 
@@ -90,12 +90,12 @@ def test_a_mixed_resolution_stage_sees_each_size_in_its_share(stage_one: Path, t
 
 
 def test_a_gram_teacher_from_a_checkpoint_and_one_of_another_model(stage_one: Path, tmp_path: Path) -> None:
-    folder = checkpoint.folder_of(stage_one / "run", 2)
+    folder = checkpoint.step_folder(stage_one / "run", 2)
     given = ["run.steps=1", "objective.gram.weight=1.0", f"objective.gram.teacher={folder}"]
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 1)
     assert code == 0, errors[-3000:]
-    with checkpoint.opened(checkpoint.folder_of(tmp_path / "run", 1)) as reader:
-        ours = reader.whole("gram/backbone.blocks.1.mlp.up.weight")
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "run", 1)) as reader:
+        ours = reader.read_full("gram/backbone.blocks.1.mlp.up.weight")
     assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
     assert code == 2 and "choose the model section" in errors.strip().splitlines()[-1]
@@ -113,7 +113,7 @@ def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Pa
     for overrides, told in (
         (["objective.global_loss.head.prototypes=33"], "objective.global_loss.head.prototypes is 33, but the teacher"),
         (["objective.patch_loss.kind=cosine"], "model.dim is 16, but the teacher"),
-        ([f"teacher.weights={tmp_path / 'absent'}"], "is not a run folder"),
+        ([f"teacher.weights={tmp_path / 'absent'}"], "is not a run directory"),
         (["masks.probability=0.4"], "masks has no effect with teacher.kind: frozen"),
         (["teacher.kind=ema"], "need each other"),
     ):

@@ -24,7 +24,7 @@ def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:
     phase = planned.peak_phase
     expected = planned.gpu_bytes if on_gpu else planned.at(phase) + planned.at(phase, "host")
     measured = max(record["memory/gpu_bytes" if on_gpu else "memory/peak_rss_bytes"] for record in records)
-    parts = {f"planned_{p.name.replace(' ', '_')}_bytes": p.num_bytes for p in planned.parts if p.place != "disk"}
+    parts = {f"planned_{p.name.replace(' ', '_')}_bytes": p.num_bytes for p in planned.parts if p.location != "disk"}
     return {
         "measured_peak_bytes": int(measured),
         "planned_peak_bytes": expected,

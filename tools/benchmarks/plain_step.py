@@ -18,7 +18,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.engine.optim import parameter_groups
 from streamtrain.model.initialise import initialise
-from streamtrain.objective.koleo import koleo_loss
+from streamtrain.objective.feature_losses import koleo_loss
 
 
 class PlainAttention(nn.Module):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.process_cost import in_fresh_process, peak_rss_since, reset_peak_rss
-from streamtrain.objective.logits import chunk_rows
 from streamtrain.objective.prototypes import prototype_cross_entropy
 from streamtrain.objective.sinkhorn import sinkhorn
+from streamtrain.ops.logits import chunk_rows
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, ITERATIONS = 0.1, 0.07, 3
 PARTS = ("loss", "features", "weight")

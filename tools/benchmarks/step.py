@@ -24,7 +24,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
 from streamtrain.data.masking import draw_masks, rasterise
-from streamtrain.engine.runtime import Launch, Runtime, choose_accelerator, in_16_bits, joined
+from streamtrain.engine.runtime import Launch, Runtime, choose_accelerator, init_process_group, uses_bf16
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
@@ -110,7 +110,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
     start.end("imports")
     traffic = Traffic()
-    with joined(config.engine, launch) as runtime:
+    with init_process_group(config.engine, launch) as runtime:
         start.end("process_group")
         phases = Phases(runtime.on_gpu)
         taken = []
@@ -129,7 +129,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
 def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, start: Start) -> Iterator[float]:
     """Do the steps; yields the seconds of each."""
-    from streamtrain.objective.targets import PrototypeHandles, TargetMaker
+    from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
     from streamtrain.training.build import build_networks, restore
     from streamtrain.training.ssl_model import LossWeights
 
@@ -137,7 +137,7 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
     student, teacher = build_networks(config, runtime, accumulation)
     start.end("networks")
     maker = TargetMaker(config.objective)
-    handles = PrototypeHandles(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+    teacher_prototypes = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
     restore(config, None, student, teacher, maker)
     start.end("values")
     student.module.register_forward_hook(lambda *_: phases.end("forward"))
@@ -152,7 +152,7 @@ def _training(config: Config, runtime: Runtime, phases: Phases, steps: int, star
             start.end("loader")
             features = [teacher.teacher_features(batch, weights) for batch in batches]
             phases.end("teacher")
-            targets = maker.make(features, handles, 0.07)
+            targets = maker.make(features, teacher_prototypes, 0.07)
             phases.end("targets")
             for batch, target in zip(batches, targets, strict=True):
                 student.accumulate(batch, target, weights)
@@ -170,7 +170,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     cuda = choose_accelerator(config.engine, launch) == "cuda"
     if not cuda:
         torch.set_num_threads(config.engine.cpu_threads or launch.cores)
-    bf16 = in_16_bits(config.engine, cuda)
+    bf16 = uses_bf16(config.engine, cuda)
     runtime = Runtime(launch, torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if bf16 else torch.float32)
     plain = PlainStep(config, runtime.device, autocast=bf16)
     taken = []

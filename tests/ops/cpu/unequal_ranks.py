@@ -9,8 +9,8 @@ if os.environ["RANK"] == "1":
     os.environ |= {"CXX": "/nonexistent/c++", "TORCH_EXTENSIONS_DIR": sys.argv[1]}
 
 from streamtrain.config.engine import EngineConfig
-from streamtrain.engine.runtime import Launch, joined
+from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.ops.cpu.build import found, usable
 
-with joined(EngineConfig(device="cpu", cpu_kernels=sys.argv[2]), Launch.from_environment()) as runtime:
+with init_process_group(EngineConfig(device="cpu", cpu_kernels=sys.argv[2]), Launch.from_environment()) as runtime:
     print(found(runtime.dtype), usable(runtime.dtype))

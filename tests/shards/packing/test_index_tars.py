@@ -118,7 +118,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         ("pipe:cat good.tar", "pipe: runs shell commands"),
         (str(tmp_path / "bad.tar"), "bad.tar is"),
         ("", "--src is empty"),
-        ("good.tar.gz", "good.tar.gz is compressed, so no image can be read by itself; use tools/make_shards.py"),
+        ("good.tar.gz", "good.tar.gz is compressed, so no image can be read by itself; use streamtrain pack"),
         ("file:///nowhere/good.tar.gz", "good.tar.gz is compressed"),
         ("good.tar.zst", "zstd is not supported"),
         ("packed/set", "packed/set already is a shard set"),

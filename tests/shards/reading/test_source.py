@@ -119,11 +119,11 @@ def test_a_changed_payload_is_named(shard_set: ShardSet, tmp_path: Path) -> None
 
 
 def test_missing_and_cut_files_say_what_to_do(shard_set: ShardSet, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"no shard set at .*make_shards"):
+    with pytest.raises(ShardError, match=r"no shard set at .*streamtrain pack"):
         ShardSet.open(tmp_path / "nowhere")
     with pytest.raises(ShardError, match=r"000000\.tar is a file, not a shard set"):
         ShardSet.open(shard_set.tar_path(0))
-    with pytest.raises(ShardError, match=r"holds tars but no manifest\.json; index them: tools/index_shards"):
+    with pytest.raises(ShardError, match=r"holds tars but no manifest\.json; index them: streamtrain index"):
         ShardSet.open(shard_set.path / "shards")
     path = _copy(shard_set, tmp_path / "set")
     (path / "manifest.json").rename(path / "aside")
