@@ -17,7 +17,7 @@ from drawn_images import packed_set
 from ranks import ROOT, free_port, run_ranks
 from tiny_run import command, logged
 
-from streamtrain.checkpoint.reader import latest_step
+from streamtrain.run.directory import saved_steps
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_signal_to_the_command_stops_all_ranks_after_a_checkpoint(
         _, errors = process.communicate(timeout=100)
     assert process.returncode == status, errors[-3000:]
     assert "Traceback" not in errors and "error: rank" not in errors
-    assert latest_step(run_dir) == len(logged(run_dir)) > 0
+    assert saved_steps(run_dir)[-1] == len(logged(run_dir)) > 0
     assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
@@ -146,7 +146,7 @@ def test_ranks_stop_after_a_checkpoint_when_the_command_is_killed(shards: Path, 
         while any(Path(f"/proc/{rank}/exe").exists() for rank in ranks):
             assert time.monotonic() < deadline, "ranks outlive the command"
             time.sleep(0.1)
-    assert latest_step(run_dir)
+    assert saved_steps(run_dir)
 
 
 def test_a_killed_rank_ends_the_others_and_sets_the_exit_status(shards: Path, tmp_path: Path) -> None:

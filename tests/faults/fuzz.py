@@ -40,7 +40,7 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.run.atomic_io import compute_checksum
 from streamtrain.run.directory import saved_state
 from streamtrain.run.resume_policy import build_provenance, check_resume
-from streamtrain.run.step_manifest import MANIFEST_NAME, find_fault, write_manifest
+from streamtrain.run.step_manifest import MANIFEST_NAME, CheckpointManifest, find_fault
 
 ROOM_BYTES = 512 << 20
 BLOCK = tarfile.BLOCKSIZE
@@ -357,7 +357,7 @@ def read_checkpoint(files: dict[str, bytes]) -> None:
     for name in parts:
         (folder / name).write_bytes(files[name])
     if sealed or MANIFEST_NAME not in files:
-        write_manifest(folder, {name: compute_checksum(folder / name) for name in parts})
+        CheckpointManifest({name: compute_checksum(folder / name) for name in parts}).write(folder)
     else:
         (folder / MANIFEST_NAME).write_bytes(files[MANIFEST_NAME])
     find_fault(folder, contents=True)

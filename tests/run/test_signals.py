@@ -60,7 +60,7 @@ def wait_for_code(process: subprocess.Popen[str], code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "stop_code"),
+    ("numbers", "code"),
     [([signal.SIGTERM], 75), ([signal.SIGUSR1], 75), ([signal.SIGINT], 130), ([signal.SIGINT, signal.SIGTERM], 130)],
 )
 def test_signals_set_the_exit_code(numbers: list[signal.Signals], code: int, tmp_path: Path) -> None:

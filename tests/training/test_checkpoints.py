@@ -1,4 +1,4 @@
-"""The kinds to save after a step, and the losses and stop code that all ranks share."""
+"""The checkpoint policy, and the reduction of losses and stop codes over ranks."""
 
 from __future__ import annotations
 

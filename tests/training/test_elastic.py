@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from test_loop import command, expect_success, losses, shards  # noqa: F401 - a fixture
+from training.test_loop import command, expect_success, losses, shards  # noqa: F401 - a fixture
 
 from streamtrain.checkpoint import reader as checkpoint
 

@@ -1,4 +1,4 @@
-"""The loss of a run with FP8 matmuls follows that of a bf16 run."""
+"""The loss of a run with FP8 matmuls follows the loss of a bf16 run."""
 
 from __future__ import annotations
 

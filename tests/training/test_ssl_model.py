@@ -25,7 +25,7 @@ from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, Targets, TeacherPrototypes
 from streamtrain.ops.collectives import sum_over_ranks
-from streamtrain.ops.cpu.build import _Choice
+from streamtrain.ops.cpu import build as cpu_build
 from streamtrain.training.ssl_model import RECIPE_WEIGHTS, GramTeacher, LossWeights, SSLModel
 
 B, V, L, PATCH = 3, 2, 3, 4
@@ -348,7 +348,7 @@ def test_students_and_teachers_use_the_kernels_if_enabled(
     kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(dim=64)
-    monkeypatch.setattr(_Choice, "wanted", kernels)
+    monkeypatch.setattr(cpu_build._Selection, "enabled", kernels)
     model, gram = ssl_model_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
     gram.backbone.load_state_dict(model.backbone.state_dict())
     exact = ssl_model_of(config, 0).double().features(batch_of(0).global_crops).patches
