@@ -49,8 +49,8 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         scalars = {"loss/total": 9.0 / step, "speed/step_seconds": 2.0, "data/wait_share": 0.25}
         scalars |= {"speed/images_per_second": 4.0, "memory/peak_rss_bytes": 2.0**30, "eval/knn_20": 0.1 * step}
         sink.log(step, 8 * step, scalars)
-    sink.panel(1, np.zeros((8, 8, 3), np.uint8))
-    sink.panel(5, np.full((8, 8, 3), 255, np.uint8))
+    sink.image(1, np.zeros((8, 8, 3), np.uint8))
+    sink.image(5, np.full((8, 8, 3), 255, np.uint8))
     sink.close()
     assert exit_status(["report", "--run", str(run), "--out", "nowhere/page.html"]) == 2
     assert "error: cannot write nowhere/page.html (No such file or directory)" in capsys.readouterr().err

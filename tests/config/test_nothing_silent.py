@@ -87,8 +87,8 @@ def losses(config: Config) -> object:
     weights = LossWeights(koleo=1.0)
     # two steps, so that the momentum of the centre has an effect
     for each in (replace(batch, global_crops=255 - batch.global_crops), batch):
-        (targets,) = maker.make([teacher(each, None, weights)], TeacherPrototypes(*heads), 0.05)
-    terms = {name: float(value) for name, value in student(batch, targets, weights).items()}
+        (targets,) = maker.make([teacher.teacher_features(each, weights)], TeacherPrototypes(*heads), 0.05)
+    terms = {name: float(value) for name, value in student.student_losses(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
     return terms, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}
 
@@ -121,17 +121,16 @@ def optimiser(config: Config) -> object:
 def engine(config: Config) -> object:
     """Return the DeepSpeed configuration and the attributes of backbone and blocks for one of two ranks."""
     runtime = Runtime(Launch(0, 2, 0, 2), torch.device("cpu"), torch.float32)
-    learner = SSLModel(config)
-    backbone = {key: value for key, value in vars(learner.backbone).items() if isinstance(value, str | int)}
-    blocks = {key: value for key, value in vars(learner.backbone.blocks[0]).items() if isinstance(value, str | int)}
-    return engine_config(config, runtime, 2, 1000), backbone, blocks
+    model = SSLModel(config)
+    backbone = {key: value for key, value in vars(model.backbone).items() if isinstance(value, str | int)}
+    return engine_config(config, runtime, 2, 1000), backbone, model.backbone.blocks[0].options
 
 
 def blocks(config: Config) -> object:
     """Return the implementation of the blocks in bf16 on a CPU."""
-    runtime, learner = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), SSLModel(config)
-    prepare_blocks(learner, config.engine, runtime)
-    block = learner.backbone.blocks[0]
+    runtime, model = Runtime(Launch(0, 1, 0, 1), torch.device("cpu"), torch.bfloat16), SSLModel(config)
+    prepare_blocks(model, config.engine, runtime)
+    block = model.backbone.blocks[0]
     return block.options.implementation, "transform" in vars(block), block.options.linear.__module__
 
 

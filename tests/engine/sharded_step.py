@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def main() -> None:
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
             for block in network.backbone.blocks:
-                block.kernels = False
+                block.options = replace(block.options, implementation="reference")
         ema = {name: p.detach().clone() for name, p in plain.named_parameters()}
         report: dict[str, Any] = {"gradient": 0.0, "ema": 0.0, "loss": 0.0, "live": 0}
         hooks = record_live_blocks(student, report)

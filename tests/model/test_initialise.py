@@ -31,20 +31,20 @@ def tiny() -> Config:
 
 def test_every_parameter_is_overwritten() -> None:
     config = tiny()
-    learner = SSLModel(config)
-    for parameter in learner.parameters():
+    model = SSLModel(config)
+    for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    initialise(learner, config.model, seed=3)
-    for name, parameter in learner.named_parameters():
+    initialise(model, config.model, seed=3)
+    for name, parameter in model.named_parameters():
         assert parameter.isfinite().all(), name
-    assert not list(learner.buffers()), "a buffer would be neither initialised nor sharded"
+    assert not list(model.buffers()), "a buffer would be neither initialised nor sharded"
 
 
 def test_values_follow_their_rules() -> None:
     config = tiny()
-    learner = SSLModel(config)
-    initialise(learner, config.model, seed=3)
-    values = dict(learner.named_parameters())
+    model = SSLModel(config)
+    initialise(model, config.model, seed=3)
+    values = dict(model.named_parameters())
     assert values["backbone.blocks.0.attention.qkv.bias"].shape == (2 * 64,)
     for name, value in values.items():
         if name.endswith(("bias", "mask_token")):
@@ -82,8 +82,8 @@ def test_a_name_without_a_rule_raises() -> None:
 
 def test_construction_on_the_meta_device_takes_no_memory() -> None:
     with torch.device("meta"):
-        learner = SSLModel(build({"model": {"preset": "vit7b16"}}))
-    backbone = sum(parameter.numel() for parameter in learner.backbone.parameters())
-    assert all(parameter.is_meta for parameter in learner.parameters())
+        model = SSLModel(build({"model": {"preset": "vit7b16"}}))
+    backbone = sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert all(parameter.is_meta for parameter in model.parameters())
     # 6 716 M as published
     assert round(backbone / 1e6) == 6716

@@ -26,11 +26,11 @@ def build(recipe: str, variant: tuple[str, ...]) -> tuple[Config, SSLModel]:
         return config, SSLModel(config)
 
 
-def expected_rules(learner: SSLModel) -> dict[str, GroupRule]:
+def expected_rules(model: SSLModel) -> dict[str, GroupRule]:
     """The rules from the modules that own the parameters, not from their names."""
-    depth = len(learner.backbone.blocks)
+    depth = len(model.backbone.blocks)
     rules = {}
-    for path, module in learner.named_modules():
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             in_backbone = path.startswith("backbone")
             multiplier = 1.0
@@ -50,9 +50,9 @@ def expected_rules(learner: SSLModel) -> dict[str, GroupRule]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "variant"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_rules_of_all_parameters(recipe: str, variant: tuple[str, ...]) -> None:
-    config, learner = build(recipe, variant)
-    rules = {name: rule_of(name, p.dim(), config.model.depth, config.optim) for name, p in learner.named_parameters()}
-    expected = expected_rules(learner)
+    config, model = build(recipe, variant)
+    rules = {name: rule_of(name, p.dim(), config.model.depth, config.optim) for name, p in model.named_parameters()}
+    expected = expected_rules(model)
     assert rules.keys() == expected.keys()
     for name, rule in rules.items():
         want = expected[name]
@@ -76,8 +76,8 @@ def test_rules_of_all_parameters(recipe: str, variant: tuple[str, ...]) -> None:
     ],
 )
 def test_examples_of_vits16(name: str, rule: GroupRule) -> None:
-    config, learner = build("vits16.yaml", ())
-    dims = {name: parameter.dim() for name, parameter in learner.named_parameters()}
+    config, model = build("vits16.yaml", ())
+    dims = {name: parameter.dim() for name, parameter in model.named_parameters()}
     actual = rule_of(name, dims[name], config.model.depth, config.optim)
     assert (actual.decays, actual.last_layer, actual.backbone) == (rule.decays, rule.last_layer, rule.backbone)
     assert actual.lr_factor == pytest.approx(rule.lr_factor, rel=1e-12)

@@ -164,8 +164,8 @@ def test_plain_step_has_the_same_losses_and_gradients() -> None:
     initialise(network, config.model, config.run.seed)
     heads = (network.global_head, network.patch_head)
     handles = TeacherPrototypes(*(PlainWeight(head.prototypes.weight) for head in heads if head is not None))
-    (targets,) = TargetMaker(config.objective).make([network(batch)], handles, 0.05)
-    losses = network(batch, targets)
+    (targets,) = TargetMaker(config.objective).make([network.teacher_features(batch)], handles, 0.05)
+    losses = network.student_losses(batch, targets)
     plain = PlainStep(config, torch.device("cpu"), autocast=False)
     assert {n: p.shape for n, p in plain.student.named_parameters()} == {
         n: p.shape for n, p in network.named_parameters()
