@@ -17,10 +17,10 @@ RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
 def test_names_order_and_shapes_equal_the_network(recipe: str, overrides: tuple[str, ...]) -> None:
     config = load_config(recipe, overrides)
     with torch.device("meta"):
-        learner = SSLModel(config)
-    expected = [(name, tuple(parameter.shape)) for name, parameter in learner.named_parameters()]
+        model = SSLModel(config)
+    expected = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     assert list(parameter_shapes(config).items()) == expected
-    block = learner.backbone.blocks[0]
+    block = model.backbone.blocks[0]
     assert list(block_shapes(config.model).items()) == [(n, tuple(p.shape)) for n, p in block.named_parameters()]
 
 
