@@ -46,12 +46,12 @@ def test_training_continues_after_a_non_finite_step_with_a_rank_of_padding_only(
     plan = json.dumps({"what": "loss", "rank": 2, "steps": [2]})
     results = run_ranks([SCRIPT, plan, *words[1:], *small, f"optim.clip_per={clip_per}"], 3)
     assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {2}"])] * 3, results[0][2]
-    (line,) = warnings(results[0][2])
+    (line,) = step_warnings(results[0][2])
     assert line.startswith("warning: step 2 was skipped because a loss is not finite; see ")
 
 
-def warnings(errors: str) -> list[str]:
-    return [line for line in errors.splitlines() if line.startswith("warning")]
+def step_warnings(errors: str) -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith("warning: step")]
 
 
 def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: Path, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: P
     assert sum(torch.equal(before[name], earlier[name]) for name in before) < 20
 
     record = run / "anomalies" / "step-000000003.json"
-    assert warnings(results[0][2]) == [f"warning: step 3 was skipped because the gradient is not finite; see {record}"]
-    assert warnings(results[1][2]) == []
+    assert step_warnings(results[0][2]) == [f"warning: step 3 was skipped because the gradient is not finite; see {record}"]
+    assert step_warnings(results[1][2]) == []
     document = json.loads(record.read_text())
     assert document["not_finite"] == "gradient" and document["in_a_row"] == document["skipped"] == 1
     images = [image for rank in document["ranks"] for image in rank["images"]]
@@ -96,11 +96,11 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(shards: Path, tmp_path: 
     run = tmp_path / "run"
     words = command(shards, run, "run.steps=9", "run.max_bad_steps=2", "optim.clip_per=module")
     results = poisoned({"what": "gradient", "rank": 1, "steps": [2, 4, 5, 6]}, words)
-    for code, _, errors in results:
+    for prefix, (code, _, errors) in zip(("", "[rank 1] "), results, strict=True):
         last = errors.strip().splitlines()[-1]
-        assert code == 2 and last.startswith("error: 2 steps in a row, 4 to 5, had a non-finite loss or gradient")
+        assert code == 2 and last.startswith(f"{prefix}error: 2 steps in a row, 4 to 5, had a non-finite loss or gradient")
         assert f"the last good checkpoint is {checkpoint.step_folder(run, 3)}. Inspect {run / 'anomalies'}" in last
-    assert len(warnings(results[0][2])) == 3
+    assert len(step_warnings(results[0][2])) == 3
 
 
 def test_non_finite_weights_are_not_saved(shards: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def main() -> None:
 
 def evaluate(teacher: Any) -> None:
     """Compute features of an image size that no step has, on all ranks."""
-    features = teacher(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
+    features = teacher.features(torch.zeros(1, 48, 40, 3, dtype=torch.uint8))
     assert features.patches.shape[1] == 6 * 5
 
 

@@ -20,7 +20,7 @@ NETWORK = {"model": {"dim": 384, "depth": 2, "num_heads": 6}, "crops": {"global_
 RUN = """
 import runpy, sys
 from streamtrain.ops.cpu import build
-build.use(sys.argv.pop(1) == "on")
+build.set_enabled(sys.argv.pop(1) == "on")
 sys.path.insert(0, sys.argv[1].rpartition("/")[0])
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")

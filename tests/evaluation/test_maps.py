@@ -64,11 +64,11 @@ def test_attention_equals_transformers(fields: dict[str, Any], kernels: bool) ->
         if name.endswith("qkv.weight"):
             value.mul_(10)
     expected = attention_of_transformers(backbone, image)
-    build.use(kernels)
+    build.set_enabled(kernels)
     try:
         maps = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
     finally:
-        build.use(True)
+        build.set_enabled(True)
     assert maps.shape == (2, 4, 4) and (maps.sum((1, 2)) < 1).all() and expected.std() > 5e-3
     np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-6)
 
@@ -78,11 +78,11 @@ def test_attention_in_bf16_is_close_to_fp32(kernels: bool) -> None:
     backbone = tiny_backbone(dim=128)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     expected = cls_attention(backbone.model, image, backbone.config.mean, backbone.config.std)
-    build.use(kernels)
+    build.set_enabled(kernels)
     try:
         maps = cls_attention(backbone.model.bfloat16(), image, backbone.config.mean, backbone.config.std)
     finally:
-        build.use(True)
+        build.set_enabled(True)
     assert maps.dtype == np.float32
     np.testing.assert_allclose(maps, expected, rtol=0.1, atol=1e-3)
 

@@ -13,6 +13,7 @@ from joined_processes import run_on_ranks
 from streamtrain.checkpoint.reader import find_newest_intact, read_weights
 from streamtrain.errors import CheckpointError
 from streamtrain.run.directory import saved_steps, starting_checkpoint, step_folder
+from streamtrain.run.logs import configure_logging
 
 RANK_1 = "rank-00001-of-00002.safetensors"
 
@@ -56,6 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_found(rank: int, run: Path, resume_from: Path | None, out: Path) -> None:
+    configure_logging(rank, 2)
     try:
         result = str(find_newest_intact(run, resume_from))
     except CheckpointError as error:
@@ -85,10 +87,11 @@ def test_the_newest_intact_one_is_used(kind: str, run: Path, tmp_path: Path, cap
     assert find_newest(tmp_path / "new", copy) == str(step_folder(copy, 2)) and saved_steps(copy) == [2, 3]
     capfd.readouterr()
     assert find_newest(copy) == str(step_folder(copy, 2))
-    log = capfd.readouterr().out
+    output = capfd.readouterr()
     moved = copy / "checkpoints" / "damaged-step-000000003"
-    assert f"warning: checkpoint step-000000003 is damaged: {message}" in log and f"it is kept as {moved}\n" in log
-    assert "from step-000000002, the newest" in log and log.count("\n") == 2
+    warning = f"warning: checkpoint step-000000003 is damaged: {message}"
+    assert output.err.startswith(warning) and output.err.endswith(f"it is kept as {moved}\n")
+    assert "from step-000000002, the newest" in output.out and (output.err + output.out).count("\n") == 2
     assert saved_steps(copy) == [2] and moved.is_dir()
     # without an intact checkpoint the run fails instead of starting fresh
     damage(step_folder(copy, 2), "truncated")
