@@ -67,7 +67,8 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: P
     assert sum(torch.equal(before[name], earlier[name]) for name in before) < 20
 
     record = run / "anomalies" / "step-000000003.json"
-    assert step_warnings(results[0][2]) == [f"warning: step 3 was skipped because the gradient is not finite; see {record}"]
+    expected = f"warning: step 3 was skipped because the gradient is not finite; see {record}"
+    assert step_warnings(results[0][2]) == [expected]
     assert step_warnings(results[1][2]) == []
     document = json.loads(record.read_text())
     assert document["not_finite"] == "gradient" and document["in_a_row"] == document["skipped"] == 1
@@ -98,7 +99,8 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(shards: Path, tmp_path: 
     results = poisoned({"what": "gradient", "rank": 1, "steps": [2, 4, 5, 6]}, words)
     for prefix, (code, _, errors) in zip(("", "[rank 1] "), results, strict=True):
         last = errors.strip().splitlines()[-1]
-        assert code == 2 and last.startswith(f"{prefix}error: 2 steps in a row, 4 to 5, had a non-finite loss or gradient")
+        expected = f"{prefix}error: 2 steps in a row, 4 to 5, had a non-finite loss or gradient"
+        assert code == 2 and last.startswith(expected)
         assert f"the last good checkpoint is {checkpoint.step_folder(run, 3)}. Inspect {run / 'anomalies'}" in last
     assert len(step_warnings(results[0][2])) == 3
 
