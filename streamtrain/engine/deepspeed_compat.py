@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -45,7 +46,7 @@ def check_version() -> None:
     """Check the version of DeepSpeed and the private names of its modules; raises ConfigError."""
     import deepspeed
 
-    if not deepspeed.__version__.startswith("0.19."):
+    if deepspeed.__version__ not in SpecifierSet(SUPPORTED, prereleases=True):
         raise unsupported("streamtrain is not tested with this version")
     _require("ops", deepspeed.ops, "__compatible_ops__")
     _require("utils.groups", deepspeed.utils.groups, "_clone_world_group")

@@ -281,7 +281,8 @@ def traced(self, name):
     if name in type(self).model_fields:
         code = sys._getframe(1).f_code
         in_validator = "/streamtrain/config/" in code.co_filename and code.co_name.startswith("_")
-        if not in_validator and not code.co_filename.endswith("/streamtrain/reporting/layout.py"):
+        in_table = code.co_filename.endswith("/streamtrain/reporting/tensorboard.py") and code.co_name == "_leaves"
+        if not in_validator and not in_table:
             read.add(f"{type(self).__name__}.{name}")
     return plain(self, name)
 Section.__getattribute__ = traced
