@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_saved_stopped_and_damaged(tmp_path: Path) -> None:
     (run / "checkpoints" / "latest").unlink()
     results = wait_for_exit(runs.start("broken", "run.checkpoint_every=5", "run.snapshot_every=3"))
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
-    assert f"checkpoint step-{stopped:09d} is damaged" in results[0][1]
+    assert f"checkpoint step-{stopped:09d} is damaged" in results[0][2]
     assert f"resuming at step {requested} from" in results[0][1]
     runs.assert_same_as_straight("broken")
     assert saved_steps(run)[-1] == 20 and (run / "checkpoints" / "latest").read_text() == "step-000000020\n"

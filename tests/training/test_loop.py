@@ -181,7 +181,7 @@ WRONG_STARTS = {
     "batch": (["data.global_batch=7", "data.micro_batch=2"], "7 is not a multiple"),
     "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
     "foreign": (["run.dir=FOREIGN"], "contains no run but other files, such as config.yaml"),
-    "weights": (["init.weights=absent"], "init.weights: the weights absent cannot be read"),
+    "weights": (["init.weights=absent"], "init.weights: there is no file or folder absent"),
     "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run directory"),
     "resume": (["--resume", "absent", "run.seed=1"], "--resume absent has no checkpoint"),
 }
@@ -202,11 +202,12 @@ def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
         for name, (overrides, _) in WRONG_STARTS.items()
     }
     for name, (_, told) in WRONG_STARTS.items():
-        for process in started[name]:
+        for rank, process in enumerate(started[name]):
             errors = process.communicate(timeout=100)[1]
             lines = [line for line in errors.splitlines() if not line.startswith("import time:")]
             assert process.returncode == 2 and len(lines) == 1, (name, lines)
-            assert lines[0].startswith("error: ") and told in lines[0], (name, lines)
+            prefix = "[rank 1] error: " if rank else "error: "
+            assert lines[0].startswith(prefix) and told in lines[0], (name, lines)
             # the error is reported before the slow imports
             assert not re.search(r"\| +(torch|deepspeed)$", errors, re.MULTILINE), name
     assert not (tmp_path / "run").exists()
