@@ -31,7 +31,6 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # end before the last row, a JPEG decoder fills the rest with grey and only issues a warning, which Pillow drops. So if
 # the last decoded pixel has exactly this grey, noise is appended to every scan and the image is decoded again: if the
 # pixels change, the data were incomplete.
-_JPEG_FORMATS = ("JPEG", "MPO")
 _GREY = range(127, 130)  # value of a block without coefficients, after any colour conversion
 _SEGMENT = re.compile(rb"\xff+([^\x00\xff])")
 _END_OF_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
@@ -171,15 +170,8 @@ def _reason(error: Exception) -> str:
 
 
 def _check_integrity(payload: bytes, image: Image.Image) -> None:
-    """Check for damage that decoding does not report.
-
-    Args:
-        image: decoded from the payload, at any scale, not rotated.
-
-    Raises:
-        ShardError: the payload is damaged; gives the reason.
-    """
-    if image.format in _JPEG_FORMATS:
+    """Raise a ShardError for damage that decoding does not report; ``image`` is decoded at any scale, not rotated."""
+    if image.format in ("JPEG", "MPO"):
         _check_jpeg(payload, image)
     elif image.format == "PNG":
         _check_png(payload)

@@ -30,7 +30,7 @@ class IndexReport:
     """Result of indexing.
 
     Attributes:
-        manifest: of the new set.
+        manifest: manifest of the new set.
         num_unreadable: images whose header could not be read; readers replace them.
         without_dali: tars for which DALI's index cannot be written, each with the reason.
         empty: tars without images, which are omitted.

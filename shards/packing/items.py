@@ -28,11 +28,11 @@ class SourceUnreachable(ShardError):
 
 
 class Location(Protocol):
-    """Location of an image's bytes. Small, and picklable."""
+    """Location of an image's bytes; small and picklable."""
 
     @property
     def identity(self) -> str:
-        """Text that tells it from other locations with the same item name; part of the packing's fingerprint."""
+        """Text that distinguishes locations with the same item name; part of the packing's fingerprint."""
 
     def read(self) -> bytes:
         """Return the image's bytes.
@@ -53,7 +53,6 @@ class FileSpan:
 
     @property
     def identity(self) -> str:
-        """See ``Location.identity``."""
         length = self.length
         if length is None:
             with suppress(OSError):
@@ -61,7 +60,6 @@ class FileSpan:
         return f"{self.offset}\t{length}"
 
     def read(self) -> bytes:
-        """See ``Location.read``."""
         try:
             status = self.path.stat()
             # opening a named pipe would block until another process writes to it
@@ -86,11 +84,9 @@ class RemoteObject:
 
     @property
     def identity(self) -> str:
-        """See ``Location.identity``."""
         return f"{self.folder}\t{self.num_bytes}"
 
     def read(self) -> bytes:
-        """See ``Location.read``."""
         _check_length(self.num_bytes or 0)
         try:
             return cached_store(self.folder).load(self.name, bytes)
@@ -113,8 +109,6 @@ def _check_length(length: int) -> None:
 
 @dataclass(frozen=True)
 class Item:
-    """One image to pack."""
-
     name: str  # relative to the source, with slashes
     label: int
     location: Location

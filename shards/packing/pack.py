@@ -58,7 +58,7 @@ class PackReport:
     """Result of a packing.
 
     Attributes:
-        manifest: of the set.
+        manifest: manifest of the set.
         num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
         num_ignored: files that are not images.
     """
@@ -78,7 +78,6 @@ class _Progress:
     seen: set[str] = field(default_factory=set)  # content hashes, with ``dedup``
 
     def extend(self, later: _Progress) -> None:
-        """Add later progress."""
         self.shards += later.shards
         self.next_position = later.next_position
         self.rejected += later.rejected
@@ -339,7 +338,6 @@ def _open_journal(out: Path, fingerprint: str, check_shards: bool) -> _Progress:
 
 
 def _is_complete(out: Path, shard: ShardEntry) -> bool:
-    """Return whether a shard has its full length and its indexes."""
     tar, records = out / "shards" / shard.name, out / "index" / shard.index_name
     try:
         return tar.stat().st_size == shard.bytes and records.is_file() and records.with_suffix(".idx").is_file()
@@ -355,7 +353,6 @@ def _remove_unfinished(out: Path) -> None:
 
 
 def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[_Outcome, None, None]:
-    """Yield the outcome of each item, in order."""
     tasks = (items[first : first + _ITEMS_PER_TASK] for first in range(0, len(items), _ITEMS_PER_TASK))
     with closing(ordered_map(partial(_prepare, options), tasks, workers)) as results:
         for outcomes in results:

@@ -32,8 +32,6 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A batch to read."""
-
     slots: np.ndarray
     reads: list[tuple[int, int, int]]  # slot, shard, sample
     num_bytes: int
@@ -41,8 +39,6 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Image:
-    """The image read for one slot."""
-
     shard: int
     sample: int
     record: np.void
@@ -64,7 +60,7 @@ class Source:
         quarantine: log of unusable images, which are replaced by others that depend only on the slot; without it, an
             unusable image is an error.
         max_pixels: images with more pixels are unusable.
-        on_read: called after each of the ``batches`` with the slot after its last one; the slots must ascend.
+        on_read: called after each batch with the slot that follows its last one; slots must ascend.
     """
 
     def __init__(
@@ -150,7 +146,6 @@ class Source:
         return located
 
     def close(self) -> None:
-        """Stop the reader threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, slots: np.ndarray) -> _Plan:

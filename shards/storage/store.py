@@ -54,7 +54,6 @@ class Traffic:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, num_bytes: int = 0, num_retries: int = 0) -> None:
-        """Add to the counts."""
         with self._lock:
             self.num_bytes += num_bytes
             self.num_retries += num_retries
@@ -102,7 +101,6 @@ class Store:
             self._files.retries = 1  # see _fsspec_options
 
     def url_of(self, name: str) -> str:
-        """Return the URL of an object."""
         return f"{self.url}/{name}" if name else self.url
 
     def load(self, name: str, parse: Callable[[bytes], Result]) -> Result:
@@ -312,7 +310,6 @@ def _fsspec_options(protocol: str) -> dict[str, Any]:
 
 
 def _reason(outcome: tenacity.Future | None) -> str:
-    """Return the error of a failed attempt as one line."""
     assert outcome is not None
     error = outcome.exception()
     if isinstance(error, FileNotFoundError):

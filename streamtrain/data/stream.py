@@ -78,7 +78,7 @@ def find_lanes(order: AnyOrder, global_batch: int, start_slot: int, share: range
     period = math.lcm(global_batch, order.lane_cycle)
     steps = period // global_batch
     if steps * len(share) > _MAX_SLOTS_CHECKED:
-        return frozenset(range(order.num_lanes))  # a superset is correct, only slower
+        return frozenset(range(order.lanes))  # a superset is correct, only slower
     firsts = start_slot + np.arange(steps) * global_batch
     slots = (firsts[:, None] + np.asarray(share)).reshape(-1)
     return frozenset(np.unique(order.lanes_of(slots)).tolist())

@@ -55,7 +55,7 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
     draw_folder(tmp_path / "images", 6, ("dog", "cat", "a bird"))
     pack(tmp_path / "images", tmp_path / "set", _SMALL)
     shard_set = ShardSet.open(tmp_path / "set")
-    assert shard_set.classes == ("a bird", "cat", "dog")
+    assert shard_set.manifest.classes == ("a bird", "cat", "dog")
     assert _labels(shard_set) == [0, 0, 1, 1, 2, 2]
 
 
@@ -64,7 +64,7 @@ def test_flat_folder_or_single_class_has_no_labels(tmp_path: Path) -> None:
     for number, src in enumerate((tmp_path / "parent", tmp_path / "parent" / "photos")):
         pack(src, tmp_path / f"set{number}", _SMALL)
         shard_set = ShardSet.open(tmp_path / f"set{number}")
-        assert (shard_set.classes, _labels(shard_set)) == ((), [-1, -1, -1])
+        assert (shard_set.manifest.classes, _labels(shard_set)) == ((), [-1, -1, -1])
         with tarfile.open(shard_set.tar_path(0)) as tar:
             assert all(name.endswith(".jpg") for name in tar.getnames())
 
@@ -79,7 +79,7 @@ def test_list_file_with_numbers_or_names_as_labels(tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("\n".join(lines) + "\n\n")
         pack(tmp_path / "list.txt", tmp_path / f"set{number}", _SMALL)
         shard_set = ShardSet.open(tmp_path / f"set{number}")
-        assert (shard_set.classes, _labels(shard_set)) == (classes, expected)
+        assert (shard_set.manifest.classes, _labels(shard_set)) == (classes, expected)
 
 
 def test_list_file_with_byte_order_mark_and_label_minus_one(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_list_file_with_byte_order_mark_and_label_minus_one(tmp_path: Path) -> N
     (tmp_path / "list.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
     pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
     shard_set = ShardSet.open(tmp_path / "set")
-    assert (shard_set.classes, _labels(shard_set)) == ((), [2, -1, 3])
+    assert (shard_set.manifest.classes, _labels(shard_set)) == ((), [2, -1, 3])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_tar_packs_like_its_folder(tmp_path: Path, suffix: str) -> None:
     folder, archive = ShardSet.open(tmp_path / "from_folder"), ShardSet.open(tmp_path / "from_tar")
     assert _payloads(folder) == _payloads(archive)
     assert _labels(folder) == _labels(archive)
-    assert folder.classes == archive.classes
+    assert folder.manifest.classes == archive.manifest.classes
     assert sorted(path.name for path in (tmp_path / "from_tar").iterdir()) == [
         "index",
         "manifest.json",

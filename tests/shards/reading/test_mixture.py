@@ -76,7 +76,7 @@ def test_slots_do_not_depend_on_earlier_calls() -> None:
 @settings(max_examples=50)
 @given(_mixtures(), st.integers(0, 200), st.data())
 def test_windows_list_the_shards_of_each_slot(mixture: Mixture, start: int, data: st.DataObject) -> None:
-    lanes = data.draw(st.sets(st.integers(0, mixture.num_lanes - 1), min_size=1))
+    lanes = data.draw(st.sets(st.integers(0, mixture.lanes - 1), min_size=1))
     slots = np.arange(start, start + 2 * mixture.cycle)
     windows = list(itertools.takewhile(lambda window: window.first_slot <= slots[-1], mixture.windows(start, lanes)))
     _, shards, _ = mixture.locate(slots)

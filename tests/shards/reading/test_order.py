@@ -72,7 +72,7 @@ def test_shards_in_use_are_limited_to_the_window(order: Order) -> None:
 
 @given(_orders, st.integers(0, 500), st.data())
 def test_windows_list_the_shards_of_each_slot(order: Order, start: int, data: st.DataObject) -> None:
-    lanes = data.draw(st.sets(st.integers(0, order.num_lanes - 1), min_size=1))
+    lanes = data.draw(st.sets(st.integers(0, order.lanes - 1), min_size=1))
     end = start + 2 * order.num_samples + order.lane_cycle
     windows = list(itertools.takewhile(lambda window: window.first_slot < end, order.windows(start, lanes)))
     assert windows == sorted(windows, key=lambda window: window.first_slot)

@@ -43,7 +43,7 @@ def test_epoch_returns_every_packed_image(shard_set: ShardSet) -> None:
         ):
             assert payload.dtype == np.uint8
             seen.append(payload.tobytes())
-            assert shard_set.classes[label] == packed[payload.tobytes()]
+            assert shard_set.manifest.classes[label] == packed[payload.tobytes()]
             record = shard_set.record(int(shard), int(sample))
             assert (record["width"], record["height"]) == tuple(size)
             assert shard_set.read(int(shard), int(sample)) == payload.tobytes()
