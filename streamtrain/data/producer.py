@@ -1,4 +1,4 @@
-"""The work of the loader's thread: read samples, run DALI, assemble batches, replace images that do not decode."""
+"""The work of the loader's thread: read samples, run DALI, assemble batches, replace undecodable images."""
 
 from __future__ import annotations
 
@@ -117,7 +117,6 @@ class Producer:
         pipeline.feed(item.samples.payloads, item.views, item.sizes)
 
     def _grid(self, sizes: CropSizes) -> tuple[int, int]:
-        """Return the number of patches (down, across) of a global crop."""
         side = sizes.global_size // self._config.model.patch_size
         return side, side
 
@@ -134,7 +133,7 @@ class Producer:
     def _assemble(
         self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None
     ) -> PendingBatch:
-        """Make views and masks on the device, copied out of the DALI buffers in ``decoded``."""
+        """Build views and masks on the device from the DALI buffers in ``decoded``, without referring to them."""
         crops_config = self._config.crops
         count, local_size = crops_config.global_count, item.sizes.local_size
         if view_maker is not None:

@@ -16,7 +16,7 @@ def decode_image(source: Path | bytes, name: str | Path) -> Image.Image:
 
     Args:
         source: path or content of the file.
-        name: of the image in errors.
+        name: name of the image in error messages.
 
     Raises:
         StreamtrainError: if the image is missing or cannot be decoded.
@@ -29,7 +29,6 @@ def decode_image(source: Path | bytes, name: str | Path) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return ``image`` in RGB with its EXIF orientation applied."""
     return ImageOps.exif_transpose(image).convert("RGB")
 
 

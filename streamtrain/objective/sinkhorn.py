@@ -26,7 +26,6 @@ class Assignment:
     row: Tensor
 
     def rows(self, part: slice) -> Assignment:
-        """Return the assignment of some of the rows."""
         return Assignment(self.column, self.row[part])
 
 
@@ -43,7 +42,7 @@ def sinkhorn(
     Args:
         features: teacher bottlenecks ``[N, d]`` of this rank; N may be 0.
         weight: prototypes ``[K, d]``.
-        temperature: of the teacher.
+        temperature: temperature of the teacher.
         iterations: at least 1.
         chunk: prototypes per chunk.
         group: ranks that share the assignment; None: all.

@@ -1,4 +1,4 @@
-"""The targets of one optimiser step, from the teacher's features."""
+"""Targets of one optimiser step, computed from the teacher's features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TeacherFeatures:
 
 @dataclass(frozen=True)
 class TeacherPrototypes:
-    """Handles of the teacher's prototypes; None without such a head."""
+    """Handles of the teacher's prototypes; None if the head does not exist."""
 
     global_head: WeightHandle | None
     patch_head: WeightHandle | None
@@ -122,7 +122,6 @@ class TargetMaker:
         return {name: center.clone() for name, center in self.centers.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the centres of ``state_dict()``."""
         self.centers = {name: center.clone() for name, center in state.items()}
 
 

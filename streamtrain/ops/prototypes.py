@@ -15,7 +15,7 @@ from torch import Tensor
 from streamtrain.ops.collectives import max_over_ranks, sum_over_ranks, world_size
 from streamtrain.ops.logits import Buffer, accumulator, chunks, matmul, scaled_logits, uses_kernels
 
-# Smaller than any possible sum; only keeps the logarithm finite where there is no row at all.
+# Smaller than any possible sum; keeps the logarithm finite if there are no rows.
 TINY = 1e-30
 
 
@@ -71,7 +71,7 @@ def _sinkhorn_by_kernels(
     features: Tensor, weight: Tensor, temperature: float, iterations: int, group: dist.ProcessGroup | None,
     start: Tensor, total: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the same with the CPU kernels; with several ranks the rows' sums need another sweep."""
+    """Compute ``sinkhorn_scalings`` with the CPU kernels; several ranks need another sweep for the rows' sums."""
     alone = world_size(group) == 1
     row = start
     for _ in range(iterations):
@@ -123,7 +123,7 @@ def cross_entropy_sums(
     """Compute everything of the cross-entropy that needs both students' and teachers' logits.
 
     Args:
-        inputs: of the loss.
+        inputs: arguments of the loss.
         softmax_shift: ``[N]``; ``exp(logits − shift)`` is the student's softmax times the row's weight.
         target_factor: ``[N]``, factor of the targets summed over the pairs.
         need_gradient: whether the last two results are needed.
