@@ -154,11 +154,7 @@ class _HeaderReader:
 
 
 def build_index(archive: BinaryIO, name: str) -> ShardIndex:
-    """Index a tar, reading every image once for its checksum and size.
-
-    Args:
-        archive: the tar, open for reading and seekable.
-        name: name of the tar in error messages.
+    """Index a seekable tar, reading every image once for its checksum and size.
 
     Raises:
         ShardError: not a tar, or truncated; names the tar.

@@ -119,7 +119,6 @@ class Inputs:
     """All images to pack, in order.
 
     Attributes:
-        items: the images.
         classes: class names by label; empty if labels have no names or there are no labels.
         num_ignored: number of files that are not images.
         runs: lengths of the runs of items that are read together; empty if each item is read separately.

@@ -58,7 +58,6 @@ class PackReport:
     """Result of a packing.
 
     Attributes:
-        manifest: manifest of the set.
         num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
         num_ignored: files that are not images.
     """
@@ -116,9 +115,6 @@ def pack(
         workers: number of decoding processes; 1 decodes in the calling process.
         progress: show a progress bar on stderr if it is a terminal.
         scratch: folder in which a set for a URL is packed; None for a temporary folder that depends on the URL.
-
-    Returns:
-        the manifest, and the number of images and files that are left out.
 
     Raises:
         ShardError: there are no images or none can be used, the source cannot be read, or the folder or URL cannot

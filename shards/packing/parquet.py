@@ -64,7 +64,6 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
     Args:
         locations: paths or URLs of the files.
         names: names of the same files, for sample keys and messages.
-        columns: columns to read.
         num_ignored: number of other files in the source.
 
     Raises:

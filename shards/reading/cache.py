@@ -85,7 +85,7 @@ class ShardCache:
     """The copies that one process reads. Safe to share between threads.
 
     Args:
-        ledger: ledger of the cache folder; closed with the cache.
+        ledger: the cache folder; closed with the cache.
         remote_shard: returns the shard to copy, None for a local shard.
         windows: the shards that this process is going to read, in order.
         start_slot: first slot that is read.

@@ -142,7 +142,6 @@ class JoinedSet:
     """Several shard sets read as one; shards are numbered through all members, labels are those of each member.
 
     Attributes:
-        members: the sets.
         weights: relative share of each member in the stream, of any scale.
     """
 
@@ -209,14 +208,10 @@ AnySet: TypeAlias = ShardSet | JoinedSet
 
 
 def open_sets(shares: Sequence[tuple[str, float]], policy: RetryPolicy | None = None) -> AnySet:
-    """Open one or several shard sets for reading.
+    """Open one shard set, or several as a ``JoinedSet``.
 
     Args:
         shares: path or URL of each set, with its weight in the stream (positive, of any scale).
-        policy: how long to retry requests to remote sets.
-
-    Returns:
-        the set, or a ``JoinedSet`` of several.
 
     Raises:
         ShardError: a set is missing or unfinished, or a file is missing or truncated; the message gives the remedy.

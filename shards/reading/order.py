@@ -67,7 +67,6 @@ class Order:
 
     Args:
         sizes: samples in each shard.
-        seed: any integer.
         window: shards that are shuffled together; more mix better and keep more shards in use at a time.
         lanes: number of contiguous segments, read round-robin.
         lane_block: consecutive slots that one lane serves.

@@ -136,11 +136,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: Path | str, policy: RetryPolicy | None = None) -> ShardSet:
-        """Open a set; for a local one, check that every file exists with its full length.
-
-        Args:
-            path: the set's folder, or its URL.
-            policy: how long to retry requests to a remote set.
+        """Open a set in a folder or at a URL; check that every local file exists with its full length.
 
         Raises:
             ShardError: the set is unfinished, or a file is missing or truncated; the message gives the remedy.

@@ -52,8 +52,6 @@ class Source:
     """Reads the images of slots with several threads, ahead of the consumer, in order, in bounded memory.
 
     Args:
-        shard_set: the images.
-        order: maps slots to images.
         threads: number of reader threads, which wait for the disk and compute checksums.
         max_bytes_in_flight: limit on the encoded images held ahead of the consumer. A batch larger than the limit is
             read alone.

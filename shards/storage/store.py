@@ -41,7 +41,7 @@ class RetryPolicy:
     longest_pause_seconds: float = 30.0
 
 
-# listing a bucket or uploading a shard is a single attempt that may take long
+# a single attempt to list a bucket or upload a shard may take long
 BULK_POLICY = RetryPolicy(deadline_seconds=3600.0, stall_seconds=1200.0)
 
 
@@ -77,7 +77,6 @@ class Store:
 
     Args:
         url: with a protocol, such as ``s3://bucket/set``.
-        policy: how long to retry.
         traffic: counter of received bytes and retries.
 
     Raises:

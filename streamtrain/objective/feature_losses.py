@@ -49,9 +49,7 @@ def distributed_koleo_loss(
 
     Args:
         features: ``[B, dim]``, the same B on every rank.
-        neighbours: nearest neighbours per sample.
         group_size: samples per group; 0: ``B * ranks``. It divides B, or is a multiple of it.
-        group: the ranks; None: all.
 
     Raises:
         ValueError: if the samples cannot be divided into such groups.

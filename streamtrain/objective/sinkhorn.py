@@ -42,8 +42,6 @@ def sinkhorn(
     Args:
         features: teacher bottlenecks ``[N, d]`` of this rank; N may be 0.
         weight: prototypes ``[K, d]``.
-        temperature: temperature of the teacher.
-        iterations: at least 1.
         chunk: prototypes per chunk.
         group: ranks that share the assignment; None: all.
         valid: bool ``[N]``; rows that are False (padding) are ignored. None: all are valid.

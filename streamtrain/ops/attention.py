@@ -60,7 +60,6 @@ def attend(packed: Tensor, sizes: Sequence[int], tables: Sequence[RopeTable], nu
         packed: queries, keys and values ``[num_tokens, 3 * dim]``.
         sizes: tokens of each group of images of one size.
         tables: RoPE table of each group.
-        num_heads: attention heads.
 
     Returns:
         ``[num_tokens, dim]``.

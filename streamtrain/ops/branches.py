@@ -88,10 +88,8 @@ def attention_branch(
 
     Args:
         tokens: the residual stream ``[num_tokens, dim]``.
-        rows: the rows to compute.
         tables: RoPE table of each group of images.
         weights: the first layer gives queries, keys and values ``[3 * dim]``.
-        options: options of the block.
         in_place: overwrite ``tokens``; only without gradients, and only where ``is_tiled``.
     """  # fmt: skip
     if is_tiled(tokens, options):

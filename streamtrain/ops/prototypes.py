@@ -123,7 +123,6 @@ def cross_entropy_sums(
     """Compute everything of the cross-entropy that needs both students' and teachers' logits.
 
     Args:
-        inputs: arguments of the loss.
         softmax_shift: ``[N]``; ``exp(logits − shift)`` is the student's softmax times the row's weight.
         target_factor: ``[N]``, factor of the targets summed over the pairs.
         need_gradient: whether the last two results are needed.

@@ -14,7 +14,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from drawn_images import drawn_image, encoded
+from drawn_images import all_labels, all_payloads, drawn_image, encoded
 
 from shards.errors import ShardError
 from shards.packing.inputs import list_inputs
@@ -49,11 +49,7 @@ def _write(path: Path, numbers: range, labels: list[object] | None = None, plain
 
 def _content(folder: Path) -> list[tuple[bytes, int]]:
     shard_set = ShardSet.open(folder)
-    return [
-        (shard_set.read(shard, sample), int(shard_set.record(shard, sample)["label"]))
-        for shard, size in enumerate(shard_set.sizes)
-        for sample in range(size)
-    ]
+    return list(zip(all_payloads(shard_set), all_labels(shard_set), strict=True))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

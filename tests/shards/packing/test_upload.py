@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from drawn_images import draw_folder, drawn_image, encoded, packed_set
+from drawn_images import all_payloads, draw_folder, drawn_image, encoded, file_contents, overwrite, packed_set
 
 from shards.errors import ShardError
 from shards.format.index import load_index
@@ -45,10 +45,6 @@ def _remote_files(url: str) -> dict[str, bytes]:
     return {name: store.load(name, bytes) for name in store.list_tree()}
 
 
-def _local_files(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the uploaded objects, in order."""
@@ -68,7 +64,7 @@ def test_uploaded_set_equals_local_set_and_manifest_is_sent_last(tmp_path: Path,
     (images / "cat" / "broken.jpg").write_bytes(b"text")
     local = pack(images, tmp_path / "set", _SMALL)
     assert pack(images, bucket, _SMALL, scratch=tmp_path / "scratch") == local
-    assert _remote_files(bucket) == _local_files(tmp_path / "set")
+    assert _remote_files(bucket) == file_contents(tmp_path / "set")
     assert sent[0] == "packing.jsonl" and sent[-1] == "manifest.json" and len(sent) == len(set(sent))
     assert not (tmp_path / "scratch").exists()
     assert verify(bucket) == []
@@ -114,7 +110,7 @@ def test_interrupted_upload_resumes_and_sends_nothing_twice(
         files.pipe_file(torn, bytes(files.cat_file(torn))[:1000])
     before = list(sent)
     pack(images, bucket, _SMALL, scratch=tmp_path / ("scratch" if kept else "elsewhere"))
-    assert _remote_files(bucket) == _local_files(tmp_path / "set")
+    assert _remote_files(bucket) == file_contents(tmp_path / "set")
     twice = [name for name in sent[len(before) :] if name in before]
     assert twice == ([] if kept else ["shards/000000.tar"])
 
@@ -162,11 +158,6 @@ def _listing_server(root: Path) -> Iterator[str]:
         server.server_close()
 
 
-def _payloads(path: Path) -> list[bytes]:
-    shard_set = ShardSet.open(path)
-    return [shard_set.read(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
-
-
 def test_remote_sources_pack_like_local_ones(tmp_path: Path, bucket: str) -> None:
     images = draw_folder(tmp_path / "www" / "images", 12, ("cat", "a dog"))
     (images / "cat" / ".hidden.jpg").write_bytes(b"")
@@ -186,7 +177,7 @@ def test_remote_sources_pack_like_local_ones(tmp_path: Path, bucket: str) -> Non
         for number, source in enumerate([*sources, tmp_path / "list.txt"]):
             out = tmp_path / f"set{number}"
             report = pack(source, out, _SMALL, workers=2 if number == 1 else 1)
-            assert _payloads(out) == _payloads(tmp_path / "local"), source
+            assert all_payloads(ShardSet.open(out)) == all_payloads(ShardSet.open(tmp_path / "local")), source
             assert report.manifest.classes == ("a dog", "cat")
             assert sorted(path.name for path in out.iterdir()) == ["index", "manifest.json", "rejected.jsonl", "shards"]
 
@@ -219,9 +210,7 @@ def test_verify_finds_the_same_faults_in_a_remote_set(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, 40)
     path, url = shard_set.path, (tmp_path / "set").as_uri()
     assert verify(url) == verify(url, workers=2) == []
-    with open(shard_set.tar_path(0), "r+b") as tar:
-        tar.seek(int(shard_set.record(0, 3)["offset"]))
-        tar.write(b"damage")
+    overwrite(shard_set, 0, 3, b"damage")
     tar_path = shard_set.tar_path(1)
     tar_path.write_bytes(tar_path.read_bytes()[:15_000])
     (path / "index" / "000000.idx").unlink()

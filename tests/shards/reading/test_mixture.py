@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import packed_set
+from drawn_images import overwrite, packed_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,9 +134,7 @@ def test_shares_are_accurate_to_a_thousandth(tmp_path: Path, lane_block: int) ->
 
 def test_unusable_images_are_logged_with_their_member_and_stay_replaced(tmp_path: Path) -> None:
     members = [packed_set(tmp_path / name, 30) for name in ("a", "b")]
-    with open(members[1].tar_path(0), "r+b") as tar:
-        tar.seek(int(members[1].record(0, 3)["offset"]) + 50)
-        tar.write(b"damage")
+    overwrite(members[1], 0, 3, b"damage", skip=50)
     joined = open_sets([(str(member.path), weight) for member, weight in zip(members, (1, 2), strict=True)])
     log = tmp_path / "quarantine.jsonl"
 

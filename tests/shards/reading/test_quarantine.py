@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import packed_set
+from drawn_images import overwrite, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import SampleError, ShardError
@@ -25,9 +25,7 @@ def damaged(tmp_path: Path) -> ShardSet:
     """A set with damage in samples 1 and 4 of the first shard and sample 2 of the third."""
     shard_set = packed_set(tmp_path, _COUNT)
     for shard, sample in ((0, 1), (0, 4), (2, 2)):
-        with open(shard_set.tar_path(shard), "r+b") as tar:
-            tar.seek(int(shard_set.record(shard, sample)["offset"]) + 50)
-            tar.write(b"damage")
+        overwrite(shard_set, shard, sample, b"damage", skip=50)
     return shard_set
 
 
