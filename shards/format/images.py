@@ -94,12 +94,12 @@ def prepare(
             width, height = _displayed_size(image)
             is_rotated = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
             if is_rotated or (max_side is not None and max(width, height) > max_side):
-                return _encode_jpeg(payload, image, max_side, quality)
+                return _shrink_to_jpeg(payload, image, max_side, quality)
             image.load()
             _check_integrity(payload, image)
             extension = _KEPT_FORMATS.get(image.format or "")
             if extension is None or (extension == "tif" and image.mode not in _KEPT_TIFF_MODES):
-                return _encode_png(image)
+                return _encode(_to_8_bit(image), "PNG", "png")
     except ShardError:
         raise
     except Exception as error:  # truncation is an OSError, a broken PNG chunk a SyntaxError
@@ -132,7 +132,7 @@ def _displayed_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
 
 
-def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
+def _shrink_to_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
     if max_side is not None:
         image.draft(None, (2 * max_side, 2 * max_side))  # the JPEG decoder shrinks by a power of two while decoding
     image.load()
@@ -140,16 +140,13 @@ def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quali
     converted = _to_8_bit(image)
     if max_side is not None:
         converted.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    converted.save(buffer, "JPEG", quality=quality)
-    return PreparedImage(buffer.getvalue(), "jpg", *converted.size)
+    return _encode(converted, "JPEG", "jpg", quality=quality)
 
 
-def _encode_png(image: Image.Image) -> PreparedImage:
-    converted = _to_8_bit(image)
+def _encode(image: Image.Image, kind: str, extension: str, **options: int) -> PreparedImage:
     buffer = io.BytesIO()
-    converted.save(buffer, "PNG")
-    return PreparedImage(buffer.getvalue(), "png", *converted.size)
+    image.save(buffer, kind, **options)
+    return PreparedImage(buffer.getvalue(), extension, *image.size)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

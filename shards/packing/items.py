@@ -96,10 +96,7 @@ class RemoteObject:
             raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
 
 
-@lru_cache(maxsize=8)
-def cached_store(folder: str) -> Store:
-    """Return the store of a folder, opened once per process."""
-    return Store(folder)
+cached_store = lru_cache(maxsize=8)(Store)
 
 
 def _check_length(length: int) -> None:

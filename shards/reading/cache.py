@@ -269,7 +269,6 @@ class ShardCache:
         self._ledger.publish(uses)
 
     def _run(self) -> None:
-        """Fetch the shards that are needed next, in a thread."""
         while True:
             # one thread at a time chooses a shard and makes room, so room goes to the shard needed first
             with self._claiming:

@@ -200,7 +200,6 @@ class Source:
         raise SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
 
     def _finish(self, pending: _Pending) -> Samples:
-        """Wait for the reads of a batch and assemble it."""
         plan, parts = pending
         images = [image for part in parts for image in part.result()]
         records = np.array([image.record for image in images], dtype=RECORD)

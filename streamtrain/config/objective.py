@@ -107,7 +107,6 @@ class GramConfig(Section):
 
     @property
     def is_active(self) -> bool:
-        """Whether the run needs a Gram teacher."""
         return self.weight.is_ever_positive
 
 

@@ -48,7 +48,6 @@ class Schedule(Section):
 
     @property
     def is_ever_positive(self) -> bool:
-        """Whether the value is above 0 at any step."""
         return max(self.peak, self.end or 0.0, self.start or 0.0) > 0.0
 
 

@@ -43,6 +43,11 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300))
 
 
+def assert_near(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for mine, want in zip(got, expected, strict=True):
+        assert distance(mine, want) < tolerance
+
+
 @given(
     rows=some.integers(0, 300), prototypes=some.integers(1, 400), dim=some.sampled_from([32, 64, 96]),
     threads=some.sampled_from([1, 2]), seed=some.integers(0, 99),
@@ -103,8 +108,7 @@ def test_the_loss_and_its_gradients(paired: bool, valid_rows: int, teacher_dim: 
     row_weight[:3] = 0
     valid = torch.arange(12) < valid_rows
     got, expected = both_forms(features, weight, teacher, teacher_weight, pair, row_weight, valid)
-    for mine, want in zip(got, expected, strict=True):
-        assert distance(mine, want) < ROUGH[dtype]
+    assert_near(got, expected, ROUGH[dtype])
 
 
 @pytest.mark.usefixtures("threads")
@@ -113,8 +117,7 @@ def test_more_rows_than_a_block(dtype: torch.dtype) -> None:
     rows = 600
     factors = [unit(count, 64, seed=i, dtype=dtype) for i, count in enumerate((rows, 200, rows, 200))]
     got, expected = both_forms(*factors, None, torch.ones(rows) / rows)
-    for mine, want in zip(got, expected, strict=True):
-        assert distance(mine, want) < ROUGH[dtype]
+    assert_near(got, expected, ROUGH[dtype])
 
 
 @for_each_dtype
@@ -122,9 +125,8 @@ def test_logits_of_hundreds_neither_overflow_nor_vanish(dtype: torch.dtype) -> N
     features, weight, teacher = (unit(count, 32, seed=i, dtype=dtype) for i, count in enumerate((6, 70, 6)))
     weight *= 40
     got, expected = both_forms(features, weight, teacher, weight, None, torch.ones(6))
-    for mine, want in zip(got, expected, strict=True):
-        # the relative error of an exponential is the absolute error of its exponent
-        assert distance(mine, want) < max(ROUGH[dtype], 1e-4)
+    # the relative error of an exponential is the absolute error of its exponent
+    assert_near(got, expected, max(ROUGH[dtype], 1e-4))
 
 
 @pytest.mark.parametrize("noise", [3.0, 0.5, 0.05])
@@ -134,8 +136,7 @@ def test_a_student_near_its_teacher_has_accurate_gradients(noise: float, tempera
     other = unit(16, 64, seed=2).double()
     teacher = torch.nn.functional.normalize(features.double() + noise * other, dim=-1).to(features.dtype)
     got, expected = both_forms(features, weight, teacher, weight, None, torch.ones(16), temperature=temperature)
-    for mine, want in zip(got, expected, strict=True):
-        assert distance(mine, want) < 1e-2
+    assert_near(got, expected, 1e-2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
