@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,9 @@ def overwrite(shard_set: ShardSet, shard: int, sample: int, content: bytes, skip
 def file_contents(folder: Path) -> dict[str, bytes]:
     """Return the contents of all files in a folder, by relative path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def add_to_tar(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))

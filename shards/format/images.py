@@ -94,7 +94,7 @@ def prepare(
             width, height = _displayed_size(image)
             is_rotated = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
             if is_rotated or (max_side is not None and max(width, height) > max_side):
-                return _shrink_to_jpeg(payload, image, max_side, quality)
+                return _to_jpeg(payload, image, max_side, quality)
             image.load()
             _check_integrity(payload, image)
             extension = _KEPT_FORMATS.get(image.format or "")
@@ -132,7 +132,7 @@ def _displayed_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
 
 
-def _shrink_to_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
+def _to_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
     if max_side is not None:
         image.draft(None, (2 * max_side, 2 * max_side))  # the JPEG decoder shrinks by a power of two while decoding
     image.load()

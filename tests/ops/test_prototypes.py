@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from cpu_kernels import DTYPES, for_each_dtype, needs_kernels
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from joined_processes import run_on_ranks
 from torch import Tensor
 
@@ -49,9 +49,9 @@ def assert_near(got: list[Tensor], expected: list[Tensor], tolerance: float) -> 
 
 
 @given(
-    rows=some.integers(0, 300), prototypes=some.integers(1, 400), dim=some.sampled_from([32, 64, 96]),
-    threads=some.sampled_from([1, 2]), seed=some.integers(0, 99),
-    dtype=some.sampled_from(DTYPES or [torch.float32]),
+    rows=st.integers(0, 300), prototypes=st.integers(1, 400), dim=st.sampled_from([32, 64, 96]),
+    threads=st.sampled_from([1, 2]), seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES or [torch.float32]),
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)
 def test_logits_and_their_sums(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import subprocess
 import sys
 import tarfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from drawn_images import drawn_image, encoded, packed_set
+from drawn_images import add_to_tar, drawn_image, encoded, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import ShardError
@@ -62,9 +61,7 @@ def test_tars_with_the_same_name_are_separate_shards(tmp_path: Path, workers: in
 def test_report_of_spaces_unreadable_images_and_empty_tars(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
         for name, content in [("a b.jpg", encoded(drawn_image(1))), ("c.jpg", b"not an image")]:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            add_to_tar(tar, name, content)
     with tarfile.open(tmp_path / "texts.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("readme.txt"))
     report = index_tars([str(tmp_path)], tmp_path / "set")

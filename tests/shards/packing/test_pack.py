@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from drawn_images import all_labels, all_payloads, draw_folder, drawn_image, encoded, file_contents
+from drawn_images import add_to_tar, all_labels, all_payloads, draw_folder, drawn_image, encoded, file_contents
 
 from shards.errors import ShardError
 from shards.packing.items import sample_key
@@ -151,9 +150,7 @@ def test_webdataset_tar_keeps_its_labels(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "foreign.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for number, label in enumerate((5, 3)):
             for extension, content in (("cls", str(label).encode()), ("jpg", encoded(drawn_image(number)))):
-                info = tarfile.TarInfo(f"folder/größe {number}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_to_tar(tar, f"folder/größe {number}.{extension}", content)
     pack(tmp_path / "foreign.tar", tmp_path / "set", _SMALL)
     assert all_labels(ShardSet.open(tmp_path / "set")) == [5, 3]
 

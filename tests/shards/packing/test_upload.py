@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -14,12 +13,22 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from drawn_images import all_payloads, draw_folder, drawn_image, encoded, file_contents, overwrite, packed_set
+from drawn_images import (
+    add_to_tar,
+    all_payloads,
+    draw_folder,
+    drawn_image,
+    encoded,
+    file_contents,
+    overwrite,
+    packed_set,
+)
 
 from shards.errors import ShardError
 from shards.format.index import load_index
 from shards.packing import items
 from shards.packing import upload as upload_module
+from shards.packing.index_tars import index_tars
 from shards.packing.pack import PackOptions, pack, scratch_folder
 from shards.packing.upload import Upload
 from shards.packing.verify import verify
@@ -221,16 +230,11 @@ def test_verify_finds_the_same_faults_in_a_remote_set(tmp_path: Path) -> None:
 
 
 def test_verify_of_an_indexed_set_with_a_missing_tar(tmp_path: Path) -> None:
-    from shards.packing.index_tars import index_tars
-
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     with tarfile.open(foreign / "a b.tar", "w") as tar:
         for number in range(3):
-            header = tarfile.TarInfo(f"a b{number}.jpg")
-            payload = encoded(drawn_image(number))
-            header.size = len(payload)
-            tar.addfile(header, io.BytesIO(payload))
+            add_to_tar(tar, f"a b{number}.jpg", encoded(drawn_image(number)))
     index_tars([(foreign / "a b.tar").as_uri().replace("%20", " ")], tmp_path / "indexed")
     assert len(load_index(tmp_path / "indexed" / "index" / "000000-a b.npy")) == 3
     assert verify(tmp_path / "indexed") == []
