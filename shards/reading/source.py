@@ -106,10 +106,6 @@ class Source:
                 for part in parts:
                     part.cancel()
 
-    def fetch(self, slots: np.ndarray) -> Samples:
-        """Read the images of one list of slots (int64 [B]) now. Raises as ``batches``."""
-        return self._finish(self._start(self._plan(slots)))
-
     def replace(self, batch: Samples, row: int, reason: str) -> Samples:
         """Return the batch with the image in ``row``, which does not decode, replaced. Raises as ``batches``.
 

@@ -49,12 +49,12 @@ class Layout:
         start, length = self.offset(group), self.length(group)
         return start + length * torch.arange(self.groups[group].images, device=device)
 
-    def patch_rows(self, group: int, positions: Tensor) -> Tensor:
-        """Return the rows of patches given as flat positions ``image * num_patches + patch`` within ``group``."""
-        length = self.length(group)
+    def patch_rows(self, positions: Tensor) -> Tensor:
+        """Return the rows of patches of the first group, given as flat positions ``image * num_patches + patch``."""
+        length = self.length(0)
         num_patches = length - self.num_prefix
         image = torch.div(positions, num_patches, rounding_mode="floor")
-        return self.offset(group) + image * length + self.num_prefix + positions % num_patches
+        return image * length + self.num_prefix + positions % num_patches
 
     def views(self, tokens: Tensor) -> list[Tensor]:
         """View packed ``[num_tokens, ...]`` as one ``[images, length, ...]`` tensor per group."""

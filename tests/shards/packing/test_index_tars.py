@@ -49,7 +49,7 @@ def test_tars_with_the_same_name_are_separate_shards(tmp_path: Path, workers: in
     shard_set = ShardSet.open(tmp_path / "set")
     assert [entry.name for entry in shard_set.manifest.shards] == ["000000-000.tar", "000001-000.tar"]
     source = Source(shard_set, Order(shard_set.sizes, seed=1))
-    batch = source.fetch(np.arange(20))
+    batch = next(source.batches([np.arange(20)]))
     source.close()
     assert sorted(batch.labels.tolist()) == list(range(20))
     for label, payload in zip(batch.labels, batch.payloads, strict=True):

@@ -79,7 +79,7 @@ def test_uploaded_set_equals_local_set_and_manifest_is_sent_last(tmp_path: Path,
     assert verify(bucket) == []
     remote = ShardSet.open(bucket)
     source = Source(remote, Order(remote.sizes, seed=1), threads=2)
-    assert len(source.fetch(np.arange(50)).payloads) == 50
+    assert len(next(source.batches([np.arange(50)])).payloads) == 50
     source.close()
 
     sent.clear()

@@ -98,7 +98,7 @@ def test_images_come_from_the_right_member(tmp_path: Path) -> None:
     joined = JoinedSet(members, [2, 1])
     mixture = Mixture([member.sizes for member in members], [2, 1], cycle=6, seed=1)
     source = Source(joined, mixture, threads=2)
-    batch = source.fetch(np.arange(12))
+    batch = next(source.batches([np.arange(12)]))
     source.close()
     from_first = batch.shards < len(members[0].sizes)
     assert from_first.sum() == 8
@@ -140,7 +140,7 @@ def test_unusable_images_are_logged_with_their_member_and_stay_replaced(tmp_path
 
     def samples() -> list[tuple[int, int]]:
         source = Source(joined, build_order(joined, 1, 2, 4, 1), threads=2, quarantine=Quarantine(log, max_rate=1.0))
-        batch = source.fetch(np.arange(45))
+        batch = next(source.batches([np.arange(45)]))
         row = int(np.flatnonzero(batch.shards < len(members[0].sizes))[0])
         batch = source.replace(batch, row, "does not decode")
         source.close()

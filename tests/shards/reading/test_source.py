@@ -43,13 +43,13 @@ def test_epoch_returns_every_packed_image(shard_set: ShardSet) -> None:
     assert sorted(seen) == sorted(packed)
 
 
-def test_batches_keep_their_order_and_equal_single_fetches(shard_set: ShardSet) -> None:
+def test_batches_keep_their_order_and_equal_those_read_alone(shard_set: ShardSet) -> None:
     source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=3)
     lists = [np.arange(start, start + 5) for start in (40, 0, 1000, 55)]
     batches = list(source.batches(lists))
     assert [batch.slots.tolist() for batch in batches] == [slots.tolist() for slots in lists]
     for batch in batches:
-        again = source.fetch(batch.slots)
+        again = next(source.batches([batch.slots]))
         assert [payload.tobytes() for payload in again.payloads] == [payload.tobytes() for payload in batch.payloads]
     source.close()
 
