@@ -54,7 +54,7 @@ class RemoteConfig(Section):
     deadline_seconds: float = free(
         300.0, "Time limit in seconds for a 4 MiB piece of an object, over all attempts.", gt=0.0
     )
-    stall_seconds: float = free(30.0, "Time limit in seconds for one attempt; the next one follows.", gt=0.0)
+    stall_seconds: float = free(30.0, "Time limit in seconds for one attempt, after which it is repeated.", gt=0.0)
 
     @property
     def retry_policy(self) -> RetryPolicy:
@@ -96,7 +96,7 @@ class DataConfig(Section):
         64, "Number of independent streams an epoch is divided into; a rank reads only the shards of its own lanes."
     )
     max_unusable_share: Probability = free(
-        0.01, "Stop the run when a larger share of the images is unreadable or undecodable and had to be replaced."
+        0.01, "Stop the run when more than this share of the images had to be replaced (unreadable or undecodable)."
     )
     reader_threads: Positive = free(2, "Threads per rank that read images.")
     decode_threads: NonNegative = free(0, "DALI threads per rank; 0: cores of the machine / ranks on it.")

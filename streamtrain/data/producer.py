@@ -132,7 +132,7 @@ class Producer:
     def _assemble(
         self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None
     ) -> PendingBatch:
-        """Build views and masks on the device from the DALI buffers in ``decoded``, without referring to them."""
+        """Build views and masks on the device, copied out of the DALI buffers in ``decoded``."""
         crops_config = self._config.crops
         count, local_size = crops_config.global_count, item.sizes.local_size
         if view_maker is not None:
