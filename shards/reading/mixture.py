@@ -91,14 +91,14 @@ class Mixture:
         members = self._member[offsets]
         return members, cycles * np.array(self.counts)[members] + self._rank[offsets]
 
-    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See ``Order.locate``; returns the member's epoch, the shard numbered through all members, and the sample."""
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Order.locate``; shards are numbered through all members."""
         members, own = self.member_slots(slots)
-        located = np.empty((3, len(members)), dtype=np.int64)
+        located = np.empty((2, len(members)), dtype=np.int64)
         for member in np.unique(members):
             rows = members == member
             located[:, rows] = self._orders[member].locate(own[rows])
-        return located[0], located[1] + self._first_shard[members], located[2]
+        return located[0] + self._first_shard[members], located[1]
 
     def lanes_of(self, slots: np.ndarray) -> np.ndarray:
         members, own = self.member_slots(slots)

@@ -104,15 +104,8 @@ class Order:
         """Return the lane that serves each slot, int64 [num_slots]."""
         return np.asarray(slots, dtype=np.int64) // self.lane_block % self.lanes
 
-    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the samples at the given slots.
-
-        Args:
-            slots: int64 [num_slots], non-negative, in any order.
-
-        Returns:
-            epoch, shard and sample-in-shard, int64 [num_slots] each.
-        """
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard and the sample in it at each slot, int64 [num_slots]; slots may be in any order."""
         slots = np.asarray(slots, dtype=np.int64)
         epochs = slots // self.num_samples
         lanes = self.lanes_of(slots)
@@ -123,7 +116,7 @@ class Order:
             position = self._positions(table, lanes[rows], slots[rows])
             shuffled = self._shuffle(int(epoch), table, lanes[rows], position)
             shards[rows], samples[rows] = _find_sample(table.starts, shuffled, table.shards)
-        return epochs, shards, samples
+        return shards, samples
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
         """Return the replacement (shard, sample) for the unusable sample of a slot; depends only on the arguments.

@@ -129,7 +129,7 @@ class Source:
 
     def locate(self, slots: np.ndarray) -> list[tuple[int, int]]:
         """Return (shard, sample) of the images at slots (int64 [B]), with known unusable ones replaced."""
-        _, shards, samples = self.order.locate(slots)
+        shards, samples = self.order.locate(slots)
         located = []
         for slot, shard, sample in zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True):
             for attempt in range(MAX_SUBSTITUTES):
@@ -144,7 +144,7 @@ class Source:
 
     def _plan(self, slots: np.ndarray) -> _Plan:
         slots = np.asarray(slots, dtype=np.int64)
-        _, shards, samples = self.order.locate(slots)
+        shards, samples = self.order.locate(slots)
         reads = list(zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True))
         num_bytes = sum(int(self.shard_set.record(shard, sample)["length"]) for _, shard, sample in reads)
         return _Plan(slots, reads, num_bytes)

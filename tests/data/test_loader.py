@@ -200,7 +200,7 @@ def test_unusable_images_are_logged_and_replaced_equally_after_a_resume(
     first_slots = {}
     for slot in range(26):
         order = Order(open_shard_set(config).sizes, 5, 2, 4, lane_block=1)
-        _, shard, sample = order.locate(np.array([slot]))
+        shard, sample = order.locate(np.array([slot]))
         first_slots[int(shard[0]), int(sample[0])] = slot
     damage_sample(set_path, 0, 1, b"a text file and no photograph")
     damage_sample(set_path, 1, 0, b"")
