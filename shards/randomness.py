@@ -29,18 +29,14 @@ _WORD = (1 << 64) - 1
 _TO_UNIT = 2.0**-53
 
 
-def _key(seed: int, purpose: str) -> np.ndarray:
-    """Return the Philox key, uint64 [2], of a seed (modulo 2^64) and a purpose."""
-    word = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
-    return np.array([seed & _WORD, word], dtype=np.uint64)
-
-
 def _philox(seed: int, purpose: str, counters: tuple[int, ...]) -> np.random.Philox:
     """Return a separate Philox stream: ``counters`` fill the upper three words, draws advance the lowest."""
     assert len(counters) <= 3, "Philox has room for three counters"
+    purpose_word = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    key = np.array([seed & _WORD, purpose_word], dtype=np.uint64)
     words = np.zeros(4, dtype=np.uint64)
     words[1 : 1 + len(counters)] = [counter & _WORD for counter in counters]
-    return np.random.Philox(key=_key(seed, purpose), counter=words)
+    return np.random.Philox(key=key, counter=words)
 
 
 def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:

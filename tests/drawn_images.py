@@ -1,8 +1,9 @@
-"""Small generated images and shard sets for tests."""
+"""Small generated images and shard sets for tests, and access to their contents."""
 
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,29 @@ def packed_set(folder: Path, count: int, classes: tuple[str, ...] = (), shard_by
     draw_folder(folder / "images", count, classes)
     pack(folder / "images", folder / "set", PackOptions(shard_bytes=shard_bytes))
     return ShardSet.open(folder / "set")
+
+
+def all_labels(shard_set: ShardSet) -> list[int]:
+    return [int(label) for shard in range(shard_set.num_shards) for label in shard_set.records(shard)["label"]]
+
+
+def all_payloads(shard_set: ShardSet) -> list[bytes]:
+    return [shard_set.read(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
+
+
+def overwrite(shard_set: ShardSet, shard: int, sample: int, content: bytes, skip: int = 0) -> None:
+    """Overwrite bytes of a packed image, after the first ``skip``."""
+    with open(shard_set.tar_path(shard), "r+b") as tar:
+        tar.seek(int(shard_set.record(shard, sample)["offset"]) + skip)
+        tar.write(content)
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """Return the contents of all files in a folder, by relative path."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def add_to_tar(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,3 +22,12 @@ class ForbidHostSyncs(TorchDispatchMode):
             indices = [each for each in args[1] if each is not None] if isinstance(args[1], list | tuple) else []
             assert not any(each.dtype in (torch.bool, torch.uint8) for each in indices), f"{name} counts a mask"
         return operation(*args, **(kwargs or {}))
+
+
+@contextmanager
+def cuda_syncs_raise() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -31,7 +31,6 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # end before the last row, a JPEG decoder fills the rest with grey and only issues a warning, which Pillow drops. So if
 # the last decoded pixel has exactly this grey, noise is appended to every scan and the image is decoded again: if the
 # pixels change, the data were incomplete.
-_JPEG_FORMATS = ("JPEG", "MPO")
 _GREY = range(127, 130)  # value of a block without coefficients, after any colour conversion
 _SEGMENT = re.compile(rb"\xff+([^\x00\xff])")
 _END_OF_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
@@ -95,12 +94,12 @@ def prepare(
             width, height = _displayed_size(image)
             is_rotated = upright and image.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
             if is_rotated or (max_side is not None and max(width, height) > max_side):
-                return _encode_jpeg(payload, image, max_side, quality)
+                return _to_jpeg(payload, image, max_side, quality)
             image.load()
             _check_integrity(payload, image)
             extension = _KEPT_FORMATS.get(image.format or "")
             if extension is None or (extension == "tif" and image.mode not in _KEPT_TIFF_MODES):
-                return _encode_png(image)
+                return _encode(_to_8_bit(image), "PNG", "png")
     except ShardError:
         raise
     except Exception as error:  # truncation is an OSError, a broken PNG chunk a SyntaxError
@@ -133,7 +132,7 @@ def _displayed_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (width, height)
 
 
-def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
+def _to_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quality: int) -> PreparedImage:
     if max_side is not None:
         image.draft(None, (2 * max_side, 2 * max_side))  # the JPEG decoder shrinks by a power of two while decoding
     image.load()
@@ -141,16 +140,13 @@ def _encode_jpeg(payload: bytes, image: Image.Image, max_side: int | None, quali
     converted = _to_8_bit(image)
     if max_side is not None:
         converted.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    converted.save(buffer, "JPEG", quality=quality)
-    return PreparedImage(buffer.getvalue(), "jpg", *converted.size)
+    return _encode(converted, "JPEG", "jpg", quality=quality)
 
 
-def _encode_png(image: Image.Image) -> PreparedImage:
-    converted = _to_8_bit(image)
+def _encode(image: Image.Image, kind: str, extension: str, **options: int) -> PreparedImage:
     buffer = io.BytesIO()
-    converted.save(buffer, "PNG")
-    return PreparedImage(buffer.getvalue(), "png", *converted.size)
+    image.save(buffer, kind, **options)
+    return PreparedImage(buffer.getvalue(), extension, *image.size)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -171,15 +167,8 @@ def _reason(error: Exception) -> str:
 
 
 def _check_integrity(payload: bytes, image: Image.Image) -> None:
-    """Check for damage that decoding does not report.
-
-    Args:
-        image: decoded from the payload, at any scale, not rotated.
-
-    Raises:
-        ShardError: the payload is damaged; gives the reason.
-    """
-    if image.format in _JPEG_FORMATS:
+    """Raise a ShardError for damage that decoding does not report; ``image`` is decoded at any scale, not rotated."""
+    if image.format in ("JPEG", "MPO"):
         _check_jpeg(payload, image)
     elif image.format == "PNG":
         _check_png(payload)

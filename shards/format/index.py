@@ -1,4 +1,4 @@
-"""Index of the images in a WebDataset tar: our own (a numpy array) and DALI's, built from any tar.
+"""Index of the images in a WebDataset tar, as a numpy array and in DALI's format.
 
 A sample is a run of members with the same key, the part of the name before the first dot after the last slash. Its
 image is the first component with one of ``IMAGE_EXTENSIONS``, its label the integer in ``.cls``. Samples without an
@@ -8,6 +8,7 @@ image are skipped.
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -63,12 +64,10 @@ class Sample:
 
     @property
     def image(self) -> Component | None:
-        """The component with the image, if any."""
         return next((part for part in self.components if part.extension.lower() in IMAGE_EXTENSIONS), None)
 
     @property
     def label(self) -> Component | None:
-        """The component with the label, if any."""
         return next((part for part in self.components if part.extension.lower() == LABEL_EXTENSION), None)
 
 
@@ -93,19 +92,10 @@ def read_samples(archive: BinaryIO, name: str) -> Iterator[Sample]:
     Raises:
         ShardError: not a tar, or truncated; names the tar.
     """
-    key: str | None = None
-    components: list[Component] = []
-    for member in read_members(archive, name):
-        member_key, extension = split_name(member.name)
-        if not extension or not member_key or member_key.endswith("/"):
-            continue
-        if member_key != key:
-            if key is not None:
-                yield Sample(key, tuple(components))
-            key, components = member_key, []
-        components.append(Component(extension, member.offset_data, member.size, member.name))
-    if key is not None:
-        yield Sample(key, tuple(components))
+    members = ((*split_name(member.name), member) for member in read_members(archive, name))
+    visible = (each for each in members if each[0] and not each[0].endswith("/") and each[1])
+    for key, run in itertools.groupby(visible, key=lambda each: each[0]):
+        yield Sample(key, tuple(Component(extension, m.offset_data, m.size, m.name) for _, extension, m in run))
 
 
 def read_members(archive: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
@@ -157,7 +147,6 @@ class _HeaderReader:
         self._left = _MAX_HEADER_BYTES
 
     def read(self, length: int) -> bytes:
-        """Return the next bytes."""
         if not 0 <= length <= self._left:
             raise ShardError(f"{self._name} is damaged near byte {self.tell()}: its header is too long; fetch it again")
         self._left -= length
@@ -165,11 +154,7 @@ class _HeaderReader:
 
 
 def build_index(archive: BinaryIO, name: str) -> ShardIndex:
-    """Index a tar, reading every image once for its checksum and size.
-
-    Args:
-        archive: the tar, open for reading and seekable.
-        name: used in error messages.
+    """Index a seekable tar, reading every image once for its checksum and size.
 
     Raises:
         ShardError: not a tar, or truncated; names the tar.

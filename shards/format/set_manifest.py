@@ -20,7 +20,7 @@ from shards.format.files import MAX_JSON_BYTES, parse_json, write_whole
 from shards.storage.store import Store, is_url
 
 VERSION = 1
-# of a tar: a plain file name, so that an untrusted manifest cannot refer to files outside the set
+# valid tar names: plain file names, so that an untrusted manifest cannot refer to files outside the set
 _NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 FILE_NAME = "manifest.json"
 JOURNAL_NAME = "packing.jsonl"  # progress of a packing; deleted once the manifest is written
@@ -58,12 +58,10 @@ class SetManifest:
 
     @property
     def num_samples(self) -> int:
-        """Number of images in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
-        """Total size of all tars in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
     @property
@@ -78,7 +76,6 @@ class SetManifest:
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def save(self, set_dir: Path | str) -> None:
-        """Write ``manifest.json`` atomically."""
         content = {
             "version": VERSION,
             "num_samples": self.num_samples,
@@ -159,7 +156,6 @@ def _find_error(manifest: SetManifest) -> str | None:
 
 
 def _explain_missing(set_dir: Path) -> str:
-    """Return an error message for a folder without a manifest."""
     if not set_dir.exists():
         return f"no shard set at {set_dir}; make one with: streamtrain pack --src IMAGES --out {set_dir}"
     if not set_dir.is_dir():

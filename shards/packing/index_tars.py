@@ -30,7 +30,6 @@ class IndexReport:
     """Result of indexing.
 
     Attributes:
-        manifest: of the new set.
         num_unreadable: images whose header could not be read; readers replace them.
         without_dali: tars for which DALI's index cannot be written, each with the reason.
         empty: tars without images, which are omitted.
@@ -59,9 +58,6 @@ def index_tars(sources: Sequence[str], out: Path | str, *, workers: int = 1, pro
         out: folder of the set, new or empty; receives the indexes and the manifest.
         workers: number of processes; 1 uses the calling process.
         progress: show a progress bar on stderr if it is a terminal.
-
-    Returns:
-        the manifest, and the tars and images that cannot be used in full.
 
     Raises:
         ShardError: there are no tars or no images, a tar is damaged, or the folder cannot hold the set.

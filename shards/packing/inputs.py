@@ -80,11 +80,7 @@ def _decompress(src: str, path: Path, target: Path) -> None:
 
 
 def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
-    """List the images of a source that needs no unpacking, in an order that depends only on their names.
-
-    Args:
-        src: path or URL.
-        columns: columns of Parquet files.
+    """List the images of a path or URL that needs no unpacking, in an order that depends only on their names.
 
     Raises:
         ShardError: the source does not exist or has no images.

@@ -28,11 +28,11 @@ class SourceUnreachable(ShardError):
 
 
 class Location(Protocol):
-    """Location of an image's bytes. Small, and picklable."""
+    """Location of an image's bytes; small and picklable."""
 
     @property
     def identity(self) -> str:
-        """Text that tells it from other locations with the same item name; part of the packing's fingerprint."""
+        """Text that distinguishes locations with the same item name; part of the packing's fingerprint."""
 
     def read(self) -> bytes:
         """Return the image's bytes.
@@ -53,7 +53,6 @@ class FileSpan:
 
     @property
     def identity(self) -> str:
-        """See ``Location.identity``."""
         length = self.length
         if length is None:
             with suppress(OSError):
@@ -61,7 +60,6 @@ class FileSpan:
         return f"{self.offset}\t{length}"
 
     def read(self) -> bytes:
-        """See ``Location.read``."""
         try:
             status = self.path.stat()
             # opening a named pipe would block until another process writes to it
@@ -86,11 +84,9 @@ class RemoteObject:
 
     @property
     def identity(self) -> str:
-        """See ``Location.identity``."""
         return f"{self.folder}\t{self.num_bytes}"
 
     def read(self) -> bytes:
-        """See ``Location.read``."""
         _check_length(self.num_bytes or 0)
         try:
             return cached_store(self.folder).load(self.name, bytes)
@@ -100,10 +96,7 @@ class RemoteObject:
             raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
 
 
-@lru_cache(maxsize=8)
-def cached_store(folder: str) -> Store:
-    """Return the store of a folder, opened once per process."""
-    return Store(folder)
+cached_store = lru_cache(maxsize=8)(Store)
 
 
 def _check_length(length: int) -> None:
@@ -113,8 +106,6 @@ def _check_length(length: int) -> None:
 
 @dataclass(frozen=True)
 class Item:
-    """One image to pack."""
-
     name: str  # relative to the source, with slashes
     label: int
     location: Location
@@ -125,7 +116,6 @@ class Inputs:
     """All images to pack, in order.
 
     Attributes:
-        items: the images.
         classes: class names by label; empty if labels have no names or there are no labels.
         num_ignored: number of files that are not images.
         runs: lengths of the runs of items that are read together; empty if each item is read separately.

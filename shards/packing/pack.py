@@ -58,7 +58,6 @@ class PackReport:
     """Result of a packing.
 
     Attributes:
-        manifest: of the set.
         num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
         num_ignored: files that are not images.
     """
@@ -78,7 +77,6 @@ class _Progress:
     seen: set[str] = field(default_factory=set)  # content hashes, with ``dedup``
 
     def extend(self, later: _Progress) -> None:
-        """Add later progress."""
         self.shards += later.shards
         self.next_position = later.next_position
         self.rejected += later.rejected
@@ -117,9 +115,6 @@ def pack(
         workers: number of decoding processes; 1 decodes in the calling process.
         progress: show a progress bar on stderr if it is a terminal.
         scratch: folder in which a set for a URL is packed; None for a temporary folder that depends on the URL.
-
-    Returns:
-        the manifest, and the number of images and files that are left out.
 
     Raises:
         ShardError: there are no images or none can be used, the source cannot be read, or the folder or URL cannot
@@ -339,7 +334,6 @@ def _open_journal(out: Path, fingerprint: str, check_shards: bool) -> _Progress:
 
 
 def _is_complete(out: Path, shard: ShardEntry) -> bool:
-    """Return whether a shard has its full length and its indexes."""
     tar, records = out / "shards" / shard.name, out / "index" / shard.index_name
     try:
         return tar.stat().st_size == shard.bytes and records.is_file() and records.with_suffix(".idx").is_file()
@@ -355,7 +349,6 @@ def _remove_unfinished(out: Path) -> None:
 
 
 def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[_Outcome, None, None]:
-    """Yield the outcome of each item, in order."""
     tasks = (items[first : first + _ITEMS_PER_TASK] for first in range(0, len(items), _ITEMS_PER_TASK))
     with closing(ordered_map(partial(_prepare, options), tasks, workers)) as results:
         for outcomes in results:

@@ -58,7 +58,7 @@ def ordered_map(
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT: processes started inside inherit this, so only the parent handles Ctrl-C, after the block."""
+    """Block SIGINT. Processes started inside inherit this, so only the parent handles Ctrl-C, after the block."""
     resource_tracker.ensure_running()  # starting it inside would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -35,7 +35,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class ParquetCell:
-    """One row's image."""
+    """The image in one row."""
 
     location: str  # path or URL of the file
     column: str
@@ -44,11 +44,10 @@ class ParquetCell:
 
     @property
     def identity(self) -> str:
-        """See ``Location.identity``."""
         return f"{self.column}\t{self.group}\t{self.row}"
 
     def read(self) -> bytes:
-        """See ``Location.read``; rows of one row group are read together."""
+        # one read serves all rows of a row group
         cell = _read_column(self.location, self.column, self.group)[self.row].as_py()
         if isinstance(cell, dict):
             cell, path = cell["bytes"], cell.get("path")
@@ -64,8 +63,7 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
 
     Args:
         locations: paths or URLs of the files.
-        names: of the same files, for sample keys and messages.
-        columns: to read.
+        names: names of the same files, for sample keys and messages.
         num_ignored: number of other files in the source.
 
     Raises:
@@ -94,7 +92,6 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
 
 
 def _read_labels(location: str, column: str) -> list[int | str | None]:
-    """Read a label column, as numbers or names."""
     file = _open_file(location)
     values = _read_file(location, lambda: list(file.read([column])[column].to_pylist()))
     try:
@@ -115,7 +112,7 @@ def _parse_label(value: Any, name: str) -> int | str | None:
 def _number_labels(
     labels: Sequence[int | str | None], class_names: tuple[str, ...]
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Return the labels as numbers, and the class names; ``class_names`` are those of numeric labels."""
+    """Return the labels as numbers, and the class names; ``class_names`` applies to numeric labels."""
     names = [label for label in labels if isinstance(label, str)]
     numbers = [NO_LABEL if label is None else label for label in labels if not isinstance(label, str)]
     if not names:

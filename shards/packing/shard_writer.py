@@ -23,7 +23,7 @@ class ShardWriter:
 
     Args:
         set_dir: folder of the set, with the subfolders ``shards/`` and ``index/``.
-        number: of the shard in the set.
+        number: number of the shard in the set.
 
     Attributes:
         num_bytes: size of the tar so far.
@@ -45,7 +45,6 @@ class ShardWriter:
         return payload if label == NO_LABEL else payload + 2 * _BLOCK
 
     def add(self, key: str, image: PreparedImage, label: int) -> None:
-        """Append a sample."""
         components = [self._member(key, image.extension, image.payload)]
         if label != NO_LABEL:
             components.append(self._member(key, LABEL_EXTENSION, str(label).encode()))
@@ -66,7 +65,6 @@ class ShardWriter:
         return ShardEntry(self._tar.name, self.num_bytes, len(self._records), self._hash.hexdigest())
 
     def discard(self) -> None:
-        """Delete the unfinished tar."""
         self._file.close()
         partial_path(self._tar).unlink(missing_ok=True)
 

@@ -22,8 +22,8 @@ class Upload:
     """Sends the files of a set from the folder in which it is packed.
 
     Args:
-        url: of the set.
-        folder: in which the set is packed; the files of a shard are deleted once they are sent.
+        url: URL of the set.
+        folder: folder in which the set is packed; the files of a shard are deleted once they are sent.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Upload:
         manifest = SetManifest.fetch(self._store)
         if manifest.fingerprint != fingerprint:
             raise ShardError(f"--out {self.url} already contains another shard set; choose a new folder, or delete it")
-        if JOURNAL_NAME in self._present:  # of an attempt interrupted just before its end
+        if JOURNAL_NAME in self._present:  # left by an attempt that was interrupted just before its end
             self._store.remove(JOURNAL_NAME)
         if REJECTED_NAME not in self._present:
             return manifest, None

@@ -144,7 +144,6 @@ def _check_remote(location: str, entry: ShardEntry, max_pixels: int) -> Iterator
 
 
 def _fetch(source: str, target: Path) -> bool:
-    """Copy a file to ``target``; return whether it exists."""
     if not is_url(source):
         if Path(source).is_file():
             shutil.copyfile(source, target)

@@ -3,8 +3,8 @@
 The order alone determines which shards a process reads and when (``shards.reading.order.Window``). Threads fetch the
 shards in that order, each into one file with its index appended, as far ahead as the folder's size limit allows
 (``shards.reading.ledger``). A reader waits for a shard that is being fetched. It reads the original when the folder has
-no room, because all cached shards are in use or needed sooner, and for shards outside the order. So no reader waits
-for room, and processes that share a folder cannot block each other.
+no space, because all cached shards are in use or needed sooner, and for shards outside the order. So no reader waits
+for space, and processes that share a folder cannot block each other.
 """
 
 from __future__ import annotations
@@ -58,17 +58,14 @@ class CachedShard:
         self._descriptor, self._entry = descriptor, entry
 
     def records(self) -> np.ndarray:
-        """See ``OpenShard.records``."""
         content = os.pread(self._descriptor, self._entry.samples * RECORD.itemsize, self._entry.bytes)
         return np.frombuffer(content, RECORD)
 
     def record(self, sample: int) -> np.void:
-        """See ``OpenShard.record``."""
         offset = self._entry.bytes + range(self._entry.samples)[sample] * RECORD.itemsize
         return np.frombuffer(os.pread(self._descriptor, RECORD.itemsize, offset), RECORD)[0]
 
     def read(self, length: int, offset: int) -> bytes:
-        """See ``OpenShard.read``."""
         return os.pread(self._descriptor, min(length, max(0, self._entry.bytes - offset)), offset)
 
     def __del__(self) -> None:
@@ -88,8 +85,8 @@ class ShardCache:
     """The copies that one process reads. Safe to share between threads.
 
     Args:
-        ledger: of the cache folder; closed with the cache.
-        remote_shard: returns the parts of a shard to copy, None for a local shard.
+        ledger: the cache folder; closed with the cache.
+        remote_shard: returns the shard to copy, None for a local shard.
         windows: the shards that this process is going to read, in order.
         start_slot: first slot that is read.
         horizon_slots: maximum number of slots to plan ahead.
@@ -177,7 +174,6 @@ class ShardCache:
             self._changed.notify_all()
 
     def discard(self, shard: int) -> None:
-        """Drop the damaged copy of a shard."""
         with self._changed:
             self._open.pop(shard, None)
         remote = self._remote_shard(shard)
@@ -273,7 +269,6 @@ class ShardCache:
         self._ledger.publish(uses)
 
     def _run(self) -> None:
-        """Fetch the shards that are needed next, in a thread."""
         while True:
             # one thread at a time chooses a shard and makes room, so room goes to the shard needed first
             with self._claiming:

@@ -6,7 +6,7 @@ KEY.shard           a complete file; each reader holds a shared lock on it
 KEY.BYTES.partial   a reservation of BYTES for a file, created before the download; the downloading process holds an
                     exclusive lock on it
 NAME.user           the files that a process needs next, and when; the process holds an exclusive lock on it
-lock                held while room is made or reserved, and while a file is renamed
+lock                held while files are evicted, reserved or renamed
 
 The kernel releases the locks of a dead process, so its claims need no cleanup: its reservation is taken over by the
 next process that fetches the same file or needs room. Files with other names are ignored and not counted.
@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.005
 
 
 class Refusal(Enum):
-    """Why no room was reserved."""
+    """Why no space was reserved."""
 
     PRESENT = "the file is complete"
     BUSY = "another process or thread is fetching the file"
@@ -67,7 +67,7 @@ class _Content:
 
 
 class Reservation:
-    """Room for a file, until it is committed, released or discarded.
+    """Space reserved for a file, until it is committed, released or discarded.
 
     Attributes:
         path: file to write to; holds the bytes of an earlier attempt.
@@ -91,7 +91,6 @@ class Reservation:
             self._descriptor = None
 
     def discard(self) -> None:
-        """Delete the bytes and release the lock."""
         self.path.unlink(missing_ok=True)
         self.release()
 
@@ -100,7 +99,7 @@ class Ledger:
     """One process's view of the folder. Safe to share between threads.
 
     Args:
-        folder: of the cache; created if it does not exist.
+        folder: folder of the cache; created if it does not exist.
         limit_bytes: maximum total size of the files, downloads counted in full.
 
     Raises:
@@ -146,9 +145,9 @@ class Ledger:
         return None
 
     def reserve(self, key: str, num_bytes: int) -> Reservation | Refusal:
-        """Reserve room for a file, evicting files that are needed later if necessary.
+        """Reserve space for a file, evicting files that are needed later if necessary.
 
-        Nothing is evicted unless that makes enough room.
+        Evicts nothing if that would not free enough space.
         """
         partial = self.folder / f"{key}.{num_bytes}.partial"
         assert _FILE.fullmatch(partial.name), partial.name
@@ -204,7 +203,7 @@ class Ledger:
                 os.close(descriptor)
 
     def close(self) -> None:
-        """Withdraw the uses of this process."""
+        """Withdraw the published uses of this process."""
         with self._locked():
             self._user.unlink(missing_ok=True)
             if self._descriptor is not None:

@@ -2,8 +2,8 @@
 
 The stream consists of cycles. Each member has a fixed whole number of slots per cycle, spread evenly, so each cycle has
 the exact proportions and each part of it nearly so. The member at a slot, and the slot in that member's own order,
-follow by arithmetic. Each member has its own epochs. A rank reads only its own lanes of a member as far as the member's
-slots per round of the lanes divide evenly among the lanes; the remaining shards are read by several ranks.
+follow by arithmetic. Each member has its own epochs. If a member's slots per round do not divide evenly among its
+lanes, some of its shards are read by several ranks.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Mixture:
 
     Attributes:
         counts: slots per cycle of each member.
+        lanes: number of lanes, numbered through all members.
+        parameters: see ``Order``.
 
     Raises:
         ShardError: a weight is not positive, or too small for a single slot per cycle.
@@ -52,8 +54,15 @@ class Mixture:
         lane_block: int = 1,
     ) -> None:
         self.counts = _apportion(weights, cycle)
-        self.cycle, self.seed, self.window = cycle, seed, window
-        self.lanes, self.lane_block = lanes, lane_block
+        self.cycle = cycle
+        self.parameters: dict[str, int | list[int]] = {
+            "seed": seed,
+            "window": window,
+            "lanes": lanes,
+            "lane_block": lane_block,
+            "cycle": cycle,
+            "counts": list(self.counts),
+        }
         seeds = [randomness.derive_seed(seed, randomness.MIXTURE, member) for member in range(len(sizes))]
         lane_blocks = [max(1, lane_block * count // cycle) for count in self.counts]
         self._orders = [
@@ -67,24 +76,8 @@ class Mixture:
         ranks = np.concatenate([np.arange(count) for count in self.counts])
         order = np.lexsort((members, (ranks + 0.5) / np.array(self.counts)[members]))
         self._member, self._rank = members[order], ranks[order]
-        self._first_lane = np.cumsum([0, *(order.num_lanes for order in self._orders)])
-
-    @property
-    def parameters(self) -> dict[str, int | list[int]]:
-        """Parameters that define the order together with the shard sizes; a saved stream must match all of them."""
-        return {
-            "seed": self.seed,
-            "window": self.window,
-            "lanes": self.lanes,
-            "lane_block": self.lane_block,
-            "cycle": self.cycle,
-            "counts": list(self.counts),
-        }
-
-    @property
-    def num_lanes(self) -> int:
-        """Number of lanes, numbered through all members."""
-        return int(self._first_lane[-1])
+        self._first_lane = np.cumsum([0, *(order.lanes for order in self._orders)])
+        self.lanes = int(self._first_lane[-1])
 
     @property
     def lane_cycle(self) -> int:
@@ -98,17 +91,16 @@ class Mixture:
         members = self._member[offsets]
         return members, cycles * np.array(self.counts)[members] + self._rank[offsets]
 
-    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See ``Order.locate``: the member's epoch, the shard (numbered through all members) and the sample in it."""
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Order.locate``; shards are numbered through all members."""
         members, own = self.member_slots(slots)
-        located = np.empty((3, len(members)), dtype=np.int64)
+        located = np.empty((2, len(members)), dtype=np.int64)
         for member in np.unique(members):
             rows = members == member
             located[:, rows] = self._orders[member].locate(own[rows])
-        return located[0], located[1] + self._first_shard[members], located[2]
+        return located[0] + self._first_shard[members], located[1]
 
     def lanes_of(self, slots: np.ndarray) -> np.ndarray:
-        """See ``Order.lanes_of``."""
         members, own = self.member_slots(slots)
         lanes = np.empty_like(own)
         for member in np.unique(members):
@@ -117,7 +109,6 @@ class Mixture:
         return lanes
 
     def windows(self, start_slot: int, lanes: Collection[int]) -> Iterator[Window]:
-        """See ``Order.windows``."""
         streams = []
         for member in range(len(self._orders)):
             first, end = self._first_lane[member : member + 2]
@@ -151,28 +142,15 @@ class JoinedSet:
     """Several shard sets read as one; shards are numbered through all members, labels are those of each member.
 
     Attributes:
-        members: the sets.
         weights: relative share of each member in the stream, of any scale.
     """
 
     def __init__(self, members: Sequence[ShardSet], weights: Sequence[float]) -> None:
         self.members, self.weights = tuple(members), tuple(weights)
-        self._first_shard = np.cumsum([0, *(len(member.manifest.shards) for member in members)])
-
-    @property
-    def num_samples(self) -> int:
-        """Number of images in all members."""
-        return sum(member.num_samples for member in self.members)
-
-    @property
-    def num_shards(self) -> int:
-        """Number of tars in all members."""
-        return int(self._first_shard[-1])
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether any tar of any member is in a store."""
-        return any(member.is_remote for member in self.members)
+        self._first_shard = np.cumsum([0, *(member.num_shards for member in members)])
+        self.num_samples = sum(member.num_samples for member in members)
+        self.num_shards = int(self._first_shard[-1])
+        self.is_remote = any(member.is_remote for member in members)
 
     @property
     def traffic(self) -> Traffic:
@@ -196,7 +174,6 @@ class JoinedSet:
         return f"{member}/{self.members[member].name(own)}"
 
     def record(self, shard: int, sample: int) -> np.void:
-        """See ``ShardSet.record``."""
         member, own = self._own(shard)
         return self.members[member].record(own, sample)
 
@@ -209,12 +186,10 @@ class JoinedSet:
             raise SampleError(self.name(shard), error.index, error.key, error.reason) from error
 
     def key(self, shard: int, sample: int) -> str:
-        """See ``ShardSet.key``."""
         member, own = self._own(shard)
         return self.members[member].key(own, sample)
 
     def remote_shard(self, shard: int) -> RemoteShard | None:
-        """See ``ShardSet.remote_shard``."""
         member, own = self._own(shard)
         return self.members[member].remote_shard(own)
 
@@ -233,14 +208,10 @@ AnySet: TypeAlias = ShardSet | JoinedSet
 
 
 def open_sets(shares: Sequence[tuple[str, float]], policy: RetryPolicy | None = None) -> AnySet:
-    """Open one or several shard sets for reading.
+    """Open one shard set, or several as a ``JoinedSet``.
 
     Args:
         shares: path or URL of each set, with its weight in the stream (positive, of any scale).
-        policy: how long to retry requests to remote sets.
-
-    Returns:
-        the set, or a ``JoinedSet`` of several.
 
     Raises:
         ShardError: a set is missing or unfinished, or a file is missing or truncated; the message gives the remedy.

@@ -41,7 +41,7 @@ _NEARBY_ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Window:
-    """Shards that are shuffled together, and therefore in use at the same time."""
+    """Shards that are shuffled together, and so in use at the same time."""
 
     first_slot: int  # first and last slot that read these shards
     last_slot: int
@@ -67,13 +67,14 @@ class Order:
 
     Args:
         sizes: samples in each shard.
-        seed: any integer.
         window: shards that are shuffled together; more mix better and keep more shards in use at a time.
         lanes: number of contiguous segments, read round-robin.
         lane_block: consecutive slots that one lane serves.
 
     Attributes:
-        lanes, lane_block: after merging; their product is unchanged.
+        lanes, lane_block: values after merging; their product is unchanged.
+        lane_cycle: slots after which the sequence of lanes repeats.
+        parameters: define the order together with the shard sizes; a saved stream must match all of them.
 
     Raises:
         ShardError: there are no samples, or ``window``, ``lanes`` or ``lane_block`` is below 1.
@@ -89,43 +90,22 @@ class Order:
         if window < 1 or lanes < 1 or lane_block < 1:
             raise ShardError(f"window ({window}), lanes ({lanes}) and lane_block ({lane_block}) must all be at least 1")
         self.seed, self.window = seed, window
-        self._requested = {"lanes": lanes, "lane_block": lane_block}
+        self.parameters = {"seed": seed, "window": window, "lanes": lanes, "lane_block": lane_block}
         max_lanes = max(1, len(self.sizes) // window)
         self.lanes = max(divisor for divisor in range(1, min(lanes, max_lanes) + 1) if lanes % divisor == 0)
         self.lane_block = lane_block * lanes // self.lanes
+        self.lane_cycle = self.lanes * self.lane_block
         self._shard_starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         # lane -> ((epoch, window), permutation)
         self._shuffles: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Parameters that define the order together with the shard sizes; a saved stream must match all of them."""
-        return {"seed": self.seed, "window": self.window, **self._requested}
-
-    @property
-    def num_lanes(self) -> int:
-        """Number of lanes, which are read round-robin."""
-        return self.lanes
-
-    @property
-    def lane_cycle(self) -> int:
-        """Number of slots after which the sequence of lanes repeats."""
-        return self.lanes * self.lane_block
-
     def lanes_of(self, slots: np.ndarray) -> np.ndarray:
         """Return the lane that serves each slot, int64 [num_slots]."""
         return np.asarray(slots, dtype=np.int64) // self.lane_block % self.lanes
 
-    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the samples at the given slots.
-
-        Args:
-            slots: int64 [num_slots], non-negative, in any order.
-
-        Returns:
-            epoch, shard and sample-in-shard, int64 [num_slots] each.
-        """
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard and the sample in it at each slot, int64 [num_slots]; slots may be in any order."""
         slots = np.asarray(slots, dtype=np.int64)
         epochs = slots // self.num_samples
         lanes = self.lanes_of(slots)
@@ -136,7 +116,7 @@ class Order:
             position = self._positions(table, lanes[rows], slots[rows])
             shuffled = self._shuffle(int(epoch), table, lanes[rows], position)
             shards[rows], samples[rows] = _find_sample(table.starts, shuffled, table.shards)
-        return epochs, shards, samples
+        return shards, samples
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
         """Return the replacement (shard, sample) for the unusable sample of a slot; depends only on the arguments.
@@ -156,7 +136,7 @@ class Order:
         return int(shard), int(sample)
 
     def windows(self, start_slot: int, lanes: Collection[int]) -> Iterator[Window]:
-        """Yield the windows that the given lanes read from a slot on, endlessly, sorted by their first slots."""
+        """Yield the windows that the given lanes read from ``start_slot`` on, endlessly, sorted by first slot."""
         assert lanes, "at least one lane is needed"
         for epoch in itertools.count(start_slot // self.num_samples):
             windows = [window for lane in lanes for window in self._lane_windows(epoch, lane)]

@@ -1,6 +1,6 @@
 """Log of unusable samples, with a limit on their share.
 
-Together with its log, a stream is a pure function again. A sample that could not be *read* is unusable only at the
+Given the log, the stream is a pure function again. A sample that could not be *read* is unusable only at the
 slot where the read failed: a flaky disk may return it later, and a resumed run must repeat the first one. A sample that
 could not be *decoded* is unusable everywhere, because the same bytes fail again.
 
@@ -80,7 +80,7 @@ class Quarantine:
                 raise ShardError(self._limit_message(entry))
 
     def count_slot(self) -> None:
-        """Count a slot that is read, the denominator of the share of unusable ones."""
+        """Count a slot that is read: the denominator of the share of unusable samples."""
         with self._lock:
             self._num_slots += 1
 

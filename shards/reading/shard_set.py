@@ -1,4 +1,4 @@
-"""A shard set: any image by shard and sample number, in one read, verified against its CRC-32."""
+"""Random access to the images of a shard set: one read per image, verified against its CRC-32."""
 
 from __future__ import annotations
 
@@ -56,7 +56,6 @@ class RemoteTar:
 
     @property
     def url(self) -> str:
-        """URL of the tar."""
         return self.store.url_of(self.name)
 
     def read(self, length: int, offset: int) -> bytes:
@@ -83,7 +82,7 @@ class OpenShard(Protocol):
 
 
 class _OriginalShard:
-    """An ``OpenShard`` of the set itself, rather than a copy of it."""
+    """An ``OpenShard`` that is not a cached copy."""
 
     def __init__(self, records: np.ndarray, tar: LocalTar | RemoteTar) -> None:
         self._records, self.read = records, tar.read
@@ -97,7 +96,7 @@ class _OriginalShard:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """The parts of a shard in a store, for making a copy."""
+    """A shard in a store, with everything needed to copy it."""
 
     entry: ShardEntry
     tar: RemoteTar
@@ -119,7 +118,6 @@ class ShardSet:
 
     Attributes:
         path: the set's folder; the empty path for a remote set.
-        manifest: its manifest.
         traffic: counter of the bytes received over the network.
     """
 
@@ -127,6 +125,7 @@ class ShardSet:
         self, path: Path, manifest: SetManifest, policy: RetryPolicy | None = None, store: Store | None = None
     ) -> None:
         self.path, self.manifest = path, manifest
+        self.num_samples, self.num_shards = manifest.num_samples, len(manifest.shards)
         self.traffic = store.traffic if store is not None else Traffic()
         self._policy, self._store = policy, store
         self._stores: dict[str, Store] = {}  # of tars outside the set, by URL of the folder
@@ -137,11 +136,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: Path | str, policy: RetryPolicy | None = None) -> ShardSet:
-        """Open a set; for a local one, check that every file exists with its full length.
-
-        Args:
-            path: the set's folder, or its URL.
-            policy: how long to retry requests to a remote set.
+        """Open a set in a folder or at a URL; check that every local file exists with its full length.
 
         Raises:
             ShardError: the set is unfinished, or a file is missing or truncated; the message gives the remedy.
@@ -167,16 +162,6 @@ class ShardSet:
         return shard_set
 
     @property
-    def num_samples(self) -> int:
-        """Number of images in the set."""
-        return self.manifest.num_samples
-
-    @property
-    def num_shards(self) -> int:
-        """Number of tars in the set."""
-        return len(self.manifest.shards)
-
-    @property
     def is_remote(self) -> bool:
         """Whether any of its tars is in a store."""
         return any(map(self._is_remote, self.manifest.shards))
@@ -187,22 +172,15 @@ class ShardSet:
         return np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label; empty if the set has none."""
-        return self.manifest.classes
-
-    @property
     def digest(self) -> str:
         """Digest of the set, which a saved stream must match."""
         return self.manifest.digest
 
     def tar_path(self, shard: int) -> Path:
-        """Return the path of a local shard's tar."""
         entry = self.manifest.shards[shard]
         return Path(entry.url) if entry.url else self.path / "shards" / entry.name
 
     def index_path(self, shard: int) -> Path:
-        """Return the path of a shard's index in a local set."""
         return self.path / "index" / self.manifest.shards[shard].index_name
 
     def name(self, shard: int) -> str:
@@ -210,13 +188,13 @@ class ShardSet:
         return self.manifest.shards[shard].name
 
     def remote_shard(self, shard: int) -> RemoteShard | None:
-        """Return the parts of a shard in a store; None for a shard on a local or mounted disk."""
+        """Return a shard in a store; None for a shard on a local or mounted disk."""
         entry = self.manifest.shards[shard]
         tar = self._remote_tar(entry)
         return None if tar is None else RemoteShard(entry, tar, partial(self._load_records, entry))
 
     def with_copies(self, copies: ShardCopies, first_shard: int = 0) -> ShardSet:
-        """Return this set reading local copies where they exist; ``first_shard`` is its first number in ``copies``."""
+        """Return a view of this set that reads local copies where they exist, numbered from ``first_shard``."""
         shard_set = copy.copy(self)
         shard_set._copies, shard_set._first_copy = copies, first_shard
         return shard_set
@@ -226,7 +204,6 @@ class ShardSet:
         return self._shard(shard).records()
 
     def record(self, shard: int, sample: int) -> np.void:
-        """Return the index record of one sample."""
         return self._shard(shard).record(sample)
 
     def read(self, shard: int, sample: int) -> bytes:
@@ -315,11 +292,7 @@ class ShardSet:
         return is_url(entry.url) if entry.url else self._store is not None
 
     def _load_records(self, entry: ShardEntry) -> np.ndarray:
-        """Return the index of a shard.
-
-        Raises:
-            ShardError: missing, damaged, or of another shard.
-        """
+        """Return the index of a shard; raises a ShardError if it is missing, damaged or of another shard."""
         if self._store is None:
             records = load_index(self.path / "index" / entry.index_name).view(np.ndarray)
         else:

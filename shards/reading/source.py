@@ -32,8 +32,6 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A batch to read."""
-
     slots: np.ndarray
     reads: list[tuple[int, int, int]]  # slot, shard, sample
     num_bytes: int
@@ -41,8 +39,6 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Image:
-    """The image read for one slot."""
-
     shard: int
     sample: int
     record: np.void
@@ -56,15 +52,13 @@ class Source:
     """Reads the images of slots with several threads, ahead of the consumer, in order, in bounded memory.
 
     Args:
-        shard_set: the images.
-        order: maps slots to images.
         threads: number of reader threads, which wait for the disk and compute checksums.
         max_bytes_in_flight: limit on the encoded images held ahead of the consumer. A batch larger than the limit is
             read alone.
         quarantine: log of unusable images, which are replaced by others that depend only on the slot; without it, an
             unusable image is an error.
         max_pixels: images with more pixels are unusable.
-        on_read: called after each of the ``batches`` with the slot after its last one; the slots must ascend.
+        on_read: called after each batch with the slot that follows its last one; slots must ascend.
     """
 
     def __init__(
@@ -112,10 +106,6 @@ class Source:
                 for part in parts:
                     part.cancel()
 
-    def fetch(self, slots: np.ndarray) -> Samples:
-        """Read the images of one list of slots (int64 [B]) now. Raises as ``batches``."""
-        return self._finish(self._start(self._plan(slots)))
-
     def replace(self, batch: Samples, row: int, reason: str) -> Samples:
         """Return the batch with the image in ``row``, which does not decode, replaced. Raises as ``batches``.
 
@@ -139,7 +129,7 @@ class Source:
 
     def locate(self, slots: np.ndarray) -> list[tuple[int, int]]:
         """Return (shard, sample) of the images at slots (int64 [B]), with known unusable ones replaced."""
-        _, shards, samples = self.order.locate(slots)
+        shards, samples = self.order.locate(slots)
         located = []
         for slot, shard, sample in zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True):
             for attempt in range(MAX_SUBSTITUTES):
@@ -150,12 +140,11 @@ class Source:
         return located
 
     def close(self) -> None:
-        """Stop the reader threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, slots: np.ndarray) -> _Plan:
         slots = np.asarray(slots, dtype=np.int64)
-        _, shards, samples = self.order.locate(slots)
+        shards, samples = self.order.locate(slots)
         reads = list(zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True))
         num_bytes = sum(int(self.shard_set.record(shard, sample)["length"]) for _, shard, sample in reads)
         return _Plan(slots, reads, num_bytes)
@@ -207,7 +196,6 @@ class Source:
         raise SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
 
     def _finish(self, pending: _Pending) -> Samples:
-        """Wait for the reads of a batch and assemble it."""
         plan, parts = pending
         images = [image for part in parts for image in part.result()]
         records = np.array([image.record for image in images], dtype=RECORD)

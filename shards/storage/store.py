@@ -41,7 +41,7 @@ class RetryPolicy:
     longest_pause_seconds: float = 30.0
 
 
-# listing a bucket or uploading a shard is a single attempt that may take long
+# a single attempt to list a bucket or upload a shard may take long
 BULK_POLICY = RetryPolicy(deadline_seconds=3600.0, stall_seconds=1200.0)
 
 
@@ -54,7 +54,6 @@ class Traffic:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, num_bytes: int = 0, num_retries: int = 0) -> None:
-        """Add to the counts."""
         with self._lock:
             self.num_bytes += num_bytes
             self.num_retries += num_retries
@@ -78,7 +77,6 @@ class Store:
 
     Args:
         url: with a protocol, such as ``s3://bucket/set``.
-        policy: how long to retry.
         traffic: counter of received bytes and retries.
 
     Raises:
@@ -102,7 +100,6 @@ class Store:
             self._files.retries = 1  # see _fsspec_options
 
     def url_of(self, name: str) -> str:
-        """Return the URL of an object."""
         return f"{self.url}/{name}" if name else self.url
 
     def load(self, name: str, parse: Callable[[bytes], Result]) -> Result:
@@ -312,7 +309,6 @@ def _fsspec_options(protocol: str) -> dict[str, Any]:
 
 
 def _reason(outcome: tenacity.Future | None) -> str:
-    """Return the error of a failed attempt as one line."""
     assert outcome is not None
     error = outcome.exception()
     if isinstance(error, FileNotFoundError):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Probability, Range, Section, accept, check_range
+from streamtrain.config.section import NonNegative, Positive, Probability, Range, Section, accept, within
+
+Scale = Annotated[Range, within("a crop scale", 1e-4, 1.0)]
 
 
 class JitterConfig(Section):
@@ -22,16 +25,13 @@ class JitterConfig(Section):
 class BlurConfig(Section):
     """Gaussian blur of global and local views."""
 
-    sigma: Range = accept((0.1, 2.0), "Range of the standard deviation in pixels.")
+    sigma: Annotated[Range, within("sigma", 0.0, 100.0)] = accept(
+        (0.1, 2.0), "Range of the standard deviation in pixels."
+    )
     global_probability: tuple[Probability, ...] = accept(
         (1.0, 0.1), "Share of blurred views, one number per global view; the last number repeats."
     )
     local_probability: Probability = accept(0.5, "Share of blurred local views.")
-
-    @field_validator("sigma")
-    @classmethod
-    def _check_sigma(cls, value: Range) -> Range:
-        return check_range("sigma", value, 0.0, 100.0)
 
 
 class SolarizeConfig(Section):
@@ -49,9 +49,7 @@ class SizesConfig(Section):
     share: float = accept(..., "Share of the steps with these sizes, relative to the other shares.", gt=0.0)
     global_size: Positive | None = accept(None, "Side of global crops in pixels; null: crops.global_size.")
     local_size: Positive | None = accept(None, "Side of local crops in pixels; null: crops.local_size.")
-    gram_size: Positive | None = accept(
-        None, "Side of the Gram teacher's crops in pixels; null: objective.gram.size."
-    )
+    gram_size: Positive | None = accept(None, "Side of the Gram teacher's crops in pixels; null: objective.gram.size.")
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,16 @@ class CropsConfig(Section):
 
     global_count: Positive = accept(2, "Global views per image.")
     global_size: Positive = accept(224, "Side of global crops in pixels, a multiple of model.patch_size.")
-    global_scale: Range = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
+    global_scale: Scale = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
     local_count: NonNegative = accept(8, "Local views per image.")
     local_size: Positive = accept(96, "Side of local crops in pixels, a multiple of model.patch_size.")
-    local_scale: Range = accept((0.05, 0.32), "Range of a local crop's share of the image's area.")
+    local_scale: Scale = accept((0.05, 0.32), "Range of a local crop's share of the image's area.")
     sizes: tuple[SizesConfig, ...] = accept(
         (), "Sets of sizes that alternate from step to step, each with its share; empty: always the sizes above."
     )
-    aspect: Range = accept((3 / 4, 4 / 3), "Range of a crop's width / height before it is resized to a square.")
+    aspect: Annotated[Range, within("aspect", 0.05, 20.0)] = accept(
+        (3 / 4, 4 / 3), "Range of a crop's width / height before it is resized to a square."
+    )
     flip: Probability = accept(0.5, "Share of views that are flipped horizontally.")
     jitter: JitterConfig = JitterConfig()
     grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
@@ -87,16 +87,6 @@ class CropsConfig(Section):
     std: tuple[float, float, float] = accept(
         (0.229, 0.224, 0.225), "Standard deviation of the red, green and blue values (0 to 1) to divide by."
     )
-
-    @field_validator("global_scale", "local_scale")
-    @classmethod
-    def _check_scale(cls, value: Range) -> Range:
-        return check_range("a crop scale", value, 1e-4, 1.0)
-
-    @field_validator("aspect")
-    @classmethod
-    def _check_aspect(cls, value: Range) -> Range:
-        return check_range("aspect", value, 0.05, 20.0)
 
     @model_validator(mode="after")
     def _check_probabilities_and_std(self) -> CropsConfig:

@@ -15,7 +15,6 @@ from streamtrain.config.section import (
     Section,
     Size,
     accept,
-    branch,
     fixed,
     free,
 )
@@ -32,13 +31,14 @@ class SetShare(Section):
 
 
 def _form(value: Any) -> str | None:
-    forms = {str: branch("one"), list: branch("several"), tuple: branch("several")}
-    return next((form for kind, form in forms.items() if isinstance(value, kind)), None)
+    if isinstance(value, str):
+        return "<one>"
+    return "<several>" if isinstance(value, (list, tuple)) else None
 
 
+# error messages omit a tag in angle brackets from the name of the key
 ShardSets = Annotated[
-    Annotated[str, Tag(branch("one"))]
-    | Annotated[tuple[SetShare, ...], Field(min_length=1), Tag(branch("several"))],
+    Annotated[str, Tag("<one>")] | Annotated[tuple[SetShare, ...], Field(min_length=1), Tag("<several>")],
     Discriminator(
         _form,
         custom_error_type="shards",
@@ -52,13 +52,12 @@ class RemoteConfig(Section):
     """Retries of reads over the network. An object that stays unreadable stops the run."""
 
     deadline_seconds: float = free(
-        300.0, "Seconds after which a 4 MiB piece of an object counts as lost, over all attempts.", gt=0.0
+        300.0, "Time limit in seconds for a 4 MiB piece of an object, over all attempts.", gt=0.0
     )
-    stall_seconds: float = free(30.0, "Seconds after which one attempt is given up and repeated.", gt=0.0)
+    stall_seconds: float = free(30.0, "Time limit in seconds for one attempt, after which it is repeated.", gt=0.0)
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """The retry policy of a store."""
         return RetryPolicy(deadline_seconds=self.deadline_seconds, stall_seconds=self.stall_seconds)
 
 
@@ -74,7 +73,7 @@ class CacheConfig(Section):
     @model_validator(mode="after")
     def _reject_ineffective_keys(self) -> CacheConfig:
         if (self.dir is None) != (self.limit is None):
-            raise ValueError("dir and limit need each other")
+            raise ValueError("dir and limit must be set together")
         if self.dir is None and self.downloads != CacheConfig.model_fields["downloads"].default:
             raise ValueError("downloads has an effect only with dir")
         return self
@@ -87,22 +86,22 @@ class DataConfig(Section):
         "", "Shard set to train on, or several with weights. On resume the location may change freely; other images "
         "(compared by the digest of the set) need --accept data.shards.",
     )  # fmt: skip
-    micro_batch: Positive = free(16, "Images of one forward and backward pass on one rank.")
+    micro_batch: Positive = free(16, "Images per forward and backward pass on one rank.")
     global_batch: Positive | None = accept(
-        None, "Images of one optimizer step over all ranks, a multiple of micro_batch x ranks; null: micro_batch x "
-        "ranks. Compared on resume as a number of images.",
+        None, "Images per optimizer step over all ranks, a multiple of micro_batch x ranks; null: micro_batch x ranks. "
+        "On resume the resolved numbers are compared.",
     )  # fmt: skip
     window: Positive = fixed(16, "Shuffle window: number of consecutive (permuted) shards that are shuffled together.")
     lanes: Positive = fixed(
         64, "Number of independent streams an epoch is divided into; a rank reads only the shards of its own lanes."
     )
     max_unusable_share: Probability = free(
-        0.01, "Stop the run when a larger share of the images had to be replaced as unreadable or undecodable."
+        0.01, "Stop the run when more than this share of the images had to be replaced (unreadable or undecodable)."
     )
-    reader_threads: Positive = free(2, "Threads of a rank that read images.")
-    decode_threads: NonNegative = free(0, "DALI threads of a rank; 0: cores of the machine / ranks on it.")
+    reader_threads: Positive = free(2, "Threads per rank that read images.")
+    decode_threads: NonNegative = free(0, "DALI threads per rank; 0: cores of the machine / ranks on it.")
     prefetch: Positive = free(2, "Batches prepared ahead of the step.")
-    read_ahead_bytes: Positive = free(256 * 2**20, "Bytes of encoded images that a rank reads ahead at most.")
+    read_ahead_bytes: Positive = free(256 * 2**20, "Maximum bytes of encoded images that a rank reads ahead.")
     max_pixels: Positive = accept(178_956_970, "Images with more pixels are replaced without decoding them.")
     cache: CacheConfig = CacheConfig()
     remote: RemoteConfig = RemoteConfig()
@@ -116,7 +115,7 @@ class DataConfig(Section):
 
     @property
     def shards_text(self) -> str:
-        """The shard sets for a message: a path, or each path with its share of the images."""
+        """The shard sets in messages: a path, or each path with its share of the images."""
         total = sum(share.weight for share in self.shares)
         if isinstance(self.shards, str):
             return self.shards

@@ -10,15 +10,15 @@ from streamtrain.config.section import NonNegative, Positive, Section, accept, f
 
 
 class TeacherConfig(Section):
-    """The teacher: an EMA of the student, which every run keeps, and which makes the targets unless one is frozen.
+    """The network that computes the targets: the EMA of the student, or a frozen teacher.
 
     A frozen teacher is the latest checkpoint of another run with the same model and heads. Its student gets unmasked
-    crops and learns from all patches; the EMA is updated all the same.
+    crops and learns from all patches; the EMA is updated as well.
     """
 
-    kind: Literal["ema", "frozen"] = accept("ema", "The network that makes the targets.")
+    kind: Literal["ema", "frozen"] = accept("ema", "The network that computes the targets.")
     weights: str | None = accept(None, "Run directory of the frozen teacher (required with kind: frozen).")
-    chunk: NonNegative = free(0, "Images of one teacher forward pass; 0: all images at once.")
+    chunk: NonNegative = free(0, "Images per forward pass of the teacher; 0: all images at once.")
     average: Literal["device", "host"] = free(
         "device", "Memory that holds the fp32 EMA; no difference on a CPU. Affects memory and speed."
     )
@@ -26,7 +26,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> TeacherConfig:
         if (self.kind == "frozen") != (self.weights is not None):
-            raise ValueError("kind: frozen and weights (the folder of a run) need each other")
+            raise ValueError("kind: frozen and weights (a run directory) must be set together")
         return self
 
 
@@ -51,7 +51,7 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _reject_ineffective_keys(self) -> OptimConfig:
         if (self.lr_scaling == "none") != (self.lr_reference_batch is None):
-            raise ValueError("lr_scaling: sqrt or linear and lr_reference_batch need each other")
+            raise ValueError("lr_scaling: sqrt or linear and lr_reference_batch must be set together")
         if self.clip_per == "module" and not self.clip:
             raise ValueError("clip_per: module has no effect with clip: 0")
         return self
@@ -69,8 +69,8 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = free("auto", "Device type; auto: a GPU if there is one.")
     dtype: Literal["auto", "bf16", "fp32"] = accept(
-        "auto", "Data type of the computation; auto: bf16 if the device multiplies bf16 natively, else fp32. Compared "
-        "on resume as the type that is used.",
+        "auto", "Data type of the computation; auto: bf16 if the device multiplies bf16 natively, else fp32. On "
+        "resume the resolved types are compared.",
     )  # fmt: skip
     fp8: bool = accept(
         False, "With bf16: run the blocks' linear layers as FP8 matmuls (GPU of compute capability 8.9 or newer)."
@@ -79,10 +79,10 @@ class EngineConfig(Section):
         "block", "Activations to recompute in the backward pass: none, each block's MLP (selective), or whole blocks."
     )
     compile: bool | Literal["auto"] = free(
-        "auto", "Compile the blocks with torch.compile; auto: on a GPU only, because it does not pay on a CPU."
+        "auto", "Compile the blocks with torch.compile; auto: on a GPU only, because a CPU gains nothing from it."
     )
     view_groups: Positive = free(
-        1, "Number of groups of images in which a branch is recomputed, one after the other: less memory, more time."
+        1, "Number of groups of images in which a branch is recomputed, one at a time: less memory, more time."
     )
     offload_checkpoints: bool = free(
         False, "Keep the inputs of recomputed blocks in host memory (with checkpointing: block; no effect on a CPU)."
@@ -98,10 +98,10 @@ class EngineConfig(Section):
     reduce_bucket_bytes: int = free(
         64 * 2**20, "Bytes of gradients that are reduced together (more than one rank).", ge=2**16
     )
-    cpu_threads: NonNegative = free(0, "Torch threads of a rank on a CPU; 0: cores of the machine / ranks on it.")
+    cpu_threads: NonNegative = free(0, "Torch threads per rank on a CPU; 0: cores of the machine / ranks on it.")
     cpu_kernels: bool = free(
-        True, "Use streamtrain's own CPU kernels for blocks and prototypes if processor and sizes allow it and every "
-        "rank has a compiler. Affects speed, memory and rounding.",
+        True, "Use streamtrain's CPU kernels for blocks and prototypes if the processor and the sizes allow it and "
+        "every rank has a compiler. Affects speed, memory and rounding.",
     )  # fmt: skip
     collective_timeout_seconds: float = free(
         1800.0, "Seconds after which a rank that waits in a collective operation exits with an error.", gt=0.0
@@ -121,7 +121,7 @@ class EngineConfig(Section):
         if self.moments_dir is not None and self.moments != "disk":
             raise ValueError(f"moments_dir has an effect only with moments: disk, not {self.moments}")
         if self.fp8 and self.dtype == "fp32":
-            raise ValueError("fp8 needs bf16 beside it; use dtype: bf16 or auto")
+            raise ValueError("fp8 needs bf16 for all other operations; use dtype: bf16 or auto")
         if self.view_groups > 1 and self.checkpointing == "none":
             raise ValueError("view_groups has an effect only with checkpointing: selective or block")
         if self.offload_checkpoints and self.checkpointing != "block":

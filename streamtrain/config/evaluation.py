@@ -8,14 +8,14 @@ from pydantic import model_validator
 
 from streamtrain.config.section import Probability, Section, Steps, free
 
-# metrics of each evaluator, by their names below eval/
+# names of each evaluator's metrics below eval/
 METRICS = {"knn": ("knn_10", "knn_20"), "linear": ("linear",), "patches": ("patch_retrieval",)}
 
 
 class EvaluationConfig(Section):
     """Evaluation of the EMA teacher on held-out images; affects no result."""
 
-    every: Steps = free(1000, "Steps between two evaluations; 0: never.")
+    every: Steps = free(1000, "Steps between evaluations; 0: never.")
     evaluators: tuple[Literal["knn", "linear", "patches"], ...] = free(
         ("knn",), "Classification by k-NN (knn) or a linear layer (linear), and retrieval of the patches of an "
         "enlarged, mirrored view (patches).",

@@ -22,8 +22,7 @@ from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
 _MAX_YAML_BYTES = 1 << 20
-# faults in one message
-_MAX_FAULTS = 20
+_MAX_FAULTS = 20  # in one message
 # required kind of value, by the beginning of pydantic's error type
 _TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text"}
 # bounds of a number: pydantic's name in the error's context, and the wording of the message
@@ -189,7 +188,6 @@ def read_resolved(run_dir: str | Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML text."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -243,7 +241,7 @@ def _find_closest(key: str) -> str | None:
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every section and key below ``section``, the keys of schedules included."""
+    """Yield the dotted name of every section and key below ``section``, including keys of schedules."""
     for name, field in section.model_fields.items():
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
-from pydantic import field_validator
-
-from streamtrain.config.section import Positive, Probability, Range, Section, accept, check_range
+from streamtrain.config.section import Positive, Probability, Range, Section, accept, within
 
 
 class MasksConfig(Section):
     """Masks of the student's global crops. Masked patches are rectangles, filled up to an exact count."""
 
     probability: Probability = accept(0.5, "Share of the global crops of a group that are masked.")
-    ratio: Range = accept((0.1, 0.5), "Range of the share of a masked crop's patches; spread evenly over a group.")
-    aspect: Range = accept((0.3, 1 / 0.3), "Range of a rectangle's height / width.")
+    ratio: Annotated[Range, within("ratio", 0.0, 1.0)] = accept(
+        (0.1, 0.5), "Range of the share of a masked crop's patches; spread evenly over a group."
+    )
+    aspect: Annotated[Range, within("aspect", 0.05, 20.0)] = accept(
+        (0.3, 1 / 0.3), "Range of a rectangle's height / width."
+    )
     group: Positive = accept(16, "Number of consecutive images over which crops and ratios are distributed evenly.")
-
-    @field_validator("ratio")
-    @classmethod
-    def _check_ratio(cls, value: Range) -> Range:
-        return check_range("ratio", value, 0.0, 1.0)
-
-    @field_validator("aspect")
-    @classmethod
-    def _check_aspect(cls, value: Range) -> Range:
-        return check_range("aspect", value, 0.05, 20.0)
 
 
 def group_counts(masks: MasksConfig, num_views: int, num_patches: int) -> list[int]:

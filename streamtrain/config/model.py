@@ -80,9 +80,7 @@ class ModelConfig(Section):
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if (self.dim // self.num_heads) % 4:
-            raise ValueError(
-                f"dim / num_heads is {self.dim // self.num_heads}; axial RoPE needs a multiple of 4"
-            )
+            raise ValueError(f"dim / num_heads is {self.dim // self.num_heads}; axial RoPE needs a multiple of 4")
         if self.key_bias and not self.qkv_bias:
             raise ValueError("key_bias needs qkv_bias")
         return self

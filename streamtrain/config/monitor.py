@@ -12,19 +12,19 @@ from streamtrain.config.section import NonNegative, Positive, Probability, Secti
 class CollapseConfig(Section):
     """Warnings of a collapsed teacher. ``streamtrain/diagnostics/collapse.py`` describes the metrics."""
 
-    every: NonNegative = free(20, "Steps between two measurements; 0: never.")
+    every: NonNegative = free(20, "Steps between measurements; 0: never.")
     start: NonNegative = free(
-        1000, "First step at which every metric can cause a warning; before, only a metric that has been in range."
+        1000, "First step at which any metric can cause a warning; earlier, only a metric that has been in range can."
     )
-    images: Positive = free(256, "Images of a measurement, over all ranks.")
-    min_entropy: Probability = free(0.01, "Lower limit of the mean entropy of the assignments / its maximum.")
-    max_entropy: Probability = free(0.99, "Upper limit of the mean entropy of the assignments / its maximum.")
+    images: Positive = free(256, "Images per measurement, over all ranks.")
+    min_entropy: Probability = free(0.01, "Lower limit of the assignments' mean entropy as a share of its maximum.")
+    max_entropy: Probability = free(0.99, "Upper limit of the assignments' mean entropy as a share of its maximum.")
     min_usage: Probability = free(
-        0.05, "Lower limit of the number of prototypes nearest to an image / its maximum."
+        0.05, "Lower limit of the number of prototypes that are nearest to some image, as a share of its maximum."
     )
-    min_rank: Probability = free(0.05, "Lower limit of the effective rank of the features / its maximum.")
+    min_rank: Probability = free(0.05, "Lower limit of the effective rank of the features as a share of its maximum.")
     min_std: Weight = free(
-        0.1, "Lower limit of the standard deviation of the features, where 1 is that of random directions."
+        0.1, "Lower limit of the standard deviation of the features, where random directions have 1."
     )
 
 
@@ -51,17 +51,20 @@ class MonitorConfig(Section):
     )
     project: str = free("streamtrain", "Name of the project (wandb) or the experiment (mlflow).")
     panel_every: NonNegative = free(
-        500, "Steps between two panels of crops and masks, and two feature maps of held-out images; 0: never."
+        500, "Steps between panels of crops and masks, and between feature maps of held-out images; 0: never."
     )
-    panel_samples: NonNegative = free(4, "Images in a panel, and held-out images with feature maps.")
-    histogram_every: NonNegative = free(1000, "Steps between two histograms of weights and gradients; 0: never.")
+    panel_samples: NonNegative = free(4, "Number of images in a panel, and of held-out images with feature maps.")
+    histogram_every: NonNegative = free(1000, "Steps between histograms of weights and gradients; 0: never.")
     peak_flops: float | None = free(
         None, "Peak FLOP/s of one device, such as 989e12, for the model FLOPs utilization; null: looked up by the "
         "device's name.", gt=0.0,
     )  # fmt: skip
     profile: ProfileConfig = ProfileConfig()
     spike_score: float = free(
-        10.0, "Warn when the loss exceeds the median of the steps before by more robust standard deviations.", gt=0.0
+        10.0,
+        "Warn when the loss exceeds the median of the preceding steps by more than this many robust standard "
+        "deviations.",
+        gt=0.0,
     )
-    spike_window: NonNegative = free(200, "Number of steps before that the loss is compared with; 0: no warning.")
+    spike_window: NonNegative = free(200, "Number of preceding steps that the loss is compared with; 0: no warning.")
     collapse: CollapseConfig = CollapseConfig()

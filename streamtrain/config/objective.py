@@ -36,7 +36,7 @@ class KoleoConfig(Section):
 
     weight: Schedule = accept(Schedule(peak=0.1), "Weight of KoLeo in the total loss.")
     neighbours: Positive = accept(1, "Number of nearest neighbours that each sample is pushed away from.")
-    distributed: bool = accept(False, "Search neighbours among the samples of all ranks instead of one micro-batch.")
+    distributed: bool = accept(False, "Search for neighbours among the samples of all ranks, not one micro-batch.")
     group_size: NonNegative = accept(
         0, "With distributed: number of samples of a group that is searched for neighbours; 0: all samples."
     )
@@ -67,8 +67,8 @@ class KoleoConfig(Section):
 class RefreshConfig(Section):
     """Refreshes of the Gram teacher with the values of the EMA teacher."""
 
-    first: Steps | None = accept(None, "Completed steps before the first refresh; null: no refresh.")
-    every: Steps = accept(0, "Steps between two refreshes after the first one; 0: no further refresh.")
+    first: Steps | None = accept(None, "Number of completed steps before the first refresh; null: no refresh.")
+    every: Steps = accept(0, "Steps between further refreshes; 0: no further refresh.")
     limit: NonNegative = accept(0, "Maximum number of refreshes; 0: no limit.")
 
     @model_validator(mode="after")
@@ -107,7 +107,6 @@ class GramConfig(Section):
 
     @property
     def is_active(self) -> bool:
-        """Whether the run needs a Gram teacher."""
         return self.weight.is_ever_positive
 
 
@@ -125,6 +124,6 @@ class ObjectiveConfig(Section):
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
     chunk_bytes: int = free(
-        8 * 2**20, "Bytes of logits that are in memory at a time, per chunk of prototypes; the CPU kernels use chunks "
-        "of 64 prototypes instead.", ge=2**16,
+        8 * 2**20, "Bytes of logits in memory at a time, per chunk of prototypes; the CPU kernels use chunks of 64 "
+        "prototypes instead.", ge=2**16,
     )  # fmt: skip

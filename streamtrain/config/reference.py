@@ -44,7 +44,6 @@ class Setting:
 
 
 def describe_settings() -> dict[str, list[Setting]]:
-    """Return all settings, by section."""
     settings: dict[str, list[Setting]] = {}
     for setting in _settings(Config):
         settings.setdefault(setting.key.partition(".")[0], []).append(setting)
@@ -57,7 +56,6 @@ def describe_shared() -> dict[str, list[Setting]]:
 
 
 def render_text() -> str:
-    """Return all settings for the terminal."""
     return "\n".join(_render_section(name, settings) for name, settings in describe_settings().items())
 
 
@@ -116,7 +114,6 @@ def _settings(section: type[BaseModel]) -> Iterator[Setting]:
 
 
 def _show_default(value: Any) -> str:
-    """Return a default value as in a YAML file."""
     if isinstance(value, Schedule):
         values = value.model_dump(exclude_defaults=True)
         return _show_default(value.peak) if set(values) == {"peak"} else _show_default(values)
@@ -130,7 +127,6 @@ def _show_default(value: Any) -> str:
 
 
 def _show_type(schema: dict[str, Any]) -> str:
-    """Return the type and the range of a value from its JSON schema."""
     if "$ref" in schema:
         return _SCHEDULE_TYPE
     if VALUE_TYPE in schema:

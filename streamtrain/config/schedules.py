@@ -17,14 +17,14 @@ class Schedule(Section):
     """
 
     kind: Literal["constant", "linear", "cosine"] = accept(
-        "constant", "Course after the warm-up: stay at peak, or decay to end by the last step of the run."
+        "constant", "Shape after the warm-up: stay at peak, or decay to end by the last step of the run."
     )
     start: float | None = accept(None, "Value during the delay and at the first step of the warm-up; null: 0.")
     peak: float = accept(..., "Value after the warm-up.")
     end: float | None = accept(None, "Value at the last step (linear and cosine only).")
     delay: Steps = accept(0, "Steps before the warm-up.")
     warmup: Steps = accept(0, "Steps of the warm-up.")
-    tail: Steps = accept(0, "Last steps of the run that have the value end (linear and cosine only).")
+    tail: Steps = accept(0, "Steps at the end of the run with the value end (linear and cosine only).")
 
     @model_validator(mode="before")
     @classmethod
@@ -48,7 +48,6 @@ class Schedule(Section):
 
     @property
     def is_ever_positive(self) -> bool:
-        """Whether the value is above 0 at any step."""
         return max(self.peak, self.end or 0.0, self.start or 0.0) > 0.0
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 
 class Section(BaseModel):
@@ -36,19 +35,12 @@ def setting(rule: ResumeRule, default: Any, description: str, **limits: Any) -> 
 free, accept, fixed = (partial(setting, rule) for rule in ("free", "accept", "fixed"))
 
 
-def resume_rule(field: FieldInfo) -> ResumeRule:
-    """Return the resume rule of a field made by ``setting``."""
-    extra: Any = field.json_schema_extra
-    rule: ResumeRule = extra[RESUME_RULE]
-    return rule
-
-
 # in a collection of accepted keys: accepts all settings that can be accepted
 ACCEPT_ALL = "*"
 
 
 def is_accepted(key: str, accepted: Collection[str]) -> bool:
-    """Return whether the command line accepts a change of the setting."""
+    """Return whether a change of the setting is accepted on the command line."""
     return key in accepted or ACCEPT_ALL in accepted
 
 
@@ -108,13 +100,12 @@ Size = Annotated[
 ]
 
 
-def branch(name: str) -> str:
-    """Return the pydantic tag of one form of a key; error messages leave the tag out of the key's name."""
-    return f"<{name}>"
+def within(name: str, low: float, high: float) -> AfterValidator:
+    """Return a validator of a ``Range`` from ``low`` to ``high``; errors call it ``name``."""
 
+    def check(bounds: Range) -> Range:
+        if not low <= bounds[0] <= bounds[1] <= high:
+            raise ValueError(f"{name} must be two ascending numbers within [{low}, {high}], not {list(bounds)}")
+        return bounds
 
-def check_range(name: str, bounds: Range, low: float, high: float) -> Range:
-    """Return ``bounds`` if ``low <= bounds[0] <= bounds[1] <= high``, else raise ``ValueError``."""
-    if not low <= bounds[0] <= bounds[1] <= high:
-        raise ValueError(f"{name} must be two ascending numbers within [{low}, {high}], not {list(bounds)}")
-    return bounds
+    return AfterValidator(check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import cast
 
 from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
@@ -19,7 +20,7 @@ from streamtrain.config.monitor import MonitorConfig
 from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.config.run import RunConfig
 from streamtrain.config.schedules import Schedule, SchedulesConfig
-from streamtrain.config.section import ResumeRule, Section, resume_rule
+from streamtrain.config.section import RESUME_RULE, ResumeRule, Section
 from streamtrain.errors import ConfigError
 
 
@@ -113,8 +114,7 @@ def walk_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterat
 
 @cache
 def resume_rules() -> dict[str, ResumeRule]:
-    """Return the resume rule of every setting, by its dotted key."""
-    return {key: resume_rule(field) for key, field in walk_settings()}
+    return {key: cast(dict, field.json_schema_extra)[RESUME_RULE] for key, field in walk_settings()}
 
 
 def setting_key(key: str) -> str | None:

@@ -52,7 +52,6 @@ class ViewParameters:
     mirror: npt.NDArray[np.int32]
 
     def rows(self, selection: slice) -> ViewParameters:
-        """Return the parameters of the selected samples."""
         return ViewParameters(**{field.name: getattr(self, field.name)[selection] for field in fields(self)})
 
 
@@ -88,7 +87,7 @@ class SizeSchedule:
     """The crop sizes of every step, computed from the slot alone: equal on all ranks and in all micro-batches."""
 
     def __init__(self, config: Config, global_batch: int, start_slot: int) -> None:
-        """``start_slot`` is the first slot of any step; all steps start a multiple of the global batch from it."""
+        """``start_slot`` is the first slot of any step; steps are ``global_batch`` slots apart."""
         self._sizes = config.crop_sizes
         self._global_batch, self._offset = global_batch, start_slot % global_batch
         shares = [entry.share for entry in config.crops.sizes]
@@ -112,7 +111,7 @@ def _scale_to(bounds: tuple[float, float], draw: Floats) -> Floats:
 def _draw_boxes(
     crops: CropsConfig, draws: Floats, sizes: Floats
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Random resized crop: return the first of ten boxes, in whole pixels, that fits, else the clipped centre."""
+    """Random resized crop: return the first of ``TRIES`` boxes that fits, in whole pixels, or the clipped centre."""
     width, height = sizes[:, 0, None, None], sizes[:, 1, None, None]
     low = expand_to_views(crops, (crops.global_scale[0],), crops.local_scale[0])[:, None]
     high = expand_to_views(crops, (crops.global_scale[1],), crops.local_scale[1])[:, None]

@@ -46,7 +46,6 @@ class Batch:
     gram_crops: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors of the batch."""
         masks = self.masks
         crops = [self.global_crops, self.local_crops, *([] if self.gram_crops is None else [self.gram_crops])]
         return [*crops, masks.grid_mask, masks.index, masks.weight]

@@ -46,7 +46,7 @@ def micro_batch_slots(
 
 
 class Loader:
-    """Endless iterator over a rank's micro-batches; a context manager.
+    """Endless iterator over a rank's micro-batches, and a context manager that closes it.
 
     Attributes:
         wait_seconds: time the consumer has waited for batches after the first.
@@ -71,8 +71,7 @@ class Loader:
 
         Args:
             end_slot: end of the run, after which no shard is copied to the cache; None for an endless stream.
-            quarantine: log of unusable images, which are replaced by others; without one, the first unusable image
-                raises.
+            quarantine: log of unusable images, which are replaced; without one, the first unusable image raises.
             lane_block: value from the saved state of a resumed stream; None derives it from the global batch.
             local_world_size: number of ranks that share this machine's cores.
 
@@ -189,7 +188,7 @@ class Loader:
 
 
 def _produce(producer: Producer, ready: queue.Queue[PendingBatch | BaseException], stop: threading.Event) -> None:
-    """Fill the queue until ``stop`` is set; an exception is put as the last item."""
+    """Fill the queue until ``stop`` is set; an exception becomes the last item."""
     batches = producer.batches()
     try:
         while not stop.is_set():

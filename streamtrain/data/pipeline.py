@@ -135,7 +135,7 @@ def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tupl
 
 
 def find_decode_error(payload: npt.NDArray[np.uint8]) -> str | None:
-    """Return why DALI cannot decode an encoded image uint8 [num_bytes], or None if it can. Slow; for failed batches."""
+    """Return why DALI cannot decode an image (uint8 [num_bytes]), or None if it can; slow, for failed batches only."""
     # the dynamic mode survives a failure, unlike a pipeline
     from nvidia.dali.experimental import dynamic
 

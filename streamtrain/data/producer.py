@@ -1,4 +1,4 @@
-"""The work of the loader's thread: read samples, run DALI, assemble batches, replace images that do not decode."""
+"""The work of the loader's thread: read samples, run DALI, assemble batches, replace undecodable images."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ class _QueuedBatch:
     masks: MaskParameters
     sizes: CropSizes
 
+    def feed_to(self, pipeline: CropPipeline) -> None:
+        pipeline.feed(self.samples.payloads, self.views, self.sizes)
+
 
 class Producer:
     """Produces the batches of a rank; used by one thread only."""
@@ -80,7 +83,7 @@ class Producer:
             while True:
                 while len(queue) < self._config.data.prefetch:
                     queue.append(self._draw_parameters(next(reader)))
-                    self._feed(pipeline, queue[-1])
+                    queue[-1].feed_to(pipeline)
                 try:
                     decoded = pipeline.take(stream)
                 except RuntimeError as error:
@@ -88,7 +91,7 @@ class Producer:
                     queue[0] = self._replace_undecodable(queue[0].samples, error)
                     pipeline = self._build_pipeline()
                     for item in queue:
-                        self._feed(pipeline, item)
+                        item.feed_to(pipeline)
                     continue
                 pending = self._assemble(queue.popleft(), decoded, stream, view_maker)
                 del decoded
@@ -112,12 +115,7 @@ class Producer:
             cropping=on_gpu,
         )
 
-    @staticmethod
-    def _feed(pipeline: CropPipeline, item: _QueuedBatch) -> None:
-        pipeline.feed(item.samples.payloads, item.views, item.sizes)
-
     def _grid(self, sizes: CropSizes) -> tuple[int, int]:
-        """Return the number of patches (down, across) of a global crop."""
         side = sizes.global_size // self._config.model.patch_size
         return side, side
 
@@ -134,7 +132,7 @@ class Producer:
     def _assemble(
         self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None
     ) -> PendingBatch:
-        """Make views and masks on the device, copied out of the DALI buffers in ``decoded``."""
+        """Build views and masks on the device, copied out of the DALI buffers in ``decoded``."""
         crops_config = self._config.crops
         count, local_size = crops_config.global_count, item.sizes.local_size
         if view_maker is not None:

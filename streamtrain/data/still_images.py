@@ -12,11 +12,7 @@ from streamtrain.errors import StreamtrainError
 
 
 def decode_image(source: Path | bytes, name: str | Path) -> Image.Image:
-    """Return an image file, or its encoded bytes, as RGB with the EXIF orientation applied.
-
-    Args:
-        source: path or content of the file.
-        name: of the image in errors.
+    """Return an image file, or its encoded bytes, as RGB with the EXIF orientation applied; errors call it ``name``.
 
     Raises:
         StreamtrainError: if the image is missing or cannot be decoded.
@@ -29,7 +25,6 @@ def decode_image(source: Path | bytes, name: str | Path) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return ``image`` in RGB with its EXIF orientation applied."""
     return ImageOps.exif_transpose(image).convert("RGB")
 
 

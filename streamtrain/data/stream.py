@@ -1,4 +1,4 @@
-"""Which part of the stream a rank reads: the order, its lanes, and the cache of remote shards. Free of torch."""
+"""The part of the stream that a rank reads: its order and lanes, and the cache of remote shards. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
-# the position; all other fields of a saved state must match for it to mean the same samples
+# fields of the position; it refers to the same samples only if all other fields match
 _POSITION_FIELDS = ("next_slot", "quarantine")
-# fields that depend on the images only, which the user may accept to change
+# fields that depend on the images only; the user may accept a change of them
 _SET_FIELDS = ("digest", "cycle", "counts")
 _MAX_SLOTS_CHECKED = 1 << 20
 
@@ -51,7 +51,7 @@ def stream_identity(shard_set: AnySet, order: Order | Mixture) -> dict[str, Any]
 
 
 def check_state(saved: dict[str, Any], current: dict[str, Any], accepted: Collection[str] = ()) -> list[str]:
-    """Check that a stream is the saved one; both states are from ``stream_identity``, with or without a position.
+    """Check that a stream is the saved one; both are results of ``stream_identity``, with or without a position.
 
     Args:
         accepted: with ``data.shards``, other images may be at the same slot; the changes are returned as text.
@@ -74,11 +74,11 @@ def check_state(saved: dict[str, Any], current: dict[str, Any], accepted: Collec
 
 
 def find_lanes(order: AnyOrder, global_batch: int, start_slot: int, share: range) -> frozenset[int]:
-    """Return the lanes that serve a share of every batch, such as ``range(0, 8)`` for its first eight samples."""
+    """Return the lanes that serve a share of every batch; ``range(0, 8)`` is the share of its first eight samples."""
     period = math.lcm(global_batch, order.lane_cycle)
     steps = period // global_batch
     if steps * len(share) > _MAX_SLOTS_CHECKED:
-        return frozenset(range(order.num_lanes))  # a superset is correct, only slower
+        return frozenset(range(order.lanes))  # a superset is correct, only slower
     firsts = start_slot + np.arange(steps) * global_batch
     slots = (firsts[:, None] + np.asarray(share)).reshape(-1)
     return frozenset(np.unique(order.lanes_of(slots)).tolist())

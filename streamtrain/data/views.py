@@ -68,7 +68,6 @@ class Appearance:
         return cls.from_parameters(color, sigma, solarize, size)
 
     def rows(self, selection: slice) -> Appearance:
-        """Return the entries of the selected crops."""
         return Appearance(
             self.table[selection], self.bands[selection], self.is_blurred[selection], self.solarize[selection]
         )
@@ -109,7 +108,7 @@ def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int) ->
 
 @dataclass(frozen=True)
 class _ViewGroup:
-    """Views of one size: index of the first, output uint8 [views, B, S, S, 3], appearance (None: plain crops)."""
+    """Views of one size: index of the first view, output uint8 [views, B, S, S, 3], appearance (None: plain crops)."""
 
     first: int
     out: Tensor
@@ -153,11 +152,10 @@ class CpuViewMaker:
         return global_crops, local_crops, gram_crops[0] if gram_crops else None
 
     def submit(self, work: Callable[..., Result], *arguments: object) -> Future[Result]:
-        """Run other small work on these threads, without the overhead of torch's intra-op threads."""
+        """Run other small tasks on these threads, without the overhead of torch's intra-op threads."""
         return self._pool.submit(work, *arguments)
 
     def close(self) -> None:
-        """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
 

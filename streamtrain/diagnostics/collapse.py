@@ -64,12 +64,12 @@ def measure_collapse(targets: Sequence[Targets], num_views: int, num_images: int
     def first_views(pieces: Sequence[Tensor | None]) -> Tensor | None:
         """Rows of each image's first view, the same number on each rank; ``pieces`` are view-major micro-batches."""
         views = [piece[: len(piece) // num_views] for piece in pieces if piece is not None]
-        return torch.cat(views)[: -(-num_images // world_size(None))] if views else None
+        return torch.cat(views)[: -(-num_images // world_size())] if views else None
 
     cls = first_views([each.features.cls for each in targets])
     if cls is None:
         return CollapseMetrics({}, {})
-    rows = gather_rows(cls.float(), None)
+    rows = gather_rows(cls.float())
     statistics = feature_statistics(rows)
     num_prototypes, first = 0, targets[0]
     features = first_views([each.features.global_features for each in targets])
@@ -153,7 +153,7 @@ def assignment_statistics(
             entries = logits.add_(assignment.column[part]).add_(assignment.row[:, None]).exp_()
             entropy += torch.special.entr(entries).sum(1)
     # fp32 holds integers up to 2^24 exactly, more than the prototypes of any head
-    nearest, entropy = gather_rows(torch.stack([nearest, entropy], 1), None).unbind(1)
+    nearest, entropy = gather_rows(torch.stack([nearest, entropy], 1)).unbind(1)
     used = torch.zeros(num_prototypes, device=nearest.device).index_fill_(0, nearest.long(), 1.0)
     return {ENTROPY: entropy.mean(), USAGE: used.sum() / min(len(nearest), num_prototypes)}
 

@@ -154,4 +154,4 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
         shard, sample = int(shards[index]), int(samples[index])
         return shard_set.read(shard, sample), f"sample {sample} of {path}/shards/{shard_set.name(shard)}"
 
-    return LabelledImages(path, labels, shard_set.classes, read)
+    return LabelledImages(path, labels, shard_set.manifest.classes, read)

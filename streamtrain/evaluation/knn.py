@@ -88,20 +88,20 @@ def knn_predict_over_ranks(
     """
     is_image = train.labels >= 0
     bank, labels = F.normalize(train.features[is_image], dim=1), train.labels[is_image]
-    queries = gather_rows(F.normalize(test.features, dim=1), None)
-    expected = gather_rows(test.labels, None)
+    queries = gather_rows(F.normalize(test.features, dim=1))
+    expected = gather_rows(test.labels)
     queries, expected = queries[expected >= 0], expected[expected >= 0]
-    classes = int(max_over_ranks(train.labels.max()[None], None)) + 1
+    classes = int(max_over_ranks(train.labels.max()[None])) + 1
     most = max(neighbours)
     predictions: dict[int, list[Tensor]] = {count: [] for count in neighbours}
-    for part in queries.split(max(chunk_bytes // (24 * most * world_size(None)), 1)):
+    for part in queries.split(max(chunk_bytes // (24 * most * world_size()), 1)):
         similarities = part.new_full((most, len(part)), -torch.inf)
         found = torch.zeros(most, len(part), dtype=torch.int64, device=part.device)
         if len(bank):
             values, rows = nearest(part, bank, min(most, len(bank)), chunk_bytes)
             similarities[: values.shape[1]], found[: values.shape[1]] = values.T, labels[rows].T
-        similarities, order = gather_rows(similarities, None).T.sort(dim=1, descending=True, stable=True)
-        found = gather_rows(found, None).T.gather(1, order)
+        similarities, order = gather_rows(similarities).T.sort(dim=1, descending=True, stable=True)
+        found = gather_rows(found).T.gather(1, order)
         votes = _vote(similarities[:, :most], found[:, :most], classes, neighbours, temperature)
         for count, guess in votes.items():
             predictions[count].append(guess)

@@ -105,7 +105,7 @@ def linear(study: Study) -> dict[str, float]:
             # the other ranks wait for the sum, after which all of them raise
             logger.warning("the linear probe failed", exc_info=True)
             score += math.nan
-    accuracy = float(sum_over_ranks(score, None))
+    accuracy = float(sum_over_ranks(score))
     if math.isnan(accuracy):
         raise StreamtrainError("the linear probe failed on rank 0")
     return {"linear": accuracy}
@@ -120,7 +120,7 @@ def patches(study: Study) -> dict[str, float]:
         first, second = (study.embed(view.to(study.device)).patches for view in (crops, second_view(crops)))
         is_match = match_patches(first, second)
         counts += torch.tensor([float(is_match.sum()), is_match.numel()], dtype=torch.float64, device=study.device)
-    right, total = sum_over_ranks(counts, None).tolist()
+    right, total = sum_over_ranks(counts).tolist()
     return {"patch_retrieval": right / total}
 
 
@@ -189,12 +189,12 @@ class OnlineEvaluation:
     def _of_rank_0(self, value: bool) -> bool:
         """Return rank 0's ``value`` on all ranks."""
         flag = torch.full((1,), float(value and self._rank == 0), device=self._device)
-        return bool(sum_over_ranks(flag, None))
+        return bool(sum_over_ranks(flag))
 
 
 def _gather(rows: Rows) -> tuple[Tensor, Tensor]:
     """Return the features and labels of all ranks."""
-    features, labels = gather_rows(rows.features, None), gather_rows(rows.labels, None)
+    features, labels = gather_rows(rows.features), gather_rows(rows.labels)
     return features[labels >= 0], labels[labels >= 0]
 
 

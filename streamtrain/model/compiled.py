@@ -20,8 +20,7 @@ MAX_SHAPES = 64
 def compile_blocks(network: nn.Module) -> None:
     """Compile the branches of each block of ``network``, once per input shape for all blocks.
 
-    The forward around them stays eager: a sharded engine's hooks that gather the parameters, chunking, and activation
-    checkpointing.
+    The forward around the branches stays eager: the sharded engine's hooks, chunks and activation checkpointing.
     """
     # the import takes two seconds
     from torch import _dynamo

@@ -31,7 +31,8 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         return torch.full(tuple(shape), config.layerscale)
     if last == "weight" and parent.rpartition(".")[2] in ("norm", "norm1", "norm2", "cls_norm", "local_norm"):
         return torch.ones(*shape)
-    generator = _generator(name, seed)
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(derive_seed(seed, INITIALISE, int.from_bytes(digest, "little")))
     if name == "embedding.projection.weight":
         # the default of a convolution, whose scale depends on the patch size
         bound = shape[1] ** -0.5
@@ -46,8 +47,3 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of a plain (unsharded) module in place."""
     for name, parameter in module.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, config, seed))
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(derive_seed(seed, INITIALISE, int.from_bytes(digest, "little")))

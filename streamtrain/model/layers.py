@@ -47,13 +47,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.qkv = QueryKeyValue(config.dim, config.qkv_bias, config.key_bias)
         self.proj = Linear(config.dim, config.dim)
 
 
 class Mlp(nn.Module):
-    """Parameters of linear, GELU, linear."""
+    """Parameters of ``down(gelu(up(x)))``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,7 +75,6 @@ class SwiGlu(nn.Module):
 
     @property
     def first(self) -> Linear:
-        """The layer before the activation."""
         return self.gate_up
 
 
@@ -113,7 +111,7 @@ class Block(nn.Module):
         self.scale2 = LayerScale(config.dim)
 
     def is_tiled(self, tokens: Tensor) -> bool:
-        """Return whether the branches bound and recompute their activations themselves."""
+        """Return whether the CPU kernels compute the branches, and so recompute their activations."""
         return is_tiled(tokens, self.options)
 
     def forward(
@@ -151,7 +149,6 @@ class Block(nn.Module):
     def attend(
         self, tokens: Tensor, layout: Layout, tables: list[RopeTable], drop: DropPath | None, in_place: bool = False
     ) -> Tensor:
-        """Apply the attention branch."""
         norm, qkv, proj = self.norm1, self.attention.qkv, self.attention.proj
         weights = BranchWeights(norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, self.scale1.gamma)
         return attention_branch(tokens, layout.branch_rows(drop, 0), tables, weights, self.options, in_place)
@@ -159,7 +156,6 @@ class Block(nn.Module):
     def refine(
         self, tokens: Tensor, layout: Layout, drop: DropPath | None, output: OutputRows | None, in_place: bool = False
     ) -> Tensor:
-        """Apply the MLP branch."""
         norm, first, down = self.norm2, self.mlp.first, self.mlp.down
         weights = BranchWeights(
             norm.weight, norm.bias, first.weight, first.bias, down.weight, down.bias, self.scale2.gamma

@@ -21,7 +21,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Group after group, image after image; an image is CLS, registers, patches (row-major)."""
+    """Order of the packed tokens: by group, then by image; an image is CLS, registers, patches (row-major)."""
 
     groups: tuple[Group, ...]
     # CLS and register tokens of an image
@@ -49,12 +49,12 @@ class Layout:
         start, length = self.offset(group), self.length(group)
         return start + length * torch.arange(self.groups[group].images, device=device)
 
-    def patch_rows(self, group: int, positions: Tensor) -> Tensor:
-        """Return the rows of patches given as flat positions ``image * num_patches + patch`` within ``group``."""
-        length = self.length(group)
+    def patch_rows(self, positions: Tensor) -> Tensor:
+        """Return the rows of patches of the first group, given as flat positions ``image * num_patches + patch``."""
+        length = self.length(0)
         num_patches = length - self.num_prefix
         image = torch.div(positions, num_patches, rounding_mode="floor")
-        return self.offset(group) + image * length + self.num_prefix + positions % num_patches
+        return image * length + self.num_prefix + positions % num_patches
 
     def views(self, tokens: Tensor) -> list[Tensor]:
         """View packed ``[num_tokens, ...]`` as one ``[images, length, ...]`` tensor per group."""
@@ -86,7 +86,7 @@ class DropPath:
 class OutputRows(NamedTuple):
     """The rows of the last block's result that are used."""
 
-    # packed rows of tokens, int64 [output rows], in any order; repetitions are allowed
+    # packed rows of tokens, int64 [output rows], in any order, possibly repeated
     rows: Tensor
     # [output rows, 1]: factor of each row's MLP branch, 0 where drop-path skips it; None: 1
     counts: Tensor | None
@@ -104,7 +104,7 @@ class OutputRows(NamedTuple):
         return cls(rows, counts.index_select(0, rows))
 
     def branch_rows(self) -> BranchRows:
-        """Return the rows that the MLP branch computes of ``tokens.index_select(0, self.rows)``."""
+        """Return the rows of ``tokens.index_select(0, self.rows)`` that the MLP branch computes."""
         return BranchRows(None, [len(self.rows)], [1], [1.0], self.counts)
 
 

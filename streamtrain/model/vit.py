@@ -64,12 +64,12 @@ class Embedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A DINOv3-style backbone (Siméoni et al. 2025, section 3.2). It owns no parameters of its own."""
+    """A DINOv3-style backbone (Siméoni et al. 2025, section 3.2). All parameters are in its submodules."""
 
     def __init__(
         self, config: ModelConfig, checkpointing: str = "none", view_groups: int = 1, offload: bool = False
     ) -> None:
-        """Build a backbone with activation checkpointing, which changes no gradient; the CPU kernels do their own.
+        """Build a backbone with activation checkpointing, which changes no gradient; CPU kernels always recompute.
 
         Args:
             checkpointing: recompute ``none``, ``selective`` (each block's MLP branch) or ``block`` (each whole block).

@@ -40,23 +40,19 @@ def koleo_loss(features: Tensor, neighbours: int = 1) -> Tensor:
     return _spread(unit, unit, 0, neighbours)
 
 
-def distributed_koleo_loss(
-    features: Tensor, neighbours: int = 1, group_size: int = 0, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """Return KoLeo with neighbours from groups of ``group_size`` consecutive samples over the ranks of ``group``.
+def distributed_koleo_loss(features: Tensor, neighbours: int = 1, group_size: int = 0) -> Tensor:
+    """Return KoLeo with neighbours from groups of ``group_size`` consecutive samples over all ranks.
 
     The gradient, averaged over ranks as in data-parallel training, is the gradient of the mean over all samples.
 
     Args:
         features: ``[B, dim]``, the same B on every rank.
-        neighbours: nearest neighbours per sample.
         group_size: samples per group; 0: ``B * ranks``. It divides B, or is a multiple of it.
-        group: the ranks; None: all.
 
     Raises:
         ValueError: if the samples cannot be divided into such groups.
     """
-    batch, ranks = features.shape[0], world_size(group)
+    batch, ranks = features.shape[0], world_size()
     size = group_size or batch * ranks
     if (batch * ranks) % size or (batch % size and size % batch):
         raise ValueError(
@@ -66,9 +62,9 @@ def distributed_koleo_loss(
     unit = _unit(features)
     if size <= batch:
         return torch.stack([_spread(part, part, 0, neighbours) for part in unit.split(size)]).mean()
-    start = dist.get_rank(group) * batch
+    start = dist.get_rank() * batch
     first = start // size * size
-    candidates = gather_rows(unit, group)[first : first + size]
+    candidates = gather_rows(unit)[first : first + size]
     return _spread(unit, candidates, start - first, neighbours)
 
 

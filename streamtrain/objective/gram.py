@@ -42,8 +42,7 @@ def gram_loss(
     at a time.
 
     Args:
-        student: patches ``[images, num_patches, dim]``.
-        teacher: the same shape.
+        student, teacher: patches ``[images, num_patches, dim]``.
         chosen: bool ``[images, num_patches]``, the patches to include; None: all.
         level: pairs within each ``image``, or within the whole ``batch``.
         negatives: ``keep`` all similarities, set negative ones of both to 0 (``drop``), or only the teacher's.

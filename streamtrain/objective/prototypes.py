@@ -1,4 +1,4 @@
-"""Cross-entropy against prototype assignments without ever holding ``[N, K]`` logits."""
+"""Cross-entropy against prototype assignments, without materialising ``[N, K]`` logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ class PlainWeight:
     weight: Tensor
 
     def gathered(self) -> AbstractContextManager[Tensor]:
-        """Return a context with the weight."""
         return nullcontext(self.weight.detach())
 
 
@@ -80,7 +79,7 @@ def prototype_cross_entropy(
         student_weight: ``W [K, d]``.
         teacher_features: ``[M, e]``; a teacher of another size may have another bottleneck.
         teacher_weight: ``[K, e]``.
-        assignment: of the teacher rows; together with the two above it gives ``P [M, K]``.
+        assignment: assignment of the teacher rows; with the two above it defines ``P [M, K]``.
         pair: int64 ``[N, J]``, rows of ``P`` (−1: none); the target is their mean. None: N = M, and row i is the
             target of row i.
         row_weight: ``[N]``.

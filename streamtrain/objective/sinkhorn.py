@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from streamtrain.ops.collectives import sum_over_ranks
@@ -26,16 +25,14 @@ class Assignment:
     row: Tensor
 
     def rows(self, part: slice) -> Assignment:
-        """Return the assignment of some of the rows."""
         return Assignment(self.column, self.row[part])
 
 
 @torch.no_grad()
 def sinkhorn(
-    features: Tensor, weight: Tensor, temperature: float, iterations: int, chunk: int,
-    group: dist.ProcessGroup | None = None, valid: Tensor | None = None,
-) -> Assignment:  # fmt: skip
-    """Compute Sinkhorn-Knopp over the rows of all ranks of ``group``, in the log domain: safe at any logit scale.
+    features: Tensor, weight: Tensor, temperature: float, iterations: int, chunk: int, valid: Tensor | None = None
+) -> Assignment:
+    """Compute Sinkhorn-Knopp over the rows of all ranks, in the log domain: safe at any logit scale.
 
     Each iteration gives every prototype the same total, then every row the total 1. It is one sweep over chunks of
     prototypes, since the column sums of a chunk are final after it.
@@ -43,14 +40,11 @@ def sinkhorn(
     Args:
         features: teacher bottlenecks ``[N, d]`` of this rank; N may be 0.
         weight: prototypes ``[K, d]``.
-        temperature: of the teacher.
-        iterations: at least 1.
         chunk: prototypes per chunk.
-        group: ranks that share the assignment; None: all.
         valid: bool ``[N]``; rows that are False (padding) are ignored. None: all are valid.
     """
     assert weight.shape[0] > 0, "the prototypes are not gathered here"
-    return Assignment(*sinkhorn_scalings(features, weight, temperature, iterations, chunk, group, valid))
+    return Assignment(*sinkhorn_scalings(features, weight, temperature, iterations, chunk, valid))
 
 
 @torch.no_grad()
@@ -68,16 +62,15 @@ def centered_softmax(
 
 @torch.no_grad()
 def update_center(
-    center: Tensor, features: Tensor, weight: Tensor, momentum: float, group: dist.ProcessGroup | None = None,
-    valid: Tensor | None = None,
-) -> None:  # fmt: skip
+    center: Tensor, features: Tensor, weight: Tensor, momentum: float, valid: Tensor | None = None
+) -> None:
     """Move ``center [K]`` in place towards the mean logits of all ranks' rows; without any row it does not change.
 
     The mean of the logits equals the logits of the mean row, so no ``[N, K]`` is formed.
     """
     rows = features.to(accumulator(features.dtype))
     kept = torch.ones_like(rows[:, 0]) if valid is None else valid.to(rows.dtype)
-    sums = sum_over_ranks(torch.cat([kept @ rows, kept.sum()[None]]), group)
+    sums = sum_over_ranks(torch.cat([kept @ rows, kept.sum()[None]]))
     mean = sums[:-1] / sums[-1].clamp_min(1.0)
     move = (1.0 - momentum) * (sums[-1] > 0)
     center.lerp_((weight.to(mean.dtype) @ mean).to(center.dtype), move.to(center.dtype))

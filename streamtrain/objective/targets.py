@@ -1,4 +1,4 @@
-"""The targets of one optimiser step, from the teacher's features."""
+"""Targets of one optimiser step, computed from the teacher's features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from streamtrain.config.objective import ObjectiveConfig
@@ -32,7 +31,7 @@ class TeacherFeatures:
 
 @dataclass(frozen=True)
 class TeacherPrototypes:
-    """Handles of the teacher's prototypes; None without such a head."""
+    """Handles of the teacher's prototypes; None if the head does not exist."""
 
     global_head: WeightHandle | None
     patch_head: WeightHandle | None
@@ -59,10 +58,8 @@ class TargetMaker:
     that they depend neither on the micro-batch nor on the number of ranks; CLS tokens and patches separately.
     """
 
-    def __init__(self, config: ObjectiveConfig, group: dist.ProcessGroup | None = None) -> None:
-        """``group``: the ranks that share a step; None: all."""
+    def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-        self.group = group
         # softmax centring: one centre [num_prototypes] per head, created on first use
         self.centers: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
@@ -96,11 +93,11 @@ class TargetMaker:
             chunk = chunk_rows(self.config.chunk_bytes, rows.shape[0], weight.shape[0])
             if self.config.centering == "sinkhorn":
                 iterations = self.config.sinkhorn_iterations
-                whole = sinkhorn(rows, weight, temperature, iterations, chunk, self.group, valid)
+                whole = sinkhorn(rows, weight, temperature, iterations, chunk, valid)
             else:
                 center = self._center(head, weight, rows, valid)
                 whole = centered_softmax(rows, weight, center, temperature, chunk, valid)
-                update_center(center, rows, weight, self.config.center_momentum, self.group, valid)
+                update_center(center, rows, weight, self.config.center_momentum, valid)
         sizes = [piece.shape[0] for piece in present]
         return [Assignment(whole.column, row) for row in whole.row.split(sizes)]
 
@@ -109,7 +106,7 @@ class TargetMaker:
             # The average starts at the first step's mean. From zero it would need some twenty steps to get there; until
             # then the targets of all images would be dominated by their common part, and the student would learn that.
             start = self.centers[head] = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-            update_center(start, rows, weight, 0.0, self.group, valid)
+            update_center(start, rows, weight, 0.0, valid)
         center = self.centers[head] = self.centers[head].to(weight.device)
         return center
 
@@ -122,7 +119,6 @@ class TargetMaker:
         return {name: center.clone() for name, center in self.centers.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the centres of ``state_dict()``."""
         self.centers = {name: center.clone() for name, center in state.items()}
 
 

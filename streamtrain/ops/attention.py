@@ -1,8 +1,8 @@
 """Softmax attention within each image of packed queries, keys and values, with RoPE.
 
-Two implementations remain because neither serves all cases on a CPU. The explicit score matrices are up to three times
-as fast as ``scaled_dot_product_attention`` with a backward (a whole bf16 step 1.2 times as fast), but they grow with
-the square of an image's tokens, and for large images in evaluation they are half as fast.
+A CPU needs two implementations. With a backward, explicit score matrices are up to three times as fast as
+``scaled_dot_product_attention`` (a whole bf16 step is 1.2 times as fast), but they grow with the square of an image's
+tokens, and are half as fast for large images in evaluation.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Longest image, in tokens, that uses explicit score matrices on a CPU (only where there will be a backward).
+# Longest image, in tokens, that uses explicit score matrices on a CPU; only when gradients are needed.
 MAX_MATRIX_LENGTH = 1024
-# Tokens processed together there, so that the intermediate results stay in a core's cache.
+# Tokens processed together in them, so that the intermediate results stay in a core's cache.
 TOKENS_PER_PART = 1024
 
 
@@ -60,7 +60,6 @@ def attend(packed: Tensor, sizes: Sequence[int], tables: Sequence[RopeTable], nu
         packed: queries, keys and values ``[num_tokens, 3 * dim]``.
         sizes: tokens of each group of images of one size.
         tables: RoPE table of each group.
-        num_heads: attention heads.
 
     Returns:
         ``[num_tokens, dim]``.
@@ -133,8 +132,8 @@ def _groups(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield views for each group of images of one size.
 
-    They are ``[3, images, num_heads, length, head_dim]`` of ``packed [num_tokens, 3 * dim]``, ``[1, ...]`` of
-    ``merged [num_tokens, dim]``, then the cosines and sines ``[length, head_dim]``.
+    Each item has ``packed [num_tokens, 3 * dim]`` as ``[3, images, num_heads, length, head_dim]``, ``merged
+    [num_tokens, dim]`` as ``[1, ...]``, and the cosines and sines ``[length, head_dim]``.
     """
     parts = [tokens.split(list(sizes)) for tokens in (packed, merged)]
     for tripled, single, cosine, sine in zip(*parts, factors[::2], factors[1::2], strict=True):

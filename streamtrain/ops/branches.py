@@ -59,14 +59,14 @@ class BlockOptions:
     # 0: keep the activations of the branch; otherwise recompute them in the backward in this many groups of images
     attention_groups: int = 0
     mlp_groups: int = 0
-    # "reference": always PyTorch, for blocks that are compiled or have another linear
+    # "reference": always PyTorch, for blocks that are compiled or have another ``linear``
     implementation: Literal["auto", "reference"] = "auto"
-    # of rows, weight and bias
+    # called with rows, weight and bias
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
 
 def is_tiled(tokens: Tensor, options: BlockOptions) -> bool:
-    """Return whether the branches bound and recompute their activations themselves, whatever their caller asks for."""
+    """Return whether the CPU kernels compute the branches; these recompute their activations, tile by tile."""
     return (
         options.implementation == "auto"
         and tokens.device.type == "cpu"
@@ -88,10 +88,8 @@ def attention_branch(
 
     Args:
         tokens: the residual stream ``[num_tokens, dim]``.
-        rows: the rows to compute.
         tables: RoPE table of each group of images.
         weights: the first layer gives queries, keys and values ``[3 * dim]``.
-        options: of the block.
         in_place: overwrite ``tokens``; only without gradients, and only where ``is_tiled``.
     """  # fmt: skip
     if is_tiled(tokens, options):

@@ -9,44 +9,44 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """Return the number of ranks of ``group`` (None: all), 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum in place over the ranks of ``group``."""
-    if world_size(group) > 1:
-        dist.all_reduce(value, dist.ReduceOp.SUM, group)
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum in place over all ranks."""
+    if world_size() > 1:
+        dist.all_reduce(value, dist.ReduceOp.SUM)
     return value
 
 
-def max_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Take the maximum in place over the ranks of ``group``."""
-    if world_size(group) > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX, group)
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Take the maximum in place over all ranks."""
+    if world_size() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate ``rows [n, dim]`` (the same n) of all ranks in rank order, differentiably."""
-    if world_size(group) == 1:
+    if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows, group)
+    gathered: Tensor = _GatherRows.apply(rows)
     return gathered
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.num_rows = group, rows.shape[0]
-        pieces = [torch.empty_like(rows) for _ in range(world_size(group))]
-        dist.all_gather(pieces, rows.contiguous(), group)
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = rows.shape[0]
+        pieces = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(pieces, rows.contiguous())
         return torch.cat(pieces)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         # the losses of all ranks contribute to the gradient of this rank's rows
-        gradient = sum_over_ranks(grad_outputs[0].contiguous(), ctx.group)
-        start = dist.get_rank(ctx.group) * ctx.num_rows
-        return gradient[start : start + ctx.num_rows], None
+        gradient = sum_over_ranks(grad_outputs[0].contiguous())
+        start = dist.get_rank() * ctx.num_rows
+        return gradient[start : start + ctx.num_rows]

@@ -20,7 +20,7 @@ def tune_cpu_allocator() -> None:
 
     A step allocates and frees activations of tens of megabytes. By default each is mapped in small pages, whose first
     touch costs as much as a pass over them, or stays with the process. Call this before torch allocates anything.
-    With the kernels their own allocator takes over (``select_cpu_kernels``).
+    ``select_cpu_kernels`` replaces it with the kernels' own allocator.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -9,29 +9,27 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from streamtrain.ops.collectives import max_over_ranks, sum_over_ranks, world_size
 from streamtrain.ops.logits import Buffer, accumulator, chunks, matmul, scaled_logits, uses_kernels
 
-# Smaller than any possible sum; only keeps the logarithm finite where there is no row at all.
+# Smaller than any possible sum; keeps the logarithm finite if there are no rows.
 TINY = 1e-30
 
 
 def sinkhorn_scalings(
-    features: Tensor, weight: Tensor, temperature: float, iterations: int, chunk: int, group: dist.ProcessGroup | None,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    features: Tensor, weight: Tensor, temperature: float, iterations: int, chunk: int, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return the column and row log scalings of ``objective.sinkhorn.sinkhorn``, which explains the arguments."""
     dtype = accumulator(features.dtype)
     start = torch.zeros(features.shape[0], dtype=dtype, device=features.device)
     if valid is not None:
         start = start.masked_fill(~valid, -torch.inf)
-    total = sum_over_ranks(torch.isfinite(start).sum().to(dtype), group).clamp_min(1.0)
+    total = sum_over_ranks(torch.isfinite(start).sum().to(dtype)).clamp_min(1.0)
     if uses_kernels((features, weight)):
         features, weight = features.contiguous(), weight.contiguous()
-        return _sinkhorn_by_kernels(features, weight, temperature, iterations, group, start, total)
+        return _sinkhorn_by_kernels(features, weight, temperature, iterations, start, total)
     num_prototypes = weight.shape[0]
     column = torch.empty(num_prototypes, dtype=dtype, device=features.device)
     row = start
@@ -47,7 +45,7 @@ def sinkhorn_scalings(
             if iteration:
                 # Scaled by the previous iteration, entries are at most 1 / N and all sums are within [1 / (K N), K]:
                 # plain exponentials can neither overflow nor underflow to 0.
-                factor = _column_factor(entries.exp_().sum(0), num_prototypes, group)
+                factor = _column_factor(entries.exp_().sum(0), num_prototypes)
                 column[part] += factor.log()
                 row_sum = (entries @ factor).log()
             else:
@@ -55,10 +53,10 @@ def sinkhorn_scalings(
                 # rows' remaining maxima: each row has an entry of 1, and each column still has one in a row that the
                 # second step did not change. The other rows count with the factor the second step removed, which
                 # underflows only where the entries would have. (Rows first would leave columns without an entry of 1.)
-                shift = _column_maximum(entries, group)
+                shift = _column_maximum(entries)
                 highest = entries.sub_(shift).amax(1).nan_to_num(neginf=0.0)
                 entries.sub_(highest[:, None]).exp_()
-                factor = _column_factor(highest.exp() @ entries, num_prototypes, group)
+                factor = _column_factor(highest.exp() @ entries, num_prototypes)
                 column[part] = factor.log() - shift
                 row_sum = highest + (entries @ factor).log()
             change = torch.logaddexp(change, row_sum)
@@ -68,17 +66,16 @@ def sinkhorn_scalings(
 
 
 def _sinkhorn_by_kernels(
-    features: Tensor, weight: Tensor, temperature: float, iterations: int, group: dist.ProcessGroup | None,
-    start: Tensor, total: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the same with the CPU kernels; with several ranks the rows' sums need another sweep."""
-    alone = world_size(group) == 1
+    features: Tensor, weight: Tensor, temperature: float, iterations: int, start: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute ``sinkhorn_scalings`` with the CPU kernels; several ranks need another sweep for the rows' sums."""
+    alone = world_size() == 1
     row = start
     for _ in range(iterations):
         column, row_sum = torch.ops.streamtrain.sinkhorn(features, weight, temperature, row, alone)
         if not alone:
-            shift = max_over_ranks(column.clone(), group).nan_to_num(neginf=0.0)
-            factor = _column_factor(row_sum * (column - shift).exp(), weight.shape[0], group)
+            shift = max_over_ranks(column.clone()).nan_to_num(neginf=0.0)
+            factor = _column_factor(row_sum * (column - shift).exp(), weight.shape[0])
             column = factor.log() - shift
             row_sum = torch.ops.streamtrain.row_log_sum_exp(features, weight, temperature, column)
         # an invalid row keeps its scaling of −inf
@@ -86,18 +83,18 @@ def _sinkhorn_by_kernels(
     return column, row + total.log()
 
 
-def _column_factor(sums: Tensor, num_prototypes: int, group: dist.ProcessGroup | None) -> Tensor:
+def _column_factor(sums: Tensor, num_prototypes: int) -> Tensor:
     """Return factors ``[chunk]`` that give each prototype ``1 / num_prototypes``, from this rank's ``sums [chunk]``."""
-    return 1 / (num_prototypes * sum_over_ranks(sums, group).clamp_min(TINY))
+    return 1 / (num_prototypes * sum_over_ranks(sums).clamp_min(TINY))
 
 
-def _column_maximum(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _column_maximum(logits: Tensor) -> Tensor:
     """Return the maxima ``[chunk]`` over the rows of all ranks; finite even without rows."""
     if logits.shape[0]:
         maximum = logits.amax(0)
     else:
         maximum = logits.new_full((logits.shape[1],), -torch.inf)
-    return max_over_ranks(maximum, group).nan_to_num(neginf=0.0)
+    return max_over_ranks(maximum).nan_to_num(neginf=0.0)
 
 
 class CrossEntropyInputs(NamedTuple):
@@ -123,7 +120,6 @@ def cross_entropy_sums(
     """Compute everything of the cross-entropy that needs both students' and teachers' logits.
 
     Args:
-        inputs: of the loss.
         softmax_shift: ``[N]``; ``exp(logits − shift)`` is the student's softmax times the row's weight.
         target_factor: ``[N]``, factor of the targets summed over the pairs.
         need_gradient: whether the last two results are needed.

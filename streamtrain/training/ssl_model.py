@@ -81,7 +81,7 @@ class SSLModel(nn.Module):
         layout = self.backbone.layout(crops)
         rows = {"global": layout.cls_rows(0, crops[0].device)}
         if weights.patch_loss:
-            rows["masked"] = layout.patch_rows(0, batch.masks.index)
+            rows["masked"] = layout.patch_rows(batch.masks.index)
         features = self._encode(crops, [None], rows, chunk=self.config.teacher.chunk)
         global_features = self.global_head(features["global"]) if weights.global_loss else None
         patch_features = features.get("masked")
@@ -138,9 +138,9 @@ class SSLModel(nn.Module):
         rows = {"global": layout.cls_rows(0, device)}
         if weights.gram:
             all_patches = torch.arange(batch.masks.grid_mask.numel(), device=device)
-            rows["patches"] = layout.patch_rows(0, all_patches)
+            rows["patches"] = layout.patch_rows(all_patches)
         elif weights.patch_loss:
-            rows["masked"] = layout.patch_rows(0, batch.masks.index)
+            rows["masked"] = layout.patch_rows(batch.masks.index)
         if with_local:
             rows["local"] = layout.cls_rows(1, device)
         features = self._encode(crops, [*masks, *[None] * (len(crops) - 1)], rows, generator)

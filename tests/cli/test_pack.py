@@ -12,16 +12,12 @@ from pathlib import Path
 
 import pytest
 from commands import COMMAND, ENVIRONMENT, exit_status, run_command
-from drawn_images import draw_folder
+from drawn_images import draw_folder, file_contents, overwrite
 
 from shards.errors import ShardError
 from shards.reading.shard_set import ShardSet
 
 _PACK = [*COMMAND, "pack"]
-
-
-def _files(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def test_pack_verify_damage_verify(tmp_path: Path) -> None:
@@ -41,17 +37,13 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
         0,
         f"read 20 images in {len(shard_set.sizes)} shards: no faults",
     )
-    with open(shard_set.tar_path(1), "r+b") as tar:
-        tar.seek(int(shard_set.record(1, 0)["offset"]))
-        tar.write(b"damage")
+    overwrite(shard_set, 1, 0, b"damage")
     damaged = run_command("verify", "a/set", "--workers", 1, cwd=tmp_path)
     assert damaged.returncode == 1
     assert damaged.stdout.splitlines()[1].startswith("shards/000001.tar, sample 0 (key '")
     assert damaged.stdout.splitlines()[-1].endswith("2 faults")
     shard_set.index_path(1).with_suffix(".idx").unlink()
-    with open(shard_set.tar_path(1), "r+b") as tar:
-        tar.seek(int(shard_set.record(1, 0)["offset"]))
-        tar.write(b"\xff\xd8\xff\xe0\x00\x10")
+    overwrite(shard_set, 1, 0, b"\xff\xd8\xff\xe0\x00\x10")
     fixed = run_command("verify", "a/set", "--workers", 1, cwd=tmp_path)
     assert fixed.stdout.splitlines()[-1].endswith(": 1 fault")
 
@@ -158,7 +150,7 @@ def test_killed_packings_leave_no_set_and_no_process_and_resume_to_the_same_byte
         options = ("--shard-size", "40KB", "--workers", 1)
         ended = run_command("pack", "--src", folder, "--out", target, *options, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
-    assert _files(out) == _files(unbroken)
+    assert file_contents(out) == file_contents(unbroken)
 
 
 def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], kills: int, longest: float) -> None:
@@ -174,11 +166,11 @@ def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], k
             kills -= 1
             continue
         assert process.returncode == 0, said
-        assert _files(out) == unbroken
+        assert file_contents(out) == unbroken
         shutil.rmtree(out)
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
-    assert _files(out) == unbroken
+    assert file_contents(out) == unbroken
 
 
 @pytest.mark.slow
@@ -195,7 +187,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, place: st
     out = tmp_path / "set"
     target = out.as_uri() if place == "url" else str(out)
     command = [*_PACK, *options, "--out", target, "--scratch", str(tmp_path / "scratch")]
-    _kill_at_random(command, out, _files(tmp_path / "unbroken"), 20, seconds / 4)
+    _kill_at_random(command, out, file_contents(tmp_path / "unbroken"), 20, seconds / 4)
     assert not (tmp_path / "scratch").exists()
 
 

@@ -215,8 +215,8 @@ def test_sizes_are_parsed_with_units() -> None:
     for value, message in (
         ("{dir: copies, limit: much}", "data.cache.limit: must be a size such as 80GB"),
         ("{dir: copies, limit: 0B}", "data.cache.limit: must be at least 1"),
-        ("{dir: copies}", "data.cache: dir and limit need each other"),
-        ("{limit: 1GB}", "data.cache: dir and limit need each other"),
+        ("{dir: copies}", "data.cache: dir and limit must be set together"),
+        ("{limit: 1GB}", "data.cache: dir and limit must be set together"),
         ("{downloads: 2}", "data.cache: downloads has an effect only with dir"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import drawn_image
+from drawn_images import drawn_image, overwrite
 
 from shards.format.index import save_index
 from shards.packing.pack import PackOptions, pack
@@ -47,22 +48,17 @@ def config(set_path: Path) -> Config:
     )
 
 
-def damage(set_path: Path, shard: int, sample: int, payload: bytes) -> None:
-    """Overwrite an image in its tar and update its checksum, so that only the decoder can detect it."""
-    import zlib
-
-    shard_set = ShardSet.open(set_path)
-    records = np.array(shard_set.records(shard))
-    length = int(records[sample]["length"])
-    payload = payload[:length].ljust(length, b"\0")
-    with open(shard_set.tar_path(shard), "r+b") as tar:
-        tar.seek(int(records[sample]["offset"]))
-        tar.write(payload)
-    records[sample]["crc32"] = zlib.crc32(payload)
-    save_index(records, shard_set.index_path(shard))
-
-
 @pytest.fixture
 def damage_sample():
-    """The function ``damage``, for tests that damage their own set."""
+    """A function that overwrites an image and updates its checksum, so that only the decoder can detect it."""
+
+    def damage(set_path: Path, shard: int, sample: int, payload: bytes) -> None:
+        shard_set = ShardSet.open(set_path)
+        records = np.array(shard_set.records(shard))
+        length = int(records[sample]["length"])
+        payload = payload[:length].ljust(length, b"\0")
+        overwrite(shard_set, shard, sample, payload)
+        records[sample]["crc32"] = zlib.crc32(payload)
+        save_index(records, shard_set.index_path(shard))
+
     return damage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from host_syncs import cuda_syncs_raise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,11 +98,8 @@ def test_gpu_matches_cpu_without_host_sync() -> None:
     parameters = draw_masks(MasksConfig(), 0, np.arange(16), 2, (14, 14))
     rows = max_rows(MasksConfig(), 16, 2, 196, 16)
     rasterise(parameters, (14, 14), rows, "cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with cuda_syncs_raise():
         on_gpu = rasterise(parameters, (14, 14), rows, "cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     on_cpu = rasterise(parameters, (14, 14), rows, "cpu")
     for name in ("grid_mask", "index", "weight"):
         assert torch.equal(getattr(on_gpu, name).cpu(), getattr(on_cpu, name))

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from drawn_images import encoded
 from PIL import Image
 
 from streamtrain.config.crops import CropsConfig, CropSizes
@@ -22,10 +23,8 @@ def picture(width: int = 90, height: int = 70) -> Image.Image:
     return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> np.ndarray:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+def payload(image: Image.Image, kind: str = "PNG", **options: object) -> np.ndarray:
+    return np.frombuffer(encoded(image, kind, **options), np.uint8)
 
 
 def parameters(count: int) -> ViewParameters:
@@ -56,24 +55,24 @@ def test_every_format_decodes_like_pillow() -> None:
         (picture().convert("L"), "PNG"), (picture().convert("P"), "PNG"), (picture().convert("RGBA"), "PNG"),
         (picture(), "WEBP"), (picture(), "TIFF"),
     ]  # fmt: skip
-    payloads = [encoded(image, kind) for image, kind in images]
-    payloads.append(encoded(picture(), "JPEG", progressive=True))
-    for payload, image in zip(payloads, decode(payloads), strict=True):
-        expected = np.asarray(Image.open(io.BytesIO(payload.tobytes())).convert("RGB"))
+    payloads = [payload(image, kind) for image, kind in images]
+    payloads.append(payload(picture(), "JPEG", progressive=True))
+    for each, image in zip(payloads, decode(payloads), strict=True):
+        expected = np.asarray(Image.open(io.BytesIO(each.tobytes())).convert("RGB"))
         assert abs(image.astype(int) - expected).mean() < 1
 
 
 def test_the_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # display rotated by 90 degrees clockwise
-    image = decode([encoded(picture(), "JPEG", exif=exif)])[0]
+    image = decode([payload(picture(), "JPEG", exif=exif)])[0]
     assert abs(image.astype(int) - np.asarray(picture().transpose(Image.Transpose.ROTATE_270))).mean() < 3
 
 
 def make_views_on(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return DALI's views on the device and the CPU's (global, local, global, local) as integers."""
     views = parameters(6)
-    payloads = [encoded(picture())] * 6
+    payloads = [payload(picture())] * 6
     pipeline = make_pipeline(6, device, cropping=True)
     pipeline.feed(payloads, views, SIZES)
     crops = [torch.from_dlpack(view.as_tensor()) for view in pipeline.take()]
@@ -98,7 +97,7 @@ def test_dali_and_cpu_views_agree(device: str) -> None:
 def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
     sizes = (CropSizes(48, 32, gram_size=64), CropSizes(64, 16, gram_size=80))
     pipeline = make_pipeline(3, cropping=True, sizes=sizes)
-    views, payloads = parameters(3), [encoded(picture())] * 3
+    views, payloads = parameters(3), [payload(picture())] * 3
     for chosen in (sizes[0], sizes[1], sizes[0]):
         pipeline.feed(payloads, views, chosen)
         crops = [torch.from_dlpack(view.as_tensor()).clone() for view in pipeline.take()]
@@ -112,7 +111,7 @@ def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
 
 
 def test_find_decode_error() -> None:
-    valid = encoded(picture(), "JPEG")
+    valid = payload(picture(), "JPEG")
     assert find_decode_error(valid) is None
     assert find_decode_error(np.frombuffer(b"this is a text file, not a photograph", np.uint8)) is not None
     assert find_decode_error(valid[: len(valid) // 2]) is not None

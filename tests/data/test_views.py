@@ -9,6 +9,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from host_syncs import cuda_syncs_raise
 from PIL import Image, ImageEnhance, ImageFilter
 
 from streamtrain.config.crops import CropsConfig, CropSizes
@@ -105,11 +106,8 @@ def test_gpu_matches_cpu_without_host_sync() -> None:
     expected = apply_appearance(planes, appearance)
     on_gpu = planes.cuda()
     apply_appearance(on_gpu, appearance)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with cuda_syncs_raise():
         result = apply_appearance(on_gpu, appearance)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert (result.cpu().int() - expected.int()).abs().max() <= 1
 
 

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -221,10 +222,10 @@ def plain_step(
 ) -> dict[str, torch.Tensor]:
     """Return the gradients and the loss of one step over all ranks' micro-batches, without an engine."""
     handles = TeacherPrototypes(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
-    # a group of this process alone, because it has all rows
-    alone = dist.new_subgroups(1)[0]
-    maker = TargetMaker(config.objective, alone)
-    targets = maker.make([plain_teacher.teacher_features(batch, WEIGHTS) for batch in batches], handles, TEMPERATURE)
+    features = [plain_teacher.teacher_features(batch, WEIGHTS) for batch in batches]
+    # this process has the rows of all ranks
+    with mock.patch.object(dist, "get_world_size", return_value=1):
+        targets = TargetMaker(config.objective).make(features, handles, TEMPERATURE)
     losses = [plain.student_losses(*each, WEIGHTS)["total"] for each in zip(batches, targets, strict=True)]
     total = torch.stack(losses).mean()
     total.backward()

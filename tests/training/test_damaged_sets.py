@@ -93,7 +93,7 @@ def test_damaged_images_are_quarantined_and_replaced_the_same_after_a_kill(
     expect_success(run_ranks(command(shard_set.path, straight, *settings), 1))
     log = quarantined(straight)
     order = Order(shard_set.sizes, 0, lanes=2, lane_block=BATCH // 2)
-    _, shards, samples = order.locate(np.arange(NUM_IMAGES))
+    shards, samples = order.locate(np.arange(NUM_IMAGES))
     stands = zip(map(shard_set.name, shards.tolist()), samples.tolist(), strict=True)
     slots = {place: slot for slot, place in enumerate(stands)}
     consumed = [entry for entry in log if int(str(entry["slot"])) < NUM_IMAGES]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from host_syncs import ForbidHostSyncs
+from host_syncs import ForbidHostSyncs, cuda_syncs_raise
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
@@ -106,11 +106,8 @@ def test_a_step_of_both_networks_waits_for_no_gpu(dtype: torch.dtype) -> None:
     batch = batch_on(device)
     step(config, *networks, batch)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with cuda_syncs_raise():
         step(config, *networks, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 READERS: dict[str, Callable[[torch.Tensor], object]] = {

@@ -78,7 +78,7 @@ def behind(kind: str, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Itera
 def late_shard_of_rank_0(local: ShardSet) -> str:
     """Return the tar that rank 0 alone reads last in the first epoch."""
     order = Order(local.sizes, seed=0, window=2, lanes=2, lane_block=4)
-    assert order.num_lanes == 2
+    assert order.lanes == 2
 
     def read_by(lane: int) -> list[int]:
         blocks = itertools.takewhile(lambda block: block.first_slot < local.num_samples, order.windows(0, [lane]))

@@ -144,7 +144,7 @@ def check_step(rank: int, ranks: int, name: str) -> None:
         got["total"].backward()
     for (parameter_name, parameter), gradient in zip(student.named_parameters(), wanted, strict=True):
         assert parameter.grad is not None, parameter_name
-        sum_over_ranks(parameter.grad, None)
+        sum_over_ranks(parameter.grad)
         assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm(), parameter_name
 
 

@@ -116,7 +116,7 @@ def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Pa
         (["objective.patch_loss.kind=cosine"], "model.dim is 16, but the teacher"),
         ([f"teacher.weights={tmp_path / 'absent'}"], "is not a run directory"),
         (["masks.probability=0.4"], "masks has no effect with teacher.kind: frozen"),
-        (["teacher.kind=ema"], "need each other"),
+        (["teacher.kind=ema"], "must be set together"),
     ):
         ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "no", *given, *overrides), 1)
         assert code == 2 and told in errors.strip().splitlines()[-1], errors[-2000:]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import drawn_image, encoded
+from drawn_images import add_to_tar, drawn_image, encoded
 
 from shards.errors import ShardError
 from shards.format.index import (
@@ -37,9 +37,7 @@ def _tar(members: list[tuple[str, bytes]], form: int) -> io.BytesIO:
                 folder.type = tarfile.DIRTYPE
                 tar.addfile(folder)
                 continue
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            add_to_tar(tar, name, content)
     return buffer
 
 

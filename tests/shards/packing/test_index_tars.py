@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import subprocess
 import sys
 import tarfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from drawn_images import drawn_image, encoded, packed_set
+from drawn_images import add_to_tar, drawn_image, encoded, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import ShardError
@@ -50,7 +49,7 @@ def test_tars_with_the_same_name_are_separate_shards(tmp_path: Path, workers: in
     shard_set = ShardSet.open(tmp_path / "set")
     assert [entry.name for entry in shard_set.manifest.shards] == ["000000-000.tar", "000001-000.tar"]
     source = Source(shard_set, Order(shard_set.sizes, seed=1))
-    batch = source.fetch(np.arange(20))
+    batch = next(source.batches([np.arange(20)]))
     source.close()
     assert sorted(batch.labels.tolist()) == list(range(20))
     for label, payload in zip(batch.labels, batch.payloads, strict=True):
@@ -62,9 +61,7 @@ def test_tars_with_the_same_name_are_separate_shards(tmp_path: Path, workers: in
 def test_report_of_spaces_unreadable_images_and_empty_tars(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
         for name, content in [("a b.jpg", encoded(drawn_image(1))), ("c.jpg", b"not an image")]:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            add_to_tar(tar, name, content)
     with tarfile.open(tmp_path / "texts.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("readme.txt"))
     report = index_tars([str(tmp_path)], tmp_path / "set")

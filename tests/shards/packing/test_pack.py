@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from drawn_images import draw_folder, drawn_image, encoded
+from drawn_images import add_to_tar, all_labels, all_payloads, draw_folder, drawn_image, encoded, file_contents
 
 from shards.errors import ShardError
 from shards.packing.items import sample_key
@@ -23,18 +22,6 @@ from shards.packing.verify import verify
 from shards.reading.shard_set import ShardSet
 
 _SMALL = PackOptions(shard_bytes=20_000)
-
-
-def _labels(shard_set: ShardSet) -> list[int]:
-    return [int(label) for shard in range(len(shard_set.sizes)) for label in shard_set.records(shard)["label"]]
-
-
-def _payloads(shard_set: ShardSet) -> list[bytes]:
-    return [shard_set.read(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
-
-
-def _tree(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def _rejected(out: Path) -> dict[str, str]:
@@ -46,7 +33,7 @@ def test_number_of_workers_does_not_change_the_set(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 50, ("b", "a"))
     (images / "a" / "broken.jpg").write_bytes(b"text")
     reports = [pack(images, tmp_path / f"set{workers}", _SMALL, workers=workers) for workers in (1, 2)]
-    assert _tree(tmp_path / "set1") == _tree(tmp_path / "set2")
+    assert file_contents(tmp_path / "set1") == file_contents(tmp_path / "set2")
     assert reports[0].manifest.digest == reports[1].manifest.digest
     assert verify(tmp_path / "set1") == []
 
@@ -55,8 +42,8 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
     draw_folder(tmp_path / "images", 6, ("dog", "cat", "a bird"))
     pack(tmp_path / "images", tmp_path / "set", _SMALL)
     shard_set = ShardSet.open(tmp_path / "set")
-    assert shard_set.classes == ("a bird", "cat", "dog")
-    assert _labels(shard_set) == [0, 0, 1, 1, 2, 2]
+    assert shard_set.manifest.classes == ("a bird", "cat", "dog")
+    assert all_labels(shard_set) == [0, 0, 1, 1, 2, 2]
 
 
 def test_flat_folder_or_single_class_has_no_labels(tmp_path: Path) -> None:
@@ -64,7 +51,7 @@ def test_flat_folder_or_single_class_has_no_labels(tmp_path: Path) -> None:
     for number, src in enumerate((tmp_path / "parent", tmp_path / "parent" / "photos")):
         pack(src, tmp_path / f"set{number}", _SMALL)
         shard_set = ShardSet.open(tmp_path / f"set{number}")
-        assert (shard_set.classes, _labels(shard_set)) == ((), [-1, -1, -1])
+        assert (shard_set.manifest.classes, all_labels(shard_set)) == ((), [-1, -1, -1])
         with tarfile.open(shard_set.tar_path(0)) as tar:
             assert all(name.endswith(".jpg") for name in tar.getnames())
 
@@ -79,7 +66,7 @@ def test_list_file_with_numbers_or_names_as_labels(tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("\n".join(lines) + "\n\n")
         pack(tmp_path / "list.txt", tmp_path / f"set{number}", _SMALL)
         shard_set = ShardSet.open(tmp_path / f"set{number}")
-        assert (shard_set.classes, _labels(shard_set)) == (classes, expected)
+        assert (shard_set.manifest.classes, all_labels(shard_set)) == (classes, expected)
 
 
 def test_list_file_with_byte_order_mark_and_label_minus_one(tmp_path: Path) -> None:
@@ -89,7 +76,7 @@ def test_list_file_with_byte_order_mark_and_label_minus_one(tmp_path: Path) -> N
     (tmp_path / "list.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
     pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
     shard_set = ShardSet.open(tmp_path / "set")
-    assert (shard_set.classes, _labels(shard_set)) == ((), [2, -1, 3])
+    assert (shard_set.manifest.classes, all_labels(shard_set)) == ((), [2, -1, 3])
 
 
 @pytest.mark.parametrize(
@@ -148,9 +135,9 @@ def test_tar_packs_like_its_folder(tmp_path: Path, suffix: str) -> None:
     pack(images, tmp_path / "from_folder", _SMALL)
     pack(tmp_path / f"images.{suffix}", tmp_path / "from_tar", _SMALL)
     folder, archive = ShardSet.open(tmp_path / "from_folder"), ShardSet.open(tmp_path / "from_tar")
-    assert _payloads(folder) == _payloads(archive)
-    assert _labels(folder) == _labels(archive)
-    assert folder.classes == archive.classes
+    assert all_payloads(folder) == all_payloads(archive)
+    assert all_labels(folder) == all_labels(archive)
+    assert folder.manifest.classes == archive.manifest.classes
     assert sorted(path.name for path in (tmp_path / "from_tar").iterdir()) == [
         "index",
         "manifest.json",
@@ -163,11 +150,9 @@ def test_webdataset_tar_keeps_its_labels(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "foreign.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for number, label in enumerate((5, 3)):
             for extension, content in (("cls", str(label).encode()), ("jpg", encoded(drawn_image(number)))):
-                info = tarfile.TarInfo(f"folder/größe {number}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_to_tar(tar, f"folder/größe {number}.{extension}", content)
     pack(tmp_path / "foreign.tar", tmp_path / "set", _SMALL)
-    assert _labels(ShardSet.open(tmp_path / "set")) == [5, 3]
+    assert all_labels(ShardSet.open(tmp_path / "set")) == [5, 3]
 
 
 def test_undecodable_images_are_listed_with_a_reason(tmp_path: Path) -> None:
@@ -208,7 +193,7 @@ def test_shuffle_and_dedup(tmp_path: Path) -> None:
     shutil.copy(images / "image 003.jpg", images / "image 003 again.jpg")
     pack(images, tmp_path / "sorted", PackOptions(dedup=True))
     pack(images, tmp_path / "shuffled", PackOptions(shuffle=1, dedup=True))
-    in_order, shuffled = (_payloads(ShardSet.open(tmp_path / name)) for name in ("sorted", "shuffled"))
+    in_order, shuffled = (all_payloads(ShardSet.open(tmp_path / name)) for name in ("sorted", "shuffled"))
     assert in_order != shuffled
     assert sorted(in_order) == sorted(shuffled)
     assert len(in_order) == 20
@@ -225,9 +210,9 @@ def test_sample_keys() -> None:
 def test_folder_accepts_only_the_same_packing_again(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 6)
     first = pack(images, tmp_path / "set", _SMALL)
-    before = _tree(tmp_path / "set")
+    before = file_contents(tmp_path / "set")
     assert pack(images, tmp_path / "set", _SMALL) == first  # packing again changes nothing
-    assert _tree(tmp_path / "set") == before
+    assert file_contents(tmp_path / "set") == before
     (tmp_path / "set" / "rejected.jsonl").rename(tmp_path / "aside")
     assert pack(images, tmp_path / "set", _SMALL) == replace(first, num_rejected=None)
     (tmp_path / "aside").rename(tmp_path / "set" / "rejected.jsonl")
@@ -235,7 +220,7 @@ def test_folder_accepts_only_the_same_packing_again(tmp_path: Path) -> None:
         pack(images, tmp_path / "set", PackOptions(max_side=10))
     with pytest.raises(ShardError, match="has other files"):
         pack(images, images, _SMALL)
-    assert _tree(tmp_path / "set") == before
+    assert file_contents(tmp_path / "set") == before
 
 
 def test_foreign_files_in_shard_folders_are_kept(tmp_path: Path) -> None:
@@ -243,10 +228,10 @@ def test_foreign_files_in_shard_folders_are_kept(tmp_path: Path) -> None:
     for folder in ("shards", "index"):
         (out / folder).mkdir(parents=True)
         (out / folder / "mine.tar").write_text("precious")
-        before = _tree(out)
+        before = file_contents(out)
         with pytest.raises(ShardError, match=r"has other files, such as \w+/mine.tar; choose a new folder"):
             pack(images, out, _SMALL)
-        assert _tree(out) == before
+        assert file_contents(out) == before
         shutil.rmtree(out / folder)
 
 
@@ -306,7 +291,7 @@ def test_interrupted_packing_resumes_to_the_same_set(
     journal = out / "packing.jsonl"
     journal.write_text(journal.read_text() + '{"shard": {"na')  # a line torn by a kill
     assert pack(images, out, options) == expected
-    assert _tree(out) == _tree(tmp_path / "unbroken")
+    assert file_contents(out) == file_contents(tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("lost", ["shards/000000.tar", "index/000001.npy", "index/000000.idx"])
@@ -317,7 +302,7 @@ def test_lost_shards_are_packed_again(tmp_path: Path, lost: str, monkeypatch: py
     _interrupted(images, out, 2, monkeypatch)
     (out / lost).unlink()
     pack(images, out, options)
-    assert _tree(out) == _tree(tmp_path / "unbroken")
+    assert file_contents(out) == file_contents(tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("first_line", ["garbage", "{}", "[1]"])

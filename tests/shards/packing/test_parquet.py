@@ -14,7 +14,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from drawn_images import drawn_image, encoded
+from drawn_images import all_labels, all_payloads, drawn_image, encoded
 
 from shards.errors import ShardError
 from shards.packing.inputs import list_inputs
@@ -49,11 +49,7 @@ def _write(path: Path, numbers: range, labels: list[object] | None = None, plain
 
 def _content(folder: Path) -> list[tuple[bytes, int]]:
     shard_set = ShardSet.open(folder)
-    return [
-        (shard_set.read(shard, sample), int(shard_set.record(shard, sample)["label"]))
-        for shard, size in enumerate(shard_set.sizes)
-        for sample in range(size)
-    ]
+    return list(zip(all_payloads(shard_set), all_labels(shard_set), strict=True))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -63,7 +59,7 @@ def test_parquet_folder_gives_images_labels_and_class_names(tmp_path: Path, work
     (tmp_path / "data" / "README.md").write_text("about")
     report = pack(tmp_path / "data", tmp_path / "set", _SMALL, workers=workers)
     shard_set = ShardSet.open(tmp_path / "set")
-    assert shard_set.classes == ("cat", "dog", "eel") and report.num_ignored == 1
+    assert shard_set.manifest.classes == ("cat", "dog", "eel") and report.num_ignored == 1
     assert _content(tmp_path / "set") == [
         (_image(number), number % 3 if number < 10 else (-1 if number == 10 else 2)) for number in range(17)
     ]
@@ -77,7 +73,7 @@ def test_byte_columns_without_labels_and_with_names_as_labels(tmp_path: Path) ->
     assert _content(tmp_path / "a") == [(_image(number), -1) for number in range(5)]
     named = _write(tmp_path / "named.parquet", range(3), ["owl", None, "bee"], plain=True)
     pack(named, tmp_path / "b", _SMALL)
-    assert ShardSet.open(tmp_path / "b").classes == ("bee", "owl")
+    assert ShardSet.open(tmp_path / "b").manifest.classes == ("bee", "owl")
     assert [label for _, label in _content(tmp_path / "b")] == [1, -1, 0]
     pack(named, tmp_path / "c", _SMALL, columns=Columns(label="id"))
     assert [label for _, label in _content(tmp_path / "c")] == [0, 1, 2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -14,12 +13,22 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from drawn_images import draw_folder, drawn_image, encoded, packed_set
+from drawn_images import (
+    add_to_tar,
+    all_payloads,
+    draw_folder,
+    drawn_image,
+    encoded,
+    file_contents,
+    overwrite,
+    packed_set,
+)
 
 from shards.errors import ShardError
 from shards.format.index import load_index
 from shards.packing import items
 from shards.packing import upload as upload_module
+from shards.packing.index_tars import index_tars
 from shards.packing.pack import PackOptions, pack, scratch_folder
 from shards.packing.upload import Upload
 from shards.packing.verify import verify
@@ -45,10 +54,6 @@ def _remote_files(url: str) -> dict[str, bytes]:
     return {name: store.load(name, bytes) for name in store.list_tree()}
 
 
-def _local_files(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the uploaded objects, in order."""
@@ -68,13 +73,13 @@ def test_uploaded_set_equals_local_set_and_manifest_is_sent_last(tmp_path: Path,
     (images / "cat" / "broken.jpg").write_bytes(b"text")
     local = pack(images, tmp_path / "set", _SMALL)
     assert pack(images, bucket, _SMALL, scratch=tmp_path / "scratch") == local
-    assert _remote_files(bucket) == _local_files(tmp_path / "set")
+    assert _remote_files(bucket) == file_contents(tmp_path / "set")
     assert sent[0] == "packing.jsonl" and sent[-1] == "manifest.json" and len(sent) == len(set(sent))
     assert not (tmp_path / "scratch").exists()
     assert verify(bucket) == []
     remote = ShardSet.open(bucket)
     source = Source(remote, Order(remote.sizes, seed=1), threads=2)
-    assert len(source.fetch(np.arange(50)).payloads) == 50
+    assert len(next(source.batches([np.arange(50)])).payloads) == 50
     source.close()
 
     sent.clear()
@@ -114,7 +119,7 @@ def test_interrupted_upload_resumes_and_sends_nothing_twice(
         files.pipe_file(torn, bytes(files.cat_file(torn))[:1000])
     before = list(sent)
     pack(images, bucket, _SMALL, scratch=tmp_path / ("scratch" if kept else "elsewhere"))
-    assert _remote_files(bucket) == _local_files(tmp_path / "set")
+    assert _remote_files(bucket) == file_contents(tmp_path / "set")
     twice = [name for name in sent[len(before) :] if name in before]
     assert twice == ([] if kept else ["shards/000000.tar"])
 
@@ -162,11 +167,6 @@ def _listing_server(root: Path) -> Iterator[str]:
         server.server_close()
 
 
-def _payloads(path: Path) -> list[bytes]:
-    shard_set = ShardSet.open(path)
-    return [shard_set.read(shard, sample) for shard, size in enumerate(shard_set.sizes) for sample in range(size)]
-
-
 def test_remote_sources_pack_like_local_ones(tmp_path: Path, bucket: str) -> None:
     images = draw_folder(tmp_path / "www" / "images", 12, ("cat", "a dog"))
     (images / "cat" / ".hidden.jpg").write_bytes(b"")
@@ -186,7 +186,7 @@ def test_remote_sources_pack_like_local_ones(tmp_path: Path, bucket: str) -> Non
         for number, source in enumerate([*sources, tmp_path / "list.txt"]):
             out = tmp_path / f"set{number}"
             report = pack(source, out, _SMALL, workers=2 if number == 1 else 1)
-            assert _payloads(out) == _payloads(tmp_path / "local"), source
+            assert all_payloads(ShardSet.open(out)) == all_payloads(ShardSet.open(tmp_path / "local")), source
             assert report.manifest.classes == ("a dog", "cat")
             assert sorted(path.name for path in out.iterdir()) == ["index", "manifest.json", "rejected.jsonl", "shards"]
 
@@ -219,9 +219,7 @@ def test_verify_finds_the_same_faults_in_a_remote_set(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, 40)
     path, url = shard_set.path, (tmp_path / "set").as_uri()
     assert verify(url) == verify(url, workers=2) == []
-    with open(shard_set.tar_path(0), "r+b") as tar:
-        tar.seek(int(shard_set.record(0, 3)["offset"]))
-        tar.write(b"damage")
+    overwrite(shard_set, 0, 3, b"damage")
     tar_path = shard_set.tar_path(1)
     tar_path.write_bytes(tar_path.read_bytes()[:15_000])
     (path / "index" / "000000.idx").unlink()
@@ -232,16 +230,11 @@ def test_verify_finds_the_same_faults_in_a_remote_set(tmp_path: Path) -> None:
 
 
 def test_verify_of_an_indexed_set_with_a_missing_tar(tmp_path: Path) -> None:
-    from shards.packing.index_tars import index_tars
-
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     with tarfile.open(foreign / "a b.tar", "w") as tar:
         for number in range(3):
-            header = tarfile.TarInfo(f"a b{number}.jpg")
-            payload = encoded(drawn_image(number))
-            header.size = len(payload)
-            tar.addfile(header, io.BytesIO(payload))
+            add_to_tar(tar, f"a b{number}.jpg", encoded(drawn_image(number)))
     index_tars([(foreign / "a b.tar").as_uri().replace("%20", " ")], tmp_path / "indexed")
     assert len(load_index(tmp_path / "indexed" / "index" / "000000-a b.npy")) == 3
     assert verify(tmp_path / "indexed") == []

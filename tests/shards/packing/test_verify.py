@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import drawn_image, encoded, packed_set
+from drawn_images import drawn_image, encoded, overwrite, packed_set
 
 from shards.format.index import load_index, save_index
 from shards.packing.verify import verify
@@ -21,16 +21,10 @@ def shard_set(tmp_path: Path) -> ShardSet:
     return shard_set
 
 
-def _overwrite(shard_set: ShardSet, shard: int, sample: int, content: bytes) -> None:
-    with open(shard_set.tar_path(shard), "r+b") as tar:
-        tar.seek(int(shard_set.record(shard, sample)["offset"]))
-        tar.write(content)
-
-
 def test_changed_images_are_reported(shard_set: ShardSet) -> None:
     length = int(shard_set.record(1, 2)["length"])
-    _overwrite(shard_set, 0, 1, b"text in place of an image")
-    _overwrite(shard_set, 1, 2, bytes(length))
+    overwrite(shard_set, 0, 1, b"text in place of an image")
+    overwrite(shard_set, 1, 2, bytes(length))
     for workers in (1, 2):
         faults = verify(shard_set.path, workers=workers)
         assert [(fault.file, fault.index) for fault in faults] == [
@@ -44,7 +38,7 @@ def test_changed_images_are_reported(shard_set: ShardSet) -> None:
 
 def test_images_damaged_before_indexing_are_found_by_decoding(shard_set: ShardSet) -> None:
     length = int(shard_set.record(0, 3)["length"])
-    _overwrite(shard_set, 0, 3, encoded(drawn_image(1, 300, 300))[:length])
+    overwrite(shard_set, 0, 3, encoded(drawn_image(1, 300, 300))[:length])
     index = shard_set.index_path(0)
     records = np.array(load_index(index))
     records["crc32"][3] = zlib.crc32(shard_set.tar_path(0).read_bytes()[records["offset"][3] :][:length])

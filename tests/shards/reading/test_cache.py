@@ -82,7 +82,7 @@ def stream(shard_set: AnySet, folder: Path | None = None, limit: int = 0, epochs
 
     if folder is None:
         return read(shard_set)
-    windows = itertools.takewhile(lambda window: window.first_slot < end, order.windows(0, range(order.num_lanes)))
+    windows = itertools.takewhile(lambda window: window.first_slot < end, order.windows(0, range(order.lanes)))
     with opened_cache(shard_set, folder, limit, windows) as cache:
         return read(shard_set.with_copies(cache), cache.mark_consumed)
 

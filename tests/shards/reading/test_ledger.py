@@ -132,12 +132,16 @@ def _key(number: int) -> str:
     return f"{number:032x}"
 
 
+def add_files(ledger: Ledger, count: int, num_bytes: int) -> None:
+    for number in range(count):
+        reservation = ledger.reserve(_key(number), num_bytes)
+        assert isinstance(reservation, Reservation)
+        fetch(reservation, num_bytes)
+
+
 def test_eviction_of_the_latest_use_and_only_if_it_makes_enough_room(tmp_path: Path) -> None:
     ledger, other = Ledger(tmp_path, 1000), Ledger(tmp_path, 1000)
-    for number in range(3):
-        reservation = ledger.reserve(_key(number), 250)
-        assert isinstance(reservation, Reservation)
-        fetch(reservation, 250)
+    add_files(ledger, 3, 250)
     ledger.publish({_key(0): 5, _key(1): 0, _key(3): 3})
     other.publish({_key(2): 1, _key(0): 7})
     # key 0 is needed in 5, key 3 in 3: key 3 may evict key 0, but no other file
@@ -154,10 +158,7 @@ def test_eviction_of_the_latest_use_and_only_if_it_makes_enough_room(tmp_path: P
 
 def test_lower_limit_applies_at_start(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 1000)
-    for number in range(3):
-        reservation = ledger.reserve(_key(number), 300)
-        assert isinstance(reservation, Reservation)
-        fetch(reservation, 300)
+    add_files(ledger, 3, 300)
     ledger.close()
     Ledger(tmp_path, 650).close()
     assert folder_bytes(tmp_path) == 600
@@ -193,9 +194,7 @@ time.sleep(600)
 
 def test_killed_process_releases_its_claims(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 1000)
-    reservation = ledger.reserve(_key(0), 300)
-    assert isinstance(reservation, Reservation)
-    fetch(reservation, 300)
+    add_files(ledger, 1, 300)
     child = subprocess.Popen([sys.executable, "-c", _HOLD_AND_WAIT, tmp_path], cwd=_ROOT, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     ledger.publish({_key(2): 0})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import packed_set
+from drawn_images import overwrite, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import SampleError, ShardError
@@ -25,9 +25,7 @@ def damaged(tmp_path: Path) -> ShardSet:
     """A set with damage in samples 1 and 4 of the first shard and sample 2 of the third."""
     shard_set = packed_set(tmp_path, _COUNT)
     for shard, sample in ((0, 1), (0, 4), (2, 2)):
-        with open(shard_set.tar_path(shard), "r+b") as tar:
-            tar.seek(int(shard_set.record(shard, sample)["offset"]) + 50)
-            tar.write(b"damage")
+        overwrite(shard_set, shard, sample, b"damage", skip=50)
     return shard_set
 
 
@@ -87,7 +85,7 @@ def test_undecodable_images_are_replaced_everywhere(tmp_path: Path) -> None:
     log = tmp_path / "quarantine.jsonl"
     order = Order(shard_set.sizes, seed=1)
     source = Source(shard_set, order, threads=1, quarantine=Quarantine(log))
-    batch = source.fetch(np.arange(8))
+    batch = next(source.batches([np.arange(8)]))
     replaced = source.replace(batch, 3, "the decoder said no")
     assert replaced.slots is batch.slots
     keep = np.arange(8) != 3
@@ -95,15 +93,15 @@ def test_undecodable_images_are_replaced_everywhere(tmp_path: Path) -> None:
     original = (batch.shards[3], batch.samples[3])
     assert (replaced.shards[3], replaced.samples[3]) != original
     assert replaced.payloads[3].tobytes() == shard_set.read(int(replaced.shards[3]), int(replaced.samples[3]))
-    assert _sequence([source.fetch(np.arange(8))]) == _sequence([replaced]) == source.locate(np.arange(8))
-    later = source.fetch(np.arange(_COUNT, 2 * _COUNT))
+    assert _sequence([next(source.batches([np.arange(8)]))]) == _sequence([replaced]) == source.locate(np.arange(8))
+    later = next(source.batches([np.arange(_COUNT, 2 * _COUNT)]))
     assert original not in _sequence([later])
     source.close()
     assert [(entry.slot, entry.stage, entry.reason) for entry in _log(log)] == [(3, "decode", "the decoder said no")]
 
     strict = Source(shard_set, order, threads=1)
     with pytest.raises(SampleError, match="the decoder said no"):
-        strict.replace(strict.fetch(np.arange(8)), 3, "the decoder said no")
+        strict.replace(next(strict.batches([np.arange(8)])), 3, "the decoder said no")
     strict.close()
 
 
@@ -111,7 +109,7 @@ def test_images_above_max_pixels_are_replaced(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, _COUNT)
     quarantine = Quarantine(max_rate=1.0)
     source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=2, quarantine=quarantine, max_pixels=1000)
-    batch = source.fetch(np.arange(60))
+    batch = next(source.batches([np.arange(60)]))
     assert (batch.sizes.prod(axis=1) <= 1000).all()
     assert quarantine.num_entries > 0
     source.close()

@@ -48,7 +48,7 @@ def measure(order: Order, batch: int = 256) -> ShuffleQuality:
 def disk_positions(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sample's position on disk (through all shards) and its shard, for each slot of an epoch."""
     starts = np.concatenate([[0], np.cumsum(order.sizes)])
-    _, shards, samples = order.locate(np.arange(epoch * order.num_samples, (epoch + 1) * order.num_samples))
+    shards, samples = order.locate(np.arange(epoch * order.num_samples, (epoch + 1) * order.num_samples))
     return starts[shards] + samples, shards
 
 

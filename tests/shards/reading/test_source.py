@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import packed_set
+from drawn_images import overwrite, packed_set
 
 from shards.errors import SampleError, ShardError
 from shards.reading.order import Order
@@ -19,15 +20,6 @@ from shards.reading.source import Source
 @pytest.fixture(scope="module")
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return packed_set(tmp_path_factory.mktemp("source"), 60, ("cat", "dog"))
-
-
-def _copy(shard_set: ShardSet, folder: Path) -> Path:
-    for path in sorted(shard_set.path.rglob("*")):
-        target = folder / path.relative_to(shard_set.path)
-        if path.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return folder
 
 
 def test_epoch_returns_every_packed_image(shard_set: ShardSet) -> None:
@@ -43,7 +35,7 @@ def test_epoch_returns_every_packed_image(shard_set: ShardSet) -> None:
         ):
             assert payload.dtype == np.uint8
             seen.append(payload.tobytes())
-            assert shard_set.classes[label] == packed[payload.tobytes()]
+            assert shard_set.manifest.classes[label] == packed[payload.tobytes()]
             record = shard_set.record(int(shard), int(sample))
             assert (record["width"], record["height"]) == tuple(size)
             assert shard_set.read(int(shard), int(sample)) == payload.tobytes()
@@ -51,13 +43,13 @@ def test_epoch_returns_every_packed_image(shard_set: ShardSet) -> None:
     assert sorted(seen) == sorted(packed)
 
 
-def test_batches_keep_their_order_and_equal_single_fetches(shard_set: ShardSet) -> None:
+def test_batches_keep_their_order_and_equal_those_read_alone(shard_set: ShardSet) -> None:
     source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=3)
     lists = [np.arange(start, start + 5) for start in (40, 0, 1000, 55)]
     batches = list(source.batches(lists))
     assert [batch.slots.tolist() for batch in batches] == [slots.tolist() for slots in lists]
     for batch in batches:
-        again = source.fetch(batch.slots)
+        again = next(source.batches([batch.slots]))
         assert [payload.tobytes() for payload in again.payloads] == [payload.tobytes() for payload in batch.payloads]
     source.close()
 
@@ -103,13 +95,8 @@ def test_closing_an_endless_stream_stops_its_threads(shard_set: ShardSet) -> Non
 
 
 def test_changed_payload_is_named(shard_set: ShardSet, tmp_path: Path) -> None:
-    path = _copy(shard_set, tmp_path / "set")
-    tar = path / "shards" / "000001.tar"
-    content = bytearray(tar.read_bytes())
-    offset = int(shard_set.record(1, 2)["offset"])
-    content[offset + 200] ^= 1
-    tar.write_bytes(content)
-    damaged = ShardSet.open(path)
+    damaged = ShardSet.open(shutil.copytree(shard_set.path, tmp_path / "set"))
+    overwrite(damaged, 1, 2, bytes([shard_set.read(1, 2)[200] ^ 1]), skip=200)
     with pytest.raises(SampleError, match=r"000001\.tar, sample 2 \(key '\d+_.*image.*CRC") as caught:
         damaged.read(1, 2)
     assert caught.value.key == shard_set.key(1, 2)
@@ -126,7 +113,7 @@ def test_errors_of_missing_and_truncated_files(shard_set: ShardSet, tmp_path: Pa
         ShardSet.open(shard_set.tar_path(0))
     with pytest.raises(ShardError, match=r"has tars but no manifest\.json; index them: streamtrain index"):
         ShardSet.open(shard_set.path / "shards")
-    path = _copy(shard_set, tmp_path / "set")
+    path = shutil.copytree(shard_set.path, tmp_path / "set")
     (path / "manifest.json").rename(path / "aside")
     with pytest.raises(ShardError, match=r"not a shard set: it has no manifest\.json"):
         ShardSet.open(path)
