@@ -233,7 +233,10 @@ def _find_closest(key: str) -> str | None:
     parent, _, name = key.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
-    for candidates in (difflib.get_close_matches(name, siblings, 1, 0.6), elsewhere):
+    for candidates in (
+        difflib.get_close_matches(name, siblings, 1, 0.6),
+        difflib.get_close_matches(key, elsewhere, 1, 0.0),
+    ):
         if candidates:
             return siblings.get(candidates[0], candidates[0])
     close = difflib.get_close_matches(key, known, 1, 0.6)

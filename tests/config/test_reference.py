@@ -102,6 +102,7 @@ def test_the_command_prints_all_settings_one_or_a_section(capsys: pytest.Capture
 def test_an_unknown_key_suggests_the_closest_one(caplog: pytest.LogCaptureFixture) -> None:
     for word, message in (
         ("objective.koleo.wieght", "unknown key objective.koleo.wieght; did you mean objective.koleo.weight?"),
+        ("objective.kolo.weight", "unknown key objective.kolo.weight; did you mean objective.koleo.weight?"),
         ("optim.lr", "unknown key optim.lr; did you mean schedules.lr?"),
         ("objectives", "unknown key objectives; did you mean objective?"),
         ("run.dir.x", "unknown key run.dir.x"),
