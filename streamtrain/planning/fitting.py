@@ -75,7 +75,7 @@ def _candidates(
 
 
 def _override(config: Config, overrides: list[str]) -> Config:
-    # reset the keys that are errors with another candidate's settings
+    # reset keys that are invalid with some candidates
     defaults = {"moments_ratio": 1.0, "moments_dir": None, "view_groups": 1, "offload_checkpoints": False}
     raw = merge(config.model_dump(), {"engine": defaults})
     for override in overrides:

@@ -17,7 +17,7 @@ def gigabytes(num_bytes: float) -> str:
 
 
 def table(planned: Plan, world_size: int) -> str:
-    """Format every buffer with its arithmetic, the memory in each phase, and the totals of an optimiser step."""
+    """Format every buffer with its arithmetic, the memory of each phase, and the totals of an optimiser step."""
     lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); sizes in GB (1e9 bytes)"]
     for location, title in _TITLES.items():
         parts = [part for part in planned.parts if part.location == location]
