@@ -1,4 +1,4 @@
-"""The labelled images for evaluation while training; imports no torch, so that a wrong path fails at once."""
+"""The labelled images for evaluation while training; torch-free, so that a wrong path is reported at once."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
 
 
 def first_images(shard_set: AnySet, count: int) -> LabelledImages:
-    """Return a few images of a set, or of the first of several sets, labelled or not."""
+    """Return ``count`` images of a set, or of the first of several sets, labelled or not."""
     one: ShardSet = shard_set.members[0] if isinstance(shard_set, JoinedSet) else shard_set
     return images_of_set(one, stratified_indices(one.num_samples, count))
 
 
 def sample_images(images: LabelledImages, count: int) -> LabelledImages:
-    """Return at most ``count`` of the images, spread over all of them."""
+    """Return at most ``count`` of the images, evenly spread."""
     return images if len(images) <= count else images.subset(stratified_indices(len(images), count), images.name)
 
 
 def stratified_indices(total: int, count: int) -> np.ndarray:
-    """Return at most ``count`` ascending indices below ``total``, int64: one drawn from each of equal parts."""
+    """Return at most ``count`` ascending indices below ``total``, int64: one random index per stratum."""
     if total <= count:
         return np.arange(total)
     draws = uniforms(0, _PURPOSE, np.arange(count), 1)[:, 0]

@@ -44,7 +44,7 @@ class LabelledImages:
         """Return image ``index`` upright, in RGB.
 
         Raises:
-            StreamtrainError: if it cannot be decoded; names the image.
+            StreamtrainError: if it cannot be decoded.
         """
         try:
             return decode_image(*self.read(index))
@@ -58,7 +58,7 @@ class LabelledImages:
         return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
 
     def lenient(self) -> LabelledImages:
-        """Return the same images, with a grey one instead of each that cannot be read or decoded."""
+        """Return the same images, with a grey image in place of each that cannot be read or decoded."""
         return replace(self, is_lenient=True)
 
 
@@ -81,7 +81,7 @@ def open_images(path: Path) -> LabelledImages:
 
 
 def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """Split into train and test; the fifth that is test depends on the number of images only.
+    """Split into train and test; which fifth is the test set depends only on the number of images.
 
     Raises:
         StreamtrainError: if there are too few images to split.

@@ -38,7 +38,7 @@ def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[
     Args:
         model: in eval mode.
         image: RGB; both sides multiples of the patch size.
-        mean, std: of the channels, as in training.
+        mean, std: per channel, as in training.
     """
     patches = model.forward_features(_to_input(model, image, mean, std)).patches[0].float()
     grid = (image.height // model.patch_size, image.width // model.patch_size)
@@ -51,8 +51,7 @@ def cls_attention(
 ) -> np.ndarray:
     """Return the CLS token's attention to the patches in the last block: float32 [heads, h, w].
 
-    Each head's map sums to the share of its attention that goes to patches; the rest goes to CLS and registers.
-    The arguments are the same as for ``patch_features``.
+    Each head's map sums to less than 1; the rest of its attention goes to CLS and registers.
     """
     inputs = _to_input(model, image, mean, std)
     layout, tokens = model.layout([inputs]), model.embedding([inputs], [None])
@@ -76,7 +75,7 @@ def cls_attention(
 
 
 def _to_input(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the image as a normalised batch of one [1, 3, height, width] on the model's device, in its precision."""
+    """Return the normalised image [1, 3, height, width] on the model's device, in its precision."""
     parameter = next(model.parameters())
     pixels = torch.from_numpy(np.array(image)).unsqueeze(0).to(parameter.device)
     return normalise(pixels, mean, std, parameter.dtype)
@@ -108,8 +107,8 @@ def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[
 def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
     """Return the first ``count`` principal components of the patches of all images together.
 
-    The middle 96 % of the values of each component are scaled to 0..1. The sign of a component is chosen such that its
-    longer tail is bright, so that the picture does not depend on the sign of the eigenvector.
+    The middle 96 % of each component's values are scaled to 0..1. Its sign is chosen such that the longer tail is
+    bright, so that the picture does not depend on the sign of the eigenvector.
 
     Args:
         features: [h_i, w_i, D] for each image; at least ``count`` patches in all.
