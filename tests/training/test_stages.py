@@ -99,7 +99,7 @@ def test_a_gram_teacher_from_a_checkpoint_and_one_of_another_model(stage_one: Pa
         ours = reader.read_full("gram/backbone.blocks.1.mlp.up.weight")
     assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
-    assert code == 2 and "choose the model section" in errors.strip().splitlines()[-1]
+    assert code == 2 and "set the model section" in errors.strip().splitlines()[-1]
 
 
 def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Path) -> None:
