@@ -1,4 +1,4 @@
-"""A rank that hangs: the others write their stacks to the run folder and exit."""
+"""A rank that hangs: the others write their stacks to the run directory and exit."""
 
 from __future__ import annotations
 
