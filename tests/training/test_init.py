@@ -1,4 +1,4 @@
-"""A run that starts from a pretrained backbone: matched weights, frozen steps, mismatches."""
+"""Runs that start from a pretrained backbone: matched weights, frozen steps, mismatches."""
 
 from __future__ import annotations
 
