@@ -105,5 +105,8 @@ def build_payloads(kinds: list[str], state: dict[str, Any], networks: Networks) 
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     teacher_shards = networks.teacher.shards()
     shards = student.shards() | teacher_shards | networks.gram.shards()
-    whole = CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state)
-    return {kind: whole if kind == CHECKPOINTS else CheckpointPayload(teacher_shards, {}, shapes, {}) for kind in kinds}
+    payloads = {
+        CHECKPOINTS: CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state),
+        SNAPSHOTS: CheckpointPayload(teacher_shards, {}, shapes, {}),
+    }
+    return {kind: payloads[kind] for kind in kinds}

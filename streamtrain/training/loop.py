@@ -58,7 +58,7 @@ def train(
     Raises:
         ShardError, StreamtrainError: for errors that the user can fix.
     """
-    run_dir, stop_request = Path(config.run.dir), 0
+    run_dir, exit_code = Path(config.run.dir), 0
     requests = Requests(run_dir, launch.rank)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
@@ -80,7 +80,7 @@ def train(
         policy = CheckpointPolicy(config, runtime, networks, loader, writer, sink, non_finite, requests)
         step = start.step
         with hang_detector, closing(loader), closing(sink), closing(observers), closing(writer):
-            while step < config.run.steps and stop_request <= SAVE:
+            while step < config.run.steps and not exit_code:
                 step += 1
                 result = train_step(
                     step, config, runtime, networks, loader, wrap=hang_detector.wrap,
@@ -90,20 +90,21 @@ def train(
                 metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
                 sink.log(step, result.next_slot, metrics)
                 policy.after_step(result, metrics)
-                stop_request = result.stop_request
-                if stop_request <= SAVE:
+                # a request to save does not stop the run
+                exit_code = result.stop_request if result.stop_request > SAVE else 0
+                if not exit_code:
                     non_finite.raise_if_diverged(step)
                 # free the batches before the next step
                 del result
             policy.wait(step)
-        if stop_request > SAVE:
+        if exit_code:
             requests.remove_stop_file()
             logger.info("stopped at step %d, %s; run the same command again to resume", step, writer.status_message())
         elif writer.failure:
             status = writer.status_message()
             raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
         logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
-    return stop_request if stop_request > SAVE else 0
+    return exit_code
 
 
 def _plan(config: Config, runtime: Runtime) -> Plan:
