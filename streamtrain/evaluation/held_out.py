@@ -13,8 +13,7 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.tree import Config
 from streamtrain.evaluation.images import LabelledImages, images_of_set, match_classes, open_images, split_images
 
-# train images per test image
-TEST_SHARE = 4
+TRAIN_PER_TEST = 4
 _PURPOSE = "evaluation/held out"
 
 
@@ -33,21 +32,24 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
         ShardError, StreamtrainError: if a named set is missing or has no labels.
     """
     evaluation = config.evaluation
+    # train and test images
+    count = evaluation.images + evaluation.images // TRAIN_PER_TEST
     if evaluation.train is not None:
         train = open_images(Path(evaluation.train).expanduser())
         if evaluation.test is not None:
             test = match_classes(train, open_images(Path(evaluation.test).expanduser()))
             return HeldOut(
-                sample_images(train, evaluation.images), sample_images(test, evaluation.images // TEST_SHARE)
+                sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
             ), ""
-        return _split(sample_images(train, evaluation.images + evaluation.images // TEST_SHARE)), ""
+        return HeldOut(*split_images(sample_images(train, count))), ""
     if isinstance(shard_set, JoinedSet) or shard_set.is_remote:
         return None, "data.shards is not one local set"
-    indices = stratified_indices(shard_set.num_samples, evaluation.images + evaluation.images // TEST_SHARE)
-    images = images_of_set(shard_set, indices)
+    images = images_of_set(shard_set, stratified_indices(shard_set.num_samples, count))
     if (images.labels < 0).any() or len(set(images.labels.tolist())) < 2:
         return None, "data.shards has no labels"
-    return (_split(images), "") if len(images) > TEST_SHARE else (None, "data.shards has too few images")
+    if len(images) <= TRAIN_PER_TEST:
+        return None, "data.shards has too few images"
+    return HeldOut(*split_images(images)), ""
 
 
 def first_images(shard_set: AnySet, count: int) -> LabelledImages:
@@ -67,7 +69,3 @@ def stratified_indices(total: int, count: int) -> np.ndarray:
         return np.arange(total)
     draws = uniforms(0, _PURPOSE, np.arange(count), 1)[:, 0]
     return np.unique(np.minimum(((np.arange(count) + draws) * (total / count)).astype(np.int64), total - 1))
-
-
-def _split(images: LabelledImages) -> HeldOut:
-    return HeldOut(*split_images(images))

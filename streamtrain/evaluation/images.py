@@ -70,7 +70,11 @@ def open_images(path: Path) -> LabelledImages:
     """
     if not path.is_dir():
         raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of class subfolders")
-    images = _open_shards(path) if (path / "manifest.json").is_file() else _open_folder(path)
+    if (path / "manifest.json").is_file():
+        shard_set = ShardSet.open(path)
+        images = images_of_set(shard_set, np.arange(shard_set.num_samples))
+    else:
+        images = _open_folder(path)
     unlabelled = int((images.labels < 0).sum())
     if unlabelled:
         raise StreamtrainError(
@@ -125,18 +129,13 @@ def _open_folder(path: Path) -> LabelledImages:
     if not files:
         loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
         what = "images but no class subfolders" if loose else "no images in class subfolders, nor a manifest.json"
-        raise StreamtrainError(f"{path} has {what}: evaluation needs labels, one subfolder a class or a shard set")
+        raise StreamtrainError(f"{path} has {what}: evaluation needs one subfolder per class, or a shard set")
     return LabelledImages(
         str(path),
         np.array(labels, np.int64),
         tuple(classes),
         lambda i: (files[i].read_bytes(), str(files[i])),
     )
-
-
-def _open_shards(path: Path) -> LabelledImages:
-    shard_set = ShardSet.open(path)
-    return images_of_set(shard_set, np.arange(shard_set.num_samples))
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
