@@ -18,7 +18,7 @@ WRITERS = {"hf": export_hf, "timm": export_timm, "safetensors": export_safetenso
 def check_export_folder(out: Path) -> None:
     """Raise StreamtrainError unless ``out`` is new, empty, or an earlier export."""
     if out.exists() and not (out.is_dir() and ((out / CONFIG_NAME).is_file() or not any(out.iterdir()))):
-        raise StreamtrainError(f"{out} exists and is no earlier export: choose another --out")
+        raise StreamtrainError(f"{out} exists and is not an earlier export: choose another --out")
 
 
 def export_backbone(

@@ -71,8 +71,8 @@ def check_one_norm(config: BackboneConfig, family: str) -> None:
     """Raise StreamtrainError if CLS and registers have their own final norm, which ``family`` does not support."""
     if config.model.cls_norm:
         raise StreamtrainError(
-            f"{family}'s DINOv3 models have one final norm, this one has another for CLS and registers "
-            f"(model.untied_norms {config.model.untied_norms}): export it --to safetensors"
+            f"{family}'s DINOv3 models have one final norm, but this one has another for CLS and registers "
+            f"(model.untied_norms={config.model.untied_norms}); export it with --to safetensors"
         )
 
 

@@ -151,7 +151,7 @@ axial RoPE; global crops of {config.image_size} px.
 from transformers import AutoModel
 model = AutoModel.from_pretrained("PATH")
 output = model(pixel_values)         # [N, 3, H, W], normalised by the mean and std of preprocessor_config.json
-output.pooler_output                 # [N, {model.dim}], one vector an image
+output.pooler_output                 # [N, {model.dim}], one vector per image
 output.last_hidden_state[:, {1 + model.num_registers}:]   # [N, patches, {model.dim}], row by row
 ```
 

@@ -33,7 +33,7 @@ def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
         raise StreamtrainError(f"timm's DINOv3 models have norm_eps {NORM_EPS}, this one {config.model.norm_eps}")
     if config.model.key_bias:
         # it cannot be left out: with RoPE it changes the attention scores
-        raise StreamtrainError("timm's DINOv3 models have no key bias, this one has: export it --to hf")
+        raise StreamtrainError("timm's DINOv3 models have no key bias, but this one has; export it with --to hf")
     write_folder(out, json.dumps(timm_config(config), indent=2), to_timm(model.state_dict()), {"format": "pt"})
 
 
