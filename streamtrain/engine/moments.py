@@ -97,7 +97,7 @@ class TensorMoments(Moments):
 class EightBitMoments(Moments):
     """8-bit codes and one fp32 scale per block, on the device (Dettmers et al. 2022), with torchao's code maps.
 
-    The tensors are padded to whole blocks, so that every value is quantised, whatever the size.
+    The tensors are padded to whole blocks, so that tensors of any size are quantised.
     """
 
     chunk = EIGHT_BIT_CHUNK

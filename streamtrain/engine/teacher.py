@@ -29,7 +29,7 @@ class ShardedNetwork:
         self._engine.eval()
         self.parameters = dict(module.named_parameters())
         for name, parameter in self.parameters.items():
-            # a parameter that every rank keeps whole would not follow writes to its shard
+            # a replicated parameter would not follow writes to its shard
             assert not deepspeed_compat.is_persistent(parameter), name
 
     @torch.no_grad()

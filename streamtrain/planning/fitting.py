@@ -16,7 +16,7 @@ BLOCK_SECONDS = 2e-3
 # larger micro-batches are no faster
 MAX_MICRO_BATCH = 64
 
-Moments = ("device", "host", "disk")
+EXACT_MOMENTS = ("device", "host", "disk")
 
 
 def step_seconds(config: Config, world_size: int, planned: Plan) -> float:
@@ -40,7 +40,7 @@ def fit(
     micro-batch only changes KoLeo's neighbours.
     """
     total, _ = config.batch_split(world_size)
-    for moments in (Moments, ("8bit",)):
+    for moments in (EXACT_MOMENTS, ("8bit",)):
         fitting = []
         for overrides in _candidates(total, world_size, moments, micro_batch):
             candidate = _override(config, overrides)

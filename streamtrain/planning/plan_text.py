@@ -78,7 +78,7 @@ def end_summary(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
 
 
 def rank_peak_bytes(planned: Plan, on_gpu: bool) -> int:
-    """Return a rank's peak memory on its GPU, or of its whole process without one."""
+    """Return a rank's peak memory: on its GPU, or without a GPU in its process."""
     if on_gpu:
         return planned.gpu_bytes
     return max(planned.at(phase) + planned.at(phase, "host") for phase in PHASES)
