@@ -80,11 +80,10 @@ def pixel_features(
     std: Sequence[float],
     resize: int | None = None,
     batch_size: int = 256,
-    workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the normalised pixels as features: fp32 [N, 3 * size * size], and labels int64 [N]."""
-    batches = _read_crops(images, resize or size, size, batch_size, workers, progress)
+    batches = _read_crops(images, resize or size, size, batch_size, None, progress)
     parts = [normalise(crops, mean, std, torch.float32).flatten(1) for crops in batches]
     return torch.cat(parts), torch.from_numpy(images.labels)
 

@@ -129,8 +129,8 @@ def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.
     ]
 
 
-def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
-    """Return the principal components of the foreground patches only; background patches are black.
+def foreground_components(features: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return the first three principal components of the foreground patches; background patches are black.
 
     The first component over all patches is split at the threshold with the largest variance between the two sides
     (Otsu 1979). The foreground is the side with the smaller share of the images' borders.
@@ -139,7 +139,7 @@ def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np
         features: [h_i, w_i, D] for each image.
 
     Returns:
-        float32 [h_i, w_i, count] in 0..1 for each image.
+        float32 [h_i, w_i, 3] in 0..1 for each image.
     """
     first = [component[..., 0] for component in principal_components(features, 1)]
     threshold = _otsu(np.concatenate([component.ravel() for component in first]))
@@ -148,14 +148,14 @@ def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np
     if borders.mean() > np.concatenate([mask.ravel() for mask in bright]).mean():
         bright = [~mask for mask in bright]
     kept = [feature[torch.from_numpy(mask)] for feature, mask in zip(features, bright, strict=True)]
-    if sum(map(len, kept)) < count:
-        return principal_components(features, count)
+    if sum(map(len, kept)) < 3:
+        return principal_components(features)
     # all foreground patches as one image with a single row
-    (colours,) = principal_components([torch.cat(kept)[None]], count)
+    (colours,) = principal_components([torch.cat(kept)[None]])
     pieces = np.split(colours[0], np.cumsum([len(part) for part in kept])[:-1])
     maps = []
     for mask, piece in zip(bright, pieces, strict=True):
-        painted = np.zeros((*mask.shape, count), np.float32)
+        painted = np.zeros((*mask.shape, 3), np.float32)
         painted[mask] = piece
         maps.append(painted)
     return maps
