@@ -31,14 +31,14 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def targets_of(cls: Tensor, bottlenecks: Tensor, weight: Tensor, micro_batches: int) -> list[Targets]:
     """Return the targets of images ``[N, ...]`` in micro-batches of two equal views."""
-    handle = TeacherPrototypes(PlainWeight(weight), None)
+    teacher_prototypes = TeacherPrototypes(PlainWeight(weight), None)
     pieces = zip(cls.chunk(micro_batches), bottlenecks.chunk(micro_batches), strict=True)
     features = [TeacherFeatures(b.repeat(2, 1), None, torch.zeros(0), c.repeat(2, 1)) for c, b in pieces]
     targets = []
     for each in features:
         assert each.global_features is not None
         assignment = sinkhorn(each.global_features, weight, TEMPERATURE, 3, PROTOTYPES)
-        targets.append(Targets(each, handle, TEMPERATURE, assignment, None))
+        targets.append(Targets(each, teacher_prototypes, TEMPERATURE, assignment, None))
     return targets
 
 
