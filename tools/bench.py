@@ -172,7 +172,6 @@ def run_stream(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _build_config(overrides: list[str]) -> Config:
-    """Build the default configuration with ``a.b=value`` overrides."""
     raw: dict[str, Any] = {}
     for override in overrides:
         raw = merge(raw, parse_override(override))

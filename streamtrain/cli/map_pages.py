@@ -27,7 +27,6 @@ SHOWN_SIDE = 400
 
 
 def draw_maps(arguments: argparse.Namespace) -> Image.Image:
-    """Return the page that ``arguments.kind`` names."""
     originals = [decode_image(path, path) for path in arguments.image]
     backbone = load_selected_backbone(arguments)
     config = backbone.config

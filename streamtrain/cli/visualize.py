@@ -94,7 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_image_path(text: str) -> Path:
-    """Parse the path of an image to write."""
     if Path(text).suffix.lower() not in Image.registered_extensions():
         raise argparse.ArgumentTypeError(f"{text} has no image suffix, such as .png")
     return Path(text)
@@ -108,7 +107,6 @@ def parse_patch(text: str) -> tuple[int, int]:
 
 
 def draw_curves(arguments: argparse.Namespace) -> Image.Image:
-    """Return a page of charts, two in a row."""
     runs = {}
     for run_dir in arguments.run:
         path = run_dir / METRICS_NAME

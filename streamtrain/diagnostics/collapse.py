@@ -159,7 +159,6 @@ def assignment_statistics(
 
 
 def _shares(values: dict[str, float], images: int, dim: int, num_prototypes: int) -> dict[str, float]:
-    """Return the position of each value between its lowest (0) and highest (1) possible value."""
     shares = {STD: values[STD]}
     if (most := min(images, dim)) > 1:
         shares[RANK] = (values[RANK] - 1) / (most - 1)

@@ -168,7 +168,6 @@ def _crop_statistics(crops: Tensor) -> dict[str, Any]:
 
 
 def _row_statistics(features: Tensor) -> dict[str, Any]:
-    """Return statistics of the rows of ``features [N, d]``."""
     norms = torch.linalg.vector_norm(features.float(), dim=1)
     finite = norms[norms.isfinite()]
     return {

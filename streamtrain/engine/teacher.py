@@ -42,7 +42,6 @@ class ShardedNetwork:
         return self("teacher_features", *inputs)
 
     def features(self, images: torch.Tensor) -> Any:
-        """Return ``SSLModel.features`` of images."""
         return self("features", images)
 
     def weight(self, name: str) -> ShardedWeight | None:

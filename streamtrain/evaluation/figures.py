@@ -55,7 +55,6 @@ class Tile:
 
 def photo(image: Image.Image, caption: str = "", marks: Sequence[tuple[int, int]] = (),
           grid: tuple[int, int] = (1, 1)) -> Tile:  # fmt: skip
-    """Return a tile of ``image`` in its own size."""
     return Tile(np.asarray(image), image.size, caption, marks=marks, grid=grid)
 
 

@@ -54,7 +54,6 @@ class LabelledImages:
             return Image.new("RGB", (64, 64), (128, 128, 128))
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
-        """Return the images at ``indices``."""
         return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
 
     def lenient(self) -> LabelledImages:

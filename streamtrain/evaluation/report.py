@@ -91,7 +91,6 @@ def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, byt
 
 
 def _summary(records: Records) -> dict[str, str]:
-    """Return the run's main numbers by name."""
     last = records[-1]
     numbers = {"steps": f"{last['step']:,}", "images seen": f"{last['slot']:,}"}
 

@@ -60,7 +60,6 @@ def model_table(config: Config) -> str:
 
 
 def start_summary(planned: Plan, on_gpu: bool) -> str:
-    """Return one line for the start of a run."""
     states, peak = gigabytes(planned.state_bytes), gigabytes(rank_peak_bytes(planned, on_gpu))
     return (
         f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; per {'GPU' if on_gpu else 'rank'} {states} GB of "

@@ -18,7 +18,6 @@ RECENT, PERCENTILES = 200, (50, 90, 99)
 
 
 def rss_bytes() -> int:
-    """Return the resident memory of this process."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -27,7 +26,6 @@ def rss_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -80,7 +80,6 @@ class ObserverList:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREEMENT_SECONDS))
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        """Return the metrics of all observers."""
         metrics: dict[str, float] = {}
         for observer, guard in self._observers:
             if not guard.is_enabled:

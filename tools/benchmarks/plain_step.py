@@ -168,7 +168,6 @@ def _mlp(mlp: Any, config: ModelConfig, tokens: Tensor) -> Tensor:
 
 
 def _head(head: Any, features: Tensor) -> Tensor:
-    """Map rows to prototype logits."""
     for index, layer in enumerate(head.projection.layers):
         features = _linear(layer, F.gelu(features) if index else features)
     return F.linear(F.normalize(features, dim=-1, eps=1e-6), head.prototypes.weight)

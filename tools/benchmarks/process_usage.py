@@ -43,7 +43,6 @@ def cpu_seconds() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
