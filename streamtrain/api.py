@@ -76,7 +76,7 @@ def train(
         run: run directory (``run.dir``).
         gpus: number of ranks; default: all visible GPUs, or one rank on the CPU.
         steps: number of steps (``run.steps``).
-        resume: another run whose latest checkpoint the run starts from.
+        resume: another run, whose latest checkpoint to start from.
         accept: settings that may differ from the checkpoint, such as ``["schedules.lr"]``.
         overrides: further settings by section, such as ``data={"micro_batch": 32}``; a dotted key goes into a mapping:
             ``**{"model.drop_path": 0.1}``.
@@ -100,11 +100,11 @@ def train(
 
 
 def _run_and_print(command: list[str]) -> tuple[int, str]:
-    """Run a command, print its output as it comes, and return its exit status and its last error line."""
+    """Run a command, print its output line by line, and return its exit status and last error line."""
     from streamtrain.cli.launch import stop_with_parent
 
     environment = dict(os.environ)
-    # a rank that calls this must not make the child a rank
+    # the child is not a rank, even if this process is
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)
     if _ROOT.name not in ("site-packages", "dist-packages"):

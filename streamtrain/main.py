@@ -17,7 +17,7 @@ if __name__ == "__main__":
     # Ctrl-C ends the process without a traceback until the run installs its own handler
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     if not __package__:
-        # started by its path, so streamtrain/ itself is first on sys.path: replace it by the folder above
+        # run as a script: replace streamtrain/ on sys.path by its parent folder
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shards.errors import ShardError
@@ -49,7 +49,7 @@ from streamtrain.run.resume_policy import (
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
-# the module's own name is __main__ when it is run as a script
+# the module's name is __main__ when it runs as a script
 logger = logging.getLogger("streamtrain.main")
 
 
@@ -68,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:
-    """Check everything that needs neither torch nor another rank, and return the set to train on.
+    """Check everything that needs neither torch nor another rank, and return the shard set.
 
-    The run directory is created last, so that a refused start leaves none behind.
+    The run directory is created last, so that a failed check leaves none behind.
     """
     config.batch_split(launch.world_size)
     config.objective.koleo.samples(config.data.micro_batch, launch.world_size)
@@ -99,7 +99,7 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
 def train_rank(arguments: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status.
 
-    0 means completed, 75 or 130 stopped early after a checkpoint, 2 an error that the user can fix.
+    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix.
     """
     launch = Launch.from_environment()
     configure_logging(launch.rank, launch.world_size)
@@ -121,8 +121,8 @@ def train_rank(arguments: argparse.Namespace) -> int:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
             return train(config, launch, shard_set, arguments.resume, accepted)
     except (StreamtrainError, ShardError) as error:
-        # Most errors occur on all ranks. Rank 0 reports its own at once and the launcher then ends the others, which
-        # wait for that; a rank that still exists after the wait has an error that rank 0 does not have.
+        # Most errors occur on all ranks: rank 0 reports them, and the launcher ends the others while they wait. A rank
+        # that is still running after the wait has an error of its own to report.
         if launch.rank > 0:
             time.sleep(OTHER_RANKS_WAIT_SECONDS)
         logger.error(error)
@@ -132,7 +132,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
 def run_process(arguments: argparse.Namespace) -> NoReturn:
     """Run this process's rank and end the process.
 
-    A rank that failed ends at once, because its threads and the process group would wait for the other ranks.
+    A failed rank exits at once, because its threads and the process group would wait for the other ranks.
     """
     try:
         status = train_rank(arguments)

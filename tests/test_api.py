@@ -1,4 +1,4 @@
-"""The Python API: a notebook packs, trains, loads, embeds and exports; errors are exceptions."""
+"""The Python API: pack, train, load, embed and export from a notebook; errors are exceptions."""
 
 from __future__ import annotations
 

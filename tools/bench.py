@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], dict[str, Any]], help_text: str) -> Any:
-        """Add a subcommand with the options that all share; return its ``add_argument``."""
+        """Add a subcommand with the common options; return its ``add_argument``."""
         command = benchmarks.add_parser(name, help=help_text)
         command.add_argument("--json", action="store_true", help="print one JSON object last")
         command.add_argument("--repeats", type=_parse_count, default=1, help="runs; the median is reported")
@@ -172,7 +172,6 @@ def run_stream(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _build_config(overrides: list[str]) -> Config:
-    """Build the default configuration with ``a.b=value`` overrides."""
     raw: dict[str, Any] = {}
     for override in overrides:
         raw = merge(raw, parse_override(override))

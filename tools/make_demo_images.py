@@ -21,7 +21,8 @@ from PIL import Image
 from streamtrain.run.progress import progress_bar
 
 VERSION = 5
-RECORD = ".demo.json"  # hidden, so that readers of the folder skip it
+# hidden, so that readers of the folder skip it
+RECORD = ".demo.json"
 
 
 def write_images(folder: Path, seed: int, size: int, indices: range) -> int:

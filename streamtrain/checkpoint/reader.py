@@ -7,8 +7,8 @@
     checkpoints/latest                                           name of the newest directory, for people
     snapshots/step-000001000/...                                 the same with ema/NAME only
 
-A fragment is the contiguous part of a flattened parameter that a rank owns. The concatenated fragments of all ranks
-are the parameter, so any other number of ranks can read them. ``writer`` writes the files.
+A fragment is the contiguous part of a flattened parameter that a rank owns. The fragments of all ranks, concatenated,
+are the parameter, so a run with any other number of ranks can read them. ``writer`` writes the files.
 """
 
 from __future__ import annotations
@@ -43,10 +43,7 @@ _KINDS = {"teacher": "ema", "student": "master"}
 
 
 class _FragmentFile:
-    """One rank's safetensors file, read with ``pread``.
-
-    The safetensors library would map it, and every mapped page that was read counts as used memory.
-    """
+    """One rank's safetensors file, read with ``pread``: pages that the library maps would count as used memory."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
@@ -86,7 +83,6 @@ class _FragmentFile:
             done += count
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -144,12 +140,11 @@ class CheckpointReader:
 
 
 def damage_error(folder: Path, error: Exception | str) -> CheckpointError:
-    """Return the error for a checkpoint that cannot be read."""
     return CheckpointError(f"checkpoint {folder} cannot be read: {error}; delete this directory to resume without it")
 
 
 def find_fault_on_any_rank(folder: Path) -> str | None:
-    """Verify a checkpoint's files; returns the first fault, or None. Call it on all ranks: each reads some files."""
+    """Verify a checkpoint's files and return the first fault, or None; every rank calls this and reads some files."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     faults: list[str | None] = [None] * world_size
     dist.all_gather_object(faults, find_fault(folder, contents=True, part=(rank, world_size)))
@@ -157,9 +152,9 @@ def find_fault_on_any_rank(folder: Path) -> str | None:
 
 
 def find_newest_intact(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """Find the checkpoint to resume from, verifying its files; None for a fresh start. Call it on all ranks.
+    """Return the newest checkpoint whose files are intact, or None without checkpoints; every rank calls this.
 
-    Damaged newer ones are reported; the run's own are also renamed.
+    Newer, damaged checkpoints are logged, and renamed if they are the run's own.
 
     Raises:
         CheckpointError: if every checkpoint is damaged, which must not become a fresh start.
@@ -167,7 +162,7 @@ def find_newest_intact(run_dir: Path, resume_from: Path | None) -> Path | None:
     by_rank: list[list[Path]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(by_rank, candidates(run_dir, resume_from))
     faults: list[tuple[Path, str]] = []
-    # rank 0's list, since ranks may see different states of a network file system
+    # use rank 0's list, since ranks may see different states of a network file system
     for folder in by_rank[0]:
         fault = find_fault_on_any_rank(folder)
         if fault is None:
@@ -197,7 +192,7 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointReader]:
         try:
             if fault := find_fault(folder, contents=False):
                 raise ValueError(fault)
-            state = _checked(read_json(folder / STATE_NAME))
+            state = _validate(read_json(folder / STATE_NAME))
             world_size = state["world_size"]
             paths = [folder / rank_name(rank, world_size) for rank in range(world_size)]
             files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
@@ -206,8 +201,8 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointReader]:
         yield CheckpointReader(folder, state, files, files[0].numels)
 
 
-def _checked(state: Any) -> dict[str, Any]:
-    """Return a valid ``state.json``; raises ValueError, KeyError or TypeError for an invalid one."""
+def _validate(state: Any) -> dict[str, Any]:
+    """Return ``state.json`` if it is valid; raises ValueError, KeyError or TypeError if not."""
     if state["version"] != VERSION:
         raise ValueError(f"it has format {state['version']}, this program reads {VERSION}")
     step, world_size, shapes = state["step"], state["world_size"], state["shapes"]
@@ -264,5 +259,4 @@ def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "t
 
 
 def rank_name(rank: int, world_size: int) -> str:
-    """Return the name of one rank's file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"

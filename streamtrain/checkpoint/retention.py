@@ -1,4 +1,4 @@
-"""Which step directories are kept. One that is removed or damaged is renamed first, so that no start can find it."""
+"""Retention of step directories: removed and damaged ones are renamed first, so that no start finds them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from streamtrain.run.directory import BEST_NAME, CHECKPOINTS, SNAPSHOTS, saved_s
 
 
 def prune(run_dir: Path, config: RunConfig) -> None:
-    """Remove the checkpoints that ``config`` does not keep; call it after the newest is complete. Raises OSError."""
+    """Remove the checkpoints that ``config`` does not keep; call it once the newest is complete. Raises OSError."""
     steps = saved_steps(run_dir)
     kept = set(steps[-config.keep_last :]) if config.keep_last else set(steps)
     kept |= {step for step in steps if config.keep_every and step % config.keep_every == 0}
     kept |= {best["step"]} if (best := read_best(run_dir)) else set()
     for step in sorted(set(steps) - kept):
         folder = step_folder(run_dir, step)
-        # a partly removed directory must not look like a checkpoint
+        # a partly removed directory must not be taken for a checkpoint
         os.replace(folder, removed := folder.with_name(f".{folder.name}.removed"))
         sync(folder.parent)
         shutil.rmtree(removed)
@@ -57,7 +57,7 @@ def partial_of(folder: Path) -> Path:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove the partly written or removed directories of a killed process; call it while no save is running."""
+    """Remove directories that a killed process left partly written or removed; call it while no save is running."""
     for kind in (CHECKPOINTS, SNAPSHOTS):
         for leftover in (run_dir / kind).glob(".step-*"):
             # if this fails, so does the next save, which reports it
@@ -65,7 +65,7 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, which may still be inspected; returns its new path."""
+    """Rename a damaged checkpoint, so that it can still be inspected; returns its new path."""
     aside = folder.with_name(f"damaged-{folder.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)

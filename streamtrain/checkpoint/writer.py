@@ -1,10 +1,10 @@
-"""Writing checkpoints: one at a time, in a thread if host memory has room for a copy of the values.
+"""Writing checkpoints: one at a time, in a background thread if host memory has room for a copy of the values.
 
-The thread also makes the copy: the saved values do not change before the next optimiser step is applied, and the
-forward and backward passes until then take longer than a copy.
+The thread also makes the copy, during the forward and backward passes of the next step, which do not change the values
+and take longer than the copy.
 
 All ranks write into a directory with a temporary name and exchange the outcome; rank 0 then renames or removes it. Disk
-errors (full, gone, read-only) are warnings; older checkpoints are not touched before the new one is complete.
+errors (full, gone, read-only) are warnings; older checkpoints are kept until the new one is complete.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class CheckpointPayload:
-    """The contents of a step directory: each rank's own ``shards``; everything else is equal on all ranks."""
+    """Contents of a step directory; all but ``shards`` is equal on all ranks."""
 
     shards: Mapping[str, Shard]
     shared: Mapping[str, torch.Tensor]
@@ -57,7 +57,7 @@ class CheckpointPayload:
 
 @dataclass(frozen=True)
 class _Job:
-    """One save. ``payloads`` by kind."""
+    """One save, with its payloads by kind."""
 
     step: int
     payloads: Mapping[str, CheckpointPayload]
@@ -67,11 +67,11 @@ class _Job:
 
 
 class _SaveError(Exception):
-    """The disk of some rank failed; raised on all ranks."""
+    """A disk error of any rank; raised on all ranks."""
 
 
 class CheckpointWriter:
-    """Saves the steps of a run. Every method must be called on all ranks."""
+    """Saves steps of a run; every rank calls the methods."""
 
     def __init__(
         self, run_dir: Path, config: RunConfig, local_world_size: int = 1, timeout_seconds: float = 1800.0
@@ -80,11 +80,11 @@ class CheckpointWriter:
 
         Args:
             local_world_size: ranks that share this host's memory.
-            timeout_seconds: how long a rank waits for the others to write their parts.
+            timeout_seconds: how long a rank waits for the other ranks' files.
         """
         self._run_dir, self._config, self._local_world_size = run_dir, config, local_world_size
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        # a group of its own, so that the thread's messages never mix with those of training
+        # a separate group, so that the thread's messages never mix with training's
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._thread: threading.Thread | None = None
         # set: the values of the current save may change
@@ -94,7 +94,7 @@ class CheckpointWriter:
         # warnings of the current save, and of finished ones
         self._new_warnings: list[str] = []
         self._warnings: list[str] = []
-        # seconds: of the current save, of the last finished one, and that training has waited
+        # seconds of the current save, of the last finished one, and of training stalled by saves
         self._seconds = self._last_seconds = self._stalled = 0.0
         # why the last attempted checkpoint was not written
         self.failure: str | None = None
@@ -110,13 +110,12 @@ class CheckpointWriter:
     ) -> None:
         """Start writing a directory of ``step`` for each kind (``checkpoints``, ``snapshots``).
 
-        The values must not change before ``wait_until_copied`` returns. Waits for the previous save, so that there is
-        at most one copy of the values.
+        Waits for the previous save first. The values must not change before ``wait_until_copied`` returns.
 
         Args:
             payloads: by kind; one of them has all shards of the others.
             on_finished: called on rank 0 after the directories are written or abandoned.
-            best: argument of ``write_best`` if the checkpoint is the best so far.
+            best: record for ``write_best`` if the checkpoint is the best so far.
         """
         self.wait()
         with self._stall():
@@ -154,7 +153,7 @@ class CheckpointWriter:
         return f"the checkpoint could not be written ({self.failure}); {self._latest_message(CHECKPOINTS)}"
 
     def scalars(self) -> dict[str, float]:
-        """Return, by tag, how long training waited and saves took since the last call; zeros are left out."""
+        """Return by tag the seconds of stalled training and of saves since the last call; zeros are left out."""
         if self._thread is not None and not self._thread.is_alive():
             self._collect()
         seconds = {"speed/checkpoint_stall_seconds": self._stalled, "speed/checkpoint_seconds": self._last_seconds}
@@ -162,7 +161,7 @@ class CheckpointWriter:
         return {tag: value for tag, value in seconds.items() if value}
 
     def warnings(self) -> list[str]:
-        """Return the warnings of saves that have finished since the last call."""
+        """Return the warnings of saves finished since the last call."""
         warnings, self._warnings = self._warnings, []
         return warnings
 
@@ -173,7 +172,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _stall(self) -> Iterator[None]:
-        """Count the seconds of the block as time that training waited."""
+        """Count the time of the ``with`` block as stalled training."""
         began = time.perf_counter()
         yield
         self._stalled += time.perf_counter() - began
@@ -251,7 +250,6 @@ class CheckpointWriter:
         sync(self._run_dir)
 
     def _write_files(self, partial: Path, step: int, payload: CheckpointPayload) -> dict[str, FileChecksum]:
-        """Write this rank's files."""
         name = rank_name(self._rank, self._world_size)
         sums = {name: write_fragments(partial / name, payload.shards)}
         if self._rank == 0:
@@ -264,7 +262,7 @@ class CheckpointWriter:
     def _publish(
         self, partial: Path, folder: Path, files: Mapping[str, FileChecksum], best: Mapping[str, Any] | None
     ) -> None:
-        """Give the complete directory its name, and remove the checkpoints that it replaces."""
+        """Rename the complete directory to its final name, and prune older checkpoints."""
         CheckpointManifest(files).write(partial)
         sync(partial)
         for name in (METRICS_NAME, QUARANTINE_NAME):
@@ -325,7 +323,7 @@ def _reason(error: Exception) -> str:
 
 
 def _side_stream() -> AbstractContextManager[Any]:
-    """Return a context for a thread: a CUDA stream that starts after the current stream's work; on a CPU nothing."""
+    """Return a context for a thread: a CUDA stream that waits for the current stream; a null context without CUDA."""
     if not torch.cuda.is_initialized():
         return nullcontext()
     stream = torch.cuda.Stream()
@@ -335,7 +333,7 @@ def _side_stream() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _on(stream: torch.cuda.Stream) -> Iterator[None]:
-    # a new thread uses device 0, where every rank would create a context
+    # the current device of a new thread is 0, where every rank would create a context
     torch.cuda.set_device(stream.device)
     with torch.cuda.stream(stream):
         yield
@@ -350,7 +348,7 @@ def _copy(payloads: Mapping[str, CheckpointPayload]) -> dict[str, CheckpointPayl
     for key, shard in largest.shards.items():
         copy = memory.narrow(0, offset, shard.numel)
         copy.copy_(shard.read().detach())
-        # bound to this copy
+        # a method bound to this tensor; a closure would see the last one of the loop
         copies[key] = Shard(shard.numel, copy.detach)
         offset += shard.numel
     return {
@@ -364,7 +362,7 @@ def _copy(payloads: Mapping[str, CheckpointPayload]) -> dict[str, CheckpointPayl
 
 
 def _available_bytes() -> int:
-    """Return the memory that this host has left, within the limits of a container; 0 if unknown."""
+    """Return the available memory of this host or container; 0 if unknown."""
     limits = [limit for limit in (_machine_limit(), _container_limit()) if limit is not None]
     return max(0, min(limits, default=0))
 
@@ -378,7 +376,7 @@ def _machine_limit() -> int | None:
 
 
 def _container_limit() -> int | None:
-    """Return the memory left in the container's limit; None without a readable limit."""
+    """Return the available memory within the container's limit; None without a readable limit."""
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())

@@ -1,1 +1,1 @@
-"""The ``streamtrain`` command: one module for each subcommand, with ``add_parser`` and ``run``."""
+"""The ``streamtrain`` command: each subcommand is a module with ``add_parser``, which adds its options, and ``run``."""

@@ -25,7 +25,6 @@ def add_command(subparsers: Any, name: str, summary: str, details: str, examples
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -45,11 +44,7 @@ def byte_size(text: str) -> int:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Report a failed write to ``out`` in the ``with`` block as one line.
-
-    Raises:
-        StreamtrainError: if the block raises ``OSError``.
-    """
+    """Raise StreamtrainError if the ``with`` block, which writes to ``out``, raises ``OSError``."""
     try:
         yield
     except OSError as error:

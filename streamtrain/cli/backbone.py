@@ -16,15 +16,14 @@ BEST = "best"
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --run, --step, --student, --weights, --untrained and --config."""
     parser.add_argument("--run", type=Path, help="run directory; its latest checkpoint unless --step is given")
     parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or best")
     parser.add_argument("--student", action="store_true", help="with --run: the student instead of the teacher")
     parser.add_argument(
-        "--weights", type=Path, help="an exported folder (also of transformers or timm) or .safetensors file"
+        "--weights", type=Path, help="exported folder (also of transformers or timm) or .safetensors file"
     )
     parser.add_argument(
-        "--untrained", action="store_true", help="with --run or --config: the network as initialised from its seed"
+        "--untrained", action="store_true", help="with --run or --config: the newly initialised network"
     )
     parser.add_argument("--config", help="with --untrained: a recipe, as for training")
 
@@ -33,9 +32,10 @@ def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
     """Load the backbone that the options select.
 
     Raises:
-        StreamtrainError: if the options select none, or two.
+        StreamtrainError: if the options do not select exactly one.
     """
-    from streamtrain.interop.load import load_run, load_untrained, load_weights  # torch takes seconds to load
+    # torch takes seconds to load
+    from streamtrain.interop.load import load_run, load_untrained, load_weights
 
     if arguments.untrained:
         if (arguments.run is None) == (arguments.config is None):
@@ -53,7 +53,7 @@ def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
 
 
 def describe_backbone(arguments: argparse.Namespace) -> str:
-    """Return one word for the selected network."""
+    """Return the kind of the selected network: untrained, weights, student or teacher."""
     if arguments.untrained:
         return "untrained"
     return "weights" if arguments.weights else "student" if arguments.student else "teacher"

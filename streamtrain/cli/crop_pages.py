@@ -41,7 +41,7 @@ def draw_crops(arguments: argparse.Namespace) -> Image.Image:
 
 
 def repeat_one_image(draws: int) -> dict[str, Any]:
-    """Return the settings of a stream whose micro-batch has ``draws`` samples of one image."""
+    """Return settings for a stream whose micro-batch is ``draws`` samples of one image."""
     data = {"micro_batch": draws, "global_batch": None, "lanes": 1, "window": 1, "cache": {"dir": None, "limit": None}}
     return {"data": data, "monitor": {"panel_samples": draws}}
 

@@ -26,7 +26,6 @@ _EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "evaluate", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("task", choices=TASKS)
     add_backbone_arguments(parser)
@@ -41,8 +40,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print the accuracy."""
-    from streamtrain.cli.feature_quality import evaluate  # torch takes seconds to load
+    # torch takes seconds to load
+    from streamtrain.cli.feature_quality import evaluate
 
     result = evaluate(arguments)
     print(format_result(result))
@@ -52,7 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def format_result(result: dict[str, str | int | float]) -> str:
-    """Return one line: the accuracy, the features and the images."""
     if result["task"] == "knn":
         counts = [key.removeprefix("knn_") for key in result if key.startswith("knn_")]
         scores = ", ".join(f"k={count} {result[f'knn_{count}']:.2%}" for count in counts)

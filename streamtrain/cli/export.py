@@ -18,7 +18,7 @@ _SUMMARY = "Write the backbone of a run for use in other libraries."
 _DETAILS = """\
   hf           a folder for transformers' AutoModel.from_pretrained (needs transformers)
   timm         a folder for timm.create_model("local-dir:DIR", pretrained=True)
-  safetensors  our own names, with the model's config in the file and in a JSON file
+  safetensors  streamtrain's own names, with the model's config in the file and in a JSON file
 
 The settings of the run are copied to recipe.yaml in the same folder.
 """
@@ -30,7 +30,6 @@ _EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "export", _SUMMARY, _DETAILS, _EXAMPLES)
     add_backbone_arguments(parser)
     parser.add_argument("--to", choices=FORMATS, required=True, help="format of the folder")
@@ -38,7 +37,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export and print a summary."""
     path, num_parameters = export_selected(arguments)
     print(f"wrote {path} ({num_parameters / 1e6:.1f} M parameters, {arguments.to})")
     return 0
@@ -50,7 +48,8 @@ def export_selected(arguments: argparse.Namespace) -> tuple[Path, int]:
     Raises:
         StreamtrainError: if there is no such backbone, or --out cannot be written.
     """
-    from streamtrain.interop.export import check_export_folder, export_backbone  # torch takes seconds to load
+    # torch takes seconds to load
+    from streamtrain.interop.export import check_export_folder, export_backbone
 
     check_export_folder(arguments.out)
     backbone = load_selected_backbone(arguments)
@@ -63,7 +62,7 @@ def export_selected(arguments: argparse.Namespace) -> tuple[Path, int]:
 
 
 def read_losses(run_dir: Path, step: object) -> dict[str, float]:
-    """Return the losses of ``step`` from a run's metrics; empty if it has no record of the step."""
+    """Return the losses that a run logged at ``step``, by tag."""
     path = run_dir / METRICS_NAME
     record = next((line for line in read_metrics(path) if line["step"] == step), {}) if path.is_file() else {}
     return {tag: value for tag, value in record.items() if tag.startswith("loss/")}

@@ -18,13 +18,13 @@ from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.run.progress import progress_bar
 
-PIXELS_SIZE = 32  # input size of the pixel baseline without --size
+# default input size of the pixel baseline
+PIXELS_SIZE = 32
 
 Features = tuple[torch.Tensor, torch.Tensor]
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
-    """Return the result as one flat object."""
     train_images, test_images = open_sets(arguments.train, arguments.test)
     began = time.perf_counter()
     source, train, test = features_of(arguments, train_images, test_images)
@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
 
 
 def open_sets(train: Path, test: Path | None) -> tuple[LabelledImages, LabelledImages]:
-    """Open both sets, or split the one by a fixed rule."""
+    """Open the train and the test set; without a test set, split the train set."""
     if test is None:
         return split_images(open_images(train))
     opened = open_images(train)
@@ -98,7 +98,7 @@ def features_of(
 
 
 def check_sizes(size: int, resize: int | None, patch: int) -> None:
-    """Check that ``size`` is whole patches and ``resize`` is not smaller."""
+    """Raise StreamtrainError unless ``size`` is a multiple of ``patch``, and ``resize`` not smaller."""
     if size < 1 or size % patch:
         raise StreamtrainError(f"--size {size} is not a multiple of the patch size {patch}")
     if resize is not None and resize < size:

@@ -25,7 +25,6 @@ _EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "index", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("--src", nargs="+", required=True, metavar="TAR|DIR|URL", help="the tars")
     parser.add_argument("--out", required=True, metavar="SET", help="folder of the set; new or empty")
@@ -35,7 +34,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Index and print a summary."""
     if not arguments.out.strip():
         raise ShardError("--out is empty; give the folder of the set")
     report = index_tars(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)

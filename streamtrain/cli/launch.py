@@ -1,8 +1,8 @@
-"""Start the ranks of a training run and pass stop signals to them.
+"""Start the ranks of a training run and forward stop signals to them.
 
-The launchers of PyTorch and DeepSpeed kill the ranks 30 s after a signal and exit with status 1. A stop takes as long
-as one step and one checkpoint, and schedulers restart a run by its exit status (75 or 130), so this module starts the
-ranks of one machine itself. Several machines go through DeepSpeed's launcher.
+The launchers of PyTorch and DeepSpeed kill the ranks 30 s after a signal and exit with status 1. But a stop takes one
+step and one checkpoint, and schedulers need the run's own exit status (75 or 130), so this module starts the ranks of
+one machine itself. Several machines need DeepSpeed's launcher.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 SCRIPT = Path(__file__).resolve().parents[1] / "main.py"
 STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
-# a rank reports these itself, so the launcher adds nothing
+# the ranks have already reported the reason
 _EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
 # from the failure of one rank until the others are killed
 GRACE_SECONDS = 30.0
@@ -62,7 +62,7 @@ def _run(command: Sequence[str], environments: Sequence[dict[str, object]]) -> i
                 processes.append(
                     subprocess.Popen(
                         command, env=environment, stdin=subprocess.DEVNULL,
-                        # a session of its own: Ctrl-C in the terminal then arrives once, from here
+                        # in its own session, so that Ctrl-C in the terminal arrives only once, forwarded from here
                         start_new_session=True, preexec_fn=stop_with_parent,
                     )
                 )  # fmt: skip
@@ -74,7 +74,7 @@ def _run(command: Sequence[str], environments: Sequence[dict[str, object]]) -> i
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Wait for all processes, send each received signal on, and end the others when one fails."""
+    """Wait for all processes, forward each received signal, and end the others when one fails."""
     failure: int | None = None
     deadline = float("inf")
     stops: list[int] = []
@@ -87,7 +87,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> 
             _send(processes, stops[-1])
         failed = [(process.returncode, rank) for rank, process in enumerate(processes) if process.returncode]
         if failed and failure is None:
-            # a rank that was killed is the cause of the errors of the others
+            # a killed rank, with a negative code, causes the errors of the others
             returncode, rank = min(failed)
             failure = _exit_status(returncode, stops)
             deadline = time.monotonic() + GRACE_SECONDS
@@ -108,7 +108,7 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _exit_status(returncode: int, stops: Sequence[int]) -> int:
-    """Return the exit status for a ``Popen.returncode``; a rank ended by a signal that was sent on has stopped."""
+    """Return the exit status for a ``Popen.returncode``; a rank killed by a forwarded signal counts as stopped."""
     if returncode >= 0:
         return returncode
     if -returncode in stops:
@@ -130,7 +130,7 @@ def _received_signals() -> Iterator[list[int]]:
 
 
 def stop_with_parent() -> None:
-    """Let Linux send SIGTERM to this process when its parent is killed, so that a run stops after a checkpoint."""
+    """Let Linux send SIGTERM to this process when its parent dies, so that a run stops after a checkpoint."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

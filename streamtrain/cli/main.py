@@ -13,12 +13,12 @@ from shards.errors import ShardError
 from streamtrain import __version__
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.logs import configure_logging
+from streamtrain.run.signals import EXIT_INTERRUPTED
 
 COMMANDS = (
     "pack", "index", "verify", "plan", "train", "evaluate", "visualize", "report", "export", "config",
 )  # fmt: skip
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """\
 Train DINOv3-style self-supervised vision transformers from streams of images.
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; ``a.b=value`` overrides may come before, between and after the options."""
-    # importing the one named command is enough, unless the help or a completion lists all of them
+    # import only the named command, unless the help or a completion lists all commands
     parser = build_parser(argv[:1] if argv and argv[0] in COMMANDS and "_ARGCOMPLETE" not in os.environ else COMMANDS)
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         argcomplete.autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
     if hasattr(arguments, "overrides"):
-        # argparse takes one run of positional arguments only, and returns the others here
+        # argparse parses only the first group of positional arguments, and returns the others here
         arguments.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
@@ -78,7 +78,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_parser(commands: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of the given commands."""
     parser = argparse.ArgumentParser(
         prog="streamtrain", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""``streamtrain visualize`` pca, similarity and attention: load network and images, compute the maps, draw them."""
+"""``streamtrain visualize`` pca, similarity and attention: compute maps of images and draw them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from streamtrain.evaluation.maps import (
 from streamtrain.evaluation.pages import attention_page, pca_page, similarity_page
 from streamtrain.interop.folder import BackboneConfig
 
-SHOWN_SIDE = 400  # shorter side in pixels of an image on the page
+# shorter side in pixels of an image on the page
+SHOWN_SIDE = 400
 
 
 def draw_maps(arguments: argparse.Namespace) -> Image.Image:
-    """Return the page that ``arguments.kind`` names."""
     originals = [decode_image(path, path) for path in arguments.image]
     backbone = load_selected_backbone(arguments)
     config = backbone.config
@@ -39,7 +39,7 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = backbone.model.to(device)
     inputs = [fit_to_patches(image, size, patch_size) for image in originals]
-    # resized from the originals, which have more detail than the network's input
+    # resize the originals, which have more detail than the network's input
     shown = [
         original.resize(shown_size(image), Image.Resampling.LANCZOS)
         for original, image in zip(originals, inputs, strict=True)
@@ -65,7 +65,7 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
 
 
 def describe(arguments: argparse.Namespace, config: BackboneConfig, image: Image.Image) -> str:
-    """Return the page's subtitle: the network and its grid of patches in the first image."""
+    """Return the page's subtitle: the network and the patch grid of the first image."""
     if arguments.untrained:
         network = "untrained network"
     elif isinstance(config.origin.get("step"), int):

@@ -46,7 +46,6 @@ _EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "pack", _SUMMARY, _DETAILS, _EXAMPLES)
     add = parser.add_argument
     add("--src", required=True, metavar="DIR|LIST|TAR|PARQUET|URL", help="the images")
@@ -80,7 +79,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pack and print a summary."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = PackOptions(
         shard_bytes=arguments.shard_size,

@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "plan", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("--config", required=True, help="recipe, as for training")
     parser.add_argument("--gpus", type=positive_int, required=True, help="number of ranks, one per GPU")
@@ -56,7 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_plan(arguments: argparse.Namespace) -> int:
-    """Plan, print, and return 0 if the run fits."""
     overrides = list(arguments.overrides)
     if arguments.micro_batch:
         overrides.append(f"data.micro_batch={arguments.micro_batch}")
@@ -90,14 +88,12 @@ def print_plan(arguments: argparse.Namespace) -> int:
 
 
 def verdict(what: str, needed: int, available: int) -> str:
-    """Return one line: whether it fits, and by how much."""
     relation = "fits" if needed <= available else "does NOT fit"
     spare = gigabytes(available - needed)
     return f"{what}: {gigabytes(needed)} of {gigabytes(available)} GB, {relation} ({spare} GB to spare)"
 
 
 def plan_document(planned: Plan, is_fitting: bool, chosen: list[str]) -> dict[str, Any]:
-    """Return the JSON object of a plan."""
     return {
         "fits": is_fitting,
         "gpu_bytes": planned.gpu_bytes,

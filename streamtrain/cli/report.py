@@ -20,14 +20,12 @@ _EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "report", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page and print its path."""
     out: Path = arguments.out or arguments.run / "report.html"
     page = render_run(arguments.run)
     with writing(out):
@@ -37,15 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render_run(run_dir: Path) -> str:
-    """Return the HTML page of a run directory.
-
-    Raises:
-        StreamtrainError: if ``run_dir`` is not a run directory, or has no completed step.
-    """
+    """Return the HTML page of a run directory; errors as in ``report_page``."""
     metrics = run_dir / METRICS_NAME
     records = list(read_metrics(metrics)) if metrics.is_file() else []
     if not records:
         return report_page(run_dir, [], {})
-    from streamtrain.reporting.tensorboard import latest_images  # TensorBoard takes a second to load
+    # TensorBoard takes a second to load
+    from streamtrain.reporting.tensorboard import latest_images
 
     return report_page(run_dir, records, latest_images(run_dir / TENSORBOARD_NAME))

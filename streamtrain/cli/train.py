@@ -33,7 +33,6 @@ _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "train", _SUMMARY, _DETAILS, _EXAMPLES)
     add_arguments(parser)
     parser.add_argument(
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.hostfile.is_file():
             raise StreamtrainError(f"--hostfile {arguments.hostfile} does not exist")
         return run_on_hosts(rank_arguments(arguments), arguments.hostfile, arguments.ranks)
-    # a wrong setting is reported once and at once, before any rank loads a library
+    # report invalid settings once, before any rank loads a library
     device = load_config(arguments.config, arguments.overrides, arguments.ranks or 1).engine.device
     ranks = arguments.ranks or (1 if device == "cpu" else max(1, count_gpus()))
     if ranks > 1:
@@ -84,7 +83,7 @@ def rank_arguments(arguments: argparse.Namespace) -> list[str]:
 
 
 def count_gpus() -> int:
-    """Return the number of visible GPUs; without a driver, without loading torch."""
+    """Return the number of visible GPUs; torch is not loaded if there is no driver."""
     if not any(os.path.exists(device) for device in _GPU_DEVICES):
         return 0
     import torch

@@ -23,7 +23,6 @@ _EXAMPLES = """\
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(subparsers, "verify", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("set", metavar="SET", help="folder or URL of the set")
     parser.add_argument(
@@ -35,7 +34,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify, print the faults and a summary."""
     manifest = SetManifest.load(arguments.set)
     faults = verify(arguments.set, workers=max(1, arguments.workers), max_pixels=arguments.max_pixels, progress=True)
     for fault in faults:

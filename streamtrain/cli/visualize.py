@@ -38,7 +38,6 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the command and its kinds of pictures."""
     kinds = "\n".join(f"  {kind:<11} {summary}" for kind, summary in _SUMMARIES.items())
     parser = subparsers.add_parser(
         "visualize",
@@ -75,15 +74,16 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the page, write it, and print its path."""
     if arguments.kind == "curves":
         page = draw_curves(arguments)
     elif arguments.kind == "crops":
-        from streamtrain.cli.crop_pages import draw_crops  # torch and DALI take seconds to load
+        # torch and DALI take seconds to load
+        from streamtrain.cli.crop_pages import draw_crops
 
         page = draw_crops(arguments)
     else:
-        from streamtrain.cli.map_pages import draw_maps  # torch takes seconds to load
+        # torch takes seconds to load
+        from streamtrain.cli.map_pages import draw_maps
 
         page = draw_maps(arguments)
     with writing(arguments.out):
@@ -94,14 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_image_path(text: str) -> Path:
-    """Parse the path of an image to write."""
     if Path(text).suffix.lower() not in Image.registered_extensions():
         raise argparse.ArgumentTypeError(f"{text} has no image suffix, such as .png")
     return Path(text)
 
 
 def parse_patch(text: str) -> tuple[int, int]:
-    """Parse ``ROW,COL``."""
     row, separator, column = text.partition(",")
     if not (separator and row.isdecimal() and column.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a patch as ROW,COL, such as 7,7; both count from 0")
@@ -109,7 +107,6 @@ def parse_patch(text: str) -> tuple[int, int]:
 
 
 def draw_curves(arguments: argparse.Namespace) -> Image.Image:
-    """Return a page of charts, two in a row."""
     runs = {}
     for run_dir in arguments.run:
         path = run_dir / METRICS_NAME

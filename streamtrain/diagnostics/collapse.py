@@ -1,8 +1,8 @@
-"""Collapse of the teacher: statistics of some images' assignments and features, measured every few steps.
+"""Detection of collapse: statistics of the teacher's assignments and features, measured every few steps.
 
     teacher/entropy          mean entropy of the assignments to prototypes, in nats: 0 if each image has a single
                              prototype, log(prototypes) if each image has all of them equally
-    teacher/prototype_usage  share of prototypes that are the nearest of some image, of the largest possible number
+    teacher/prototype_usage  prototypes that are the nearest of some image, as a share of the largest possible number
     features/rank            effective rank of the CLS features: exp of the entropy of the singular values (RankMe,
                              Garrido et al. 2023, arXiv:2210.02885), from 1 to the number of images or dimensions
     features/std             standard deviation of the normalised CLS features, times sqrt(dim): 0 if all are equal,
@@ -29,7 +29,7 @@ from streamtrain.ops.prototypes import TINY
 
 ENTROPY, USAGE, RANK, STD = "teacher/entropy", "teacher/prototype_usage", "features/rank", "features/std"
 _KEYS = {ENTROPY: "entropy", USAGE: "usage", RANK: "rank", STD: "std"}
-# a warning needs this many bad measurements in a row: a single one may be due to similar images
+# measurements in a row that cause a warning: a single one may be due to similar images
 IN_A_ROW = 3
 _LOW = {
     ENTROPY: "the teacher assigns each image to a single prototype, possibly the same for all",
@@ -42,7 +42,7 @@ _HIGH = "the teacher assigns each image to all prototypes equally"
 
 @dataclass(frozen=True)
 class CollapseMetrics:
-    """Statistics of one step's teacher by tag, equal on all ranks."""
+    """Statistics of the teacher at one step by tag, equal on all ranks."""
 
     values: dict[str, float]
     # position of each value between its lowest (0) and highest (1) possible value
@@ -51,9 +51,9 @@ class CollapseMetrics:
 
 @torch.no_grad()
 def measure_collapse(targets: Sequence[Targets], num_views: int, num_images: int, chunk_bytes: int) -> CollapseMetrics:
-    """Measure the teacher behind ``targets``, the micro-batches of a step, before it is updated; every rank calls this.
+    """Measure the teacher that computed ``targets``, one entry per micro-batch; every rank calls this.
 
-    It costs one sweep of the images' rows over the prototypes and one host sync.
+    Call it before the teacher is updated. It computes the images' logits once and has one host sync.
 
     Args:
         num_views: global crops per image.
@@ -62,7 +62,7 @@ def measure_collapse(targets: Sequence[Targets], num_views: int, num_images: int
     """
 
     def first_views(pieces: Sequence[Tensor | None]) -> Tensor | None:
-        """Rows of each image's first view, the same number on each rank; ``pieces`` are view-major micro-batches."""
+        """Return the rows of each image's first view, equally many on each rank, from view-major micro-batches."""
         views = [piece[: len(piece) // num_views] for piece in pieces if piece is not None]
         return torch.cat(views)[: -(-num_images // world_size())] if views else None
 
@@ -86,7 +86,7 @@ def measure_collapse(targets: Sequence[Targets], num_views: int, num_images: int
 
 
 class CollapseDetector:
-    """Warns if measurements leave the bounds of ``monitor.collapse``; every rank gets the same ones."""
+    """Warns of metrics outside the bounds of ``monitor.collapse``, in the same way on all ranks."""
 
     def __init__(self, config: CollapseConfig) -> None:
         self._start = config.start
@@ -101,10 +101,10 @@ class CollapseDetector:
         self._was_good: set[str] = set()
 
     def warnings(self, step: int, metrics: CollapseMetrics) -> Iterator[str]:
-        """Yield a warning for each tag whose third bad measurement in a row is that of ``step``.
+        """Yield a warning for each tag that is out of bounds for the third time in a row.
 
-        At initialisation the features of all images are nearly equal, so that before ``monitor.collapse.start`` only
-        the tags that were within their bounds once are judged.
+        At initialisation all features are nearly equal, so before ``monitor.collapse.start`` a tag counts only after
+        it has been within its bounds.
         """
         for tag, share in metrics.shares.items():
             low, high = self._bounds[tag]
@@ -159,7 +159,6 @@ def assignment_statistics(
 
 
 def _shares(values: dict[str, float], images: int, dim: int, num_prototypes: int) -> dict[str, float]:
-    """Return the position of each value between its lowest (0) and highest (1) possible value."""
     shares = {STD: values[STD]}
     if (most := min(images, dim)) > 1:
         shares[RANK] = (values[RANK] - 1) / (most - 1)

@@ -1,4 +1,4 @@
-"""End a process whose training makes no progress, and write every thread's stack to the run folder.
+"""End a process whose training makes no progress, and write every thread's stack to the run directory.
 
     stacks/2026-03-01T14-05-59-rank-00003.txt
 """
@@ -26,15 +26,10 @@ Item = TypeVar("Item")
 
 
 class HangDetector:
-    """Monitors a ``with`` block from its own thread; if the block raises, the stacks are written as well.
-
-    Args:
-        run_dir: the run folder.
-        rank: of this process.
-        seconds: time without progress after which the process ends; 0: never.
-    """
+    """Monitors a ``with`` block from its own thread; if the block raises, the stacks are written as well."""
 
     def __init__(self, run_dir: Path, rank: int, seconds: float) -> None:
+        """``seconds``: time without progress after which the process ends; 0: never."""
         self._run_dir, self._rank, self._seconds = run_dir, rank, seconds
         self._last = time.monotonic()
         self._closed = threading.Event()
@@ -70,13 +65,13 @@ class HangDetector:
 
     def _run(self) -> None:
         while not self._closed.wait(min(self._seconds / 10, 10.0)):
-            # A call that never returns may hold the interpreter's lock, so that this thread cannot run either: then a
-            # C thread of faulthandler writes the stacks to stderr and ends the process.
+            # If a call never returns and holds the GIL, this thread cannot run either: then a C thread of faulthandler
+            # writes the stacks to stderr and ends the process.
             faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
             if time.monotonic() - self._last > self._seconds:
                 reason = f"rank {self._rank} made no progress for {self._seconds:g} s (engine.hang_timeout_seconds)"
                 path = self._dump(reason + "\n")
-                # not the log: the thread that hangs may hold its lock
+                # not through the log, whose lock the hanging thread may hold
                 print(f"error: {reason}; the stacks of its threads are in {path}", file=sys.stderr, flush=True)
                 os._exit(EXIT_HUNG)
         faulthandler.cancel_dump_traceback_later()

@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite: the engine skips them, this module records them and ends a bad run.
+"""Steps with a non-finite loss or gradient: the engine skips them, this module records them and ends a diverged run.
 
-    anomalies/step-000000123.json   one such step: slots, losses and statistics of each micro-batch, suspect images
+    anomalies/step-000000123.json   slots, losses and statistics of each micro-batch, and the suspect images
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NonFiniteSteps:
     """Counts non-finite steps and writes a record of each.
 
     Attributes:
-        skipped: number of such steps since the start of the run, resumed starts included.
+        skipped: number of such steps since step 0, across resumes.
     """
 
     def __init__(self, run_dir: Path, max_in_a_row: int, start_step: int, skipped: int) -> None:
@@ -59,7 +59,7 @@ class NonFiniteSteps:
         """Write the record of a non-finite step and return a warning; every rank calls this.
 
         Args:
-            batches, features, losses: of this rank, one entry per micro-batch.
+            batches, features, losses: this rank's, one entry per micro-batch.
             metrics: of the step, by tag.
             describe_images: returns the shard and key of the image at each slot.
         """
@@ -98,11 +98,7 @@ class NonFiniteSteps:
         return f"{message}; see {path}"
 
     def raise_if_diverged(self, step: int) -> None:
-        """End the run if there were too many non-finite steps in a row up to ``step``.
-
-        Raises:
-            DivergedError: if so; names the last good checkpoint.
-        """
+        """Raise DivergedError if ``step`` completes ``run.max_bad_steps`` non-finite steps in a row."""
         if self._in_a_row < self._max_in_a_row:
             return
         raise DivergedError(
@@ -112,13 +108,10 @@ class NonFiniteSteps:
         )
 
     def check_weights(self, step: int, is_finite: bool, device: torch.device) -> None:
-        """Check the weights after ``step`` before they are saved; every rank calls this.
+        """Raise DivergedError on all ranks unless all weights to save after ``step`` are finite.
 
         Args:
-            is_finite: whether the weights of this rank are finite.
-
-        Raises:
-            DivergedError: if those of any rank are not; names the last good checkpoint.
+            is_finite: whether this rank's weights are finite.
         """
         flag = torch.tensor([float(is_finite)], device=device)
         dist.all_reduce(flag, dist.ReduceOp.MIN)
@@ -130,7 +123,6 @@ class NonFiniteSteps:
             )
 
     def _last_good_checkpoint(self) -> str:
-        """Name the last checkpoint before the non-finite steps."""
         steps = [step for step in saved_steps(self._run_dir) if step <= self._last_good]
         if not steps:
             return "there is no checkpoint"
@@ -139,7 +131,7 @@ class NonFiniteSteps:
 
 @contextmanager
 def _log_failure(step: int) -> Iterator[None]:
-    """Log an exception instead of raising it: the other ranks wait for this one in the next collective."""
+    """Log an exception instead of raising it, because the other ranks wait in the next collective."""
     try:
         yield
     except Exception:
@@ -176,7 +168,6 @@ def _crop_statistics(crops: Tensor) -> dict[str, Any]:
 
 
 def _row_statistics(features: Tensor) -> dict[str, Any]:
-    """Return statistics of the rows of ``features [N, d]``."""
     norms = torch.linalg.vector_norm(features.float(), dim=1)
     finite = norms[norms.isfinite()]
     return {
@@ -187,5 +178,5 @@ def _row_statistics(features: Tensor) -> dict[str, Any]:
 
 
 def _json_number(value: float) -> float | str:
-    """Return ``value`` if JSON can hold it, else ``nan``, ``inf`` or ``-inf``."""
+    """Return ``value`` if it is finite, else the string ``nan``, ``inf`` or ``-inf``."""
     return value if math.isfinite(value) else str(value)

@@ -6,11 +6,11 @@ import math
 from collections import deque
 from statistics import median
 
-# below this number of values a median says little
+# values needed for a meaningful median
 MIN_VALUES = 20
 # standard deviation of a normal distribution in units of its median absolute deviation
 _SIGMA = 1.4826
-# differences below this share of the median are not significant, however constant the preceding values are
+# smallest standard deviation, as a share of the median
 _RESOLUTION = 1e-3
 
 
@@ -18,7 +18,7 @@ class SpikeDetector:
     """Finds values far above the median of the preceding values."""
 
     def __init__(self, window: int, threshold: float) -> None:
-        """``window``: preceding values compared with; 0 disables it. ``threshold``: in robust standard deviations."""
+        """``window``: number of preceding values, 0: off; ``threshold``: in robust standard deviations."""
         self._values: deque[float] = deque(maxlen=window)
         self._threshold = threshold
         self._is_above = False
@@ -26,8 +26,7 @@ class SpikeDetector:
     def add(self, step: int, value: float) -> tuple[float | None, str | None]:
         """Return the z-score of the loss of ``step`` and a warning.
 
-        The score is None while there are too few values; the warning is None except at the first of several high
-        values in a row.
+        The score is None while there are too few values. Of several high values in a row, only the first has a warning.
         """
         score = None
         if math.isfinite(value):

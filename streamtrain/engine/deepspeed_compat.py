@@ -1,9 +1,9 @@
-"""DeepSpeed's private names: this is the only module that uses them, each with its reason.
+"""The only module that uses DeepSpeed's private names, each with its reason.
 
-A release of DeepSpeed may rename any of them. An unknown version or a missing name raises a one-line ConfigError before
-the first step. ``tests/engine/test_deepspeed_compat.py`` trains with the oldest and the newest supported version.
+A DeepSpeed release may rename any of them. An unsupported version or a missing name raises a one-line ConfigError
+before the first step. ``tests/engine/test_deepspeed_compat.py`` trains with the oldest and newest supported version.
 
-Nothing here imports DeepSpeed before it is needed, since it chooses its accelerator when it is imported.
+DeepSpeed is imported where it is used, because it chooses its accelerator at import.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _PARAMETER_NAMES = ("ds_shape", "ds_numel", "ds_tensor", "ds_status", "ds_persis
 
 
 def unsupported(reason: str) -> ConfigError:
-    """Return the error for a DeepSpeed that cannot be used."""
     import deepspeed
 
     return ConfigError(f"DeepSpeed {deepspeed.__version__} is not supported: {reason}; install deepspeed{SUPPORTED}")
@@ -58,13 +57,13 @@ def check_parameter(parameter: Parameter) -> None:
 
 
 def disable_shared_memory_all_reduce() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs at the first start; gloo works without it.
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs; gloo works without it.
 
-    A process that is killed while compiling leaves a lock file behind, and every later start waits for it forever.
+    A process killed while compiling leaves a lock file behind, on which every later start would wait forever.
     """
     import deepspeed
 
-    # DeepSpeed consults this table before it compiles an extension; there is no setting
+    # DeepSpeed checks this table before it compiles an extension; there is no setting
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -72,7 +71,7 @@ def cloned_world_group() -> torch.distributed.ProcessGroup:
     """Return the process group of DeepSpeed's own collectives, a clone of the world group."""
     import deepspeed
 
-    # there is no public access to it, and it has the default timeout
+    # no public name; it is created with the default timeout
     return deepspeed.utils.groups._clone_world_group()
 
 
@@ -160,7 +159,7 @@ class Stage3Optimizer:
     def use_gradient(self, group: int, gradient: Tensor) -> None:
         """Let the coming update of flat tensor ``group`` read ``gradient``."""
         self.flat_masters[group].grad = gradient
-        # as in the replaced method, which flattens this list into the gradient and releases it
+        # the replaced method flattens this list into the gradient and then releases it
         self._stage3.averaged_gradients[group] = None
 
     def replace_gradient_path(
@@ -176,7 +175,7 @@ class Stage3Optimizer:
             prepare: ``(group)``, called before a flat tensor is updated.
             clip: ``(group, norm)``, called after ``prepare``.
         """
-        # DeepSpeed has no hook here. Its methods copy, widen and scale all gradients about ten times a step.
+        # DeepSpeed has no hooks here
         self._stage3.partition_grads = store_partitions
         self._stage3._get_norm_groups = norms
         self._stage3._prepare_fp32_grad_for_sub_group = prepare

@@ -1,4 +1,4 @@
-"""This rank's parts of parameters. Checkpoints use them too, so DeepSpeed is not imported here."""
+"""This rank's parts of parameters; checkpoints use them too, so DeepSpeed is not imported here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fragment:
         return cls(tuple(deepspeed_compat.full_shape(parameter)), start, min(start + numel, full), numel)
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
-        """Return ``[numel]``: the fragment of a parameter's full ``values``, padded with zeros; a view if unpadded."""
+        """Return this fragment of a parameter's full ``values``, ``[numel]``, zero-padded; a view if unpadded."""
         part = values.reshape(-1)[self.start : self.stop]
         padding = self.numel - part.numel()
         return torch.nn.functional.pad(part, (0, padding)) if padding else part

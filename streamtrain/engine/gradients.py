@@ -1,9 +1,9 @@
 """Gradients between the backward pass and the update: accumulation, norms and clipping, in place on this rank's shards.
 
-DeepSpeed 0.19 keeps a rank's gradients in one flat fp32 tensor but processes all of them about ten times a step: it
-copies them into a bucket and from there into another one, divides by the number of ranks, reduces, widens and copies
-them; for the update it widens them again, computes the norm, flattens them into new memory and scales them. Here each
-gradient is written to its final position, then read once for the norm and once for the update.
+DeepSpeed 0.19 keeps a rank's gradients in one flat fp32 tensor but reads or writes all of them about ten times a step:
+two bucket copies, division by the number of ranks, reduction, conversion to fp32 and a copy; for the update another
+conversion, the norm, flattening into new memory and scaling. Here each gradient is written to its final position, then
+read once for the norm and once for the update.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.nn import Parameter
 from streamtrain.engine.deepspeed_compat import Stage3Optimizer, shard_numel, unsupported
 from streamtrain.engine.optim import AdamW
 
-# squares are summed in fp32 (up to 1e19) within rows of this many values, and the sums of rows in fp64
+# squares are summed in fp32 within rows of this many values, and the row sums in fp64
 ROW = 2**14
 
 
 class FlatGradients:
     """This rank's gradient shards, fp32, summed over the micro-batches of a step.
 
-    Replaces methods of DeepSpeed's optimiser: storing a reduced gradient (with one rank: a complete one), computing the
-    norm, and preparing and clipping an update.
+    Replaces the methods of DeepSpeed's optimiser that store gradients, compute their norm, and prepare and clip an
+    update.
     """
 
     def __init__(self, stage3: Stage3Optimizer, adamw: AdamW) -> None:
-        """``adamw`` divides by the clipping factor while it reads the gradient anyway."""
+        """``adamw`` applies the clipping factor while it reads the gradient."""
         self._stage3, self._adamw = stage3, adamw
         flat = stage3.flat_gradients
         assert flat.dtype == torch.float32
@@ -48,12 +48,12 @@ class FlatGradients:
         )
 
     def finish_accumulation(self) -> None:
-        """Zero the gradients of parameters that took part in no micro-batch of the step."""
+        """Zero the gradients of parameters without a gradient in any micro-batch of the step."""
         if not self._present:
-            # without this check such a DeepSpeed would train on zeros
+            # otherwise training would continue with zero gradients
             raise unsupported("it does not call the methods that store gradients")
-        for number, shard in self._shards.items():
-            if number not in self._present:
+        for key, shard in self._shards.items():
+            if key not in self._present:
                 shard.zero_()
 
     def start_step(self) -> None:
@@ -68,31 +68,30 @@ class FlatGradients:
 
     @torch.no_grad()
     def _store_whole(self, parameter: Parameter) -> None:
-        """With one rank: store a complete gradient, which needs no reduction."""
+        """Store a complete gradient, which needs no reduction on a single rank."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         self._add(parameter, self._shards[id(parameter)].view_as(gradient), gradient)
 
     @torch.no_grad()
     def _store_partitions(self, parameters: Iterable[Parameter], partitions: Iterable[Tensor]) -> None:
-        """With several ranks: store this rank's partitions of the averaged gradients."""
+        """Store this rank's partitions of the averaged gradients."""
         for parameter, partition in zip(parameters, partitions, strict=True):
             whole, parameter.grad = parameter.grad, None
             if whole is not None and whole.is_cuda:
                 # the reduce stream, which is current here, may still read memory that another stream would reuse
                 whole.record_stream(torch.cuda.current_stream())
             shard = self._shards[id(parameter)]
-            # padding, which may be non-finite after a skipped step
+            # zero the padding, which may be non-finite after a skipped step
             shard[len(partition) :].zero_()
             self._add(parameter, shard[: len(partition)], partition)
 
     def _add(self, parameter: Parameter, shard: Tensor, gradient: Tensor) -> None:
-        number = id(parameter)
-        if number in self._present:
+        if id(parameter) in self._present:
             shard.add_(gradient)
         else:
             shard.copy_(gradient)
-            self._present.add(number)
+            self._present.add(id(parameter))
 
     def _norms(self) -> list[Tensor]:
         """Return the L2 norm of the gradient over all ranks; -1, DeepSpeed's convention, if it is non-finite."""
@@ -109,8 +108,8 @@ class FlatGradients:
 class ModuleClipping:
     """Clips the gradient of each module (the backbone, each head) to a norm of at most ``limit``, on shards.
 
-    Each rank passes its shards of the gradients, already averaged over ranks and micro-batches. The squared norms of
-    all modules travel in one small all-reduce. DeepSpeed's own clipping must be off.
+    Each rank passes its shards of the gradients, already averaged over ranks and micro-batches. One all-reduce sums
+    the squared norms of all modules. DeepSpeed's own clipping must be off.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], limit: float) -> None:

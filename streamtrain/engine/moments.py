@@ -1,8 +1,8 @@
 """Storage of AdamW's two moments: on the device (fp32 or 8-bit), in host memory, or in files.
 
-The update is the same arithmetic on the device in every case; a store loads a chunk of fp32 moments for it and stores
-the chunk afterwards. A slow store costs little where it is needed: on few devices an optimiser step, which uses it
-once, has many micro-batches.
+The update always runs on the device with the same arithmetic: a store loads a chunk of fp32 moments and stores it
+afterwards, once per optimiser step. Offloading costs little where it is needed, because with few devices an optimiser
+step has many micro-batches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamtrain.errors import ConfigError
 KEYS = ("exp_avg", "exp_avg_sq")
 # values loaded at a time
 CHUNK = 16 * 2**20
-# smaller, because the search for the nearest code needs several 64-bit temporaries per value
+# smaller, because the nearest-code search needs several 64-bit temporaries per value
 EIGHT_BIT_CHUNK = 4 * 2**20
 # values that share one scale
 BLOCK = 256
@@ -31,7 +31,7 @@ BLOCK = 256
 class Moments(ABC):
     """Both moments of one flat parameter of ``numel`` values, initially zero."""
 
-    # values that an update loads at a time; 0: all
+    # values loaded at a time; 0: all
     chunk: int = CHUNK
 
     def __init__(self, numel: int, device: torch.device) -> None:
@@ -97,7 +97,7 @@ class TensorMoments(Moments):
 class EightBitMoments(Moments):
     """8-bit codes and one fp32 scale per block, on the device (Dettmers et al. 2022), with torchao's code maps.
 
-    The tensors are padded to whole blocks, so that every value is quantised, whatever the size.
+    The tensors are padded to whole blocks, so that tensors of any size are quantised.
     """
 
     chunk = EIGHT_BIT_CHUNK
@@ -124,8 +124,8 @@ class EightBitMoments(Moments):
 
         table = self.maps[key]
         padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
-        # The signed map reaches 1 but not -1. Scale so that the extreme of either sign gets the code at its end:
-        # then storing unchanged loaded values, as after reading a checkpoint, changes nothing.
+        # The signed map reaches 1 but not -1. Scale so that the extreme of either sign gets the last code of that sign:
+        # then loading and storing again, as with a checkpoint, changes nothing.
         scale = torch.maximum(padded.amax(1) / table[-1], padded.amin(1) / table[0].clamp_max(-1e-3)).clamp_min(1e-30)
         blocks = slice(start // BLOCK, start // BLOCK + len(scale))
         self.codes[key].view(-1, BLOCK)[blocks] = quantize_8bit_with_qmap(padded / scale[:, None], table)
@@ -143,7 +143,7 @@ class FileMoments(Moments):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.files = {}
         for key in KEYS:
-            # truncate a file of an earlier run; unwritten parts of the new one read as zeros
+            # truncate an earlier run's file; unwritten parts of the new one read as zeros
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
             self.files[key] = os.open(path.with_name(f"{path.name}.{key}"), flags, 0o644)
             os.truncate(self.files[key], 4 * numel)

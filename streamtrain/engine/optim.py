@@ -27,10 +27,7 @@ def parameter_groups(
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with configurable storage of its moments.
-
-    Set the learning rate and weight decay before each step (``set_rates``).
-    """
+    """AdamW (Loshchilov & Hutter 2019) with configurable moment storage; call ``set_rates`` before each step."""
 
     def __init__(
         self, groups: list[dict[str, Any]], config: OptimConfig, make_moments: Callable[[Tensor], Moments]
@@ -65,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
                 for part, (first, second) in moments.staged():
                     adamw(
                         [parameter[part]], [parameter.grad[part]], [first], [second], [],
-                        # a copy, because each call increments it
+                        # a copy, because each call increments its argument
                         [step.clone()],
                         grad_scale=self.divisor, fused=True, amsgrad=False, maximize=False, lr=group["lr"],
                         beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
@@ -77,7 +74,7 @@ class AdamW(torch.optim.Optimizer):
 def set_rates(
     groups: list[dict[str, Any]], lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False
 ) -> None:
-    """Set the learning rate and weight decay of every group for the coming step."""
+    """Set the learning rate and weight decay of every group for the next step."""
     for group in groups:
         rule: GroupRule = group["rule"]
         frozen = (rule.last_layer and last_layer_frozen) or (rule.backbone and backbone_frozen)

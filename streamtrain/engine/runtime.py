@@ -22,8 +22,8 @@ from streamtrain.ops.cpu.features import multiplies_bf16
 if TYPE_CHECKING:
     import torch
 
-# DeepSpeed's warnings about intended choices: dataclasses are passed to modules because its hooks only look into tuples
-# and dicts; and the optimiser is streamtrain's own.
+# DeepSpeed warnings about intended choices: modules take dataclasses, which its hooks do not look into, and the
+# optimiser is not one of DeepSpeed's.
 EXPECTED_WARNINGS = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
 
 
@@ -40,12 +40,12 @@ class Launch:
     def from_environment(cls) -> Launch:
         """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``; without them this is the only rank."""
         if "RANK" not in os.environ:
-            # init_distributed reads these variables; with one rank any free port will do
+            # init_distributed reads these variables
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                alone: dict[str, object] = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-                alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-            os.environ.update({key: str(value) for key, value in alone.items()})
+                variables: dict[str, object] = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+            os.environ.update({key: str(value) for key, value in variables.items()})
         world_size = int(os.environ["WORLD_SIZE"])
         # DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
         local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
@@ -79,7 +79,7 @@ class Runtime:
 
     @property
     def description(self) -> dict[str, str]:
-        """Names of the device and the dtype, for people and for the report of a run."""
+        """Names of the device and the dtype, for logs and reports."""
         import torch
 
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu"
@@ -87,7 +87,7 @@ class Runtime:
 
 
 def choose_accelerator(config: EngineConfig, launch: Launch) -> str:
-    """Return ``cuda`` or ``cpu``; call it before DeepSpeed is imported, which reads ``DS_ACCELERATOR`` at that time.
+    """Return ``cuda`` or ``cpu``; call it before importing DeepSpeed, which reads ``DS_ACCELERATOR`` at import.
 
     Raises:
         ConfigError: if the requested device is not available.
@@ -107,7 +107,7 @@ def choose_accelerator(config: EngineConfig, launch: Launch) -> str:
 
 @contextmanager
 def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
-    """Join the process group, and leave it when the ``with`` block ends without an error.
+    """Initialise the process group, and destroy it when the ``with`` block ends without an error.
 
     Raises:
         ConfigError: if the requested device is not available, or this DeepSpeed is not supported.
@@ -130,7 +130,7 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.utils.logger.addFilter(lambda record: not any(text in record.getMessage() for text in EXPECTED_WARNINGS))
     deepspeed_compat.disable_shared_memory_all_reduce()
-    # DeepSpeed calls two collectives by names that torch has deprecated, which a user cannot change
+    # DeepSpeed calls two collectives by deprecated names
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
     timeout = timedelta(seconds=config.collective_timeout_seconds)
@@ -143,7 +143,7 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
         yield Runtime(launch, device, dtype)
     finally:
         set_enabled(True)
-    # after an error the other ranks do not reach this point, and the launcher ends all of them
+    # not after an error: the other ranks would not get here, and the launcher ends all of them
     torch.distributed.destroy_process_group()
 
 

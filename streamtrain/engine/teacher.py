@@ -29,7 +29,7 @@ class ShardedNetwork:
         self._engine.eval()
         self.parameters = dict(module.named_parameters())
         for name, parameter in self.parameters.items():
-            # a parameter that every rank keeps whole would not follow writes to its shard
+            # a replicated parameter would not follow writes to its shard
             assert not deepspeed_compat.is_persistent(parameter), name
 
     @torch.no_grad()
@@ -42,7 +42,6 @@ class ShardedNetwork:
         return self("teacher_features", *inputs)
 
     def features(self, images: torch.Tensor) -> Any:
-        """Return ``SSLModel.features`` of images."""
         return self("features", images)
 
     def weight(self, name: str) -> ShardedWeight | None:
@@ -50,7 +49,7 @@ class ShardedNetwork:
         return ShardedWeight(self.parameters[name]) if name in self.parameters else None
 
     def gather_seconds(self) -> tuple[float, int]:
-        """Measure the gathering of one block from all ranks; returns the seconds and this rank's received bytes."""
+        """Time the all-gather of one block; returns the seconds and the bytes that this rank receives."""
         block = [value for name, value in self.parameters.items() if ".blocks.0." in name]
         shards = [shard_of(parameter) for parameter in block]
         self.release()
@@ -62,7 +61,7 @@ class ShardedNetwork:
         return seconds, sum(shard.nbytes for shard in shards) * (dist.get_world_size() - 1)
 
     def release(self) -> None:
-        """Release gathered parameters; call it before a shard is written, or the old values would be used."""
+        """Release gathered parameters; call it before writing a shard, or the old values would still be used."""
         deepspeed_compat.release_parameters(self._engine)
 
 
@@ -74,7 +73,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 class FrozenNetwork(ShardedNetwork):
-    """A teacher for distillation, or the Gram teacher; its values are stored in the run's dtype only."""
+    """A distillation or Gram teacher, stored in the run's dtype only."""
 
     def __init__(
         self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any]
@@ -92,15 +91,15 @@ class FrozenNetwork(ShardedNetwork):
     def shards(self) -> Iterator[tuple[str, Shard]]:
         """Iterate over the parameters' names with this rank's shards."""
         for name, parameter in self.parameters.items():
-            # bound now, because DeepSpeed may replace the tensor by another one with the same values
+            # bind the tensor now: DeepSpeed may replace it by another one with the same values
             yield name, Shard(self.fragments[name].numel, shard_of(parameter).detach)
 
 
 class Teacher(ShardedNetwork):
     """The EMA of the student's fp32 masters, updated shard by shard without communication.
 
-    The network is partitioned like the student. The EMA is fp32, one flat tensor for each of the student's; the network
-    computes from shards in its own dtype, which share the EMA's memory if that is fp32.
+    The network is partitioned like the student. The EMA is fp32, one flat tensor for each of the student's. The network
+    computes from shards in its own dtype; if that is fp32, they share the EMA's memory.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class Teacher(ShardedNetwork):
         return self._view(name)
 
     def shards(self) -> dict[str, Shard]:
-        """Return everything that a checkpoint keeps of this rank, by ``ema/name``."""
+        """Return this rank's shards for a checkpoint by ``ema/name``."""
         self._wait_for_copies()
         numels = {name: self._student.fragments[name].numel for name in self.parameters}
         return {f"ema/{name}": Shard(numel, partial(self._view, name)) for name, numel in numels.items()}

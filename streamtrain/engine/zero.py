@@ -34,8 +34,7 @@ SAMPLES_PER_PARAMETER = 4096
 class ShardedWeight:
     """Handle of a parameter that another module may gather for the duration of a ``with`` block.
 
-    Pass it in the place of a tensor: ZeRO-3's hooks replace tensor arguments by detached copies, which cannot be
-    gathered.
+    Pass it instead of the tensor: ZeRO-3's hooks replace tensor arguments by detached copies, which cannot be gathered.
     """
 
     def __init__(self, parameter: Parameter) -> None:
@@ -70,8 +69,8 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
         "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": block_numel if on_gpu else 0,
-        # Small parameters that every rank keeps whole would go stale in the teacher. Sharding them costs nothing, since
-        # a block is gathered in one piece.
+        # Replicated small parameters would go stale in the teacher; sharding them costs nothing, since a block is
+        # gathered in one piece.
         "stage3_param_persistence_threshold": 0,
     }
     settings: dict[str, Any] = {
@@ -113,7 +112,7 @@ class Student:
         self._engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
         self._stage3 = deepspeed_compat.Stage3Optimizer(optimizer)
         if runtime.dtype == torch.float32:
-            # the masters are the values; DeepSpeed would share them too, but it compares a device with a string
+            # Share memory between masters and values. DeepSpeed intends to, but compares a device with a string.
             for master, value in zip(self.master_groups, self._stage3.flat_values, strict=True):
                 master.data = value
         self._gradients = FlatGradients(self._stage3, self._adamw)
@@ -121,7 +120,7 @@ class Student:
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        # whether the coming step keeps samples of this rank's gradient shards, and the samples
+        # set ``sample_gradients`` to keep samples of this rank's gradient shards in the next step
         self.sample_gradients = False
         self.gradient_samples: dict[str, Tensor] = {}
         # scalars of the current step that must be finite
@@ -131,7 +130,7 @@ class Student:
         )
 
     def accumulate(self, *inputs: Any) -> dict[str, Tensor]:
-        """Run ``student_losses`` of the module on one micro-batch and its backward; returns the losses, detached."""
+        """Run ``student_losses`` and its backward on one micro-batch; returns the detached losses."""
         losses = self._engine("student_losses", *inputs)
         self._engine.backward(losses["total"])
         if self._engine.is_gradient_accumulation_boundary():
@@ -142,8 +141,8 @@ class Student:
     def step(self, before_update: Callable[[], None] = lambda: None) -> None:
         """Call after each ``accumulate``; the last call of an optimiser step applies the update.
 
-        If a loss or the gradient of any rank is non-finite, no rank applies it, and ``applied`` is False.
-        ``before_update`` is called before anything that a checkpoint contains is changed.
+        If a loss or the gradient of any rank is non-finite, no rank applies the update, and ``applied`` is False.
+        ``before_update`` is called before any value that checkpoints save is changed.
         """
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
@@ -152,8 +151,8 @@ class Student:
                 self.gradient_samples = sample_values((self._names[id(p)], gradient) for p, gradient in gradients)
             if self._clipping is not None:
                 self._must_be_finite.append(self._clipping.apply(gradients))
-            # The engine skips an update whose gradient norm is non-finite; all ranks reduce that norm and read it once.
-            # The other scalars travel with it: times 0 each is 0 if finite, else NaN.
+            # The engine skips the update if the gradient norm over all ranks is non-finite. Make it non-finite if one
+            # of these scalars is, without another reduction or host sync: 0 times a non-finite value is NaN.
             gradients[0][1][:1].add_(torch.stack(self._must_be_finite).sum() * 0)
             self._must_be_finite.clear()
             before_update()
@@ -163,13 +162,13 @@ class Student:
 
     @property
     def applied(self) -> bool:
-        """Whether the last optimiser step changed anything; the same on all ranks."""
+        """Whether the last optimiser step applied its update; the same on all ranks."""
         return bool(self._engine.was_step_applied())
 
     def set_rates(
         self, lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False
     ) -> None:
-        """Set the learning rate and weight decay of the coming optimiser step."""
+        """Set the learning rate and weight decay of the next optimiser step."""
         set_rates(self._stage3.param_groups, lr, weight_decay, last_layer_frozen, backbone_frozen)
 
     def gradient_norms(self) -> dict[str, float]:
@@ -197,11 +196,11 @@ class Student:
         return self._stage3.flat_masters
 
     def position(self, name: str) -> tuple[int, int, int]:
-        """Return which flat tensor holds this rank's fragment of parameter ``name``, its offset there, and its size."""
+        """Return the index of the flat tensor that holds this rank's fragment of ``name``, the offset and the size."""
         return self._stage3.position(self.parameters[name])
 
     def shards(self) -> dict[str, Shard]:
-        """Return everything that a checkpoint keeps of this rank, by ``kind/name``."""
+        """Return this rank's shards for a checkpoint by ``kind/name``: masters and moments."""
         shards = {}
         for name in self.parameters:
             group, offset, numel = self.position(name)
@@ -216,7 +215,7 @@ class Student:
     def write(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
         """Set masters, moments and low-precision values from ``read(kind/name, fragment) -> [numel]``.
 
-        ``optimizer_steps`` is the number of updates that the moments have seen; with 0 none are read.
+        ``optimizer_steps`` is the number of updates in the moments; if 0, no moments are read.
         """
         if optimizer_steps:
             for flat in self.master_groups:
@@ -235,7 +234,7 @@ class Student:
 
 
 def part_of(name: str) -> str:
-    """Return a parameter's histogram: ``embedding``, ``block_03``, ``norm``, ``patch_head``, ``patch_prototypes``."""
+    """Return the part of the network: ``embedding``, ``block_03``, ``norm``, ``patch_head``, ``patch_prototypes``."""
     head, _, rest = name.partition(".")
     if head != "backbone":
         return head.replace("_head", "_prototypes") if rest.startswith("prototypes") else head

@@ -1,4 +1,4 @@
-"""Frozen features of labelled images, and normalised pixels as a baseline."""
+"""Frozen features of labelled images, and normalised pixels as their baseline."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def extract_features(
 
     Args:
         model: the backbone, in eval mode.
-        size: side in pixels of the model's square input.
-        mean, std: of the channels, as in training.
+        size: side of the input in pixels.
+        mean, std: per channel, as in training.
         resize: shorter side in pixels before the centre crop; default: ``size``.
 
     Returns:
@@ -80,11 +80,10 @@ def pixel_features(
     std: Sequence[float],
     resize: int | None = None,
     batch_size: int = 256,
-    workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the normalised pixels as features: fp32 [N, 3 * size * size], and labels int64 [N]."""
-    batches = _read_crops(images, resize or size, size, batch_size, workers, progress)
+    batches = _read_crops(images, resize or size, size, batch_size, None, progress)
     parts = [normalise(crops, mean, std, torch.float32).flatten(1) for crops in batches]
     return torch.cat(parts), torch.from_numpy(images.labels)
 
@@ -92,7 +91,6 @@ def pixel_features(
 def _read_crops(
     images: LabelledImages, resize: int, size: int, batch_size: int, workers: int | None, progress: bool
 ) -> Iterator[Tensor]:
-    """Yield ``crop_batches`` with a progress bar."""
     assert resize >= size, (resize, size)
     threads = workers or min(os.cpu_count() or 1, 16)
     with progress_bar(f"reading {images.name}", len(images), "images", shown=progress) as bar:

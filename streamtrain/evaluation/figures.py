@@ -1,6 +1,6 @@
-"""Pages of images and maps, and line charts, drawn with matplotlib's object API on the Agg canvas.
+"""Pages of images and maps, and line charts, drawn with matplotlib on the Agg canvas.
 
-matplotlib is imported when the first figure is made, so that training starts without it.
+matplotlib is imported where it is used, so that training starts without it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito 2008: distinguishable with every kind of colour vision
+# distinguishable with every kind of colour vision (Okabe and Ito 2008)
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
 INK, SOFT_INK, GRID, RED = "#1c1e26", "#6e727e", "#e3e5ea", "#e61e28"
 COLOURS = "viridis"
-# of image pages, in pixels; one point of a figure is one pixel at DPI
+# sizes on image pages in pixels; at this DPI a point is a pixel
 DPI = 72
 MARGIN, GAP, CAPTION, TITLE_SIZE, TEXT_SIZE = 24, 14, 26, 24, 14
-# of charts: pixels per point, and the size of one chart in points
+# pixels per point in charts, and the size of one chart in points
 CHART_SCALE = 2
 CHART_WIDTH, CHART_HEIGHT = 420, 240
 
@@ -37,10 +37,10 @@ class Tile:
     Attributes:
         values: uint8 [h, w, 3], or a float map [h, w] that is drawn in viridis.
         size: drawn width and height in pixels.
-        caption: one line; cut with an ellipsis if it is wider than the tile.
-        limits: of a map, the values of the darkest and the lightest colour.
-        smooth: interpolate between the values (bicubic); otherwise each value is a flat rectangle.
-        marks: (row, column) of patches in ``grid`` that get a red cross.
+        caption: one line, cut to the width of the tile.
+        limits: values of a map's darkest and lightest colour.
+        smooth: interpolate between values (bicubic); otherwise each value is a flat rectangle.
+        marks: (row, column) of patches in ``grid`` to mark with a red cross.
         grid: (rows, columns) of patches in the image.
     """
 
@@ -55,14 +55,13 @@ class Tile:
 
 def photo(image: Image.Image, caption: str = "", marks: Sequence[tuple[int, int]] = (),
           grid: tuple[int, int] = (1, 1)) -> Tile:  # fmt: skip
-    """Return a tile of ``image`` in its own size."""
     return Tile(np.asarray(image), image.size, caption, marks=marks, grid=grid)
 
 
 def draw_page(
     title: str, subtitle: str, rows: Sequence[Sequence[Tile]], colour_label: str | None = None
 ) -> Image.Image:
-    """Draw a titled page of rows of tiles; with ``colour_label`` a colour bar stands below the first map."""
+    """Draw a titled page of rows of tiles; with ``colour_label``, a colour bar is below the first map."""
     heights = [max(tile.size[1] + (CAPTION if tile.caption else 0) for tile in row) for row in rows]
     widths = [sum(tile.size[0] for tile in row) + GAP * (len(row) - 1) for row in rows]
     inner = math.ceil(max(*widths, _text_width(title, TITLE_SIZE), _text_width(subtitle, TEXT_SIZE)))
@@ -115,8 +114,8 @@ def _draw_colour_bar(figure: Figure, corner: tuple[int, int], tile: Tile, label:
 
     left, top = corner[0] / page[0], 1 - corner[1] / page[1]
     width = max(min(tile.size[0], 480), _text_width(label, TEXT_SIZE)) / page[0]
-    place = figure.add_axes((left, top - 10 / page[1], width, 10 / page[1]))
-    bar = figure.colorbar(ScalarMappable(Normalize(*tile.limits), COLOURS), cax=place, orientation="horizontal")
+    axes = figure.add_axes((left, top - 10 / page[1], width, 10 / page[1]))
+    bar = figure.colorbar(ScalarMappable(Normalize(*tile.limits), COLOURS), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.set_label(label, color=SOFT_INK, fontsize=TEXT_SIZE - 1, labelpad=4)
     low, high = tile.limits
@@ -138,7 +137,7 @@ class Line:
 
 
 def read_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], tag: str) -> list[Line]:
-    """Return one line per run that logged ``tag``; ``runs`` holds the records of each run's ``metrics.jsonl``."""
+    """Return one line per run that logged ``tag``; ``runs``: records of ``metrics.jsonl`` by run name."""
     lines = []
     for name, records in runs.items():
         rows = [(record["step"], record[tag]) for record in records if tag in record]
@@ -155,23 +154,19 @@ def draw_charts(
     tags: Sequence[str],
     title: str = "",
     subtitle: str = "",
-    columns: int = 2,
 ) -> Image.Image | None:
-    """Draw one chart per tag with one line per run; None if no run logged any of the tags.
+    """Draw one chart per tag with one line per run, two charts in a row; None if no run logged any of the tags.
 
     Args:
-        runs: records of ``metrics.jsonl`` by the name of the run. Several runs get a legend.
+        runs: records of ``metrics.jsonl`` by run name; several runs get a legend.
         tags: in the order of the charts; tags without records are left out.
-        title: of the page; without one the charts fill the page.
-        subtitle: line below the title.
-        columns: charts side by side.
     """
     from matplotlib.lines import Line2D
 
     charts = [(tag, lines) for tag in tags if (lines := read_lines(runs, tag))]
     if not charts:
         return None
-    columns = min(columns, len(charts))
+    columns = min(2, len(charts))
     width = columns * CHART_WIDTH
     # beyond the palette, colours repeat with another dash
     dashes = ("-", "--", ":", "-.")
@@ -210,9 +205,9 @@ def draw_charts(
 
 
 def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the raw values faintly and their running mean on top; the last mean gets a dot.
+    """Draw the raw values faintly and their running mean on top, with a dot at its end.
 
-    The value axis spans the running means and the middle 98 % of the values, so a spike does not flatten the rest.
+    The value axis spans the running means and the middle 98 % of the values, so that a spike does not flatten the rest.
     """
     from matplotlib.colors import to_rgb
     from matplotlib.ticker import MaxNLocator
@@ -236,7 +231,7 @@ def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str
         return
     means = [running_mean(line.values) for line in lines]
     for line in lines:
-        # an opaque tint, since transparent lines of several runs blend to brown
+        # an opaque tint, because transparent lines of several runs would blend
         tint = tuple(0.72 + 0.28 * channel for channel in to_rgb(styles[line.name]["color"]))
         axes.plot(line.steps, line.values, color=tint, linewidth=1)
     for line, mean in zip(lines, means, strict=True):
@@ -249,7 +244,7 @@ def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a centred window of about a twentieth of the points; the window is cut at both ends."""
+    """Return the mean over a centred window of about a twentieth of the points, truncated at both ends."""
     half, index = len(values) // 40, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     start, stop = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))

@@ -1,4 +1,4 @@
-"""The labelled images for evaluation while training; imports no torch, so that a wrong path fails at once."""
+"""The labelled images for evaluation while training; torch-free, so that a wrong path is reported at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.tree import Config
 from streamtrain.evaluation.images import LabelledImages, images_of_set, match_classes, open_images, split_images
 
-# train images per test image
-TEST_SHARE = 4
+TRAIN_PER_TEST = 4
 _PURPOSE = "evaluation/held out"
 
 
@@ -33,41 +32,40 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
         ShardError, StreamtrainError: if a named set is missing or has no labels.
     """
     evaluation = config.evaluation
+    # train and test images
+    count = evaluation.images + evaluation.images // TRAIN_PER_TEST
     if evaluation.train is not None:
         train = open_images(Path(evaluation.train).expanduser())
         if evaluation.test is not None:
             test = match_classes(train, open_images(Path(evaluation.test).expanduser()))
             return HeldOut(
-                sample_images(train, evaluation.images), sample_images(test, evaluation.images // TEST_SHARE)
+                sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
             ), ""
-        return _split(sample_images(train, evaluation.images + evaluation.images // TEST_SHARE)), ""
+        return HeldOut(*split_images(sample_images(train, count))), ""
     if isinstance(shard_set, JoinedSet) or shard_set.is_remote:
         return None, "data.shards is not one local set"
-    indices = stratified_indices(shard_set.num_samples, evaluation.images + evaluation.images // TEST_SHARE)
-    images = images_of_set(shard_set, indices)
+    images = images_of_set(shard_set, stratified_indices(shard_set.num_samples, count))
     if (images.labels < 0).any() or len(set(images.labels.tolist())) < 2:
         return None, "data.shards has no labels"
-    return (_split(images), "") if len(images) > TEST_SHARE else (None, "data.shards has too few images")
+    if len(images) <= TRAIN_PER_TEST:
+        return None, "data.shards has too few images"
+    return HeldOut(*split_images(images)), ""
 
 
 def first_images(shard_set: AnySet, count: int) -> LabelledImages:
-    """Return a few images of a set, or of the first of several sets, labelled or not."""
+    """Return ``count`` images of a set, or of the first of several sets, labelled or not."""
     one: ShardSet = shard_set.members[0] if isinstance(shard_set, JoinedSet) else shard_set
     return images_of_set(one, stratified_indices(one.num_samples, count))
 
 
 def sample_images(images: LabelledImages, count: int) -> LabelledImages:
-    """Return at most ``count`` of the images, spread over all of them."""
+    """Return at most ``count`` of the images, evenly spread."""
     return images if len(images) <= count else images.subset(stratified_indices(len(images), count), images.name)
 
 
 def stratified_indices(total: int, count: int) -> np.ndarray:
-    """Return at most ``count`` ascending indices below ``total``, int64: one drawn from each of equal parts."""
+    """Return at most ``count`` ascending indices below ``total``, int64: one random index per stratum."""
     if total <= count:
         return np.arange(total)
     draws = uniforms(0, _PURPOSE, np.arange(count), 1)[:, 0]
     return np.unique(np.minimum(((np.arange(count) + draws) * (total / count)).astype(np.int64), total - 1))
-
-
-def _split(images: LabelledImages) -> HeldOut:
-    return HeldOut(*split_images(images))

@@ -44,7 +44,7 @@ class LabelledImages:
         """Return image ``index`` upright, in RGB.
 
         Raises:
-            StreamtrainError: if it cannot be decoded; names the image.
+            StreamtrainError: if it cannot be decoded.
         """
         try:
             return decode_image(*self.read(index))
@@ -54,11 +54,10 @@ class LabelledImages:
             return Image.new("RGB", (64, 64), (128, 128, 128))
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
-        """Return the images at ``indices``."""
         return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
 
     def lenient(self) -> LabelledImages:
-        """Return the same images, with a grey one instead of each that cannot be read or decoded."""
+        """Return the same images, with a grey image in place of each that cannot be read or decoded."""
         return replace(self, is_lenient=True)
 
 
@@ -70,7 +69,11 @@ def open_images(path: Path) -> LabelledImages:
     """
     if not path.is_dir():
         raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of class subfolders")
-    images = _open_shards(path) if (path / "manifest.json").is_file() else _open_folder(path)
+    if (path / "manifest.json").is_file():
+        shard_set = ShardSet.open(path)
+        images = images_of_set(shard_set, np.arange(shard_set.num_samples))
+    else:
+        images = _open_folder(path)
     unlabelled = int((images.labels < 0).sum())
     if unlabelled:
         raise StreamtrainError(
@@ -81,7 +84,7 @@ def open_images(path: Path) -> LabelledImages:
 
 
 def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """Split into train and test; the fifth that is test depends on the number of images only.
+    """Split into train and test; which fifth is the test set depends only on the number of images.
 
     Raises:
         StreamtrainError: if there are too few images to split.
@@ -125,18 +128,13 @@ def _open_folder(path: Path) -> LabelledImages:
     if not files:
         loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
         what = "images but no class subfolders" if loose else "no images in class subfolders, nor a manifest.json"
-        raise StreamtrainError(f"{path} has {what}: evaluation needs labels, one subfolder a class or a shard set")
+        raise StreamtrainError(f"{path} has {what}: evaluation needs one subfolder per class, or a shard set")
     return LabelledImages(
         str(path),
         np.array(labels, np.int64),
         tuple(classes),
         lambda i: (files[i].read_bytes(), str(files[i])),
     )
-
-
-def _open_shards(path: Path) -> LabelledImages:
-    shard_set = ShardSet.open(path)
-    return images_of_set(shard_set, np.arange(shard_set.num_samples))
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:

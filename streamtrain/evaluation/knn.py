@@ -1,7 +1,7 @@
 """Weighted nearest-neighbour classification of frozen features, exact and in bounded memory.
 
-The vote is that of Wu et al. 2018 (section 3.4) as used for DINO (Caron et al. 2021): cosine similarity, each of the
-k neighbours votes for its class with weight exp(similarity / temperature).
+As in Wu et al. 2018 (section 3.4) and DINO (Caron et al. 2021), each of the k neighbours votes for its class with
+weight exp(cosine similarity / temperature).
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28)
     Args:
         queries: [M, D].
         bank: [N, D]; N >= ``count``.
-        count: neighbours per query.
-        chunk_bytes: bytes of similarities in memory at a time.
+        chunk_bytes: similarities in memory at a time.
 
     Returns:
         similarities [M, count] and rows of the bank int64 [M, count].
@@ -78,13 +77,11 @@ def knn_predict(
 def knn_predict_over_ranks(
     train: Rows,
     test: Rows,
-    neighbours: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
     chunk_bytes: int = 2**28,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Predict as ``knn_predict`` with features spread over ranks; all ranks get all predictions and the labels.
+    """Predict like ``knn_predict`` from features spread over ranks; all ranks get all predictions and labels.
 
-    Each rank searches its own rows only; the few best of every rank are gathered and merged.
+    Each rank searches its own rows only; the best of every rank are gathered and merged.
     """
     is_image = train.labels >= 0
     bank, labels = F.normalize(train.features[is_image], dim=1), train.labels[is_image]
@@ -92,8 +89,8 @@ def knn_predict_over_ranks(
     expected = gather_rows(test.labels)
     queries, expected = queries[expected >= 0], expected[expected >= 0]
     classes = int(max_over_ranks(train.labels.max()[None])) + 1
-    most = max(neighbours)
-    predictions: dict[int, list[Tensor]] = {count: [] for count in neighbours}
+    most = max(NEIGHBOURS)
+    predictions: dict[int, list[Tensor]] = {count: [] for count in NEIGHBOURS}
     for part in queries.split(max(chunk_bytes // (24 * most * world_size()), 1)):
         similarities = part.new_full((most, len(part)), -torch.inf)
         found = torch.zeros(most, len(part), dtype=torch.int64, device=part.device)
@@ -102,7 +99,7 @@ def knn_predict_over_ranks(
             similarities[: values.shape[1]], found[: values.shape[1]] = values.T, labels[rows].T
         similarities, order = gather_rows(similarities).T.sort(dim=1, descending=True, stable=True)
         found = gather_rows(found).T.gather(1, order)
-        votes = _vote(similarities[:, :most], found[:, :most], classes, neighbours, temperature)
+        votes = _vote(similarities[:, :most], found[:, :most], classes, NEIGHBOURS, TEMPERATURE)
         for count, guess in votes.items():
             predictions[count].append(guess)
     return {count: torch.cat(parts) for count, parts in predictions.items()}, expected
@@ -129,8 +126,7 @@ def knn_accuracy(
     test_labels: Tensor,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-    chunk_bytes: int = 2**28,
 ) -> dict[int, float]:
     """Return the accuracy for each number of neighbours."""
-    predictions = knn_predict(train_features, train_labels, test_features, neighbours, temperature, chunk_bytes)
+    predictions = knn_predict(train_features, train_labels, test_features, neighbours, temperature)
     return {count: float((guess == test_labels).double().mean()) for count, guess in predictions.items()}

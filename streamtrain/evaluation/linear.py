@@ -1,8 +1,8 @@
-"""Linear probe on frozen features: all learning rates in one training, the best chosen on held-out training data."""
+"""Linear probe on frozen features: all learning rates trained together, the best chosen on held-out training data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from shards.randomness import permutation
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT_SHARE = 0.1
 EPOCHS = 60
+BATCH_SIZE = 1024
 _PURPOSE = "evaluation/linear"
 
 
@@ -30,39 +31,34 @@ def linear_accuracy(
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
-    learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = EPOCHS,
-    batch_size: int = 1024,
-    seed: int = 0,
     report: Callable[[int], object] | None = None,
 ) -> LinearResult:
     """Train linear classifiers by SGD with momentum and a cosine schedule, and return the test accuracy of the best.
 
-    A tenth of the training data, never of the test data, chooses the learning rate. Features are standardised by the
-    mean and deviation of the training data, so that one grid of learning rates suits every network.
+    The learning rate is chosen on a held-out tenth of the training data. Features are standardised by the mean and
+    deviation of the training data, so that one grid of learning rates suits every network.
 
     Args:
         train_features, test_features: fp32 [N, D], [M, D].
         train_labels, test_labels: int64 [N], [M].
-        learning_rates: one classifier per value, all trained together.
-        epochs, batch_size, seed: of the training.
-        report: called after each epoch with the number of epochs done.
+        report: called after each epoch with the number of completed epochs.
     """
     mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
-    order = torch.from_numpy(permutation(seed, _PURPOSE, len(train), 0)).to(train.device)
+    order = torch.from_numpy(permutation(0, _PURPOSE, len(train), 0)).to(train.device)
     num_held = max(int(len(train) * HELD_OUT_SHARE), 1)
     held, kept = order[:num_held], order[num_held:]
     num_classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
 
-    weight = train.new_zeros(len(learning_rates), train.shape[1], num_classes)
-    bias = train.new_zeros(len(learning_rates), 1, num_classes)
+    weight = train.new_zeros(len(LEARNING_RATES), train.shape[1], num_classes)
+    bias = train.new_zeros(len(LEARNING_RATES), 1, num_classes)
     state = [(value, torch.zeros_like(value)) for value in (weight, bias)]
-    rates = train.new_tensor(learning_rates).reshape(-1, 1, 1)
-    batches = -(-len(kept) // batch_size)
+    rates = train.new_tensor(LEARNING_RATES).reshape(-1, 1, 1)
+    batches = -(-len(kept) // BATCH_SIZE)
     for epoch in range(epochs):
-        shuffled = kept[torch.from_numpy(permutation(seed, _PURPOSE, len(kept), epoch + 1)).to(train.device)]
-        for index, rows in enumerate(shuffled.split(batch_size)):
+        shuffled = kept[torch.from_numpy(permutation(0, _PURPOSE, len(kept), epoch + 1)).to(train.device)]
+        for index, rows in enumerate(shuffled.split(BATCH_SIZE)):
             progress = (epoch * batches + index) / (epochs * batches)
             scale = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi))).item()
             features = train[rows]
@@ -78,11 +74,11 @@ def linear_accuracy(
     scores = _accuracies(train[held], train_labels[held], weight, bias)
     best = int(scores.argmax())
     accuracy = float(_accuracies(test, test_labels, weight[best : best + 1], bias[best : best + 1])[0])
-    return LinearResult(accuracy, learning_rates[best])
+    return LinearResult(accuracy, LEARNING_RATES[best])
 
 
 def _accuracies(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the accuracies [G] of the G classifiers, in chunks of bounded memory."""
+    """Return the accuracies [G] of the G classifiers."""
     right = torch.zeros(len(weight), dtype=torch.float64, device=features.device)
     for part, expected in zip(features.split(4096), labels.split(4096), strict=True):
         right += ((part @ weight + bias).argmax(-1) == expected).double().sum(-1)

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features with scikit-learn: convex, so the result does not depend on the training."""
+"""Logistic regression on frozen features with scikit-learn; the problem is convex, so no schedule needs tuning."""
 
 from __future__ import annotations
 
@@ -32,19 +32,17 @@ def logistic_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     penalties: Sequence[float] = PENALTIES,
-    seed: int = 0,
     report: Callable[[int], object] | None = None,
 ) -> LogisticResult:
     """Fit L2-regularised multinomial regression on standardised features and return its test accuracy.
 
-    A tenth of the training data, never of the test data, chooses among ``penalties``; the final fit uses all of it.
+    The penalty is chosen on a held-out tenth of the training data; the final fit uses all training data.
 
     Args:
         train_features, test_features: fp32 [N, D], [M, D]; standardised by the mean and deviation of the former.
         train_labels, test_labels: int64 [N], [M].
-        penalties: values of C to try, each fit starting from the result of the next smaller one.
-        seed: of the held-out part.
-        report: called with the number of fits done, after each; ``len(penalties) + 1`` in all.
+        penalties: values of C to try, each fit starting from the next smaller one's result.
+        report: called after each of the ``len(penalties) + 1`` fits with the number of completed ones.
 
     Raises:
         StreamtrainError: if scikit-learn is not installed, or the training data has a single class.
@@ -57,7 +55,7 @@ def logistic_accuracy(
     mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
     train, test = (((part - mean) / deviation).double().cpu().numpy() for part in (train_features, test_features))
     labels, test_labels_array = train_labels.cpu().numpy(), test_labels.cpu().numpy()
-    order = permutation(seed, _PURPOSE, len(train), 0)
+    order = permutation(0, _PURPOSE, len(train), 0)
     num_held = max(int(len(train) * HELD_OUT_SHARE), 1)
     held, kept = order[:num_held], order[num_held:]
     if len(np.unique(labels[kept])) < 2:
@@ -65,7 +63,7 @@ def logistic_accuracy(
     scores = []
     regression = LogisticRegression(warm_start=True, max_iter=1000)
     with warnings.catch_warnings():
-        # close to separable data converges slowly with little regularisation; the accuracy is final long before
+        # nearly separable data with little regularisation converges slowly; the accuracy is final long before
         warnings.simplefilter("ignore", ConvergenceWarning)
         for index, penalty in enumerate(sorted(penalties)):
             regression.set_params(C=penalty).fit(train[kept], labels[kept])

@@ -38,7 +38,7 @@ def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[
     Args:
         model: in eval mode.
         image: RGB; both sides multiples of the patch size.
-        mean, std: of the channels, as in training.
+        mean, std: per channel, as in training.
     """
     patches = model.forward_features(_to_input(model, image, mean, std)).patches[0].float()
     grid = (image.height // model.patch_size, image.width // model.patch_size)
@@ -51,8 +51,7 @@ def cls_attention(
 ) -> np.ndarray:
     """Return the CLS token's attention to the patches in the last block: float32 [heads, h, w].
 
-    Each head's map sums to the share of its attention that goes to patches; the rest goes to CLS and registers.
-    The arguments are the same as for ``patch_features``.
+    Each head's map sums to less than 1; the rest of its attention goes to CLS and registers.
     """
     inputs = _to_input(model, image, mean, std)
     layout, tokens = model.layout([inputs]), model.embedding([inputs], [None])
@@ -76,7 +75,7 @@ def cls_attention(
 
 
 def _to_input(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the image as a normalised batch of one [1, 3, height, width] on the model's device, in its precision."""
+    """Return the normalised image [1, 3, height, width] on the model's device, in its precision."""
     parameter = next(model.parameters())
     pixels = torch.from_numpy(np.array(image)).unsqueeze(0).to(parameter.device)
     return normalise(pixels, mean, std, parameter.dtype)
@@ -108,8 +107,8 @@ def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[
 def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
     """Return the first ``count`` principal components of the patches of all images together.
 
-    The middle 96 % of the values of each component are scaled to 0..1. The sign of a component is chosen such that its
-    longer tail is bright, so that the picture does not depend on the sign of the eigenvector.
+    The middle 96 % of each component's values are scaled to 0..1. Its sign is chosen such that the longer tail is
+    bright, so that the picture does not depend on the sign of the eigenvector.
 
     Args:
         features: [h_i, w_i, D] for each image; at least ``count`` patches in all.
@@ -130,8 +129,8 @@ def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.
     ]
 
 
-def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np.ndarray]:
-    """Return the principal components of the foreground patches only; background patches are black.
+def foreground_components(features: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return the first three principal components of the foreground patches; background patches are black.
 
     The first component over all patches is split at the threshold with the largest variance between the two sides
     (Otsu 1979). The foreground is the side with the smaller share of the images' borders.
@@ -140,7 +139,7 @@ def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np
         features: [h_i, w_i, D] for each image.
 
     Returns:
-        float32 [h_i, w_i, count] in 0..1 for each image.
+        float32 [h_i, w_i, 3] in 0..1 for each image.
     """
     first = [component[..., 0] for component in principal_components(features, 1)]
     threshold = _otsu(np.concatenate([component.ravel() for component in first]))
@@ -149,14 +148,14 @@ def foreground_components(features: Sequence[Tensor], count: int = 3) -> list[np
     if borders.mean() > np.concatenate([mask.ravel() for mask in bright]).mean():
         bright = [~mask for mask in bright]
     kept = [feature[torch.from_numpy(mask)] for feature, mask in zip(features, bright, strict=True)]
-    if sum(map(len, kept)) < count:
-        return principal_components(features, count)
+    if sum(map(len, kept)) < 3:
+        return principal_components(features)
     # all foreground patches as one image with a single row
-    (colours,) = principal_components([torch.cat(kept)[None]], count)
+    (colours,) = principal_components([torch.cat(kept)[None]])
     pieces = np.split(colours[0], np.cumsum([len(part) for part in kept])[:-1])
     maps = []
     for mask, piece in zip(bright, pieces, strict=True):
-        painted = np.zeros((*mask.shape, count), np.float32)
+        painted = np.zeros((*mask.shape, 3), np.float32)
         painted[mask] = piece
         maps.append(painted)
     return maps

@@ -33,7 +33,7 @@ SHOWN, THUMBNAIL = 400, 32
 
 # uint8 [images, side, side, 3] to features; a collective call of all ranks
 Embed = Callable[[Tensor], Features]
-# passes items on and resets the watchdog at each
+# yields the items of an iterable unchanged and marks progress at each
 KeepAlive = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 
 
@@ -52,18 +52,16 @@ class Study:
 
     @cached_property
     def train(self) -> Rows:
-        """Return the features of the train images."""
         assert self.images is not None
         return self._rows(self.images.train)
 
     @cached_property
     def test(self) -> Rows:
-        """Return the features of the test images."""
         assert self.images is not None
         return self._rows(self.images.test)
 
     def own(self, images: LabelledImages) -> LabelledImages:
-        """Return this rank's part; the last image is repeated so that all parts have the same length."""
+        """Return this rank's part of the images; the last image is repeated so that all parts are equally long."""
         count = -(-len(images) // self.world_size)
         indices = self.rank + self.world_size * np.arange(count)
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
@@ -83,13 +81,13 @@ class Study:
 
 
 class Evaluator(Protocol):
-    """A measurement of a network: called by all ranks, returns the same values on all."""
+    """A measurement of the network, called by all ranks; returns the same values on all."""
 
     def __call__(self, study: Study) -> dict[str, float]: ...
 
 
 def knn(study: Study) -> dict[str, float]:
-    """Return the accuracy of weighted nearest neighbours."""
+    """Return the kNN accuracy for each number of neighbours."""
     predictions, expected = knn_predict_over_ranks(study.train, study.test)
     return {f"knn_{count}": float((guess == expected).double().mean()) for count, guess in predictions.items()}
 
@@ -112,7 +110,7 @@ def linear(study: Study) -> dict[str, float]:
 
 
 def patches(study: Study) -> dict[str, float]:
-    """Return the share of patches of a second view whose nearest neighbour is their origin."""
+    """Return the share of patches of a second view that are matched to their origin."""
     assert study.images is not None
     few = study.own(study.images.test)
     counts = torch.zeros(2, dtype=torch.float64, device=study.device)
@@ -124,7 +122,7 @@ def patches(study: Study) -> dict[str, float]:
     return {"patch_retrieval": right / total}
 
 
-# by the names of evaluation.evaluators
+# by their names in evaluation.evaluators
 EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": patches}
 
 
@@ -134,7 +132,7 @@ class OnlineEvaluation:
     def __init__(
         self, config: Config, images: HeldOut | None, rank: int, world_size: int, device: torch.device, workers: int
     ) -> None:
-        """``images``: None if there are none, so that nothing is evaluated."""
+        """``images``: None disables the evaluation."""
         self._config, self._images = config, images
         self._rank, self._world_size, self._device, self._workers = rank, world_size, device, workers
         self._began, self._seconds, self._max_share = time.monotonic(), 0.0, config.evaluation.max_share
@@ -142,14 +140,11 @@ class OnlineEvaluation:
 
     @property
     def share(self) -> float:
-        """Return the share of the time since the start that evaluation has taken."""
+        """Share of the time since the start that evaluation has taken."""
         return self._seconds / max(time.monotonic() - self._began, 1e-9)
 
     def run(self, embed: Embed, keep_alive: KeepAlive) -> dict[str, float]:
-        """Return metrics by tag; none if the evaluations so far have taken more than their share of the time.
-
-        ``study`` is set to the study of this evaluation, with its cached features.
-        """
+        """Return metrics by tag, and set ``study``; no metrics if evaluation is over its share of the time."""
         if self._images is None or not self._config.evaluation.evaluators or self._is_over_budget():
             return {}
         began = time.monotonic()
@@ -165,17 +160,12 @@ class OnlineEvaluation:
         figures = {f"eval/{name}": value for name, value in results.items()}
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
 
-    def improved(self, value: float, best: float | None) -> bool:
-        """Return on all ranks whether ``value`` is higher than ``best`` on rank 0."""
-        # the last digits may differ between ranks, but either all save or none does
-        return self._of_rank_0(math.isfinite(value) and (best is None or value > best))
-
-    def thumbnails(self, limit: int = SHOWN) -> tuple[Tensor, list[str], Tensor] | None:
-        """Return for the projector this rank's test features [N, D] of the last study, class names and thumbnails."""
+    def thumbnails(self) -> tuple[Tensor, list[str], Tensor] | None:
+        """Return this rank's test features [N, D] of the last study, class names and thumbnails, for the projector."""
         study = self.study
         if study is None or study.images is None or "test" not in vars(study):
             return None
-        count = min(limit, int((study.test.labels >= 0).sum()))
+        count = min(SHOWN, int((study.test.labels >= 0).sum()))
         own = study.own(study.images.test)
         few = own.subset(np.arange(count), own.name).lenient()
         pictures = crop_batches(few, THUMBNAIL, THUMBNAIL, 64, self._workers)
@@ -183,17 +173,13 @@ class OnlineEvaluation:
         return study.test.features[:count].cpu(), names, torch.cat(list(pictures))
 
     def _is_over_budget(self) -> bool:
-        """Return whether rank 0, whose clock decides, has spent too much time; the first evaluation always runs."""
-        return self._of_rank_0(self._seconds > 0 and self.share > self._max_share)
-
-    def _of_rank_0(self, value: bool) -> bool:
-        """Return rank 0's ``value`` on all ranks."""
-        flag = torch.full((1,), float(value and self._rank == 0), device=self._device)
+        """Return on all ranks whether rank 0 has spent too much time; the first evaluation always runs."""
+        is_over = self._seconds > 0 and self.share > self._max_share
+        flag = torch.full((1,), float(is_over and self._rank == 0), device=self._device)
         return bool(sum_over_ranks(flag))
 
 
 def _gather(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return the features and labels of all ranks."""
     features, labels = gather_rows(rows.features), gather_rows(rows.labels)
     return features[labels >= 0], labels[labels >= 0]
 

@@ -17,7 +17,7 @@ from streamtrain.evaluation.figures import Tile, draw_page, photo
 from streamtrain.evaluation.maps import principal_components, similarity_maps
 from streamtrain.run.atomic_io import replace_file
 
-# moments on a page, and the width and height in pixels of a map
+# columns of a page, and width and height of a map in pixels
 COLUMNS, SIZE = 6, (128, 128)
 
 
@@ -33,14 +33,10 @@ class Moment:
 
 
 class MapsOverTime:
-    """Keeps the maps of a few moments, always the first and the latest, in a small file of the run directory."""
+    """Keeps the maps of a few steps, always the first and the latest, in a small file of the run directory."""
 
     def __init__(self, images: Sequence[np.ndarray], path: Path, start_step: int) -> None:
-        """
-        Args:
-            images: uint8 [side, side, 3], one row of the pages each.
-            path: the file; its moments after ``start_step`` are dropped.
-        """
+        """Load the file ``path``, without steps after ``start_step``; ``images``: uint8 [side, side, 3]."""
         self._images, self._path = images, path
         self._moments = [moment for moment in _load(path, len(images)) if moment.step <= start_step]
 
@@ -62,7 +58,7 @@ class MapsOverTime:
             components=[moment.components for moment in self._moments],
             similarity=[moment.similarity for moment in self._moments],
         )
-        # a full disk costs the maps of earlier starts only
+        # if this fails, a resumed run only loses earlier maps
         with suppress(OSError):
             replace_file(self._path, content.getvalue())
 
@@ -93,13 +89,13 @@ class MapsOverTime:
 
 
 def _least_needed(steps: Sequence[int]) -> int:
-    """Return the index of the step whose removal leaves the smallest gap; never the first or the last."""
+    """Return the index of the step, neither first nor last, whose removal leaves the smallest gap."""
     gaps = [steps[index + 1] - steps[index - 1] for index in range(1, len(steps) - 1)]
     return 1 + int(np.argmin(gaps))
 
 
 def _load(path: Path, num_images: int) -> list[Moment]:
-    """Return the moments in the file; none if it is missing, damaged, or of other images."""
+    """Return the moments in the file; none if it is missing, damaged, or has another number of images."""
     try:
         with np.load(path, allow_pickle=False) as file:
             steps, components, similarity = (file[name] for name in ("steps", "components", "similarity"))

@@ -24,13 +24,10 @@ def pca_page(
     """Draw images above their first three principal components, or beside them if there is one image.
 
     Args:
-        images: as drawn.
-        names: captions of the images.
         components: float [h, w, 3] in 0..1 for each image.
-        subtitle: line below the title.
         smooth: interpolate between patches.
-        foreground: ``components`` cover the foreground patches only.
-    """  # fmt: skip
+        foreground: ``components`` are of the foreground patches only.
+    """
     maps = [
         Tile(np.rint(values * 255).astype(np.uint8), image.size, smooth=smooth)
         for image, values in zip(images, components, strict=True)
@@ -52,7 +49,7 @@ def attention_page(
 
     Args:
         maps: float [heads, h, w] for each image; each map is drawn from 0 to its own maximum.
-    """  # fmt: skip
+    """
     rows = []
     for image, heads, name in zip(images, maps, names, strict=True):
         small = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
@@ -82,11 +79,10 @@ def similarity_page(
     Args:
         maps: for each of ``patches``, float [h, w] in -1..1 for each image.
         patches: (row, column) in the first image.
-    """  # fmt: skip
+    """
     grid = (maps[0][0].shape[0], maps[0][0].shape[1])
-    # a patch's similarity to itself is always 1; the scale spans the values of the others
-    limits = (min(float(values.min()) for of_patch in maps for values in of_patch), 1.0)
-    limits = (min(limits[0], 1.0 - 1e-6), 1.0)
+    lowest = min(float(values.min()) for of_patch in maps for values in of_patch)
+    limits = (min(lowest, 1.0 - 1e-6), 1.0)
 
     def map_tile(values: np.ndarray, image: Image.Image, patch: tuple[int, int] | None, caption: str = "") -> Tile:
         marks = [patch] if patch is not None else []

@@ -64,9 +64,8 @@ def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, byt
     """Return the report of a run directory as HTML.
 
     Args:
-        run: the run directory.
         records: of its ``metrics.jsonl``.
-        images: by TensorBoard tag, the step and the PNG of its latest image.
+        images: step and PNG of the latest image by TensorBoard tag.
 
     Raises:
         StreamtrainError: if ``run`` is not a run directory, or has no completed step.
@@ -92,7 +91,6 @@ def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, byt
 
 
 def _summary(records: Records) -> dict[str, str]:
-    """Return the run's main numbers by their names."""
     last = records[-1]
     numbers = {"steps": f"{last['step']:,}", "images seen": f"{last['slot']:,}"}
 
@@ -120,7 +118,7 @@ def _summary(records: Records) -> dict[str, str]:
 
 
 def _plan_table(run: Path, records: Records) -> list[list[str]]:
-    """Return the planned beside the measured memory, arithmetic and disk space."""
+    """Return planned and measured memory, FLOPs and disk space."""
     environment = json.loads((run / ENVIRONMENT_NAME).read_text())
     config, world_size = read_resolved(run), int(environment["world_size"])
     device = environment.get("device", "cpu")
@@ -162,15 +160,7 @@ def _render(
     texts: Mapping[str, str],
     tables: Mapping[str, list[list[str]]],
 ) -> str:
-    """Return the page as HTML.
-
-    Args:
-        numbers: shown as cards, by name.
-        charts: shown in a grid.
-        pictures: shown below each other.
-        texts: folded away, by title.
-        tables: by title, rows of cells; the first row holds the column headers.
-    """
+    """Return the page as HTML; the first row of each table holds the column headers."""
     cards = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in numbers.items()
     )
@@ -219,6 +209,6 @@ def _tag_order(tag: str) -> tuple[int, str]:
 
 def _to_png(chart: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    # a palette is enough for lines and letters, at a third of the bytes
+    # for lines and text a palette is enough, at a third of the bytes
     chart.quantize(128).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Patch retrieval: evaluate dense features without labels, by matching the patches of two views of an image."""
+"""Patch retrieval: evaluate dense features without labels by matching patches between two views of an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ZOOM = 1.25
 
 
 def second_view(images: Tensor) -> Tensor:
-    """Return the middle of each image uint8 [N, S, S, 3], enlarged by ``ZOOM`` and mirrored."""
+    """Return the centre of each image uint8 [N, S, S, 3], enlarged by ``ZOOM`` and mirrored."""
     side = images.shape[1]
     inner = round(side / ZOOM)
     start = (side - inner) // 2
@@ -20,13 +20,13 @@ def second_view(images: Tensor) -> Tensor:
 
 
 def match_patches(first: Tensor, second: Tensor) -> Tensor:
-    """Mark the patches of ``second_view`` whose nearest neighbour is their origin in the image or a patch beside it.
+    """Mark the patches of the second view whose nearest neighbour is their origin in the image or adjacent to it.
 
     Args:
-        first, second: patch features [N, side * side, dim] of the images and of their second views.
+        first, second: patch features [N, side * side, dim] of images and of their ``second_view``.
 
     Returns:
-        bool [N, side * side]; random features mark a share of about 9 / side².
+        bool [N, side * side]; with random features a share of about 9 / side² is True.
     """
     side = round(first.shape[1] ** 0.5)
     similarities = F.normalize(second.float(), dim=-1) @ F.normalize(first.float(), dim=-1).transpose(1, 2)

@@ -16,13 +16,9 @@ WRITERS = {"hf": export_hf, "timm": export_timm, "safetensors": export_safetenso
 
 
 def check_export_folder(out: Path) -> None:
-    """Check that ``out`` is new, empty, or an earlier export.
-
-    Raises:
-        StreamtrainError: if it is none of these.
-    """
+    """Raise StreamtrainError unless ``out`` is new, empty, or an earlier export."""
     if out.exists() and not (out.is_dir() and ((out / CONFIG_NAME).is_file() or not any(out.iterdir()))):
-        raise StreamtrainError(f"{out} exists and is no earlier export: choose another --out")
+        raise StreamtrainError(f"{out} exists and is not an earlier export: choose another --out")
 
 
 def export_backbone(
@@ -33,8 +29,8 @@ def export_backbone(
     Args:
         to: ``hf`` (for transformers), ``timm`` or ``safetensors`` (for streamtrain itself).
         out: a folder that is new, empty, or an earlier export.
-        recipe: the resolved config of the run, copied to ``out``/recipe.yaml.
-        losses: of the step, added to the provenance of the weights.
+        recipe: the run's resolved config, copied to ``out``/recipe.yaml.
+        losses: added to the provenance of the weights.
 
     Raises:
         StreamtrainError: if ``out`` is something else, or the format cannot express the model.
@@ -46,7 +42,7 @@ def export_backbone(
     if recipe is not None:
         shutil.copyfile(recipe, out / RECIPE_NAME)
     else:
-        # a recipe of an earlier export
+        # remove the recipe of an earlier export
         (out / RECIPE_NAME).unlink(missing_ok=True)
     return out / WEIGHTS_NAME
 

@@ -1,4 +1,4 @@
-"""Backbones on disk: the description and format of an export, and reading any file of weights tensor by tensor."""
+"""Backbones on disk: description and format of an export, and reading weights of any format tensor by tensor."""
 
 from __future__ import annotations
 
@@ -51,10 +51,7 @@ class BackboneConfig(Section):
 
 
 def export_safetensors(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
-    """Write ``out``/model.safetensors and ``out``/config.json.
-
-    The config is also in the header of the weights file, so that file alone is enough to load the model.
-    """
+    """Write ``out``/model.safetensors, with the config in its header too, and ``out``/config.json."""
     text = config.model_dump_json(indent=1)
     # "format" is a convention of the Hugging Face ecosystem
     header = {"format": "pt", "streamtrain": json.dumps(json.loads(text))}
@@ -71,15 +68,11 @@ def write_folder(out: Path, config_text: str, state: Mapping[str, Tensor], heade
 
 
 def check_one_norm(config: BackboneConfig, family: str) -> None:
-    """Check that the model has one final norm, as the DINOv3 models of ``family`` do.
-
-    Raises:
-        StreamtrainError: if CLS and registers have a norm of their own.
-    """
+    """Raise StreamtrainError if CLS and registers have their own final norm, which ``family`` does not support."""
     if config.model.cls_norm:
         raise StreamtrainError(
-            f"{family}'s DINOv3 models have one final norm, this one has another for CLS and registers "
-            f"(model.untied_norms {config.model.untied_norms}): export it --to safetensors"
+            f"{family}'s DINOv3 models have one final norm, but this one has another for CLS and registers "
+            f"(model.untied_norms={config.model.untied_norms}); export it with --to safetensors"
         )
 
 
@@ -125,7 +118,7 @@ def _open(path: Path, stack: ExitStack) -> StateFile:
             return _open_safetensors([path / name for name in sorted(set(names))], stack)
         path = path / WEIGHTS_NAME
         if not path.is_file():
-            raise StreamtrainError(f"{path.parent} is no run with a checkpoint and no folder with {WEIGHTS_NAME}")
+            raise StreamtrainError(f"{path.parent} is neither a run with a checkpoint nor a folder with {WEIGHTS_NAME}")
     return _open_safetensors([path], stack) if path.suffix == ".safetensors" else _open_torch(path)
 
 
@@ -144,6 +137,6 @@ def _open_torch(path: Path) -> StateFile:
     while isinstance(state, dict) and (inner := next((key for key in _WRAPPERS if key in state), None)):
         state = state[inner]
     if not isinstance(state, dict):
-        raise StreamtrainError(f"{path} holds a {type(state).__name__}, not tensors by name")
+        raise StreamtrainError(f"{path} contains a {type(state).__name__}, not tensors by name")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return StateFile({name: value.shape for name, value in tensors.items()}, tensors.__getitem__)

@@ -23,7 +23,7 @@ _FIELDS = {
     "num_register_tokens": "num_registers", "layer_norm_eps": "norm_eps", "layerscale_value": "layerscale",
     "rope_theta": "rope_base", "query_bias": "qkv_bias", "key_bias": "key_bias",
 }  # fmt: skip
-# defaults of DINOv3ViTConfig, which files leave out
+# defaults of DINOv3ViTConfig, which config files may omit
 _DEFAULTS = {
     "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
     "hidden_act": "gelu", "use_gated_mlp": False, "num_register_tokens": 0, "layer_norm_eps": 1e-5,
@@ -52,11 +52,11 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
     saved = to_hf(model.state_dict())
     state = {}
     for name in hf_model.state_dict():
-        # the live model has its blocks one level deeper than its files
+        # in memory, the blocks are one level deeper than in saved files
         value = saved.pop(name if name in saved else name.removeprefix("model."))
-        # through numpy, since transformers copies tensors that share a storage, as query, key and value do
+        # through numpy, because transformers copies tensors that share storage, as query, key and value do
         state[name] = torch.from_numpy(value.detach().numpy())
-    assert not saved, f"no place for {sorted(saved)}"
+    assert not saved, f"unexpected {sorted(saved)}"
     hf_model.load_state_dict(state, assign=True)
     hf_model.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
@@ -116,7 +116,7 @@ def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[s
 
 
 def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
-    """Return the settings for ``AutoImageProcessor``: image preprocessing as in training."""
+    """Return the ``AutoImageProcessor`` settings for preprocessing as in training."""
     return {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "do_resize": True,
@@ -151,7 +151,7 @@ axial RoPE; global crops of {config.image_size} px.
 from transformers import AutoModel
 model = AutoModel.from_pretrained("PATH")
 output = model(pixel_values)         # [N, 3, H, W], normalised by the mean and std of preprocessor_config.json
-output.pooler_output                 # [N, {model.dim}], one vector an image
+output.pooler_output                 # [N, {model.dim}], one vector per image
 output.last_hidden_state[:, {1 + model.num_registers}:]   # [N, patches, {model.dim}], row by row
 ```
 

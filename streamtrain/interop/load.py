@@ -30,7 +30,8 @@ from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import Features, VisionTransformer
 from streamtrain.run.directory import parse_step
 
-PREFIX = "backbone."  # of the backbone's parameters in a checkpoint
+# of the backbone's parameters in a checkpoint
+PREFIX = "backbone."
 BEST = "best"
 ImageSource = str | Path | Image.Image | np.ndarray
 
@@ -65,7 +66,7 @@ class Backbone(nn.Module):
 
         Raises:
             StreamtrainError: if a file cannot be read.
-            ValueError: for an array of another shape or dtype, or a size that is not whole patches.
+            ValueError: for an array of another shape or dtype, or a size that is not a multiple of the patch size.
         """
         size = self.config.image_size if size is None else size
         if size < 1 or size % self.model.patch_size:
@@ -85,7 +86,6 @@ class Backbone(nn.Module):
         return self.model.forward_features(images)
 
     def forward(self, images: Tensor) -> Features:
-        """Return the same as ``forward_features``."""
         return self.forward_features(images)
 
 
@@ -109,16 +109,7 @@ def load_backbone(path: str | Path, step: int | str | None = None, which: str = 
 
 
 def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher") -> Backbone:
-    """Load the backbone of a run's checkpoint, or of a snapshot of its teacher.
-
-    Args:
-        run_dir: the run directory.
-        step: completed steps, or ``best``; default: the latest checkpoint.
-        which: ``teacher`` or ``student``.
-
-    Raises:
-        StreamtrainError: if there is no run, or no such checkpoint.
-    """
+    """Load the backbone of a run's checkpoint or teacher snapshot; arguments and errors as in ``load_backbone``."""
     config = read_resolved(run_dir)
     if step == BEST:
         best = read_best(run_dir)
@@ -139,7 +130,7 @@ def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher
 
 
 def load_untrained(config: Config) -> Backbone:
-    """Return the backbone with the initial values of a run of ``config``, which follow from ``run.seed``."""
+    """Return the backbone with the initial values of a run of ``config``."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in VisionTransformer(config.model).state_dict().items()}
     values = (
@@ -164,7 +155,7 @@ def load_weights(path: Path) -> Backbone:
         config = _parse(document, path / CONFIG_NAME)
     else:
         raise StreamtrainError(
-            f"{path} is neither a run folder, nor a .safetensors file, nor a folder with {CONFIG_NAME} and "
+            f"{path} is neither a run directory, nor a .safetensors file, nor a folder with {CONFIG_NAME} and "
             f"{WEIGHTS_NAME}"
         )
     with open_state(path) as file:
@@ -172,13 +163,12 @@ def load_weights(path: Path) -> Backbone:
 
 
 def _load_foreign(path: Path, document: dict[str, Any]) -> Backbone:
-    """Load a folder of transformers or timm."""
     with open_state(path) as file:
         tensors = dict(file.items())
     if "architecture" in document:
         state = from_timm(tensors)
         config = backbone_config_from_timm(document, state, str(path))
-        # tensors that timm has no place for
+        # tensors that timm does not have
         dim = config.model.dim
         state.setdefault("embedding.mask_token", torch.zeros(1, dim))
         state.setdefault("embedding.register_tokens", torch.zeros(0, dim))
@@ -197,7 +187,7 @@ def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
 
 
 def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: str) -> VisionTransformer:
-    """Return a network of shape ``config`` with the tensors of ``weights``, taken one at a time.
+    """Return a network of shape ``config`` with the tensors of ``weights``, read one at a time.
 
     Raises:
         StreamtrainError: if a tensor is missing, unexpected, or of another shape.
@@ -208,10 +198,10 @@ def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: s
     state: dict[str, Tensor] = {}
     for name, value in weights:
         if name not in expected:
-            raise StreamtrainError(f"{source} holds {name}, which this model has no place for")
+            raise StreamtrainError(f"{source} contains {name}, which this model does not have")
         if value.shape != expected[name].shape:
             raise StreamtrainError(
-                f"{source} holds {name} as {list(value.shape)}, the model has {list(expected[name].shape)}"
+                f"{source} contains {name} as {list(value.shape)}, the model has {list(expected[name].shape)}"
             )
         state[name] = value.float()
     missing = sorted(set(expected) - set(state))
@@ -248,13 +238,12 @@ def _read_header(path: Path) -> Any:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file."""
     try:
         document = read_json(path)
     except ValueError as error:
         raise StreamtrainError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
-        raise StreamtrainError(f"{path} holds a {type(document).__name__}, not a mapping")
+        raise StreamtrainError(f"{path} contains a {type(document).__name__}, not a mapping")
     return document
 
 

@@ -18,20 +18,15 @@ from streamtrain.interop.naming import QKV_BIAS, combine, convert, detect_naming
 
 @dataclass(frozen=True)
 class MatchReport:
-    """How pretrained weights fit a backbone: streamtrain's tensor names, except in ``unexpected``.
-
-    Attributes:
-        matched: taken from the weights.
-        missing: absent from the weights.
-        reshaped: of another shape in the weights.
-        unexpected: names in the weights without a counterpart in the backbone.
-        zeroed: biases set to 0, because the weights have no such biases.
-    """
+    """How pretrained weights match a backbone: streamtrain's tensor names, except in ``unexpected``."""
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
+    # of another shape in the weights
     reshaped: tuple[str, ...]
+    # names in the weights without a counterpart in the backbone
     unexpected: tuple[str, ...]
+    # biases set to 0, because the weights have none of them
     zeroed: tuple[str, ...]
 
     @property
@@ -54,13 +49,13 @@ class MatchReport:
 def match_backbone(
     state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str, minimum: float = DEFAULT_MINIMUM
 ) -> tuple[dict[str, Tensor], MatchReport]:
-    """Return the tensors of ``state`` that fit a backbone, under streamtrain's names, and a report.
+    """Return the tensors of ``state`` that match a backbone, under streamtrain's names, and a report.
 
     Args:
         state: tensors of a backbone of any known family, with or without heads.
         expected: names and shapes of the backbone's parameters.
         source: of ``state``, for errors.
-        minimum: smallest accepted share of the expected tensors.
+        minimum: smallest accepted share of matching tensors.
 
     Raises:
         StreamtrainError: if fewer tensors match.
@@ -81,7 +76,7 @@ def match_backbone(
     )
     if report.share < minimum:
         raise StreamtrainError(
-            f"{source} fits this model to {report.share:.0%} only; choose the model section that belongs to it. "
+            f"{source} matches only {report.share:.0%} of this model; set the model section to its architecture. "
             + "; ".join(report.text().splitlines())
         )
     return {**matched, **{name: torch.zeros(expected[name]) for name in zeroed}}, report
@@ -91,7 +86,7 @@ def match_backbone(
 def load_pretrained_backbone(
     path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
 ) -> Iterator[tuple[Callable[[str], Tensor | None], MatchReport]]:
-    """Open pretrained weights on disk and match them to a backbone, as ``match_backbone`` does.
+    """Open pretrained weights and match them to a backbone like ``match_backbone``, without reading the tensors.
 
     Yields:
         A function that reads the tensor of one parameter (None if the weights lack it), and the report.

@@ -1,7 +1,7 @@
-"""Convert parameter names between streamtrain and the published families: DINOv3's own, transformers, timm.
+"""Convert backbone states between streamtrain and the published families: DINOv3's own, transformers, timm.
 
 Families differ in names and in how tensors are split; every conversion is exact in both directions. A key bias is
-converted too, because with RoPE it changes the attention scores; exporters for families without one refuse it.
+converted too, because with RoPE it changes the attention scores.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ KINDS = ("weight", "bias")
 class Naming:
     """Parameter names of one model family.
 
-    Mappings go from streamtrain's name to the family's. Within a block, one streamtrain tensor can be several of the
-    family's, stacked along rows in the order given.
+    Mappings go from streamtrain's name to the family's. Within a block, a streamtrain tensor can be the concatenation
+    of several of the family's along the rows.
 
     Attributes:
-        name: of the family.
         fixed: names outside the blocks; tensors that the family lacks are left out.
         block: prefix of the block names, before the index.
         common: names within every block.
         gelu, swiglu: names within a block with that MLP.
         bias: of query, key and value; a single name is a fused bias whose key part counts as 0.
-        ignored: pattern of names that are no parameters.
+        ignored: pattern of names that are not parameters.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Naming:
 
 
 def _with_bias(names: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """Return the names of the weight and the bias of each layer in ``names``."""
     return {f"{name}.{kind}": [f"{part}.{kind}" for part in parts] for name, parts in names.items() for kind in KINDS}
 
 
@@ -190,7 +188,7 @@ def match_names(names: Iterable[str], naming: Naming | None) -> tuple[dict[str, 
     unexpected = [name for name in names if not name.startswith(prefix)]
     if naming is None:
         return {name: [source] for name, source in inner.items()}, unexpected
-    # the live model of transformers has its blocks one level deeper than its files
+    # in memory, transformers has the blocks one level deeper than in saved files
     inner = {re.sub(rf"^model\.(?={re.escape(naming.block)}\d)", "", short): name for short, name in inner.items()}
     sources = {name: [inner.pop(part) for part in parts] for name, parts in list(_pairs(inner, naming))}
     unexpected += [name for short, name in inner.items() if not re.match(naming.ignored, short)]
@@ -203,7 +201,7 @@ def combine(name: str, parts: list[Tensor], naming: Naming | None) -> Tensor:
         return parts[0]
     value = parts[0] if len(parts) == 1 else torch.cat(parts)
     if name.endswith(QKV_BIAS) and len(parts) == 1:
-        # the family masks the key part of its fused bias, so its values count as 0
+        # the family masks the key part of its fused bias
         query, _, rest = value.chunk(3)
         return torch.cat([query, rest])
     if name == "embedding.projection.weight":
@@ -220,7 +218,7 @@ def _rename(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in naming.fixed:
-            # without registers only transformers has a tensor for them
+            # only transformers keeps the empty tensor of zero registers
             if value.numel() or naming is HF:
                 result[naming.fixed[name]] = _reshape(name, value)
         elif block := re.match(r"blocks\.(\d+)\.(.+)", name):
@@ -244,7 +242,7 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 
 
 def _pairs(names: Mapping[str, str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
-    """Yield streamtrain's name and the family's names that make it up, for each tensor that is there in full."""
+    """Yield streamtrain's name and the family's names that make it up, for each tensor with all its parts."""
     for name, theirs in naming.fixed.items():
         if theirs in names:
             yield name, [theirs]

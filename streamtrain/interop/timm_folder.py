@@ -18,7 +18,8 @@ from streamtrain.model.vit import VisionTransformer
 
 # a model of timm's DINOv3 family; the folder's config overrides all its sizes
 ARCHITECTURE = "vit_small_patch16_dinov3_qkvb"
-NORM_EPS = 1e-5  # fixed by the architecture
+# fixed by the architecture
+NORM_EPS = 1e-5
 
 
 def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
@@ -31,8 +32,8 @@ def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
     if config.model.norm_eps != NORM_EPS:
         raise StreamtrainError(f"timm's DINOv3 models have norm_eps {NORM_EPS}, this one {config.model.norm_eps}")
     if config.model.key_bias:
-        # with RoPE a key bias changes the attention scores, so it cannot be left out
-        raise StreamtrainError("timm's DINOv3 models have no key bias, this one has: export it --to hf")
+        # it cannot be left out: with RoPE it changes the attention scores
+        raise StreamtrainError("timm's DINOv3 models have no key bias, but this one has; export it with --to hf")
     write_folder(out, json.dumps(timm_config(config), indent=2), to_timm(model.state_dict()), {"format": "pt"})
 
 
@@ -73,7 +74,7 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
 
 
 def mlp_ratio(model: ModelConfig) -> float:
-    """Return a ratio that gives the hidden width when timm multiplies it by the width and truncates."""
+    """Return the ratio from which timm computes the hidden width: width times ratio, truncated."""
     ratio = model.hidden / model.dim
     return ratio if int(model.dim * ratio) == model.hidden else (model.hidden + 0.5) / model.dim
 
@@ -83,7 +84,7 @@ def backbone_config_from_timm(document: Mapping[str, Any], state: Mapping[str, T
 
     Args:
         document: the folder's ``config.json``.
-        state: the weights under streamtrain's names, whose shapes give all sizes but the number of heads.
+        state: the weights under streamtrain's names; their shapes give all sizes but the number of heads.
         source: the folder, for errors.
 
     Raises:
@@ -94,7 +95,7 @@ def backbone_config_from_timm(document: Mapping[str, Any], state: Mapping[str, T
     arguments, pretrained = document.get("model_args") or {}, document.get("pretrained_cfg") or {}
     dim = state["embedding.cls_token"].shape[1]
     registers, bias = state.get("embedding.register_tokens"), state.get("blocks.0.attention.qkv.bias")
-    # heads are 64 wide in all published models but the 7B one
+    # all published models have heads of width 64, except the 7B model
     head_width = 128 if dim == 4096 else 64
     model = ModelConfig(
         preset=None,

@@ -16,7 +16,7 @@ BLOCK_SECONDS = 2e-3
 # larger micro-batches are no faster
 MAX_MICRO_BATCH = 64
 
-Moments = ("device", "host", "disk")
+EXACT_MOMENTS = ("device", "host", "disk")
 
 
 def step_seconds(config: Config, world_size: int, planned: Plan) -> float:
@@ -40,7 +40,7 @@ def fit(
     micro-batch only changes KoLeo's neighbours.
     """
     total, _ = config.batch_split(world_size)
-    for moments in (Moments, ("8bit",)):
+    for moments in (EXACT_MOMENTS, ("8bit",)):
         fitting = []
         for overrides in _candidates(total, world_size, moments, micro_batch):
             candidate = _override(config, overrides)
@@ -75,7 +75,7 @@ def _candidates(
 
 
 def _override(config: Config, overrides: list[str]) -> Config:
-    # reset the keys that are errors with another candidate's settings
+    # reset keys that are invalid with some candidates
     defaults = {"moments_ratio": 1.0, "moments_dir": None, "view_groups": 1, "offload_checkpoints": False}
     raw = merge(config.model_dump(), {"engine": defaults})
     for override in overrides:

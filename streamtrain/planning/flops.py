@@ -15,12 +15,12 @@ from streamtrain.planning.shapes import block_shapes
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of all ranks together; only matmuls count, a multiply-add as 2."""
+    """Floating-point operations of all ranks; only matmuls count, a multiply-add as 2."""
 
-    # required by the method: the student's forward and backward (twice the forward), and the teachers' forward; without
-    # recomputation and without the samples that drop-path skips
+    # required by the method: the student's forward and backward (twice the forward), and the teachers' forward, without
+    # recomputation and samples skipped by drop-path
     model: float
-    # computed in fact, with recomputation
+    # with recomputation
     executed: float
 
     def __add__(self, other: StepFlops) -> StepFlops:
@@ -100,7 +100,6 @@ def _block(model: ModelConfig, crops: _Crops, images: int) -> tuple[float, float
 
 
 def _tokens(model: ModelConfig, crops: _Crops) -> int:
-    """Return the number of tokens of one image."""
     return 1 + model.num_registers + crops.patches
 
 
@@ -127,9 +126,9 @@ def _student(config: Config, crops: _Crops, used: int) -> StepFlops:
     attention, mlp = _block(model, crops, crops.kept)
     share = _used_share(model, crops, used)
     attentions, mlps = model.depth * attention, (model.depth - 1 + share) * mlp
-    # the last MLP computes all used tokens, and multiplies the skipped samples by 0
+    # the last MLP computes the used tokens of all samples, and multiplies those of skipped samples by 0
     executed_mlps = (model.depth - 1) * mlp + share * _block(model, crops, crops.images)[1]
-    # a branch that is recomputed on its own ends before its last matmul, whose output was saved
+    # recomputing a single branch stops before its last matmul, whose output was saved
     rows = 2.0 * crops.kept * _tokens(model, crops)
     inner_attentions = attentions - model.depth * rows * model.dim**2
     inner_mlps = executed_mlps * (1.0 - rows * model.dim * model.hidden / mlp) if mlp else 0.0
@@ -156,13 +155,13 @@ def _heads(
 
 
 def _mlp(model: ModelConfig, head: HeadConfig) -> int:
-    """Return the number of values of a head's matrices, without its prototypes."""
+    """Return the number of weights of a head's MLP, without biases."""
     sizes = [model.dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
     return sum(inputs * outputs for inputs, outputs in pairwise(sizes))
 
 
 def _gram_matrices(config: Config, crops: _Crops) -> StepFlops:
-    """Return the FLOPs of the patch similarities, per image or batch, of student and teacher, and of their gradient."""
+    """Return the FLOPs of the student's and the teacher's patch similarities and their gradient."""
     patches = crops.patches if config.objective.gram.level == "image" else crops.images * crops.patches
     flops = 3 * 2.0 * crops.images * crops.patches * patches * config.model.dim
     return StepFlops(flops, flops)

@@ -23,12 +23,12 @@ Implementation = Literal["cpu_kernels", "reference"]
 CPU_KERNELS: Implementation = "cpu_kernels"
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
 CONTEXT_BYTES = 1_500_000_000
-# an interpreter with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
+# Python with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
 PROCESS_BYTES = 800_000_000
 # the CUDA allocator's overhead, as a share of the model states on the device
 FRAGMENTATION = 0.03
 RANKS_PER_HOST = 8
-# values per chunk of moments or EMA on its way through the device, and bytes per value of the search for 8-bit codes
+# values per staged chunk of offloaded moments or EMA, and bytes per value of the search for 8-bit codes
 STAGED, EIGHT_BIT_STAGED, EIGHT_BIT_SEARCH_BYTES = 16 * 2**20, 4 * 2**20, 56
 
 ALWAYS = "always"
@@ -52,11 +52,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """All buffers of one rank, and the arithmetic and traffic of an optimiser step."""
+    """All buffers of one rank, and the FLOPs and traffic of an optimiser step."""
 
     parts: tuple[Part, ...]
     ranks_per_host: int
-    # of all ranks together, including recomputation
+    # of all ranks, including recomputation
     flops_per_step: float
     # received by one rank
     all_gather_bytes_per_step: int
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def peak_phase(self) -> str:
-        """The phase with the most memory in use on the device."""
+        """The phase with the highest device memory."""
         return max(PHASES, key=self.at)
 
     @property
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Peak host memory of all ranks of one host."""
+        """Peak memory of one host with all its ranks."""
         return self.ranks_per_host * max(self.at(phase, "host") for phase in PHASES)
 
     @property
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """Model states of one rank in any location: values, masters, gradients, moments and EMA."""
+        """Model states of one rank in all locations: values, masters, gradients, moments and EMA."""
         return sum(part.num_bytes for part in self.parts if part.name in STATES)
 
 
@@ -103,9 +103,9 @@ def plan(
     """Plan one of ``world_size`` ranks.
 
     Args:
-        on_gpu: whether the ranks compute on GPUs; if not, "gpu" means the network's share of host memory.
-        bf16: whether the networks compute in bf16; if not, in fp32.
-        supported: the implementation of a block that the CPUs support; the configuration may choose the reference.
+        on_gpu: compute on GPUs; otherwise "gpu" means the network's share of host memory.
+        bf16: compute in bf16; otherwise in fp32.
+        supported: the block implementation that the CPUs support; the configuration may select the reference.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
@@ -125,7 +125,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Sizes that several parts share."""
+    """Sizes used by several parts."""
 
     config: Config
     world_size: int
@@ -169,12 +169,12 @@ class _Sizes:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of a micro-batch of the student."""
+        """Number of the student's tokens in a micro-batch."""
         return self.images[0] * self.global_tokens + self.images[1] * self.local_tokens
 
     @property
     def kept_tokens(self) -> int:
-        """Number of tokens that drop-path keeps in a branch."""
+        """Number of these tokens that drop-path keeps in a branch."""
         kept = [max(1, round((1 - self.config.model.drop_path) * images)) if images else 0 for images in self.images]
         return kept[0] * self.global_tokens + kept[1] * self.local_tokens
 
@@ -237,7 +237,7 @@ def _gathers(s: _Sizes) -> Iterator[Part]:
     engine, values = s.config.engine, (s.block, "values")
     yield _part("gradient of a block", "gpu", BACKWARD, values, (s.item, "B"))
     if s.world_size == 1:
-        # a single rank uses its shards, which are the full parameters, in place, and reduces no gradients
+        # a single rank neither gathers parameters nor reduces gradients
         return
     yield _part("reduce bucket", "gpu", ALWAYS, (engine.reduce_bucket_bytes, "B"))
     copies = (engine.live_blocks if s.on_gpu else 1, "blocks")
@@ -251,9 +251,9 @@ def _gathers(s: _Sizes) -> Iterator[Part]:
 
 
 def _branches(s: _Sizes) -> tuple[float, float, float]:
-    """Return the values per token that autograd saves of a block: in attention, in the MLP, and of the residual stream.
+    """Return the values per token that autograd saves in a block: of attention, of the MLP, of the residual stream.
 
-    A branch counts only the tokens that drop-path keeps; the stream counts all tokens.
+    The first two are per token that drop-path keeps, the last is per token.
     """
     model = s.config.model
     dropped = model.drop_path > 0
@@ -268,7 +268,7 @@ def _tiled_blocks(s: _Sizes) -> Iterator[Part]:
     model, engine = s.config.model, s.config.engine
     tokens, item = (s.tokens, "tokens"), (s.item, "B")
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
-    # only the inputs of branches are saved; the backward recomputes everything else
+    # only inputs of branches are saved; the backward recomputes everything else
     yield _part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
     read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.is_active else s.masked_rows)
     yield _part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
@@ -324,7 +324,7 @@ def _activations(s: _Sizes) -> Iterator[Part]:
         per_row = 2 * model.dim + 2 * head.hidden * (head.layers - 1) + 6 * head.bottleneck
         yield _part(f"{name} head", "gpu", through, (rows, "rows"), (per_row, "values"), item)
 
-    # the teacher needs the residual stream, and the activations of one block for one chunk of images
+    # the teacher needs the residual stream, and one block's activations for one chunk of images
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
     yield _part("teacher's stream", "gpu", TEACHER, stream_tokens, (width, "values"), item)

@@ -17,7 +17,7 @@ def gigabytes(num_bytes: float) -> str:
 
 
 def table(planned: Plan, world_size: int) -> str:
-    """Format every buffer with its arithmetic, the memory in each phase, and the totals of an optimiser step."""
+    """Format every buffer with its arithmetic, the memory of each phase, and the totals of an optimiser step."""
     lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); sizes in GB (1e9 bytes)"]
     for location, title in _TITLES.items():
         parts = [part for part in planned.parts if part.location == location]
@@ -60,7 +60,6 @@ def model_table(config: Config) -> str:
 
 
 def start_summary(planned: Plan, on_gpu: bool) -> str:
-    """Return one line for the start of a run."""
     states, peak = gigabytes(planned.state_bytes), gigabytes(rank_peak_bytes(planned, on_gpu))
     return (
         f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; per {'GPU' if on_gpu else 'rank'} {states} GB of "
@@ -78,7 +77,7 @@ def end_summary(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
 
 
 def rank_peak_bytes(planned: Plan, on_gpu: bool) -> int:
-    """Return a rank's peak memory on its GPU, or of its whole process without one."""
+    """Return a rank's peak memory: on its GPU, or without a GPU in its process."""
     if on_gpu:
         return planned.gpu_bytes
     return max(planned.at(phase) + planned.at(phase, "host") for phase in PHASES)

@@ -48,7 +48,6 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
-    """Return every shape of one block."""
     dim, hidden = model.dim, model.hidden
     shapes: Shapes = dict(_norm("norm1", dim))
     shapes["attention.qkv.weight"] = (3 * dim, dim)
@@ -85,7 +84,7 @@ def _head(name: str, dim: int, head: HeadConfig) -> Iterator[tuple[str, tuple[in
 
 @dataclass(frozen=True)
 class Partition:
-    """Numbers of values of a set of parameters, and of one rank's shards of them."""
+    """Sizes, in values, of a set of parameters and of one rank's shards."""
 
     # all parameters
     numel: int

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object per completed step, written in one piece and truncated on resume."""
+"""``metrics.jsonl``: one JSON object per completed step; truncated on resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends lines to ``path``, each in one unbuffered write: a killed run tears at most the last line."""
+    """Appends lines, each in one unbuffered write, so that a killed run tears at most the last line."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -36,10 +36,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Remove the lines after ``step`` (the checkpoint's) and torn lines, atomically.
-
-    A missing file stays missing; a file with nothing to remove is not touched.
-    """
+    """Remove torn lines and lines after ``step`` atomically; without such lines the file is not changed."""
     if not path.exists():
         return
     partial = path.with_name(f"{path.name}.partial")
@@ -60,7 +57,6 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record of one line, or None if it is torn or invalid."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -44,7 +44,7 @@ def crops_panel(
     ]
     local = [[_magnify(crop, zoom) for crop in crops] for crops in _first(local_crops, batch_size, rows)]
     high, small = int(global_crops.shape[1]) * zoom, int(local_crops.shape[1]) * zoom
-    # Local views are drawn at their own scale, in columns about as high as the global views.
+    # stack local views in columns about as high as a global view
     column = max(round(high / small), 1)
     columns = -(-len(local[0]) // column)
     width = len(global_views[0]) * (high + GAP) + columns * (small + GAP) + 3 * GAP
@@ -66,7 +66,7 @@ def _magnify(crop: np.ndarray, zoom: int) -> np.ndarray:
 
 
 def draw_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Cover the masked patches of one crop, uint8 [H, W, 3], mask bool [T] of a square grid."""
+    """Darken the masked patches of a crop uint8 [H, W, 3]; ``mask``: bool [T] of a square grid."""
     side = round(len(mask) ** 0.5)
     assert side * side == len(mask) and crop.shape[0] % side == 0, (crop.shape, len(mask))
     patch = crop.shape[0] // side

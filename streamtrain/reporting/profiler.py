@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the steps of ``monitor.profile`` on this rank; costs nothing before and after them."""
+    """Traces the steps of ``monitor.profile`` on this rank."""
 
     def __init__(self, run_dir: Path, config: ProfileConfig, rank: int, start_step: int) -> None:
         """``start_step``: completed steps."""
@@ -23,14 +23,14 @@ class Profiler:
         self._start_before(start_step + 1)
 
     def step_completed(self, step: int) -> None:
-        """Write the trace if ``step`` was the last one to trace; start the trace if the next one is the first."""
+        """Write the trace if ``step`` was its last step; start the trace if the next step is its first."""
         first = self._config.start
         if self._profile is not None and first is not None and step >= first + self._config.steps - 1:
             self._write(first, step)
         self._start_before(step + 1)
 
     def close(self) -> None:
-        """Stop a trace that is not complete; no file is written."""
+        """Stop an incomplete trace without writing it."""
         if self._profile is not None:
             self._profile.stop()
 

@@ -1,6 +1,6 @@
-"""Files of TensorBoard's embedding projector, for the first features of a run and the latest ones.
+"""Files of TensorBoard's embedding projector, for the first and the latest features of a run.
 
-``SummaryWriter.add_embedding`` adds a folder at each call, so that a long run fills the disk, and forgets the earlier
+``SummaryWriter.add_embedding`` adds a folder at each call, which fills the disk in a long run, and drops the earlier
 entries when a run is resumed.
 """
 
@@ -33,13 +33,9 @@ _ENTRY = """embeddings {{
 def write_features(
     folder: Path, step: int, features: np.ndarray, labels: Sequence[str], thumbnails: np.ndarray
 ) -> None:
-    """Write features float [N, D] with a label and a thumbnail (uint8 [N, side, side, 3]) each; replace the latest.
+    """Write features float [N, D] with labels and thumbnails uint8 [N, side, side, 3]; the latest ones are replaced.
 
-    Args:
-        folder: of the event files.
-
-    Raises:
-        OSError: if a file cannot be written.
+    ``folder`` is the folder of the event files. Raises OSError.
     """
     path, config = folder / "projector", folder / CONFIG_NAME
     path.mkdir(exist_ok=True)

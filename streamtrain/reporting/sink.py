@@ -1,4 +1,4 @@
-"""The metrics sink of a run: metrics.jsonl, TensorBoard, other trackers and the progress bar, on rank 0 only."""
+"""The metrics sink of a run: metrics.jsonl, TensorBoard, other trackers and the progress bar, on rank 0."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class BestEffort:
     """Runs optional work of this rank: the first exception is logged with its traceback and disables the work."""
 
     def __init__(self, name: str) -> None:
-        """``name``: of the work, for the log."""
         self.name = name
         self.is_enabled = True
 
@@ -43,22 +42,15 @@ class BestEffort:
     def disable(self, where: str = "", error: Exception | None = None) -> None:
         """Disable the work and log that it failed ``where``, with the traceback of ``error``."""
         self.is_enabled = False
-        place = f" {where}" if where else ""
-        logger.warning("%s failed%s and is disabled for the rest of this run", self.name, place, exc_info=error)
+        where = f" {where}" if where else ""
+        logger.warning("%s failed%s and is disabled for the rest of this run", self.name, where, exc_info=error)
 
 
 class MetricsSink:
-    """Fans out everything a run reports; every method does nothing on ranks other than 0.
-
-    Args:
-        run_dir: the run folder; must exist.
-        config: of the run.
-        rank: of this process.
-        start_step: step of the checkpoint the run resumes from, 0 for a new run; later steps are cut from
-            ``metrics.jsonl`` and hidden in TensorBoard.
-    """
+    """Sends a run's reports to all outputs; on ranks other than 0 every method does nothing."""
 
     def __init__(self, run_dir: Path, config: Config, *, rank: int, start_step: int) -> None:
+        """Remove steps after ``start_step`` from ``metrics.jsonl``, and hide them in TensorBoard."""
         self._metrics: MetricsLog | None = None
         self._progress: TrainingProgress | None = None
         self._trackers: list[tuple[Tracker, BestEffort]] = []
@@ -78,11 +70,11 @@ class MetricsSink:
 
     @property
     def has_trackers(self) -> bool:
-        """Whether images, histograms and text are shown anywhere."""
+        """Whether any output shows images, histograms and text."""
         return any(guard.is_enabled for _, guard in self._trackers)
 
     def log(self, step: int, slot: int, scalars: Mapping[str, float]) -> None:
-        """Report the metrics of the completed ``step`` (from 1) by TensorBoard tag; ``slot`` is the next one."""
+        """Report the metrics of the completed ``step`` by TensorBoard tag; ``slot``: the first of the next step."""
         with self.stopwatch:
             if self._metrics is not None:
                 self._metrics.write(step, slot, scalars)
@@ -115,7 +107,7 @@ class MetricsSink:
             self._call_trackers("histogram", tag, step, flat)
 
     def embedding(self, step: int, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:
-        """Show features [N, D] in TensorBoard's projector, with a label and a thumbnail (uint8 [N, s, s, 3]) each."""
+        """Show features [N, D] with labels and thumbnails uint8 [N, side, side, 3] in TensorBoard's projector."""
         for tracker, _ in self._trackers:
             if isinstance(tracker, EventWriter):
                 tracker.embedding(step, features.float().cpu().numpy(), labels, thumbnails.numpy())
@@ -127,6 +119,6 @@ class MetricsSink:
                 part.close()
 
     def _call_trackers(self, method: str, *arguments: object) -> None:
-        """Call a method of every tracker: a server that is gone, or a full disk, must not end the training."""
+        """Call a method of every tracker; an unreachable server or a full disk does not end the training."""
         for tracker, guard in self._trackers:
             guard.run(getattr(tracker, method), *arguments)

@@ -1,4 +1,4 @@
-"""TensorBoard: the event file of a run, the layout of its pages, and the images read back from it.
+"""TensorBoard: the event file of a run, the layout of its page of custom scalars, and reading images back.
 
 torch and TensorBoard are imported where they are used, because checking a configuration needs neither.
 """
@@ -56,7 +56,7 @@ class EventWriter:
         self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
         self._writer.add_custom_scalars(LAYOUT)
-        # SummaryWriter.add_hparams would write to a second run folder
+        # SummaryWriter.add_hparams would write to a second folder
         file_writer = self._writer._get_file_writer()
         for summary in hparams(hyperparameters(config), dict.fromkeys(OUTCOMES)):
             file_writer.add_summary(summary)
@@ -75,7 +75,6 @@ class EventWriter:
         self._writer.add_text(tag, text, step)
 
     def embedding(self, step: int, features: np.ndarray, labels: Sequence[str], thumbnails: np.ndarray) -> None:
-        """Write features [N, D] for the projector, with a label and a thumbnail (uint8 [N, side, side, 3]) each."""
         write_features(self._folder, step, features, labels, thumbnails)
 
     def close(self) -> None:
@@ -83,7 +82,7 @@ class EventWriter:
 
 
 def latest_images(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Return the last image of each tag in a folder of event files: its step and its PNG bytes."""
+    """Return step and PNG of the latest image by tag, from a folder of event files."""
     if not folder.is_dir():
         return {}
     _use_tensorflow_stub()
@@ -98,17 +97,17 @@ def latest_images(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def _use_tensorflow_stub() -> None:
-    """Keep TensorBoard from importing TensorFlow where it is installed, which takes seconds: it checks this name."""
+    """Keep TensorBoard from importing TensorFlow, which takes seconds; it checks for this module."""
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
 
 
 def hyperparameters(config: Config) -> dict[str, bool | float | str]:
-    """Return the keys in which a run differs from the defaults, and a few that are always listed."""
+    """Return the settings that differ from their defaults, and a few that are always listed."""
     defaults = dict(_leaves(Config(), ""))
     always = ("data.micro_batch", "model.depth", "model.dim", "run.seed", "run.steps", "schedules.lr.peak")
     values: dict[str, bool | float | str] = {}
     for key, value in _leaves(config, ""):
-        # output paths and reporting do not make a different run
+        # reporting and output paths do not affect the result
         if key.startswith(("monitor.", "evaluation.", "run.dir")) or value is None:
             continue
         if key in always or value != defaults[key]:

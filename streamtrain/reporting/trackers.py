@@ -21,36 +21,31 @@ _BINS = 64  # of a histogram
 
 
 class Tracker(Protocol):
-    """The interface of TensorBoard's writer; a tracker ignores kinds of data it cannot show."""
+    """An output for finite scalars by tag, images uint8 [height, width, 3], finite fp32 values [n] and Markdown.
 
-    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Report finite values by tag."""
+    A tracker ignores kinds of data that it cannot show.
+    """
 
-    def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        """Show ``image``, uint8 [height, width, 3]."""
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
-    def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """Show the histogram of ``values``, finite fp32 [n]."""
+    def image(self, tag: str, step: int, image: np.ndarray) -> None: ...
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Show Markdown ``text``."""
+    def histogram(self, tag: str, step: int, values: np.ndarray) -> None: ...
+
+    def text(self, tag: str, text: str, step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 def check_trackers(config: MonitorConfig) -> None:
-    """Check that the libraries of ``monitor.trackers`` are installed.
-
-    Raises:
-        ConfigError: if one is missing.
-    """
+    """Raise ConfigError unless the libraries of ``monitor.trackers`` are installed."""
     for name in config.trackers:
         if find_spec(name) is None:
             raise ConfigError(f"monitor.trackers: {name} is not installed; pip install {_PACKAGES[name]}")
 
 
 def open_trackers(config: Config, run_dir: Path) -> list[Tracker]:
-    """Open the trackers of ``monitor.trackers``; a resumed run is resumed there as well."""
+    """Open the trackers of ``monitor.trackers``; a resumed run resumes there too."""
     makers: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
     return [makers[name](config, run_dir) for name in config.monitor.trackers]
 
@@ -65,7 +60,7 @@ class WandbTracker:
             project=config.monitor.project, name=name.name, dir=str(run_dir), config=hyperparameters(config),
             id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
         )  # fmt: skip
-        # wandb's own step only rises and would drop the steps repeated after a crash
+        # wandb's own step never decreases, and would drop the steps repeated after a crash
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -86,7 +81,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """MLflow, whose environment variables set the server. It has no histograms."""
+    """MLflow, configured by its own environment variables; it has no histograms."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._mlflow = importlib.import_module("mlflow")

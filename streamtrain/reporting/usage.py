@@ -18,15 +18,14 @@ RECENT, PERCENTILES = 200, (50, 90, 99)
 
 
 def rss_bytes() -> int:
-    """Return the resident memory of this process."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_rss_bytes()  # other systems report the peak only
+    # other systems report the peak only
+    return peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -56,20 +55,17 @@ class Work:
 
 
 class StepClock:
-    """Times whole steps, from one ``tick`` to the next, so that the work between steps is counted too."""
+    """Times steps from one ``tick`` to the next, including the work between steps."""
 
     def __init__(self, peak_flops: float | None = None) -> None:
-        """``peak_flops``: of all devices together, per second; None if unknown."""
+        """``peak_flops``: FLOP/s of all devices; None if unknown."""
         self._last = time.perf_counter()
         self._waited = 0.0
         self._peak_flops = peak_flops
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def tick(self, work: Work, wait_seconds: float) -> dict[str, float]:
-        """Return the metrics of the step that ends now.
-
-        ``wait_seconds`` is the loader's running total of the time spent waiting for data.
-        """
+        """Return the metrics of the step that ends now; ``wait_seconds``: the loader's total waiting time."""
         now = time.perf_counter()
         seconds, waited = now - self._last, wait_seconds - self._waited
         self._last, self._waited = now, wait_seconds
@@ -89,7 +85,7 @@ class StepClock:
 
 
 class Stopwatch:
-    """Measures the share of time spent inside its ``with`` blocks since it was created."""
+    """Measures the share of time spent inside its ``with`` blocks."""
 
     def __init__(self) -> None:
         self._created = self._entered = time.perf_counter()
@@ -103,5 +99,5 @@ class Stopwatch:
 
     @property
     def share(self) -> float:
-        """The share, in 0..1."""
+        """Share of the time since creation, in 0..1."""
         return self._seconds / max(time.perf_counter() - self._created, 1e-9)

@@ -27,14 +27,13 @@ METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
-# the two kinds of checkpoints, and their folders: the whole state of a run, and the teacher's weights alone
+# the two kinds of checkpoints, and their folders: the whole state of the run, or only the teacher
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-# file of a checkpoint with its step, its position in the stream of images, and its provenance
+# step, position in the stream and provenance of a checkpoint
 STATE_NAME = "state.json"
 LOCK_NAME = ".streamtrain.lock"
-# names that a directory may contain before its first run: requests, the folder of a file system, ...
+# files that a directory may contain before its first run, besides logs of a scheduler or a shell
 _ALLOWED_NAMES = (STOP_NAME, SAVE_NAME, "lost+found")
-# ... and logs of a scheduler or a shell
 _LOG_SUFFIXES = (".log", ".out", ".err")
 _CHECKPOINT = re.compile(r"^step-(\d{9})$")
 # with fewer samples, nearest neighbours say little about how features spread
@@ -55,7 +54,7 @@ def saved_steps(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[int]:
     """Return the steps with a completely written checkpoint, ascending.
 
     Raises:
-        CheckpointError: the folder cannot be read; the run must not start anew then.
+        CheckpointError: the folder cannot be read, which must not become a fresh start.
     """
     parent = Path(run_dir) / kind
     try:
@@ -68,7 +67,7 @@ def saved_steps(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[int]:
 
 
 def make_run_dir(run_dir: Path, rank: int) -> None:
-    """Create the run directory and write a test file to it; every rank calls it, because each must have access.
+    """Create the run directory and write a test file to it; every rank calls this, because each needs access.
 
     Raises:
         StreamtrainError: the directory cannot be created or written, or contains files of something else.
@@ -92,7 +91,7 @@ def make_run_dir(run_dir: Path, rank: int) -> None:
 
 
 def _find_foreign_name(run_dir: Path) -> str | None:
-    """Return the first file name of something else in the directory, or None if a run may write to it."""
+    """Return the first unexpected file name in the directory, or None if a run may write to it."""
     if (run_dir / LOCK_NAME).exists() or saved_steps(run_dir) or _has_environment(run_dir):
         return None
     names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith("."))
@@ -112,8 +111,7 @@ def _has_environment(run_dir: Path) -> bool:
 def run_lock(run_dir: Path, rank: int) -> Iterator[None]:
     """Lock the run directory during the ``with`` block; rank 0 holds the lock for all ranks.
 
-    The system releases the lock whenever the process ends. (A lock file by its mere existence would outlive a killed
-    process, and block the restart.)
+    The system releases the lock when the process ends, even if it is killed.
 
     Raises:
         StreamtrainError: another run holds the lock.
@@ -176,7 +174,7 @@ def candidates(run_dir: Path, resume_from: Path | None) -> list[Path]:
 
 
 def completion_message(config: Config, source: Path | None) -> str | None:
-    """Return a message if the checkpoint ``source`` has all steps of the run, else None."""
+    """Return a message if the checkpoint ``source`` completes the run, else None."""
     if source is None:
         return None
     run_dir, step = source.parent.parent, parse_step(source)
@@ -215,7 +213,7 @@ def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mappi
 
 
 def log_start_notes(config: Config, world_size: int) -> None:
-    """Log the numbers that follow from several settings, and warn of doubtful settings; rank 0 calls it."""
+    """Log derived settings and warn of doubtful ones; rank 0 calls this."""
     global_batch, accumulation = config.batch_split(world_size)
     micro_batch, optim, koleo = config.data.micro_batch, config.optim, config.objective.koleo
     logger.info(f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)")

@@ -1,4 +1,4 @@
-"""Logging to the terminal: plain lines for people, with the rank where there are several."""
+"""Logging to the terminal, with the rank on all ranks but the first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-# loggers of these packages, and of everything below them, are shown
+# the packages whose log is shown
 PACKAGES = ("shards", "streamtrain")
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line every few seconds in a log file."""
+"""Progress of long operations: a bar on a terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE_SECONDS = 10.0  # between two lines of a log file
 
 
 class _Lines:
-    """A text stream that puts each redrawing of a bar on its own line."""
+    """A text stream that writes each redraw of a bar as its own line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

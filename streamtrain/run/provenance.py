@@ -1,4 +1,4 @@
-"""Versions of the code and the libraries, and the machine of a run (``environment.json``). Torch-free."""
+"""Versions of code and libraries, and the machine of a run (``environment.json``). Torch-free."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Comparison of a start's settings with the checkpoint it resumes. Torch-free.
+"""Comparison of the current settings with the checkpoint to resume. Torch-free.
 
-A checkpoint records the settings, versions and data type it was made with. A start may change settings with the resume
-rule ``free`` (see ``streamtrain.config.section.setting``), and ``accept`` settings whose keys follow ``--accept``. It
-may never change ``fixed`` settings. Other versions of the code and the libraries cause a warning only.
+A checkpoint records its settings, versions and data type. By the resume rule of a setting (see
+``streamtrain.config.section.setting``), its value may change (``free``), may change if its key follows ``--accept``
+(``accept``), or may not change (``fixed``). Different versions of the code or the libraries only cause a warning.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from streamtrain.run.provenance import program_versions
 
 logger = logging.getLogger(__name__)
 
-# accepts a checkpoint that does not record its settings
+# key that accepts a checkpoint without recorded settings
 CONFIG_KEY = "config"
-# settings that are compared by their effect: the digest of the images, the images of a step, the data type in use
+# settings compared by their effect: the digest of the images, the batch, the data type in use
 _COMPARED_BY_EFFECT = ("data.shards", "data.global_batch", "engine.dtype")
 _MISSING = "missing"
-# parts of a key at most, such as objective.gram.refresh.first; a damaged checkpoint may be nested deeper
+# the longest keys, such as objective.gram.refresh.first, have fewer parts; a damaged checkpoint may be nested deeper
 _MAX_PARTS = 5
 
 
@@ -55,12 +55,12 @@ def add_accept_options(parser: argparse.ArgumentParser) -> None:
         "--accept", nargs="+", action="extend", default=[], metavar="KEY",
         help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip",
     )  # fmt: skip
-    # an older form, which accepts every setting that can be accepted
+    # deprecated: accepts every setting that is not fixed
     parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)
 
 
 def separate_overrides(arguments: argparse.Namespace) -> None:
-    """Move overrides that follow ``--accept KEY``, which argparse takes for keys, to ``arguments.overrides``."""
+    """Move overrides after ``--accept KEY``, which argparse parses as keys, to ``arguments.overrides``."""
     words = arguments.overrides + [word for word in arguments.accept if "=" in word]
     # the last override of a key wins, so their order matters
     arguments.overrides = sorted(words, key=lambda word: sys.argv.index(word) if word in sys.argv else len(sys.argv))
@@ -105,18 +105,16 @@ def check_resume(
 ) -> list[str]:  # fmt: skip
     """Check that ``config`` may resume a checkpoint; return the accepted changes as text.
 
-    With the checkpoint of another run (``--resume``), a new stage with other settings begins: only ``fixed`` settings
-    are compared.
+    Starting from another run's checkpoint (``--resume``) begins a new stage: only ``fixed`` settings are compared.
 
     Args:
         source: folder of the checkpoint.
         saved: its ``state.json``.
-        world_size: ranks of this start.
         accepted: keys of settings that may differ; ``*``: all that are not fixed.
-        dtype: data type of this start; None: not known yet if ``engine.dtype`` is ``auto``.
+        dtype: current data type; None if not known yet (``engine.dtype`` is ``auto``).
 
     Raises:
-        CheckpointError: it may not; the message names each change, and the option that accepts it.
+        CheckpointError: it may not; the message names each change and the option that accepts it.
     """
     run_dir = source.parent.parent
     is_own = run_dir.resolve() == Path(config.run.dir).resolve()
@@ -143,7 +141,7 @@ def check_resume(
 
 
 def version_changes(config: Config, source: Path, saved: Mapping[str, Any]) -> list[str]:
-    """Return the differences to the code, the libraries and the known keys of the run's own checkpoint, as text."""
+    """Return changes of code, libraries and known keys since the run's own checkpoint, as text."""
     if source.parent.parent.resolve() != Path(config.run.dir).resolve():
         return []
     before, current = saved.get("program"), program_versions()
@@ -159,7 +157,7 @@ def version_changes(config: Config, source: Path, saved: Mapping[str, Any]) -> l
 def _changes(
     config: Config, source: Path, saved: Mapping[str, Any], world_size: int, dtype: str | None
 ) -> Iterator[Change]:
-    """Yield every setting that differs. A key that the checkpoint lacks had its default before it was introduced."""
+    """Yield every setting that differs; a key that the checkpoint lacks counts as its default."""
     recorded, before = saved.get("config"), dict[str, Any]()
     if not isinstance(recorded, dict):
         yield Change(CONFIG_KEY, f"{source.name} does not record its settings")
@@ -172,14 +170,14 @@ def _changes(
                 yield Change(key, _describe(key, now, was))
         yield from _batch_change(config, recorded, saved.get("world_size"), world_size)
     dtype = config.engine.dtype if config.engine.dtype != "auto" else dtype
-    # older checkpoints do not record the type that auto stood for
+    # older checkpoints do not record the data type that auto selected
     was = saved.get("dtype", before.get("engine.dtype", "auto"))
     if dtype is not None and was not in (dtype, "auto"):
         yield Change("engine.dtype", f"{_describe('the data type', dtype, was)} (engine.dtype={_show(was)} keeps it)")
 
 
 def _batch_change(config: Config, recorded: Mapping[str, Any], ranks: object, world_size: int) -> Iterator[Change]:
-    """Yield the change of the images of a step, which follow from two settings and the number of ranks."""
+    """Yield a change of the global batch, which follows from two settings and the number of ranks."""
     data = recorded.get("data")
     if not isinstance(data, dict) or not isinstance(ranks, int) or not isinstance(data.get("micro_batch"), int):
         yield Change("data.global_batch", "the checkpoint does not record its batch")
@@ -209,5 +207,5 @@ def _describe(name: str, now: Any, was: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """Return a short text as it is, and any other value in a shortened form."""
+    """Return a short string unchanged, and any other value abbreviated."""
     return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)

@@ -17,16 +17,15 @@ SAVE_NAME = "SAVE"
 
 
 class Requests:
-    """Requests that this rank has received; all ranks combine them at the end of a step.
+    """Requests that this rank has received; the ranks combine them at the end of each step.
 
-    SIGTERM, SIGUSR1 and the ``STOP`` file stop with exit code 75, Ctrl-C stops with exit code 130, and the ``SAVE``
-    file saves a checkpoint. A second Ctrl-C ends the process at once, even while it waits for another rank: a thread
-    of its own receives the signals, because Python runs signal handlers only between two instructions of the main
-    thread.
+    SIGTERM, SIGUSR1 and the ``STOP`` file stop the run with exit code 75, Ctrl-C with 130, and the ``SAVE`` file saves
+    a checkpoint. A second Ctrl-C ends the process at once, even while it waits in a collective: a thread receives the
+    signals, because Python runs signal handlers only between instructions of the main thread.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        """Only rank 0 checks for files, because a thousand ranks doing so would overload the file system."""
+        """Only rank 0 checks for files, because checks by a thousand ranks would overload the file system."""
         self._stop_file = run_dir / STOP_NAME if rank == 0 else None
         self._save_file = run_dir / SAVE_NAME if rank == 0 else None
         self._exit_code = 0
@@ -57,11 +56,11 @@ class Requests:
         return SAVE if self._save_file is not None and not self._is_saving and self._save_file.exists() else 0
 
     def mark_save_started(self) -> None:
-        """Record that a checkpoint was started; it fulfils the request of an existing ``SAVE`` file."""
+        """Record the start of a checkpoint, which fulfils the request of an existing ``SAVE`` file."""
         self._is_saving = self._is_saving or (self._save_file is not None and self._save_file.exists())
 
     def mark_save_finished(self) -> None:
-        """Remove the ``SAVE`` file if it was there when the checkpoint was started."""
+        """Remove the ``SAVE`` file if it existed when the checkpoint was started."""
         if self._is_saving:
             self._is_saving = not _remove(self._save_file)
 
@@ -71,7 +70,7 @@ class Requests:
 
 
 def _remove(path: Path | None) -> bool:
-    """Return whether the file is gone; a file that cannot be removed must not cause a checkpoint every step."""
+    """Remove the file; return False if that fails, so that a ``SAVE`` file does not cause a checkpoint every step."""
     try:
         if path is not None:
             path.unlink(missing_ok=True)

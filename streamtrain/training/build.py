@@ -46,7 +46,7 @@ class Networks:
 
     student: Student
     teacher: Teacher
-    # whose outputs are the targets: the teacher, or a frozen network
+    # its outputs are the targets: the teacher, or a frozen network
     target_teacher: ShardedNetwork
     teacher_prototypes: TeacherPrototypes
     gram: GramAnchor
@@ -118,7 +118,7 @@ class StartState:
     """Where a run starts: completed steps and the saved state of the stream (None for a new run)."""
 
     step: int
-    # completed steps that were skipped because they were not finite
+    # completed steps whose non-finite update was skipped
     skipped_steps: int
     data: dict[str, Any] | None
     # the checkpoint that was restored
@@ -131,7 +131,7 @@ class StartState:
 
     @property
     def lane_block(self) -> int | None:
-        """Lane block of the saved order, which must not change with the global batch."""
+        """The lane block of the saved order, which must not change with the global batch."""
         return self.data["lane_block"] if self.data else None
 
 
@@ -143,12 +143,12 @@ def restore(
     target_maker: TargetMaker,
     gram: GramAnchor | None = None,
 ) -> StartState:
-    """Fill the networks from the newest complete checkpoint, from pretrained weights, or from the seed.
+    """Fill the networks from the newest intact checkpoint, from pretrained weights, or from the seed.
 
-    The run folder's own checkpoint comes before ``resume_from``, then ``init.weights``, then a fresh start.
+    The run's own checkpoints take precedence over those of ``resume_from``, and these over ``init.weights``.
 
     Raises:
-        CheckpointError: if the checkpoint has a different model, or none of the existing ones is complete.
+        CheckpointError: if the checkpoint has a different model, or all checkpoints are damaged.
         StreamtrainError: if ``init.weights`` cannot be read or has a different model.
     """
     source = checkpoint.find_newest_intact(Path(config.run.dir), resume_from)

@@ -1,4 +1,4 @@
-"""The checkpoint policy of a run: the steps and kinds to save, the saved values, and the best checkpoint."""
+"""The checkpoint policy of a run: when to save which kind, the saved values, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class CheckpointPolicy:
     """Decides after each step what to save, and starts the save; every rank calls the methods."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, saver: CheckpointWriter,
+        self, config: Config, runtime: Runtime, networks: Networks, loader: Loader, writer: CheckpointWriter,
         sink: MetricsSink, non_finite: NonFiniteSteps, requests: Requests,
     ) -> None:  # fmt: skip
         self._config, self._runtime, self._networks, self._loader = config, runtime, networks, loader
-        self._saver, self._sink, self._non_finite, self._requests = saver, sink, non_finite, requests
+        self._writer, self._sink, self._non_finite, self._requests = writer, sink, non_finite, requests
         self._run_dir = Path(config.run.dir)
         self._provenance = build_provenance(config, runtime.description["dtype"])
 
@@ -59,29 +59,29 @@ class CheckpointPolicy:
         Raises:
             DivergedError: if the weights to save are not finite.
         """
-        saver, requests, step = self._saver, self._requests, result.step
+        step = result.step
         self._report_warnings(step)
         best = self._new_best(step, metrics)
         kinds = kinds_to_save(step, result.stop_request, result.applied, best is not None, self._config.run)
         if kinds or not result.applied:
-            # the checkpoint being written must be complete if the run ends here with an error that names it
+            # if the run ends here, its error names the last checkpoint, which must be complete
             self.wait(step)
         if not kinds:
             return
         self._non_finite.check_weights(step, self._networks.student.is_finite(), self._runtime.device)
         state = {"data": self._loader.state_dict(result.next_slot), "skipped_steps": self._non_finite.skipped}
         if CHECKPOINTS in kinds:
-            requests.mark_save_started()
-        contents = checkpoint_contents(kinds, self._provenance | state, self._networks)
-        saver.save(step, contents, requests.mark_save_finished, best)
+            self._requests.mark_save_started()
+        payloads = build_payloads(kinds, self._provenance | state, self._networks)
+        self._writer.save(step, payloads, self._requests.mark_save_finished, best)
 
     def wait(self, step: int) -> None:
         """Wait until no checkpoint is being written; report failed writes at ``step``."""
-        self._saver.wait()
+        self._writer.wait()
         self._report_warnings(step)
 
     def _report_warnings(self, step: int) -> None:
-        for line in self._saver.warnings():
+        for line in self._writer.warnings():
             self._sink.warn(step, line)
 
     def _new_best(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any] | None:
@@ -89,8 +89,8 @@ class CheckpointPolicy:
         name = self._config.evaluation.best
         if name is None or f"eval/{name}" not in metrics:
             return None
-        # the best checkpoint so far counts only once it is written
-        self._saver.wait()
+        # a checkpoint counts as the best only once it is written
+        self._writer.wait()
         value, highest = metrics[f"eval/{name}"], best_value(self._run_dir, name, step)
         # rank 0 decides: the last digits may differ between ranks, but all ranks save or none
         is_best = torch.tensor(float(math.isfinite(value) and (highest is None or value > highest)))
@@ -99,11 +99,14 @@ class CheckpointPolicy:
         return {"step": step, "metric": name, "value": value} if is_best else None
 
 
-def checkpoint_contents(kinds: list[str], state: dict[str, Any], networks: Networks) -> dict[str, CheckpointPayload]:
-    """Return the contents of a checkpoint, and of a snapshot of the teacher, by kind."""
+def build_payloads(kinds: list[str], state: dict[str, Any], networks: Networks) -> dict[str, CheckpointPayload]:
+    """Return the payload of each kind: the whole state for a checkpoint, the teacher for a snapshot."""
     student = networks.student
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     teacher_shards = networks.teacher.shards()
     shards = student.shards() | teacher_shards | networks.gram.shards()
-    whole = CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state)
-    return {kind: whole if kind == CHECKPOINTS else CheckpointPayload(teacher_shards, {}, shapes, {}) for kind in kinds}
+    payloads = {
+        CHECKPOINTS: CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state),
+        SNAPSHOTS: CheckpointPayload(teacher_shards, {}, shapes, {}),
+    }
+    return {kind: payloads[kind] for kind in kinds}

@@ -1,4 +1,4 @@
-"""The Gram teacher over a run: when it is filled and refreshed, its targets (Siméoni et al. 2025, section 4)."""
+"""The Gram teacher of a run: its initial values, refreshes and targets (Siméoni et al. 2025, section 4)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GramAnchor:
         self._filled = False
 
     def start(self, reader: CheckpointReader | None) -> None:
-        """Fill the network from a checkpoint or from ``objective.gram.teacher``; ``refresh`` copies the EMA teacher.
+        """Fill the network from a checkpoint or ``objective.gram.teacher``; with ``ema`` the first refresh fills it.
 
         Raises:
             StreamtrainError: if ``objective.gram.teacher`` is not a backbone of this model.

@@ -1,4 +1,4 @@
-"""The training run, top to bottom."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def train(
     Raises:
         ShardError, StreamtrainError: for errors that the user can fix.
     """
-    run_dir, stop_request = Path(config.run.dir), 0
+    run_dir, exit_code = Path(config.run.dir), 0
     requests = Requests(run_dir, launch.rank)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
@@ -74,34 +74,37 @@ def train(
         observers = build_observers(
             config, runtime, shard_set, planned, networks, loader, sink, non_finite, hang_detector.wrap, start.step
         )
-        saver = CheckpointWriter(run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds)
-        policy = CheckpointPolicy(config, runtime, networks, loader, saver, sink, non_finite, requests)
+        writer = CheckpointWriter(
+            run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds
+        )
+        policy = CheckpointPolicy(config, runtime, networks, loader, writer, sink, non_finite, requests)
         step = start.step
-        with hang_detector, closing(loader), closing(sink), closing(observers), closing(saver):
-            while step < config.run.steps and stop_request <= SAVE:
+        with hang_detector, closing(loader), closing(sink), closing(observers), closing(writer):
+            while step < config.run.steps and not exit_code:
                 step += 1
                 result = train_step(
                     step, config, runtime, networks, loader, wrap=hang_detector.wrap,
-                    before_update=saver.wait_until_copied, stop_request=requests.stop_code,
+                    before_update=writer.wait_until_copied, stop_request=requests.stop_code,
                 )  # fmt: skip
                 non_finite.count(step, result.applied)
-                metrics = result.metrics() | loader.scalars() | saver.scalars() | observers.after_step(result)
+                metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
                 sink.log(step, result.next_slot, metrics)
                 policy.after_step(result, metrics)
-                stop_request = result.stop_request
-                if stop_request <= SAVE:
+                # a request to save does not stop the run
+                exit_code = result.stop_request if result.stop_request > SAVE else 0
+                if not exit_code:
                     non_finite.raise_if_diverged(step)
                 # free the batches before the next step
                 del result
             policy.wait(step)
-        if stop_request > SAVE:
+        if exit_code:
             requests.remove_stop_file()
-            logger.info("stopped at step %d, %s; run the same command again to resume", step, saver.status_message())
-        elif saver.failure:
-            status = saver.status_message()
+            logger.info("stopped at step %d, %s; run the same command again to resume", step, writer.status_message())
+        elif writer.failure:
+            status = writer.status_message()
             raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
         logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
-    return stop_request if stop_request > SAVE else 0
+    return exit_code
 
 
 def _plan(config: Config, runtime: Runtime) -> Plan:
@@ -118,10 +121,10 @@ def _plan(config: Config, runtime: Runtime) -> Plan:
 def _check_start(
     config: Config, runtime: Runtime, start: StartState, loader: Loader, accepted: Collection[str]
 ) -> None:
-    """Check the configuration and the images against the checkpoint that was restored.
+    """Check the configuration and the images against the restored checkpoint.
 
-    A check before the process group started compared them with the newest checkpoint, which may have turned out
-    damaged, and without the dtype, which depends on the machine.
+    The check before the process group started used the newest checkpoint, which may be damaged, and did not know the
+    dtype, which depends on the machine.
 
     Raises:
         CheckpointError: if they differ in a way that is not accepted.
@@ -133,7 +136,7 @@ def _check_start(
 
 
 def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Plan) -> MetricsSink:
-    """Write the configuration and the environment of the run, now that all checks have passed; open its metrics."""
+    """Record the run's configuration and environment, now that all checks have passed, and open its metrics sink."""
     run_dir = Path(config.run.dir)
     if runtime.rank == 0:
         describe_run(run_dir, config, runtime.world_size, runtime.description)
@@ -147,7 +150,7 @@ def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Pla
 
 
 def dry_run(config: Config, shard_set: AnySet) -> int:
-    """Draw one panel of crops into the run folder; one rank calls this."""
+    """Draw one panel of crops into the run directory; one rank calls this."""
     picture = Path(config.run.dir) / "dry_run.png"
     end_slot = config.data.micro_batch
     with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu", end_slot=end_slot)) as loader:

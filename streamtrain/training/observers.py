@@ -1,4 +1,4 @@
-"""Observers of a run: diagnostics, speed, evaluation, pictures, histograms, traces; none of them affects training."""
+"""Observers of a run: diagnostics, speed, evaluation, pictures, histograms and traces; none affects training."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ from streamtrain.training.distill import frozen_teacher_config
 from streamtrain.training.step import StepResult, Wrap, is_due
 
 MAPS_NAME = "maps.npz"
-# how long a rank that completed or failed an observer waits for the other ranks
+# how long a rank waits for the others after an observer that communicates
 AGREEMENT_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Looks at completed steps. Observers are independent of each other, and keep nothing for a later call.
+    """Observes completed steps, independently of other observers.
 
-    A rank-local failure must not leave the other ranks waiting in a collective: an observer that communicates runs
-    its local work through ``BestEffort``.
+    If it communicates, it runs rank-local work through ``BestEffort``, so that a failure on one rank does not leave
+    the others waiting in a collective.
     """
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        """Observe a completed step; return metrics by tag."""
+        """Return metrics of a completed step by tag."""
         raise NotImplementedError
 
     def communicates(self, result: StepResult) -> bool:
@@ -68,26 +68,25 @@ class Observer:
 
 
 class ObserverList:
-    """Calls observers in the same order on all ranks; one that raises is logged once and disabled.
+    """Calls observers in the same order on all ranks; an observer that raises is logged once and disabled.
 
-    After an observer has communicated, the ranks agree whether to disable it. If a single rank failed between two
-    collectives, the agreement times out and the run ends, because the ranks no longer match.
+    If an observer that communicates fails on one rank, all ranks disable it. If it failed between two collectives,
+    the ranks no longer match, and the run ends with a timeout.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = [(observer, BestEffort(type(observer).__name__)) for observer in observers]
-        # a group of its own: a rank that has failed must not be matched with a collective of the observer
+        # a separate group, so that a failed rank is not matched with the other ranks' collectives in the observer
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREEMENT_SECONDS))
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        """Return the metrics of all observers."""
         metrics: dict[str, float] = {}
         for observer, guard in self._observers:
             if not guard.is_enabled:
                 continue
             values = guard.run(observer.after_step, result) or {}
             if observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled):
-                # no rank may act on metrics that another one lacks
+                # no rank may act on metrics that another rank lacks
                 values = {}
                 if guard.is_enabled:
                     guard.disable("on another rank")
@@ -219,7 +218,7 @@ class Evaluation(Observer):
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink, wrap: Wrap
     ) -> None:
-        """``images``: None if there are none, and nothing is evaluated."""
+        """``images``: None disables the evaluation."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
         self._evaluation = OnlineEvaluation(
             config, images, runtime.rank, runtime.world_size, runtime.device, runtime.launch.cores
@@ -259,7 +258,7 @@ class CropPictures(Observer):
 
 
 class FeatureMaps(Observer):
-    """Draws the teacher's patch features of held-out images, or of training images where there are none."""
+    """Draws the teacher's patch features of held-out images, or of training images if there are none."""
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, shard_set: AnySet,
@@ -288,7 +287,7 @@ class FeatureMaps(Observer):
         return {}
 
     def _read_crops(self, images: HeldOut | None, shard_set: AnySet) -> list[np.ndarray]:
-        """Return centre crops larger than the global crops; none of a remote set."""
+        """Return centre crops larger than the global crops; none for a remote set."""
         count = self._config.monitor.panel_samples
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if images is None and shard_set.is_remote:
@@ -297,10 +296,10 @@ class FeatureMaps(Observer):
         return [centre_crop(chosen.decode(index), size, size) for index in range(len(chosen))]
 
     def _embed_and_draw(self, step: int) -> None:
-        """Embed the images on all ranks, since each holds a part of the network; rank 0 draws."""
+        """Embed the images on all ranks, because the teacher is sharded; rank 0 draws."""
         if not self._images:
             return
-        # chunks that need as much memory as the teacher pass of a step
+        # each chunk needs as much memory as the teacher pass of a step
         crops = self._config.crops
         relative_area = (len(self._images[0]) / crops.global_size) ** 2
         chunk = max(1, int(crops.global_count * self._config.data.micro_batch / relative_area))

@@ -1,4 +1,4 @@
-"""The network of the student and of the teachers: backbone, heads and losses (Siméoni et al. 2025, section 3)."""
+"""The network of student and teacher: backbone, heads and losses (Siméoni et al. 2025, section 3)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RECIPE_WEIGHTS = LossWeights()
 
 
 class SSLModel(nn.Module):
-    """Backbone and heads. Student and teacher are of the same class, so that they are partitioned identically."""
+    """Backbone and heads; one class for student and teacher, so that both are partitioned identically."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class SSLModel(nn.Module):
         )
 
     def forward(self, method: str, *inputs: Any) -> Any:
-        """Call a method by its name: the engine gathers parameters and reduces gradients around ``forward`` only."""
+        """Call ``method`` by name, because the engine gathers parameters and reduces gradients only in ``forward``."""
         return getattr(self, method)(*inputs)
 
     @torch.no_grad()

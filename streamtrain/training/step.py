@@ -20,7 +20,7 @@ from streamtrain.objective.targets import Targets
 from streamtrain.training.build import Networks
 from streamtrain.training.ssl_model import LossWeights
 
-# yields the items of an iterable unchanged; ``HangDetector.wrap``, to which each item is a sign of progress
+# yields the items of an iterable unchanged, such as ``HangDetector.wrap``, which marks progress at each
 Wrap = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -57,7 +57,7 @@ class StepValues:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return the values by tag."""
+        """Return the optimiser's and the teacher's values by tag."""
         return {
             "optim/lr": self.lr,
             "optim/weight_decay": self.weight_decay,
@@ -70,18 +70,18 @@ class StepValues:
 class StepResult:
     """A completed optimiser step, for the observers and the checkpoint policy."""
 
-    # from 1
+    # counted from 1
     step: int
-    # the stream's next slot
+    # first slot of the next step
     next_slot: int
     values: StepValues
-    # of this rank, one entry per micro-batch
+    # this rank's, one entry per micro-batch
     batches: Sequence[Batch]
     targets: Sequence[Targets]
     losses: Sequence[dict[str, Tensor]]
-    # over micro-batches and ranks
+    # averaged over micro-batches and ranks
     mean_losses: dict[str, float]
-    # False: a loss or the gradient of some rank was not finite, and no rank changed anything
+    # False: a loss or gradient of some rank was non-finite, and no rank applied the update
     applied: bool
     gradient_norms: dict[str, float]
     # highest exit code requested on any rank; 0: continue
@@ -89,7 +89,7 @@ class StepResult:
     # measured before the teacher's update; None if not due
     collapse: CollapseMetrics | None
     prototype_mass: Tensor | None
-    # values of this rank's gradient by part of the network; empty if not due
+    # samples of this rank's gradient by part of the network; empty if not due
     gradient_samples: dict[str, Tensor]
 
     def metrics(self) -> dict[str, float]:
@@ -109,11 +109,11 @@ def train_step(
     before_update: Callable[[], None] = lambda: None,
     stop_request: Callable[[], int] = lambda: 0,
 ) -> StepResult:
-    """Run optimiser step ``step`` (from 1); every rank calls this.
+    """Run optimiser step ``step`` (counted from 1); every rank calls this.
 
     Args:
         wrap: iterates over the micro-batches.
-        before_update: called before any value that a checkpoint saves is changed.
+        before_update: called before the first change to a value that checkpoints save.
         stop_request: returns the exit code requested on this rank, 0 to continue.
     """
     global_batch, accumulation = config.batch_split(runtime.world_size)
@@ -139,9 +139,11 @@ def train_step(
         networks.target_maker.revert()
 
     mean_losses, stop_code = reduce_losses_and_stop_code(losses, stop_request(), runtime)
+    # the slots of a step are contiguous, in equal parts by rank
+    slots_per_rank = global_batch // runtime.world_size
     return StepResult(
         step=step,
-        next_slot=int(batches[0].slots[0]) + (runtime.world_size - runtime.rank) * (global_batch // runtime.world_size),
+        next_slot=int(batches[0].slots[0]) + (runtime.world_size - runtime.rank) * slots_per_rank,
         values=values,
         batches=batches,
         targets=targets,
@@ -175,19 +177,18 @@ def reduce_losses_and_stop_code(
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether an action with an interval of ``every`` steps (0: never) follows ``step``."""
+    """Return whether ``step`` is a multiple of ``every`` (0: never)."""
     return every > 0 and step % every == 0
 
 
 def draws_histograms(step: int, config: Config) -> bool:
-    """Return whether histograms of ``step`` are drawn and shown."""
     return is_due(step, config.monitor.histogram_every) and bool(config.monitor.tensorboard or config.monitor.trackers)
 
 
 def _measure_teacher(
     step: int, config: Config, targets: Sequence[Targets]
 ) -> tuple[CollapseMetrics | None, Tensor | None]:
-    """Return the collapse metrics and the prototype mass of the teacher behind ``targets``; None where not due."""
+    """Return the collapse metrics and prototype mass of the teacher that computed ``targets``; None if not due."""
     every, chunk_bytes = config.monitor.collapse.every, config.objective.chunk_bytes
     collapse = mass = None
     if every and (step == 1 or is_due(step, every)):

@@ -1,4 +1,4 @@
-"""Checkpoints can be read in fragments of any span, whatever the number of ranks that wrote them."""
+"""Checkpoints written by any number of ranks are read in fragments of any span."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best checkpoint: which one it is, and that it is kept."""
+"""The best checkpoint is recorded and kept."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def evaluate(cwd: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     class_folder(folder / "images", each=20)
     tiny_weights(folder / "weights")
@@ -26,8 +26,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_knn_of_an_exported_folder_on_a_class_folder(place: Path) -> None:
-    done = evaluate(place, "knn", "--weights", "weights", "--train", "images", "--json")
+def test_knn_of_an_exported_folder_on_a_class_folder(folder: Path) -> None:
+    done = evaluate(folder, "knn", "--weights", "weights", "--train", "images", "--json")
     assert done.returncode == 0, done.stderr
     # without a terminal the progress bar is a line now and then
     assert "images: 32/32 images" in done.stderr.splitlines()[-3] and done.stderr.count("\n") < 20
@@ -39,32 +39,32 @@ def test_knn_of_an_exported_folder_on_a_class_folder(place: Path) -> None:
     assert 0 <= result["knn_20"] <= 1 and result["feature_dim"] == 32 and result["size"] == 32
     assert all(not isinstance(value, dict | list) for value in result.values())
     assert (
-        evaluate(place, "knn", "--weights", "weights", "--train", "images", "--json")
+        evaluate(folder, "knn", "--weights", "weights", "--train", "images", "--json")
         .stdout.splitlines()[-1]
         .split("feature_seconds")[0]
         == last.split("feature_seconds")[0]
     )
 
 
-def test_linear_of_an_untrained_network(place: Path) -> None:
-    done = evaluate(place, "linear", "--untrained", "--config", "tiny.yaml", "--train", "images", "--test", "images")
+def test_linear_of_an_untrained_network(folder: Path) -> None:
+    done = evaluate(folder, "linear", "--untrained", "--config", "tiny.yaml", "--train", "images", "--test", "images")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("linear probe accuracy ") and "untrained" in done.stdout
     assert done.stdout.count("\n") == 1
 
 
-def test_pixels_on_a_shard_set_equal_those_on_its_folder(place: Path) -> None:
-    pack(place / "images", place / "set", PackOptions())
+def test_pixels_on_a_shard_set_equal_those_on_its_folder(folder: Path) -> None:
+    pack(folder / "images", folder / "set", PackOptions())
     results = []
     for name in ("images", "set"):
-        done = evaluate(place, "knn", "--pixels", "--train", name, "--test", "images", "--json")
+        done = evaluate(folder, "knn", "--pixels", "--train", name, "--test", "images", "--json")
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
     assert results[0]["knn_20"] == results[1]["knn_20"] and results[0]["features"] == "pixels"
 
 
-def test_an_error_is_one_line(place: Path) -> None:
-    done = evaluate(place, "knn", "--weights", "nowhere", "--train", "images")
+def test_an_error_is_one_line(folder: Path) -> None:
+    done = evaluate(folder, "knn", "--weights", "nowhere", "--train", "images")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -83,9 +83,9 @@ def test_an_error_is_one_line(place: Path) -> None:
     ],
 )
 def test_errors_name_the_option(
-    place: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     assert exit_status(["evaluate", "knn", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and words in printed.err

@@ -90,7 +90,7 @@ def test_an_interrupt_has_exit_status_130_and_no_traceback(tmp_path: Path) -> No
 
 
 def test_completion_lists_commands_and_options() -> None:
-    """As the shell function of argcomplete asks: the line in variables, the answer on file descriptor 8."""
+    """Complete like argcomplete's shell function, which passes the line in variables."""
 
     def complete(line: str) -> list[str]:
         environment = {

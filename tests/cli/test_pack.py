@@ -48,7 +48,7 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     assert fixed.stdout.splitlines()[-1].endswith(": 1 fault")
 
 
-def test_errors_of_the_user_are_one_line(
+def test_user_errors_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_folder(tmp_path / "images", 2)
@@ -95,7 +95,7 @@ def test_errors_of_the_user_are_one_line(
 
 
 def _start_and_wait_for_shard(number: int, folder: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a packing that takes a while, and wait until it has completed this shard, but not all."""
+    """Start a long packing, and wait until it has completed this shard, but not all."""
     command = [*_PACK, "--src", str(folder), "--out", str(out), "--workers", "2", "--shard-size", "40KB"]
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -108,7 +108,7 @@ def _start_and_wait_for_shard(number: int, folder: Path, out: Path) -> subproces
 
 
 def _session_members(session: int) -> list[int]:
-    """The processes of a session that still live."""
+    """Return the running processes of a session."""
     members = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -154,7 +154,7 @@ def test_killed_packings_leave_no_set_and_no_process_and_resume_to_the_same_byte
 
 
 def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], kills: int, longest: float) -> None:
-    """Start a packing and kill it at random moments; whenever one ends before its kill, compare it and begin anew."""
+    """Start a packing and kill it at random moments; if it ends before a kill, compare its files and start again."""
     draw = random.Random(7)
     while kills:
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -174,8 +174,8 @@ def _kill_at_random(command: list[str], out: Path, unbroken: dict[str, bytes], k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["folder", "url"])
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("target_kind", ["folder", "url"])
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, target_kind: str) -> None:
     folder = draw_folder(tmp_path / "images", 3000, ("a", "b"))
     (folder / "a" / "broken.jpg").write_bytes(b"text")
     shutil.copy(folder / "b" / "image 2001.jpg", folder / "b" / "same.jpg")
@@ -185,7 +185,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, place: st
     seconds = time.monotonic() - began
     assert ended.returncode == 0, ended.stderr
     out = tmp_path / "set"
-    target = out.as_uri() if place == "url" else str(out)
+    target = out.as_uri() if target_kind == "url" else str(out)
     command = [*_PACK, *options, "--out", target, "--scratch", str(tmp_path / "scratch")]
     _kill_at_random(command, out, file_contents(tmp_path / "unbroken"), 20, seconds / 4)
     assert not (tmp_path / "scratch").exists()

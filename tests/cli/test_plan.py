@@ -21,7 +21,7 @@ ONE = ("--config", "giant_1gpu.yaml", "--gpus", "1", "--gpu-memory", "141GB", "-
 
 
 @pytest.mark.parametrize("arguments", [EIGHT, ONE], ids=["eight", "one"])
-def test_the_giant_fits_and_the_arithmetic_is_shown(arguments: tuple[str, ...]) -> None:
+def test_giant_recipe_fits_and_its_arithmetic_is_printed(arguments: tuple[str, ...]) -> None:
     done = run_plan(*arguments, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     *text, last = done.stdout.splitlines()
@@ -37,7 +37,7 @@ def test_the_giant_fits_and_the_arithmetic_is_shown(arguments: tuple[str, ...]) 
         assert num_bytes == sum(part["bytes"] for part in parts)
 
 
-def test_it_takes_seconds_and_no_torch() -> None:
+def test_plan_takes_seconds_and_does_not_import_torch() -> None:
     code = f"import sys; from streamtrain.cli.main import main; assert main({['plan', *EIGHT, '--fit']!r}) == 0\n"
     code += "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     began = time.monotonic()

@@ -77,7 +77,7 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert words in page.words, words
 
 
-def test_a_missing_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["report", "--run", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: nowhere is not a run ") and error.count("\n") == 1

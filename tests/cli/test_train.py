@@ -1,4 +1,4 @@
-"""``streamtrain train`` starts the ranks itself, stops them in good order and returns their exit status."""
+"""``streamtrain train`` starts the ranks, stops them after a checkpoint and returns their exit status."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_killed_rank_ends_the_others_and_sets_the_exit_status(shards: Path, tm
         (["--hostfile", "nowhere"], [], "--hostfile nowhere does not exist"),
     ],
 )
-def test_an_error_of_the_user_is_one_line(
+def test_a_user_error_is_one_line(
     ranks: list[str], overrides: list[str], message: str, shards: Path, tmp_path: Path
 ) -> None:
     ended = run_command("train", *ranks, *train_words(shards, tmp_path / "run", *overrides))

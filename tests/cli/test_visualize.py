@@ -19,7 +19,7 @@ def visualize(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("visualize")
     class_folder(folder / "images", each=1)
     Image.effect_noise((90, 60), 80).convert("RGB").save(folder / "wide.png")
@@ -31,47 +31,47 @@ def red_cross(page: np.ndarray) -> np.ndarray:
     return np.argwhere((page == (230, 30, 40)).all(-1))
 
 
-def test_similarity_page(place: Path) -> None:
+def test_similarity_page(folder: Path) -> None:
     images = ["wide.png", "images/down/000.png"]
     done = visualize(
-        place, "similarity", "--weights", "weights", "--image", *images, "--patch", "0,0", "3,5", "--out", "s.png"
+        folder, "similarity", "--weights", "weights", "--image", *images, "--patch", "0,0", "3,5", "--out", "s.png"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote s.png")
-    page = np.asarray(Image.open(place / "s.png"))
+    page = np.asarray(Image.open(folder / "s.png"))
     assert page.shape[0] > 900 and page.shape[1] > 1800
     assert len(red_cross(page)) > 4 * 100  # on image and map, for each patch
 
 
-def test_pca_page(place: Path) -> None:
+def test_pca_page(folder: Path) -> None:
     done = visualize(
-        place, "pca", "--weights", "weights/model.safetensors", "--image", "wide.png", "--size", "64", "--smooth",
+        folder, "pca", "--weights", "weights/model.safetensors", "--image", "wide.png", "--size", "64", "--smooth",
         "--out", "new/p.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    page = np.asarray(Image.open(place / "new" / "p.png"))
+    page = np.asarray(Image.open(folder / "new" / "p.png"))
     assert page.shape[0] > 480 and page.shape[1] > 1200 and len(red_cross(page)) == 0
     assert len(np.unique(page.reshape(-1, 3), axis=0)) > 1000
 
 
-def test_several_patches_of_one_image_are_drawn_in_a_grid(place: Path) -> None:
+def test_several_patches_of_one_image_are_drawn_in_a_grid(folder: Path) -> None:
     patches = ["0,0", "3,5", "7,1"]
     done = visualize(
-        place, "similarity", "--weights", "weights", "--image", "wide.png", "--size", "64", "--patch", *patches,
+        folder, "similarity", "--weights", "weights", "--image", "wide.png", "--size", "64", "--patch", *patches,
         "--out", "g.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    page = np.asarray(Image.open(place / "g.png"))
+    page = np.asarray(Image.open(folder / "g.png"))
     assert page.shape[0] > 2 * 400 and 2 * 600 < page.shape[1] < 3 * 600
     assert len(red_cross(page)) > 6 * 100  # each on the image and on its map
 
 
-def test_crops_page_of_an_image(place: Path) -> None:
-    done = visualize(place, "crops", "--config", "quickstart.yaml", "--image", "wide.png", "--draws", "2",
+def test_crops_page_of_an_image(folder: Path) -> None:
+    done = visualize(folder, "crops", "--config", "quickstart.yaml", "--image", "wide.png", "--draws", "2",
                      "--out", "c.png", "crops.local_count=0")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert np.asarray(Image.open(place / "c.png")).shape[0] > 250
-    done = visualize(place, "crops", "--image", "wide.png", "--out", "c.png")
+    assert np.asarray(Image.open(folder / "c.png")).shape[0] > 250
+    done = visualize(folder, "crops", "--image", "wide.png", "--out", "c.png")
     assert done.returncode == 2 and done.stderr == "error: give the recipe: one of --run and --config\n"
 
 
@@ -85,31 +85,31 @@ def test_crops_page_of_an_image(place: Path) -> None:
     ],
 )
 def test_errors_are_one_line(
-    place: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     assert exit_status(["visualize", "similarity", "--weights", "weights", *arguments, "--out", "x.png"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
-    assert not (place / "x.png").exists()
+    assert not (folder / "x.png").exists()
 
 
-def test_attention_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_attention_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     images = ["--image", "wide.png", "images/down/000.png"]
     assert exit_status(["visualize", "attention", "--weights", "weights", *images, "--out", "a.png"]) == 0
     page = np.asarray(Image.open("a.png"))
     assert page.shape[0] > 2 * 200 and page.shape[1] > 4 * 300  # image, mean and two heads of a wide image
 
 
-def test_curves_page(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_curves_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, start in (("a", 5), ("b", 9)):
-        (place / name).mkdir()
-        log = MetricsLog(place / name / "metrics.jsonl")
+        (folder / name).mkdir()
+        log = MetricsLog(folder / name / "metrics.jsonl")
         for step in range(1, 30):
             log.write(step, step, {"loss/total": start / step, "optim/gradient_norm": float("nan")})
         log.close()
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     for runs, out, status in ((["a", "b"], "c.png", 0), (["a", "weights"], "none.png", 2)):
         assert exit_status(["visualize", "curves", "--run", *runs, "--out", out]) == status
     assert "error: weights is not a run directory" in capsys.readouterr().err
@@ -133,10 +133,10 @@ def test_invalid_arguments_are_rejected_before_any_work(
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_page_that_cannot_be_written_is_one_line(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_failed_write_is_a_one_line_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     for out, reason in (("/proc/nowhere/p.png", "No such file or directory"), ("wide.png/p.png", "File exists")):
         assert exit_status(["visualize", "pca", "--weights", "weights", "--image", "wide.png", "--out", out]) == 2
         assert capsys.readouterr().err == f"error: cannot write {out} ({reason}); choose another --out\n"

@@ -43,7 +43,7 @@ def build_with_hooks(config: Any, runtime: Any, accumulation: int) -> Any:
         if is_target("weight"):
             # a parameter that the backward does not read
             student.master("backbone.norm.bias")[0] = float("nan")
-        # the gradient stays finite: a constant adds nothing to it
+        # a constant, so the gradient stays finite
         return {**output, "total": output["total"] + float("inf")} if is_target("loss") else output
 
     networks.append(student)

@@ -31,14 +31,14 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def targets_of(cls: Tensor, bottlenecks: Tensor, weight: Tensor, micro_batches: int) -> list[Targets]:
     """Return the targets of images ``[N, ...]`` in micro-batches of two equal views."""
-    handle = TeacherPrototypes(PlainWeight(weight), None)
+    teacher_prototypes = TeacherPrototypes(PlainWeight(weight), None)
     pieces = zip(cls.chunk(micro_batches), bottlenecks.chunk(micro_batches), strict=True)
     features = [TeacherFeatures(b.repeat(2, 1), None, torch.zeros(0), c.repeat(2, 1)) for c, b in pieces]
     targets = []
     for each in features:
         assert each.global_features is not None
         assignment = sinkhorn(each.global_features, weight, TEMPERATURE, 3, PROTOTYPES)
-        targets.append(Targets(each, handle, TEMPERATURE, assignment, None))
+        targets.append(Targets(each, teacher_prototypes, TEMPERATURE, assignment, None))
     return targets
 
 
@@ -93,7 +93,7 @@ def test_all_ranks_get_the_metrics_of_all_images(tmp_path: Path) -> None:
     assert math.isclose(first[RANK], alone[RANK], rel_tol=1e-4) and math.isclose(first[STD], alone[STD], rel_tol=1e-4)
 
 
-def test_only_features_without_a_head_are_measured_without_prototypes() -> None:
+def test_without_prototypes_only_features_are_measured() -> None:
     rest = TeacherFeatures(None, None, torch.zeros(0), drawn(2 * IMAGES, DIM))
     metrics = measure([Targets(rest, TeacherPrototypes(None, None), TEMPERATURE, None, None)])
     assert metrics.values.keys() == metrics.shares.keys() == {RANK, STD}
@@ -122,14 +122,14 @@ def test_collapse_is_reported_once(images: tuple[Tensor, Tensor], keys: list[str
     assert len(warnings) == 2 * len(keys)
 
 
-def test_before_the_start_only_tags_that_were_good_are_judged() -> None:
+def test_before_the_start_only_tags_that_were_within_bounds_count() -> None:
     detect = detector(start=20)
     bad = measure(targets_of(*LINE, 4 * drawn(PROTOTYPES, 8, seed=2), 1))
     warnings = [line for step in range(1, 30) for line in detect.warnings(step, bad)]
     assert [line.partition(":")[0] for line in warnings] == ["step 22"]
 
 
-def test_non_finite_features_are_neither_good_nor_a_collapse() -> None:
+def test_non_finite_features_count_neither_as_within_bounds_nor_as_collapse() -> None:
     detect = detector(start=1)
     metrics = measure(targets_of(drawn(IMAGES, DIM) * math.nan, SOUND[1], drawn(PROTOTYPES, 8), 1))
     assert math.isnan(metrics.values[RANK]) and math.isnan(metrics.values[STD])

@@ -1,4 +1,4 @@
-"""A rank that hangs: the others write their stacks to the run folder and exit."""
+"""A rank that hangs: the others write their stacks to the run directory and exit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ def test_a_stopped_rank_ends_the_others(tmp_path: Path, key: str) -> None:
         assert f"rank 0 made no progress for 5 s (engine.{key}); the stacks of its threads are in {stacks}" in errors
     else:
         assert processes[0].returncode == 1 and "Traceback" in errors and "Traceback" in text
-    # printed for the report; a test machine may be busy
     print(f"{key}: ended {took:.1f} s after the other rank was stopped")
     assert TIMEOUT - 1 < took < TIMEOUT + 15
 

@@ -78,7 +78,7 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: P
     assert [part["slots"] for part in document["ranks"][1]["micro_batches"]] == [[40, 43], [44, 47]]
     assert document["ranks"][0]["micro_batches"][0]["global_crops"]["count"] == 8
 
-    # resume with the right number of updates; a non-finite loss alone is found as well
+    # resume with the correct number of updates; a non-finite loss with finite gradients is detected too
     words = command(shards, run, "run.steps=6", "run.checkpoint_every=4")
     results = poisoned({"what": "loss", "rank": 0, "steps": [4]}, words)
     assert [(code, out.splitlines()[-1:]) for code, out, _ in results] == [(0, ["updates {4}"])] * 2, results[0][2]
@@ -108,7 +108,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(shards: Path, tmp_path: 
 def test_non_finite_weights_are_not_saved(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(shards, run, "run.steps=9", "data.micro_batch=16")
-    # after the step's gradient was checked, as by a memory fault
+    # changed after the gradient check, like a memory fault
     ((code, _, errors),) = poisoned({"what": "weight", "rank": 0, "steps": [3]}, words, 1)
     last = errors.strip().splitlines()[-1]
     assert code == 2 and "weights after step 3 are not finite and were not saved" in last

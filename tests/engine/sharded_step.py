@@ -93,7 +93,7 @@ def main() -> None:
         student, teacher = build_networks(config, runtime, ACCUMULATION)
         maker = TargetMaker(config.objective)
         restore(config, None, student, teacher, maker)
-        handles = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+        teacher_prototypes = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
 
         plain, plain_teacher = SSLModel(config), SSLModel(config)
         for network in (plain, plain_teacher):
@@ -116,7 +116,7 @@ def main() -> None:
             reading = ForbidHostSyncs if is_checked else nullcontext
             with reading():
                 features = [teacher.teacher_features(batch, WEIGHTS) for batch in batches]
-                targets = maker.make(features, handles, TEMPERATURE)
+                targets = maker.make(features, teacher_prototypes, TEMPERATURE)
             losses = []
             for micro, (batch, target) in enumerate(zip(batches, targets, strict=True)):
                 with reading():
@@ -165,7 +165,7 @@ def main() -> None:
         torch.compiler.set_stance("default")
         student.set_rates(0.0, 0.0, last_layer_frozen=False)
         none, late, early = (
-            head_gradient(config, runtime.rank, student, maker, handles, teacher, micros)
+            head_gradient(config, runtime.rank, student, maker, teacher_prototypes, teacher, micros)
             for micros in ([(0, 0.0), (1, 0.0)], [(0, 0.0), (1, 0.1)], [(1, 0.1), (0, 0.0)])
         )
         stale, swapped = float(none.abs().max()), float((late - early).abs().max() / early.abs().max())
@@ -202,13 +202,13 @@ def clipping_errors(config: Config, student: Any, expected: dict[str, torch.Tens
 
 
 def head_gradient(
-    config: Config, rank: int, student: Any, maker: TargetMaker, handles: Any, teacher: Any,
+    config: Config, rank: int, student: Any, maker: TargetMaker, teacher_prototypes: Any, teacher: Any,
     micros: list[tuple[int, float]],
 ) -> torch.Tensor:  # fmt: skip
     """Return the patch head's gradient in a step of ``micros``: pairs of a micro-batch and its patch loss weight."""
     for micro, weight in micros:
         weights, batch = LossWeights(1.0, weight, 0.1), batch_of(config, STEPS, rank, micro)
-        (targets,) = maker.make([teacher.teacher_features(batch, weights)], handles, TEMPERATURE)
+        (targets,) = maker.make([teacher.teacher_features(batch, weights)], teacher_prototypes, TEMPERATURE)
         student.accumulate(batch, targets, weights)
         if (micro, weight) == micros[-1]:
             names = [name for name in student.parameters if name.startswith("patch_head")]
@@ -221,11 +221,12 @@ def plain_step(
     config: Config, plain: SSLModel, plain_teacher: SSLModel, batches: list[Batch]
 ) -> dict[str, torch.Tensor]:
     """Return the gradients and the loss of one step over all ranks' micro-batches, without an engine."""
-    handles = TeacherPrototypes(*(PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS))
+    weights = (PlainWeight(getattr(plain_teacher, head).prototypes.weight) for head in HEADS)
+    teacher_prototypes = TeacherPrototypes(*weights)
     features = [plain_teacher.teacher_features(batch, WEIGHTS) for batch in batches]
     # this process has the rows of all ranks
     with mock.patch.object(dist, "get_world_size", return_value=1):
-        targets = TargetMaker(config.objective).make(features, handles, TEMPERATURE)
+        targets = TargetMaker(config.objective).make(features, teacher_prototypes, TEMPERATURE)
     losses = [plain.student_losses(*each, WEIGHTS)["total"] for each in zip(batches, targets, strict=True)]
     total = torch.stack(losses).mean()
     total.backward()

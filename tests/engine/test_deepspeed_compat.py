@@ -1,4 +1,4 @@
-"""Supported DeepSpeed versions work; any other one is a one-line error at start."""
+"""Supported DeepSpeed versions work; other versions are a one-line error at start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW computes the same with every storage of its moments; their sizes; reading and writing any span."""
+"""AdamW gives the same result with every moment storage; storage sizes; reading and writing any span."""
 
 from __future__ import annotations
 

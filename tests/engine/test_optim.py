@@ -1,4 +1,4 @@
-"""Parameter groups of the optimiser and the rates that a step sets in them."""
+"""Parameter groups of the optimiser and their rates."""
 
 from __future__ import annotations
 

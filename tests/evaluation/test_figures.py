@@ -30,7 +30,7 @@ def test_importing_evaluation_imports_no_matplotlib() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_drawing_leaves_pyplot_alone() -> None:
+def test_drawing_does_not_use_pyplot() -> None:
     draw_charts({"run": [{"step": 1, "a": 1.0}]}, ["a"])
     draw_page("title", "", [[photo(Image.new("RGB", (8, 8)))]])
     assert "matplotlib.pyplot" not in sys.modules
@@ -55,7 +55,7 @@ def test_missing_and_non_finite_values_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.0], [math.nan, None], [1e-9, 1e-9, 1e-9], [1.0, 1e12, 1.0]])
-def test_a_chart_can_be_drawn_of_any_values(values: list[float | None]) -> None:
+def test_charts_of_any_values_are_drawn(values: list[float | None]) -> None:
     chart = draw_charts({"": [{"step": step, "a": value} for step, value in enumerate(values)]}, ["a"])
     assert chart is not None and chart.size == (840, 480)
     # something other than the white ground is drawn

@@ -7,7 +7,7 @@ from PIL import Image
 from streamtrain.evaluation.retrieval import ZOOM, match_patches, second_view
 
 
-def test_features_of_the_position_are_matched() -> None:
+def test_position_features_match_their_origin() -> None:
     """A patch's feature is the mean position of its pixels in the first view."""
     side, patch = 64, 8
     ramp = np.linspace(0, 255, side)

@@ -43,8 +43,8 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
     (place / "mine" / "thesis.txt").write_text("precious")
     (place / "file").write_text("x")
     for source, out, words in (
-        (["--weights", "weights"], "mine", "no earlier export"),
-        (["--weights", "weights"], "file", "no earlier export"),
+        (["--weights", "weights"], "mine", "not an earlier export"),
+        (["--weights", "weights"], "file", "not an earlier export"),
         (["--weights", "weights"], "file/below", "cannot write file/below (Not a directory); choose another --out"),
         (["--run", "nowhere"], "out", "not a run directory"),
         ([], "out", "select the network"),

@@ -86,7 +86,7 @@ def test_each_load_error_is_one_line(tmp_path: Path) -> None:
             load_weights(path)
     weights["more"] = weights.pop("norm.weight")
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(StreamtrainError, match="holds more"):
+    with pytest.raises(StreamtrainError, match="contains more"):
         load_weights(folder)
     del weights["more"]
     save_file(weights, folder / "model.safetensors")

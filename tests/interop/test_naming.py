@@ -209,7 +209,7 @@ def test_own_names_match_with_and_without_heads() -> None:
 def test_another_model_is_refused() -> None:
     wanted = shapes(make({})[0])
     for fields in ({"dim": 32}, {"depth": 6}, {"mlp": "swiglu"}):
-        with pytest.raises(StreamtrainError, match="choose the model section") as caught:
+        with pytest.raises(StreamtrainError, match="set the model section") as caught:
             match_backbone(to_hf(make(fields)[0].state_dict()), wanted, "a file")
         assert "\n" not in str(caught.value)
     with pytest.raises(StreamtrainError, match="vision transformer"):

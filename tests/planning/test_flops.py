@@ -60,10 +60,10 @@ def counted(config: Config) -> float:
     batch = Batch(torch.arange(4).numpy(), *images, Masks(mask, mask.flatten().nonzero()[:, 0], weight))
     weights = LossWeights(koleo=0.0, gram=1.0 if config.objective.gram.is_active else 0.0)
     heads = (teacher.global_head, teacher.patch_head)
-    handles = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+    teacher_prototypes = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         features = teacher.teacher_features(batch, weights)
-        (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
+        (targets,) = TargetMaker(config.objective).make([features], teacher_prototypes, 0.05)
         if config.objective.gram.is_active:
             anchor = GramTeacher(config)
             initialise(anchor, config.model, 2)

@@ -1,4 +1,4 @@
-"""The plan equals the allocated model states, reacts to settings, and finds settings that fit."""
+"""The plan equals the allocated model states and follows settings; ``fit`` finds settings that fit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_recomputation_trades_memory_for_flops() -> None:
 
 
 def test_flops_of_a_dense_step() -> None:
-    """About 6 FLOPs per parameter and token for the student and 2 for the teacher, less most of the last MLP."""
+    """About 6 FLOPs per parameter and token for the student and 2 for the teacher, without most of the last MLP."""
     config = giant("model.drop_path=0.0", "engine.checkpointing=none", "data.global_batch=128")
     planned = plan(config, 8)
     student, teacher = 128 * (2 * 261 + 8 * 54), 128 * 2 * 261

@@ -1,4 +1,4 @@
-"""Every parameter of the real networks gets its learning rate multiplier and weight decay, whatever the recipe."""
+"""Every parameter of every recipe's network gets its learning rate multiplier and weight decay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(recipe: str, variant: tuple[str, ...]) -> tuple[Config, SSLModel]:
 
 
 def expected_rules(model: SSLModel) -> dict[str, GroupRule]:
-    """The rules from the modules that own the parameters, not from their names."""
+    """Return the rules by the modules that own the parameters, not by names."""
     depth = len(model.backbone.blocks)
     rules = {}
     for path, module in model.named_modules():

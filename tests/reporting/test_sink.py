@@ -74,7 +74,7 @@ def test_a_warning_is_logged_and_kept_in_tensorboard(tmp_path: Path, caplog: pyt
     assert events.Tags()["scalars"] == ["optim/lr"]
 
 
-def test_other_ranks_than_0_write_nothing(tmp_path: Path) -> None:
+def test_only_rank_0_writes(tmp_path: Path) -> None:
     sink = MetricsSink(tmp_path, a_run(10), rank=1, start_step=0)
     sink.log(1, 8, {"loss/total": 1.0})
     sink.image(1, np.zeros((8, 8, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, lines in a log file, and nothing where it is turned off."""
+"""Progress bars on a terminal, lines in a log file, and nothing if disabled."""
 
 from __future__ import annotations
 

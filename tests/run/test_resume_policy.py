@@ -1,4 +1,4 @@
-"""Comparison of a start's settings with the checkpoint it resumes."""
+"""Comparison of the current settings with the checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_free_settings_may_change(run: Path) -> None:
     assert resume(run, free, ranks=4) == []
 
 
-def test_fixed_settings_are_refused_whatever_is_accepted(run: Path, tmp_path: Path) -> None:
+def test_fixed_settings_are_refused_even_if_accepted(run: Path, tmp_path: Path) -> None:
     head = {"global_loss": {"head": {"prototypes": 7}}}
     for accepted in ((), ("*",), ("model.dim", "model.depth", "run.seed")):
         with pytest.raises(CheckpointError, match=r"^fixed settings differ .*; restore them, or set run.dir") as error:
@@ -81,7 +81,7 @@ def test_fixed_settings_are_refused_whatever_is_accepted(run: Path, tmp_path: Pa
         for change in ("model.depth is 3, the checkpoint has 12", "model.dim is 96, the checkpoint has 384",
                        "objective.global_loss.head.prototypes is 7, the checkpoint has 65536", "run.seed is 4"):
             assert change in str(error.value)
-    # of another run's checkpoint, only fixed settings are compared
+    # with another run's checkpoint, only fixed settings are compared
     other = build(settings(tmp_path / "next", optim={"clip": 1.0}))
     assert check(other, run, 1) == []
     with pytest.raises(CheckpointError, match=r"model\.dim is 96, the checkpoint has 384; .* start without --resume"):
@@ -128,7 +128,7 @@ def test_the_data_type_is_compared_as_the_one_in_use(run: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         check(config, run, dtype="bf16")
     assert len(check(config, run, dtype="bf16", accepted=("engine.dtype",))) == 1
-    # the suggested setting is no change, and another explicit one is known at once
+    # the suggested setting counts as unchanged; another explicit one is a change without knowing the current dtype
     assert resume(run, {"engine": {"dtype": "fp32"}}) == []
     with pytest.raises(CheckpointError, match=message):
         resume(run, {"engine": {"dtype": "bf16"}})

@@ -115,7 +115,7 @@ def test_a_usage_error_is_one_line_before_any_work(checkout: Checkout, arguments
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "setup_env.sh"])
-def test_help_is_printed_and_nothing_is_done(script: str, tmp_path: Path) -> None:
+def test_help_runs_no_command(script: str, tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools" / script, tmp_path / "tools")
     done = subprocess.run(["bash", str(tmp_path / "tools" / script), "--help"], capture_output=True, text=True)

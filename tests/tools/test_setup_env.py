@@ -112,7 +112,7 @@ def test_torch_comes_from_the_index_of_the_variable(checkout: Checkout, tmp_path
     assert checkout.installs()[2] == f"--no-deps --no-index --find-links {tmp_path} {torch}"
 
 
-def test_no_python_is_one_line(checkout: Checkout) -> None:
+def test_a_missing_python_is_a_one_line_error(checkout: Checkout) -> None:
     shutil.rmtree(checkout.folder / ".venv")
     for name in ("python3", "python3.13", "python3.12", "python3.11", "python3.10", "python"):
         checkout.command(f"commands/{name}", "#!/bin/sh\nexit 1\n")

@@ -1,4 +1,4 @@
-"""Train as ``main.py`` does, with observers whose work of rank 0 fails: ``failing_observers.py ARGUMENTS``."""
+"""Train like ``main.py`` with observers that fail on rank 0: ``failing_observers.py ARGUMENTS``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if os.environ["RANK"] == "0":
     observers.MetricsSink.embedding = fail  # type: ignore[method-assign]
     observers.MetricsSink.histogram = fail  # type: ignore[method-assign]
     probe, calls = streamtrain.evaluation.online.linear_accuracy, iter(range(9))
-    # the second time
+    # fails at the second call
     streamtrain.evaluation.online.linear_accuracy = lambda *rows: fail() if next(calls) else probe(*rows)
 status = main()
 sys.stdout.flush()

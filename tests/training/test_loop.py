@@ -1,4 +1,4 @@
-"""Training in real processes: kill and resume, launchers, stopping, and the errors of a wrong start."""
+"""Training in real processes: kill and resume, launchers, stopping, and setup errors."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     words = command(shards, tmp_path / "run", "run.steps=100000", "data.micro_batch=2", "run.checkpoint_every=0")
     processes = start_ranks(words, 2)
     wait_for_steps(tmp_path / "run", 1, processes)
-    # a second run must not write to the folder meanwhile; it is started on one rank, without a launcher to end it
+    # a second run must not write to the run directory; on one rank, because no launcher would end the others
     (code, _, errors), = run_ranks(words, 1)
     assert code == 2 and f"another run is writing to {tmp_path / 'run'}" in errors.strip().splitlines()[-1]
     processes[1].send_signal(signal.SIGTERM)
@@ -187,7 +187,7 @@ WRONG_STARTS = {
 }
 
 
-def test_a_wrong_start_is_one_line_and_exit_2_on_every_rank(
+def test_a_setup_error_is_one_line_with_exit_status_2_on_every_rank(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = tmp_path / "foreign"

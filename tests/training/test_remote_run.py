@@ -1,4 +1,4 @@
-"""Training from a server that fails in every way: the samples of a local run, through a cache within its limit."""
+"""Training from a faulty server uses the same samples as a local run, and its cache stays within the limit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAULTS = [None, "503", "cut", None, "short", "stall", "whole", None, "503", "cut
 
 @dataclass
 class Remote:
-    """A set behind a server."""
+    """A shard set on a server."""
 
     url: str
     server: FaultyServer | FaultyS3
@@ -98,7 +98,7 @@ def words_of(remote: Remote, local: ShardSet, cache: Path, run_dir: Path) -> tup
 
 
 def finish(words: list[str], remote: Remote) -> str:
-    """Run to the end through faults; return the output of the ranks."""
+    """Run to the end despite faults; return the output of the ranks."""
     remote.server.faults = [*FAULTS]
     results = run_ranks(words, 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
@@ -115,7 +115,7 @@ def check(run_dir: Path, expected: dict[int, object], said: str, remote: Remote,
     assert last["data/downloaded_bytes"] > 0 and 0 < last["data/cache_hit_share"] <= 1 and "data/retries" in last
 
 
-def test_over_http_two_ranks_train_on_the_same_samples_whatever_the_server_does(
+def test_over_http_two_ranks_train_on_the_same_samples_despite_faults(
     local: ShardSet, expected: dict[int, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, run_dir = tmp_path / "cache", tmp_path / "run"
@@ -135,7 +135,7 @@ def test_over_http_two_ranks_train_on_the_same_samples_whatever_the_server_does(
     check(run_dir, expected, said, remote, most[0], limit)
 
 
-def test_from_s3_two_ranks_train_on_the_same_samples_whatever_the_server_does(
+def test_from_s3_two_ranks_train_on_the_same_samples_despite_faults(
     local: ShardSet, expected: dict[int, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, run_dir = tmp_path / "cache", tmp_path / "run"

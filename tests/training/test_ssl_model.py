@@ -161,7 +161,7 @@ def test_targets_do_not_depend_on_the_micro_batch() -> None:
     assert not torch.allclose(first.column, second.column)
 
 
-def test_a_term_of_weight_zero_calls_no_head() -> None:
+def test_a_loss_term_of_weight_zero_calls_no_head() -> None:
     config = config_of()
     student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     called: list[str] = []

@@ -1,4 +1,4 @@
-"""Later stages in real processes: Gram anchoring with mixed sizes, killed and resumed, and distillation."""
+"""Later training stages in real processes: Gram anchoring with mixed sizes, killed and resumed; distillation."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_gram_teacher_from_a_checkpoint_and_one_of_another_model(stage_one: Pa
         ours = reader.read_full("gram/backbone.blocks.1.mlp.up.weight")
     assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
-    assert code == 2 and "choose the model section" in errors.strip().splitlines()[-1]
+    assert code == 2 and "set the model section" in errors.strip().splitlines()[-1]
 
 
 def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Pa
     results = run_ranks(command(stage_one / "set", tmp_path / "run", *given), 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert all(record["loss/patch"] > 0 for record in logged(tmp_path / "run").values())
-    # the checkpoint has the student's EMA for export and evaluation
+    # the checkpoint has the student's EMA, for export and evaluation
     assert checkpoint.read_weights(tmp_path / "run")["backbone.norm.weight"].shape == (16,)
     for overrides, told in (
         (["objective.global_loss.head.prototypes=33"], "objective.global_loss.head.prototypes is 33, but the teacher"),

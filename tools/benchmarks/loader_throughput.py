@@ -38,7 +38,7 @@ def run(config: Config, num_batches: int, step_seconds: float, device: str, comp
 
 
 def measure(config: Config, num_batches: int, step_seconds: float, device: str) -> dict[str, float]:
-    """Measure the loader in this process, from one moment with full queues and idle threads to another."""
+    """Measure the loader in this process; the measurement starts and ends with full queues and idle threads."""
     shard_set = open_shard_set(config)
     with Loader(shard_set, config, rank=0, world_size=1, device=device) as loader:
         for _ in range(WARM_UP):

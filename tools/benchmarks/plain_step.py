@@ -1,4 +1,4 @@
-"""The same training step in plain PyTorch, to compare with: one process, nothing sharded, fused or recomputed.
+"""The same training step in plain PyTorch, as a baseline: one process, nothing sharded, fused or recomputed.
 
 It uses the parameters of ``SSLModel`` but none of its forward code: one forward per crop size with fused attention,
 whole logits and targets, bf16 autocast over fp32 weights, AdamW, a teacher EMA updated parameter by parameter, and
@@ -168,7 +168,6 @@ def _mlp(mlp: Any, config: ModelConfig, tokens: Tensor) -> Tensor:
 
 
 def _head(head: Any, features: Tensor) -> Tensor:
-    """Map rows to prototype logits."""
     for index, layer in enumerate(head.projection.layers):
         features = _linear(layer, F.gelu(features) if index else features)
     return F.linear(F.normalize(features, dim=-1, eps=1e-6), head.prototypes.weight)

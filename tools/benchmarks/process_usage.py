@@ -14,6 +14,8 @@ from typing import TypeVar
 from streamtrain.errors import StreamtrainError
 
 Result = TypeVar("Result")
+# idle time after which background threads count as idle
+QUIET_SECONDS = 0.3
 
 
 def run_in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
@@ -41,7 +43,6 @@ def cpu_seconds() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -52,10 +53,10 @@ def process_age_seconds() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until_idle(quiet_seconds: float = 0.3) -> float:
+def wait_until_idle() -> float:
     """Wait until background threads are idle; return the time (``perf_counter``) of their last work."""
     last_cpu, last_work = cpu_seconds(), time.perf_counter()
-    while time.perf_counter() - last_work < quiet_seconds:
+    while time.perf_counter() - last_work < QUIET_SECONDS:
         time.sleep(0.02)
         now = cpu_seconds()
         # this loop itself uses a little CPU time

@@ -64,7 +64,6 @@ def _spread(values: list[Any]) -> list[Any]:
 
 
 def _without_save(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments without ``--save FILE`` or ``--save=FILE``."""
     kept = [argument for argument in arguments if not argument.startswith("--save=")]
     if "--save" in kept:
         at = kept.index("--save")

@@ -67,7 +67,7 @@ class StartTimer:
         self.seconds: dict[str, float] = {}
 
     def end(self, part: str) -> None:
-        """Count the time since the previous part as ``part``; later calls for the same part are ignored."""
+        """Record the time since the previous part as ``part``; later calls with the same part are ignored."""
         self.seconds.setdefault(f"start_{part}_seconds", process_age_seconds() - sum(self.seconds.values()))
 
 
@@ -128,7 +128,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
 
 def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int, start: StartTimer) -> Iterator[float]:
-    """Run the steps; yield the seconds of each."""
+    """Run the steps and yield the seconds of each."""
     from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
     from streamtrain.training.build import build_networks, restore
     from streamtrain.training.ssl_model import LossWeights

@@ -1,4 +1,4 @@
-"""A typical hand-written loader to compare with: webdataset, Pillow, numpy, one process, the same views."""
+"""A typical hand-written loader as a baseline: webdataset, Pillow, NumPy, one process, the same views."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batches(set_path: Path, crops: CropsConfig, batch_size: int) -> Iterator[Vie
 
 
 def make_views(image: Image.Image, crops: CropsConfig) -> Views:
-    """Return all views of one image, by the usual chain of Pillow calls."""
+    """Return all views of one image, augmented with Pillow."""
     blur = expand_to_views(crops, crops.blur.global_probability, crops.blur.local_probability)
     solarize = expand_to_views(crops, crops.solarize.global_probability, 0.0)
     views = []
