@@ -33,7 +33,9 @@ def start_ranks(
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world_size)
     ]

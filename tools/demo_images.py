@@ -239,9 +239,7 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     image += (rng.uniform(0.3, 0.5) * printed)[..., None]
     for cx, cy, size in _place_objects(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
-        shadow_u, shadow_v = _rotate(
-            x - cx + 0.05 * np.cos(light), y - cy + 0.05 * np.sin(light), turn, stretch
-        )
+        shadow_u, shadow_v = _rotate(x - cx + 0.05 * np.cos(light), y - cy + 0.05 * np.sin(light), turn, stretch)
         shadow = np.clip(0.5 - shape(shadow_u / size, shadow_v / size) * size / 0.12, 0, 1)
         image *= (1 - 0.45 * shadow)[..., None]
         u, v = _rotate(x - cx, y - cy, turn, stretch)

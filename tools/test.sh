@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv and run every check: ruff, mypy, import-linter, pytest.
+# Set up .venv and run every check: ruff (lint and format), mypy, import-linter, pytest.
 #
 #   tools/test.sh                 all tests except slow ones and those for a GPU
 #   tools/test.sh -k order        arguments are passed to pytest
@@ -15,6 +15,7 @@ tools/setup_env.sh test
 export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .
+ruff format --check .
 mypy
 lint-imports --no-cache
 # in parallel, because the tests that start ranks spend much of their time on imports

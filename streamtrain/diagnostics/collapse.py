@@ -1,12 +1,12 @@
 """Detection of collapse: statistics of the teacher's assignments and features, measured every few steps.
 
-    teacher/entropy          mean entropy of the assignments to prototypes, in nats: 0 if each image has a single
-                             prototype, log(prototypes) if each image has all of them equally
-    teacher/prototype_usage  prototypes that are the nearest of some image, as a share of the largest possible number
-    features/rank            effective rank of the CLS features: exp of the entropy of the singular values (RankMe,
-                             Garrido et al. 2023, arXiv:2210.02885), from 1 to the number of images or dimensions
-    features/std             standard deviation of the normalised CLS features, times sqrt(dim): 0 if all are equal,
-                             1 if their directions are random (Chen and He 2021, arXiv:2011.10566)
+teacher/entropy          mean entropy of the assignments to prototypes, in nats: 0 if each image has a single
+                         prototype, log(prototypes) if each image has all of them equally
+teacher/prototype_usage  prototypes that are the nearest of some image, as a share of the largest possible number
+features/rank            effective rank of the CLS features: exp of the entropy of the singular values (RankMe,
+                         Garrido et al. 2023, arXiv:2210.02885), from 1 to the number of images or dimensions
+features/std             standard deviation of the normalised CLS features, times sqrt(dim): 0 if all are equal,
+                         1 if their directions are random (Chen and He 2021, arXiv:2011.10566)
 """
 
 from __future__ import annotations

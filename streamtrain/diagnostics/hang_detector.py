@@ -1,6 +1,6 @@
 """End a process whose training makes no progress, and write every thread's stack to the run directory.
 
-    stacks/2026-03-01T14-05-59-rank-00003.txt
+stacks/2026-03-01T14-05-59-rank-00003.txt
 """
 
 from __future__ import annotations

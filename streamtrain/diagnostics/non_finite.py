@@ -1,6 +1,6 @@
 """Steps with a non-finite loss or gradient: the engine skips them, this module records them and ends a diverged run.
 
-    anomalies/step-000000123.json   slots, losses and statistics of each micro-batch, and the suspect images
+anomalies/step-000000123.json   slots, losses and statistics of each micro-batch, and the suspect images
 """
 
 from __future__ import annotations

@@ -163,8 +163,13 @@ class Stage3Optimizer:
         self._stage3.averaged_gradients[group] = None
 
     def replace_gradient_path(
-        self, *, store_partitions: Callable[..., None], store_whole: Callable[..., None] | None,
-        norms: Callable[[], list[Tensor]], prepare: Callable[[int], None], clip: Callable[[int, Tensor], None],
+        self,
+        *,
+        store_partitions: Callable[..., None],
+        store_whole: Callable[..., None] | None,
+        norms: Callable[[], list[Tensor]],
+        prepare: Callable[[int], None],
+        clip: Callable[[int, Tensor], None],
     ) -> None:
         """Replace the methods that handle gradients between the backward pass and the update.
 

@@ -150,4 +150,3 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
 def uses_bf16(config: EngineConfig, cuda: bool) -> bool:
     """Return whether the networks compute in bf16 on a GPU (``cuda``) or on this CPU."""
     return (cuda or multiplies_bf16()) if config.dtype == "auto" else config.dtype == "bf16"
-

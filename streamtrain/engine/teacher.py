@@ -103,7 +103,11 @@ class Teacher(ShardedNetwork):
     """
 
     def __init__(
-        self, module: torch.nn.Module, leaf: type[torch.nn.Module], student: Student, settings: dict[str, Any],
+        self,
+        module: torch.nn.Module,
+        leaf: type[torch.nn.Module],
+        student: Student,
+        settings: dict[str, Any],
         on_host: bool = False,
     ) -> None:
         """``on_host``: store the EMA in (pinned) host memory and update it on the device in chunks."""

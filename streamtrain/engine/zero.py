@@ -165,9 +165,7 @@ class Student:
         """Whether the last optimiser step applied its update; the same on all ranks."""
         return bool(self._engine.was_step_applied())
 
-    def set_rates(
-        self, lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False
-    ) -> None:
+    def set_rates(self, lr: float, weight_decay: float, last_layer_frozen: bool, backbone_frozen: bool = False) -> None:
         """Set the learning rate and weight decay of the next optimiser step."""
         set_rates(self._stage3.param_groups, lr, weight_decay, last_layer_frozen, backbone_frozen)
 

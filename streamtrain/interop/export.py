@@ -45,4 +45,3 @@ def export_backbone(
         # remove the recipe of an earlier export
         (out / RECIPE_NAME).unlink(missing_ok=True)
     return out / WEIGHTS_NAME
-

@@ -58,9 +58,7 @@ def fits(planned: Plan, gpu_memory: int, host_memory: int | None) -> bool:
     return planned.gpu_bytes <= gpu_memory and (host_memory is None or planned.host_bytes <= host_memory)
 
 
-def _candidates(
-    total: int, world_size: int, moments: tuple[str, ...], micro_batch: int | None
-) -> Iterator[list[str]]:
+def _candidates(total: int, world_size: int, moments: tuple[str, ...], micro_batch: int | None) -> Iterator[list[str]]:
     per_rank = total // world_size
     divisors = [size for size in range(1, min(per_rank, MAX_MICRO_BATCH) + 1) if per_rank % size == 0]
     batches = [micro_batch] if micro_batch else divisors[::-1]

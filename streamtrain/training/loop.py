@@ -63,9 +63,7 @@ def train(
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
         networks = Networks.build(config, runtime)
-        start = restore(
-            config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram
-        )
+        start = restore(config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram)
         loader = build_loader(config, runtime, shard_set, start)
         _check_start(config, runtime, start, loader, accepted)
         sink = _open_sink(config, runtime, start, planned)

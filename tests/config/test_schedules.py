@@ -36,8 +36,13 @@ def test_a_delay_keeps_the_start_value_and_shifts_the_warm_up() -> None:
 
 @given(
     st.sampled_from(["linear", "cosine"]),
-    st.integers(0, 9), st.integers(0, 30), st.integers(0, 30), st.integers(1, 60), st.integers(0, 200),
-    st.floats(-1, 1), st.floats(-1, 1),
+    st.integers(0, 9),
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.integers(1, 60),
+    st.integers(0, 200),
+    st.floats(-1, 1),
+    st.floats(-1, 1),
 )
 def test_values_stay_between_start_peak_and_end(
     kind: str, delay: int, warmup: int, tail: int, steps: int, step: int, peak: float, end: float

@@ -28,9 +28,7 @@ def draw_many(crops: CropsConfig, width: int, height: int, count: int = 400) -> 
     return draw_views(crops, 1, np.arange(count), np.tile(np.int32([[width, height]]), (count, 1)))
 
 
-@given(
-    seed=st.integers(0, 2**62), first=st.integers(0, 2**40), count=st.integers(2, 9), data=st.data()
-)
+@given(seed=st.integers(0, 2**62), first=st.integers(0, 2**40), count=st.integers(2, 9), data=st.data())
 @settings(max_examples=25)
 def test_a_sample_has_the_same_views_in_any_batch(seed: int, first: int, count: int, data: st.DataObject) -> None:
     slots = np.arange(first, first + count)
@@ -102,8 +100,11 @@ def test_blur_and_solarize_probabilities_depend_on_the_view() -> None:
 
 def test_probability_zero_changes_nothing() -> None:
     plain = CropsConfig(
-        flip=0, grey=0, jitter=JitterConfig(probability=0),
-        blur=BlurConfig(global_probability=(0,), local_probability=0), solarize=SolarizeConfig(global_probability=(0,)),
+        flip=0,
+        grey=0,
+        jitter=JitterConfig(probability=0),
+        blur=BlurConfig(global_probability=(0,), local_probability=0),
+        solarize=SolarizeConfig(global_probability=(0,)),
     )
     views = draw_many(plain, 500, 400, 50)
     assert (views.color == np.float32([1, 1, 1, 0])).all()
@@ -134,8 +135,11 @@ def config_of(shares: list[float], seed: int = 0) -> Config:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 2**40), st.integers(1, 64),
-    st.integers(0, 10**9), st.integers(0, 2**31),
+    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    st.integers(0, 2**40),
+    st.integers(1, 64),
+    st.integers(0, 10**9),
+    st.integers(0, 2**31),
 )
 def test_each_size_gets_its_share_of_any_200_steps(
     shares: list[int], start: int, batch: int, seed: int, step: int

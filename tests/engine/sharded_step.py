@@ -63,8 +63,13 @@ def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "
             "objective": {"global_loss": {"head": head}, "patch_loss": {"head": head}},
             "optim": {"clip": 0.5, "layer_decay": 0.8},
             "engine": {
-                "dtype": dtype, "device": "cpu", "cpu_threads": 1, "checkpointing": checkpointing,
-                "view_groups": int(view_groups), "compile": compile, "cpu_kernels": kernels != "off",
+                "dtype": dtype,
+                "device": "cpu",
+                "cpu_threads": 1,
+                "checkpointing": checkpointing,
+                "view_groups": int(view_groups),
+                "compile": compile,
+                "cpu_kernels": kernels != "off",
                 "collective_timeout_seconds": 123,
             },
         }
@@ -156,9 +161,7 @@ def main() -> None:
                 kept = whole(teacher.ema_shard(name), student.fragments[name].shape)
                 report["ema"] = max(report["ema"], float((kept - ema[name]).abs().max()))
                 assert torch.equal(parameter.detach(), kept.to(parameter.dtype)), name
-        moved = max(
-            float((ema[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters()
-        )
+        moved = max(float((ema[name] - p.detach()).abs().max()) for name, p in plain_teacher.named_parameters())
         evaluate(teacher)
         report["graphs"] = compiled_graphs()
         # a step without the patch loss uses fewer rows, so its shapes differ

@@ -28,8 +28,7 @@ def test_unknown_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         deepspeed_compat.check_version()
     assert str(caught.value) == (
-        "DeepSpeed 0.20.1 is not supported: streamtrain is not tested with this version; "
-        "install deepspeed>=0.19,<0.20"
+        "DeepSpeed 0.20.1 is not supported: streamtrain is not tested with this version; install deepspeed>=0.19,<0.20"
     )
 
 
@@ -71,7 +70,7 @@ def test_oldest_and_newest_supported_version_train(version: str, tmp_path: Path)
         pytest.skip(f"no package index with deepspeed{version} can be reached")
     assert done.returncode == 0, done.stderr[-2000:]
     check = "import deepspeed, sys; sys.stdout.write(deepspeed.__file__)"
-    (code, path, errors), = run_ranks(["-c", check], 1, packages=tmp_path / "packages")
+    ((code, path, errors),) = run_ranks(["-c", check], 1, packages=tmp_path / "packages")
     assert code == 0 and path.endswith(str(tmp_path / "packages" / "deepspeed" / "__init__.py")), errors[-2000:]
     results = run_ranks([STEPS, "fp32", "none", "1"], 2, packages=tmp_path / "packages")
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-2000:] + results[1][2][-2000:]

@@ -19,9 +19,7 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
     ("world_size", "dtype", "checkpointing", "view_groups"),
     [(1, "fp32", "none", 1), (2, "fp32", "block", 1), (2, "fp32", "selective", 2)],
 )
-def test_sharded_steps_equal_unsharded_steps(
-    world_size: int, dtype: str, checkpointing: str, view_groups: int
-) -> None:
+def test_sharded_steps_equal_unsharded_steps(world_size: int, dtype: str, checkpointing: str, view_groups: int) -> None:
     assert check_steps(world_size, dtype, checkpointing, str(view_groups))["graphs"] == [0, 0]
 
 
@@ -47,9 +45,7 @@ def test_kernels_are_as_accurate_as_torch(checkpointing: str) -> None:
     ("world_size", "dtype", "checkpointing", "view_groups"),
     [(2, "fp32", "block", 1), (1, "fp32", "none", 1), (2, "fp32", "selective", 2), (1, "bf16", "block", 1)],
 )
-def test_compiled_steps_equal_eager_steps(
-    world_size: int, dtype: str, checkpointing: str, view_groups: int
-) -> None:
+def test_compiled_steps_equal_eager_steps(world_size: int, dtype: str, checkpointing: str, view_groups: int) -> None:
     report = check_steps(world_size, dtype, checkpointing, str(view_groups), "on")
     # the student's block with drop-path and its last block; the teacher's block and its last attention, for a chunk and
     # for the smaller last chunk; the teacher's last MLP. Later steps must not compile.

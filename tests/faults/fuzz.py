@@ -248,8 +248,10 @@ def indexes(draw: Callable[..., Any]) -> bytes:
             "(" * 3000, "[" * 9000, "{'descr': __import__('os').getpid(), 'fortran_order': False, 'shape': (3,), }",
         ]))  # fmt: skip
         length = draw(st.sampled_from([len(header), 65535, 0]))
-        return b"\x93NUMPY" + draw(st.sampled_from([b"\1\0", b"\2\0", b"\3\0", b"\7\0"])) + (
-            length.to_bytes(2, "little") + header.encode()
+        return (
+            b"\x93NUMPY"
+            + draw(st.sampled_from([b"\1\0", b"\2\0", b"\3\0", b"\7\0"]))
+            + (length.to_bytes(2, "little") + header.encode())
         )
     return mutate_bytes(draw, content)
 

@@ -35,7 +35,6 @@ def train(words: list[str], folder: Path, root: Path = ROOT) -> subprocess.Compl
     )
 
 
-
 def test_a_run_of_commit_eb5aab7_resumes_to_the_recorded_losses(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(FIXTURE, folder)

@@ -78,8 +78,12 @@ def test_fixed_settings_are_refused_even_if_accepted(run: Path, tmp_path: Path) 
     for accepted in ((), ("*",), ("model.dim", "model.depth", "run.seed")):
         with pytest.raises(CheckpointError, match=r"^fixed settings differ .*; restore them, or set run.dir") as error:
             resume(run, {"model": {"dim": 96, "depth": 3}, "run": {"seed": 4}, "objective": head}, accepted=accepted)
-        for change in ("model.depth is 3, the checkpoint has 12", "model.dim is 96, the checkpoint has 384",
-                       "objective.global_loss.head.prototypes is 7, the checkpoint has 65536", "run.seed is 4"):
+        for change in (
+            "model.depth is 3, the checkpoint has 12",
+            "model.dim is 96, the checkpoint has 384",
+            "objective.global_loss.head.prototypes is 7, the checkpoint has 65536",
+            "run.seed is 4",
+        ):
             assert change in str(error.value)
     # with another run's checkpoint, only fixed settings are compared
     other = build(settings(tmp_path / "next", optim={"clip": 1.0}))

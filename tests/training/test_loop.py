@@ -149,7 +149,7 @@ def test_a_signal_to_one_rank_saves_and_exits_75_on_all(shards: Path, tmp_path: 
     processes = start_ranks(words, 2)
     wait_for_steps(tmp_path / "run", 1, processes)
     # a second run must not write to the run directory; on one rank, because no launcher would end the others
-    (code, _, errors), = run_ranks(words, 1)
+    ((code, _, errors),) = run_ranks(words, 1)
     assert code == 2 and f"another run is writing to {tmp_path / 'run'}" in errors.strip().splitlines()[-1]
     processes[1].send_signal(signal.SIGTERM)
     ended = [(process.communicate(timeout=100), process.returncode) for process in processes]
@@ -249,7 +249,7 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
     # a start that ends before its first checkpoint changes nothing
     accept = ("--accept", "optim.clip", "data.shards")
     endless = (*accept, "run.steps=1000", "run.checkpoint_every=0")
-    process, = start_ranks(command(shards, run, *changes, *endless), 1)
+    (process,) = start_ranks(command(shards, run, *changes, *endless), 1)
     while read_resolved(run).optim.clip != 1.0:
         assert process.poll() is None
         time.sleep(0.01)
@@ -268,5 +268,5 @@ def test_changed_settings_are_refused_at_once_unless_accepted(
     # a run whose checkpoints are all damaged is an error
     for step in checkpoint.saved_steps(run):
         (checkpoint.step_folder(run, step) / checkpoint.SHARED_NAME).unlink()
-    (code, _, errors), = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
+    ((code, _, errors),) = run_ranks(command(shards, run, *changes, "run.steps=4"), 1)
     assert code == 2 and "delete this directory" in errors.strip().splitlines()[-1]
