@@ -22,7 +22,7 @@ COLUMNS, SIZE = 6, (128, 128)
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepMaps:
     """Maps of all images at one step."""
 
     step: int
@@ -38,7 +38,7 @@ class MapsOverTime:
     def __init__(self, images: Sequence[np.ndarray], path: Path, start_step: int) -> None:
         """Load the file ``path``, without steps after ``start_step``; ``images``: uint8 [side, side, 3]."""
         self._images, self._path = images, path
-        self._moments = [moment for moment in _load(path, len(images)) if moment.step <= start_step]
+        self._steps = [maps for maps in _load(path, len(images)) if maps.step <= start_step]
 
     def add(self, step: int, features: Sequence[Tensor]) -> None:
         """Add the maps of the normalised patch features [h, w, D] of all images, and save the file."""
@@ -47,16 +47,16 @@ class MapsOverTime:
         similarity = np.stack([similarity_maps([each], middle)[0] for each in features])
         # maps of another size come from other settings
         size = components.shape
-        self._moments = [each for each in self._moments if each.step != step and each.components.shape == size]
-        self._moments.append(Moment(step, components, similarity))
-        if len(self._moments) > COLUMNS:
-            del self._moments[_least_needed([moment.step for moment in self._moments])]
+        self._steps = [each for each in self._steps if each.step != step and each.components.shape == size]
+        self._steps.append(StepMaps(step, components, similarity))
+        if len(self._steps) > COLUMNS:
+            del self._steps[_least_needed([maps.step for maps in self._steps])]
         content = io.BytesIO()
         np.savez_compressed(
             content,
-            steps=[moment.step for moment in self._moments],
-            components=[moment.components for moment in self._moments],
-            similarity=[moment.similarity for moment in self._moments],
+            steps=[maps.step for maps in self._steps],
+            components=[maps.components for maps in self._steps],
+            similarity=[maps.similarity for maps in self._steps],
         )
         # if this fails, a resumed run only loses earlier maps
         with suppress(OSError):
@@ -64,26 +64,26 @@ class MapsOverTime:
 
     def components_page(self) -> np.ndarray:
         """Return the page of the first three principal components as red, green and blue: uint8 [height, width, 3]."""
-        columns = [[Tile(values, SIZE) for values in moment.components] for moment in self._moments]
+        columns = [[Tile(values, SIZE) for values in maps.components] for maps in self._steps]
         return self._page("First three principal components of the patch features", columns)
 
     def similarity_page(self) -> np.ndarray:
         """Return the page of similarity to the marked patch, each map on its own scale: uint8 [height, width, 3]."""
         columns = [
-            [Tile(values, SIZE, limits=(min(float(values.min()), 1 - 1e-6), 1.0)) for values in moment.similarity]
-            for moment in self._moments
+            [Tile(values, SIZE, limits=(min(float(values.min()), 1 - 1e-6), 1.0)) for values in maps.similarity]
+            for maps in self._steps
         ]
-        rows, width = self._moments[-1].similarity.shape[1:3]
+        rows, width = self._steps[-1].similarity.shape[1:3]
         return self._page("Cosine similarity to the marked patch", columns, (rows, width))
 
     def _page(self, title: str, columns: list[list[Tile]], grid: tuple[int, int] | None = None) -> np.ndarray:
-        """Draw a row per image and a column per moment; with ``grid`` the middle patch of the images is marked."""
+        """Draw a row per image and a column per step; with ``grid`` the middle patch of the images is marked."""
         rows = []
         for index, image in enumerate(self._images):
             shown = Image.fromarray(image).resize(SIZE, Image.Resampling.LANCZOS)
             marks = [] if grid is None else [(grid[0] // 2, grid[1] // 2)]
             rows.append([photo(shown, "", marks, grid or (1, 1)), *(column[index] for column in columns)])
-        captions = ["image", *(f"step {moment.step:,}" for moment in self._moments)]
+        captions = ["image", *(f"step {maps.step:,}" for maps in self._steps)]
         rows[-1] = [replace(tile, caption=caption) for tile, caption in zip(rows[-1], captions, strict=True)]
         return np.asarray(draw_page(title, "the same images at several steps of the run", rows))
 
@@ -94,8 +94,8 @@ def _least_needed(steps: Sequence[int]) -> int:
     return 1 + int(np.argmin(gaps))
 
 
-def _load(path: Path, num_images: int) -> list[Moment]:
-    """Return the moments in the file; none if it is missing, damaged, or has another number of images."""
+def _load(path: Path, num_images: int) -> list[StepMaps]:
+    """Return the maps in the file; none if it is missing, damaged, or has another number of images."""
     try:
         with np.load(path, allow_pickle=False) as file:
             steps, components, similarity = (file[name] for name in ("steps", "components", "similarity"))
@@ -103,4 +103,4 @@ def _load(path: Path, num_images: int) -> list[Moment]:
         return []
     if components.ndim != 5 or components.shape[1] != num_images:
         return []
-    return [Moment(int(step), *each) for step, *each in zip(steps, components, similarity, strict=True)]
+    return [StepMaps(int(step), *each) for step, *each in zip(steps, components, similarity, strict=True)]

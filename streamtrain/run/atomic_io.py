@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-# Bytes per write. After each write this thread has to wait for the GIL of the training thread, so not too small.
+# bytes per write; not too small, because after each write this thread waits for the GIL
 _PIECE_BYTES = 8 << 20
 
 
@@ -21,21 +21,14 @@ class FileChecksum:
 
 
 class ChecksummedFile:
-    """A new file with a checksum of the bytes written; it is on disk once ``finish`` returns.
-
-    As a context manager it closes the file at the end.
-    """
+    """A new file with a checksum of the written bytes, as a context manager; on disk once ``finish`` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._checksum = FileChecksum(0, 0)
 
     def write(self, values: bytes | memoryview) -> None:
-        """Append ``values``.
-
-        Raises:
-            OSError: the disk is full, or the write fails.
-        """
+        """Append ``values``; raises OSError."""
         memory = memoryview(values).cast("B")
         for start in range(0, len(memory), _PIECE_BYTES):
             piece = memory[start : start + _PIECE_BYTES]
@@ -83,11 +76,7 @@ def sync(path: Path) -> None:
 
 
 def compute_checksum(path: Path) -> FileChecksum:
-    """Read a file and return its checksum.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Read a file and return its checksum; raises OSError."""
     checksum, memory = FileChecksum(0, 0), memoryview(bytearray(_PIECE_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(memory):

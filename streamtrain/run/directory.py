@@ -137,11 +137,7 @@ def run_lock(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """Return the latest checkpoint whose file sizes and ``state.json`` are intact, or None without checkpoints.
-
-    Raises:
-        CheckpointError: ``resume_from`` has no checkpoint.
-    """
+    """Return the latest of ``candidates`` whose file sizes and ``state.json`` are intact, or None without any."""
     folders = candidates(run_dir, resume_from)
     intact = (each for each in folders if find_fault(each, contents=False) is None and saved_state(each) is not None)
     # if none is intact, reading the latest one reports its fault

@@ -68,11 +68,7 @@ def separate_overrides(arguments: argparse.Namespace) -> None:
 
 
 def accepted_keys(arguments: argparse.Namespace, rank: int) -> frozenset[str]:
-    """Return the keys of the settings that may differ from the checkpoint's.
-
-    Raises:
-        ConfigError: a key is unknown, a whole section, or fixed.
-    """
+    """Return the keys of the settings that may differ from the checkpoint's; errors as in ``parse_accepted``."""
     accepted = parse_accepted(arguments.accept)
     if not arguments.accept_changes:
         return accepted

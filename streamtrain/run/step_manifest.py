@@ -26,18 +26,13 @@ class CheckpointManifest:
     files: Mapping[str, FileChecksum]
 
     def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` to a folder."""
         entries = {name: {"bytes": file.num_bytes, "crc32": f"{file.crc32:08x}"} for name, file in self.files.items()}
         document = {"files": entries, "crc32": _checksum_entries(entries)}
         write_file(folder / MANIFEST_NAME, json.dumps(document, indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointManifest:
-        """Read the manifest of a folder.
-
-        Raises:
-            OSError, ValueError: the manifest cannot be read, or is damaged.
-        """
+        """Read the manifest of a folder; raises OSError, or ValueError if it is damaged."""
         try:
             document = read_json(folder / MANIFEST_NAME)
             entries = document["files"]

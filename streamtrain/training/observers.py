@@ -220,9 +220,7 @@ class Evaluation(Observer):
     ) -> None:
         """``images``: None disables the evaluation."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
-        self._evaluation = OnlineEvaluation(
-            config, images, runtime.rank, runtime.world_size, runtime.device, runtime.launch.cores
-        )
+        self._evaluation = OnlineEvaluation(config, images, runtime)
         self._projector = BestEffort("the projector")
 
     def communicates(self, result: StepResult) -> bool:

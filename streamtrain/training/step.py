@@ -105,9 +105,9 @@ def train_step(
     networks: Networks,
     loader: Iterator[Batch],
     *,
-    wrap: Wrap = iter,
-    before_update: Callable[[], None] = lambda: None,
-    stop_request: Callable[[], int] = lambda: 0,
+    wrap: Wrap,
+    before_update: Callable[[], None],
+    stop_request: Callable[[], int],
 ) -> StepResult:
     """Run optimiser step ``step`` (counted from 1); every rank calls this.
 

@@ -22,7 +22,7 @@ def columns(page: np.ndarray) -> int:
     return round((page.shape[1] - 48 + 14) / (SIZE[0] + 14)) - 1
 
 
-def test_first_and_latest_moments_are_kept_with_others_between(tmp_path: Path) -> None:
+def test_first_and_latest_maps_are_kept_with_others_between(tmp_path: Path) -> None:
     maps = MapsOverTime(images(), tmp_path / "maps.npz", 0)
     for step in range(0, 100, 10):
         maps.add(step, features(step))
@@ -33,7 +33,7 @@ def test_first_and_latest_moments_are_kept_with_others_between(tmp_path: Path) -
         assert page.dtype == np.uint8 and columns(page) == COLUMNS
 
 
-def test_a_resumed_run_keeps_earlier_moments(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_earlier_maps(tmp_path: Path) -> None:
     path = tmp_path / "maps.npz"
     straight, first = MapsOverTime(images(), tmp_path / "other.npz", 0), MapsOverTime(images(), path, 0)
     for step in (0, 10, 20):

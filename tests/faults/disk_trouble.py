@@ -44,9 +44,9 @@ def save(step: int, megabytes: int = 0) -> None:
     """Save a checkpoint with ``megabytes`` of shared values, which do not count in the check of free space."""
     whole = make_payloads(step, 1)[CHECKPOINTS]
     shared = {"center": whole.shared["center"].new_zeros(megabytes * 250_000)}
-    saver.save(step, {CHECKPOINTS: CheckpointPayload(whole.shards, shared, whole.shapes, whole.state)})
-    saver.wait()
-    lines = [*(f"warning: {line}" for line in saver.warnings()), f"step {step}: {saver.status_message()}"]
+    writer.save(step, {CHECKPOINTS: CheckpointPayload(whole.shards, shared, whole.shapes, whole.state)})
+    writer.wait()
+    lines = [*(f"warning: {line}" for line in writer.warnings()), f"step {step}: {writer.status_message()}"]
     print("\n".join(lines), flush=True)
 
 
@@ -54,7 +54,7 @@ folder.mkdir(parents=True)
 if kind == "mount":
     mount("-t", "tmpfs", "-o", "size=256k", "tmpfs")
 dist.init_process_group("gloo", init_method=f"file://{run}/rendezvous", rank=0, world_size=1)
-saver = CheckpointWriter(run, RunConfig(keep_last=1))
+writer = CheckpointWriter(run, RunConfig(keep_last=1))
 save(1)
 save(2)
 if kind == "mount":

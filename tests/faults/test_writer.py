@@ -51,14 +51,14 @@ def make_payloads(step: int, world_size: int) -> dict[str, CheckpointPayload]:
 
 def save_steps(rank: int, run: Path, steps: tuple[int, ...], world_size: int, dying: int, fatal: int | None) -> None:
     """Save some steps; in the last one, rank ``dying`` is killed at call ``fatal`` or, if None, reports its calls."""
-    saver = CheckpointWriter(run, RUN)
+    writer = CheckpointWriter(run, RUN)
     for step in steps[:-1]:
-        saver.save(step, make_payloads(step, world_size))
-        saver.wait()
+        writer.save(step, make_payloads(step, world_size))
+        writer.wait()
     disk = FailingDisk("checkpoint", run.parent / "report.json", fatal) if rank == dying else None
-    saver.save(steps[-1], make_payloads(steps[-1], world_size))
-    saver.wait()
-    assert saver.failure is None
+    writer.save(steps[-1], make_payloads(steps[-1], world_size))
+    writer.wait()
+    assert writer.failure is None
     if disk is not None:
         disk.write_report()
 

@@ -23,8 +23,8 @@ with init_process_group(config.engine, Launch.from_environment()) as runtime:
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     shards = student.shards() | teacher.shards()
     Path(out).mkdir(exist_ok=True)
-    saver = CheckpointWriter(Path(out), config.run)
+    writer = CheckpointWriter(Path(out), config.run)
     payload = CheckpointPayload(shards, maker.state_dict(), shapes, {"data": position.data})
-    saver.save(position.step, {CHECKPOINTS: payload})
-    saver.wait()
-    assert saver.failure is None, saver.failure
+    writer.save(position.step, {CHECKPOINTS: payload})
+    writer.wait()
+    assert writer.failure is None, writer.failure
