@@ -94,7 +94,7 @@ def train(
     status, error = _run_and_print(command)
     if status:
         stopped = status in (75, 130)
-        message = f"{run} was stopped after a checkpoint; call train again to resume" if stopped else error
+        message = f"{run} was stopped early; call train again to resume" if stopped else error
         raise TrainingError(message or f"training ended with exit status {status}")
     return Path(run)
 

@@ -214,7 +214,9 @@ def _list_file(src: Path) -> Inputs:
     except OSError as error:
         raise ShardError(f"--src {src} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ShardError(f"--src {src} is neither a folder, a tar nor a text file with one path per line") from error
+        raise ShardError(
+            f"--src {src} is neither a folder, a tar nor a text file with one path per line; unpack other archives"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
             raise ShardError(f"--src {src}: NUL byte in line {number}; a list is a text file with one path per line")

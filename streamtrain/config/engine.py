@@ -107,7 +107,7 @@ class EngineConfig(Section):
         1800.0, "Seconds after which a rank that waits in a collective operation exits with an error.", gt=0.0
     )
     hang_timeout_seconds: float = free(
-        3600.0, "Seconds without progress within or between micro-batches after which a rank exits; 0: never.", ge=0.0
+        3600.0, "Seconds without a new micro-batch or evaluation batch after which a rank exits; 0: never.", ge=0.0
     )
 
     def compiles(self, *, on_gpu: bool) -> bool:

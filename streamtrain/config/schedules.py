@@ -17,7 +17,7 @@ class Schedule(Section):
     """
 
     kind: Literal["constant", "linear", "cosine"] = accept(
-        "constant", "Shape after the warm-up: stay at peak, or decay to end by the last step of the run."
+        "constant", "Shape after the warm-up: stay at peak, or move to end by the last step of the run."
     )
     start: float | None = accept(None, "Value during the delay and at the first step of the warm-up; null: 0.")
     peak: float = accept(..., "Value after the warm-up.")
@@ -54,7 +54,7 @@ class Schedule(Section):
 def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
     """Return the value of ``schedule`` at ``step`` (from 0) of a run of ``num_steps`` steps.
 
-    The warm-up's first step (after the delay) has the value ``start`` and the step after it ``peak``; the last
+    The first step of the warm-up has the value ``start``, and the first step after the warm-up has ``peak``. The last
     ``tail`` steps have the value ``end``, and steps past the run keep the last value.
     """
     ramp_end, start = schedule.delay + schedule.warmup, schedule.start or 0.0
@@ -66,7 +66,7 @@ def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
     # the last step before the tail has the value `end`
     span = num_steps - schedule.tail - ramp_end - 1
     progress = min(1.0, (step - ramp_end) / span) if span > 0 else 1.0
-    fraction = progress if schedule.kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
+    fraction = {"linear": progress, "cosine": 0.5 - 0.5 * math.cos(math.pi * progress)}[schedule.kind]
     return schedule.peak + (schedule.end - schedule.peak) * fraction
 
 

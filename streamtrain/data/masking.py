@@ -44,7 +44,8 @@ def draw_masks(
 ) -> MaskParameters:
     """Draw the masks of the global crops of ``slots`` [B]; rows are view-major, ``view * B + sample``.
 
-    Each slot's masks are independent of the other slots. ``grid`` is the number of patches (down, across).
+    A slot's masks depend on the seed and the slot only, not on the other slots of the batch. ``grid`` is the number of
+    patches (down, across).
     """
     counts = _mask_counts(masks, seed, slots, num_views, grid[0] * grid[1])
     draws = uniforms(seed, MASKS, slots, num_views * RECTANGLES * 4)

@@ -50,7 +50,7 @@ class PrototypeTargets:
     row_weight: Tensor
     student_temperature: float
     teacher_temperature: float
-    # upper bound of one chunk's fp32 logits, student and teacher rows together
+    # bytes of one chunk's fp32 logits, student and teacher rows together; a chunk has at least 64 prototypes
     chunk_bytes: int
 
     def __call__(self, student_features: Tensor, student_weight: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Comparison of the current settings with the checkpoint to resume. Torch-free.
 
 A checkpoint records its settings, versions and data type. By the resume rule of a setting (see
-``streamtrain.config.section.setting``), its value may change (``free``), may change if its key follows ``--accept``
-(``accept``), or may not change (``fixed``). Different versions of the code or the libraries only cause a warning.
+``streamtrain.config.section.setting``), its value may change (``free``), may change if the user names its key after
+``--accept`` (``accept``), or may not change (``fixed``). Different versions of the code or the libraries only cause a
+warning.
 """
 
 from __future__ import annotations
