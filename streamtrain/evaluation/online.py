@@ -163,7 +163,7 @@ class OnlineEvaluation:
 
     def _is_over_budget(self) -> bool:
         """Return on all ranks whether rank 0 has spent too much time; the first evaluation always runs."""
-        is_over = self._seconds > 0 and self.share > self._config.evaluation.max_share
+        is_over = self.share > self._config.evaluation.max_share and self._seconds > 0
         flag = torch.full((1,), float(is_over and self._runtime.rank == 0), device=self._runtime.device)
         return bool(sum_over_ranks(flag))
 

@@ -215,7 +215,7 @@ def test_a_setup_error_is_one_line_with_exit_status_2_on_every_rank(
     assert len(list(foreign.iterdir())) == 3
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_changed_settings_are_refused_at_once_unless_accepted(
     dtype: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
