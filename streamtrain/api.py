@@ -28,6 +28,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **options: Any) -> SetManifest:
     """Pack images into a shard set, like ``streamtrain pack``, and return its manifest.
 
+    Worker processes import the main module, so a script calls this below ``if __name__ == "__main__":``.
+
     Args:
         src: folder, list file, tar, parquet file or folder, or URL of the images.
         out: folder or URL of the set.
@@ -45,7 +47,7 @@ def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **opti
 
 
 def verify(shards: Path | str, *, workers: int | None = None) -> list[str]:
-    """Check everything in a shard set and return one line per fault.
+    """Check everything in a shard set and return one line per fault; a script needs a main guard as for ``pack``.
 
     Raises:
         ShardError: if there is no readable set.
@@ -87,10 +89,12 @@ def train(
     command = [sys.executable, "-m", "streamtrain.cli.main", "train", "--config", str(config)]
     command += ["--ranks", str(gpus)] if gpus is not None else []
     command += ["--resume", str(resume)] if resume is not None else []
-    command += ["--accept", *accept] if accept else []
+    command += ["--accept", *([accept] if isinstance(accept, str) else accept)] if accept else []
     settings = {"data.shards": str(shards), "run.dir": str(run)} | ({"run.steps": steps} if steps is not None else {})
     # JSON is YAML, which the values of overrides are
-    command += [f"{key}={json.dumps(value, default=str)}" for key, value in (settings | overrides).items()]
+    command += [
+        f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in (settings | overrides).items()
+    ]
     status, error = _run_and_print(command)
     if status:
         stopped = status in (75, 130)

@@ -45,6 +45,7 @@ from streamtrain.run.resume_policy import (
     separate_overrides,
     version_changes,
 )
+from streamtrain.run.signals import EXIT_PREEMPTED
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -134,6 +135,9 @@ def run_process(arguments: argparse.Namespace) -> NoReturn:
 
     A failed rank exits at once, because its threads and the process group would wait for the other ranks.
     """
+    # until the run installs its own handlers there is nothing to save
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
     try:
         status = train_rank(arguments)
     except Exception:

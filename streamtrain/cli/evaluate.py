@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streamtrain.cli.arguments import add_command
+from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.cli.backbone import add_backbone_arguments
 
 TASKS = ("knn", "linear", "logistic")
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--test", type=Path, metavar="SET", help="labelled images to predict")
     parser.add_argument("--size", type=int, help="side of the input in pixels (default: as in training)")
     parser.add_argument("--resize", type=int, help="shorter side before the centre crop (default: --size)")
-    parser.add_argument("--batch", type=int, default=64, help="images per forward (default: 64)")
+    parser.add_argument("--batch", type=positive_int, default=64, help="images per forward (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one flat JSON object as the last line")
 

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging()
         command = importlib.import_module(f"streamtrain.cli.{arguments.command}")
         status: int = command.run(arguments)
+        sys.stdout.flush()
         return status
     except (StreamtrainError, ShardError) as error:
         logger.error(error)
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of the output has gone, such as `head`; Python would fail again when it flushes stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

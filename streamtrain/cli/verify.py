@@ -9,7 +9,7 @@ from typing import Any
 from shards.format.images import DEFAULT_MAX_PIXELS
 from shards.format.set_manifest import SetManifest, counted
 from shards.packing.verify import verify
-from streamtrain.cli.arguments import add_command
+from streamtrain.cli.arguments import add_command, positive_int
 
 _SUMMARY = "Check a shard set: every tar, both indexes, the manifest, every checksum, a decode of every image."
 _DETAILS = """\
@@ -29,7 +29,10 @@ def add_parser(subparsers: Any) -> None:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument(
-        "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="report larger images (default: %(default)s)"
+        "--max-pixels",
+        type=positive_int,
+        default=DEFAULT_MAX_PIXELS,
+        help="report larger images (default: %(default)s)",
     )
 
 

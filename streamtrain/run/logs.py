@@ -24,6 +24,8 @@ class TerminalHandler(logging.Handler):
         text = f"{self._prefix}{level}{self.format(record)}"
         try:
             tqdm.write(text, file=sys.stderr if level else sys.stdout)
+        except BrokenPipeError:
+            pass  # the reader of the output has gone, such as `head`; the work continues
         except (OSError, ValueError):
             self.handleError(record)
 

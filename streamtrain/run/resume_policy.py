@@ -63,8 +63,9 @@ def add_accept_options(parser: argparse.ArgumentParser) -> None:
 def separate_overrides(arguments: argparse.Namespace) -> None:
     """Move overrides after ``--accept KEY``, which argparse parses as keys, to ``arguments.overrides``."""
     words = arguments.overrides + [word for word in arguments.accept if "=" in word]
-    # the last override of a key wins, so their order matters
-    arguments.overrides = sorted(words, key=lambda word: sys.argv.index(word) if word in sys.argv else len(sys.argv))
+    # the last override of a key wins, so their order matters; of repeated words the last one counts
+    positions = {word: index for index, word in enumerate(sys.argv)}
+    arguments.overrides = sorted(words, key=lambda word: positions.get(word, len(sys.argv)))
     arguments.accept = [word for word in arguments.accept if "=" not in word]
 
 
