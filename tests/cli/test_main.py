@@ -16,6 +16,7 @@ from ranks import ROOT
 
 from streamtrain import __version__
 from streamtrain.cli.main import COMMANDS, parse_arguments
+from streamtrain.run.resume_policy import separate_overrides
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"config"}))
@@ -118,3 +119,18 @@ def test_scripts_of_tools_call_the_same_commands(tmp_path: Path) -> None:
         ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0 and message in ended.stdout, ended.stderr
     assert os.listdir(tmp_path / "set" / "shards") == ["000000.tar"]
+
+
+@pytest.mark.parametrize("order", [("=3", "=2", "=3"), ("=2", "=3"), ("=3", "=3", "=2", "=3")])
+def test_the_last_override_wins_though_words_repeat(order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "--config", "vits16.yaml", "--accept", "run.seed", *(f"optim.clip{word}" for word in order)]
+    monkeypatch.setattr(sys, "argv", ["streamtrain", *words])
+    arguments = parse_arguments(words)
+    separate_overrides(arguments)
+    assert arguments.accept == ["run.seed"] and arguments.overrides[-1] == "optim.clip=3"
+
+
+def test_a_reader_that_closes_the_output_is_no_error() -> None:
+    command = f"{sys.executable} -m streamtrain.cli.main config --markdown | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
