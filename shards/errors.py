@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 
+def printable(text: object) -> str:
+    """Return text as one line that is safe to print: control characters and undecodable bytes are escaped.
+
+    File names and keys come from untrusted archives. They may contain terminal codes, line breaks or bytes that are not
+    UTF-8.
+    """
+    one_line = " ".join(str(text).splitlines())
+    if one_line.isprintable():
+        return one_line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in one_line)
+
+
 class ShardError(ValueError):
     """An image, shard, index or manifest is missing or damaged; the message is one line with the remedy."""
 
     def __init__(self, message: str) -> None:
-        # messages quote file names and values, which may contain line breaks
-        super().__init__(" ".join(message.splitlines()))
+        # messages quote file names and values
+        super().__init__(printable(message))
 
 
 class SampleError(ShardError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from shards.errors import printable
+
 
 class StreamtrainError(ValueError):
     """An error in the input, the configuration or the run directory; the message is one line."""
 
     def __init__(self, message: str) -> None:
-        # a file name or a value in the message may contain line breaks
-        super().__init__(" ".join(message.splitlines()))
+        # messages quote file names and values
+        super().__init__(printable(message))
 
 
 class ConfigError(StreamtrainError):
