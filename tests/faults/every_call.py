@@ -1,8 +1,9 @@
 """Fail the file-system calls of a small job one by one: ``every_call.py JOB FOLDER INJECTIONS SEED``.
 
-JOB is ``train``, ``cached`` (training through ``data.cache``) or ``pack``. The job runs once undisturbed, with a list of
-its calls below FOLDER/work. Then, in turn, one call of another run fails with one error; INJECTIONS such pairs are drawn
-(0: each error at the first, the middle and the last of the calls with one name and path). After each, the same command runs again undisturbed and must give what the undisturbed job gave.
+JOB is ``train``, ``cached`` (training through ``data.cache``) or ``pack``. The job runs once undisturbed, with a list
+of its calls below FOLDER/work. After that, one call of each further run fails with one error. INJECTIONS pairs of a call
+and an error are drawn; 0 tries each error at the first, the middle and the last of the calls with one name and path.
+After each, the same command runs again undisturbed and must give what the undisturbed job gave.
 
 Each run is a fork of this process, which has imported everything, so that a run takes a second. Start this process with
 ``fs_shim.c`` preloaded. Prints one line of JSON per violation, and the counts at the end.

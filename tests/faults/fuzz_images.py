@@ -32,16 +32,21 @@ def draw_samples() -> dict[str, bytes]:
     alpha = rgb.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(rgb.size))
     grey16 = Image.fromarray(np.arange(24 * 17, dtype=np.uint16).reshape(17, 24) * 150)
-    samples = {
-        "jpeg": encoded(rgb), "progressive jpeg": encoded(rgb, progressive=True), "grey jpeg": encoded(rgb.convert("L")),
-        "cmyk jpeg": encoded(rgb.convert("CMYK")), "png": encoded(rgb, "PNG"), "alpha png": encoded(alpha, "PNG"),
-        "grey alpha png": encoded(alpha.convert("LA"), "PNG"), "palette png": encoded(rgb.quantize(8), "PNG"),
-        "transparent palette png": encoded(rgb.quantize(8), "PNG", transparency=3), "16-bit png": encoded(grey16, "PNG"),
-        "bilevel png": encoded(rgb.convert("1"), "PNG"), "gif": encoded(rgb, "GIF"), "bmp": encoded(rgb, "BMP"),
-        "ppm": encoded(rgb, "PPM"), "webp": encoded(rgb, "WEBP"), "alpha webp": encoded(alpha, "WEBP", lossless=True),
-        "tga": encoded(rgb, "TGA"), "tiff": encoded(rgb, "TIFF"), "16-bit tiff": encoded(grey16, "TIFF"),
-        "float tiff": encoded(rgb.convert("F"), "TIFF"), "cmyk tiff": encoded(rgb.convert("CMYK"), "TIFF"),
+    png = {
+        "png": rgb, "alpha png": alpha, "grey alpha png": alpha.convert("LA"), "palette png": rgb.quantize(8),
+        "16-bit png": grey16, "bilevel png": rgb.convert("1"),
     }  # fmt: skip
+    tiff = {"tiff": rgb, "16-bit tiff": grey16, "float tiff": rgb.convert("F"), "cmyk tiff": rgb.convert("CMYK")}
+    samples = {name: encoded(image, "PNG") for name, image in png.items()}
+    samples |= {name: encoded(image, "TIFF") for name, image in tiff.items()}
+    samples |= {kind: encoded(rgb, kind) for kind in ("JPEG", "GIF", "BMP", "PPM", "WEBP", "TGA")}
+    samples |= {
+        "progressive JPEG": encoded(rgb, progressive=True),
+        "grey JPEG": encoded(rgb.convert("L")),
+        "CMYK JPEG": encoded(rgb.convert("CMYK")),
+        "transparent palette png": encoded(rgb.quantize(8), "PNG", transparency=3),
+        "alpha WEBP": encoded(alpha, "WEBP", lossless=True),
+    }
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "lzma"):
         try:
             samples[f"{compression} tiff"] = encoded(rgb, "TIFF", compression=compression)
