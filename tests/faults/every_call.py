@@ -1,9 +1,9 @@
 """Fail the file-system calls of a small job one by one: ``every_call.py JOB FOLDER INJECTIONS SEED``.
 
 JOB is ``train``, ``cached`` (training through ``data.cache``) or ``pack``. The job runs once undisturbed, with a list
-of its calls below FOLDER/work. After that, one call of each further run fails with one error. INJECTIONS pairs of a call
-and an error are drawn; 0 tries each error at the first, the middle and the last of the calls with one name and path.
-After each, the same command runs again undisturbed and must give what the undisturbed job gave.
+of its calls below FOLDER/work. After that, one call of each further run fails with one error. INJECTIONS pairs of a
+call and an error are drawn; 0 tries each error at the first, the middle and the last of the calls with one name and
+path. After each failure, the same command runs again undisturbed; the results must equal those of the first run.
 
 Each run is a fork of this process, which has imported everything, so that a run takes a second. Start this process with
 ``fs_shim.c`` preloaded. Prints one line of JSON per violation, and the counts at the end.
@@ -101,13 +101,13 @@ def fork_job(job: str, first: int = -1, error: int = 0, log: Path | None = None)
 
 
 def reset(job: str) -> None:
-    """Remove what the job wrote."""
+    """Remove the output of a job."""
     for name in ("run", "cache", "out"):
         shutil.rmtree(WORK / name, ignore_errors=True)
 
 
 def result(job: str) -> Any:
-    """Return what must not depend on a fault: the set, or the last checkpoint and the losses."""
+    """Return the results that a fault must not change: the set, or the last checkpoint and the losses."""
     if job == "pack":
         files = sorted(path for path in (WORK / "out").rglob("*") if path.is_file())
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -117,7 +117,7 @@ def result(job: str) -> Any:
 
 
 def losses() -> dict[int, Any]:
-    """Return the losses by step of the lines of ``metrics.jsonl``, all of which must be whole."""
+    """Return the losses by step in ``metrics.jsonl``; raises ValueError for a torn line."""
     records = [json.loads(line) for line in (WORK / "run/metrics.jsonl").read_text().splitlines()]
     return {r["step"]: {k: v for k, v in r.items() if k.startswith("loss/")} for r in records}
 

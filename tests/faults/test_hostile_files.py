@@ -19,7 +19,7 @@ from ranks import ROOT
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 REFUSING = ("tar", "manifest", "index", "config", "checkpoint", "image", "parquet", "weights")
-# these skip what they cannot read
+# these skip damaged content
 SKIPPING = ("metrics", "quarantine", "best", "maps")
 READERS = (*REFUSING, *SKIPPING)
 LONG = 10_000  # per reader
