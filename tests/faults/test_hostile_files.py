@@ -18,9 +18,11 @@ from drawn_images import drawn_image, encoded
 from ranks import ROOT
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
-READERS = ("tar", "manifest", "index", "config", "checkpoint")
-# per reader; 125 000 in total
-LONG = 25_000
+REFUSING = ("tar", "manifest", "index", "config", "checkpoint", "image", "parquet", "weights")
+# these skip damaged content
+SKIPPING = ("metrics", "quarantine", "best", "maps")
+READERS = (*REFUSING, *SKIPPING)
+LONG = 10_000  # per reader
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 # a process limited to 256 MiB above its memory after imports
 BOUNDED = """
@@ -68,7 +70,8 @@ def bounded(work: str, path: Path) -> str:
 @pytest.mark.parametrize("reader", READERS)
 def test_some_hostile_files(reader: str) -> None:
     counts = run_fuzzer(reader, 200, 1)
-    assert counts["accepted"] and counts["refused"] and counts["accepted"] + counts["refused"] == 200
+    assert counts["accepted"] and counts["accepted"] + counts["refused"] == 200
+    assert bool(counts["refused"]) == (reader in REFUSING)
 
 
 @pytest.mark.slow
@@ -76,7 +79,7 @@ def test_some_hostile_files(reader: str) -> None:
 def test_many_hostile_files(reader: str) -> None:
     counts = run_fuzzer(reader, LONG, 2)
     # hypothesis stops early once it has exhausted the inputs
-    assert counts["accepted"] and counts["refused"] and counts["accepted"] + counts["refused"] > LONG // 2
+    assert counts["accepted"] and counts["accepted"] + counts["refused"] > LONG // 2
 
 
 def make_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
