@@ -2,6 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+
+# errors of a read that concern the bytes at one offset, or one path; see is_source_failure
+_FAILURES_OF_ONE_FILE = frozenset(
+    (
+        *(errno.EIO, errno.EBADMSG, errno.EILSEQ, errno.EINVAL, errno.EOVERFLOW),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+        # Linux: medium errors of a disk, and blocks of a file system with a wrong checksum
+        *(getattr(errno, name) for name in ("ENODATA", "EREMOTEIO", "EUCLEAN") if hasattr(errno, name)),
+    )
+)
+
+
+def is_source_failure(error: OSError) -> bool:
+    """Return whether a failed read concerns the process or the whole file system, not the bytes of one image.
+
+    Such an error (ESTALE, ENOTCONN, ETIMEDOUT, EMFILE, ENFILE, ENOMEM, EACCES, ...) says nothing about the image: the
+    read is retried briefly, then the command ends with one line and can be resumed. The image is never skipped or
+    quarantined. All other errors (EIO, ENOENT, an error of a decoder without a number, ...) are those of one file or of
+    the bytes at one offset; a reader that finds a file of many images missing must treat that as a failure itself.
+    """
+    return error.errno is not None and error.errno not in _FAILURES_OF_ONE_FILE
+
+
+def explain_os_error(error: OSError) -> str:
+    """Return the reason for an ``OSError`` as text, with the remedy for a lack of file descriptors."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.EMFILE:
+        return f"{reason}; raise the limit of this process with ulimit -n"
+    if error.errno == errno.ENFILE:
+        return f"{reason} on this machine; raise the kernel's limit fs.file-max"
+    return reason
+
 
 def printable(text: object) -> str:
     """Return text as one line that is safe to print: control characters and undecodable bytes are escaped.
