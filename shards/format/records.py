@@ -239,7 +239,7 @@ def open_bytes(content: bytes, name: str) -> Index:
 
 
 def find_record_fault(record: np.void, tar_bytes: int, num_classes: int) -> str | None:
-    """Return what is impossible about an image's record, as text, or None. An index may be damaged or hostile.
+    """Return the first impossible value of an image's record, as text, or None. An index may be damaged or hostile.
 
     Args:
         tar_bytes: length of the tar.

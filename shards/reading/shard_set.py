@@ -117,9 +117,13 @@ class ShardSet:
         """
         if is_url(str(path)):
             store = Store(str(path), policy)
-            return cls(Path(), SetManifest.fetch(store), policy, store)
-        path = Path(path)
-        shard_set = cls(path, SetManifest.load(path), policy)
+            shard_set = cls(Path(), SetManifest.fetch(store), policy, store)
+        else:
+            shard_set = cls(Path(path), SetManifest.load(path), policy)
+        for fault in shard_set.manifest.faults:
+            logger.warning("manifest.json of %s: %s; check the set with streamtrain verify", path, printable(fault))
+        if is_url(str(path)):
+            return shard_set
         for shard, entry in enumerate(shard_set.manifest.shards):
             if is_url(entry.url):
                 continue

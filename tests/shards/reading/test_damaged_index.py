@@ -53,7 +53,7 @@ def _save_old(records: np.ndarray, path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("save", [save_index, _save_old], ids=["with checksums", "of an earlier version"])
 def test_a_wrong_record_is_replaced_or_harmless(shard_set: ShardSet, save: object, data: st.DataObject) -> None:
-    """Every image that is read is one of the set with its own size, and a label that exists, whatever the records say."""
+    """Every image that is read is one of the set with its own size and an existing label."""
     path = shard_set.index_path(0)
     whole, sound = path.read_bytes(), np.array(load_index(path))
     records = np.array(sound)
