@@ -261,6 +261,6 @@ def _check_images(shard_set: ShardSet, shard: int, numbers: range, max_pixels: i
             yield Fault(name, str(error), number, shard_set.key(shard, number))
             continue
         if record["flags"] & UNREADABLE:
-            yield Fault(name, "the index says that it cannot be read", number, shard_set.key(shard, number))
+            yield Fault(name, "has the flag of an unreadable image in the index", number, shard_set.key(shard, number))
         elif (image.width, image.height) != (int(record["width"]), int(record["height"])):
             yield Fault(name, "the index has another width or height", number, shard_set.key(shard, number))

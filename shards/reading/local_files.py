@@ -114,23 +114,22 @@ class LocalFile:
         """Return the length of the file; raises as ``read``."""
         return self._retry(lambda descriptor: os.fstat(descriptor).st_size)
 
-    def _retry(self, attempt: Callable[[int], Result]) -> Result:
-        for pause in _PAUSES:
+    def _retry(self, function: Callable[[int], Result]) -> Result:
+        pauses = iter(_PAUSES)
+        while True:
             try:
-                return attempt(self._open().number)
+                # a variable, because the descriptor must not be closed by another thread meanwhile
+                descriptor = self._open()
+                return function(descriptor.number)
             except OSError as error:
                 if not is_source_failure(error):
                     raise
-                logger.warning("%s cannot be read (%s); trying again", self.path, explain_os_error(error))
+                reason, pause = explain_os_error(error), next(pauses, None)
+                if pause is None:
+                    raise ShardError(f"{self.path} cannot be read ({reason}); fix that and re-run to resume") from error
+                logger.warning("%s cannot be read (%s); trying again", self.path, reason)
             _open_files.drop(id(self))  # a stale descriptor stays stale
             time.sleep(pause)
-        try:
-            return attempt(self._open().number)
-        except OSError as error:
-            if not is_source_failure(error):
-                raise
-            reason = explain_os_error(error)
-            raise ShardError(f"{self.path} cannot be read ({reason}); fix that and re-run to resume") from error
 
     def _open(self) -> _Descriptor:
         descriptor = _open_files.get(id(self))

@@ -203,7 +203,7 @@ class Source:
         except ShardError:
             size = width, height  # left to the decoder, whose errors exclude the image at every slot
         if size != (width, height):
-            stated = f"the index says {width}x{height} pixels, the image's header {size[0]}x{size[1]}"
+            stated = f"the index has {width}x{height} pixels, the image's header {size[0]}x{size[1]}"
             raise self._unusable(shard, sample, stated)
         return _Image(shard, sample, record, payload)
 

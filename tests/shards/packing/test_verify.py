@@ -106,7 +106,7 @@ def test_an_image_that_can_be_read_is_not_unreadable(shard_set: ShardSet) -> Non
     records["flags"][1], records["width"][1], records["height"][1] = UNREADABLE, 0, 0
     save_index(records, index)
     assert [(fault.index, fault.reason) for fault in verify(shard_set.path)] == [
-        (1, "the index says that it cannot be read")
+        (1, "has the flag of an unreadable image in the index")
     ]
 
 

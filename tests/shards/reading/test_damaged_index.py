@@ -99,7 +99,7 @@ def test_unusable_records_are_logged_and_a_second_start_is_the_same(shard_set: S
         first = _contents(_epoch(shard_set.path, tmp_path / "quarantine.jsonl"))
         log = (tmp_path / "quarantine.jsonl").read_text()
         assert {line.count("index") >= 1 and '"stage": "read"' in line for line in log.splitlines()} == {True}
-        for reason in ("the index says", "its index record is damaged: 0x0 pixels", "its index record is damaged: lab"):
+        for reason in ("the index has", "its index record is damaged: 0x0 pixels", "its index record is damaged: lab"):
             assert reason in log
         assert _contents(_epoch(shard_set.path, tmp_path / "quarantine.jsonl")) == first
         assert (tmp_path / "quarantine.jsonl").read_text() == log

@@ -94,3 +94,22 @@ def test_short_reads_are_continued(file: LocalFile, monkeypatch: pytest.MonkeyPa
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda number, length, offset: pread(number, min(length, 2), offset))
     assert file.read(7, 1) == b"1234567"
+
+
+def test_a_file_closed_by_another_thread_is_read_to_the_end(file: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread, others = os.pread, [LocalFile(file.path.parent / "other") for _ in range(3)]
+
+    (file.path.parent / "other").write_bytes(b"abcdefghij")
+
+    def evict_first(number: int, length: int, offset: int) -> bytes:
+        monkeypatch.setattr(os, "pread", pread)
+        local_files._open_files.close_half()
+        local_files._open_files.close_half()
+        local_files._open_files.drop(id(file))
+        assert [other.read(1, 0) for other in others] == [b"a"] * 3  # would reuse the number
+        return pread(number, length, offset)
+
+    monkeypatch.setattr(os, "pread", evict_first)
+    retries: list[object] = []
+    monkeypatch.setattr(local_files.logger, "warning", lambda *arguments: retries.append(arguments))
+    assert file.read(3, 2) == b"234" and not retries
