@@ -1,4 +1,4 @@
-"""Index of the images in a WebDataset tar, as a numpy array and in DALI's format.
+"""Index of the images in a WebDataset tar, as records (``shards.format.records``) and in DALI's format.
 
 A sample is a run of members with the same key, the part of the name before the first dot after the last slash. Its
 image is the first component with one of ``IMAGE_EXTENSIONS``, its label the integer in ``.cls``. Samples without an
@@ -14,35 +14,21 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from shards.errors import ShardError
 from shards.format import images
-from shards.format.files import write_whole
+from shards.format.records import NO_LABEL, RECORD, UNREADABLE
+from shards.format.records import load_index as load_index  # the whole index format is importable from here
+from shards.format.records import parse_index as parse_index
+from shards.format.records import save_index as save_index
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 LABEL_EXTENSION = "cls"
-NO_LABEL = -1
 _MAX_HEADER_BYTES = 1 << 20  # of a tar member, with its long name and attributes
 _MAX_LABEL_BYTES = 1 << 10
-UNREADABLE = 1  # flag: the image's header could not be read; width and height are 0
-
-# One record per sample. Offset and length are the span of the image in the tar; width and height are in pixels with the
-# EXIF orientation applied.
-RECORD = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("crc32", "<u4"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("label", "<i4"),
-        ("flags", "<u2"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -206,56 +192,6 @@ def check_label(label: float | Decimal, name: str) -> int:
     if not (NO_LABEL <= label < 2**31 and label == int(label)):
         raise ShardError(f"{name}: the label {label} is not a whole number from 0 to {2**31 - 1}, or -1 for no label")
     return int(label)
-
-
-def save_index(records: np.ndarray, path: Path) -> None:
-    """Write records [num_samples] to a ``.npy`` file atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, records.astype(RECORD), allow_pickle=False)
-    write_whole(path, buffer.getvalue())
-
-
-def load_index(path: Path) -> np.ndarray:
-    """Return the records [num_samples] of a shard, memory-mapped.
-
-    Raises:
-        ShardError: missing, truncated, or not an index.
-    """
-    try:
-        with open(path, "rb") as file:
-            count = _read_header(file, str(path), "copy the set again, or pack it again")
-            if not count:
-                return np.zeros(0, dtype=RECORD)
-            return np.memmap(path, RECORD, "r", file.tell(), (count,))
-    except FileNotFoundError as error:
-        raise ShardError(f"index {path} is missing; copy the set again, or pack it again") from error
-    except OSError as error:
-        raise ShardError(f"index {path} is damaged; copy the set again, or pack it again") from error
-
-
-def parse_index(content: bytes, name: str) -> np.ndarray:
-    """Return the records [num_samples] in the bytes of an index file; raises as ``load_index``, naming ``name``."""
-    file = io.BytesIO(content)
-    count = _read_header(file, name, "upload the set again")
-    return np.frombuffer(content, RECORD, count, file.tell())
-
-
-def _read_header(file: BinaryIO, name: str, remedy: str) -> int:
-    """Read the ``.npy`` header and return the number of records; they must end at the end of the file."""
-    try:
-        version = np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
-    except Exception as error:  # the header is a Python literal, which can fail in many ways
-        raise ShardError(f"index {name} is damaged; {remedy}") from error
-    if dtype != RECORD or len(shape) != 1:
-        raise ShardError(f"index {name} was written by another version; pack the set again")
-    start = file.tell()
-    rest = file.seek(0, io.SEEK_END) - start
-    file.seek(start)
-    count = int(shape[0])
-    if count * RECORD.itemsize != rest:
-        raise ShardError(f"index {name} is damaged; {remedy}")
-    return count
 
 
 def make_dali_index(samples: tuple[Sample, ...]) -> bytes:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from shards.errors import ShardError
 from shards.format.files import MAX_JSON_BYTES, parse_json, write_whole
@@ -23,6 +25,8 @@ VERSION = 1
 # valid tar names: plain file names, so that an untrusted manifest cannot refer to files outside the set
 _NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 FILE_NAME = "manifest.json"
+_FIELDS = ("version", "num_samples", "num_bytes", "digest", "fingerprint", "classes", "shards", "checksum")
+_HEX = re.compile("[0-9a-f]*")
 JOURNAL_NAME = "packing.jsonl"  # progress of a packing; deleted once the manifest is written
 
 
@@ -50,11 +54,13 @@ class SetManifest:
         shards: the tars, in order.
         classes: class names by label; empty if labels have no names or there are no labels.
         fingerprint: identifies the source and the packing options; empty if the tars were indexed, not packed.
+        faults: defects of the file that do not affect reading the images, as text.
     """
 
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
     fingerprint: str = ""
+    faults: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -76,7 +82,7 @@ class SetManifest:
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def save(self, set_dir: Path | str) -> None:
-        content = {
+        content: dict[str, Any] = {
             "version": VERSION,
             "num_samples": self.num_samples,
             "num_bytes": self.num_bytes,
@@ -85,6 +91,7 @@ class SetManifest:
             "classes": self.classes,
             "shards": [asdict(shard) for shard in self.shards],
         }
+        content["checksum"] = _checksum(content)
         write_whole(Path(set_dir) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
@@ -119,7 +126,7 @@ class SetManifest:
         except ValueError as error:
             raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
         version = content.get("version") if isinstance(content, dict) else None
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise ShardError(f"{path} has version {version}, this version reads {VERSION}; pack the set again")
         try:
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
@@ -132,7 +139,7 @@ class SetManifest:
             raise ShardError(f"{path} is damaged: {invalid}; copy the set again, or pack it again")
         if stated != manifest.digest:
             raise ShardError(f"{path} was edited: digest {stated}, expected {manifest.digest}; copy the set again")
-        return manifest
+        return replace(manifest, faults=tuple(_find_faults(content, manifest)))
 
 
 def counted(number: int, noun: str) -> str:
@@ -153,6 +160,31 @@ def _find_error(manifest: SetManifest) -> str | None:
             if type(number) is not int or not 0 <= number < 2**53:
                 return f"{number!r} is not a number of bytes or samples"
     return None
+
+
+def _find_faults(content: Mapping[str, Any], manifest: SetManifest) -> Iterator[str]:
+    """Yield the defects that leave the images readable: of fields that only people and other programs read."""
+    for name in ("num_samples", "num_bytes"):
+        actual, stated = getattr(manifest, name), content.get(name)
+        if type(stated) is not int or stated != actual:
+            yield f"{name} is {stated!r}, the shards have {actual} together"
+    if not _HEX.fullmatch(manifest.fingerprint):
+        yield f"the fingerprint {manifest.fingerprint!r} is not a hexadecimal number"
+    for shard in manifest.shards:
+        if len(shard.sha256) != 64 or not _HEX.fullmatch(shard.sha256):
+            yield f"{shard.sha256!r} is not a SHA-256 checksum"
+    for name in content:
+        if name not in _FIELDS:
+            yield f"unknown field {name!r}"
+    # manifests of earlier versions have no checksum
+    if content.get("checksum", expected := _checksum(content)) != expected:
+        yield f"a field was changed: its checksum is {content['checksum']!r}, expected {expected!r}"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return a checksum of all fields but "checksum", as 32 hex digits."""
+    fields = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _explain_missing(set_dir: Path) -> str:

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
-from shards.errors import SampleError, ShardError
+from shards.errors import SampleError, ShardError, explain_os_error, is_source_failure
 from shards.format import images
 from shards.format.files import file_sha256
-from shards.format.index import Sample, load_index, make_dali_index, read_samples
-from shards.format.set_manifest import SetManifest, ShardEntry
+from shards.format.index import Sample, make_dali_index, read_label, read_samples
+from shards.format.records import NO_LABEL, UNREADABLE, load_index
+from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.packing.parallel import ordered_map
 from shards.reading.shard_set import ShardSet
 from shards.storage.store import Store, is_url
@@ -71,7 +73,7 @@ def verify(
     location = str(location)
     manifest = SetManifest.load(location)
     _open.cache_clear()  # the files may have changed since an earlier call
-    faults = _unlisted_files(location, manifest)
+    faults = [Fault(FILE_NAME, reason) for reason in manifest.faults] + _unlisted_files(location, manifest)
     tasks = list(_tasks(location, manifest))
     bar = tqdm(
         desc="verifying", unit=" images", total=manifest.num_samples, disable=None if progress else True, smoothing=0.05
@@ -111,7 +113,7 @@ def _check(location: str, max_pixels: int, task: _Task) -> list[Fault]:
     shard_set = _open(location)
     with images.tolerant_pillow():
         if task.remote:
-            return list(_check_remote(location, shard_set.manifest.shards[task.shard], max_pixels))
+            return list(_check_remote(location, shard_set.manifest, task.shard, max_pixels))
         if task.begin is None:
             return list(_check_files(shard_set, task.shard))
         return list(_check_images(shard_set, task.shard, range(task.begin, task.end), max_pixels))
@@ -123,8 +125,9 @@ def _open(location: str) -> ShardSet:
     return ShardSet(Path(location), SetManifest.load(location))
 
 
-def _check_remote(location: str, entry: ShardEntry, max_pixels: int) -> Iterator[Fault]:
+def _check_remote(location: str, manifest: SetManifest, shard: int, max_pixels: int) -> Iterator[Fault]:
     """Fetch a shard from a store and check it as a local set of one shard."""
+    entry = manifest.shards[shard]
     stem = entry.name.removesuffix(".tar")
     tar = entry.url or f"{location.rstrip('/')}/shards/{entry.name}"
     with tempfile.TemporaryDirectory(prefix="verify_shards-") as folder:
@@ -138,7 +141,7 @@ def _check_remote(location: str, entry: ShardEntry, max_pixels: int) -> Iterator
             if not _fetch(source, copy / name) and source == tar:
                 yield Fault(name, f"{tar} does not exist")
                 return
-        fetched = ShardSet(copy, SetManifest((replace(entry, url=""),)))
+        fetched = ShardSet(copy, SetManifest((replace(entry, url=""),), manifest.classes))
         yield from _check_files(fetched, 0)
         yield from _check_images(fetched, 0, range(entry.samples), max_pixels)
 
@@ -172,19 +175,30 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
             yield Fault(tar_name, "its SHA-256 differs from the manifest's")
         with open(tar, "rb") as archive:
             samples = tuple(sample for sample in read_samples(archive, tar_name) if sample.image is not None)
+            labels = [_read_label(archive, sample, tar_name) for sample in samples]
     except OSError as error:
-        yield Fault(tar_name, f"cannot be read ({error.strerror})")
+        if is_source_failure(error):
+            raise ShardError(f"{tar} cannot be read ({explain_os_error(error)}); fix that and run it again") from error
+        yield Fault(tar_name, f"cannot be read ({explain_os_error(error)})")
         return
     except ShardError as error:
         yield Fault(tar_name, str(error))
         return
     if len(samples) != entry.samples:
         yield Fault(tar_name, f"has {len(samples)} images, the manifest says {entry.samples}")
-    yield from _check_index(index, index_name, samples)
+    yield from _check_index(index, index_name, samples, labels, len(shard_set.manifest.classes))
     yield from _check_dali_index(index.with_suffix(".idx"), f"index/{index.stem}.idx", samples)
 
 
-def _check_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
+def _read_label(archive: BinaryIO, sample: Sample, tar_name: str) -> int:
+    part = sample.label
+    return NO_LABEL if part is None else read_label(archive, part.offset, part.length, f"{tar_name}: {part.name}")
+
+
+def _check_index(
+    path: Path, name: str, samples: tuple[Sample, ...], labels: list[int], num_classes: int
+) -> Iterator[Fault]:
+    """Check all fields of the records but the checksum and the size, which ``_check_images`` compares."""
     try:
         records = load_index(path)
     except ShardError as error:
@@ -193,10 +207,19 @@ def _check_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator
     if len(records) != len(samples):
         yield Fault(name, f"has {len(records)} samples, the tar has {len(samples)}")
         return
-    for number, (record, sample) in enumerate(zip(records, samples, strict=True)):
+    for number, (record, sample, label) in enumerate(zip(records, samples, labels, strict=True)):
         assert sample.image is not None
         if (int(record["offset"]), int(record["length"])) != (sample.image.offset, sample.image.length):
             yield Fault(name, "has a wrong offset or length for the image", number, sample.key)
+        if int(record["label"]) != label:
+            yield Fault(name, f"has label {record['label']}, the tar has {label}", number, sample.key)
+        elif num_classes and label >= num_classes:
+            yield Fault(name, f"has label {label}, the manifest has {num_classes} classes", number, sample.key)
+        flags, size = int(record["flags"]), (int(record["width"]), int(record["height"]))
+        if flags not in (0, UNREADABLE):
+            yield Fault(name, f"has unknown flags {flags:#x}", number, sample.key)
+        elif flags == UNREADABLE and size != (0, 0):
+            yield Fault(name, f"has a size of {size[0]}x{size[1]} for an unreadable image", number, sample.key)
 
 
 def _check_dali_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:
@@ -216,17 +239,28 @@ def _check_dali_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Ite
 def _check_images(shard_set: ShardSet, shard: int, numbers: range, max_pixels: int) -> Iterator[Fault]:
     """Check each image's checksum and size, and decode it in full."""
     name = f"shards/{shard_set.manifest.shards[shard].name}"
-    try:
-        records = shard_set.records(shard)
-    except ShardError:
-        return  # a missing tar or index is reported by _check_files
     for number in numbers:
         try:
-            image = images.prepare(shard_set.read(shard, number), max_pixels=max_pixels)
+            record = shard_set.record(shard, number)
+        except SampleError:
+            continue  # a damaged, missing or unreadable index is reported by _check_files
+        except ShardError:
+            return
+        try:
+            payload = shard_set.read(shard, number)
         except SampleError as error:
             yield Fault(name, error.reason, number, error.key)
+            continue
+        except ShardError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return  # reported by _check_files
+            raise
+        try:
+            image = images.prepare(payload, max_pixels=max_pixels)
         except ShardError as error:
             yield Fault(name, str(error), number, shard_set.key(shard, number))
-        else:
-            if (image.width, image.height) != (int(records[number]["width"]), int(records[number]["height"])):
-                yield Fault(name, "the index has another width or height", number, shard_set.key(shard, number))
+            continue
+        if record["flags"] & UNREADABLE:
+            yield Fault(name, "has the flag of an unreadable image in the index", number, shard_set.key(shard, number))
+        elif (image.width, image.height) != (int(record["width"]), int(record["height"])):
+            yield Fault(name, "the index has another width or height", number, shard_set.key(shard, number))

@@ -19,19 +19,19 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
-from shards.errors import ShardError
-from shards.format.index import RECORD
+from shards.errors import ShardError, explain_os_error
+from shards.format.records import RECORD, Index, sealed_bytes
 from shards.format.set_manifest import ShardEntry
 from shards.reading.ledger import USE_BYTES, Ledger, Refusal, Reservation
+from shards.reading.local_files import max_open_files, with_descriptors
 from shards.reading.order import Window
 from shards.reading.shard_set import RemoteShard
 from shards.storage.store import DownloadStopped
 
-_MAX_OPEN_COPIES = 200  # the usual limit of open files is 1024
+_VERSION = 2  # of the copies: with the checksums of the index
 _BUSY_SECONDS = 0.2  # until a shard that another process fetches is checked again
 _FULL_SECONDS = 1.0  # until the next attempt to find room
 _PUBLISH_SECONDS = 5.0  # between two updates for the other processes
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 def copy_bytes(entry: ShardEntry) -> int:
     """Return the length in bytes of a shard's copy: the tar with its index appended."""
-    return entry.bytes + entry.samples * RECORD.itemsize
+    return entry.bytes + sealed_bytes(entry.samples)
 
 
 def min_cache_bytes(entries: Sequence[ShardEntry], num_shards: int, processes: int) -> int:
@@ -57,13 +57,12 @@ class CachedShard:
     def __init__(self, descriptor: int, entry: ShardEntry) -> None:
         self._descriptor, self._entry = descriptor, entry
 
-    def records(self) -> np.ndarray:
-        content = os.pread(self._descriptor, self._entry.samples * RECORD.itemsize, self._entry.bytes)
-        return np.frombuffer(content, RECORD)
-
-    def record(self, sample: int) -> np.void:
-        offset = self._entry.bytes + range(self._entry.samples)[sample] * RECORD.itemsize
-        return np.frombuffer(os.pread(self._descriptor, RECORD.itemsize, offset), RECORD)[0]
+    @cached_property
+    def index(self) -> Index:
+        """The records, verified as they are read; raises ShardError or OSError if the copy is damaged."""
+        # not a method of this object, because a cycle of references would delay its deletion
+        read = partial(os.pread, self._descriptor)
+        return Index.open_copy(read, f"of the copy of {self._entry.name}", self._entry.bytes, self._entry.samples)
 
     def read(self, length: int, offset: int) -> bytes:
         return os.pread(self._descriptor, min(length, max(0, self._entry.bytes - offset)), offset)
@@ -178,7 +177,10 @@ class ShardCache:
             self._open.pop(shard, None)
         remote = self._remote_shard(shard)
         if remote is not None:
-            self._ledger.discard(_key(remote))
+            try:
+                self._ledger.discard(_key(remote))
+            except OSError as error:
+                raise self._unusable_folder(error) from error
 
     def close(self) -> None:
         """Stop fetching; readers that wait for a shard get a ShardError."""
@@ -195,17 +197,17 @@ class ShardCache:
 
     def _open_copy(self, remote: RemoteShard) -> CachedShard | None:
         try:
-            descriptor = self._ledger.open(_key(remote), copy_bytes(remote.entry))
+            descriptor = with_descriptors(lambda: self._ledger.open(_key(remote), copy_bytes(remote.entry)))
         except OSError as error:
             raise self._unusable_folder(error) from error
         return None if descriptor is None else CachedShard(descriptor, remote.entry)
 
     def _unusable_folder(self, error: OSError) -> ShardError:
-        return ShardError(f"the cache folder {self._ledger.folder} is no longer usable ({error.strerror})")
+        return ShardError(f"the cache folder {self._ledger.folder} is no longer usable ({explain_os_error(error)})")
 
     def _keep_open(self, shard: int, cached: CachedShard) -> CachedShard:
         self._open[shard] = cached
-        while len(self._open) > _MAX_OPEN_COPIES:
+        while len(self._open) > max_open_files():
             self._open.popitem(last=False)
         return cached
 
@@ -398,18 +400,18 @@ def _key(remote: RemoteShard) -> str:
     from the manifest, so unlike an ETag they need no request and stay the same when the object is copied.
     """
     entry = remote.entry
-    identity = [remote.tar.url, entry.bytes, entry.sha256, entry.samples, RECORD.descr]
+    identity = [remote.tar.url, entry.bytes, entry.sha256, entry.samples, RECORD.descr, _VERSION]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 def _download(remote: RemoteShard, path: Path, stop: threading.Event) -> None:
-    """Write the tar and the records of its index durably to ``path``; raises as ``Store.download``."""
+    """Write the tar and its index durably to ``path``; raises as ``Store.download``."""
     entry = remote.entry
-    records = remote.load_records()
+    index = remote.load_index().to_bytes()
     if path.stat().st_size > entry.bytes:
         os.truncate(path, entry.bytes)
     remote.tar.store.download(remote.tar.name, path, entry.bytes, entry.sha256, stop)
     with open(path, "ab") as file:
-        file.write(records.tobytes())
+        file.write(index)
         file.flush()
         os.fsync(file.fileno())

@@ -12,6 +12,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -174,16 +175,14 @@ class JoinedSet:
         return f"{member}/{self.members[member].name(own)}"
 
     def record(self, shard: int, sample: int) -> np.void:
-        member, own = self._own(shard)
-        return self.members[member].record(own, sample)
+        """See ``ShardSet.record``; a SampleError names the shard as ``name`` does."""
+        with self._naming(shard) as (member, own):
+            return member.record(own, sample)
 
     def read(self, shard: int, sample: int) -> bytes:
         """See ``ShardSet.read``; a SampleError names the shard as ``name`` does."""
-        member, own = self._own(shard)
-        try:
-            return self.members[member].read(own, sample)
-        except SampleError as error:
-            raise SampleError(self.name(shard), error.index, error.key, error.reason) from error
+        with self._naming(shard) as (member, own):
+            return member.read(own, sample)
 
     def key(self, shard: int, sample: int) -> str:
         member, own = self._own(shard)
@@ -197,6 +196,14 @@ class JoinedSet:
         """See ``ShardSet.with_copies``; the copies are numbered through all members."""
         members = zip(self.members, self._first_shard[:-1].tolist(), strict=True)
         return JoinedSet([member.with_copies(copies, first) for member, first in members], self.weights)
+
+    @contextmanager
+    def _naming(self, shard: int) -> Iterator[tuple[ShardSet, int]]:
+        member, own = self._own(shard)
+        try:
+            yield self.members[member], own
+        except SampleError as error:
+            raise SampleError(self.name(shard), error.index, error.key, error.reason) from error
 
     def _own(self, shard: int) -> tuple[int, int]:
         member = int(np.searchsorted(self._first_shard, shard, side="right")) - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import tarfile
 import threading
 import zlib
@@ -13,39 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from shards.errors import SampleError, ShardError
-from shards.format import images
-from shards.format.index import load_index, parse_index, split_name
+from shards.errors import SampleError, ShardError, explain_os_error, printable
+from shards.format.index import split_name
+from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes
 from shards.format.set_manifest import SetManifest, ShardEntry
+from shards.reading.local_files import LocalFile
 from shards.storage.store import RetryPolicy, Store, Traffic, is_url
 
 logger = logging.getLogger(__name__)
-_MAX_OPEN_SHARDS = 200  # of a local set, with two open files each; the usual limit is 1024
+Result = TypeVar("Result")
+_MAX_OPEN_SHARDS = 10_000  # of a local set; each takes about a kilobyte, and its files may be closed
 _MAX_INDEX_BYTES = 512 << 20  # memory for the indexes of a remote set
-
-
-class LocalTar:
-    """A tar on a local or mounted disk; opened on the first read, closed with its last reference. Thread-safe."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor: int | None = None
-        self._lock = threading.Lock()
-
-    def read(self, length: int, offset: int) -> bytes:
-        """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
-        with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return os.pread(self._descriptor, length, offset)
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
 
 
 class RemoteTar:
@@ -71,27 +52,20 @@ class RemoteTar:
 class OpenShard(Protocol):
     """The index and the tar of a shard, open for reading."""
 
-    def records(self) -> np.ndarray:
-        """Return the index records [num_samples of the shard] (``shards.format.index.RECORD``)."""
-
-    def record(self, sample: int) -> np.void:
-        """Return the index record of one sample."""
+    @property
+    def index(self) -> Index:
+        """The records; raises ShardError or OSError if the index of a copy is damaged."""
 
     def read(self, length: int, offset: int) -> bytes:
         """Return bytes of the tar, fewer at its end; raises OSError if it cannot be read."""
 
 
+@dataclass(frozen=True)
 class _OriginalShard:
     """An ``OpenShard`` that is not a cached copy."""
 
-    def __init__(self, records: np.ndarray, tar: LocalTar | RemoteTar) -> None:
-        self._records, self.read = records, tar.read
-
-    def records(self) -> np.ndarray:
-        return self._records
-
-    def record(self, sample: int) -> np.void:
-        return self._records[sample]
+    index: Index
+    read: Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -100,7 +74,7 @@ class RemoteShard:
 
     entry: ShardEntry
     tar: RemoteTar
-    load_records: Callable[[], np.ndarray]
+    load_index: Callable[[], Index]
 
 
 class ShardCopies(Protocol):
@@ -143,9 +117,13 @@ class ShardSet:
         """
         if is_url(str(path)):
             store = Store(str(path), policy)
-            return cls(Path(), SetManifest.fetch(store), policy, store)
-        path = Path(path)
-        shard_set = cls(path, SetManifest.load(path), policy)
+            shard_set = cls(Path(), SetManifest.fetch(store), policy, store)
+        else:
+            shard_set = cls(Path(path), SetManifest.load(path), policy)
+        for fault in shard_set.manifest.faults:
+            logger.warning("manifest.json of %s: %s; check the set with streamtrain verify", path, printable(fault))
+        if is_url(str(path)):
+            return shard_set
         for shard, entry in enumerate(shard_set.manifest.shards):
             if is_url(entry.url):
                 continue
@@ -191,7 +169,7 @@ class ShardSet:
         """Return a shard in a store; None for a shard on a local or mounted disk."""
         entry = self.manifest.shards[shard]
         tar = self._remote_tar(entry)
-        return None if tar is None else RemoteShard(entry, tar, partial(self._load_records, entry))
+        return None if tar is None else RemoteShard(entry, tar, partial(self._load_index, entry))
 
     def with_copies(self, copies: ShardCopies, first_shard: int = 0) -> ShardSet:
         """Return a view of this set that reads local copies where they exist, numbered from ``first_shard``."""
@@ -200,61 +178,84 @@ class ShardSet:
         return shard_set
 
     def records(self, shard: int) -> np.ndarray:
-        """Return the index records [num_samples of the shard] (``shards.format.index.RECORD``)."""
-        return self._shard(shard).records()
+        """Return the index records [num_samples of the shard] (``shards.format.records.RECORD``).
+
+        Raises:
+            ShardError: the index is missing or damaged.
+        """
+        return self._use(shard, lambda opened: opened.index.records())
 
     def record(self, shard: int, sample: int) -> np.void:
-        return self._shard(shard).record(sample)
+        """Return the index record of one sample.
+
+        Raises:
+            SampleError: the part of the index that holds the record is damaged.
+            ShardError: the index is missing or damaged as a whole.
+        """
+        try:
+            return self._use(shard, lambda opened: opened.index.record(sample))
+        except DamagedIndexError as error:
+            raise SampleError(self.name(shard), sample, "", str(error)) from error
 
     def read(self, shard: int, sample: int) -> bytes:
         """Return the encoded bytes of one image, verified against its CRC-32.
 
         Raises:
-            SampleError: the bytes are too few or differ from those packed; names shard, index and key.
+            SampleError: the bytes are too few or differ from those packed, or the record is damaged; names shard, index
+                and key.
             ShardError: the shard is missing or unreachable.
         """
-        try:
-            return self._read_verified(self._shard(shard), shard, sample)
-        except SampleError as error:
-            if self._copies is None or self.remote_shard(shard) is None:
-                raise
-            logger.warning("%s; dropping the cached copy and reading the original", str(error))
-        # outside the handler: the error's traceback holds the last reference to the copy
-        self._copies.discard(self._first_copy + shard)
-        return self._read_verified(self._original(shard), shard, sample)
+        record = self.record(shard, sample)
+        fault = find_record_fault(record, self.manifest.shards[shard].bytes, len(self.manifest.classes))
+        if fault is not None:
+            raise self._sample_error(shard, sample, f"its index record is damaged: {fault}")
+        return self._use(shard, lambda opened: self._read_verified(opened, record, shard, sample))
 
     def key(self, shard: int, sample: int) -> str:
         """Return the WebDataset key of a sample, read from the tar; empty if its header is damaged."""
-        opened = self._shard(shard)
         try:
-            header = opened.read(tarfile.BLOCKSIZE, int(opened.record(sample)["offset"]) - tarfile.BLOCKSIZE)
+            offset = int(self.record(shard, sample)["offset"])
+            header = self._use(shard, lambda opened: opened.read(tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE))
             return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
         except (tarfile.TarError, OSError, ValueError, OverflowError):
             return ""
 
-    def _read_verified(self, opened: OpenShard, shard: int, sample: int) -> bytes:
-        record = opened.record(sample)
-        length, offset = int(record["length"]), int(record["offset"])
-        if length > images.MAX_BYTES or offset + length > self.manifest.shards[shard].bytes:
-            raise self._sample_error(shard, sample, f"its index is damaged: {length} bytes at offset {offset}")
+    def _use(self, shard: int, function: Callable[[OpenShard], Result]) -> Result:
+        """Return ``function`` of a shard: of its cached copy, or of the original if there is none or it is damaged."""
+        number = self._first_copy + shard
+        copied = self._copies.get(number) if self._copies is not None else None
+        if self._copies is None or copied is None:
+            return function(self._original(shard))
         try:
-            payload = opened.read(length, offset)
+            return function(copied)
+        except (ShardError, OSError) as error:
+            logger.warning("%s; dropping the cached copy and reading the original", printable(error))
+        # outside the handler, because the error's traceback holds a reference to the copy
+        copied = None
+        self._copies.discard(number)
+        return function(self._original(shard))
+
+    def _read_verified(self, opened: OpenShard, record: np.void, shard: int, sample: int) -> bytes:
+        length, offset = int(record["length"]), int(record["offset"])
+        # an index without checksums is compared with the header that precedes the image in the tar
+        header_bytes = 0 if opened.index.has_checksums else tarfile.BLOCKSIZE
+        try:
+            content = opened.read(header_bytes + length, offset - header_bytes) if offset >= header_bytes else b""
         except FileNotFoundError as error:  # the whole shard is missing, not one image
             raise ShardError(f"shard {self.tar_path(shard)} is gone; restore it and re-run to resume") from error
         except OSError as error:
-            raise self._sample_error(shard, sample, f"cannot be read ({error.strerror})") from error
+            raise self._sample_error(shard, sample, f"cannot be read ({explain_os_error(error)})") from error
+        payload = content[header_bytes:] if header_bytes else content
         if len(payload) != length:
             raise self._sample_error(shard, sample, f"has {len(payload)} bytes instead of {length}")
         if zlib.crc32(payload) != int(record["crc32"]):
             raise self._sample_error(shard, sample, "differs from the packed image (wrong CRC-32)")
+        if header_bytes and not _is_header_of(content[:header_bytes], length):
+            raise self._sample_error(shard, sample, "the header before it in the tar is damaged, or of another member")
         return payload
 
     def _sample_error(self, shard: int, sample: int, reason: str) -> SampleError:
-        return SampleError(self.manifest.shards[shard].name, sample, self.key(shard, sample), reason)
-
-    def _shard(self, shard: int) -> OpenShard:
-        copied = self._copies.get(self._first_copy + shard) if self._copies is not None else None
-        return self._original(shard) if copied is None else copied
+        return SampleError(self.name(shard), sample, self.key(shard, sample), reason)
 
     def _original(self, shard: int) -> OpenShard:
         with self._lock:
@@ -263,8 +264,8 @@ class ShardSet:
                 self._open.move_to_end(shard)
                 return opened
         entry = self.manifest.shards[shard]
-        tar = self._remote_tar(entry) or LocalTar(self.tar_path(shard))
-        opened = _OriginalShard(self._load_records(entry), tar)
+        tar = self._remote_tar(entry) or LocalFile(self.tar_path(shard))
+        opened = _OriginalShard(self._load_index(entry), tar.read)
         with self._lock:
             self._open[shard] = opened
             while self._is_over_limit():
@@ -274,7 +275,7 @@ class ShardSet:
     def _is_over_limit(self) -> bool:
         if self._store is None:
             return len(self._open) > _MAX_OPEN_SHARDS
-        return sum(opened.records().nbytes for opened in self._open.values()) > _MAX_INDEX_BYTES
+        return sum(len(opened.index) for opened in self._open.values()) * RECORD.itemsize > _MAX_INDEX_BYTES
 
     def _remote_tar(self, entry: ShardEntry) -> RemoteTar | None:
         if not self._is_remote(entry):
@@ -291,14 +292,47 @@ class ShardSet:
     def _is_remote(self, entry: ShardEntry) -> bool:
         return is_url(entry.url) if entry.url else self._store is not None
 
-    def _load_records(self, entry: ShardEntry) -> np.ndarray:
-        """Return the index of a shard; raises a ShardError if it is missing, damaged or of another shard."""
+    def _load_index(self, entry: ShardEntry) -> Index:
+        """Open the index of a shard; raises a ShardError if it is missing, damaged or of another shard."""
         if self._store is None:
-            records = load_index(self.path / "index" / entry.index_name).view(np.ndarray)
+            index = _open_local_index(self.path / "index" / entry.index_name)
         else:
-            index = f"index/{entry.index_name}"
-            records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)))
-        if len(records) != entry.samples:
-            counts = f"{len(records)} samples, the manifest says {entry.samples}"
+            index = _fetch_index(self._store, f"index/{entry.index_name}")
+        if len(index) != entry.samples:
+            counts = f"{len(index)} samples, the manifest says {entry.samples}"
             raise ShardError(f"index {entry.index_name} has {counts}; copy the set again, or pack it again")
-        return records
+        return index
+
+
+def _open_local_index(path: Path) -> Index:
+    file = LocalFile(path)
+    try:
+        return Index.open(file.read, file.num_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise ShardError(f"index {path} is missing; copy the set again, or pack it again") from error
+    except OSError as error:
+        raise ShardError(f"index {path} cannot be read ({explain_os_error(error)}); copy the set again") from error
+
+
+def _fetch_index(store: Store, name: str) -> Index:
+    """Fetch an index; damage to some of its blocks is no error if it remains after the store's retries."""
+    opened: list[Index] = []
+
+    def parse(content: bytes) -> None:
+        opened[:] = [open_bytes(content, store.url_of(name))]
+        opened[0].records()
+
+    try:
+        store.load(name, parse)
+    except DamagedIndexError as error:
+        logger.warning("%s", error)
+    return opened[0]
+
+
+def _is_header_of(header: bytes, length: int) -> bool:
+    """Return whether a block is the valid tar header of a member of ``length`` bytes."""
+    try:
+        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except (tarfile.TarError, ValueError, OverflowError):
+        return False
+    return size in (length, 0)  # 0 where an extended header states the size

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.errors import SampleError, ShardError
-from shards.format.index import RECORD, UNREADABLE
+from shards.format import images
+from shards.format.records import RECORD, UNREADABLE
 from shards.reading.mixture import AnyOrder, AnySet
 from shards.reading.quarantine import MAX_SUBSTITUTES, Quarantine
 
@@ -146,31 +147,35 @@ class Source:
         slots = np.asarray(slots, dtype=np.int64)
         shards, samples = self.order.locate(slots)
         reads = list(zip(slots.tolist(), shards.tolist(), samples.tolist(), strict=True))
-        num_bytes = sum(int(self.shard_set.record(shard, sample)["length"]) for _, shard, sample in reads)
-        return _Plan(slots, reads, num_bytes)
+        return _Plan(slots, reads, sum(self._length(shard, sample) for _, shard, sample in reads))
+
+    def _length(self, shard: int, sample: int) -> int:
+        try:
+            return min(int(self.shard_set.record(shard, sample)["length"]), images.MAX_BYTES)
+        except SampleError:
+            return 0  # quarantined when it is read
 
     def _start(self, plan: _Plan) -> _Pending:
         starts = range(0, len(plan.reads), _SAMPLES_PER_TASK)
         return plan, [self._pool.submit(self._read, plan.reads[start : start + _SAMPLES_PER_TASK]) for start in starts]
 
     def _read(self, reads: list[tuple[int, int, int]]) -> list[_Image]:
-        images = []
+        found = []
         for slot, shard, sample in reads:
             if self.quarantine is not None:
                 self.quarantine.count_slot()
-            images.append(self._image(slot, shard, sample))
-        return images
+            found.append(self._image(slot, shard, sample))
+        return found
 
     def _image(self, slot: int, shard: int, sample: int) -> _Image:
         """Read the image of a slot, or a substitute if it is unusable."""
         quarantine = self.quarantine
         if quarantine is None:
-            return _Image(shard, sample, self._usable_record(shard, sample), self.shard_set.read(shard, sample))
+            return self._usable_image(shard, sample)
         for attempt in range(MAX_SUBSTITUTES):
             if not quarantine.is_unusable(slot, self.shard_set.name(shard), sample):
                 try:
-                    record = self._usable_record(shard, sample)
-                    return _Image(shard, sample, record, self.shard_set.read(shard, sample))
+                    return self._usable_image(shard, sample)
                 except SampleError as error:
                     quarantine.add(slot, error, "read")
             shard, sample = self.order.substitute(slot, attempt)
@@ -179,31 +184,41 @@ class Source:
             "check the set with streamtrain verify"
         )
 
-    def _usable_record(self, shard: int, sample: int) -> np.void:
-        """Return the record of an image.
+    def _usable_image(self, shard: int, sample: int) -> _Image:
+        """Read an image.
 
         Raises:
-            SampleError: the image is unusable according to its record.
+            SampleError: the image is unusable: according to its record, when it is read, or because they disagree.
         """
         record = self.shard_set.record(shard, sample)
         width, height = int(record["width"]), int(record["height"])
         if record["flags"] & UNREADABLE:
-            reason = "its header could not be read during indexing"
-        elif self.max_pixels is not None and width * height > self.max_pixels:
-            reason = f"{width}x{height} is more than {self.max_pixels} pixels"
-        else:
-            return record
-        raise SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
+            raise self._unusable(shard, sample, "its header could not be read during indexing")
+        if self.max_pixels is not None and width * height > self.max_pixels:
+            raise self._unusable(shard, sample, f"{width}x{height} is more than {self.max_pixels} pixels")
+        payload = self.shard_set.read(shard, sample)
+        # the crops are drawn for the size in the record, so a wrong size would fail later, at every start
+        try:
+            size = images.read_size(payload)
+        except ShardError:
+            size = width, height  # left to the decoder, whose errors exclude the image at every slot
+        if size != (width, height):
+            stated = f"the index has {width}x{height} pixels, the image's header {size[0]}x{size[1]}"
+            raise self._unusable(shard, sample, stated)
+        return _Image(shard, sample, record, payload)
+
+    def _unusable(self, shard: int, sample: int, reason: str) -> SampleError:
+        return SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
 
     def _finish(self, pending: _Pending) -> Samples:
         plan, parts = pending
-        images = [image for part in parts for image in part.result()]
-        records = np.array([image.record for image in images], dtype=RECORD)
+        found = [image for part in parts for image in part.result()]
+        records = np.array([image.record for image in found], dtype=RECORD)
         return Samples(
             slots=plan.slots,
-            payloads=[np.frombuffer(image.payload, dtype=np.uint8) for image in images],
+            payloads=[np.frombuffer(image.payload, dtype=np.uint8) for image in found],
             sizes=np.stack([records["width"], records["height"]], axis=1).astype(np.int32),
             labels=records["label"].astype(np.int32),
-            shards=np.array([image.shard for image in images], dtype=np.int64),
-            samples=np.array([image.sample for image in images], dtype=np.int64),
+            shards=np.array([image.shard for image in found], dtype=np.int64),
+            samples=np.array([image.sample for image in found], dtype=np.int64),
         )

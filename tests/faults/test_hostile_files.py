@@ -33,6 +33,7 @@ from shards.format import images
 from shards.packing import inputs
 from shards.format import set_manifest as manifest
 from shards.reading import shard_set
+from shards.format import records
 from shards import errors
 from streamtrain import errors as streamtrain_errors
 from streamtrain.config.load import read_resolved
@@ -131,7 +132,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "manifest.SetManifest.load(path)", "manifest.json cannot be read",
     ),
     "an index of 10^12 records": (
-        lambda p: write_file(p, make_npy_header("(1000000000000,)")), "shard_set.load_index(path)", "refused: index",
+        lambda p: write_file(p, make_npy_header("(1000000000000,)")), "records.load_index(path)", "refused: index",
     ),
     "a checkpoint's manifest of 70 MB": (
         lambda p: write_file(make_folder(p) / "manifest.json", b" " * 70_000_000).parent,

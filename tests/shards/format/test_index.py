@@ -5,23 +5,18 @@ from __future__ import annotations
 import io
 import tarfile
 import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 from drawn_images import add_to_tar, drawn_image, encoded
 
 from shards.errors import ShardError
 from shards.format.index import (
     NO_LABEL,
-    RECORD,
     UNREADABLE,
     build_index,
-    load_index,
     make_dali_index,
     make_record,
     read_label,
-    save_index,
     split_name,
 )
 
@@ -118,23 +113,6 @@ def test_record_has_the_size_after_exif_rotation() -> None:
 def test_unreadable_image_is_flagged() -> None:
     record = make_record(512, b"not an image", 3)
     assert (record["width"], record["height"], record["flags"]) == (0, 0, UNREADABLE)
-
-
-def test_index_file_round_trip_and_errors(tmp_path: Path) -> None:
-    records = np.zeros(5, dtype=RECORD)
-    records["offset"] = np.arange(5) * 2**33
-    path = tmp_path / "000000.npy"
-    save_index(records, path)
-    np.testing.assert_array_equal(load_index(path), records)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ShardError, match="damaged"):
-        load_index(path)
-    path.unlink()
-    with pytest.raises(ShardError, match="missing"):
-        load_index(path)
-    np.save(path, np.zeros(5))
-    with pytest.raises(ShardError, match="another version"):
-        load_index(path)
 
 
 def test_dali_index_refuses_names_with_spaces() -> None:

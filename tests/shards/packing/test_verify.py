@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from drawn_images import drawn_image, encoded, overwrite, packed_set
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from shards.format.index import load_index, save_index
+from shards.errors import ShardError
+from shards.format.records import UNREADABLE, load_index, save_index
+from shards.format.set_manifest import SetManifest
 from shards.packing.verify import verify
 from shards.reading.shard_set import ShardSet
 
@@ -73,3 +78,99 @@ def test_wrong_offset_in_index_is_reported(shard_set: ShardSet) -> None:
     records["offset"][1] += 512
     save_index(records, index)
     assert ("index/000000.npy", 1) in [(fault.file, fault.index) for fault in verify(shard_set.path)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("label", 1, "has label 1, the tar has 0"),
+        ("flags", UNREADABLE, "has a size of 34x26 for an unreadable image"),
+        ("flags", 4, "has unknown flags 0x4"),
+        ("crc32", 1, "wrong CRC-32"),
+        ("width", 32, "another width or height"),
+        ("height", 0, "index record is damaged"),
+    ],
+)
+def test_each_wrong_field_of_an_index_is_reported(shard_set: ShardSet, field: str, value: int, reason: str) -> None:
+    index = shard_set.index_path(0)
+    records = np.array(load_index(index))
+    records[field][1] = value
+    save_index(records, index)
+    faults = verify(shard_set.path)
+    assert {fault.index for fault in faults} == {1} and reason in " ".join(map(str, faults))
+
+
+def test_an_image_that_can_be_read_is_not_unreadable(shard_set: ShardSet) -> None:
+    index = shard_set.index_path(0)
+    records = np.array(load_index(index))
+    records["flags"][1], records["width"][1], records["height"][1] = UNREADABLE, 0, 0
+    save_index(records, index)
+    assert [(fault.index, fault.reason) for fault in verify(shard_set.path)] == [
+        (1, "has the flag of an unreadable image in the index")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("num_samples", 41, "num_samples is 41, the shards have 40 together"),
+        ("num_bytes", None, "num_bytes is None"),
+        ("fingerprint", "a source", "the fingerprint 'a source' is not"),
+        ("classes", ["cat", "doh"], "a field was changed"),
+        ("classes", ["cat"], "has label 1, the manifest has 1 classes"),
+        ("checksum", 3, "a field was changed"),
+        ("comment", "mine", "unknown field 'comment'"),
+    ],
+)
+def test_each_wrong_field_of_a_manifest_is_reported(
+    shard_set: ShardSet, field: str, value: object, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shard_set.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert reason in "\n".join(map(str, verify(shard_set.path)))
+    if not reason.startswith("has label"):
+        ShardSet.open(shard_set.path)  # usable, with a warning
+        assert reason in caplog.text
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return packed_set(tmp_path_factory.mktemp("small"), 3, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index/000000.npy", "index/000000.idx"])
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_changed_bit_of_an_index_or_manifest_is_found(
+    small_set: ShardSet, name: str, data: st.DataObject
+) -> None:
+    path, manifest = small_set.path / name, small_set.manifest
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+    changed[bit // 8] ^= 1 << bit % 8
+    try:
+        path.write_bytes(changed)
+        is_found = verify(small_set.path) != []
+        assert is_found or (name == "manifest.json" and SetManifest.load(small_set.path) == manifest)
+    except ShardError as error:
+        assert "manifest.json" in str(error)
+    finally:
+        path.write_bytes(whole)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_changed_bit_of_an_index_without_checksums_is_found(small_set: ShardSet, data: st.DataObject) -> None:
+    path, records = small_set.index_path(0), small_set.records(0)
+    whole = path.read_bytes()
+    try:
+        with open(path, "wb") as file:
+            np.save(file, records)
+        changed = bytearray(path.read_bytes())
+        bit = data.draw(st.integers(0, 8 * len(changed) - 1))
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        assert verify(small_set.path) != [] or np.array_equal(load_index(path), records)
+    finally:
+        path.write_bytes(whole)

@@ -25,6 +25,7 @@ from PIL import Image
 from watched_folder import watched
 
 from shards.errors import ShardError
+from shards.format.records import RECORD
 from shards.format.set_manifest import SetManifest
 from shards.packing.pack import PackOptions, pack
 from shards.reading.cache import CachedShard, ShardCache, copy_bytes, min_cache_bytes
@@ -209,17 +210,26 @@ def test_prefetch_fills_the_folder_and_evicts_consumed_shards(
         assert cache.get(6) is None
 
 
+@pytest.mark.parametrize("damage", ["image", "record", "checksum"])
 def test_damaged_copy_is_replaced_by_the_original(
-    local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, local: ShardSet, server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     remote, folder = ShardSet.open(f"{server.url}/set", _FAST_RETRIES), tmp_path / "cache"
     with opened_cache(remote, folder, 10**7, iter([Window(0, 59, (0,))])) as cache:
         cached_set = remote.with_copies(cache)
         assert cached_set.read(0, 1) == local.read(0, 1)
         (copy,) = folder.glob("*.shard")
+        entry = local.manifest.shards[0]
+        place = {
+            "image": int(local.record(0, 2)["offset"]) + 20,
+            "record": entry.bytes + 2 * RECORD.itemsize,
+            "checksum": copy.stat().st_size - 4,
+        }[damage]
         with open(copy, "r+b") as file:
-            file.seek(int(local.record(0, 2)["offset"]) + 20)
+            file.seek(place)
             file.write(b"XXXX")
+        if damage != "image":  # otherwise the records are in memory
+            cached_set._copies._open.clear()
         with caplog.at_level(logging.WARNING, "shards.reading.shard_set"):
             assert cached_set.read(0, 2) == local.read(0, 2)
         assert "dropping the cached copy" in caplog.text

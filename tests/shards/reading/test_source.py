@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 import shutil
 import threading
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 from drawn_images import overwrite, packed_set
 
 from shards.errors import SampleError, ShardError
+from shards.reading.mixture import JoinedSet
 from shards.reading.order import Order
 from shards.reading.shard_set import ShardSet
 from shards.reading.source import Source
@@ -143,12 +146,15 @@ def test_errors_of_missing_and_truncated_files(shard_set: ShardSet, tmp_path: Pa
             ShardSet.open(path)
 
 
-def test_open_files_are_bounded(tmp_path: Path) -> None:
-    shard_set = packed_set(tmp_path, 220, shard_bytes=1)
-    assert len(shard_set.manifest.shards) == 220
-    source = Source(shard_set, Order(shard_set.sizes, seed=1), threads=2)
+def test_open_files_of_all_sets_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [packed_set(tmp_path / name, 40, shard_bytes=1) for name in "abc"]
+    limit = 120
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, 4096))
+    joined = JoinedSet(sets, [1.0, 1.0, 1.0])
     before = len(list(Path("/proc/self/fd").iterdir()))
-    for _ in source.batches(np.arange(first, first + 10) for first in range(0, 220, 10)):
-        pass
-    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 400
-    source.close()
+    for shard in range(joined.num_shards):
+        assert joined.read(shard, 0)
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= limit // 2
+    del sets, joined
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
