@@ -14,8 +14,9 @@ from tqdm import tqdm
 from shards.errors import SampleError, ShardError
 from shards.format import images
 from shards.format.files import file_sha256
-from shards.format.index import Sample, load_index, make_dali_index, read_samples
+from shards.format.index import load_index, make_dali_index
 from shards.format.set_manifest import SetManifest, ShardEntry
+from shards.format.tar_members import Sample, read_samples
 from shards.packing.parallel import ordered_map
 from shards.reading.shard_set import ShardSet
 from shards.storage.store import Store, is_url
@@ -171,7 +172,7 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
         if file_sha256(tar) != entry.sha256:
             yield Fault(tar_name, "its SHA-256 differs from the manifest's")
         with open(tar, "rb") as archive:
-            samples = tuple(sample for sample in read_samples(archive, tar_name) if sample.image is not None)
+            samples = read_samples(archive, tar_name)
     except OSError as error:
         yield Fault(tar_name, f"cannot be read ({error.strerror})")
         return
@@ -194,7 +195,6 @@ def _check_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator
         yield Fault(name, f"has {len(records)} samples, the tar has {len(samples)}")
         return
     for number, (record, sample) in enumerate(zip(records, samples, strict=True)):
-        assert sample.image is not None
         if (int(record["offset"]), int(record["length"])) != (sample.image.offset, sample.image.length):
             yield Fault(name, "has a wrong offset or length for the image", number, sample.key)
 

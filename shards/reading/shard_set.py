@@ -19,8 +19,9 @@ import numpy as np
 
 from shards.errors import SampleError, ShardError
 from shards.format import images
-from shards.format.index import load_index, parse_index, split_name
+from shards.format.index import load_index, parse_index
 from shards.format.set_manifest import SetManifest, ShardEntry
+from shards.format.tar_members import split_suffix
 from shards.storage.store import RetryPolicy, Store, Traffic, is_url
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ class ShardSet:
         opened = self._shard(shard)
         try:
             header = opened.read(tarfile.BLOCKSIZE, int(opened.record(sample)["offset"]) - tarfile.BLOCKSIZE)
-            return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+            return split_suffix(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
         except (tarfile.TarError, OSError, ValueError, OverflowError):
             return ""
 
