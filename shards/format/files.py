@@ -51,7 +51,7 @@ def make_private_folder(folder: Path, option: str) -> None:
         status = os.lstat(folder)
     except OSError as error:
         raise ShardError(
-            f"{option} {folder} cannot be created ({error.strerror}); choose another folder with {option}"
+            f"{option} {folder} cannot be written to ({error.strerror}); choose another folder with {option}"
         ) from error
     owner = os.getuid() if hasattr(os, "getuid") else status.st_uid
     if not stat.S_ISDIR(status.st_mode):

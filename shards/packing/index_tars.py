@@ -88,10 +88,14 @@ def _new_folder(out: Path) -> Iterator[None]:
         raise ShardError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from error
     try:
         yield
-    except BaseException:
-        shutil.rmtree(out / "index")
+    except BaseException as error:
+        shutil.rmtree(out / "index", ignore_errors=True)
         if is_new:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ShardError(
+                f"writing to {out} failed ({explain_os_error(error)}); fix that and run it again"
+            ) from error
         raise
 
 

@@ -57,7 +57,9 @@ from shards.packing.parquet import Columns, list_parquet
 from shards.storage.store import BULK_POLICY, Store, is_url
 
 # Files with other suffixes are passed over and counted; a file with one of these that fails to decode is rejected.
-_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .gif .bmp .ppm .pgm .tga .jp2"
+_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .gif .bmp .pbm .pgm .ppm .pnm .tga .jp2 .j2k .j2c .jpx .jpf"
+)
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split()) | ({".avif"} if features.check("avif") else set())
 _DECOMPRESSORS = {".gz": gzip, ".tgz": gzip, ".xz": lzma, ".txz": lzma, ".bz2": bz2, ".tbz2": bz2}
 _TAR_SUFFIX = ".tar"

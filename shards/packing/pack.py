@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -128,7 +128,6 @@ def pack(
     src, upload, folder = str(src), None, Path(out)
     if is_url(str(out)):
         folder = scratch or scratch_folder(str(out))
-        make_private_folder(folder, "--scratch")
         upload = Upload(str(out), folder)
     packing = _Packing(src, folder, options or PackOptions(), upload, workers, progress)
     option = "--scratch" if upload else "--out"
@@ -154,6 +153,7 @@ def scratch_folder(url: str) -> Path:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise ShardError("this user has no home folder; give a local folder of its own with --scratch") from error
+    make_private_folder(cache / "streamtrain", "--scratch")
     return cache / "streamtrain" / f"pack-{blake2b(url.encode(), digest_size=8).hexdigest()}"
 
 
@@ -162,7 +162,10 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
     """Create and lock a set's folder for one packing; remove it at the end if it is new and empty."""
     is_new = not out.exists()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if option == "--scratch":
+            make_private_folder(out, option)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
         allowed = {*_SET_NAMES, *(partial_path(out / name).name for name in _SET_NAMES)}
         foreign = sorted({entry.name for entry in out.iterdir()} - allowed)
         if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, MARKER_NAME)):
@@ -185,10 +188,12 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
             f"writing to {out} failed ({explain_os_error(error)}); fix that and re-run to resume"
         ) from error
     finally:
-        (out / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # the error that ended the packing says more
+            (out / _LOCK).unlink(missing_ok=True)
         lock.release()
-        if (is_new or option == "--scratch") and not any(out.iterdir()):
-            out.rmdir()
+        with suppress(OSError):
+            if (is_new or option == "--scratch") and not any(out.iterdir()):
+                out.rmdir()
 
 
 class _Packing:
