@@ -293,27 +293,22 @@ def _read_archive(
         # tarfile stops without an error at a damaged header; a complete tar ends with zeros or at the end of the file
         archive.seek(tar.offset)
         if any(archive.read(tarfile.BLOCKSIZE)):
+            if begin and end == begin:
+                raise ShardError(
+                    f"{name} has data after its end mark, at byte {begin}, that are no tar; fetch it again"
+                )
             raise ShardError(f"{name} is damaged at byte {tar.offset}: expected a header; fetch or pack it again")
         return int(tar.offset)
     except ShardError:
         raise
     # tarfile converts header fields to numbers, lengths and text with few checks
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        if end == begin:
-            _explain_start(archive, name, begin, error)
+        archive.seek(0)
+        start = archive.read(8)
+        kind = next((kind for magic, kind in _COMPRESSIONS.items() if start.startswith(magic)), None)
+        if kind is not None and end == 0:
+            raise ShardError(f"{name} is not a plain tar: it is compressed ({kind}); decompress it first") from error
         raise ShardError(f"{name} is not a complete tar file ({error}); fetch or pack it again") from error
-
-
-def _explain_start(archive: BinaryIO, name: str, begin: int, error: Exception) -> None:
-    """Raise a ShardError if a tar cannot begin at a byte because of what else begins there."""
-    archive.seek(begin)
-    start = archive.read(8)
-    kind = next((kind for magic, kind in _COMPRESSIONS.items() if start.startswith(magic)), None)
-    if begin:
-        what = f"data after its end mark, at byte {begin}, that are not a tar"
-        raise ShardError(f"{name} has {what}; fetch or pack it again") from error
-    if kind is not None:
-        raise ShardError(f"{name} is not a plain tar: it is compressed ({kind}); decompress it first") from error
 
 
 def _skip_zeros(archive: BinaryIO, begin: int, size: int) -> int:
