@@ -23,8 +23,8 @@ import numpy as np
 from shards.errors import ShardError, explain_os_error
 from shards.format import images
 from shards.format.files import write_whole
+from shards.format.tar_members import NO_LABEL
 
-NO_LABEL = -1
 UNREADABLE = 1  # flag: the image's header could not be read; width and height are 0
 
 # One record per sample. Offset and length are the span of the image in the tar; width and height are in pixels with the

@@ -10,16 +10,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.errors import ShardError
+from shards.errors import ShardError, explain_os_error
 from shards.format.files import file_sha256, write_whole
 from shards.format.index import UNREADABLE, build_index, make_dali_index, save_index
-from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry
+from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry, counted
+from shards.format.tally import Tally
 from shards.packing.inputs import is_compressed_tar, refuse_zstd
 from shards.packing.parallel import ordered_map
 from shards.storage.store import Store, is_url
@@ -33,12 +34,14 @@ class IndexReport:
         num_unreadable: images whose header could not be read; readers replace them.
         without_dali: tars for which DALI's index cannot be written, each with the reason.
         empty: tars without images, which are omitted.
+        passed_over: members that belong to no sample, and labels without an image, by kind.
     """
 
     manifest: SetManifest
     num_unreadable: int
     without_dali: tuple[str, ...]
     empty: tuple[str, ...]
+    passed_over: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class _IndexedTar:
     entry: ShardEntry
     num_unreadable: int
     dali_error: str
+    passed_over: Tally
 
 
 def index_tars(sources: Sequence[str], out: Path | str, *, workers: int = 1, progress: bool = False) -> IndexReport:
     """Make a shard set of existing WebDataset tars, which stay where they are.
 
-    A sample's image is its first member with an image extension, its label the integer in its ``.cls`` member.
+    A sample's image is its first member with an image extension, its label the integer in the ``.cls`` member of the
+    same name; see ``tar_members``.
 
     Args:
         sources: tars, folders of tars, or patterns of local tars; tars and folders may be URLs.
@@ -83,10 +88,14 @@ def _new_folder(out: Path) -> Iterator[None]:
         raise ShardError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from error
     try:
         yield
-    except BaseException:
-        shutil.rmtree(out / "index")
+    except BaseException as error:
+        shutil.rmtree(out / "index", ignore_errors=True)
         if is_new:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ShardError(
+                f"writing to {out} failed ({explain_os_error(error)}); fix that and run it again"
+            ) from error
         raise
 
 
@@ -96,14 +105,19 @@ def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool
     work = ordered_map(partial(_index_one, out), tasks, workers)
     done = list(tqdm(work, desc="indexing", unit=" tars", total=len(tasks), disable=None if progress else True))
     manifest = SetManifest(tuple(one.entry for one in done if one.entry.samples))
+    passed_over = Tally()
+    for one in done:
+        passed_over.merge(one.passed_over)
     if not manifest.shards:
-        raise ShardError(f"no images in {len(locations)} tars, such as {locations[0]}")
+        found = "".join(f"; {line}" for line in passed_over.lines())
+        raise ShardError(f"no images in {counted(len(locations), 'tar')}, such as {locations[0]}{found}")
     manifest.save(out)
     return IndexReport(
         manifest,
         sum(one.num_unreadable for one in done),
         tuple(f"{one.entry.url}: {one.dali_error}" for one in done if one.dali_error),
         tuple(one.entry.url for one in done if not one.entry.samples),
+        passed_over,
     )
 
 
@@ -152,12 +166,13 @@ def _index_one(out: Path, task: tuple[str, str]) -> _IndexedTar:
 
 
 def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _IndexedTar:
+    passed_over = Tally()
     try:
         with open(tar, "rb") as archive:
-            index = build_index(archive, entry.url)
+            index = build_index(archive, entry.url, passed_over)
         entry = replace(entry, bytes=tar.stat().st_size, samples=len(index.records), sha256=file_sha256(tar))
     except OSError as error:
-        raise ShardError(f"{entry.url} cannot be read ({error.strerror})") from error
+        raise ShardError(f"{entry.url} cannot be read ({explain_os_error(error)})") from error
     dali_error = ""
     if entry.samples:
         path = out / "index" / entry.index_name
@@ -166,4 +181,4 @@ def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _IndexedTar:
             write_whole(path.with_suffix(".idx"), make_dali_index(index.samples))
         except ShardError as error:
             dali_error = str(error)
-    return _IndexedTar(entry, int((index.records["flags"] & UNREADABLE != 0).sum()), dali_error)
+    return _IndexedTar(entry, int((index.records["flags"] & UNREADABLE != 0).sum()), dali_error, passed_over)

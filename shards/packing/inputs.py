@@ -1,8 +1,8 @@
-"""Listing the images to pack, with labels: from a folder, a list file, a tar or Parquet files, local or in a store.
+"""Listing the images to pack, with labels: from a folder, a list, an archive or Parquet files, local or in a store.
 
-In a folder or tar, labels come from class folders: the first folder level at which the images differ is an image's
-class, and the sorted class names get the labels 0, 1, 2, ... A WebDataset tar has its labels in ``.cls`` members. A
-list file has one path or URL per line, relative to the file, optionally followed by a tab and a label. Parquet files
+In a folder, tar or zip, labels come from class folders: the first folder level at which the images differ is an image's
+class, and the sorted class names get the labels 0, 1, 2, ... An archive with ``.cls`` members has its labels in these.
+A list file has one path or URL per line, relative to the file, optionally followed by a tab and a label. Parquet files
 have a label column. The label -1 means no label.
 """
 
@@ -13,28 +13,65 @@ import gzip
 import lzma
 import os
 import re
-import shutil
+import stat
+import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from shards.errors import ShardError
+from PIL import features
+
+from shards.errors import ShardError, explain_os_error
 from shards.format.files import partial_path
-from shards.format.index import LABEL_EXTENSION, NO_LABEL, check_label, read_label, read_members, split_name
-from shards.packing.items import FileSpan, Inputs, Item, RemoteObject, label_by_folder, number_classes
+from shards.format.set_manifest import counted
+from shards.format.tally import Tally
+from shards.format.tar_members import (
+    LABEL_EXTENSION,
+    MAX_LABEL_BYTES,
+    NO_LABEL,
+    Member,
+    check_label,
+    is_hidden,
+    pair_labels,
+    parse_label,
+    read_label,
+    read_members,
+    split_suffix,
+)
+from shards.packing.items import (
+    MAX_ITEMS,
+    ZIP_ERRORS,
+    FileSpan,
+    Inputs,
+    Item,
+    Location,
+    RemoteObject,
+    ZipMember,
+    label_by_folder,
+    number_classes,
+    open_zip,
+)
 from shards.packing.parquet import SUFFIX as PARQUET_SUFFIX
 from shards.packing.parquet import Columns, list_parquet
 from shards.storage.store import BULK_POLICY, Store, is_url
 
-# Files with other suffixes are ignored silently; a file with one of these that fails to decode is reported.
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".tga", ".jp2"]
+# Files with other suffixes are passed over and counted; a file with one of these that fails to decode is rejected.
+_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .gif .bmp .pbm .pgm .ppm .pnm .tga .jp2 .j2k .j2c .jpx .jpf"
 )
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split()) | ({".avif"} if features.check("avif") else set())
 _DECOMPRESSORS = {".gz": gzip, ".tgz": gzip, ".xz": lzma, ".txz": lzma, ".bz2": bz2, ".tbz2": bz2}
 _TAR_SUFFIX = ".tar"
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+_ZIP_SUFFIX = ".zip"
+_SOURCES = "a folder of images, a list file, a tar, a zip, a parquet or a URL"
+_LIST_FORM = "a list is a text file with one path per line"
+_NUMBER = re.compile(r"[+-]?[0-9]{1,1000}(\.[0-9]{0,1000})?")
+_MAX_LINE = 1 << 16  # characters of a list file
+_PIECE_BYTES = 1 << 20
+# an archive of images hardly gets smaller by compression; one that unpacks to more than this is refused
+_MAX_EXPANSION = 100
+_FREE_EXPANSION = 1 << 30  # bytes
 
 
 def needs_unpacking(src: str) -> bool:
@@ -70,8 +107,12 @@ def _decompress(src: str, path: Path, target: Path) -> None:
     except OSError as error:
         raise ShardError(f"--src {src} cannot be read ({error.strerror})") from error
     try:
+        limit = _FREE_EXPANSION + _MAX_EXPANSION * path.stat().st_size
         with packed, open(target, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+            while piece := packed.read(_PIECE_BYTES):
+                if plain.tell() + len(piece) > limit:
+                    raise ShardError(f"{src} unpacks to more than {limit} bytes; unpack it first, and give the folder")
+                plain.write(piece)
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         # gzip and bz2 raise an OSError without errno for bad data
         if isinstance(error, OSError) and error.errno is not None:
@@ -83,29 +124,37 @@ def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
     """List the images of a path or URL that needs no unpacking, in an order that depends only on their names.
 
     Raises:
-        ShardError: the source does not exist or has no images.
+        ShardError: the source does not exist, cannot be read, or has no images.
     """
-    columns = columns or Columns()
-    path = Path(src)
     if not src.strip():
-        raise ShardError("--src is empty; give a folder of images, a list file, a tar, a parquet or a URL")
+        raise ShardError(f"--src is empty; give {_SOURCES}")
+    try:
+        return _require_images(_list_source(src, columns or Columns()), src)
+    except OSError as error:
+        raise ShardError(f"--src {src} cannot be read ({explain_os_error(error)})") from error
+
+
+def _list_source(src: str, columns: Columns) -> Inputs:
     if is_url(src):
         _refuse_by_name(src)
-        inputs = _list_remote(src, columns)
-    elif path.is_dir():
-        inputs = _list_folder(path, columns)
-    elif not path.exists():
-        raise ShardError(f"--src {src} does not exist; give a folder of images, a list file, a tar, a parquet or a URL")
-    elif not path.is_file():
+        return _list_remote(src, columns)
+    path = Path(src)
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ShardError(f"--src {src} does not exist; give {_SOURCES}") from None
+    if stat.S_ISDIR(mode):
+        return _list_folder(path, columns)
+    if not stat.S_ISREG(mode):
         raise ShardError(f"--src {src} is neither a folder nor a regular file; give a folder, a list file or a tar")
-    elif path.suffix.lower() == _TAR_SUFFIX:
-        inputs = _list_tar(path, src)
-    elif path.suffix.lower() == PARQUET_SUFFIX:
-        inputs = list_parquet([src], [path.name], columns, 0)
-    else:
-        _refuse_by_name(src)
-        inputs = _list_file(path)
-    return _require_images(inputs, src)
+    if path.suffix.lower() == _TAR_SUFFIX:
+        return _list_tar(path, src)
+    if path.suffix.lower() == _ZIP_SUFFIX:
+        return _list_zip(path, src)
+    if path.suffix.lower() == PARQUET_SUFFIX:
+        return list_parquet([src], [path.name], columns, Tally())
+    _refuse_by_name(src)
+    return _list_file(path)
 
 
 def is_compressed_tar(src: str) -> bool:
@@ -121,6 +170,8 @@ def refuse_zstd(src: str) -> None:
 
 def _refuse_by_name(src: str) -> None:
     refuse_zstd(src)
+    if is_url(src) and _suffix(src) == _ZIP_SUFFIX:
+        raise ShardError(f"--src {src}: a zip is read from a local disk only; copy it there first")
     if _is_image_name(src) and not src.endswith("/"):
         folder = src.rpartition("/")[0] or "."
         raise ShardError(f"--src {src} is a single image; give its folder, {folder}")
@@ -128,7 +179,10 @@ def _refuse_by_name(src: str) -> None:
 
 def _require_images(inputs: Inputs, src: str) -> Inputs:
     if not inputs.items:
-        raise ShardError(f"no images in {src}; supported are .jpg, .png, .webp, .tif, .gif, .bmp and .parquet files")
+        found = "".join(f"; {line}" for line in inputs.passed_over.lines())
+        raise ShardError(
+            f"no images in {src}; supported are .jpg, .png, .webp, .tif, .gif, .bmp and .parquet files{found}"
+        )
     return inputs
 
 
@@ -137,112 +191,226 @@ def _suffix(src: str) -> str:
 
 
 def _is_image_name(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return _suffix(name) in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def list_images(src: Path) -> Inputs:
+    """List the images of a local folder, labelled by class folder; there may be none.
+
+    Raises:
+        ShardError: a folder cannot be read.
+    """
+    passed_over = Tally()
+    return _label_files(src, _list_names(src, passed_over), passed_over)
+
+
+def _label_files(src: Path, names: Sequence[str], passed_over: Tally) -> Inputs:
+    images = _pick_images(names, passed_over)
+    return label_by_folder([Item(name, NO_LABEL, FileSpan(src / name)) for name in images], passed_over)
+
+
+def _pick_images(names: Iterable[str], passed_over: Tally) -> list[str]:
+    """Return the names of images; count all others."""
+    images = []
+    for name in names:
+        if _is_image_name(name):
+            images.append(name)
+        else:
+            passed_over.add_file(name)
+    return images
 
 
 def _list_folder(src: Path, columns: Columns) -> Inputs:
-    names = sorted((folder.relative_to(src) / file).as_posix() for folder, files in _walk(src) for file in files)
-    images = [name for name in names if _is_image_name(name)]
+    passed_over = Tally()
+    names = _list_names(src, passed_over)
+    if any(map(_is_image_name, names)):
+        return _label_files(src, names, passed_over)
     tables = [name for name in names if name.lower().endswith(PARQUET_SUFFIX)]
-    if tables and not images:
-        return list_parquet([str(src / name) for name in tables], tables, columns, len(names) - len(tables))
-    items = [Item(name, NO_LABEL, FileSpan(src / name)) for name in images]
-    return label_by_folder(items, len(names) - len(images))
+    tars = [name for name in names if name.lower().endswith(_TAR_SUFFIX)]
+    for name in names:
+        if name not in tables:
+            passed_over.add_file(name)
+    advice = (
+        f"to use its {counted(len(tars), '.tar file')}, run: streamtrain index --src {src} --out SET" if tars else ""
+    )
+    if not tables:
+        if tars:
+            raise ShardError(f"no images in {src}; {advice}")
+        return Inputs((), (), passed_over)
+    try:
+        return list_parquet([str(src / name) for name in tables], tables, columns, passed_over)
+    except ShardError as error:
+        if tars:
+            raise ShardError(f"{error}; {advice}") from error
+        raise
+
+
+def _list_names(src: Path, passed_over: Tally) -> list[str]:
+    """Return the sorted names of the files in a folder at any depth, relative and with slashes."""
+    return sorted(
+        (folder.relative_to(src) / file).as_posix() for folder, files in _walk(src, passed_over) for file in files
+    )
 
 
 def _list_remote(src: str, columns: Columns) -> Inputs:
     folder = src.rstrip("/")
+    passed_over = Tally()
     if folder.lower().endswith(PARQUET_SUFFIX):
-        return list_parquet([folder], [folder.rpartition("/")[2]], columns, 0)
+        return list_parquet([folder], [folder.rpartition("/")[2]], columns, passed_over)
     tree = Store(folder, BULK_POLICY).list_tree()
-    images = [name for name in tree if _is_image_name(name) and not _is_hidden(name)]
-    tables = [name for name in tree if name.lower().endswith(PARQUET_SUFFIX) and not _is_hidden(name)]
-    if tables and not images:
-        return list_parquet([f"{folder}/{name}" for name in tables], tables, columns, len(tree) - len(tables))
+    visible = [name for name in tree if not _has_hidden_part(name)]
+    passed_over.add("files in hidden folders, or hidden files, passed over", len(tree) - len(visible))
+    tables = [name for name in visible if name.lower().endswith(PARQUET_SUFFIX)]
+    if tables and not any(map(_is_image_name, visible)):
+        for name in visible:
+            if not name.lower().endswith(PARQUET_SUFFIX):
+                passed_over.add_file(name)
+        return list_parquet([f"{folder}/{name}" for name in tables], tables, columns, passed_over)
     plain = unquote if folder.startswith("http") else str  # links on web pages are percent-encoded
+    images = _pick_images(visible, passed_over)
     items = [Item(plain(name), NO_LABEL, RemoteObject(folder, name, tree[name])) for name in images]
-    return label_by_folder(items, len(tree) - len(images))
+    return label_by_folder(items, passed_over)
 
 
-def _is_hidden(name: str) -> bool:
+def _has_hidden_part(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _walk(src: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield folders and their files, following symbolic links, each folder once."""
+def _walk(src: Path, passed_over: Tally) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders and their files, following symbolic links, each folder once; hidden folders are counted."""
     seen = set()
     for folder, folders, files in os.walk(src, followlinks=True, onerror=_raise_unreadable):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
+            passed_over.add("folders that were reached before by another link, passed over")
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = sorted(name for name in folders if not name.startswith("."))
+        passed_over.add("hidden folders, passed over", len(folders) - len(visible))
+        folders[:] = visible
         yield Path(folder), files
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise ShardError(f"{error.filename} cannot be read ({error.strerror})") from error
+    raise ShardError(f"{error.filename} cannot be read ({explain_os_error(error)})") from error
 
 
 def _list_tar(path: Path, src: str) -> Inputs:
     """List the images of an uncompressed tar at ``path``; errors name it ``src``."""
-    items: list[Item] = []
-    labels: dict[str, int] = {}
-    others = 0
+    passed_over = Tally()
     with open(path, "rb") as archive:
-        for member in read_members(archive, src):
-            name = member.name.removeprefix("./").lstrip("/")
-            if _is_image_name(name):
-                items.append(Item(name, NO_LABEL, FileSpan(path, member.offset_data, member.size)))
-            elif name.endswith("." + LABEL_EXTENSION):
-                position = archive.tell()
-                labels[split_name(name)[0]] = read_label(archive, member.offset_data, member.size, f"{src}: {name}")
-                archive.seek(position)
-            else:
-                others += 1
-    if labels:
-        labelled = [replace(item, label=labels.get(split_name(item.name)[0], NO_LABEL)) for item in items]
-        return Inputs(tuple(labelled), (), others)
-    return label_by_folder(items, others)
+        members = read_members(archive, src, passed_over)
+        return _list_archive(
+            members,
+            lambda member: FileSpan(path, member.offset, member.length),
+            lambda label: read_label(archive, label, src),
+            src,
+            passed_over,
+        )
+
+
+def _list_zip(path: Path, src: str) -> Inputs:
+    """List the images of a zip archive; its members are read in place."""
+    passed_over = Tally()
+    try:
+        open_zip.cache_clear()  # the file may have changed since an earlier call
+        archive = open_zip(path)
+        return _list_archive(
+            _zip_members(archive, passed_over),
+            lambda member: ZipMember(path, member.offset, member.length),
+            lambda label: parse_label(_read_zip_label(path, label), f"{src}: {label.name}"),
+            src,
+            passed_over,
+        )
+    except ShardError:
+        raise
+    except ZIP_ERRORS as error:
+        raise ShardError(f"--src {src} is not a zip archive that can be read ({error}); fetch it again") from error
+
+
+def _zip_members(archive: zipfile.ZipFile, passed_over: Tally) -> Iterator[Member]:
+    """Yield the regular files of a zip archive; the number of a member takes the place of its offset."""
+    for number, entry in enumerate(archive.infolist()):
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            passed_over.add("hard or symbolic links, passed over")
+        elif entry.flag_bits & 1:
+            passed_over.add("encrypted files, passed over")
+        elif not entry.is_dir():
+            yield Member(entry.filename, number, entry.file_size)
+
+
+def _read_zip_label(path: Path, label: Member) -> bytes:
+    return b"" if label.length > MAX_LABEL_BYTES else ZipMember(path, label.offset, label.length).read()
+
+
+def _list_archive(
+    members: Iterable[Member],
+    locate: Callable[[Member], Location],
+    read: Callable[[Member], int | None],
+    src: str,
+    passed_over: Tally,
+) -> Inputs:
+    """List the images among the members of an archive, with labels from its ``.cls`` members or its folders."""
+    images: list[Member] = []
+    labels: list[Member] = []
+    for member in members:
+        if _is_image_name(member.name):
+            images.append(member)
+        elif split_suffix(member.name)[1] == LABEL_EXTENSION and not is_hidden(member.name):
+            labels.append(member)
+        else:
+            passed_over.add_file(member.name)
+    values = pair_labels(images, labels, read, src, passed_over)
+    names = [image.name.removeprefix("./").lstrip("/") for image in images]
+    items = [Item(*entry) for entry in zip(names, values, map(locate, images), strict=True)]
+    return Inputs(tuple(items), (), passed_over) if labels else label_by_folder(items, passed_over)
 
 
 def _list_file(src: Path) -> Inputs:
+    names: list[str] = []
+    stated: list[str] = []
     try:
-        lines = src.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte order mark
-    except OSError as error:
-        raise ShardError(f"--src {src} cannot be read ({error.strerror})") from error
+        with open(src, encoding="utf-8-sig") as file:  # some editors write a byte order mark
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), ""), start=1):
+                if "\0" in line:
+                    raise ShardError(f"--src {src}: NUL byte in line {number}; {_LIST_FORM}")
+                if len(line) == _MAX_LINE:
+                    raise ShardError(f"--src {src}: line {number} is longer than {_MAX_LINE} characters; {_LIST_FORM}")
+                if not line.strip():
+                    continue
+                if len(names) == MAX_ITEMS:
+                    raise ShardError(f"--src {src} lists more than {MAX_ITEMS} images; make several sets of it")
+                path, _, text = line.partition("\t")
+                names.append(path.strip())
+                stated.append(text.strip())
     except UnicodeDecodeError as error:
         raise ShardError(
             f"--src {src} is neither a folder, a tar nor a text file with one path per line; unpack other archives"
         ) from error
-    for number, line in enumerate(lines, start=1):
-        if "\0" in line:
-            raise ShardError(f"--src {src}: NUL byte in line {number}; a list is a text file with one path per line")
-    entries = [line.partition("\t")[::2] for line in lines if line.strip()]
-    if not entries:
-        raise ShardError(f"--src {src} lists no images; a list is a text file with one path per line")
-    names = [path.strip() for path, _ in entries]
-    classes, labels = _parse_labels([label.strip() for _, label in entries], [f"{src}: {name}" for name in names])
+    if not names:
+        raise ShardError(f"--src {src} lists no images; {_LIST_FORM}")
+    classes, labels = _parse_labels(stated, names, src)
     items = []
     for name, label in zip(names, labels, strict=True):
-        folder, _, file = name.rpartition("/")
-        items.append(Item(name, label, RemoteObject(folder, file) if is_url(name) else FileSpan(src.parent / name)))
-    return Inputs(tuple(items), classes, 0)
+        folder, _, file_name = name.rpartition("/")
+        location = RemoteObject(folder, file_name) if is_url(name) else FileSpan(src.parent / name)
+        items.append(Item(name, label, location))
+    return Inputs(tuple(items), classes)
 
 
-def _parse_labels(stated: Sequence[str], entries: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Return the classes and labels of a list with numbers or names as labels; errors name the entry."""
+def _parse_labels(stated: Sequence[str], names: Sequence[str], src: Path) -> tuple[tuple[str, ...], list[int]]:
+    """Return the classes and labels of a list with numbers or names as labels; errors name the list and the image."""
     numbers = [_NUMBER.fullmatch(label) is not None for label in stated]
     if not any(numbers):
         return number_classes(stated)
     labels = []
-    for label, is_number, entry in zip(stated, numbers, entries, strict=True):
+    for label, is_number, name in zip(stated, numbers, names, strict=True):
         if label and not is_number:
             raise ShardError(
-                f"{entry}: the label {label!r} is a name, but {stated[numbers.index(True)]!r} is a number; "
+                f"{src}: {name}: the label {label!r} is a name, but {stated[numbers.index(True)]!r} is a number; "
                 "give every image a number, or every image a name"
             )
-        labels.append(check_label(float(label) if "." in label else int(label), entry) if label else NO_LABEL)
+        value = float(label) if "." in label else int(label or NO_LABEL)
+        labels.append(check_label(value, f"{src}: {name}"))
     return (), labels

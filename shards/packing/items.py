@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import stat
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from shards import randomness
-from shards.errors import ShardError
+from shards.errors import ShardError, explain_os_error, is_source_failure
 from shards.format import images
-from shards.format.index import NO_LABEL
+from shards.format.tally import Tally
+from shards.format.tar_members import NO_LABEL
 from shards.storage.store import Store
 
+MAX_ITEMS = 50_000_000  # each takes several hundred bytes of memory
+# zipfile checks the directory and the headers only in part
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(ValueError, ArithmeticError, RuntimeError, LookupError),
+)
 _KEY_LENGTH = 60
+_PAUSES = (0.2, 1.0)  # seconds before a read is tried again
+
+Result = TypeVar("Result")
 
 
 class SourceUnreachable(ShardError):
@@ -32,7 +46,11 @@ class Location(Protocol):
 
     @property
     def identity(self) -> str:
-        """Text that distinguishes locations with the same item name; part of the packing's fingerprint."""
+        """Text that distinguishes locations with the same item name; part of the packing's fingerprint.
+
+        Raises:
+            SourceUnreachable: the whole source cannot be reached at the moment.
+        """
 
     def read(self) -> bytes:
         """Return the image's bytes.
@@ -43,7 +61,7 @@ class Location(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileSpan:
     """A local file, or a span of one."""
 
@@ -55,26 +73,58 @@ class FileSpan:
     def identity(self) -> str:
         length = self.length
         if length is None:
-            with suppress(OSError):
-                length = self.path.stat().st_size
+            try:
+                length = read_source(self.path, lambda: self.path.stat().st_size)
+            except OSError:
+                length = None  # the file is missing, which its read reports
         return f"{self.offset}\t{length}"
 
     def read(self) -> bytes:
         try:
-            status = self.path.stat()
-            # opening a named pipe would block until another process writes to it
-            if not stat.S_ISREG(status.st_mode):
-                raise ShardError("not a regular file")
-            length = status.st_size if self.length is None else self.length
-            _check_length(length)
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                return file.read(length)
+            return read_source(self.path, self._read)
         except OSError as error:
             raise ShardError(error.strerror or str(error)) from error
 
+    def _read(self) -> bytes:
+        status = self.path.stat()
+        # opening a named pipe would block until another process writes to it
+        if not stat.S_ISREG(status.st_mode):
+            raise ShardError("not a regular file")
+        length = status.st_size if self.length is None else self.length
+        _check_length(length)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(length)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
+class ZipMember:
+    """A file in a local zip archive."""
+
+    path: Path
+    number: int  # in the order of the archive's directory
+    num_bytes: int  # as the directory says, which zipfile enforces
+
+    @property
+    def identity(self) -> str:
+        return f"{self.number}\t{self.num_bytes}"
+
+    def read(self) -> bytes:
+        _check_length(self.num_bytes)
+        try:
+            return read_source(self.path, self._read)
+        except OSError as error:
+            raise ShardError(error.strerror or str(error)) from error
+        except ZIP_ERRORS as error:
+            raise ShardError(f"cannot be unpacked ({error})") from error
+
+    def _read(self) -> bytes:
+        archive = open_zip(self.path)
+        with archive.open(archive.infolist()[self.number]) as file:
+            return file.read(self.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteObject:
     """An object in a store."""
 
@@ -99,12 +149,41 @@ class RemoteObject:
 cached_store = lru_cache(maxsize=8)(Store)
 
 
+@lru_cache(maxsize=1)
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip archive, cached for the reads of its other members."""
+    return zipfile.ZipFile(path)
+
+
+def read_source(path: Path | str, read: Callable[[], Result]) -> Result:
+    """Return ``read()``, tried again for a moment if the file system of ``path`` or the process fails.
+
+    An I/O error is such a failure too: a network mount reports it for good files.
+
+    Raises:
+        SourceUnreachable: the failure persists; names the file and the remedy.
+        OSError: the error concerns this file only.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if not (is_source_failure(error) or error.errno == errno.EIO):
+                raise
+            if pause is None:
+                raise SourceUnreachable(
+                    f"{path} cannot be read ({explain_os_error(error)}); once it can be read, re-run to resume"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError
+
+
 def _check_length(length: int) -> None:
     if length > images.MAX_BYTES:
         raise ShardError(f"the file has {length} bytes, more than {images.MAX_BYTES}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     name: str  # relative to the source, with slashes
     label: int
@@ -117,13 +196,13 @@ class Inputs:
 
     Attributes:
         classes: class names by label; empty if labels have no names or there are no labels.
-        num_ignored: number of files that are not images.
+        passed_over: what else the source contains.
         runs: lengths of the runs of items that are read together; empty if each item is read separately.
     """
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
-    num_ignored: int
+    passed_over: Tally = field(default_factory=Tally)
     runs: tuple[int, ...] = ()
 
     def fingerprint(self, options: str) -> str:
@@ -155,7 +234,7 @@ def sample_key(number: int, name: str) -> str:
     return f"{number:09d}_{re.sub('[^A-Za-z0-9_-]+', '_', stem)[-_KEY_LENGTH:].strip('_')}".rstrip("_")
 
 
-def label_by_folder(items: Sequence[Item], num_ignored: int) -> Inputs:
+def label_by_folder(items: Sequence[Item], passed_over: Tally) -> Inputs:
     """Label each item by its class folder: the first folder level at which the items differ."""
     folders = [PurePosixPath(item.name).parent.parts for item in items]
     shared = 0
@@ -163,7 +242,7 @@ def label_by_folder(items: Sequence[Item], num_ignored: int) -> Inputs:
         shared += 1
     classes, labels = number_classes([parts[shared] if len(parts) > shared else "" for parts in folders])
     labelled = [replace(item, label=label) for item, label in zip(items, labels, strict=True)]
-    return Inputs(tuple(labelled), classes, num_ignored)
+    return Inputs(tuple(labelled), classes, passed_over)
 
 
 def number_classes(names: Sequence[str | None]) -> tuple[tuple[str, ...], list[int]]:

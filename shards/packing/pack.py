@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -21,10 +20,11 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from shards.errors import ShardError
+from shards.errors import ShardError, explain_os_error
 from shards.format import images
-from shards.format.files import partial_path, remove_partials, write_whole
+from shards.format.files import make_private_folder, partial_path, remove_partials, write_whole
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
+from shards.format.tally import Tally
 from shards.packing.inputs import list_inputs, needs_unpacking, unpack
 from shards.packing.items import Inputs, Item, SourceUnreachable, sample_key
 from shards.packing.parallel import ordered_map
@@ -59,12 +59,17 @@ class PackReport:
 
     Attributes:
         num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
-        num_ignored: files that are not images.
+        passed_over: what else the source contains, by kind.
     """
 
     manifest: SetManifest
     num_rejected: int | None
-    num_ignored: int
+    passed_over: Tally
+
+    @property
+    def num_ignored(self) -> int:
+        """Number of files that are not images."""
+        return self.passed_over.num_files
 
 
 @dataclass
@@ -114,7 +119,7 @@ def pack(
         columns: columns of Parquet files.
         workers: number of decoding processes; 1 decodes in the calling process.
         progress: show a progress bar on stderr if it is a terminal.
-        scratch: folder in which a set for a URL is packed; None for a temporary folder that depends on the URL.
+        scratch: folder of this user in which a set for a URL is packed; None for ``scratch_folder``.
 
     Raises:
         ShardError: there are no images or none can be used, the source cannot be read, or the folder or URL cannot
@@ -140,9 +145,16 @@ def pack(
 
 
 def scratch_folder(url: str) -> Path:
-    """Return the default folder in which a set for a URL is packed: always the same, so that packing can resume."""
-    owner = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(tempfile.gettempdir()) / f"make_shards-{owner}-{blake2b(url.encode(), digest_size=8).hexdigest()}"
+    """Return the default folder in which a set for a URL is packed: always the same, so that packing can resume.
+
+    It is in the user's own cache folder, since others could prepare a folder of a known name in a shared one.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ShardError("this user has no home folder; give a local folder of its own with --scratch") from error
+    make_private_folder(cache / "streamtrain", "--scratch")
+    return cache / "streamtrain" / f"pack-{blake2b(url.encode(), digest_size=8).hexdigest()}"
 
 
 @contextmanager
@@ -150,7 +162,10 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
     """Create and lock a set's folder for one packing; remove it at the end if it is new and empty."""
     is_new = not out.exists()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if option == "--scratch":
+            make_private_folder(out, option)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
         allowed = {*_SET_NAMES, *(partial_path(out / name).name for name in _SET_NAMES)}
         foreign = sorted({entry.name for entry in out.iterdir()} - allowed)
         if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, MARKER_NAME)):
@@ -163,16 +178,22 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
     except filelock.Timeout as error:
         raise ShardError(f"another packing into {out} is running; wait for it or choose another {option}") from error
     except OSError as error:
-        raise ShardError(f"{option} {out} cannot be written to ({error.strerror}); choose another folder") from error
+        raise ShardError(
+            f"{option} {out} cannot be written to ({explain_os_error(error)}); choose another folder"
+        ) from error
     try:
         yield
     except OSError as error:
-        raise ShardError(f"writing to {out} failed ({error.strerror}); fix that and re-run to resume") from error
+        raise ShardError(
+            f"writing to {out} failed ({explain_os_error(error)}); fix that and re-run to resume"
+        ) from error
     finally:
-        (out / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # the error that ended the packing says more
+            (out / _LOCK).unlink(missing_ok=True)
         lock.release()
-        if (is_new or option == "--scratch") and not any(out.iterdir()):
-            out.rmdir()
+        with suppress(OSError):
+            if (is_new or option == "--scratch") and not any(out.iterdir()):
+                out.rmdir()
 
 
 class _Packing:
@@ -184,6 +205,7 @@ class _Packing:
         self.src, self.out, self.options, self.upload = src, out, options, upload
         self.workers, self.progress = workers, progress
         self.done = _Progress()
+        self._identity = _identify(src)
 
     def run(self, inputs: Inputs) -> PackReport:
         """Pack all items that are in no complete shard yet, and write the manifest."""
@@ -194,7 +216,7 @@ class _Packing:
             (out / JOURNAL_NAME).unlink(missing_ok=True)
             if upload:
                 _remove_unfinished(out)
-            return PackReport(*finished, inputs.num_ignored)
+            return PackReport(*finished, inputs.passed_over)
         self.done = _open_journal(out, fingerprint, check_shards=upload is None)
         if upload:
             try:
@@ -223,7 +245,7 @@ class _Packing:
         else:
             manifest.save(out)
             (out / JOURNAL_NAME).unlink()
-        return PackReport(manifest, len(done.rejected), inputs.num_ignored)
+        return PackReport(manifest, len(done.rejected), inputs.passed_over)
 
     def _write_shards(self, inputs: Inputs) -> None:
         items, options, done = inputs.items, self.options, self.done
@@ -247,6 +269,7 @@ class _Packing:
                 if options.dedup and (outcome.content in done.seen or outcome.content in since.seen):
                     image, reason = None, "the same bytes as an image before it"
                 if image is None:
+                    self._check_source()
                     since.rejected.append({"path": items[number].name, "reason": reason})
                     continue
                 if writer and writer.num_bytes + ShardWriter.bytes_for(image, label) > options.shard_bytes:
@@ -267,6 +290,13 @@ class _Packing:
             if writer:
                 writer.discard()
 
+    def _check_source(self) -> None:
+        """Raise if the source was removed or replaced: then its images are missing, not damaged."""
+        if _identify(self.src) != self._identity:
+            raise SourceUnreachable(
+                f"--src {self.src} was removed, replaced or unmounted; once it is back, re-run to resume"
+            )
+
     def _close_shard(self, writer: ShardWriter, position: int, since: _Progress) -> None:
         """Finish a shard and record it in the journal, after which it is never packed again."""
         entry = writer.finish()
@@ -280,6 +310,15 @@ class _Packing:
             file.flush()
             os.fsync(file.fileno())
         self.done.extend(since)
+
+
+def _identify(src: str) -> tuple[int, int] | None:
+    """Return the device and inode of a local source; None if it is a URL or cannot be found."""
+    try:
+        status = os.stat(src)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _find_finished(out: Path, fingerprint: str) -> tuple[SetManifest, int | None] | None:

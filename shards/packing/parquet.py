@@ -12,15 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.errors import ShardError
-from shards.format.index import NO_LABEL, check_label
-from shards.packing.items import Inputs, Item, SourceUnreachable, number_classes
+from shards.format.tally import Tally
+from shards.format.tar_members import NO_LABEL, check_label
+from shards.packing.items import MAX_ITEMS, Inputs, Item, SourceUnreachable, number_classes, read_source
 from shards.storage.store import BULK_POLICY, PermanentError, Store, is_url
 
 SUFFIX = ".parquet"
 _LABEL_COLUMN = "label"
+# Rows that all fit into one compressed page, such as nulls, cost nothing in the file and a few hundred bytes of memory.
+_FREE_ROWS = 1_000_000
+_MIN_BYTES_PER_ROW = 8  # of the file, beyond the free rows
+_MAX_GROUP_BYTES = 8 << 30  # of the images of one row group, which are in memory at once
+_MAX_LABEL_CHARACTERS = 4096
+_IMAGES_PER_BATCH = 64
+_LABELS_PER_BATCH = 4096
 
 Result = TypeVar("Result")
 
@@ -33,7 +42,7 @@ class Columns:
     label: str | None = None  # None: the column "label" if it exists; empty: no labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParquetCell:
     """The image in one row."""
 
@@ -48,7 +57,10 @@ class ParquetCell:
 
     def read(self) -> bytes:
         # one read serves all rows of a row group
-        cell = _read_column(self.location, self.column, self.group)[self.row].as_py()
+        column = _read_column(self.location, self.column, self.group)
+        if self.row >= len(column):
+            raise ShardError(f"row group {self.group} has fewer rows than it states")
+        cell = column[self.row].as_py()
         if isinstance(cell, dict):
             cell, path = cell["bytes"], cell.get("path")
             if cell is None and path:
@@ -58,16 +70,17 @@ class ParquetCell:
         return bytes(cell)
 
 
-def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Columns, num_ignored: int) -> Inputs:
+def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Columns, passed_over: Tally) -> Inputs:
     """List the images of Parquet files.
 
     Args:
         locations: paths or URLs of the files.
         names: names of the same files, for sample keys and messages.
-        num_ignored: number of other files in the source.
+        passed_over: other files in the source.
 
     Raises:
-        ShardError: pyarrow is missing, a file is damaged, or a column is missing or has invalid values.
+        ShardError: pyarrow is missing, a file is damaged or has more rows than images, or a column is missing or has
+            invalid values.
     """
     items: list[Item] = []
     runs: list[int] = []
@@ -80,6 +93,7 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
         label = _LABEL_COLUMN if columns.label is None and _LABEL_COLUMN in file.schema_arrow.names else columns.label
         if label and label not in file.schema_arrow.names:
             raise ShardError(f"{location} has no column {label!r}; it has {', '.join(file.schema_arrow.names)}")
+        _check_rows(file, location, len(items))
         class_names = class_names or _class_names(file, label)
         labels += _read_labels(location, label) if label else [None] * file.metadata.num_rows
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -88,25 +102,58 @@ def list_parquet(locations: Sequence[str], names: Sequence[str], columns: Column
         items += (Item(f"{name}/{number}", NO_LABEL, cell) for number, cell in enumerate(cells))
     numbers, classes = _number_labels(labels, class_names)
     labelled = (Item(item.name, label, item.location) for item, label in zip(items, numbers, strict=True))
-    return Inputs(tuple(labelled), classes, num_ignored, tuple(run for run in runs if run))
+    return Inputs(tuple(labelled), classes, passed_over, tuple(run for run in runs if run))
 
 
 def _read_labels(location: str, column: str) -> list[int | str | None]:
     file = _open_file(location)
-    values = _read_file(location, lambda: list(file.read([column])[column].to_pylist()))
+
+    def read() -> list[int | str | None]:
+        labels: list[int | str | None] = []
+        # in batches, because a few bytes can hold a value that all rows repeat
+        for batch in file.iter_batches(_LABELS_PER_BATCH, columns=[column]):
+            labels.extend(_parse_label(value, name) for value in batch.column(0).to_pylist())
+        if len(labels) != file.metadata.num_rows:
+            raise _DamagedFile(f"{name} has {len(labels)} rows instead of {file.metadata.num_rows}; fetch it again")
+        return labels
+
+    name = f"{location}: column {column!r}"
     try:
-        return [_parse_label(value, f"{location}: column {column!r}") for value in values]
-    except ShardError as error:
+        return _read_file(location, read)
+    except _InvalidLabel as error:
         raise ShardError(f"{error}; name another column with --label-column, or '' for no labels") from error
 
 
 def _parse_label(value: Any, name: str) -> int | str | None:
+    if isinstance(value, str) and len(value) > _MAX_LABEL_CHARACTERS:
+        raise _InvalidLabel(f"{name} contains names of {len(value)} characters")
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, (int, float, Decimal)):
-        raise ShardError(f"{name} contains {type(value).__name__}, not numbers or names")
-    # pandas writes missing numbers as NaN
-    return None if math.isnan(value) else check_label(value, name)
+        raise _InvalidLabel(f"{name} contains {type(value).__name__}, not numbers or names")
+    try:
+        # pandas writes missing numbers as NaN
+        return None if math.isnan(value) else check_label(value, name)
+    except ShardError as error:
+        raise _InvalidLabel(str(error)) from error
+
+
+def _check_rows(file: Any, location: str, num_before: int) -> None:
+    """Raise a ShardError if a file has more rows than can be images, or more than fit into memory."""
+    rows, sizes = file.metadata.num_rows, [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    if rows < 0 or rows != sum(group.num_rows for group in sizes) or any(group.num_rows < 0 for group in sizes):
+        raise ShardError(f"{location} is damaged: it states {rows} rows and others in its row groups; fetch it again")
+    if rows > _FREE_ROWS and rows * _MIN_BYTES_PER_ROW > (num_bytes := _file_bytes(location)):
+        raise ShardError(f"{location} states {rows} rows in {num_bytes} bytes, too few to hold as many images")
+    if num_before + rows > MAX_ITEMS:
+        raise ShardError(f"{location} brings the number of rows above {MAX_ITEMS}; make several sets of the files")
+
+
+def _file_bytes(location: str) -> int:
+    if not is_url(location):
+        return Path(location).stat().st_size
+    folder, _, name = location.rpartition("/")
+    return Store(folder, BULK_POLICY).size(name)
 
 
 def _number_labels(
@@ -163,7 +210,21 @@ def _class_names(file: Any, label: str | None) -> tuple[str, ...]:
 def _read_column(location: str, column: str, group: int) -> Any:
     """Read the image column of a row group, cached for its next rows."""
     file = _open_file(location)
-    return _read_file(location, lambda: file.read_row_group(group, columns=[column])[column])
+
+    def read() -> Any:
+        # in batches, because a few bytes can hold an image that all rows repeat
+        batches, num_bytes = [], 0
+        for batch in file.iter_batches(_IMAGES_PER_BATCH, row_groups=[group], columns=[column]):
+            batches.append(batch.column(0))
+            num_bytes += batch.nbytes
+            if num_bytes > _MAX_GROUP_BYTES:
+                raise _DamagedFile(
+                    f"{location}: the images of row group {group} have more than {_MAX_GROUP_BYTES} bytes; write it "
+                    "again with smaller row groups"
+                )
+        return _pyarrow().chunked_array(batches)
+
+    return _read_file(location, read)
 
 
 @lru_cache(maxsize=4)
@@ -179,6 +240,10 @@ def _open_file(location: str) -> Any:
 
 class _DamagedFile(ShardError):
     """The file was received in full and is damaged."""
+
+
+class _InvalidLabel(_DamagedFile):
+    """The label column has a value that is not a label."""
 
 
 def _read_file(location: str, read: Callable[[], Result]) -> Result:
@@ -198,11 +263,11 @@ def _read_file(location: str, read: Callable[[], Result]) -> Result:
 
     try:
         if not is_url(location):
-            return read()
+            return read_source(location, read)
         folder, _, name = location.rpartition("/")
         return Store(folder, BULK_POLICY).retry(name, attempt)
     except ShardError as error:
-        if isinstance(error, (_DamagedFile, PermanentError)) or not is_url(location):
+        if isinstance(error, (_DamagedFile, PermanentError, SourceUnreachable)) or not is_url(location):
             raise
         raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
     except (ValueError, OSError) as error:  # pyarrow's errors are among these

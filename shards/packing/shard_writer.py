@@ -12,8 +12,9 @@ import numpy as np
 
 from shards.format.files import partial_path, write_whole
 from shards.format.images import PreparedImage
-from shards.format.index import LABEL_EXTENSION, NO_LABEL, RECORD, Component, Sample, make_dali_index, save_index
+from shards.format.index import RECORD, make_dali_index, save_index
 from shards.format.set_manifest import ShardEntry
+from shards.format.tar_members import LABEL_EXTENSION, NO_LABEL, Component, Sample
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -50,7 +51,7 @@ class ShardWriter:
             components.append(self._member(key, LABEL_EXTENSION, str(label).encode()))
         crc32 = zlib.crc32(image.payload)
         self._records.append((components[0].offset, len(image.payload), crc32, image.width, image.height, label, 0))
-        self._samples.append(Sample(key, tuple(components)))
+        self._samples.append(Sample(key, tuple(components), components[0], label))
 
     def finish(self) -> ShardEntry:
         """Complete the tar and its indexes durably under their final names."""

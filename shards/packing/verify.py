@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
 
 from tqdm import tqdm
 
 from shards.errors import SampleError, ShardError, explain_os_error, is_source_failure
 from shards.format import images
 from shards.format.files import file_sha256
-from shards.format.index import Sample, make_dali_index, read_label, read_samples
-from shards.format.records import NO_LABEL, UNREADABLE, load_index
+from shards.format.index import make_dali_index
+from shards.format.records import UNREADABLE, load_index
 from shards.format.set_manifest import FILE_NAME, SetManifest
+from shards.format.tar_members import Sample, read_samples
 from shards.packing.parallel import ordered_map
 from shards.reading.shard_set import ShardSet
 from shards.storage.store import Store, is_url
@@ -174,8 +174,7 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
         if file_sha256(tar) != entry.sha256:
             yield Fault(tar_name, "its SHA-256 differs from the manifest's")
         with open(tar, "rb") as archive:
-            samples = tuple(sample for sample in read_samples(archive, tar_name) if sample.image is not None)
-            labels = [_read_label(archive, sample, tar_name) for sample in samples]
+            samples = read_samples(archive, tar_name)
     except OSError as error:
         if is_source_failure(error):
             raise ShardError(f"{tar} cannot be read ({explain_os_error(error)}); fix that and run it again") from error
@@ -186,18 +185,11 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
         return
     if len(samples) != entry.samples:
         yield Fault(tar_name, f"has {len(samples)} images, the manifest says {entry.samples}")
-    yield from _check_index(index, index_name, samples, labels, len(shard_set.manifest.classes))
+    yield from _check_index(index, index_name, samples, len(shard_set.manifest.classes))
     yield from _check_dali_index(index.with_suffix(".idx"), f"index/{index.stem}.idx", samples)
 
 
-def _read_label(archive: BinaryIO, sample: Sample, tar_name: str) -> int:
-    part = sample.label
-    return NO_LABEL if part is None else read_label(archive, part.offset, part.length, f"{tar_name}: {part.name}")
-
-
-def _check_index(
-    path: Path, name: str, samples: tuple[Sample, ...], labels: list[int], num_classes: int
-) -> Iterator[Fault]:
+def _check_index(path: Path, name: str, samples: tuple[Sample, ...], num_classes: int) -> Iterator[Fault]:
     """Check all fields of the records but the checksum and the size, which ``_check_images`` compares."""
     try:
         records = load_index(path)
@@ -207,8 +199,8 @@ def _check_index(
     if len(records) != len(samples):
         yield Fault(name, f"has {len(records)} samples, the tar has {len(samples)}")
         return
-    for number, (record, sample, label) in enumerate(zip(records, samples, labels, strict=True)):
-        assert sample.image is not None
+    for number, (record, sample) in enumerate(zip(records, samples, strict=True)):
+        label = sample.label
         if (int(record["offset"]), int(record["length"])) != (sample.image.offset, sample.image.length):
             yield Fault(name, "has a wrong offset or length for the image", number, sample.key)
         if int(record["label"]) != label:

@@ -17,9 +17,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from shards.errors import SampleError, ShardError, explain_os_error, printable
-from shards.format.index import split_name
 from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes
 from shards.format.set_manifest import SetManifest, ShardEntry
+from shards.format.tar_members import split_suffix
 from shards.reading.local_files import LocalFile
 from shards.storage.store import RetryPolicy, Store, Traffic, is_url
 
@@ -216,7 +216,7 @@ class ShardSet:
         try:
             offset = int(self.record(shard, sample)["offset"])
             header = self._use(shard, lambda opened: opened.read(tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE))
-            return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+            return split_suffix(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
         except (tarfile.TarError, OSError, ValueError, OverflowError):
             return ""
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shards.errors import ShardError
+from shards.errors import ShardError, printable
 from shards.packing.index_tars import index_tars
 from streamtrain.cli.arguments import add_command
 
@@ -15,7 +15,8 @@ _SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
 _DETAILS = """\
 Writes an index of every image, DALI's index, and a manifest that points to the tars. Each tar is
 read once. The image of a sample is its first .jpg, .jpeg, .png, .webp, .tif or .tiff member; its
-label is the integer in .cls.
+label is the integer in the .cls member of the same name, up to the last dot. Members that are
+passed over are counted by kind.
 """
 _EXAMPLES = """\
   streamtrain index --src /data/wds --out sets/wds
@@ -37,10 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.out.strip():
         raise ShardError("--out is empty; give the folder of the set")
     report = index_tars(arguments.src, Path(arguments.out), workers=max(1, arguments.workers), progress=True)
-    for url in report.empty:
-        print(f"left out, no images: {url}")
-    for refusal in report.without_dali:
-        print(f"no index for DALI's own reader: {refusal}")
+    lines = report.passed_over.lines()
+    lines += (f"left out, no images: {url}" for url in report.empty)
+    lines += (f"no index for DALI's own reader: {refusal}" for refusal in report.without_dali)
+    for line in lines:
+        print(printable(line))
     manifest = report.manifest
     print(
         f"indexed {manifest.extent}, {manifest.num_bytes} bytes; "

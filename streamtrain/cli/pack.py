@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shards.errors import ShardError
+from shards.errors import ShardError, printable
 from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
@@ -30,7 +30,8 @@ from there once it is uploaded, and the manifest is uploaded last.
               folder has no labels
   a list      a text file with one path or URL per line, relative to the file; an optional label
               follows a tab: numbers (-1 for none) or names
-  a tar       .tar, .tar.gz, .tar.xz or .tar.bz2; labels from .cls members, otherwise from class folders
+  an archive  .tar, .tar.gz, .tar.xz, .tar.bz2 or .zip; labels from .cls members (a.b.cls for a.b.jpg),
+              otherwise from class folders
   parquet     a file, or a folder of parquet files without images: a column of bytes, or of structs with
               bytes as Hugging Face writes them; labels from the column "label". Needs pyarrow.
               --shuffle reorders row groups and mixes within each
@@ -48,7 +49,7 @@ _EXAMPLES = """\
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "pack", _SUMMARY, _DETAILS, _EXAMPLES)
     add = parser.add_argument
-    add("--src", required=True, metavar="DIR|LIST|TAR|PARQUET|URL", help="the images")
+    add("--src", required=True, metavar="DIR|LIST|TAR|ZIP|PARQUET|URL", help="the images")
     add("--out", required=True, metavar="SET", help="folder or URL of the set; new or empty")
     add("--shard-size", type=byte_size, default="256MB", metavar="SIZE", help="largest tar (default: 256MB)")
     add(
@@ -73,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add(
         "--scratch", type=Path, metavar="DIR",
-        help="local folder in which a set for a URL is packed (default: in the folder for temporary files)",
+        help="local folder in which a set for a URL is packed (default: in ~/.cache/streamtrain)",
     )  # fmt: skip
     add("--dedup", action="store_true", help="leave out images with the same bytes as an earlier one")
 
@@ -110,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         rejected = f"number of rejected images unknown, because {log} is missing"
     else:
         rejected = f"{report.num_rejected} rejected" + (f" (see {log})" if report.num_rejected else "")
+    for line in report.passed_over.lines():
+        print(printable(line))
     print(
         f"packed {manifest.extent}, {manifest.num_bytes} bytes; "
         f"{rejected}, {report.num_ignored} other files ignored; digest {manifest.digest}"

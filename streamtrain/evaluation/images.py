@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.errors import SampleError
+from shards.errors import SampleError, ShardError
+from shards.packing.inputs import list_images
+from shards.packing.items import SourceUnreachable
 from shards.randomness import permutation
 from shards.reading.shard_set import ShardSet
 from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 TEST_SHARE = 0.2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,23 +122,33 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
 
 
 def _open_folder(path: Path) -> LabelledImages:
-    classes = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
-        files += images
-        labels += [label] * len(images)
-    if not files:
-        loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
-        what = "images but no class subfolders" if loose else "no images in class subfolders, nor a manifest.json"
-        raise StreamtrainError(f"{path} has {what}: evaluation needs one subfolder per class, or a shard set")
-    return LabelledImages(
-        str(path),
-        np.array(labels, np.int64),
-        tuple(classes),
-        lambda i: (files[i].read_bytes(), str(files[i])),
-    )
+    """Return the images that ``streamtrain pack`` would take from a folder, with the same labels."""
+    inputs = list_images(path)
+    labels, classes = np.array([item.label for item in inputs.items], np.int64), inputs.classes
+    top = {item.name.rpartition("/")[0].partition("/")[0] for item in inputs.items}
+    if not classes and len(top) == 1 and "" not in top:
+        # a single class has no label in a set, but can be tested against a set of several
+        labels, classes = np.zeros_like(labels), tuple(top)
+    lines = inputs.passed_over.lines()
+    if not classes:
+        missing = "no images in class subfolders, nor a manifest.json"
+        what = "images but no class subfolders" if inputs.items else missing
+        found = "".join(f"; {line}" for line in lines)
+        raise StreamtrainError(f"{path} has {what}: evaluation needs one subfolder per class, or a shard set{found}")
+    for line in lines:
+        logger.info("%s: %s", path, line)
+
+    def read(index: int) -> tuple[bytes, str]:
+        item = inputs.items[index]
+        name = str(path / item.name)
+        try:
+            return item.location.read(), name
+        except SourceUnreachable:
+            raise
+        except ShardError as error:
+            raise StreamtrainError(f"{name} cannot be read ({error})") from error
+
+    return LabelledImages(str(path), labels, classes, read)
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:

@@ -11,14 +11,12 @@ from drawn_images import add_to_tar, drawn_image, encoded
 
 from shards.errors import ShardError
 from shards.format.index import (
-    NO_LABEL,
     UNREADABLE,
     build_index,
     make_dali_index,
     make_record,
-    read_label,
-    split_name,
 )
+from shards.format.tar_members import NO_LABEL, parse_label, split_name
 
 _LONG = "folder/" + "n" * 200
 
@@ -73,7 +71,7 @@ def test_names_are_split_like_webdataset() -> None:
 
 def test_labels_that_are_not_integers_are_ignored() -> None:
     texts = (b"3", b" 12\n", b"cat", b"-1", b"", b"\xff")
-    assert [read_label(io.BytesIO(text), 0, len(text), "x.tar: a.cls") for text in texts] == [3, 12, -1, -1, -1, -1]
+    assert [parse_label(text, "x.tar: a.cls") for text in texts] == [3, 12, None, -1, None, None]
 
 
 @pytest.mark.parametrize("label", [-4, 2**31, 99999999999])

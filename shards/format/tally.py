@@ -1,0 +1,70 @@
+"""Counts of the files that a reader passed over, for its report."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+
+from PIL import features
+
+_SHOWN_SUFFIXES = 8
+_LONGEST_SUFFIX = 12  # characters; a longer one is part of a name
+_HIDDEN = "hidden files, such as ._NAME of macOS, passed over"
+_NO_SUFFIX = "no suffix"
+# what Pillow needs for formats that a phone or a web page writes
+_DECODERS = {
+    ".heic": "HEIC needs the Pillow plug-in pillow-heif, which this reader does not load; convert the files to JPEG",
+    ".heif": "HEIC needs the Pillow plug-in pillow-heif, which this reader does not load; convert the files to JPEG",
+    ".jxl": "JPEG XL needs the Pillow plug-in pillow-jxl-plugin, which this reader does not load; convert the files",
+    ".avif": "AVIF needs Pillow 11.3 or newer with libavif, or the Pillow plug-in pillow-avif-plugin",
+}
+
+
+@dataclass
+class Tally:
+    """Counts of files and labels that a reader passed over.
+
+    Attributes:
+        suffixes: files of other kinds, by the lower-case suffix of their names.
+        reasons: everything else, by a phrase that completes "...: COUNT".
+    """
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add_file(self, name: str) -> None:
+        """Count a file that is not an image, by its suffix, or as hidden."""
+        base = name.rpartition("/")[2]
+        if base.startswith("."):
+            self.reasons[_HIDDEN] += 1
+            return
+        suffix = os.path.splitext(base)[1].lower()
+        self.suffixes[suffix if 1 < len(suffix) <= _LONGEST_SUFFIX else _NO_SUFFIX] += 1
+
+    def add(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.reasons[reason] += count
+
+    def merge(self, other: Tally) -> None:
+        self.suffixes.update(other.suffixes)
+        self.reasons.update(other.reasons)
+
+    @property
+    def num_files(self) -> int:
+        """Number of files that are not images, hidden ones included."""
+        return self.suffixes.total() + self.reasons[_HIDDEN]
+
+    def lines(self) -> list[str]:
+        """Return one line per reason, and one for all suffixes; empty if nothing was passed over."""
+        lines = []
+        if self.suffixes:
+            ranked = sorted(self.suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
+            shown = [f"{suffix} {count}" for suffix, count in ranked[:_SHOWN_SUFFIXES]]
+            if others := sum(count for _, count in ranked[_SHOWN_SUFFIXES:]):
+                shown.append(f"other suffixes {others}")
+            lines.append(f"files of other kinds, passed over: {', '.join(shown)}")
+        for text in dict.fromkeys(text for suffix, text in _DECODERS.items() if self.suffixes[suffix]):
+            if not (text.startswith("AVIF") and features.check("avif")):
+                lines.append(text)
+        return lines + [f"{reason}: {count}" for reason, count in sorted(self.reasons.items()) if count]
