@@ -52,9 +52,7 @@ def unpack(src: str, target: Path) -> None:
     if is_url(src):
         folder, _, name = src.rpartition("/")
         path = partial_path(target) if is_compressed_tar(src) else target
-        path.unlink(missing_ok=True)
-        store = Store(folder, BULK_POLICY)
-        store.download(name, path, store.size(name))
+        Store(folder, BULK_POLICY).copy(name, path)
     if is_compressed_tar(src):
         try:
             _decompress(src, path, target)

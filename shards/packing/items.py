@@ -18,6 +18,7 @@ from shards import randomness
 from shards.errors import ShardError
 from shards.format import images
 from shards.format.index import NO_LABEL
+from shards.storage.answers import TooLong
 from shards.storage.store import Store
 
 _KEY_LENGTH = 60
@@ -89,10 +90,12 @@ class RemoteObject:
     def read(self) -> bytes:
         _check_length(self.num_bytes or 0)
         try:
-            return cached_store(self.folder).load(self.name, bytes)
+            return cached_store(self.folder).load(self.name, bytes, self.num_bytes or images.MAX_BYTES)
         except ShardError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError("it does not exist any more") from error
+            if isinstance(error.__cause__, TooLong):
+                raise ShardError(str(error.__cause__)) from error
             raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
 
 

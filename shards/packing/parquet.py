@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from shards.errors import ShardError
 from shards.format.index import NO_LABEL, check_label
 from shards.packing.items import Inputs, Item, SourceUnreachable, number_classes
-from shards.storage.store import BULK_POLICY, PermanentError, Store, is_url
+from shards.storage.store import BULK_POLICY, Store, is_url
 
 SUFFIX = ".parquet"
 _LABEL_COLUMN = "label"
@@ -189,12 +189,6 @@ def _read_file(location: str, read: Callable[[], Result]) -> Result:
             return read()
         except _pyarrow().ArrowInvalid as error:
             raise _DamagedFile(f"{location} cannot be read ({_one_line(error)}); upload it again") from error
-        except ValueError as error:
-            # fsspec raises it if the server ignores a range or reports no length, other errors for network problems
-            if not location.startswith("http"):
-                raise
-            reason = f"cannot be read by byte ranges ({_one_line(error)})"
-            raise PermanentError(f"{location} {reason}; give a local copy") from error
 
     try:
         if not is_url(location):
@@ -202,7 +196,7 @@ def _read_file(location: str, read: Callable[[], Result]) -> Result:
         folder, _, name = location.rpartition("/")
         return Store(folder, BULK_POLICY).retry(name, attempt)
     except ShardError as error:
-        if isinstance(error, (_DamagedFile, PermanentError)) or not is_url(location):
+        if isinstance(error, _DamagedFile) or not is_url(location):
             raise
         raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
     except (ValueError, OSError) as error:  # pyarrow's errors are among these

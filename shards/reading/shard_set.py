@@ -19,9 +19,9 @@ import numpy as np
 
 from shards.errors import SampleError, ShardError
 from shards.format import images
-from shards.format.index import load_index, parse_index, split_name
+from shards.format.index import RECORD, load_index, parse_index, split_name
 from shards.format.set_manifest import SetManifest, ShardEntry
-from shards.storage.store import RetryPolicy, Store, Traffic, is_url
+from shards.storage.store import MAX_DOCUMENT_BYTES, RetryPolicy, Store, Traffic, is_url
 
 logger = logging.getLogger(__name__)
 _MAX_OPEN_SHARDS = 200  # of a local set, with two open files each; the usual limit is 1024
@@ -216,11 +216,13 @@ class ShardSet:
         try:
             return self._read_verified(self._shard(shard), shard, sample)
         except SampleError as error:
-            if self._copies is None or self.remote_shard(shard) is None:
+            if self.remote_shard(shard) is None:
                 raise
-            logger.warning("%s; dropping the cached copy and reading the original", str(error))
+            source = "reading it again" if self._copies is None else "dropping the cached copy and reading the original"
+            logger.warning("%s; %s", str(error), source)
         # outside the handler: the error's traceback holds the last reference to the copy
-        self._copies.discard(self._first_copy + shard)
+        if self._copies is not None:
+            self._copies.discard(self._first_copy + shard)
         return self._read_verified(self._original(shard), shard, sample)
 
     def key(self, shard: int, sample: int) -> str:
@@ -297,7 +299,8 @@ class ShardSet:
             records = load_index(self.path / "index" / entry.index_name).view(np.ndarray)
         else:
             index = f"index/{entry.index_name}"
-            records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)))
+            max_bytes = min(MAX_DOCUMENT_BYTES + entry.samples * RECORD.itemsize, _MAX_INDEX_BYTES)
+            records = self._store.load(index, partial(parse_index, name=self._store.url_of(index)), max_bytes)
         if len(records) != entry.samples:
             counts = f"{len(records)} samples, the manifest says {entry.samples}"
             raise ShardError(f"index {entry.index_name} has {counts}; copy the set again, or pack it again")
