@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from shards.credentials import strip_credentials
 from shards.errors import ShardError
 from shards.format.files import partial_path
 from shards.format.index import LABEL_EXTENSION, NO_LABEL, check_label, read_label, read_members, split_name
@@ -226,7 +227,8 @@ def _list_file(src: Path) -> Inputs:
     items = []
     for name, label in zip(names, labels, strict=True):
         folder, _, file = name.rpartition("/")
-        items.append(Item(name, label, RemoteObject(folder, file) if is_url(name) else FileSpan(src.parent / name)))
+        location = RemoteObject(folder, file) if is_url(name) else FileSpan(src.parent / name)
+        items.append(Item(strip_credentials(name), label, location))
     return Inputs(tuple(items), classes, 0)
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from shards import randomness
+from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError
 from shards.format import images
 from shards.format.index import NO_LABEL
@@ -85,7 +86,9 @@ class RemoteObject:
 
     @property
     def identity(self) -> str:
-        return f"{self.folder}\t{self.num_bytes}"
+        # passwords may change while packing is resumed; a query may be all that separates two images
+        query = split_query(self.name)[1]
+        return f"{strip_credentials(self.folder)}\t{self.num_bytes}" + (f"\t{query}" if query else "")
 
     def read(self) -> bytes:
         _check_length(self.num_bytes or 0)
