@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from shards.credentials import strip_from_text
+
 # errors of a read that concern the bytes at one offset, or one path; see is_source_failure
 _FAILURES_OF_ONE_FILE = frozenset(
     (
@@ -37,12 +39,13 @@ def explain_os_error(error: OSError) -> str:
 
 
 def printable(text: object) -> str:
-    """Return text as one line that is safe to print: control characters and undecodable bytes are escaped.
+    """Return text as one line that is safe to print: control characters and undecodable bytes are escaped, and URLs
+    have no credentials.
 
     File names and keys come from untrusted archives. They may contain terminal codes, line breaks or bytes that are not
     UTF-8.
     """
-    one_line = " ".join(str(text).splitlines())
+    one_line = strip_from_text(" ".join(str(text).splitlines()))
     if one_line.isprintable():
         return one_line
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in one_line)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format.files import file_sha256, write_whole
 from shards.format.index import UNREADABLE, build_index, make_dali_index, save_index
@@ -127,13 +128,15 @@ def _tars_of(source: str) -> list[str]:
         raise ShardError("--src is empty; give tars, a folder of tars, a pattern or a URL")
     if is_url(source):
         store = Store(source)  # raises for unsupported URLs
+        if split_query(source)[1]:
+            raise ShardError(f"--src {source} has a query, which is never stored; give a URL that can be read without")
         _refuse_compressed(source)
         if source.endswith(".tar"):
             return [source]
         names = store.list_folder("")
         if FILE_NAME in names:
             raise ShardError(f"--src {source} already is a shard set; train from it as it is")
-        return [store.url_of(name) for name in names if name.endswith(".tar")]
+        return [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(".tar")]
     path = Path(source)
     if path.is_dir():
         if (path / FILE_NAME).is_file():
@@ -158,11 +161,10 @@ def _index_one(out: Path, task: tuple[str, str]) -> _IndexedTar:
     if not is_url(location):
         return _index_file(Path(location), out, ShardEntry(name, 0, 0, "", location))
     folder, _, tar = location.rpartition("/")
-    store = Store(folder)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         copy = Path(scratch) / "copy.tar"
-        store.download(tar, copy, store.size(tar))
-        return _index_file(copy, out, ShardEntry(name, 0, 0, "", location))
+        Store(folder).copy(tar, copy)
+        return _index_file(copy, out, ShardEntry(name, 0, 0, "", strip_credentials(location)))
 
 
 def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _IndexedTar:

@@ -22,6 +22,7 @@ from urllib.parse import unquote
 
 from PIL import features
 
+from shards.credentials import strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format.files import partial_path
 from shards.format.set_manifest import counted
@@ -89,9 +90,7 @@ def unpack(src: str, target: Path) -> None:
     if is_url(src):
         folder, _, name = src.rpartition("/")
         path = partial_path(target) if is_compressed_tar(src) else target
-        path.unlink(missing_ok=True)
-        store = Store(folder, BULK_POLICY)
-        store.download(name, path, store.size(name))
+        Store(folder, BULK_POLICY).copy(name, path)
     if is_compressed_tar(src):
         try:
             _decompress(src, path, target)
@@ -395,7 +394,7 @@ def _list_file(src: Path) -> Inputs:
     for name, label in zip(names, labels, strict=True):
         folder, _, file_name = name.rpartition("/")
         location = RemoteObject(folder, file_name) if is_url(name) else FileSpan(src.parent / name)
-        items.append(Item(name, label, location))
+        items.append(Item(strip_credentials(name), label, location))
     return Inputs(tuple(items), classes)
 
 

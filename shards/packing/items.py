@@ -19,10 +19,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from shards import randomness
+from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error, is_source_failure
 from shards.format import images
 from shards.format.tally import Tally
 from shards.format.tar_members import NO_LABEL
+from shards.storage.answers import TooLong
 from shards.storage.store import Store
 
 MAX_ITEMS = 50_000_000  # each takes several hundred bytes of memory
@@ -134,15 +136,19 @@ class RemoteObject:
 
     @property
     def identity(self) -> str:
-        return f"{self.folder}\t{self.num_bytes}"
+        # passwords may change while packing is resumed; a query may be all that separates two images
+        query = split_query(self.name)[1]
+        return f"{strip_credentials(self.folder)}\t{self.num_bytes}" + (f"\t{query}" if query else "")
 
     def read(self) -> bytes:
         _check_length(self.num_bytes or 0)
         try:
-            return cached_store(self.folder).load(self.name, bytes)
+            return cached_store(self.folder).load(self.name, bytes, self.num_bytes or images.MAX_BYTES)
         except ShardError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError("it does not exist any more") from error
+            if isinstance(error.__cause__, TooLong):
+                raise ShardError(str(error.__cause__)) from error
             raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
 
 

@@ -19,7 +19,7 @@ from shards.errors import ShardError
 from shards.format.tally import Tally
 from shards.format.tar_members import NO_LABEL, check_label
 from shards.packing.items import MAX_ITEMS, Inputs, Item, SourceUnreachable, number_classes, read_source
-from shards.storage.store import BULK_POLICY, PermanentError, Store, is_url
+from shards.storage.store import BULK_POLICY, Store, is_url
 
 SUFFIX = ".parquet"
 _LABEL_COLUMN = "label"
@@ -254,12 +254,6 @@ def _read_file(location: str, read: Callable[[], Result]) -> Result:
             return read()
         except _pyarrow().ArrowInvalid as error:
             raise _DamagedFile(f"{location} cannot be read ({_one_line(error)}); upload it again") from error
-        except ValueError as error:
-            # fsspec raises it if the server ignores a range or reports no length, other errors for network problems
-            if not location.startswith("http"):
-                raise
-            reason = f"cannot be read by byte ranges ({_one_line(error)})"
-            raise PermanentError(f"{location} {reason}; give a local copy") from error
 
     try:
         if not is_url(location):
@@ -267,7 +261,7 @@ def _read_file(location: str, read: Callable[[], Result]) -> Result:
         folder, _, name = location.rpartition("/")
         return Store(folder, BULK_POLICY).retry(name, attempt)
     except ShardError as error:
-        if isinstance(error, (_DamagedFile, PermanentError, SourceUnreachable)) or not is_url(location):
+        if isinstance(error, (_DamagedFile, SourceUnreachable)) or not is_url(location):
             raise
         raise SourceUnreachable(f"{error}; once it can be read, re-run to resume") from error
     except (ValueError, OSError) as error:  # pyarrow's errors are among these

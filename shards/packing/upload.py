@@ -15,6 +15,7 @@ from shards.storage.store import BULK_POLICY, Store
 
 REJECTED_NAME = "rejected.jsonl"
 MARKER_NAME = "packing.note"
+_MAX_REJECTED_BYTES = 4 << 30  # one line for each image that was left out
 _SET_NAMES = ("shards", "index", FILE_NAME, REJECTED_NAME, JOURNAL_NAME)
 
 
@@ -53,7 +54,7 @@ class Upload:
             self._store.remove(JOURNAL_NAME)
         if REJECTED_NAME not in self._present:
             return manifest, None
-        return manifest, self._store.load(REJECTED_NAME, lambda content: len(content.splitlines()))
+        return manifest, self._store.load(REJECTED_NAME, lambda content: content.count(b"\n"), _MAX_REJECTED_BYTES)
 
     def begin(self, fingerprint: str, packed: list[ShardEntry]) -> None:
         """Check that the URL is empty or contains an earlier attempt of the same packing.

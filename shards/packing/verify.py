@@ -152,9 +152,8 @@ def _fetch(source: str, target: Path) -> bool:
             shutil.copyfile(source, target)
         return target.exists()
     folder, _, name = source.rpartition("/")
-    store = Store(folder)
     try:
-        store.download(name, target, store.size(name))
+        Store(folder).copy(name, target)
     except ShardError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return False

@@ -17,11 +17,11 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from shards.errors import SampleError, ShardError, explain_os_error, printable
-from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes
+from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes, sealed_bytes
 from shards.format.set_manifest import SetManifest, ShardEntry
 from shards.format.tar_members import split_suffix
 from shards.reading.local_files import LocalFile
-from shards.storage.store import RetryPolicy, Store, Traffic, is_url
+from shards.storage.store import MAX_DOCUMENT_BYTES, RetryPolicy, Store, Traffic, is_url
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -225,6 +225,13 @@ class ShardSet:
         number = self._first_copy + shard
         copied = self._copies.get(number) if self._copies is not None else None
         if self._copies is None or copied is None:
+            try:
+                return function(self._original(shard))
+            except SampleError as error:
+                if self.remote_shard(shard) is None:
+                    raise
+                # the network may have changed the bytes
+                logger.warning("%s; reading it again", error)
             return function(self._original(shard))
         try:
             return function(copied)
@@ -297,7 +304,8 @@ class ShardSet:
         if self._store is None:
             index = _open_local_index(self.path / "index" / entry.index_name)
         else:
-            index = _fetch_index(self._store, f"index/{entry.index_name}")
+            max_bytes = min(MAX_DOCUMENT_BYTES + sealed_bytes(entry.samples), _MAX_INDEX_BYTES)
+            index = _fetch_index(self._store, f"index/{entry.index_name}", max_bytes)
         if len(index) != entry.samples:
             counts = f"{len(index)} samples, the manifest says {entry.samples}"
             raise ShardError(f"index {entry.index_name} has {counts}; copy the set again, or pack it again")
@@ -314,7 +322,7 @@ def _open_local_index(path: Path) -> Index:
         raise ShardError(f"index {path} cannot be read ({explain_os_error(error)}); copy the set again") from error
 
 
-def _fetch_index(store: Store, name: str) -> Index:
+def _fetch_index(store: Store, name: str, max_bytes: int) -> Index:
     """Fetch an index; damage to some of its blocks is no error if it remains after the store's retries."""
     opened: list[Index] = []
 
@@ -323,7 +331,7 @@ def _fetch_index(store: Store, name: str) -> Index:
         opened[0].records()
 
     try:
-        store.load(name, parse)
+        store.load(name, parse, max_bytes)
     except DamagedIndexError as error:
         logger.warning("%s", error)
     return opened[0]

@@ -1,27 +1,39 @@
 """Objects below a URL, read and written through fsspec with retries, a deadline and a timeout per attempt.
 
 Supports ``http(s)://`` (read-only), ``s3://``, ``gs://``, ``hf://`` and every other fsspec protocol. Objects are
-fetched in pieces that are retried separately, so a broken connection costs one piece, not the object.
+fetched in pieces that are retried separately, so a broken connection costs one piece, not the object. What one attempt
+may take is bounded in ``shards.storage.answers``.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import logging
 import math
+import os
 import random
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 import tenacity
 
-from shards.errors import ShardError
+from shards.credentials import add_netrc_login, split_query, strip_credentials
+from shards.errors import ShardError, explain_os_error
+from shards.storage import answers
+from shards.storage.answers import Request
+from shards.storage.object_file import ObjectFile
+from shards.storage.pages import list_links, walk_pages
 
+MAX_DOCUMENT_BYTES = 64 << 20  # of a manifest or another small object
 _PIECE_BYTES = 4 << 20
 # object stores in which fsspec's makedirs would create a bucket
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "oci", "oss")
@@ -67,50 +79,72 @@ class PermanentError(ShardError):
     """An error that a retry cannot fix."""
 
 
+class UnreachableError(PermanentError):
+    """An object could not be read before the deadline."""
+
+
 # Attempts allowed per kind of error, by the first match; all others are retried until the deadline. A store may report
 # a new object as missing for a moment, and a ShardError means that the received bytes are wrong.
-_MAX_ATTEMPTS = {PermanentError: 1, ShardError: 5, FileNotFoundError: 3, PermissionError: 1, DownloadStopped: 1}
+_MAX_ATTEMPTS = {PermanentError: 1, ShardError: 5, FileNotFoundError: 3, PermissionError: 3, DownloadStopped: 1}
 
 
 class Store:
     """Reads and writes the objects below a URL. Safe to share between threads.
 
     Args:
-        url: with a protocol, such as ``s3://bucket/set``.
+        url: with a protocol, such as ``s3://bucket/set``. Its user, password and query serve for all requests and
+            are never shown. For an HTTP URL without a user, those of ``~/.netrc`` are used.
         traffic: counter of received bytes and retries.
+
+    Attributes:
+        url: without credentials, for messages.
 
     Raises:
         ShardError: the protocol is unknown or unsupported, or its package is not installed.
     """
 
     def __init__(self, url: str, policy: RetryPolicy | None = None, traffic: Traffic | None = None) -> None:
-        self.url = url.rstrip("/")
+        url = url.rstrip("/")
+        self.url = strip_credentials(url)
         self.policy, self.traffic = policy or RetryPolicy(), traffic or Traffic()
-        self._protocol = self.url.partition("://")[0]
+        self._protocol = url.partition("://")[0].lower()
         if url.startswith("pipe:"):
-            raise ShardError(f"{url}: pipe: runs shell commands and has no byte ranges; give the URL of the files")
+            raise ShardError(f"{self.url}: pipe: runs shell commands and has no byte ranges; give the files' URL")
+        self._query = ""
+        if self._is_http:
+            url, self._query = split_query(url)
+            url = add_netrc_login(url.rstrip("/"))
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self.url, **_fsspec_options(self._protocol))
+            self._files, self._root = fsspec.core.url_to_fs(url, **_fsspec_options(self._protocol))
         except ImportError as error:
             package = _EXTRAS.get(self._protocol, "the package that fsspec names")
-            raise ShardError(f"{url} needs {package}: pip install {package} ({error})") from error
+            raise ShardError(f"{self.url} needs {package}: pip install {package} ({error})") from error
         except ValueError as error:
-            raise ShardError(f"{url} cannot be read ({error}); use http(s)://, s3://, gs:// or hf://") from error
+            raise ShardError(f"{self.url} cannot be read ({error}); use http(s)://, s3://, gs:// or hf://") from error
         if self._protocol == "s3":
             self._files.retries = 1  # see _fsspec_options
 
-    def url_of(self, name: str) -> str:
-        return f"{self.url}/{name}" if name else self.url
+    @property
+    def _is_http(self) -> bool:
+        return self._protocol in ("http", "https")
 
-    def load(self, name: str, parse: Callable[[bytes], Result]) -> Result:
-        """Fetch a small object and return ``parse`` of its bytes; fetch again if ``parse`` raises a ShardError.
+    def url_of(self, name: str) -> str:
+        """Return the URL of an object without credentials, for messages and names."""
+        return strip_credentials(f"{self.url}/{name}") if name else self.url
+
+    def load(self, name: str, parse: Callable[[bytes], Result], max_bytes: int = MAX_DOCUMENT_BYTES) -> Result:
+        """Fetch an object and return ``parse`` of its bytes; fetch again if ``parse`` raises a ShardError.
+
+        Args:
+            max_bytes: length of the longest object that is accepted; no more is received.
 
         Raises:
-            ShardError: the object is missing or the deadline passed (names the object), or raised by ``parse``.
+            ShardError: the object is missing or too long, or the deadline passed (names the object), or raised by
+                ``parse``.
         """
 
         def fetch() -> Result:
-            content = bytes(self._files.cat_file(self._path(name)))
+            content = self._read(Request(self._path(name), max_bytes=max_bytes), name)
             self.traffic.add(num_bytes=len(content))
             return parse(content)
 
@@ -131,25 +165,32 @@ class Store:
 
         def query() -> int:
             try:
-                return int(self._files.info(self._path(name))["size"])
+                size = self._call("info", self._path(name))["size"]
             except FileNotFoundError:
                 # fsspec's HTTP raises this for every failure; a read separates missing objects from other errors
-                self._files.cat_file(self._path(name), start=0, end=1)
+                self._read(Request(self._path(name), (0, 1)), name)
                 raise OSError("the server does not report its length") from None
+            if not isinstance(size, int) or size < 0:
+                raise PermanentError(f"{self.url_of(name)}: the server does not report its length; give a local copy")
+            return size
 
         return self.retry(name, query)
 
     def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names of the objects in a folder. Raises as ``read``."""
-        paths = self.retry(folder, lambda: list(self._files.ls(self._path(folder), detail=False)))
+        if self._is_http:
+            return sorted(link.rstrip("/") for link in self._list_page(folder, MAX_DOCUMENT_BYTES)[0])
+        paths = self.retry(folder, lambda: list(self._call("ls", self._path(folder), detail=False)))
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
 
     def list_tree(self) -> dict[str, int | None]:
         """Return the sorted names of all objects at any depth, with their lengths in bytes where known."""
+        if self._is_http:
+            return dict.fromkeys(walk_pages(self._list_page, MAX_DOCUMENT_BYTES))
 
         def query() -> dict[str, int | None]:
             try:
-                entries = self._files.find(self._root, detail=True)
+                entries = self._call("find", self._root, detail=True)
             except FileNotFoundError:
                 return {}
             return {self._name_of(path): info.get("size") for path, info in entries.items()}
@@ -158,8 +199,13 @@ class Store:
         return {name: size for name, size in sorted(self.retry("", query).items()) if name}
 
     def open(self, name: str) -> BinaryIO:
-        """Open an object as a seekable binary file. Raises as ``read``."""
-        return cast(BinaryIO, self.retry(name, lambda: self._files.open(self._path(name), "rb")))
+        """Open an object as a seekable binary file; its reads are retried.
+
+        Raises:
+            ShardError: as ``read``, or the server has no byte ranges. So do the reads of the file.
+        """
+        read = partial(self._read_piece, name, needs_ranges=True)
+        return cast(BinaryIO, io.BufferedReader(ObjectFile(read, self.size(name), _PIECE_BYTES), _PIECE_BYTES))
 
     def download(
         self, name: str, target: Path, num_bytes: int, sha256: str | None = None, stop: threading.Event | None = None
@@ -174,7 +220,7 @@ class Store:
 
         Raises:
             ShardError: the object is missing or different, or the deadline passed; names the object.
-            OSError: the target cannot be written.
+            OSError: the target cannot be written, or its disk has too little space for the object.
             DownloadStopped: ``stop`` was set.
         """
         for is_fresh in (False, True):
@@ -184,6 +230,7 @@ class Store:
                 while piece := file.read(_PIECE_BYTES):
                     digest.update(piece)
                     done += len(piece)
+                _require_space(file.fileno(), num_bytes - done)
                 while done < num_bytes:
                     piece = self._read_piece(name, done, min(done + _PIECE_BYTES, num_bytes), stop)
                     file.write(piece)
@@ -195,6 +242,26 @@ class Store:
         target.unlink()
         raise ShardError(f"{self.url_of(name)} does not match its manifest; upload the set again")
 
+    def copy(self, name: str, target: Path) -> None:
+        """Fetch an object of any length to a new file, which is removed if that fails.
+
+        Raises:
+            ShardError: the object cannot be read, or the file cannot be written; names the object.
+        """
+        num_bytes = self.size(name)
+        try:
+            target.unlink(missing_ok=True)
+            self.download(name, target, num_bytes)
+        except OSError as error:
+            target.unlink(missing_ok=True)
+            raise ShardError(
+                f"{self.url_of(name)} with its {num_bytes} bytes cannot be stored in {target.parent} "
+                f"({explain_os_error(error)}); free space there, or choose a folder on another disk"
+            ) from error
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
     def upload(self, source: Path, name: str) -> None:
         """Send a file; an existing object is replaced.
 
@@ -204,8 +271,8 @@ class Store:
 
         def send() -> None:
             if self._protocol not in _BUCKET_PROTOCOLS:
-                self._files.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(source), self._path(name))
+                self._call("makedirs", self._path(name).rpartition("/")[0], exist_ok=True)
+            self._call("put_file", str(source), self._path(name))
 
         try:
             self.retry(name, send)
@@ -219,8 +286,8 @@ class Store:
         """Delete an object, if it exists."""
 
         def delete() -> None:
-            if self._files.exists(self._path(name)):
-                self._files.rm_file(self._path(name))
+            if self._call("exists", self._path(name)):
+                self._call("rm_file", self._path(name))
 
         self.retry(name, delete)
 
@@ -237,7 +304,7 @@ class Store:
         def run() -> Result:
             if stop.is_set():
                 raise DownloadStopped(url)
-            return _call_with_timeout(policy.stall_seconds, attempt)
+            return attempt()
 
         def is_retryable(error: BaseException) -> bool:
             kind = next((kind for kind in _MAX_ATTEMPTS if isinstance(error, kind)), Exception)
@@ -263,26 +330,48 @@ class Store:
             return retrying(run)
         except tenacity.RetryError as error:
             seconds = retrying.statistics["delay_since_first_attempt"]
-            raise ShardError(
+            raise UnreachableError(
                 f"{url} could not be read in {error.last_attempt.attempt_number} attempts over {seconds:.0f} s; "
                 f"last error: {_reason(error.last_attempt)}"
             ) from None  # callers read __cause__ to detect missing objects
         except FileNotFoundError as error:
-            raise ShardError(f"{url} does not exist") from error
+            raise PermanentError(f"{url} does not exist") from error
         except PermissionError as error:
-            raise ShardError(f"{url} may not be accessed ({error}); check the credentials") from error
+            raise PermanentError(
+                f"{url} may not be accessed ({error}); check the credentials, which are never stored: give them in the "
+                "URL, in the environment, or for HTTP in ~/.netrc"
+            ) from error
 
     def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+        path = f"{self._root.rstrip('/')}/{name}" if name else self._root
+        return f"{path}{'&' if '?' in name else '?'}{self._query}" if self._query else path
 
     def _name_of(self, path: str) -> str:
         return path.lstrip("/").removeprefix(self._root.strip("/")).lstrip("/")
 
-    def _read_piece(self, name: str, begin: int, end: int, stop: threading.Event | None = None) -> bytes:
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return answers.call(self._files, method, *arguments, seconds=self.policy.stall_seconds, **options)
+
+    def _read(self, request: Request, name: str) -> bytes:
+        try:
+            return answers.read(self._files, request, self.policy.stall_seconds)
+        except answers.TooLong as error:
+            raise ShardError(f"{self.url_of(name)}: {error}") from error
+
+    def _read_piece(
+        self, name: str, begin: int, end: int, stop: threading.Event | None = None, needs_ranges: bool = False
+    ) -> bytes:
+        if begin == end:
+            return b""
+        request = Request(self._path(name), (begin, end), needs_ranges=needs_ranges)
+
         def fetch() -> bytes:
-            piece = bytes(self._files.cat_file(self._path(name), start=begin, end=end))
-            if len(piece) > end - begin:
-                piece = piece[begin:end]  # a server without range support sends the whole object
+            try:
+                piece = self._read(request, name)
+            except answers.NoRanges as error:
+                raise PermanentError(
+                    f"{self.url_of(name)} cannot be read by byte ranges ({error}); give a local copy"
+                ) from error
             if len(piece) != end - begin:
                 raise ShardError(
                     f"{self.url_of(name)} returned {len(piece)} bytes from {begin} instead of {end - begin}; if the "
@@ -294,18 +383,35 @@ class Store:
         self.traffic.add(num_bytes=len(piece))
         return piece
 
+    def _list_page(self, folder: str, max_bytes: int) -> tuple[list[str], int]:
+        """Return the names that the web page of a folder links to, as ``list_links``, and the page's length."""
+        path, _ = split_query(self._path(folder))
+        page = self.load(folder, bytes, max_bytes)
+        return list_links(page, path), len(page)
+
 
 def is_url(location: str) -> bool:
     """Return whether a location is read through a ``Store`` rather than as a local path."""
     return "://" in location or location.startswith("pipe:")
 
 
+def _require_space(descriptor: int, num_bytes: int) -> None:
+    """Raise an OSError if the disk of an open file has less than ``num_bytes`` bytes left."""
+    free = shutil.disk_usage(descriptor).free
+    if num_bytes > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes} bytes are to come, {free} are free")
+
+
 def _fsspec_options(protocol: str) -> dict[str, Any]:
-    """Return fsspec options that turn off its own retries, which would be neither logged nor bounded."""
-    if protocol != "s3":
-        return {}
-    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **configured}}
+    """Return fsspec options that disable unlogged retries and compressed answers."""
+    configured = fsspec.config.conf.get(protocol, {})
+    if protocol == "s3":
+        return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **configured.get("config_kwargs", {})}}
+    if protocol in ("http", "https"):
+        # a byte range of a compressed answer is not one of the object
+        client = configured.get("client_kwargs", {})
+        return {"client_kwargs": {**client, "headers": {"Accept-Encoding": "identity", **client.get("headers", {})}}}
+    return {}
 
 
 def _reason(outcome: tenacity.Future | None) -> str:
@@ -314,27 +420,3 @@ def _reason(outcome: tenacity.Future | None) -> str:
     if isinstance(error, FileNotFoundError):
         return "not found"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _call_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return the function's result, or raise TimeoutError if it takes longer.
-
-    It runs in a thread that is abandoned when it stalls, because few libraries can be interrupted.
-    """
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="store-attempt")
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return results[0]

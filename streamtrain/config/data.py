@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from shards.credentials import strip_credentials
 from shards.storage.store import RetryPolicy
 from streamtrain.config.section import (
     VALUE_TYPE,
@@ -115,8 +116,8 @@ class DataConfig(Section):
 
     @property
     def shards_text(self) -> str:
-        """The shard sets in messages: a path, or each path with its share of the images."""
+        """The shard sets in messages, without credentials: a path, or each path with its share of the images."""
         total = sum(share.weight for share in self.shares)
         if isinstance(self.shards, str):
-            return self.shards
-        return ", ".join(f"{share.weight / total:.1%} of {share.shards}" for share in self.shares)
+            return strip_credentials(self.shards)
+        return ", ".join(f"{share.weight / total:.1%} of {strip_credentials(share.shards)}" for share in self.shares)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from shards.credentials import strip_values
 from shards.reading.mixture import AnySet, open_sets
 from streamtrain.config.data import DataConfig
 from streamtrain.config.section import STEPS_PER_EPOCH
@@ -188,7 +189,8 @@ def read_resolved(run_dir: str | Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the settings as YAML, without the credentials in URLs: it is written to run directories and logs."""
+    return yaml.safe_dump(strip_values(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

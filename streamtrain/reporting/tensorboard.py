@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from shards.credentials import strip_from_text
 from streamtrain.config.tree import Config
 from streamtrain.reporting.projector import write_features
 
@@ -111,7 +112,7 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
         if key.startswith(("monitor.", "evaluation.", "run.dir")) or value is None:
             continue
         if key in always or value != defaults[key]:
-            values[key] = value if isinstance(value, bool | int | float | str) else str(value)
+            values[key] = value if isinstance(value, bool | int | float) else strip_from_text(str(value))
     return values
 
 

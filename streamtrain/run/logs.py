@@ -7,6 +7,8 @@ import sys
 
 from tqdm import tqdm
 
+from shards.credentials import strip_from_text
+
 # the packages whose log is shown
 PACKAGES = ("shards", "streamtrain")
 
@@ -21,7 +23,7 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record: ``[rank 1] warning: message``, followed by the traceback if the record has one."""
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        text = f"{self._prefix}{level}{self.format(record)}"
+        text = f"{self._prefix}{level}{strip_from_text(self.format(record))}"
         try:
             tqdm.write(text, file=sys.stderr if level else sys.stdout)
         except BrokenPipeError:

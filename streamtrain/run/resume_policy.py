@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shards.credentials import strip_values
 from streamtrain.config.load import known_keys, merge, parse_yaml, to_yaml, unknown_key_message
 from streamtrain.config.section import ACCEPT_ALL, is_accepted
 from streamtrain.config.tree import Config, resume_rules, setting_key
@@ -160,7 +161,8 @@ def _changes(
     if not isinstance(recorded, dict):
         yield Change(CONFIG_KEY, f"{source.name} does not record its settings")
     else:
-        before = dict(_flatten(merge(_to_plain(Config()), recorded)))
+        # older checkpoints record URLs with their credentials
+        before = dict(_flatten(merge(_to_plain(Config()), strip_values(recorded))))
         current = dict(_flatten(_to_plain(config)))
         for key in sorted({*before, *current}):
             was, now = before.get(key, _MISSING), current.get(key, _MISSING)
