@@ -9,9 +9,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if __name__ == "__main__":
     # Ctrl-C ends the process without a traceback until the run installs its own handler
@@ -33,15 +33,16 @@ from streamtrain.run.directory import (
     check_weights,
     completion_message,
     make_run_dir,
-    run_lock,
     saved_state,
     starting_checkpoint,
 )
+from streamtrain.run.lock import run_lock
 from streamtrain.run.logs import configure_logging
 from streamtrain.run.resume_policy import (
     accepted_keys,
     add_accept_options,
     check_resume,
+    has_same_shards,
     separate_overrides,
     version_changes,
 )
@@ -97,6 +98,26 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
     return shard_set
 
 
+def check_complete(
+    config: Config, launch: Launch, source: Path, saved: Mapping[str, Any], accepted: Collection[str]
+) -> None:
+    """Compare the settings and the images of a start with the checkpoint that completes the run, as for a resume.
+
+    Raises:
+        StreamtrainError, ShardError: they differ in a way that is not accepted.
+    """
+    check_resume(config, source, saved, launch.world_size, accepted)
+    try:
+        shard_set = open_shard_set(config)
+    except ShardError:
+        # the images of a complete run may have been deleted
+        if has_same_shards(config, saved):
+            return
+        raise
+    order = build_stream_order(config, shard_set, launch.world_size, saved["data"]["lane_block"])
+    check_state(saved["data"], stream_identity(shard_set, order), accepted)
+
+
 def train_rank(arguments: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status.
 
@@ -108,19 +129,21 @@ def train_rank(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
         run_dir = Path(config.run.dir)
         source = starting_checkpoint(run_dir, arguments.resume)
+        accepted = accepted_keys(arguments, launch.rank)
+        saved = saved_state(source) if source is not None else None
         complete = completion_message(config, source)
-        if complete and not arguments.dry_run:
+        if complete and source is not None and saved is not None and not arguments.dry_run:
+            check_complete(config, launch, source, saved, accepted)
             logger.info(complete)
             return 0
-        accepted = accepted_keys(arguments, launch.rank)
         shard_set = check(config, launch, source, accepted)
-        with run_lock(run_dir, launch.rank):
+        with run_lock(run_dir, launch.rank) as has_moved:
             choose_accelerator(config.engine, launch)
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
-            return train(config, launch, shard_set, arguments.resume, accepted)
+            return train(config, launch, shard_set, arguments.resume, accepted, has_moved)
     except (StreamtrainError, ShardError) as error:
         # Most errors occur on all ranks: rank 0 reports them, and the launcher ends the others while they wait. A rank
         # that is still running after the wait has an error of its own to report.

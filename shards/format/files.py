@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,57 @@ MAX_JSON_BYTES = 64 << 20  # parsing can take a few dozen times as much memory
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably: under a temporary name, with fsync, then renamed."""
+    """Replace a file atomically and durably: after a crash it has either the old or the new content.
+
+    Neither a link at ``path`` nor one at the temporary name is followed; both are replaced. Raises OSError.
+    """
     partial = partial_path(path)
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = create_file(partial)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     os.replace(partial, path)
+    sync(path.parent)
+
+
+def create_file(path: Path) -> int:
+    """Return a descriptor, open for writing, of a new file; a file or link of this name is removed, never followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        os.unlink(path)
+        return os.open(path, flags, 0o666)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all bytes of ``data``; a single call may write fewer."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync(path: Path) -> None:
+    """Sync the content of a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file, a folder with its contents, or only the link if ``path`` is one; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def partial_path(path: Path) -> Path:

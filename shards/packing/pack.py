@@ -11,18 +11,18 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-import filelock
 from tqdm import tqdm
 
 from shards.errors import ShardError, explain_os_error
 from shards.format import images
 from shards.format.files import make_private_folder, partial_path, remove_partials, write_whole
+from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
 from shards.format.tally import Tally
 from shards.packing.inputs import list_inputs, needs_unpacking, unpack
@@ -161,39 +161,37 @@ def scratch_folder(url: str) -> Path:
 def _locked_folder(out: Path, option: str) -> Iterator[None]:
     """Create and lock a set's folder for one packing; remove it at the end if it is new and empty."""
     is_new = not out.exists()
-    try:
-        if option == "--scratch":
-            make_private_folder(out, option)
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-        allowed = {*_SET_NAMES, *(partial_path(out / name).name for name in _SET_NAMES)}
-        foreign = sorted({entry.name for entry in out.iterdir()} - allowed)
-        if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, MARKER_NAME)):
-            # files in shards/ and index/ would be replaced: refuse them unless an earlier packing wrote them
-            foreign += sorted(str(entry.relative_to(out)) for entry in (*out.glob("shards/*"), *out.glob("index/*")))
-        if foreign:
-            raise ShardError(f"{option} {out} has other files, such as {foreign[0]}; choose a new folder")
-        lock = filelock.FileLock(out / _LOCK, timeout=0)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise ShardError(f"another packing into {out} is running; wait for it or choose another {option}") from error
-    except OSError as error:
-        raise ShardError(
-            f"{option} {out} cannot be written to ({explain_os_error(error)}); choose another folder"
-        ) from error
-    try:
-        yield
-    except OSError as error:
-        raise ShardError(
-            f"writing to {out} failed ({explain_os_error(error)}); fix that and re-run to resume"
-        ) from error
-    finally:
-        with suppress(OSError):  # the error that ended the packing says more
-            (out / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):
-            if (is_new or option == "--scratch") and not any(out.iterdir()):
-                out.rmdir()
+    with ExitStack() as stack:
+        try:
+            if option == "--scratch":
+                make_private_folder(out, option)
+            else:
+                out.mkdir(parents=True, exist_ok=True)
+            allowed = {*_SET_NAMES, *(partial_path(out / name).name for name in _SET_NAMES)}
+            foreign = sorted({entry.name for entry in out.iterdir()} - allowed)
+            if not any((out / name).exists() for name in (FILE_NAME, JOURNAL_NAME, MARKER_NAME)):
+                # files in shards/ and index/ would be replaced: refuse them unless an earlier packing wrote them
+                parts = (*out.glob("shards/*"), *out.glob("index/*"))
+                foreign += sorted(str(entry.relative_to(out)) for entry in parts)
+            if foreign:
+                raise ShardError(f"{option} {out} has other files, such as {foreign[0]}; choose a new folder")
+            stack.enter_context(lock_folder(out, _LOCK))
+        except FolderInUse:
+            message = f"another packing into {out} is running; wait for it or choose another {option}"
+            raise ShardError(message) from None
+        except OSError as error:
+            reason = f"cannot be written to ({explain_os_error(error)}); choose another folder"
+            raise ShardError(f"{option} {out} {reason}") from error
+        try:
+            yield
+        except OSError as error:
+            reason = f"failed ({explain_os_error(error)}); fix that and re-run to resume"
+            raise ShardError(f"writing to {out} {reason}") from error
+        finally:
+            with suppress(OSError):  # the error that ended the packing says more
+                (out / _LOCK).unlink(missing_ok=True)
+                if (is_new or option == "--scratch") and not any(out.iterdir()):
+                    out.rmdir()
 
 
 class _Packing:

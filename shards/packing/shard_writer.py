@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format.files import partial_path, write_whole
+from shards.format.files import create_file, partial_path, write_whole
 from shards.format.images import PreparedImage
 from shards.format.index import RECORD, make_dali_index, save_index
 from shards.format.set_manifest import ShardEntry
@@ -33,7 +33,7 @@ class ShardWriter:
     def __init__(self, set_dir: Path, number: int) -> None:
         self._tar = set_dir / "shards" / f"{number:06d}.tar"
         self._index = set_dir / "index" / f"{number:06d}"
-        self._file = open(partial_path(self._tar), "wb")  # noqa: SIM115 - closed by finish and discard
+        self._file = open(create_file(partial_path(self._tar)), "wb")  # noqa: SIM115 - closed by finish and discard
         self._hash = hashlib.sha256()
         self._records: list[tuple[int, ...]] = []
         self._samples: list[Sample] = []

@@ -31,7 +31,7 @@ from shards.format.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.checkpoint.retention import set_aside
 from streamtrain.engine.fragments import Fragment
 from streamtrain.errors import CheckpointError
-from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, saved_steps, step_folder
+from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, check_step, saved_steps, step_folder
 from streamtrain.run.step_manifest import find_fault
 
 logger = logging.getLogger(__name__)
@@ -193,9 +193,12 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointReader]:
             if fault := find_fault(folder, contents=False):
                 raise ValueError(fault)
             state = _validate(read_json(folder / STATE_NAME))
+            check_step(folder, state)
             world_size = state["world_size"]
             paths = [folder / rank_name(rank, world_size) for rank in range(world_size)]
             files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
+        except CheckpointError:
+            raise
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise damage_error(folder, error) from None
         yield CheckpointReader(folder, state, files, files[0].numels)

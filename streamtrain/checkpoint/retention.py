@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shards.format.files import read_json, remove_tree, sync, write_whole
 from streamtrain.config.run import RunConfig
-from streamtrain.run.atomic_io import replace_file, sync
 from streamtrain.run.directory import BEST_NAME, CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
 
 
@@ -22,20 +23,47 @@ def prune(run_dir: Path, config: RunConfig) -> None:
     kept |= {best["step"]} if (best := read_best(run_dir)) else set()
     for step in sorted(set(steps) - kept):
         folder = step_folder(run_dir, step)
-        # a partly removed directory must not be taken for a checkpoint
-        os.replace(folder, removed := folder.with_name(f".{folder.name}.removed"))
-        sync(folder.parent)
-        shutil.rmtree(removed)
+        _rename_to_removed(folder)
+        finish_removal(folder)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Rename a complete step directory to its final name, in place of one that an earlier life of the run wrote.
+
+    A run that resumes from an earlier step reaches the same step again. Raises OSError; then the earlier one may be
+    gone, and the new one has its temporary name.
+    """
+    if os.path.lexists(folder):
+        _rename_to_removed(folder)
+    os.rename(partial, folder)
+
+
+def finish_removal(folder: Path) -> None:
+    """Sync the name of a step directory to disk, then remove the directory renamed before it. Raises OSError."""
+    sync(folder.parent)
+    remove_tree(_removed_of(folder))
+
+
+def _removed_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")
+
+
+def _rename_to_removed(folder: Path) -> None:
+    """Rename a step directory before its removal: a partly removed one must not be taken for a checkpoint."""
+    remove_tree(_removed_of(folder))
+    os.replace(folder, _removed_of(folder))
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """Return ``step``, ``metric`` and ``value`` of the best checkpoint so far; None if there is none."""
     try:
-        best = json.loads((run_dir / BEST_NAME).read_text(encoding="utf-8"))
+        best = read_json(run_dir / BEST_NAME)
     except (OSError, ValueError):
         return None
-    is_valid = isinstance(best, dict) and isinstance(best.get("step"), int) and isinstance(best.get("value"), float)
-    return best if is_valid else None
+    if not isinstance(best, dict) or not isinstance(best.get("step"), int) or not isinstance(best.get("value"), float):
+        return None
+    # no value is higher than NaN or infinity
+    return best if math.isfinite(best["value"]) else None
 
 
 def best_value(run_dir: Path, metric: str, step: int) -> float | None:
@@ -48,7 +76,7 @@ def best_value(run_dir: Path, metric: str, step: int) -> float | None:
 
 def write_best(run_dir: Path, best: Mapping[str, Any]) -> None:
     """Record the best checkpoint, once it is complete; pruning may then remove the previous best. Raises OSError."""
-    replace_file(run_dir / BEST_NAME, json.dumps(dict(best)).encode() + b"\n")
+    write_whole(run_dir / BEST_NAME, json.dumps(dict(best)).encode() + b"\n")
 
 
 def partial_of(folder: Path) -> Path:
@@ -61,14 +89,15 @@ def remove_leftovers(run_dir: Path) -> None:
     for kind in (CHECKPOINTS, SNAPSHOTS):
         for leftover in (run_dir / kind).glob(".step-*"):
             # if this fails, so does the next save, which reports it
-            shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(OSError):
+                remove_tree(leftover)
 
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it can still be inspected; returns its new path."""
     aside = folder.with_name(f"damaged-{folder.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(aside)
         os.replace(folder, aside)
     except OSError:
         return folder  # a read-only directory

@@ -10,12 +10,12 @@ errors (full, gone, read-only) are warnings; older checkpoints are kept until th
 from __future__ import annotations
 
 import json
-import os
+import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,13 +25,22 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
+from shards.format.files import remove_tree, sync, write_whole
 from streamtrain.checkpoint.reader import SHARED_NAME, VERSION, rank_name
-from streamtrain.checkpoint.retention import partial_of, prune, remove_leftovers, write_best
+from streamtrain.checkpoint.retention import finish_removal, partial_of, prune, publish, remove_leftovers, write_best
 from streamtrain.config.run import RunConfig
 from streamtrain.engine.fragments import Shard
 from streamtrain.errors import CheckpointError
-from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum, replace_file, sync, write_file
-from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, QUARANTINE_NAME, STATE_NAME, saved_steps, step_folder
+from streamtrain.run.atomic_io import ChecksummedFile, FileChecksum, write_file
+from streamtrain.run.directory import (
+    CHECKPOINTS,
+    METRICS_NAME,
+    QUARANTINE_NAME,
+    SNAPSHOTS,
+    STATE_NAME,
+    saved_steps,
+    step_folder,
+)
 from streamtrain.run.step_manifest import CheckpointManifest
 
 # the share of the available memory that copies may use
@@ -64,6 +73,8 @@ class _Job:
     on_finished: Callable[[], None]
     best: Mapping[str, Any] | None
     began: float
+    # context in which a copy of the values is made, since training continues; None: training waits
+    side_stream: AbstractContextManager[Any] | None = None
 
 
 class _SaveError(Exception):
@@ -74,19 +85,27 @@ class CheckpointWriter:
     """Saves steps of a run; every rank calls the methods."""
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, local_world_size: int = 1, timeout_seconds: float = 1800.0
-    ) -> None:
+        self, run_dir: Path, config: RunConfig, local_world_size: int = 1, timeout_seconds: float = 1800.0,
+        has_moved: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         """Remove the leftovers of a killed save.
 
         Args:
             local_world_size: ranks that share this host's memory.
             timeout_seconds: how long a rank waits for the other ranks' files.
+            has_moved: whether ``run_dir`` is no longer this run's directory; rank 0 then writes nothing.
         """
+        self._has_moved = has_moved
         self._run_dir, self._config, self._local_world_size = run_dir, config, local_world_size
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # a separate group, so that the thread's messages never mix with training's
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._thread: threading.Thread | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # whether the results of a save in the background are not taken over yet
+        self._is_pending = False
+        # set: no save is running in the background
+        self._finished = threading.Event()
+        self._finished.set()
         # set: the values of the current save may change
         self._copied = threading.Event()
         self._copied.set()
@@ -100,6 +119,9 @@ class CheckpointWriter:
         self.failure: str | None = None
         if self._rank == 0:
             remove_leftovers(run_dir)
+        # started once, now: a thread that starts when memory has run out blocks its caller forever
+        self._thread = threading.Thread(target=self._run_jobs, name="checkpoint", daemon=True)
+        self._thread.start()
 
     def save(
         self,
@@ -122,9 +144,9 @@ class CheckpointWriter:
             job = _Job(step, payloads, on_finished, best, time.perf_counter())
             if self._config.save_in_background and self._has_room(payloads):
                 self._copied.clear()
-                arguments = (job, _side_stream())
-                self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
-                self._thread.start()
+                self._finished.clear()
+                self._is_pending = True
+                self._jobs.put(replace(job, side_stream=_side_stream()))
             else:
                 self._run(job)
                 self._collect()
@@ -141,9 +163,9 @@ class CheckpointWriter:
         Raises:
             RuntimeError: if it failed for a reason other than the disk, such as the exit of another rank.
         """
-        if self._thread is not None:
+        if self._is_pending:
             with self._stall():
-                self._thread.join()
+                self._finished.wait()
             self._collect()
 
     def status_message(self) -> str:
@@ -154,7 +176,7 @@ class CheckpointWriter:
 
     def scalars(self) -> dict[str, float]:
         """Return by tag the seconds of stalled training and of saves since the last call; zeros are left out."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._is_pending and self._finished.is_set():
             self._collect()
         seconds = {"speed/checkpoint_stall_seconds": self._stalled, "speed/checkpoint_seconds": self._last_seconds}
         self._stalled = self._last_seconds = 0.0
@@ -167,8 +189,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Wait for the current save without raising its error, which would hide an earlier one."""
-        if self._thread is not None:
-            self._thread.join()
+        self._jobs.put(None)
+        self._thread.join()
 
     @contextmanager
     def _stall(self) -> Iterator[None]:
@@ -179,7 +201,7 @@ class CheckpointWriter:
 
     def _collect(self) -> None:
         """Take over the results of the finished save."""
-        self._thread = None
+        self._is_pending = False
         self._last_seconds, self._seconds = self._seconds, 0.0
         self._warnings += self._new_warnings
         self._new_warnings = []
@@ -191,16 +213,26 @@ class CheckpointWriter:
         needed = self._local_world_size * max(payload.num_bytes for payload in payloads.values())
         return needed < _MEMORY_SHARE * _available_bytes()
 
-    def _run(self, job: _Job, side_stream: AbstractContextManager[Any] | None = None) -> None:
-        """Write all directories of ``job``; with ``side_stream``, copy the values first, since training continues."""
+    def _run_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._run(job)
+            # the copies of the values must not outlive the save
+            del job
+            self._finished.set()
+
+    def _run(self, job: _Job) -> None:
+        """Write all directories of ``job``; with a side stream, copy the values first, since training continues."""
         try:
             payloads = job.payloads
-            if side_stream is not None:
-                with side_stream:
+            if job.side_stream is not None:
+                with job.side_stream:
                     payloads = _copy(payloads)
                 self._copied.set()
-            for kind, payload in payloads.items():
-                failure = None
+            # the checkpoint last: a run that resumes from it never reaches the snapshot of the same step again
+            for kind in (SNAPSHOTS, CHECKPOINTS):
+                if kind not in payloads:
+                    continue
+                payload, failure = payloads[kind], None
                 try:
                     self._write(step_folder(self._run_dir, job.step, kind), job.step, payload, job.best)
                 except _SaveError as reason:
@@ -235,13 +267,15 @@ class CheckpointWriter:
             files = {name: file_sum for of_rank in sums for name, file_sum in of_rank.items()}
             self._run_together(lambda: self._publish(partial, folder, files, best) if self._rank == 0 else None)
         except _SaveError:
-            if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+            if self._rank == 0 and not self._has_moved():
+                with suppress(OSError):
+                    remove_tree(partial)
             raise
 
     def _begin(self, partial: Path, num_bytes: int) -> None:
         """Make the directory if the disk has room for its files."""
-        shutil.rmtree(partial, ignore_errors=True)
+        self._check_not_moved()
+        remove_tree(partial)
         partial.parent.mkdir(exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
         if num_bytes > free:
@@ -263,16 +297,17 @@ class CheckpointWriter:
         self, partial: Path, folder: Path, files: Mapping[str, FileChecksum], best: Mapping[str, Any] | None
     ) -> None:
         """Rename the complete directory to its final name, and prune older checkpoints."""
+        self._check_not_moved()
         CheckpointManifest(files).write(partial)
         sync(partial)
         for name in (METRICS_NAME, QUARANTINE_NAME):
             # a checkpoint on disk must not be newer than the history it continues
             if (self._run_dir / name).exists():
                 sync(self._run_dir / name)
-        os.rename(partial, folder)
+        publish(partial, folder)
         try:
-            sync(folder.parent)
-            replace_file(folder.parent / "latest", f"{folder.name}\n".encode())
+            finish_removal(folder)
+            write_whole(folder.parent / "latest", f"{folder.name}\n".encode())
             if folder.parent.name == CHECKPOINTS:
                 if best is not None:
                     write_best(self._run_dir, best)
@@ -280,6 +315,10 @@ class CheckpointWriter:
         except OSError as error:
             # the checkpoint itself is complete
             self._new_warnings.append(f"{folder} is written, but not the files around it: {_reason(error)}")
+
+    def _check_not_moved(self) -> None:
+        if self._has_moved():
+            raise _SaveError(f"{self._run_dir} was moved, replaced or deleted")
 
     def _run_together(self, work: Callable[[], _Result]) -> list[_Result]:
         """Run ``work`` on every rank and return all results; if one rank's disk fails, all ranks raise _SaveError."""

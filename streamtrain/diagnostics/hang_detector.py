@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -67,13 +68,17 @@ class HangDetector:
         while not self._closed.wait(min(self._seconds / 10, 10.0)):
             # If a call never returns and holds the GIL, this thread cannot run either: then a C thread of faulthandler
             # writes the stacks to stderr and ends the process.
-            faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
+            # Without memory for that thread, this one still ends the process.
+            with suppress(RuntimeError, MemoryError):
+                faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
             if time.monotonic() - self._last > self._seconds:
-                reason = f"rank {self._rank} made no progress for {self._seconds:g} s (engine.hang_timeout_seconds)"
-                path = self._dump(reason + "\n")
-                # not through the log, whose lock the hanging thread may hold
-                print(f"error: {reason}; the stacks of its threads are in {path}", file=sys.stderr, flush=True)
-                os._exit(EXIT_HUNG)
+                try:
+                    reason = f"rank {self._rank} made no progress for {self._seconds:g} s (engine.hang_timeout_seconds)"
+                    path = self._dump(reason + "\n")
+                    # not through the log, whose lock the hanging thread may hold
+                    print(f"error: {reason}; the stacks of its threads are in {path}", file=sys.stderr, flush=True)
+                finally:
+                    os._exit(EXIT_HUNG)
         faulthandler.cancel_dump_traceback_later()
 
     def _dump(self, reason: str) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from shards.format.files import write_whole
 from streamtrain.evaluation.figures import Tile, draw_page, photo
 from streamtrain.evaluation.maps import principal_components, similarity_maps
-from streamtrain.run.atomic_io import replace_file
 
 # columns of a page, and width and height of a map in pixels
 COLUMNS, SIZE = 6, (128, 128)
@@ -60,7 +60,7 @@ class MapsOverTime:
         )
         # if this fails, a resumed run only loses earlier maps
         with suppress(OSError):
-            replace_file(self._path, content.getvalue())
+            write_whole(self._path, content.getvalue())
 
     def components_page(self) -> np.ndarray:
         """Return the page of the first three principal components as red, green and blue: uint8 [height, width, 3]."""

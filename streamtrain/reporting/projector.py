@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from streamtrain.run.atomic_io import replace_file
+from shards.format.files import write_whole
 
 CONFIG_NAME = "projector_config.pbtxt"
 _ENTRY = """embeddings {{
@@ -56,4 +56,4 @@ def write_features(
     (path / f"{name}.tsv").write_text("\n".join(rows) + "\n")
     (path / f"{name}-labels.tsv").write_text("\n".join(label.replace("\t", " ") for label in labels) + "\n")
     entries = (_ENTRY.format(name=each, step=at, side=side) for each, at in steps.items())
-    replace_file(config, "".join(entries).encode())
+    write_whole(config, "".join(entries).encode())

@@ -1,4 +1,4 @@
-"""Crash-safe files: written with a checksum, synced to disk, and renamed into place last."""
+"""Files with a checksum of their content, synced to disk before they count."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+from shards.format.files import create_file, write_all
 
 # bytes per write; not too small, because after each write this thread waits for the GIL
 _PIECE_BYTES = 8 << 20
@@ -24,7 +26,7 @@ class ChecksummedFile:
     """A new file with a checksum of the written bytes, as a context manager; on disk once ``finish`` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = create_file(path)
         self._checksum = FileChecksum(0, 0)
 
     def write(self, values: bytes | memoryview) -> None:
@@ -34,8 +36,7 @@ class ChecksummedFile:
             piece = memory[start : start + _PIECE_BYTES]
             crc32 = zlib.crc32(piece, self._checksum.crc32)
             self._checksum = FileChecksum(self._checksum.num_bytes + len(piece), crc32)
-            while piece:
-                piece = piece[os.write(self._file, piece) :]
+            write_all(self._file, piece)
 
     def finish(self) -> FileChecksum:
         """Sync the file to disk and return its checksum."""
@@ -56,23 +57,6 @@ def write_file(path: Path, content: bytes) -> FileChecksum:
     with ChecksummedFile(path) as file:
         file.write(content)
         return file.finish()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a small file atomically: after a crash it has either the old or the new content."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_file(partial, content)
-    os.replace(partial, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Sync the content of a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def compute_checksum(path: Path) -> FileChecksum:

@@ -1,22 +1,21 @@
-"""The run directory: creation and lock, paths of checkpoints, and the files that describe the run. Torch-free."""
+"""The run directory: its creation, paths of checkpoints, and the files that describe the run. Torch-free."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shards.format.files import read_json
+from shards.format.files import read_json, write_whole
 from streamtrain.config.load import RESOLVED_NAME, read_resolved, to_yaml
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError, StreamtrainError
-from streamtrain.run.atomic_io import compute_checksum, replace_file
+from streamtrain.run.atomic_io import compute_checksum, write_file
+from streamtrain.run.lock import LOCK_NAME
 from streamtrain.run.provenance import ENVIRONMENT_NAME, describe_environment
 from streamtrain.run.signals import SAVE_NAME, STOP_NAME
 from streamtrain.run.step_manifest import CheckpointManifest, find_fault
@@ -31,11 +30,12 @@ BEST_NAME = "best.json"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 # step, position in the stream and provenance of a checkpoint
 STATE_NAME = "state.json"
-LOCK_NAME = ".streamtrain.lock"
 # files that a directory may contain before its first run, besides logs of a scheduler or a shell
 _ALLOWED_NAMES = (STOP_NAME, SAVE_NAME, "lost+found")
 _LOG_SUFFIXES = (".log", ".out", ".err")
-_CHECKPOINT = re.compile(r"^step-(\d{9})$")
+# files and folders written under their final names, where a link would lead out of the directory
+_WRITTEN_NAMES = (METRICS_NAME, QUARANTINE_NAME, TENSORBOARD_NAME, CHECKPOINTS, SNAPSHOTS)
+_CHECKPOINT = re.compile(r"step-([0-9]{9})")
 # with fewer samples, nearest neighbours say little about how features spread
 MIN_KOLEO_SAMPLES = 8
 
@@ -63,21 +63,23 @@ def saved_steps(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[int]:
         return []
     except OSError as error:
         raise CheckpointError(f"{parent} cannot be read ({error.strerror})") from None
-    return sorted(int(match.group(1)) for name in names if (match := _CHECKPOINT.match(name)))
+    return sorted(int(match.group(1)) for name in names if (match := _CHECKPOINT.fullmatch(name)))
 
 
 def make_run_dir(run_dir: Path, rank: int) -> None:
     """Create the run directory and write a test file to it; every rank calls this, because each needs access.
 
     Raises:
-        StreamtrainError: the directory cannot be created or written, or contains files of something else.
+        StreamtrainError: the directory cannot be created or written, contains files of something else, or links in
+            place of files that a run writes.
     """
-    probe = run_dir / f".rank-{rank}.probe"
+    probe, link = run_dir / f".rank-{rank}.probe", None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         foreign = _find_foreign_name(run_dir)
         if foreign is None:
-            probe.write_bytes(b"writable")
+            link = next((run_dir / name for name in _WRITTEN_NAMES if (run_dir / name).is_symlink()), None)
+            write_file(probe, b"writable")
             probe.unlink()
     except OSError as error:
         raise StreamtrainError(
@@ -87,6 +89,11 @@ def make_run_dir(run_dir: Path, rank: int) -> None:
         raise StreamtrainError(
             f"run.dir {run_dir} contains no run but other files, such as {foreign}; set run.dir to a new or empty "
             "directory"
+        )
+    if link is not None:
+        raise StreamtrainError(
+            f"{link} is a link to {os.readlink(link)}, and a run does not write through links; replace the link by "
+            "a copy of its target, or set run.dir to another directory"
         )
 
 
@@ -107,41 +114,29 @@ def _has_environment(run_dir: Path) -> bool:
     return isinstance(document, dict) and "world_size" in document
 
 
-@contextmanager
-def run_lock(run_dir: Path, rank: int) -> Iterator[None]:
-    """Lock the run directory during the ``with`` block; rank 0 holds the lock for all ranks.
-
-    The system releases the lock when the process ends, even if it is killed.
+def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
+    """Return the latest of ``candidates`` whose file sizes and ``state.json`` are intact, or None without any.
 
     Raises:
-        StreamtrainError: another run holds the lock.
+        CheckpointError: it was renamed to another step.
     """
-    if rank > 0:
-        yield
-        return
-    descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(descriptor)
-        raise StreamtrainError(
-            f"another run is writing to {run_dir}; wait until it ends, stop it with `touch {run_dir / STOP_NAME}`, "
-            "or set run.dir to another directory"
-        ) from None
-    except OSError:
-        pass  # a file system without locks must not prevent training
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def starting_checkpoint(run_dir: Path, resume_from: Path | None) -> Path | None:
-    """Return the latest of ``candidates`` whose file sizes and ``state.json`` are intact, or None without any."""
     folders = candidates(run_dir, resume_from)
-    intact = (each for each in folders if find_fault(each, contents=False) is None and saved_state(each) is not None)
+    for folder in folders:
+        if find_fault(folder, contents=False) is None and (state := saved_state(folder)) is not None:
+            check_step(folder, state)
+            return folder
     # if none is intact, reading the latest one reports its fault
-    return next(intact, folders[0] if folders else None)
+    return folders[0] if folders else None
+
+
+def check_step(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the folder is named by another step than its ``state.json``."""
+    step = state.get("step")
+    if _CHECKPOINT.fullmatch(folder.name) and isinstance(step, int) and step != parse_step(folder):
+        raise CheckpointError(
+            f"checkpoint {folder} was renamed: its {STATE_NAME} has step {step}; rename it to "
+            f"{step_folder(Path(), step).name}, or delete it to resume without it"
+        )
 
 
 def saved_state(source: Path) -> dict[str, Any] | None:
@@ -198,14 +193,17 @@ def check_weights(config: Config, source: Path | None) -> None:
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it.
+    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it. A full disk is only a warning.
 
     Args:
         computed: ``device`` and ``dtype`` of the computation.
     """
     document = json.dumps(describe_environment(world_size) | dict(computed), indent=1)
-    replace_file(run_dir / RESOLVED_NAME, to_yaml(config).encode())
-    replace_file(run_dir / ENVIRONMENT_NAME, f"{document}\n".encode())
+    for name, text in {RESOLVED_NAME: to_yaml(config), ENVIRONMENT_NAME: f"{document}\n"}.items():
+        try:
+            write_whole(run_dir / name, text.encode())
+        except OSError as error:
+            logger.warning(f"{run_dir / name} cannot be written ({error.strerror}); the run continues without it")
 
 
 def log_start_notes(config: Config, world_size: int) -> None:

@@ -139,6 +139,13 @@ def check_resume(
     return [change.text for change in changes]
 
 
+def has_same_shards(config: Config, saved: Mapping[str, Any]) -> bool:
+    """Return whether ``data.shards`` names the same sets as when the checkpoint with ``state.json`` was saved."""
+    recorded = saved.get("config")
+    before = dict(_flatten(recorded)).get("data.shards", _MISSING)
+    return bool(before == dict(_flatten(_to_plain(config))).get("data.shards"))
+
+
 def version_changes(config: Config, source: Path, saved: Mapping[str, Any]) -> list[str]:
     """Return changes of code, libraries and known keys since the run's own checkpoint, as text."""
     if source.parent.parent.resolve() != Path(config.run.dir).resolve():

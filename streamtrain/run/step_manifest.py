@@ -8,6 +8,7 @@ It is written last, before the folder is renamed to its final name.
 from __future__ import annotations
 
 import json
+import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ class CheckpointManifest:
             if document["crc32"] != _checksum_entries(entries):
                 raise ValueError("its checksum differs")
             files = {name: FileChecksum(int(file["bytes"]), int(file["crc32"], 16)) for name, file in entries.items()}
+            if strange := [name for name in files if name != Path(name).name]:
+                raise ValueError(f"{strange[0]!r} is not a file name")
             return cls(files)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{MANIFEST_NAME} is damaged ({error})") from None
 
 
@@ -55,9 +58,12 @@ def find_fault(folder: Path, *, contents: bool, part: tuple[int, int] = (0, 1)) 
     try:
         manifest = CheckpointManifest.read(folder)
         for index, (name, recorded) in enumerate(manifest.files.items()):
-            num_bytes = (folder / name).stat().st_size
-            if num_bytes != recorded.num_bytes:
-                return f"{name} has {num_bytes} bytes, not {recorded.num_bytes}"
+            status = (folder / name).stat()
+            # reading a pipe or a device may never end
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is not a regular file"
+            if status.st_size != recorded.num_bytes:
+                return f"{name} has {status.st_size} bytes, not {recorded.num_bytes}"
             if contents and index % part[1] == part[0] and compute_checksum(folder / name) != recorded:
                 return f"{name} has a wrong checksum"
     except OSError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from shards.format.files import write_whole
 from shards.reading.mixture import AnySet
 from streamtrain.checkpoint.writer import CheckpointWriter
 from streamtrain.config.load import to_yaml
@@ -27,6 +29,7 @@ from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import describe_run, log_start_notes, saved_state
+from streamtrain.run.lock import MOVED, moved_error
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
@@ -43,6 +46,7 @@ def train(
     shard_set: AnySet,
     resume_from: Path | None = None,
     accepted: Collection[str] = (),
+    has_moved: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train to ``run.steps``; resume from the run directory's latest checkpoint if there is one.
 
@@ -51,6 +55,7 @@ def train(
         shard_set: the images of ``data.shards``.
         resume_from: another run's directory to start from if this run is new.
         accepted: keys of settings that may differ from the checkpoint's.
+        has_moved: returns on rank 0 whether the run directory was moved or replaced, after which nothing is written.
 
     Returns:
         The exit code: 0 if the run is complete, 75 or 130 if it was stopped early.
@@ -63,9 +68,11 @@ def train(
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
         networks = Networks.build(config, runtime)
+        _check_directory(run_dir, has_moved())
         start = restore(config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram)
         loader = build_loader(config, runtime, shard_set, start)
         _check_start(config, runtime, start, loader, accepted)
+        _check_directory(run_dir, has_moved())
         sink = _open_sink(config, runtime, start, planned)
         hang_detector = HangDetector(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
         non_finite = NonFiniteSteps(run_dir, config.run.max_bad_steps, start.step, start.skipped_steps)
@@ -73,7 +80,7 @@ def train(
             config, runtime, shard_set, planned, networks, loader, sink, non_finite, hang_detector.wrap, start.step
         )
         writer = CheckpointWriter(
-            run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds
+            run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds, has_moved
         )
         policy = CheckpointPolicy(config, runtime, networks, loader, writer, sink, non_finite, requests)
         step = start.step
@@ -82,8 +89,10 @@ def train(
                 step += 1
                 result = train_step(
                     step, config, runtime, networks, loader, wrap=hang_detector.wrap,
-                    before_update=writer.wait_until_copied, stop_request=requests.stop_code,
+                    before_update=writer.wait_until_copied,
+                    stop_request=lambda: MOVED if has_moved() else requests.stop_code(),
                 )  # fmt: skip
+                _check_directory(run_dir, result.stop_request == MOVED)
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
                 sink.log(step, result.next_slot, metrics)
@@ -103,6 +112,12 @@ def train(
             raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
         logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
     return exit_code
+
+
+def _check_directory(run_dir: Path, has_moved: bool) -> None:
+    """Raise StreamtrainError if the run directory has moved."""
+    if has_moved:
+        raise moved_error(run_dir)
 
 
 def _plan(config: Config, runtime: Runtime) -> Plan:
@@ -152,6 +167,8 @@ def dry_run(config: Config, shard_set: AnySet) -> int:
     picture = Path(config.run.dir) / "dry_run.png"
     end_slot = config.data.micro_batch
     with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu", end_slot=end_slot)) as loader:
-        Image.fromarray(batch_panel(next(loader), config.monitor.panel_samples)).save(picture)
+        content = io.BytesIO()
+        Image.fromarray(batch_panel(next(loader), config.monitor.panel_samples)).save(content, "png")
+    write_whole(picture, content.getvalue())
     logger.info("%d samples in %s; crops drawn in %s", shard_set.num_samples, config.data.shards_text, picture)
     return 0

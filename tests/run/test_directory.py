@@ -10,7 +10,8 @@ import pytest
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError, StreamtrainError
-from streamtrain.run.directory import describe_run, log_start_notes, make_run_dir, run_lock, step_folder
+from streamtrain.run.directory import describe_run, log_start_notes, make_run_dir, step_folder
+from streamtrain.run.lock import run_lock
 
 
 def test_only_an_empty_directory_or_a_run_is_accepted(tmp_path: Path) -> None:
