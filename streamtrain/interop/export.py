@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import CONFIG_NAME, RECIPE_NAME, WEIGHTS_NAME, export_safetensors
+from streamtrain.interop.folder import CONFIG_NAME, RECIPE_NAME, export_safetensors
 from streamtrain.interop.hf import export_hf
 from streamtrain.interop.load import Backbone
+from streamtrain.interop.state_file import WEIGHTS_NAME
 from streamtrain.interop.timm_folder import export_timm
 
 WRITERS = {"hf": export_hf, "timm": export_timm, "safetensors": export_safetensors}
