@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,12 +80,10 @@ def export_safetensors(model: VisionTransformer, config: BackboneConfig, out: Pa
 
 
 def write_folder(out: Path, config_text: str, state: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write config.json, then model.safetensors; the weights file appears last and complete."""
+    """Write config.json and model.safetensors to a folder, which is created if it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG_NAME).write_text(config_text + "\n", encoding="utf-8")
-    partial = out / f".{WEIGHTS_NAME}.partial"
-    save_file({name: value.contiguous() for name, value in state.items()}, partial, metadata=header)
-    os.replace(partial, out / WEIGHTS_NAME)
+    save_file({name: value.contiguous() for name, value in state.items()}, out / WEIGHTS_NAME, metadata=header)
 
 
 def check_one_norm(config: BackboneConfig, family: str) -> None:

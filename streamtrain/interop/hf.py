@@ -24,6 +24,7 @@ from streamtrain.interop.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
 MODEL_TYPE = "dinov3_vit"
+PREPROCESSOR_NAME, CARD_NAME = "preprocessor_config.json", "README.md"
 BICUBIC = 3  # Pillow's constant
 # keys of DINOv3ViTConfig and the fields of ModelConfig with the same values
 _FIELDS = {
@@ -67,8 +68,8 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
     assert not saved, f"unexpected {sorted(saved)}"
     hf_model.load_state_dict(state, assign=True)
     hf_model.save_pretrained(out)
-    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
-    (out / "README.md").write_text(model_card(config), encoding="utf-8")
+    (out / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
+    (out / CARD_NAME).write_text(model_card(config), encoding="utf-8")
 
 
 def hf_config(config: BackboneConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from streamtrain.data.batch import normalise
 from streamtrain.data.still_images import centre_crop, decode_image, upright_rgb
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import CONFIG_NAME, BackboneConfig, Origin, parse_config, read_document
-from streamtrain.interop.hf import MODEL_TYPE, backbone_config_from_hf
+from streamtrain.interop.hf import MODEL_TYPE, PREPROCESSOR_NAME, backbone_config_from_hf
 from streamtrain.interop.load_pretrained import BackboneFile, open_backbone
 from streamtrain.interop.state_file import INDEX_NAME, WEIGHTS_NAME, describe_names, readable
 from streamtrain.interop.timm_folder import backbone_config_from_timm
@@ -159,7 +159,7 @@ def load_weights(path: Path) -> Backbone:
         if is_timm:
             config = backbone_config_from_timm(document, file.shapes(file.preferred()), str(path))
         elif is_foreign:
-            preprocessor = path / "preprocessor_config.json"
+            preprocessor = path / PREPROCESSOR_NAME
             colours = read_document(preprocessor) if preprocessor.is_file() else None
             config = backbone_config_from_hf(document, colours, str(path))
         else:

@@ -222,7 +222,7 @@ def open_backbone(path: Path) -> Iterator[BackboneFile]:
                 raise StreamtrainError(f"{path} {_describe_positions(positions)}")
             raise StreamtrainError(
                 f"{path} has no vision transformer under the names of streamtrain, transformers, timm or DINOv3, but "
-                f"tensors under {len(state.shapes):,} other names; it holds {describe_names(state.contents) or 'nothing'}"
+                f"{len(state.shapes):,} other tensors; it holds {describe_names(state.contents) or 'nothing'}"
             )
         if len(groups) > MAX_NETWORKS:
             raise StreamtrainError(f"{path} has {len(groups)} backbones, such as {groups[0].title}; save one alone")

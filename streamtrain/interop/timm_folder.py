@@ -79,6 +79,13 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
+def is_own_config(document: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` was written by ``export_timm``; published ones name their source in a tag."""
+    pretrained = document.get("pretrained_cfg")
+    is_own = document.get("architecture") == ARCHITECTURE and "model_args" in document
+    return is_own and isinstance(pretrained, dict) and "tag" not in pretrained
+
+
 def mlp_ratio(model: ModelConfig) -> float:
     """Return the ratio from which timm computes the hidden width: width times ratio, truncated."""
     ratio = model.hidden / model.dim
