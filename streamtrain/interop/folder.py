@@ -23,8 +23,7 @@ CONFIG_NAME = "config.json"
 RECIPE_NAME = "recipe.yaml"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Channel = Annotated[float, Field(allow_inf_nan=False)]
-Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0)]
 Origin = dict[str, str | int | float | None]
 
 
@@ -37,7 +36,7 @@ class BackboneConfig(Section):
 
     model: ModelConfig
     image_size: int = Field(ge=1, le=1 << 14)
-    mean: tuple[Channel, Channel, Channel] = IMAGENET_MEAN
+    mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
     origin: Origin = Field(default_factory=dict)
 
