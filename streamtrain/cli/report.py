@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
+from shards.errors import printable
 from streamtrain.cli.arguments import add_command, writing
 from streamtrain.evaluation.report import report_page
 from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.atomic_io import replace_file
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
+
+logger = logging.getLogger(__name__)
 
 _SUMMARY = "Write a page about a run: curves, pictures, numbers and configuration."
 _DETAILS = "The page is one HTML file that needs no network."
@@ -27,10 +32,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out or arguments.run / "report.html"
-    page = render_run(arguments.run)
+    page = render_run(arguments.run).encode(errors="backslashreplace")
     with writing(out):
-        out.write_text(page, encoding="utf-8")
-    print(f"wrote {out} ({len(page.encode()) / 2**20:.1f} MiB)")
+        # a link of that name in the run directory is replaced, not followed
+        replace_file(out, page)
+    print(f"wrote {printable(out)} ({len(page) / 2**20:.1f} MiB)")
     return 0
 
 
@@ -43,4 +49,10 @@ def render_run(run_dir: Path) -> str:
     # TensorBoard takes a second to load
     from streamtrain.reporting.tensorboard import latest_images
 
-    return report_page(run_dir, records, latest_images(run_dir / TENSORBOARD_NAME))
+    images: dict[str, tuple[int, bytes]] = {}
+    try:
+        images = latest_images(run_dir / TENSORBOARD_NAME)
+    # a damaged event file makes TensorBoard raise almost anything
+    except Exception as error:
+        logger.warning("%s cannot be read (%s); its pictures are left out", TENSORBOARD_NAME, type(error).__name__)
+    return report_page(run_dir, records, images)

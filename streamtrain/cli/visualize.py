@@ -117,5 +117,5 @@ def draw_curves(arguments: argparse.Namespace) -> Image.Image:
     subtitle = f"{', '.join(run_dir.name for run_dir in arguments.run)} · {steps} steps"
     page = draw_charts(runs, arguments.tags, "Curves", subtitle)
     if page is None:
-        raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}")
+        raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}"[:500])
     return page

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,9 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
-_MAX_YAML_BYTES = 1 << 20
+# of a file or value, and of the files that one extends; recipes need a hundredth of these
+_MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_FILES = 1 << 20, 20_000, 40, 100
+_MAX_DIGITS = 1000
 _MAX_FAULTS = 20  # in one message
 # required kind of value, by the beginning of pydantic's error type
 _TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text"}
@@ -52,19 +55,23 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     raise ConfigError(f"no config {name!r}; give a path, or one of the recipes {', '.join(recipes)}")
 
 
-def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the mapping of a YAML file, merged over the files it ``extends``.
+def read_raw(path: Path, seen: tuple[Path, ...] = (), counter: Iterator[int] | None = None) -> dict[str, Any]:
+    """Return the mapping of a YAML file, merged over the files it ``extends``; ``counter`` counts the files.
 
     Raises:
-        ConfigError: the file is not YAML, not a mapping, or extends itself.
+        ConfigError: the file is not YAML, not a mapping, extends itself, or extends too many files.
     """
+    counter = itertools.count() if counter is None else counter
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself")
+    if next(counter) >= _MAX_FILES:
+        raise ConfigError(f"{(*seen, path)[0]} extends more than {_MAX_FILES} files")
     try:
         with open(path, "rb") as file:
-            raw = parse_yaml(file.read(_MAX_YAML_BYTES + 1)) or {}
+            raw = parse_yaml(file.read(_MAX_YAML_BYTES + 1))
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must contain sections (run:, data:, ...), not a {type(raw).__name__}")
     parents = raw.pop("extends", [])
@@ -73,8 +80,43 @@ def read_raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends must be a file name or a list of file names, not {reprlib.repr(parents)}")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, read_raw(find_config(parent, path.parent), (*seen, path.resolve())))
+        merged = merge(merged, read_raw(find_config(parent, path.parent), (*seen, path.resolve()), counter))
     return merge(merged, raw)
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Builds plain values from YAML in bounded time: few values and levels, no aliases, no repeated keys."""
+
+    num_values = depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # a few lines of nested aliases can expand to more than fits in memory
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"aliases such as *{self.peek_event().anchor} are not supported; repeat the value")
+        self.num_values += 1
+        self.depth += 1
+        if self.num_values > _MAX_YAML_VALUES:
+            raise ValueError(f"it has more than {_MAX_YAML_VALUES:,} values")
+        if self.depth > _MAX_YAML_DEPTH:
+            raise ValueError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+            raise ValueError(f"the key {reprlib.repr(twice)} occurs twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            raise ValueError(f"a number has {len(node.value):,} digits")
+        return super().construct_yaml_int(node)
+
+
+_BoundedLoader.add_constructor("tag:yaml.org,2002:int", _BoundedLoader.construct_yaml_int)
 
 
 def parse_yaml(content: bytes) -> Any:
@@ -86,15 +128,12 @@ def parse_yaml(content: bytes) -> Any:
     if len(content) > _MAX_YAML_BYTES:
         raise ValueError("it is too large")
     try:
-        for event in yaml.parse(content, Loader=yaml.SafeLoader):
-            # a few lines of nested aliases can expand to more than fits in memory
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"aliases such as *{event.anchor} are not supported; repeat the value")
-        return yaml.safe_load(content)
+        return yaml.load(content, _BoundedLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    # PyYAML raises almost any exception for malformed values, such as an unhashable key or a date in month 13
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"a value is malformed ({type(error).__name__})") from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +153,12 @@ def parse_override(text: str) -> dict[str, Any]:
     """
     path, separator, value = text.partition("=")
     keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"override {text!r} does not have the form section.key=value")
+    if not separator or not all(keys) or len(keys) > _MAX_YAML_DEPTH:
+        raise ConfigError(f"override {reprlib.repr(text)} does not have the form section.key=value")
     try:
         nested: Any = parse_yaml(value.encode(errors="surrogateescape"))
     except ValueError as error:
-        raise ConfigError(f"the value of {text!r} is not YAML: {error}") from None
+        raise ConfigError(f"the value of {reprlib.repr(text)} is not YAML: {error}") from None
     for key in reversed(keys):
         nested = {key: nested}
     return nested

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     )
     patch_size: Positive = fixed(16, "Side of a patch in pixels.")
     dim: Positive = fixed(384, "Width of the tokens, a multiple of num_heads; each head has a multiple of 4 features.")
-    depth: Positive = fixed(12, "Number of transformer blocks.")
+    depth: Positive = fixed(12, "Number of transformer blocks.", le=10_000)
     num_heads: Positive = fixed(6, "Attention heads per block.")
     mlp: Literal["gelu", "swiglu"] = fixed("gelu", "Activation of the MLP: GELU, or SwiGLU with a gate.")
     mlp_hidden: Positive | None = fixed(None, "Hidden width of the MLP; null: 4 x dim.")

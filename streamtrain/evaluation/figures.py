@@ -6,6 +6,7 @@ matplotlib is imported where it is used, so that training starts without it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+from shards.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +31,7 @@ MARGIN, GAP, CAPTION, TITLE_SIZE, TEXT_SIZE = 24, 14, 26, 24, 14
 # pixels per point in charts, and the size of one chart in points
 CHART_SCALE = 2
 CHART_WIDTH, CHART_HEIGHT = 420, 240
+_MAX_SHOWN = 1e100
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def read_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], tag: str) -> lis
         if rows:
             steps = np.array([step for step, _ in rows], np.float64)
             values = np.array([math.nan if value is None else value for _, value in rows], np.float64)
-            finite = np.isfinite(values)
+            # sums of larger values overflow
+            finite = np.abs(values) < _MAX_SHOWN
             lines.append(Line(name, steps[finite], values[finite]))
     return lines
 
@@ -181,7 +186,7 @@ def draw_charts(
     height = header + CHART_HEIGHT * math.ceil(len(charts) / columns) + (8 if title else 0)
     figure = _new_figure(width / 72, height / 72, 72 * CHART_SCALE)
     if title:
-        figure.text(18 / width, 1 - 30 / height, title, color=INK, fontsize=18, parse_math=False)
+        figure.text(18 / width, 1 - 30 / height, printable(title), color=INK, fontsize=18, parse_math=False)
         line = shorten(subtitle, width - 36, 11)
         figure.text(18 / width, 1 - 50 / height, line, color=SOFT_INK, fontsize=11, parse_math=False)
     if names:
@@ -212,7 +217,15 @@ def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str
     from matplotlib.colors import to_rgb
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(tag, loc="left", color=INK, fontsize=12.5, pad=9, parse_math=False, x=-42 / (CHART_WIDTH - 78))
+    axes.set_title(
+        shorten(tag, CHART_WIDTH - 40, 12.5),
+        loc="left",
+        color=INK,
+        fontsize=12.5,
+        pad=9,
+        parse_math=False,
+        x=-42 / (CHART_WIDTH - 78),
+    )
     axes.spines[:].set_visible(False)
     axes.grid(axis="y", color=GRID, linewidth=1)
     axes.set_axisbelow(True)
@@ -260,7 +273,8 @@ def short_number(value: float) -> str:
 
 
 def shorten(text: str, width: float, size: float) -> str:
-    """Return ``text``, cut with an ellipsis to at most ``width`` points at font size ``size``."""
+    """Return ``text``, escaped and cut with an ellipsis to at most ``width`` points at font size ``size``."""
+    text = printable(text)[: int(width)]
     if _text_width(text, size) <= width:
         return text
     while text and _text_width(text + "…", size) > width:
@@ -288,12 +302,15 @@ def _new_figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def _render(figure: Figure) -> Image.Image:
-    figure.canvas.draw()
+    with warnings.catch_warnings():
+        # a character that no font has is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.canvas.draw()
     return Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
 
 
 def _write(axes: Axes, x: float, y: float, text: str, colour: str, size: float) -> None:
-    axes.text(x, y, text, color=colour, fontsize=size, va="baseline", parse_math=False)
+    axes.text(x, y, printable(text), color=colour, fontsize=size, va="baseline", parse_math=False)
 
 
 @cache
@@ -307,4 +324,7 @@ def _text_width(text: str, size: float) -> float:
     """Return the width of ``text`` in points."""
     from matplotlib.font_manager import FontProperties
 
-    return float(_renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        size_of = _renderer().get_text_width_height_descent(printable(text), FontProperties(size=size), ismath=False)
+    return float(size_of[0])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,8 @@ from streamtrain.evaluation.maps import principal_components, similarity_maps
 
 # columns of a page, and width and height of a map in pixels
 COLUMNS, SIZE = 6, (128, 128)
+# of the maps of all steps, uncompressed
+_MAX_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,20 @@ def _least_needed(steps: Sequence[int]) -> int:
 
 
 def _load(path: Path, num_images: int) -> list[StepMaps]:
-    """Return the maps in the file; none if it is missing, damaged, or has another number of images."""
+    """Return the maps in the file; none if it is missing, damaged, too large, or has another number of images."""
     try:
+        with ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
+                return []
         with np.load(path, allow_pickle=False) as file:
             steps, components, similarity = (file[name] for name in ("steps", "components", "similarity"))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        count = len(steps)
+        is_valid = components.shape[:2] == similarity.shape[:2] == (count, num_images) and (
+            components.ndim == 5 and components.shape[2:] == (*similarity.shape[2:], 3)
+        )
+        if not is_valid or components.dtype != np.uint8 or similarity.dtype.kind != "f" or not components.size:
+            return []
+        return [StepMaps(int(step), *each) for step, *each in zip(steps, components, similarity, strict=True)]
+    # numpy and zipfile raise almost any exception for a damaged file
+    except Exception:
         return []
-    if components.ndim != 5 or components.shape[1] != num_images:
-        return []
-    return [StepMaps(int(step), *each) for step, *each in zip(steps, components, similarity, strict=True)]

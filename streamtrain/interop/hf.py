@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD, RECIPE_NAME, BackboneConfig, check_one_norm
+from streamtrain.interop.folder import (
+    CONFIG_NAME,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RECIPE_NAME,
+    BackboneConfig,
+    check_one_norm,
+    parse_config,
+)
 from streamtrain.interop.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
 MODEL_TYPE = "dinov3_vit"
+PREPROCESSOR_NAME, CARD_NAME = "preprocessor_config.json", "README.md"
 BICUBIC = 3  # Pillow's constant
 # keys of DINOv3ViTConfig and the fields of ModelConfig with the same values
 _FIELDS = {
@@ -59,8 +68,8 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
     assert not saved, f"unexpected {sorted(saved)}"
     hf_model.load_state_dict(state, assign=True)
     hf_model.save_pretrained(out)
-    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
-    (out / "README.md").write_text(model_card(config), encoding="utf-8")
+    (out / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
+    (out / CARD_NAME).write_text(model_card(config), encoding="utf-8")
 
 
 def hf_config(config: BackboneConfig) -> dict[str, Any]:
@@ -79,15 +88,18 @@ def hf_config(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
-def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> BackboneConfig:
+def backbone_config_from_hf(
+    document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, source: str = CONFIG_NAME
+) -> BackboneConfig:
     """Return the description of a Hugging Face folder's model.
 
     Args:
         document: the folder's ``config.json``.
         preprocessor: its ``preprocessor_config.json``; None if there is none.
+        source: the folder, for errors.
 
     Raises:
-        StreamtrainError: for a variant that is not supported.
+        StreamtrainError: for a variant that is not supported, or invalid values.
     """
     values: dict[str, Any] = {**_DEFAULTS, **document}
     supported = {
@@ -98,20 +110,24 @@ def backbone_config_from_hf(document: Mapping[str, Any], preprocessor: Mapping[s
     }
     for key, value in supported.items():
         if values[key] != value:
-            raise StreamtrainError(f"a DINOv3 ViT with {key} {values[key]!r} is not supported, only {value!r}")
-    model = ModelConfig(
-        preset=None,
-        mlp="swiglu" if values["use_gated_mlp"] else "gelu",
-        mlp_hidden=values["intermediate_size"],
+            shown = reprlib.repr(values[key])
+            raise StreamtrainError(f"{source}: a DINOv3 ViT with {key} {shown} is not supported, only {value!r}")
+    model = {
+        "preset": None,
+        "mlp": "swiglu" if values["use_gated_mlp"] else "gelu",
+        "mlp_hidden": values["intermediate_size"],
         **{field: values[key] for key, field in _FIELDS.items()},
-    )
+    }
     colours = preprocessor or {}
-    return BackboneConfig(
-        model=model,
-        image_size=values["image_size"],
-        mean=colours.get("image_mean", IMAGENET_MEAN),
-        std=colours.get("image_std", IMAGENET_STD),
-        origin={"source": "transformers"},
+    return parse_config(
+        {
+            "model": model,
+            "image_size": values["image_size"],
+            "mean": colours.get("image_mean", IMAGENET_MEAN),
+            "std": colours.get("image_std", IMAGENET_STD),
+            "origin": {"source": "transformers"},
+        },
+        source,
     )
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from shards.format.files import parse_json, read_json
+from shards.format.files import parse_json
 from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
@@ -22,9 +21,10 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import normalise
 from streamtrain.data.still_images import centre_crop, decode_image, upright_rgb
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, BackboneConfig, Origin, open_state
-from streamtrain.interop.hf import MODEL_TYPE, backbone_config_from_hf
-from streamtrain.interop.naming import from_hf, from_timm
+from streamtrain.interop.folder import CONFIG_NAME, BackboneConfig, Origin, parse_config, read_document
+from streamtrain.interop.hf import MODEL_TYPE, PREPROCESSOR_NAME, backbone_config_from_hf
+from streamtrain.interop.load_pretrained import BackboneFile, open_backbone
+from streamtrain.interop.state_file import INDEX_NAME, WEIGHTS_NAME, describe_names, readable
 from streamtrain.interop.timm_folder import backbone_config_from_timm
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import Features, VisionTransformer
@@ -131,11 +131,9 @@ def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher
 
 def load_untrained(config: Config) -> Backbone:
     """Return the backbone with the initial values of a run of ``config``."""
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in VisionTransformer(config.model).state_dict().items()}
     values = (
         (name, initial_value(PREFIX + name, tuple(shape), config.model, config.run.seed))
-        for name, shape in shapes.items()
+        for name, shape in expected_shapes(config.model).items()
     )
     return Backbone(_build(config.model, values, "the configuration"), _config_of_run(config, {"step": 0}))
 
@@ -147,36 +145,67 @@ def load_weights(path: Path) -> Backbone:
         StreamtrainError: if it is none of these, or its weights and its config do not match.
     """
     if path.is_file():
-        config = _parse(_read_header(path), path)
+        document, is_timm, is_foreign = _read_header(path), False, False
     elif (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
-        document = _read_document(path / CONFIG_NAME)
-        if document.get("model_type") == MODEL_TYPE or "architecture" in document:
-            return _load_foreign(path, document)
-        config = _parse(document, path / CONFIG_NAME)
+        document = read_document(path / CONFIG_NAME)
+        is_timm = "architecture" in document
+        is_foreign = is_timm or document.get("model_type") == MODEL_TYPE
     else:
         raise StreamtrainError(
             f"{path} is neither a run directory, nor a .safetensors file, nor a folder with {CONFIG_NAME} and "
             f"{WEIGHTS_NAME}"
         )
-    with open_state(path) as file:
-        return Backbone(_build(config.model, file.items(), str(path)), config)
+    with open_backbone(path) as file:
+        if is_timm:
+            config = backbone_config_from_timm(document, file.shapes(file.preferred()), str(path))
+        elif is_foreign:
+            preprocessor = path / PREPROCESSOR_NAME
+            colours = read_document(preprocessor) if preprocessor.is_file() else None
+            config = backbone_config_from_hf(document, colours, str(path))
+        else:
+            config = parse_config(document, str(path))
+        return Backbone(_read_model(file, config.model, is_timm, is_foreign), config)
 
 
-def _load_foreign(path: Path, document: dict[str, Any]) -> Backbone:
-    with open_state(path) as file:
-        tensors = dict(file.items())
-    if "architecture" in document:
-        state = from_timm(tensors)
-        config = backbone_config_from_timm(document, state, str(path))
-        # tensors that timm does not have
-        dim = config.model.dim
-        state.setdefault("embedding.mask_token", torch.zeros(1, dim))
-        state.setdefault("embedding.register_tokens", torch.zeros(0, dim))
-    else:
-        preprocessor = path / "preprocessor_config.json"
-        colours = _read_document(preprocessor) if preprocessor.is_file() else None
-        state, config = from_hf(tensors), backbone_config_from_hf(document, colours)
-    return Backbone(_build(config.model, state.items(), str(path)), config)
+def _read_model(file: BackboneFile, config: ModelConfig, is_timm: bool, is_foreign: bool) -> VisionTransformer:
+    """Return the network with all tensors of a file.
+
+    Raises:
+        StreamtrainError: if a tensor is missing or of another shape, or in an export unexpected.
+    """
+    source = file.state.path
+    # a description can claim any size, and building even an empty network takes time
+    if config.depth > len(file.state.shapes):
+        raise StreamtrainError(f"{source} describes {config.depth} blocks, but has {len(file.state.shapes)} tensors")
+    try:
+        expected = expected_shapes(config)
+    except RuntimeError:
+        raise StreamtrainError(f"{source} describes a network whose size cannot be computed") from None
+    read, report = file.match(expected, minimum=0.0)
+    # timm has no mask token
+    made_up = {"embedding.mask_token"} if is_timm else set()
+    missing = [name for name in (*report.missing, *report.zeroed) if name not in made_up and expected[name].numel()]
+    if report.unexpected and not is_foreign:
+        raise StreamtrainError(f"{source} contains {report.unexpected[0]}, which this model does not have")
+    if report.reshaped:
+        raise StreamtrainError(
+            f"{source} contains {describe_names(report.reshaped)} in another shape than its description: the first is "
+            f"{list(expected[report.reshaped[0]])} there"
+        )
+    if missing:
+        raise StreamtrainError(f"{source} lacks {len(missing)} of {len(expected)} tensors, such as {missing[0]}")
+
+    def value(name: str) -> Tensor:
+        tensor = read(name)
+        return torch.zeros(expected[name]) if tensor is None else tensor
+
+    return _build(config, ((name, value(name)) for name in expected), str(source))
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the names and shapes of a backbone's parameters."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in VisionTransformer(config).state_dict().items()}
 
 
 def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
@@ -224,33 +253,17 @@ def _open_image(source: ImageSource) -> Image.Image:
 
 def _read_header(path: Path) -> Any:
     """Return the config in the header of an exported weights file."""
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("streamtrain")
-    except (OSError, SafetensorError) as error:
-        raise StreamtrainError(f"{path} cannot be read as safetensors: {error}") from None
-    if text is None:
-        raise StreamtrainError(f"{path} does not describe its model: it was not written by streamtrain's export")
-    try:
+    with readable(path), open(path, "rb") as start:
+        if start.read(9)[8:] != b"{":
+            raise StreamtrainError(
+                f"the weights {path} cannot be read: not a .safetensors file; torch files do not describe their model "
+                "and can only start a run, as init.weights"
+            )
+    with readable(path), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("streamtrain")
+        if text is None:
+            raise StreamtrainError(
+                f"{path} does not describe its model: it was not written by streamtrain's export; give a folder with "
+                f"{CONFIG_NAME}, or start a run from it with init.weights"
+            )
         return parse_json(text)
-    except ValueError as error:
-        raise StreamtrainError(f"{path} cannot be read: {error}") from None
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        document = read_json(path)
-    except ValueError as error:
-        raise StreamtrainError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise StreamtrainError(f"{path} contains a {type(document).__name__}, not a mapping")
-    return document
-
-
-def _parse(document: object, path: Path) -> BackboneConfig:
-    try:
-        return BackboneConfig.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise StreamtrainError(f"{path} does not describe a streamtrain backbone: {where}: {first['msg']}") from None

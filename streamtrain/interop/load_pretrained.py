@@ -1,8 +1,8 @@
-"""Load pretrained backbone weights: report mismatches, fail below a threshold."""
+"""Load pretrained backbone weights of any known family: choose the network, report mismatches, refuse other ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,17 @@ from torch import Tensor
 
 from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import open_state
-from streamtrain.interop.naming import QKV_BIAS, combine, convert, detect_naming, match_names
+from streamtrain.interop.groups import Group, find_groups, find_position_embedding, unmatched_names
+from streamtrain.interop.naming import DINOV3, QKV_BIAS, combine
+from streamtrain.interop.state_file import StateFile, describe_names, open_state, readable
+
+PROJECTION = "embedding.projection.weight"
+# larger values are damage: those of released weights are below 1000
+MAX_VALUE = 1e4
+# in one file
+MAX_NETWORKS = 50
+# weights of these layers that are 0 throughout come from a file that was never completely written
+_NEVER_ZERO = ("norm.weight", "norm1.weight", "norm2.weight", "qkv.weight", PROJECTION)
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,8 @@ class MatchReport:
     unexpected: tuple[str, ...]
     # biases set to 0, because the weights have none of them
     zeroed: tuple[str, ...]
+    # which network of the file was taken, and the others
+    notes: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -41,70 +52,218 @@ class MatchReport:
         for label in ("zeroed", "missing", "reshaped", "unexpected"):
             names = getattr(self, label)
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                lines.append(f"{label} {len(names)}: {', '.join(names[:5])}{more}")
-        return "\n".join(lines)
+                lines.append(f"{label} {len(names)}: {describe_names(names)}")
+        return "\n".join([*lines, *self.notes])
 
 
-def match_backbone(
-    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str, minimum: float = DEFAULT_MINIMUM
-) -> tuple[dict[str, Tensor], MatchReport]:
-    """Return the tensors of ``state`` that match a backbone, under streamtrain's names, and a report.
+@dataclass(frozen=True)
+class BackboneFile:
+    """Open weights with at least one backbone."""
 
-    Args:
-        state: tensors of a backbone of any known family, with or without heads.
-        expected: names and shapes of the backbone's parameters.
-        source: of ``state``, for errors.
-        minimum: smallest accepted share of matching tensors.
+    state: StateFile
+    groups: tuple[Group, ...]
+
+    def preferred(self) -> Group:
+        """Return the backbone of the preferred role.
+
+        Raises:
+            StreamtrainError: if several are equally preferred.
+        """
+        return _choose(self.state, self.groups)
+
+    def shapes(self, group: Group, expected: Mapping[str, torch.Size] | None = None) -> dict[str, torch.Size]:
+        """Return the shapes of a backbone's tensors under streamtrain's names, without those whose parts differ."""
+        found = {}
+        for name, parts in group.sources.items():
+            shape = self._shape(group, name, parts, (expected or {}).get(name))
+            if shape is not None:
+                found[name] = shape
+        return found
+
+    def match(
+        self, expected: Mapping[str, torch.Size], minimum: float
+    ) -> tuple[Callable[[str], Tensor | None], MatchReport]:
+        """Match the tensors to a backbone.
+
+        Args:
+            expected: names and shapes of the backbone's parameters.
+            minimum: smallest accepted share of matching tensors; 0 also accepts another patch size or depth.
+
+        Returns:
+            A function that reads the tensor of one parameter (None if the weights lack it), and the report.
+
+        Raises:
+            StreamtrainError: if the weights are of another architecture or size, or several networks fit equally.
+        """
+        reports = {group.prefix: self._report(group, expected) for group in self.groups}
+        faults = {each.prefix: self._fault(each, reports[each.prefix], expected, minimum) for each in self.groups}
+        fitting = [each for each in self.groups if faults[each.prefix] is None]
+        if not fitting:
+            closest = max(self.groups, key=lambda each: (reports[each.prefix].share, -each.rank))
+            others = "; also there: " + _titles(self.groups, closest) if len(self.groups) > 1 else ""
+            raise StreamtrainError(f"{self.state.path} {faults[closest.prefix]}{others}")
+        group = _choose(self.state, fitting)
+        report = reports[group.prefix]
+
+        def read(name: str) -> Tensor | None:
+            if name in report.zeroed:
+                return torch.zeros(expected[name])
+            return self._read(group, name, expected[name]) if name in report.matched else None
+
+        return read, report
+
+    def _report(self, group: Group, expected: Mapping[str, torch.Size]) -> MatchReport:
+        shapes, sources = self.shapes(group, expected), group.sources
+        biases = [name for name in expected if name.endswith(QKV_BIAS)]
+        zeroed = [] if any(name in sources for name in biases) else biases
+        # a model without registers still has an empty tensor for them
+        zeroed += [name for name, shape in expected.items() if not shape.numel() and name not in sources]
+        present = [name for name in expected if name in sources]
+        matched = {name for name in present if shapes.get(name) == expected[name]}
+        notes = []
+        if group.prefix or len(self.groups) > 1:
+            others = _titles(self.groups, group)
+            notes.append(f"taken: {group.title}; also there: {others or 'no other backbone'}")
+        is_cut = group.naming is DINOV3 and any(
+            name in matched and expected[name] != self.state.shapes[group.sources[name][0]] for name in biases
+        )
+        if is_cut and not group.has_bias_mask(self.state.shapes):
+            notes.append("left out: the key part of the biases; set model.key_bias=true if the weights use it")
+        return MatchReport(
+            matched=tuple(name for name in present if name in matched),
+            missing=tuple(name for name in expected if name not in sources and name not in zeroed),
+            reshaped=tuple(name for name in present if name not in matched),
+            unexpected=(
+                *unmatched_names(group, self.groups, self.state.shapes),
+                *(name for name in sources if name not in expected),
+            ),
+            zeroed=tuple(zeroed),
+            notes=tuple(notes),
+        )
+
+    def _fault(
+        self, group: Group, report: MatchReport, expected: Mapping[str, torch.Size], minimum: float
+    ) -> str | None:
+        """Return why a backbone of the file cannot be this one, or None."""
+        names = self.state.shapes
+        positions = find_position_embedding(names, group)
+        if positions is None and PROJECTION in report.missing:
+            # the embedding may be outside the encoder that has the blocks
+            positions = find_position_embedding(names)
+        if positions is not None:
+            return _describe_positions(positions)
+        advice = "set the model section to its architecture"
+        if minimum > 0:
+            depth = len({name.split(".")[1] for name in expected if name.startswith("blocks.")})
+            if group.depth != depth:
+                return f"has {group.depth} blocks, this model {depth}; {advice} (model.depth)"
+            if PROJECTION in report.missing:
+                return "has no patch embedding, so it is not the whole backbone"
+            if PROJECTION in report.reshaped:
+                shape = self.state.shapes[group.sources[PROJECTION][0]]
+                return (
+                    f"has a patch embedding of {list(shape)}, but this model needs "
+                    f"{list(expected[PROJECTION])} (width, 3 x patch_size²); {advice}"
+                )
+        masked = [name for name in report.reshaped if name.endswith(QKV_BIAS)]
+        if masked and minimum > 0 and group.naming is DINOV3 and group.has_bias_mask(names):
+            return "masks the key part of its biases, but this model has model.key_bias=true; set it to false"
+        if report.share < minimum:
+            text = "; ".join(report.text().splitlines())
+            return f"matches only {report.share:.0%} of this model; {advice}. {text}"
+        return None
+
+    def _shape(self, group: Group, name: str, parts: list[str], expected: torch.Size | None) -> torch.Size | None:
+        """Return the shape of streamtrain's tensor, or None if its parts do not fit together."""
+        try:
+            tensors = [torch.empty(self.state.shapes[part], device="meta") for part in parts]
+            return combine(name, tensors, group.naming, self._keeps_key_bias(group, name, expected)).shape
+        # sizes beyond 64 bits, too few dimensions, different widths
+        except (RuntimeError, IndexError, ValueError, OverflowError):
+            return None
+
+    def _keeps_key_bias(self, group: Group, name: str, expected: torch.Size | None) -> bool:
+        is_fused = group.naming is DINOV3 and name.endswith(QKV_BIAS)
+        return is_fused and self.state.shapes[group.sources[name][0]] == expected and not group.has_bias_mask(
+            self.state.shapes
+        )  # fmt: skip
+
+    def _read(self, group: Group, name: str, expected: torch.Size) -> Tensor:
+        parts = [self.state.read(part) for part in group.sources[name]]
+        with readable(self.state.path):
+            value = combine(name, parts, group.naming, self._keeps_key_bias(group, name, expected)).contiguous()
+            check_values(value, f"{self.state.path} has {name}")
+        return value
+
+
+def check_values(value: Tensor, where: str) -> None:
+    """Raise StreamtrainError if a tensor has NaN, Inf or absurd values, or is 0 where a network never is."""
+    # NaN propagates
+    largest = float(value.abs().max()) if value.numel() else 1.0
+    if not largest <= MAX_VALUE:
+        found = f"values up to {largest:.3g}" if largest > MAX_VALUE else "NaN"
+        raise StreamtrainError(f"{where} with {found}; the weights are damaged or diverged, use other ones")
+    if largest == 0 and where.endswith(_NEVER_ZERO):
+        raise StreamtrainError(f"{where} with only zeros; the weights are damaged, use other ones")
+
+
+@contextmanager
+def open_backbone(path: Path) -> Iterator[BackboneFile]:
+    """Open weights and find the backbones in them, without reading tensors.
 
     Raises:
-        StreamtrainError: if fewer tensors match.
+        StreamtrainError: if the weights cannot be read, or have no tensors with the names of a known family.
     """
-    converted, unexpected = convert(state, detect_naming(state))
-    biases = [name for name in expected if name.endswith(QKV_BIAS)]
-    zeroed = [] if any(name in converted for name in biases) else biases
-    # a model without registers still has an empty tensor for them
-    zeroed += [name for name, shape in expected.items() if not shape.numel() and name not in converted]
-    present = [name for name in expected if name in converted]
-    matched = {name: converted[name] for name in present if converted[name].shape == expected[name]}
-    report = MatchReport(
-        matched=tuple(matched),
-        missing=tuple(name for name in expected if name not in converted and name not in zeroed),
-        reshaped=tuple(name for name in present if name not in matched),
-        unexpected=tuple(unexpected + [name for name in converted if name not in expected]),
-        zeroed=tuple(zeroed),
-    )
-    if report.share < minimum:
-        raise StreamtrainError(
-            f"{source} matches only {report.share:.0%} of this model; set the model section to its architecture. "
-            + "; ".join(report.text().splitlines())
-        )
-    return {**matched, **{name: torch.zeros(expected[name]) for name in zeroed}}, report
+    with open_state(path) as state:
+        groups = find_groups(state.shapes)
+        if not groups:
+            positions = find_position_embedding(state.shapes)
+            if positions is not None:
+                raise StreamtrainError(f"{path} {_describe_positions(positions)}")
+            raise StreamtrainError(
+                f"{path} has no vision transformer under the names of streamtrain, transformers, timm or DINOv3, but "
+                f"{len(state.shapes):,} other tensors; it holds {describe_names(state.contents) or 'nothing'}"
+            )
+        if len(groups) > MAX_NETWORKS:
+            raise StreamtrainError(f"{path} has {len(groups)} backbones, such as {groups[0].title}; save one alone")
+        yield BackboneFile(state, tuple(groups))
 
 
 @contextmanager
 def load_pretrained_backbone(
     path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
 ) -> Iterator[tuple[Callable[[str], Tensor | None], MatchReport]]:
-    """Open pretrained weights and match them to a backbone like ``match_backbone``, without reading the tensors.
+    """Open pretrained weights and match them to a backbone, without reading the tensors.
 
     Yields:
         A function that reads the tensor of one parameter (None if the weights lack it), and the report.
 
     Raises:
-        StreamtrainError: if the weights cannot be read, or a smaller share than ``minimum`` matches.
+        StreamtrainError: if the weights cannot be read, are of another architecture, or match by less than
+            ``minimum``; when reading, if values are not finite.
     """
-    with open_state(path) as file:
-        shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
-        matched, report = match_backbone(shapes, expected, str(path), minimum)
-        naming = detect_naming(shapes)
-        sources, _ = match_names(shapes, naming)
+    with open_backbone(path) as file:
+        yield file.match(expected, minimum)
 
-        def read(name: str) -> Tensor | None:
-            if name not in matched:
-                return None
-            if name in report.zeroed:
-                return torch.zeros(expected[name])
-            return combine(name, [file.read(source) for source in sources[name]], naming).float()
 
-        yield read, report
+def _choose(state: StateFile, fitting: Sequence[Group]) -> Group:
+    """Return the group of the preferred role; raises StreamtrainError if it is not the only one."""
+    best = min(group.rank for group in fitting)
+    chosen = [group for group in fitting if group.rank == best]
+    if len(chosen) > 1:
+        names = describe_names(each.title for each in chosen)
+        raise StreamtrainError(
+            f"{state.path} has {len(chosen)} backbones that fit equally: {names}; save one of them alone"
+        )
+    return chosen[0]
+
+
+def _titles(groups: tuple[Group, ...], chosen: Group) -> str:
+    return describe_names(group.title for group in groups if group is not chosen)
+
+
+def _describe_positions(name: str) -> str:
+    return (
+        f"is of another architecture: it has position embeddings ({name}), as DINOv2, MAE and most ViTs have, and this "
+        "model has RoPE in their place; use DINOv3 weights"
+    )

@@ -7,17 +7,17 @@ converted too, because with RoPE it changes the attention scores.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 
 import torch
 from torch import Tensor
 
-from streamtrain.errors import StreamtrainError
-
 QKV_BIAS = "attention.qkv.bias"
 KINDS = ("weight", "bias")
+# beside a fused bias of DINOv3
+BIAS_MASK = "attn.qkv.bias_mask"
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,25 @@ DINOV3 = Naming(
     gelu=_with_bias({"mlp.up": ["mlp.fc1"], "mlp.down": ["mlp.fc2"]}),
     swiglu=_with_bias({"mlp.gate_up": ["mlp.w1", "mlp.w2"], "mlp.down": ["mlp.w3"]}),
     bias=["attn.qkv.bias"],
-    ignored=r"rope_embed\.|blocks\.\d+\.attn\.qkv\.bias_mask",
+    ignored=rf"rope_embed\.|blocks\.\d+\.{re.escape(BIAS_MASK)}",
 )
+
+_OWN_TOKENS = ("embedding.cls_token", "embedding.register_tokens", "embedding.mask_token")
+_OWN_LAYERS = ("embedding.projection", "norm", "cls_norm", "local_norm")
+OWN = Naming(
+    name="streamtrain",
+    fixed={name: name for name in (*_OWN_TOKENS, *(f"{layer}.{kind}" for layer in _OWN_LAYERS for kind in KINDS))},
+    block="blocks.",
+    common={
+        **_with_bias({part: [part] for part in ("norm1", "norm2", "attention.proj", "mlp.down")}),
+        **{name: [name] for name in ("attention.qkv.weight", "scale1.gamma", "scale2.gamma")},
+    },
+    gelu=_with_bias({"mlp.up": ["mlp.up"]}),
+    swiglu=_with_bias({"mlp.gate_up": ["mlp.gate_up"]}),
+    bias=[QKV_BIAS],
+    ignored=r"$.",
+)
+NAMINGS = (HF, TIMM, DINOV3, OWN)
 
 
 def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,71 +154,21 @@ def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _rename(state, HF)
 
 
-def from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a backbone's state from the state of a ``DINOv3ViTModel``, saved or live."""
-    return convert(state, HF)[0]
-
-
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a backbone's state under timm's names, without the mask token and the norm for local crops."""
     return _rename(state, TIMM)
 
 
-def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a backbone's state from the state of one of timm's DINOv3 models."""
-    return convert(state, TIMM)[0]
+def combine(name: str, parts: list[Tensor], naming: Naming, has_key_bias: bool = False) -> Tensor:
+    """Return streamtrain's tensor ``name`` from the tensors of the family ``naming`` that make it up.
 
-
-def detect_naming(state: Iterable[str]) -> Naming | None:
-    """Return the family whose names ``state`` has; None for streamtrain's own names.
-
-    Raises:
-        StreamtrainError: if the names belong to no known family.
+    Args:
+        has_key_bias: keep the key part of a fused bias, which the family otherwise masks.
     """
-    names = list(state)
-    marks = {".layer_scale1.lambda1": HF, ".gamma_1": TIMM, ".ls1.gamma": DINOV3, ".scale1.gamma": None}
-    for mark, naming in marks.items():
-        if any(name.endswith(mark) for name in names):
-            return naming
-    raise StreamtrainError(
-        f"none of the {len(names)} tensors has a name of a vision transformer of streamtrain, transformers, timm or "
-        "DINOv3"
-    )
-
-
-def convert(state: Mapping[str, Tensor], naming: Naming | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Return ``state`` under streamtrain's names, and the names without a counterpart.
-
-    A prefix of all names, such as ``backbone.``, is removed.
-    """
-    sources, unexpected = match_names(state, naming)
-    return {name: combine(name, [state[part] for part in parts], naming) for name, parts in sources.items()}, unexpected
-
-
-def match_names(names: Iterable[str], naming: Naming | None) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the names that make up each streamtrain tensor, and the names without a counterpart."""
-    names = list(names)
-    anchor = "embedding.cls_token" if naming is None else naming.fixed["embedding.cls_token"]
-    prefix = min((name for name in names if f".{name}".endswith(f".{anchor}")), key=len, default=anchor)
-    prefix = prefix.removesuffix(anchor)
-    inner = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-    unexpected = [name for name in names if not name.startswith(prefix)]
-    if naming is None:
-        return {name: [source] for name, source in inner.items()}, unexpected
-    # in memory, transformers has the blocks one level deeper than in saved files
-    inner = {re.sub(rf"^model\.(?={re.escape(naming.block)}\d)", "", short): name for short, name in inner.items()}
-    sources = {name: [inner.pop(part) for part in parts] for name, parts in list(_pairs(inner, naming))}
-    unexpected += [name for short, name in inner.items() if not re.match(naming.ignored, short)]
-    return sources, unexpected
-
-
-def combine(name: str, parts: list[Tensor], naming: Naming | None) -> Tensor:
-    """Return streamtrain's tensor ``name`` from the tensors of the family ``naming`` that make it up."""
-    if naming is None:
-        return parts[0]
     value = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if name.endswith(QKV_BIAS) and len(parts) == 1:
-        # the family masks the key part of its fused bias
+    if naming is OWN:
+        return value
+    if name.endswith(QKV_BIAS) and len(parts) == 1 and not has_key_bias:
         query, _, rest = value.chunk(3)
         return torch.cat([query, rest])
     if name == "embedding.projection.weight":
@@ -241,8 +208,8 @@ def _reshape(name: str, value: Tensor) -> Tensor:
     return value[None] if name.endswith(("_token", "_tokens")) else value
 
 
-def _pairs(names: Mapping[str, str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
-    """Yield streamtrain's name and the family's names that make it up, for each tensor with all its parts."""
+def match_names(names: Collection[str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
+    """Yield each streamtrain name of which ``names`` has all parts, and these parts."""
     for name, theirs in naming.fixed.items():
         if theirs in names:
             yield name, [theirs]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from streamtrain.config.model import ModelConfig
 from streamtrain.errors import StreamtrainError
-from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, check_one_norm, write_folder
+from streamtrain.interop.folder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BackboneConfig,
+    check_one_norm,
+    parse_config,
+    read_mapping,
+    write_folder,
+)
 from streamtrain.interop.naming import to_timm
 from streamtrain.model.vit import VisionTransformer
 
@@ -73,48 +79,64 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
+def is_own_config(document: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` was written by ``export_timm``; published ones name their source in a tag."""
+    pretrained = document.get("pretrained_cfg")
+    is_own = document.get("architecture") == ARCHITECTURE and "model_args" in document
+    return is_own and isinstance(pretrained, dict) and "tag" not in pretrained
+
+
 def mlp_ratio(model: ModelConfig) -> float:
     """Return the ratio from which timm computes the hidden width: width times ratio, truncated."""
     ratio = model.hidden / model.dim
     return ratio if int(model.dim * ratio) == model.hidden else (model.hidden + 0.5) / model.dim
 
 
-def backbone_config_from_timm(document: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> BackboneConfig:
+def backbone_config_from_timm(
+    document: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], source: str
+) -> BackboneConfig:
     """Return the description of a timm folder's model.
 
     Args:
         document: the folder's ``config.json``.
-        state: the weights under streamtrain's names; their shapes give all sizes but the number of heads.
+        shapes: of the weights, under streamtrain's names; they give all sizes but the number of heads.
         source: the folder, for errors.
 
     Raises:
-        StreamtrainError: if the model is not one of timm's DINOv3 ViTs.
+        StreamtrainError: if the model is not one of timm's DINOv3 ViTs, or is described by invalid values.
     """
-    if "dinov3" not in str(document["architecture"]) or "blocks.0.attention.qkv.weight" not in state:
-        raise StreamtrainError(f"{source} is timm's {document['architecture']}; only its DINOv3 ViTs are supported")
-    arguments, pretrained = document.get("model_args") or {}, document.get("pretrained_cfg") or {}
-    dim = state["embedding.cls_token"].shape[1]
-    registers, bias = state.get("embedding.register_tokens"), state.get("blocks.0.attention.qkv.bias")
+    sizes = ("embedding.cls_token", "embedding.projection.weight", "blocks.0.mlp.down.weight")
+    is_known = all(len(shapes.get(name, ())) == 2 for name in sizes) and "blocks.0.attention.qkv.weight" in shapes
+    if "dinov3" not in str(document["architecture"]) or not is_known:
+        architecture = str(document["architecture"])[:60]
+        raise StreamtrainError(f"{source} is timm's {architecture}; only its DINOv3 ViTs are supported")
+    arguments, pretrained = (read_mapping(document, key, source) for key in ("model_args", "pretrained_cfg"))
+    input_size = pretrained.get("input_size", (3, 256, 256))
+    dim = shapes["embedding.cls_token"][1]
+    registers, bias = shapes.get("embedding.register_tokens"), shapes.get("blocks.0.attention.qkv.bias")
     # all published models have heads of width 64, except the 7B model
     head_width = 128 if dim == 4096 else 64
-    model = ModelConfig(
-        preset=None,
-        patch_size=isqrt(state["embedding.projection.weight"].shape[1] // 3),
-        dim=dim,
-        depth=sum(name.endswith(".scale1.gamma") for name in state),
-        num_heads=arguments.get("num_heads", dim // head_width),
-        mlp="swiglu" if "blocks.0.mlp.gate_up.weight" in state else "gelu",
-        mlp_hidden=state["blocks.0.mlp.down.weight"].shape[1],
-        num_registers=0 if registers is None else len(registers),
-        norm_eps=NORM_EPS,
-        rope_base=arguments.get("rope_temperature", 100.0),
-        qkv_bias=bias is not None,
-        key_bias=bias is not None and len(bias) == 3 * dim,
-    )
-    return BackboneConfig(
-        model=model,
-        image_size=pretrained.get("input_size", (3, 256, 256))[-1],
-        mean=pretrained.get("mean", IMAGENET_MEAN),
-        std=pretrained.get("std", IMAGENET_STD),
-        origin={"source": "timm"},
+    model = {
+        "preset": None,
+        "patch_size": isqrt(shapes["embedding.projection.weight"][1] // 3),
+        "dim": dim,
+        "depth": sum(name.endswith(".scale1.gamma") for name in shapes),
+        "num_heads": arguments.get("num_heads", dim // head_width),
+        "mlp": "swiglu" if "blocks.0.mlp.gate_up.weight" in shapes else "gelu",
+        "mlp_hidden": shapes["blocks.0.mlp.down.weight"][1],
+        "num_registers": 0 if registers is None else registers[0],
+        "norm_eps": NORM_EPS,
+        "rope_base": arguments.get("rope_temperature", 100.0),
+        "qkv_bias": bias is not None,
+        "key_bias": bias is not None and bias[0] == 3 * dim,
+    }
+    return parse_config(
+        {
+            "model": model,
+            "image_size": input_size[-1] if isinstance(input_size, list | tuple) and input_size else input_size,
+            "mean": pretrained.get("mean", IMAGENET_MEAN),
+            "std": pretrained.get("std", IMAGENET_STD),
+            "origin": {"source": "timm"},
+        },
+        source,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.packing.pack import PackOptions, pack
-from streamtrain.config.load import build, load_config, merge, parse_override, preset_folders, read_resolved, to_yaml
+from streamtrain.config.load import (
+    build,
+    load_config,
+    merge,
+    parse_override,
+    parse_yaml,
+    preset_folders,
+    read_resolved,
+    to_yaml,
+)
 from streamtrain.errors import ConfigError
 
 RECIPES = sorted(path.name for folder in preset_folders() for path in folder.glob("*.yaml"))
@@ -221,3 +231,56 @@ def test_sizes_are_parsed_with_units() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             load_config("vits16.yaml", [f"data.cache={value}"])
+
+
+HOSTILE = {
+    "flow": b"[" * 2**20, "mappings": b"a: " + b"{" * 2**19, "dashes": b"- " * 2**19, "questions": b"? " * 2**19,
+    "folded": b">\n" + b" a\n\n" * 2**18, "plain lines": b"a: " + b"b\n  " * 2**18, "sexagesimal": b"1:" * 2**19 + b"1",
+    "digits": b"1" * 2**20, "values": b"".join(b"k%d: 1\n" % index for index in range(50_000)),
+    "laughs": b"a: &a [1, 2]\nb: &b [*a, *a, *a, *a]\nc: [*b, *b, *b, *b]\n", "too large": b" " * (2**20 + 1),
+    "bytes": b"\xff\xfe\x00", "date": b"a: 2001-13-45", "tag": b"!!bool x", "unhashable": b"{[a]: 1}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_yaml_is_refused_or_read_within_seconds(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(HOSTILE[kind])
+    began = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert time.process_time() - began < 10 and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@given(st.binary(max_size=200) | st.text("[]{}:,-?!&*|>'\"#%@ \n\t.01ax~<", max_size=80).map(str.encode))
+def test_any_bytes_are_a_value_or_one_line(content: bytes) -> None:
+    try:
+        parse_yaml(content)
+    except ValueError as error:
+        assert len(str(error).splitlines()) <= 1
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("run: {steps: 3}\nmodel: {depth: 2}\nrun: {seed: 1}\n")
+    with pytest.raises(ConfigError, match="the key 'run' occurs twice"):
+        load_config(str(tmp_path / "twice.yaml"))
+
+
+def test_files_that_extend_each_other_exponentially_are_refused(tmp_path: Path) -> None:
+    for index in range(30):
+        (tmp_path / f"{index}.yaml").write_text(f"extends: [{index + 1}.yaml, {index + 1}.yaml]\n")
+    (tmp_path / "30.yaml").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"0\.yaml extends more than 100 files"):
+        load_config(str(tmp_path / "0.yaml"))
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
+def test_numbers_that_are_not_finite_are_refused(value: str) -> None:
+    for key in ("schedules.lr", "model.layerscale", "optim.eps"):
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            load_config("vits16.yaml", [f"{key}={value}"])
+
+
+def test_an_override_with_many_keys_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not have the form"):
+        load_config("vits16.yaml", ["a." * 100_000 + "b=1"])

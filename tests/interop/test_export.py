@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from ranks import ROOT, run_ranks
 from tiny_backbone import tiny_weights
 from tiny_run import command
 
+import streamtrain.interop.folder
 from shards.packing.pack import PackOptions, pack
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.interop.load import load_weights
@@ -36,6 +40,55 @@ def test_each_format_is_written_and_overwritten(kind: str, place: Path, capsys: 
         assert capsys.readouterr().out.startswith("wrote out/model.safetensors (0.0 M parameters")
     assert (place / "out" / "config.json").is_file() and not (place / "out" / "recipe.yaml").exists()
     assert load_weights(place / "out").config.model.dim == 32
+
+
+def test_an_export_replaces_all_files_of_another_kind(place: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (place / "out").mkdir()
+    for kind in ("hf", "safetensors", "timm", "hf"):
+        assert exit_status(["export", "--weights", "weights", "--to", kind, "--out", "out"]) == 0
+        found = {path.name for path in (place / "out").iterdir()}
+        cards = {"README.md", "preprocessor_config.json"} if kind == "hf" else set()
+        assert found == {"config.json", "model.safetensors", *cards}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_allows(umask: int, place: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for kind in ("timm", "safetensors"):
+            assert exit_status(["export", "--weights", "weights", "--to", kind, "--out", kind]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for kind in ("timm", "safetensors") for path in (place / kind).iterdir()}
+    assert modes == {0o666 & ~umask} and (place / "timm").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_failed_export_leaves_the_earlier_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exit_status(["export", "--weights", "weights", "--to", "safetensors", "--out", "out"]) == 0
+    before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(streamtrain.interop.folder, "save_file", full)
+    for out in ("out", "fresh"):
+        assert exit_status(["export", "--weights", "weights", "--to", "timm", "--out", out]) == 2
+    assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
+    assert not (place / "fresh").exists()
+
+
+def test_folders_of_other_origin_are_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "weights", place / "beside")
+    (place / "beside" / "thesis.txt").write_text("precious")
+    (place / "downloaded").mkdir()
+    (place / "downloaded" / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    (place / "downloaded" / "model.safetensors").write_text("precious")
+    for name in ("beside", "downloaded"):
+        before = sorted(path.read_bytes() for path in (place / name).iterdir())
+        assert exit_status(["export", "--weights", "weights", "--to", "timm", "--out", name]) == 2
+        assert "not an earlier export" in capsys.readouterr().err
+        assert sorted(path.read_bytes() for path in (place / name).iterdir()) == before
 
 
 def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

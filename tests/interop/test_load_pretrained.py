@@ -86,7 +86,8 @@ def test_each_error_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, words in {
         "absent": "cannot be read", "text.pth": "cannot be read", "torn.safetensors": "cannot be read",
-        "list.pth": "contains a list", "empty": "neither a run with a checkpoint", "other": "set the model section",
+        "list.pth": "no vision transformer",
+        "empty": "neither a run with a checkpoint", "other": "set the model section",
     }.items():  # fmt: skip
         with pytest.raises(StreamtrainError, match=words) as caught, load_pretrained_backbone(tmp_path / name, shapes):
             pass

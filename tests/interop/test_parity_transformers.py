@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from converted import own_names
 
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.model import PRESETS, ModelConfig
 from streamtrain.interop.folder import BackboneConfig
 from streamtrain.interop.hf import hf_config
-from streamtrain.interop.naming import from_hf, to_hf
+from streamtrain.interop.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
 SIZES = [(224, 224), (256, 256), (512, 512), (192, 320)]
@@ -45,7 +46,7 @@ def test_features_equal_transformers_at_every_size(preset: str) -> None:
     # the live model has its blocks one level deeper than its files
     state = {name: saved[name.removeprefix("model.")] for name in reference.state_dict()}
     reference.load_state_dict(state, assign=True)
-    back = from_hf(state)
+    back = own_names(state)
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items() if name in back)
     generator = torch.Generator().manual_seed(1)
     for size in SIZES:

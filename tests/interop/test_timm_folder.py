@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from converted import own_names
 from safetensors.torch import load_file
 from tiny_backbone import tiny_backbone
 
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.load import load_backbone
-from streamtrain.interop.naming import from_timm
 from streamtrain.interop.timm_folder import export_timm, mlp_ratio
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def test_folder_has_everything_that_timm_needs(variant: str, tmp_path: Path) -> 
     assert tensors["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
     assert ("blocks.0.mlp.fc1_g.weight" in tensors) == (variant == "swiglu")
     assert ("blocks.1.attn.q_bias" in tensors) == (variant != "no_bias")
-    again, before = from_timm(tensors), backbone.model.state_dict()
+    again, before = own_names(tensors), backbone.model.state_dict()
     assert set(before) - set(again) == {"embedding.mask_token"}
     assert all(torch.equal(again[name], before[name]) for name in again)
 
