@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import printable
+from shards.format.files import write_whole
 from streamtrain.cli.arguments import add_command, writing
 from streamtrain.evaluation.report import report_page
 from streamtrain.reporting.metrics import read_metrics
-from streamtrain.run.atomic_io import replace_file
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     page = render_run(arguments.run).encode(errors="backslashreplace")
     with writing(out):
         # a link of that name in the run directory is replaced, not followed
-        replace_file(out, page)
+        write_whole(out, page)
     print(f"wrote {printable(out)} ({len(page) / 2**20:.1f} MiB)")
     return 0
 
