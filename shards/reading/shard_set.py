@@ -16,9 +16,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from shards.errors import SampleError, ShardError, explain_os_error, printable
+from shards.errors import SampleError, ShardError, explain_os_error, printable, read_remedy
 from shards.format.index import split_name
-from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes
+from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes, unreadable_index
 from shards.format.set_manifest import SetManifest, ShardEntry
 from shards.reading.local_files import LocalFile
 from shards.storage.store import RetryPolicy, Store, Traffic, is_url
@@ -132,10 +132,12 @@ class ShardSet:
             try:
                 tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
             except OSError as error:
-                raise ShardError(f"{error.filename} is missing ({error.strerror}); {remedy}") from error
+                is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+                fault = f"{'is missing' if is_missing else 'cannot be read'} ({explain_os_error(error)})"
+                raise ShardError(f"{error.filename} {fault}; {read_remedy(error, remedy)}") from error
             if tar_bytes != entry.bytes:
                 raise ShardError(f"shard {tar} has {tar_bytes} bytes instead of {entry.bytes}; {remedy}")
-            if index_bytes < entry.samples:
+            if index_bytes < entry.samples * RECORD.itemsize:
                 raise ShardError(f"index {index} is truncated; {remedy}")
         return shard_set
 
@@ -308,10 +310,8 @@ def _open_local_index(path: Path) -> Index:
     file = LocalFile(path)
     try:
         return Index.open(file.read, file.num_bytes(), str(path))
-    except FileNotFoundError as error:
-        raise ShardError(f"index {path} is missing; copy the set again, or pack it again") from error
     except OSError as error:
-        raise ShardError(f"index {path} cannot be read ({explain_os_error(error)}); copy the set again") from error
+        raise unreadable_index(path, error) from error
 
 
 def _fetch_index(store: Store, name: str) -> Index:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from shards.errors import SampleError, ShardError
 from shards.format.records import RECORD, load_index, save_index
+from shards.reading import local_files
 from shards.reading.mixture import JoinedSet
 from shards.reading.order import Order
 from shards.reading.quarantine import Quarantine
@@ -137,6 +140,39 @@ def test_errors_of_a_mixture_name_the_member(shard_set: ShardSet) -> None:
         with pytest.raises(SampleError, match=r"shard 1/000000\.tar, sample 0 .*are damaged \(wrong CRC-32\)"):
             joined.record(shard_set.num_shards, 0)
         assert joined.key(shard_set.num_shards, 0) == ""
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EMFILE])
+def test_a_failing_source_ends_the_stream_and_blames_no_image(
+    code: int, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, log = ShardSet.open(shard_set.path), tmp_path / "quarantine.jsonl"
+    source = Source(opened, Order(opened.sizes, seed=1), threads=2, quarantine=Quarantine(log))
+    batches = source.batches(np.arange(at, at + 10) for at in range(0, 10 * _COUNT, 10))
+    next(batches)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(local_files, "_PAUSES", (0.0,))
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ShardError, match=rf"\.tar cannot be read \({os.strerror(code)}.*re-run to resume$") as caught:
+        list(batches)
+    assert not isinstance(caught.value, SampleError) and not log.exists()
+    source.close()
+
+
+@pytest.mark.parametrize("save", [save_index, _save_old])
+def test_a_size_without_its_orientation_is_corrected(shard_set: ShardSet, save: object) -> None:
+    expected = sorted(_contents(_epoch(shard_set.path)))
+    path = shard_set.index_path(0)
+    whole, records = path.read_bytes(), np.array(load_index(path))
+    records["width"], records["height"] = records["height"].copy(), records["width"].copy()
+    try:
+        save(records, path)  # type: ignore[operator]
+        assert sorted(_contents(_epoch(shard_set.path))) == expected
     finally:
         path.write_bytes(whole)
 
