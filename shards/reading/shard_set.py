@@ -18,10 +18,20 @@ import numpy as np
 
 from shards.errors import SampleError, ShardError, explain_os_error, printable, read_remedy
 from shards.format.index import split_name
-from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes, unreadable_index
+from shards.format.records import (
+    NO_LABEL,
+    RECORD,
+    DamagedIndexError,
+    Index,
+    find_record_fault,
+    open_bytes,
+    unreadable_index,
+)
 from shards.format.set_manifest import SetManifest, ShardEntry
 from shards.reading.local_files import LocalFile
 from shards.storage.store import RetryPolicy, Store, Traffic, is_url
+
+DAMAGED_LABEL = -2
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -198,6 +208,29 @@ class ShardSet:
             return self._use(shard, lambda opened: opened.index.record(sample))
         except DamagedIndexError as error:
             raise SampleError(self.name(shard), sample, "", str(error)) from error
+
+    def labels(self, shard: int, samples: np.ndarray) -> np.ndarray:
+        """Return the labels of samples of a shard, int64 [num_samples]; ``NO_LABEL`` without one.
+
+        Labels that cannot be read, or that no image can have, are ``DAMAGED_LABEL``.
+
+        Raises:
+            ShardError: the index is missing or damaged as a whole.
+        """
+
+        def label(sample: int) -> int:
+            try:
+                return int(self.record(shard, sample)["label"])
+            except SampleError:
+                return DAMAGED_LABEL
+
+        try:
+            labels = self.records(shard)["label"][samples].astype(np.int64)
+        except DamagedIndexError:
+            labels = np.array([label(sample) for sample in samples.tolist()], np.int64)
+        end = len(self.manifest.classes) or 2**31
+        labels[(labels < NO_LABEL) | (labels >= end)] = DAMAGED_LABEL
+        return labels
 
     def read(self, shard: int, sample: int) -> bytes:
         """Return the encoded bytes of one image, verified against its CRC-32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from PIL import Image
 
 from shards.errors import SampleError
 from shards.randomness import permutation
-from shards.reading.shard_set import ShardSet
+from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
 from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 TEST_SHARE = 0.2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,22 @@ def _open_folder(path: Path) -> LabelledImages:
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
-    """Return a set's images at ``indices`` (int64, ascending, counted over all shards); missing labels are -1."""
+    """Return a set's images at ``indices`` (int64, ascending, counted over all shards); missing labels are -1.
+
+    Images whose label in the index is damaged are left out, with a warning.
+    """
     ends = np.cumsum(shard_set.sizes)
     shards = np.searchsorted(ends, indices, side="right")
     samples = indices - (ends - shard_set.sizes)[shards]
     labels = np.full(len(indices), -1, np.int64)
     for shard in np.unique(shards).tolist():
         in_shard = shards == shard
-        labels[in_shard] = shard_set.records(shard)["label"][samples[in_shard]]
+        labels[in_shard] = shard_set.labels(shard, samples[in_shard])
     path = str(shard_set.path)
+    is_sound = labels != DAMAGED_LABEL
+    if not is_sound.all():
+        logger.warning("%s: %d images have damaged labels and are not evaluated", path, int((~is_sound).sum()))
+        labels, shards, samples = labels[is_sound], shards[is_sound], samples[is_sound]
 
     def read(index: int) -> tuple[bytes, str]:
         shard, sample = int(shards[index]), int(samples[index])

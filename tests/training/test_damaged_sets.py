@@ -149,5 +149,5 @@ def test_indexes_truncated_during_a_run_end_no_process_by_a_signal(indexes: list
         index.write_bytes(b"")
     processes[0].communicate()
     assert processes[0].returncode in (0, 2)
-    (done,) = run_ranks([*words, "run.steps=20"], 1)
-    assert done.returncode == 2 and "is truncated; copy the set again" in done.stdout + (done.stderr or "")
+    ((code, _, error),) = run_ranks([*words, "run.steps=20"], 1)
+    assert code == 2 and "is truncated; copy the set again" in error and error.count("\n") == 1

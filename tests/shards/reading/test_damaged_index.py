@@ -18,8 +18,9 @@ from shards.reading import local_files
 from shards.reading.mixture import JoinedSet
 from shards.reading.order import Order
 from shards.reading.quarantine import Quarantine
-from shards.reading.shard_set import ShardSet
+from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
 from shards.reading.source import Samples, Source
+from streamtrain.evaluation.images import images_of_set
 
 _COUNT = 60
 
@@ -127,6 +128,26 @@ def test_an_old_index_is_checked_against_the_headers_of_the_tar(shard_set: Shard
     finally:
         path.write_bytes(whole)
         tar.write_bytes(content)
+
+
+def test_labels_that_cannot_be_right_are_told_apart(shard_set: ShardSet) -> None:
+    path = shard_set.index_path(0)
+    whole, records = path.read_bytes(), np.array(load_index(path))
+    expected = records["label"][:4].astype(np.int64)
+    records["label"][1:3] = 2, -5
+    damaged = bytearray(whole)
+    damaged[whole.index(b"\n") + 5] ^= 1
+    try:
+        save_index(records, path)
+        labels = ShardSet.open(shard_set.path).labels(0, np.arange(4))
+        assert labels.tolist() == [expected[0], DAMAGED_LABEL, DAMAGED_LABEL, expected[3]]
+        path.write_bytes(damaged)
+        assert ShardSet.open(shard_set.path).labels(0, np.arange(4)).tolist() == [DAMAGED_LABEL] * 4
+        sampled = images_of_set(ShardSet.open(shard_set.path), np.arange(0, _COUNT, 2))
+        assert 0 < len(sampled) < _COUNT // 2 and set(sampled.labels.tolist()) == {0, 1}
+        assert all(sampled.read(number)[0] for number in range(len(sampled)))
+    finally:
+        path.write_bytes(whole)
 
 
 def test_errors_of_a_mixture_name_the_member(shard_set: ShardSet) -> None:
