@@ -28,6 +28,11 @@ def is_source_failure(error: OSError) -> bool:
     return error.errno is not None and error.errno not in _FAILURES_OF_ONE_FILE
 
 
+def read_remedy(error: OSError, otherwise: str) -> str:
+    """Return the remedy for a failed read: ``otherwise`` is the one for a missing or damaged file."""
+    return "fix that and re-run to resume" if is_source_failure(error) else otherwise
+
+
 def explain_os_error(error: OSError) -> str:
     """Return the reason for an ``OSError`` as text, with the remedy for a lack of file descriptors."""
     reason = error.strerror or str(error) or type(error).__name__

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.errors import ShardError, explain_os_error
+from shards.errors import ShardError, explain_os_error, read_remedy
 from shards.format import images
 from shards.format.files import write_whole
 from shards.format.tar_members import NO_LABEL
@@ -218,10 +218,15 @@ def load_index(path: Path) -> np.ndarray:
         with open(path, "rb", buffering=0) as file:
             read = partial(os.pread, file.fileno())
             return Index.open(read, os.fstat(file.fileno()).st_size, str(path)).records()
-    except FileNotFoundError as error:
-        raise ShardError(f"index {path} is missing; {_REMEDY}") from error
     except OSError as error:
-        raise ShardError(f"index {path} cannot be read ({explain_os_error(error)}); {_REMEDY}") from error
+        raise unreadable_index(path, error) from error
+
+
+def unreadable_index(path: Path, error: OSError) -> ShardError:
+    """Return the error for an index file that cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return ShardError(f"index {path} is missing; {_REMEDY}")
+    return ShardError(f"index {path} cannot be read ({explain_os_error(error)}); {read_remedy(error, _REMEDY)}")
 
 
 def parse_index(content: bytes, name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from shards.errors import ShardError
+from shards.errors import ShardError, explain_os_error, read_remedy
 from shards.format.files import MAX_JSON_BYTES, parse_json, write_whole
 from shards.storage.store import Store, is_url
 
@@ -27,6 +27,7 @@ _NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 FILE_NAME = "manifest.json"
 _FIELDS = ("version", "num_samples", "num_bytes", "digest", "fingerprint", "classes", "shards", "checksum")
 _HEX = re.compile("[0-9a-f]*")
+_REMEDY = "copy the set again, or pack it again"
 JOURNAL_NAME = "packing.jsonl"  # progress of a packing; deleted once the manifest is written
 
 
@@ -111,7 +112,8 @@ class SetManifest:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ShardError(_explain_missing(set_dir)) from error
         except OSError as error:
-            raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
+            remedy = read_remedy(error, _REMEDY)
+            raise ShardError(f"{path} cannot be read ({explain_os_error(error)}); {remedy}") from error
 
     @classmethod
     def fetch(cls, store: Store) -> SetManifest:
@@ -124,7 +126,7 @@ class SetManifest:
         try:
             content = parse_json(text)
         except ValueError as error:
-            raise ShardError(f"{path} cannot be read ({error}); copy the set again, or pack it again") from error
+            raise ShardError(f"{path} cannot be read ({error}); {_REMEDY}") from error
         version = content.get("version") if isinstance(content, dict) else None
         if type(version) is not int or version != VERSION:
             raise ShardError(f"{path} has version {version}, this version reads {VERSION}; pack the set again")
@@ -134,9 +136,9 @@ class SetManifest:
             stated = content["digest"]
             invalid = _find_error(manifest)
         except (KeyError, TypeError) as error:
-            raise ShardError(f"{path} misses a field ({error}); copy the set again, or pack it again") from error
+            raise ShardError(f"{path} misses a field ({error}); {_REMEDY}") from error
         if invalid is not None:
-            raise ShardError(f"{path} is damaged: {invalid}; copy the set again, or pack it again")
+            raise ShardError(f"{path} is damaged: {invalid}; {_REMEDY}")
         if stated != manifest.digest:
             raise ShardError(f"{path} was edited: digest {stated}, expected {manifest.digest}; copy the set again")
         return replace(manifest, faults=tuple(_find_faults(content, manifest)))

@@ -176,7 +176,7 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
             samples = read_samples(archive, tar_name)
     except OSError as error:
         if is_source_failure(error):
-            raise ShardError(f"{tar} cannot be read ({explain_os_error(error)}); fix that and run it again") from error
+            raise ShardError(f"{tar} cannot be read ({explain_os_error(error)}); fix that and re-run") from error
         yield Fault(tar_name, f"cannot be read ({explain_os_error(error)})")
         return
     except ShardError as error:

@@ -16,12 +16,22 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from shards.errors import SampleError, ShardError, explain_os_error, printable
-from shards.format.records import RECORD, DamagedIndexError, Index, find_record_fault, open_bytes, sealed_bytes
+from shards.errors import SampleError, ShardError, explain_os_error, printable, read_remedy
+from shards.format.records import (
+    RECORD,
+    DamagedIndexError,
+    Index,
+    find_record_fault,
+    open_bytes,
+    sealed_bytes,
+    unreadable_index,
+)
 from shards.format.set_manifest import SetManifest, ShardEntry
-from shards.format.tar_members import split_suffix
+from shards.format.tar_members import NO_LABEL, split_suffix
 from shards.reading.local_files import LocalFile
 from shards.storage.store import MAX_DOCUMENT_BYTES, RetryPolicy, Store, Traffic, is_url
+
+DAMAGED_LABEL = -2
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -132,10 +142,12 @@ class ShardSet:
             try:
                 tar_bytes, index_bytes = tar.stat().st_size, index.stat().st_size
             except OSError as error:
-                raise ShardError(f"{error.filename} is missing ({error.strerror}); {remedy}") from error
+                is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+                fault = f"{'is missing' if is_missing else 'cannot be read'} ({explain_os_error(error)})"
+                raise ShardError(f"{error.filename} {fault}; {read_remedy(error, remedy)}") from error
             if tar_bytes != entry.bytes:
                 raise ShardError(f"shard {tar} has {tar_bytes} bytes instead of {entry.bytes}; {remedy}")
-            if index_bytes < entry.samples:
+            if index_bytes < entry.samples * RECORD.itemsize:
                 raise ShardError(f"index {index} is truncated; {remedy}")
         return shard_set
 
@@ -196,6 +208,29 @@ class ShardSet:
             return self._use(shard, lambda opened: opened.index.record(sample))
         except DamagedIndexError as error:
             raise SampleError(self.name(shard), sample, "", str(error)) from error
+
+    def labels(self, shard: int, samples: np.ndarray) -> np.ndarray:
+        """Return the labels of samples of a shard, int64 [num_samples]; ``NO_LABEL`` without one.
+
+        Labels that cannot be read, or that no image can have, are ``DAMAGED_LABEL``.
+
+        Raises:
+            ShardError: the index is missing or damaged as a whole.
+        """
+
+        def label(sample: int) -> int:
+            try:
+                return int(self.record(shard, sample)["label"])
+            except SampleError:
+                return DAMAGED_LABEL
+
+        try:
+            labels = self.records(shard)["label"][samples].astype(np.int64)
+        except DamagedIndexError:
+            labels = np.array([label(sample) for sample in samples.tolist()], np.int64)
+        end = len(self.manifest.classes) or 2**31
+        labels[(labels < NO_LABEL) | (labels >= end)] = DAMAGED_LABEL
+        return labels
 
     def read(self, shard: int, sample: int) -> bytes:
         """Return the encoded bytes of one image, verified against its CRC-32.
@@ -316,10 +351,8 @@ def _open_local_index(path: Path) -> Index:
     file = LocalFile(path)
     try:
         return Index.open(file.read, file.num_bytes(), str(path))
-    except FileNotFoundError as error:
-        raise ShardError(f"index {path} is missing; copy the set again, or pack it again") from error
     except OSError as error:
-        raise ShardError(f"index {path} cannot be read ({explain_os_error(error)}); copy the set again") from error
+        raise unreadable_index(path, error) from error
 
 
 def _fetch_index(store: Store, name: str, max_bytes: int) -> Index:

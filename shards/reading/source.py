@@ -202,7 +202,11 @@ class Source:
             size = images.read_size(payload)
         except ShardError:
             size = width, height  # left to the decoder, whose errors exclude the image at every slot
-        if size != (width, height):
+        if size == (height, width):
+            # an earlier version stored the size without an orientation that is applied now
+            record = record.copy()
+            record["width"], record["height"] = size
+        elif size != (width, height):
             stated = f"the index has {width}x{height} pixels, the image's header {size[0]}x{size[1]}"
             raise self._unusable(shard, sample, stated)
         return _Image(shard, sample, record, payload)

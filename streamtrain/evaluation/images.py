@@ -14,7 +14,7 @@ from shards.errors import SampleError, ShardError
 from shards.packing.inputs import list_images
 from shards.packing.items import SourceUnreachable
 from shards.randomness import permutation
-from shards.reading.shard_set import ShardSet
+from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
 from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 
@@ -152,15 +152,22 @@ def _open_folder(path: Path) -> LabelledImages:
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
-    """Return a set's images at ``indices`` (int64, ascending, counted over all shards); missing labels are -1."""
+    """Return a set's images at ``indices`` (int64, ascending, counted over all shards); missing labels are -1.
+
+    Images whose label in the index is damaged are left out, with a warning.
+    """
     ends = np.cumsum(shard_set.sizes)
     shards = np.searchsorted(ends, indices, side="right")
     samples = indices - (ends - shard_set.sizes)[shards]
     labels = np.full(len(indices), -1, np.int64)
     for shard in np.unique(shards).tolist():
         in_shard = shards == shard
-        labels[in_shard] = shard_set.records(shard)["label"][samples[in_shard]]
+        labels[in_shard] = shard_set.labels(shard, samples[in_shard])
     path = str(shard_set.path)
+    is_sound = labels != DAMAGED_LABEL
+    if not is_sound.all():
+        logger.warning("%s: %d images have damaged labels and are not evaluated", path, int((~is_sound).sum()))
+        labels, shards, samples = labels[is_sound], shards[is_sound], samples[is_sound]
 
     def read(index: int) -> tuple[bytes, str]:
         shard, sample = int(shards[index]), int(samples[index])

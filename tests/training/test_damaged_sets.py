@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ranks import run_ranks, start_ranks
 from tiny_run import command, logged
 from training.test_loop import expect_success, wait_for_steps
 
+from shards.format.records import load_index, save_index
 from shards.packing.index_tars import index_tars
 from shards.packing.verify import verify
 from shards.reading.order import Order
@@ -112,3 +114,40 @@ def test_damaged_images_are_quarantined_and_replaced_the_same_after_a_kill(
         return {json.dumps(entry) for entry in quarantined(run_dir) if int(str(entry["slot"])) < NUM_IMAGES}
 
     assert known(broken) == known(straight)
+
+
+@pytest.fixture
+def indexes(shard_set: ShardSet, tmp_path: Path) -> list[Path]:
+    """Return the index files of a set with the same tars, private to the test."""
+    shutil.copytree(shard_set.path, tmp_path / "set")
+    return sorted((tmp_path / "set" / "index").glob("*.npy"))
+
+
+def test_damaged_indexes_end_neither_a_run_nor_a_start_after_it(indexes: list[Path], tmp_path: Path) -> None:
+    records = np.array(load_index(indexes[0]))
+    records["width"][::9] ^= 1 << 15
+    records["height"][1::9] = 0
+    records["label"][2::9] = -(2**30)
+    save_index(records, indexes[0])
+    content = bytearray(indexes[1].read_bytes())
+    content[-500] ^= 4  # in the records
+    indexes[1].write_bytes(content)
+    settings = (f"data.micro_batch={BATCH}", "data.max_unusable_share=1", "run.checkpoint_every=2")
+    words = command(tmp_path / "set", tmp_path / "run", *settings)
+    for steps in (NUM_IMAGES // BATCH // 2, NUM_IMAGES // BATCH):
+        expect_success(run_ranks([*words, f"run.steps={steps}"], 1))
+    reasons = " ".join(str(entry["reason"]) for entry in quarantined(tmp_path / "run"))
+    for reason in ("the index has", "0 pixels with flags", "label -1073741824", "are damaged (wrong CRC-32)"):
+        assert reason in reasons
+
+
+def test_indexes_truncated_during_a_run_end_no_process_by_a_signal(indexes: list[Path], tmp_path: Path) -> None:
+    words = command(tmp_path / "set", tmp_path / "run", f"data.micro_batch={BATCH}", "run.checkpoint_every=1")
+    processes = start_ranks([*words, "run.steps=15"], 1)
+    wait_for_steps(tmp_path / "run", 2, processes)
+    for index in indexes:
+        index.write_bytes(b"")
+    processes[0].communicate()
+    assert processes[0].returncode in (0, 2)
+    ((code, _, error),) = run_ranks([*words, "run.steps=20"], 1)
+    assert code == 2 and "is truncated; copy the set again" in error and error.count("\n") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ from hypothesis import strategies as st
 
 from shards.errors import SampleError, ShardError
 from shards.format.records import RECORD, load_index, save_index
+from shards.reading import local_files
 from shards.reading.mixture import JoinedSet
 from shards.reading.order import Order
 from shards.reading.quarantine import Quarantine
-from shards.reading.shard_set import ShardSet
+from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
 from shards.reading.source import Samples, Source
+from streamtrain.evaluation.images import images_of_set
 
 _COUNT = 60
 
@@ -126,6 +130,26 @@ def test_an_old_index_is_checked_against_the_headers_of_the_tar(shard_set: Shard
         tar.write_bytes(content)
 
 
+def test_labels_that_cannot_be_right_are_told_apart(shard_set: ShardSet) -> None:
+    path = shard_set.index_path(0)
+    whole, records = path.read_bytes(), np.array(load_index(path))
+    expected = records["label"][:4].astype(np.int64)
+    records["label"][1:3] = 2, -5
+    damaged = bytearray(whole)
+    damaged[whole.index(b"\n") + 5] ^= 1
+    try:
+        save_index(records, path)
+        labels = ShardSet.open(shard_set.path).labels(0, np.arange(4))
+        assert labels.tolist() == [expected[0], DAMAGED_LABEL, DAMAGED_LABEL, expected[3]]
+        path.write_bytes(damaged)
+        assert ShardSet.open(shard_set.path).labels(0, np.arange(4)).tolist() == [DAMAGED_LABEL] * 4
+        sampled = images_of_set(ShardSet.open(shard_set.path), np.arange(0, _COUNT, 2))
+        assert 0 < len(sampled) < _COUNT // 2 and set(sampled.labels.tolist()) == {0, 1}
+        assert all(sampled.read(number)[0] for number in range(len(sampled)))
+    finally:
+        path.write_bytes(whole)
+
+
 def test_errors_of_a_mixture_name_the_member(shard_set: ShardSet) -> None:
     path = shard_set.index_path(0)
     whole = bytearray(path.read_bytes())
@@ -137,6 +161,39 @@ def test_errors_of_a_mixture_name_the_member(shard_set: ShardSet) -> None:
         with pytest.raises(SampleError, match=r"shard 1/000000\.tar, sample 0 .*are damaged \(wrong CRC-32\)"):
             joined.record(shard_set.num_shards, 0)
         assert joined.key(shard_set.num_shards, 0) == ""
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EMFILE])
+def test_a_failing_source_ends_the_stream_and_blames_no_image(
+    code: int, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, log = ShardSet.open(shard_set.path), tmp_path / "quarantine.jsonl"
+    source = Source(opened, Order(opened.sizes, seed=1), threads=2, quarantine=Quarantine(log))
+    batches = source.batches(np.arange(at, at + 10) for at in range(0, 10 * _COUNT, 10))
+    next(batches)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(local_files, "_PAUSES", (0.0,))
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ShardError, match=rf"\.tar cannot be read \({os.strerror(code)}.*re-run to resume$") as caught:
+        list(batches)
+    assert not isinstance(caught.value, SampleError) and not log.exists()
+    source.close()
+
+
+@pytest.mark.parametrize("save", [save_index, _save_old])
+def test_a_size_without_its_orientation_is_corrected(shard_set: ShardSet, save: object) -> None:
+    expected = sorted(_contents(_epoch(shard_set.path)))
+    path = shard_set.index_path(0)
+    whole, records = path.read_bytes(), np.array(load_index(path))
+    records["width"], records["height"] = records["height"].copy(), records["width"].copy()
+    try:
+        save(records, path)  # type: ignore[operator]
+        assert sorted(_contents(_epoch(shard_set.path))) == expected
     finally:
         path.write_bytes(whole)
 
