@@ -15,7 +15,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from shards.errors import ShardError
+from shards.errors import ShardError, explain_os_error
 
 _TASKS_AHEAD = 3  # per worker
 
@@ -33,7 +33,7 @@ def ordered_map(
         workers: number of processes; 1 uses the calling process.
 
     Raises:
-        ShardError: a worker process died.
+        ShardError: a worker process died, or none can be started.
     """
     if workers == 1:
         yield from map(function, tasks)
@@ -44,8 +44,12 @@ def ordered_map(
     pending: deque[Future[Result]] = deque()
     try:
         for task in tasks:
-            with _interrupts_blocked():  # any of the first tasks may start a worker
-                pending.append(pool.submit(function, task))
+            try:
+                with _interrupts_blocked():  # any of the first tasks may start a worker
+                    pending.append(pool.submit(function, task))
+            except OSError as error:
+                reason = explain_os_error(error)
+                raise ShardError(f"worker processes cannot be started ({reason}); use fewer --workers") from error
             if len(pending) > _TASKS_AHEAD * workers:
                 yield pending.popleft().result()
         while pending:

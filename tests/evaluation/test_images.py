@@ -1,4 +1,4 @@
-"""Labelled images of a folder are those of the set that is packed from it."""
+"""Evaluation takes the same images and labels from a folder as from the set that is packed from it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from drawn_images import add_to_tar, drawn_image, encoded, packed_set
+from drawn_images import add_to_tar, all_labels, drawn_image, encoded, packed_set
 from faulty_server import faulty_server
 
 from shards.errors import ShardError
@@ -130,3 +130,39 @@ def test_command_prints_errors_in_one_line(tmp_path: Path) -> None:
             assert "indexed 3 images in 1 shard," in ended.stdout
     ended = subprocess.run([*tool[:-1], "", "--src", "good.tar"], capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (2, "error: --out is empty; give the folder of the set\n")
+
+
+def test_command_prints_what_it_passes_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in [
+            *((f"IMG.{number}.jpg", encoded(drawn_image(number))) for number in range(3)),
+            *((f"IMG.{number}.cls", str(number).encode()) for number in (2, 0)),
+            ("a.jpg", encoded(drawn_image(3))),
+            ("a.png", encoded(drawn_image(3), "PNG")),
+            ("b.gif", encoded(drawn_image(4), "GIF")),
+        ]:
+            add_to_tar(tar, name, content)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(_ROOT / "tools" / "index_shards.py"),
+            "--src",
+            tmp_path / "x.tar",
+            "--out",
+            tmp_path / "set",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [
+        "files of other kinds, passed over: .gif 1",
+        "images without a label of their name: 2",
+        "second images of a sample, passed over: 1",
+    ]
+    assert lines[-1].startswith("indexed 4 images in 1 shard")
+    shard_set = ShardSet.open(tmp_path / "set")
+    assert all_labels(shard_set) == [0, -1, 2, -1]
+    assert [shard_set.key(0, sample) for sample in range(4)] == ["IMG.0", "IMG.1", "IMG.2", "a"]
+    assert verify(tmp_path / "set") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -17,6 +18,7 @@ import pytest
 from drawn_images import all_labels, all_payloads, drawn_image, encoded
 
 from shards.errors import ShardError
+from shards.packing import items, parquet
 from shards.packing.inputs import list_inputs
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
@@ -195,3 +197,50 @@ def test_server_without_byte_ranges_fails_without_retries(tmp_path: Path, with_h
         server.shutdown()
         server.server_close()
     assert time.monotonic() - began < 10.0
+
+
+def test_more_rows_than_can_be_images_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = pyarrow.schema([("image", pyarrow.binary())])
+    with pyarrow.parquet.ParquetWriter(tmp_path / "x.parquet", schema, compression="zstd") as writer:
+        for _ in range(2):
+            writer.write_table(pyarrow.table({"image": pyarrow.nulls(1_000_000, pyarrow.binary())}))
+    with pytest.raises(ShardError, match=r"x\.parquet states 2000000 rows in \d+ bytes, too few to hold"):
+        list_inputs(str(tmp_path / "x.parquet"))
+    monkeypatch.setattr(parquet, "MAX_ITEMS", 5)
+    for number in range(2):
+        _write(tmp_path / "many" / f"{number}.parquet", range(3))
+    with pytest.raises(ShardError, match=r"1\.parquet brings the number of rows above 5; make several sets"):
+        list_inputs(str(tmp_path / "many"))
+
+
+def test_one_image_repeated_by_many_rows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = encoded(drawn_image(1, 400, 300), "PNG")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [picture] * 500}), tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 2 * len(picture)
+    monkeypatch.setattr(parquet, "_MAX_GROUP_BYTES", 100 * len(picture))
+    with pytest.raises(
+        ShardError, match=r"row group 0 have more than \d+ bytes; write it again with smaller row groups"
+    ):
+        pack(tmp_path / "x.parquet", tmp_path / "set", _SMALL)
+    names = pyarrow.table({"image": [picture] * 9, "label": ["a" * 5000] * 9})
+    pyarrow.parquet.write_table(names, tmp_path / "names.parquet")
+    with pytest.raises(ShardError, match="contains names of 5000 characters; name another column"):
+        list_inputs(str(tmp_path / "names.parquet"))
+
+
+@pytest.mark.parametrize("fault", ["ESTALE", "EIO"])
+def test_failing_file_system_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    source = _write(tmp_path / "x.parquet", range(12))
+    number = getattr(errno, fault)
+    monkeypatch.setattr(items, "_PAUSES", (0.0,))
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(number, "unreachable")
+
+        listed = list_inputs(str(source))
+        patch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", fail)
+        parquet._read_column.cache_clear()
+        with pytest.raises(items.SourceUnreachable, match=r"x\.parquet cannot be read .* re-run to resume"):
+            listed.items[0].location.read()
+    assert listed.items[0].location.read() == _image(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -41,8 +42,9 @@ _SMALL = PackOptions(shard_bytes=20_000)
 
 
 @pytest.fixture
-def bucket() -> Iterator[str]:
-    """The URL of an empty folder in fsspec's store in memory."""
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty folder in fsspec's store in memory, packed in a cache folder of this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = fsspec.filesystem("memory")
     files.store.clear()
     yield "memory://bucket/set"
@@ -241,3 +243,49 @@ def test_verify_of_an_indexed_set_with_a_missing_tar(tmp_path: Path) -> None:
     (foreign / "a b.tar").unlink()
     (fault,) = verify(tmp_path / "indexed")
     assert fault.file == "shards/000000-a b.tar" and fault.reason.endswith("a b.tar does not exist")
+
+
+def test_default_scratch_folder_is_private_and_resumed_after_a_kill(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = draw_folder(tmp_path / "images", 30)
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path / "shared"))
+
+        def kill(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Upload, "finish", kill)
+        with pytest.raises(KeyboardInterrupt):
+            pack(images, bucket, _SMALL)
+    scratch = scratch_folder(bucket)
+    assert scratch.parent == tmp_path / "cache" / "streamtrain"
+    for folder in (scratch.parent, scratch):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    pack(images, bucket, _SMALL)
+    assert ShardSet.open(bucket).num_samples == 30 and not scratch.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "writable for all", "another user's"])
+@pytest.mark.parametrize("level", ["scratch", "parent", "option"])
+def test_foreign_scratch_folder_is_refused(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, kind: str, level: str
+) -> None:
+    images = draw_folder(tmp_path / "images", 3)
+    (tmp_path / "victim" / "shards").mkdir(parents=True)
+    (tmp_path / "victim" / "shards" / "000000.tar").write_bytes(b"precious")
+    default = scratch_folder(bucket)
+    place = {"scratch": default, "parent": default.parent, "option": tmp_path / "option"}[level]
+    if level == "parent":
+        place.rmdir()
+    if kind == "link":
+        place.symlink_to(tmp_path / "victim")
+    else:
+        place.mkdir()
+        place.chmod(0o777 if kind == "writable for all" else 0o700)
+    if kind == "another user's":
+        owner = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(ShardError, match=r"--scratch .* (is a link|belongs to another user or is writable for all)"):
+        pack(images, bucket, _SMALL, scratch=place if level == "option" else None)
+    assert [file.read_bytes() for file in (tmp_path / "victim").rglob("*.tar")] == [b"precious"]
