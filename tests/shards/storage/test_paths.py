@@ -64,7 +64,7 @@ def test_the_value_of_a_variable_is_expanded_too(monkeypatch: pytest.MonkeyPatch
         ("$UNSET/set", "the environment variable UNSET, which is not set"),
         ("${UN SET}", "UN SET"),
         ("${}/x", "not set"),
-        ("~nobody-here/x", "no user nobody-here"),
+        ("~not-a-user/x", "no user not-a-user"),
         ("here/~/x", "contains a folder called ~"),
         ("/~", "contains a folder"),
     ],
