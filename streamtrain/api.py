@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -38,11 +39,16 @@ def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **opti
 
     Raises:
         ShardError: if there is nothing to pack, or ``out`` cannot be written.
+        StreamtrainError: for an unknown option, or ``workers`` below 1.
     """
     from shards.packing.pack import PackOptions
     from shards.packing.pack import pack as pack_images
 
-    report = pack_images(src, out, PackOptions(**options), workers=workers or os.cpu_count() or 1, progress=True)
+    known = [field.name for field in dataclasses.fields(PackOptions)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise StreamtrainError(f"pack has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    source, target = _expand(src), _expand(out)
+    report = pack_images(source, target, PackOptions(**options), workers=_check_workers(workers), progress=True)
     return report.manifest
 
 
@@ -54,7 +60,7 @@ def verify(shards: Path | str, *, workers: int | None = None) -> list[str]:
     """
     from shards.packing.verify import verify as verify_set
 
-    return [str(fault) for fault in verify_set(shards, workers=workers or os.cpu_count() or 1, progress=True)]
+    return [str(fault) for fault in verify_set(_expand(shards), workers=_check_workers(workers), progress=True)]
 
 
 def train(
@@ -86,11 +92,12 @@ def train(
     Raises:
         TrainingError: if the run failed, or was stopped before its last step; the message is the last error line.
     """
+    run = _expand(run)
     command = [sys.executable, "-m", "streamtrain.cli.main", "train", "--config", str(config)]
     command += ["--ranks", str(gpus)] if gpus is not None else []
     command += ["--resume", str(resume)] if resume is not None else []
     command += ["--accept", *([accept] if isinstance(accept, str) else accept)] if accept else []
-    settings = {"data.shards": str(shards), "run.dir": str(run)} | ({"run.steps": steps} if steps is not None else {})
+    settings = {"data.shards": str(shards), "run.dir": run} | ({"run.steps": steps} if steps is not None else {})
     # JSON is YAML, which the values of overrides are
     command += [
         f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in (settings | overrides).items()
@@ -106,10 +113,11 @@ def train(
 def _run_and_print(command: list[str]) -> tuple[int, str]:
     """Run a command, print its output line by line, and return its exit status and last error line."""
     from streamtrain.cli.launch import stop_with_parent
+    from streamtrain.engine.rendezvous import AGENT_STORE
 
     environment = dict(os.environ)
     # the child is not a rank, even if this process is
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", AGENT_STORE):
         environment.pop(name, None)
     if _ROOT.name not in ("site-packages", "dist-packages"):
         environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])])
@@ -141,11 +149,15 @@ def load_backbone(path: Path | str, *, step: int | str | None = None, which: str
         which: of a run: ``teacher`` or ``student``.
 
     Raises:
-        StreamtrainError: if there is no backbone at ``path``.
+        StreamtrainError: if there is no backbone at ``path``, or ``step`` or ``which`` selects none.
     """
     from streamtrain.interop import load
 
-    return load.load_backbone(path, step, which)
+    if not (step is None or step == "best" or (isinstance(step, int) and not isinstance(step, bool) and step >= 0)):
+        raise StreamtrainError(f"step {step!r} is neither a number of steps nor 'best'")
+    if which not in ("teacher", "student"):
+        raise StreamtrainError(f"which {which!r} is neither 'teacher' nor 'student'")
+    return load.load_backbone(_expand(path), step, which)
 
 
 def embed(
@@ -164,18 +176,22 @@ def embed(
 
     Raises:
         ShardError: if ``source`` is not a shard set, or one of its images is damaged.
+        StreamtrainError: if ``batch_size`` is below 1, or this machine does not have ``device``.
     """
     import numpy as np
-    import torch
 
     from shards.reading.shard_set import ShardSet
+    from streamtrain.cli.backbone import choose_device
     from streamtrain.evaluation.features import extract_features
     from streamtrain.evaluation.images import images_of_set
 
-    shard_set = ShardSet.open(source)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise StreamtrainError(f"batch_size {batch_size!r} is not a whole number above 0")
+    chosen = choose_device(str(device or "auto"))
+    shard_set = ShardSet.open(_expand(source))
     config = backbone.config
     features, _ = extract_features(
-        backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).model,
+        backbone.to(chosen).model,
         images_of_set(shard_set, np.arange(shard_set.num_samples)),
         size=config.image_size, mean=config.mean, std=config.std, batch_size=batch_size, progress=True,
     )  # fmt: skip
@@ -224,6 +240,20 @@ def export(run: Path | str, out: Path | str, *, to: str = "hf", step: int | str 
     return export_selected(_command_arguments("export", [], given))[0]
 
 
+def _expand(path: Path | str) -> str:
+    from shards.storage.paths import expand_path
+
+    return expand_path(os.fspath(path))
+
+
+def _check_workers(workers: int | None) -> int:
+    if workers is None:
+        return os.cpu_count() or 1
+    if not isinstance(workers, int) or workers < 1:
+        raise StreamtrainError(f"workers {workers!r} is not a whole number above 0")
+    return workers
+
+
 def _command_arguments(command: str, words: list[str], options: Mapping[str, Any]) -> argparse.Namespace:
     """Parse Python values as the options of a command; None and False leave an option out.
 
@@ -239,4 +269,4 @@ def _command_arguments(command: str, words: list[str], options: Mapping[str, Any
         try:
             return build_parser([command]).parse_args([command, *words])
         except SystemExit:
-            raise StreamtrainError(stderr.getvalue().rpartition("error: ")[2]) from None
+            raise StreamtrainError(stderr.getvalue().removeprefix("error: ").rpartition("; see ")[0]) from None

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":
+    if not __package__:
+        # run as a script: replace streamtrain/ on sys.path by its parent folder
+        sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    # before the slow imports, so that Ctrl-C during them prints no traceback
+    from streamtrain.run.interrupts import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import logging
-import os
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-if __name__ == "__main__":
-    # Ctrl-C ends the process without a traceback until the run installs its own handler
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-    if not __package__:
-        # run as a script: replace streamtrain/ on sys.path by its parent folder
-        sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from shards.errors import ShardError
 from shards.reading.mixture import AnySet
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
-from streamtrain.engine.runtime import Launch, choose_accelerator
+from streamtrain.engine.rendezvous import Launch, check_master
+from streamtrain.engine.runtime import choose_accelerator
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.reporting.trackers import check_trackers
+from streamtrain.run.command_line import CommandParser, local_path, raise_descriptor_limit
 from streamtrain.run.directory import (
     check_weights,
     completion_message,
@@ -46,7 +50,6 @@ from streamtrain.run.resume_policy import (
     separate_overrides,
     version_changes,
 )
-from streamtrain.run.signals import EXIT_PREEMPTED
 
 EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -58,7 +61,9 @@ logger = logging.getLogger("streamtrain.main")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a training run."""
     parser.add_argument("--config", required=True, help="path of a YAML file, or the name of a recipe in configs/")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="start from the latest checkpoint of another run")
+    parser.add_argument(
+        "--resume", type=local_path, metavar="RUN", help="start from the latest checkpoint of another run"
+    )
     parser.add_argument(
         "--dry-run", action="store_true",
         help="check the configuration and the data, write one panel of crops to the run directory, and exit",
@@ -123,7 +128,12 @@ def train_rank(arguments: argparse.Namespace) -> int:
 
     0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix.
     """
-    launch = Launch.from_environment()
+    configure_logging()
+    try:
+        launch = Launch.from_environment()
+    except StreamtrainError as error:
+        logger.error(error)
+        return EXIT_USAGE
     configure_logging(launch.rank, launch.world_size)
     try:
         config = load_config(arguments.config, arguments.overrides, launch.world_size)
@@ -136,6 +146,8 @@ def train_rank(arguments: argparse.Namespace) -> int:
             check_complete(config, launch, source, saved, accepted)
             logger.info(complete)
             return 0
+        if launch.world_size > 1:
+            check_master(launch)
         shard_set = check(config, launch, source, accepted)
         with run_lock(run_dir, launch.rank) as has_moved:
             choose_accelerator(config.engine, launch)
@@ -158,9 +170,7 @@ def run_process(arguments: argparse.Namespace) -> NoReturn:
 
     A failed rank exits at once, because its threads and the process group would wait for the other ranks.
     """
-    # until the run installs its own handlers there is nothing to save
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
+    raise_descriptor_limit()
     try:
         status = train_rank(arguments)
     except Exception:
@@ -175,7 +185,7 @@ def run_process(arguments: argparse.Namespace) -> NoReturn:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line of one rank."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="main.py",
         description="Run one rank of a training run. A launcher (deepspeed, torchrun, srun) starts this script once "
         "per rank; without a launcher it is the only rank. `streamtrain train` starts the ranks itself.",

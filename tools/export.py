@@ -6,4 +6,5 @@ import sys
 from streamtrain.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["export", *sys.argv[1:]]))
+    sys.argv.insert(1, "export")
+    sys.exit(main())

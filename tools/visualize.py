@@ -6,4 +6,5 @@ import sys
 from streamtrain.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["visualize", *sys.argv[1:]]))
+    sys.argv.insert(1, "visualize")
+    sys.exit(main())

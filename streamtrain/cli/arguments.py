@@ -25,9 +25,16 @@ def add_command(subparsers: Any, name: str, summary: str, details: str, examples
 
 
 def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    # int() accepts no more than 4300 digits
+    if not (text.isascii() and text.isdecimal() and len(text) < 20) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def jpeg_quality(text: str) -> int:
+    if (quality := positive_int(text)) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JPEG quality from 1 to 100")
+    return quality
 
 
 def byte_size(text: str) -> int:

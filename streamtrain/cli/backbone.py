@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
+from streamtrain.run.command_line import local_path
 
 if TYPE_CHECKING:
     from streamtrain.interop.load import Backbone
@@ -16,11 +16,11 @@ BEST = "best"
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, help="run directory; its latest checkpoint unless --step is given")
+    parser.add_argument("--run", type=local_path, help="run directory; its latest checkpoint unless --step is given")
     parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or best")
     parser.add_argument("--student", action="store_true", help="with --run: the student instead of the teacher")
     parser.add_argument(
-        "--weights", type=Path, help="exported folder (also of transformers or timm) or .safetensors file"
+        "--weights", type=local_path, help="exported folder (also of transformers or timm) or .safetensors file"
     )
     parser.add_argument(
         "--untrained", action="store_true", help="with --run or --config: the newly initialised network"
@@ -59,8 +59,34 @@ def describe_backbone(arguments: argparse.Namespace) -> str:
     return "weights" if arguments.weights else "student" if arguments.student else "teacher"
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+
+
+def choose_device(name: str) -> str:
+    """Return the device that ``--device`` selects.
+
+    Raises:
+        StreamtrainError: it is unknown, or this machine does not have it.
+    """
+    # torch takes seconds to load
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if num_gpus else "cpu"
+    if name == "cpu":
+        return name
+    kind, separator, index = name.partition(":")
+    if kind != "cuda" or (separator and not (index.isascii() and index.isdecimal())):
+        raise StreamtrainError(f"device {name!r} is not one of auto, cpu, cuda and cuda:N")
+    if int(index or 0) >= num_gpus:
+        raise StreamtrainError(f"device {name} does not exist: torch finds {num_gpus} GPU(s); use cpu or auto")
+    return name
+
+
 def parse_step(text: str) -> int | str:
     """Parse a number of steps, or ``best``."""
-    if text != BEST and not text.isdecimal():
+    if text != BEST and not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor {BEST}")
     return text if text == BEST else int(text)

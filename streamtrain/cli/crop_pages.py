@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.packing.pack import PackOptions, pack
 from shards.reading.shard_set import ShardSet
-from streamtrain.config.load import build, load_config, merge, read_resolved
+from streamtrain.config.load import RESOLVED_NAME, build, load_config, merge, read_resolved
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
 from streamtrain.data.still_images import decode_image
@@ -30,7 +30,10 @@ def draw_crops(arguments: argparse.Namespace) -> Image.Image:
     """Return a page with a row per image: the image, and several draws of its training crops."""
     if (arguments.run is None) == (arguments.config is None):
         raise StreamtrainError("give the recipe: one of --run and --config")
-    config = read_resolved(arguments.run) if arguments.run else load_config(arguments.config, arguments.overrides)
+    if arguments.run:
+        read_resolved(arguments.run)  # raises an error if this is not a run directory
+    name = str(arguments.run / RESOLVED_NAME) if arguments.run else arguments.config
+    config = load_config(name, arguments.overrides)
     config = build(merge(config.model_dump(), repeat_one_image(arguments.draws)))
     images = [fit_to_patches(decode_image(path, path), SHOWN_SIDE, 1) for path in arguments.image]
     crops = config.crops

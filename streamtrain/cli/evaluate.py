@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from streamtrain.cli.arguments import add_command, positive_int
-from streamtrain.cli.backbone import add_backbone_arguments
+from streamtrain.cli.backbone import add_backbone_arguments, add_device_argument
+from streamtrain.run.command_line import local_path
 
 TASKS = ("knn", "linear", "logistic")
 
@@ -30,12 +30,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("task", choices=TASKS)
     add_backbone_arguments(parser)
     parser.add_argument("--pixels", action="store_true", help="use the pixels themselves as features, no network")
-    parser.add_argument("--train", type=Path, required=True, metavar="SET", help="labelled images to learn from")
-    parser.add_argument("--test", type=Path, metavar="SET", help="labelled images to predict")
-    parser.add_argument("--size", type=int, help="side of the input in pixels (default: as in training)")
-    parser.add_argument("--resize", type=int, help="shorter side before the centre crop (default: --size)")
+    parser.add_argument("--train", type=local_path, required=True, metavar="SET", help="labelled images to learn from")
+    parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
+    parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
+    parser.add_argument("--resize", type=positive_int, help="shorter side before the centre crop (default: --size)")
     parser.add_argument("--batch", type=positive_int, default=64, help="images per forward (default: 64)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one flat JSON object as the last line")
 
 

@@ -10,6 +10,7 @@ from streamtrain.cli.arguments import add_command, writing
 from streamtrain.cli.backbone import add_backbone_arguments, load_selected_backbone
 from streamtrain.config.load import RESOLVED_NAME
 from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.command_line import local_path
 from streamtrain.run.directory import METRICS_NAME
 
 FORMATS = ("hf", "timm", "safetensors")
@@ -33,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", _SUMMARY, _DETAILS, _EXAMPLES)
     add_backbone_arguments(parser)
     parser.add_argument("--to", choices=FORMATS, required=True, help="format of the folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; new, empty, or an earlier export")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="folder to write; new, empty, or an earlier export"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from streamtrain.cli.backbone import describe_backbone, load_selected_backbone
+from streamtrain.cli.backbone import choose_device, describe_backbone, load_selected_backbone
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import extract_features, pixel_features
 from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images
@@ -77,13 +77,11 @@ def features_of(
             for images in (train, test)
         ]
         return {"features": "pixels", "size": size}, both[0], both[1]
+    device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
     size = size or config.image_size
     check_sizes(size, resize, config.model.patch_size)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = backbone.model.to(device)
     both = [
         extract_features(

@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from streamtrain.engine.rendezvous import AGENT_STORE
 from streamtrain.main import EXIT_USAGE
 from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
@@ -36,12 +37,24 @@ logger = logging.getLogger(__name__)
 
 def run_ranks(arguments: Sequence[str], world_size: int) -> int:
     """Run ``main.py ARGUMENTS`` on ``world_size`` ranks of this machine and return the exit status of the run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environments = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
-    return _run([sys.executable, str(SCRIPT), *arguments], environments)
+    with reserved_port() as port:
+        shared = {
+            "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            # torchrun sets it for its own ranks, and this process may be one of them
+            AGENT_STORE: False,
+        }  # fmt: skip
+        environments = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
+        return _run([sys.executable, str(SCRIPT), *arguments], environments, _prepare_rank)
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a port that no other program is given during the ``with`` block, and on which rank 0 can listen."""
+    with socket.socket() as reserved:
+        # rank 0 sets this option too, and may then bind the port that this socket holds but does not listen on
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("", 0))
+        yield reserved.getsockname()[1]
 
 
 def run_on_hosts(arguments: Sequence[str], hostfile: Path, ranks_per_host: int | None) -> int:
@@ -49,10 +62,13 @@ def run_on_hosts(arguments: Sequence[str], hostfile: Path, ranks_per_host: int |
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
     if ranks_per_host is not None:
         launcher += ["--num_gpus", str(ranks_per_host)]
-    return _run([*launcher, str(SCRIPT), *arguments], [{}])
+    with reserved_port() as free:
+        # a fixed port, such as DeepSpeed's default, fails for the second run on a host
+        launcher += ["--master_port", os.environ.get("MASTER_PORT") or str(free)]
+        return _run([*launcher, str(SCRIPT), *arguments], [{}], stop_with_parent)
 
 
-def _run(command: Sequence[str], environments: Sequence[dict[str, object]]) -> int:
+def _run(command: Sequence[str], environments: Sequence[dict[str, object]], prepare: Callable[[], None]) -> int:
     """Run ``command`` once for each set of variables, and return the exit status of the first process that failed."""
     processes: list[subprocess.Popen[bytes]] = []
     with _received_signals() as received:
@@ -63,7 +79,7 @@ def _run(command: Sequence[str], environments: Sequence[dict[str, object]]) -> i
                     subprocess.Popen(
                         command, env=environment, stdin=subprocess.DEVNULL,
                         # in its own session, so that Ctrl-C in the terminal arrives only once, forwarded from here
-                        start_new_session=True, preexec_fn=stop_with_parent,
+                        start_new_session=True, preexec_fn=prepare,
                     )
                 )  # fmt: skip
             return _wait(processes, received)
@@ -122,11 +138,19 @@ def _received_signals() -> Iterator[list[int]]:
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     previous = [signal.signal(number, lambda number, frame: received.append(number)) for number in numbers]
+    descriptor = signal.set_wakeup_fd(-1)  # of the thread that ends a process without ranks
     try:
         yield received
     finally:
+        signal.set_wakeup_fd(descriptor)
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
+
+
+def _prepare_rank() -> None:
+    stop_with_parent()
+    # main.py unblocks Ctrl-C once it can handle it without a traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def stop_with_parent() -> None:

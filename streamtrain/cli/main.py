@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from shards.errors import ShardError
 from streamtrain import __version__
-from streamtrain.errors import StreamtrainError
-from streamtrain.run.logs import configure_logging
+from streamtrain.run import interrupts
 from streamtrain.run.signals import EXIT_INTERRUPTED
 
 COMMANDS = (
@@ -36,29 +33,61 @@ exit status: 0 completed, 1 failed, 2 an error in the input or the settings (one
 Shell completion, for ~/.bashrc or ~/.zshrc: eval "$(register-python-argcomplete streamtrain)"
 """
 
-# the module is __main__ under python -m
-logger = logging.getLogger("streamtrain.cli.main")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run one command and return its exit status.
+
+    Without ``argv`` it runs the command line of this process, and Ctrl-C prints no traceback until the process ends.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        interrupts.end_quietly_on_interrupt()
+    undo = None
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        # before the slow imports; a run that has started nothing yet ends at once
+        undo = interrupts.exit_on_interrupt() if words[:1] == ["train"] else interrupts.raise_on_interrupt()
+        return _run_command(words)
+    except KeyboardInterrupt:
+        interrupts.report()
+        return EXIT_INTERRUPTED
+    finally:
+        if argv is not None and undo is not None:
+            undo()
+
+
+def _run_command(words: Sequence[str]) -> int:
+    # imported here, so that Ctrl-C during these imports is handled
+    import logging
+
+    from shards.errors import ShardError, printable
+    from streamtrain.errors import StreamtrainError
+    from streamtrain.run.command_line import raise_descriptor_limit
+    from streamtrain.run.logs import configure_logging
+
+    # the module is __main__ under python -m
+    logger = logging.getLogger("streamtrain.cli.main")
+    try:
+        arguments = parse_arguments(words)
         configure_logging()
+        raise_descriptor_limit()
         command = importlib.import_module(f"streamtrain.cli.{arguments.command}")
         status: int = command.run(arguments)
         sys.stdout.flush()
         return status
-    except (StreamtrainError, ShardError) as error:
-        logger.error(error)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # the reader of the output has gone, such as `head`; Python would fail again when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if interrupts.was_interrupted():
+            raise KeyboardInterrupt from None
+        if isinstance(error, (StreamtrainError, ShardError)):
+            logger.error(error)
+            return EXIT_USAGE
+        if isinstance(error, OSError) and error.filename is not None:
+            logger.error(printable(f"{error.strerror}: {error.filename}"))
+            return EXIT_USAGE
+        raise
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,15 +104,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         arguments.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
-        parser.exit(
-            EXIT_USAGE,
-            f"error: unrecognized arguments: {' '.join(rest)}; see streamtrain {arguments.command} --help\n",
-        )
+        parser.prog += f" {arguments.command}"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
 
 
 def build_parser(commands: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from streamtrain.run.command_line import CommandParser
+
+    parser = CommandParser(
         prog="streamtrain", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from PIL import Image
 
-from streamtrain.cli.backbone import load_selected_backbone
+from streamtrain.cli.backbone import choose_device, load_selected_backbone
 from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import (
@@ -28,15 +27,13 @@ SHOWN_SIDE = 400
 
 def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     originals = [decode_image(path, path) for path in arguments.image]
+    device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
     patch_size = config.model.patch_size
     size = arguments.size or map_size(config.image_size, patch_size)
     if size < patch_size:
         raise StreamtrainError(f"--size {size} is less than one patch of {patch_size} pixels")
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = backbone.model.to(device)
     inputs = [fit_to_patches(image, size, patch_size) for image in originals]
     # resize the originals, which have more detail than the network's input

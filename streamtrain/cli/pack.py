@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
-from pathlib import Path
 from typing import Any
 
-from shards.errors import ShardError, printable
+from shards.errors import printable
 from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
-from streamtrain.cli.arguments import add_command, byte_size, positive_int
+from streamtrain.cli.arguments import add_command, byte_size, jpeg_quality, positive_int
+from streamtrain.run import interrupts
+from streamtrain.run.command_line import local_path, path_or_url
+from streamtrain.run.signals import EXIT_INTERRUPTED
 
 _SUMMARY = "Pack images into a shard set: WebDataset tars, an index of every image, and a manifest."
 _DETAILS = """\
@@ -49,15 +49,15 @@ _EXAMPLES = """\
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "pack", _SUMMARY, _DETAILS, _EXAMPLES)
     add = parser.add_argument
-    add("--src", required=True, metavar="DIR|LIST|TAR|ZIP|PARQUET|URL", help="the images")
-    add("--out", required=True, metavar="SET", help="folder or URL of the set; new or empty")
+    add("--src", type=path_or_url, required=True, metavar="DIR|LIST|TAR|ZIP|PARQUET|URL", help="the images")
+    add("--out", type=path_or_url, required=True, metavar="SET", help="folder or URL of the set; new or empty")
     add("--shard-size", type=byte_size, default="256MB", metavar="SIZE", help="largest tar (default: 256MB)")
     add(
         "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N",
         help="decoding processes (default: all cores)",
     )  # fmt: skip
     add("--max-side", type=positive_int, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
-    add("--quality", type=positive_int, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
+    add("--quality", type=jpeg_quality, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
     add(
         "--max-pixels", type=positive_int, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
@@ -73,14 +73,13 @@ def add_parser(subparsers: Any) -> None:
         help="label column of parquet files (default: label, if present; '' for no labels)",
     )  # fmt: skip
     add(
-        "--scratch", type=Path, metavar="DIR",
+        "--scratch", type=local_path, metavar="DIR",
         help="local folder in which a set for a URL is packed (default: in ~/.cache/streamtrain)",
     )  # fmt: skip
     add("--dedup", action="store_true", help="leave out images with the same bytes as an earlier one")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = PackOptions(
         shard_bytes=arguments.shard_size,
         max_side=arguments.max_side,
@@ -90,8 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
         shuffle=arguments.shuffle,
         dedup=arguments.dedup,
     )
-    if not arguments.out.strip():
-        raise ShardError("--out is empty; give the folder or the URL of the set")
     try:
         report = pack(
             arguments.src,
@@ -103,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
             scratch=arguments.scratch,
         )
     except KeyboardInterrupt:
-        print(f"interrupted; run the same command again to resume packing {arguments.out}", file=sys.stderr)
-        return 130
+        interrupts.report(f"interrupted; run the same command again to resume packing {printable(arguments.out)}")
+        return EXIT_INTERRUPTED
     manifest = report.manifest
     log = f"{arguments.out.rstrip('/')}/rejected.jsonl"
     if report.num_rejected is None:

@@ -36,7 +36,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--gpus", type=positive_int, required=True, help="number of ranks, one per GPU")
     parser.add_argument("--gpu-memory", type=byte_size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")
     parser.add_argument("--host-memory", type=byte_size, metavar="SIZE", help="of one host (default: not checked)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="samples per micro-batch: data.micro_batch")
+    parser.add_argument(
+        "--micro-batch", type=positive_int, metavar="N", help="samples per micro-batch: data.micro_batch"
+    )
     parser.add_argument("--fit", action="store_true", help="search for the fastest settings that fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")

@@ -12,6 +12,7 @@ from shards.format.files import write_whole
 from streamtrain.cli.arguments import add_command, writing
 from streamtrain.evaluation.report import report_page
 from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.command_line import local_path
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ _EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "report", _SUMMARY, _DETAILS, _EXAMPLES)
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
+    parser.add_argument("--run", type=local_path, required=True, help="run directory")
+    parser.add_argument("--out", type=local_path, help="file to write (default: RUN/report.html)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from streamtrain.cli.arguments import add_command, positive_int
@@ -12,6 +11,7 @@ from streamtrain.cli.launch import run_on_hosts, run_ranks
 from streamtrain.config.load import load_config
 from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
+from streamtrain.run.command_line import local_path
 from streamtrain.run.resume_policy import separate_overrides
 
 _SUMMARY = "Train a self-supervised vision transformer from a stream of image shards."
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         "visible GPUs, otherwise 1; with --hostfile: the number of GPUs to use on each host)",
     )  # fmt: skip
     parser.add_argument(
-        "--hostfile", type=Path, metavar="F",
+        "--hostfile", type=local_path, metavar="F",
         help="train on several machines with DeepSpeed's launcher: lines such as `node1 slots=8`; needs passwordless "
         "ssh and the same paths on each",
     )  # fmt: skip

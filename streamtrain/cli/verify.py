@@ -10,6 +10,7 @@ from shards.format.images import DEFAULT_MAX_PIXELS
 from shards.format.set_manifest import SetManifest, counted
 from shards.packing.verify import verify
 from streamtrain.cli.arguments import add_command, positive_int
+from streamtrain.run.command_line import path_or_url
 
 _SUMMARY = "Check a shard set: every tar, both indexes, the manifest, every checksum, a decode of every image."
 _DETAILS = """\
@@ -24,9 +25,9 @@ _EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "verify", _SUMMARY, _DETAILS, _EXAMPLES)
-    parser.add_argument("set", metavar="SET", help="folder or URL of the set")
+    parser.add_argument("set", type=path_or_url, metavar="SET", help="folder or URL of the set")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument(
         "--max-pixels",
@@ -38,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     manifest = SetManifest.load(arguments.set)
-    faults = verify(arguments.set, workers=max(1, arguments.workers), max_pixels=arguments.max_pixels, progress=True)
+    faults = verify(arguments.set, workers=arguments.workers, max_pixels=arguments.max_pixels, progress=True)
     for fault in faults:
         print(fault)
     print(f"read {manifest.extent}: {counted(len(faults), 'fault') if faults else 'no faults'}")

@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from streamtrain.cli.arguments import writing
-from streamtrain.cli.backbone import add_backbone_arguments
+from streamtrain.cli.arguments import positive_int, writing
+from streamtrain.cli.backbone import add_backbone_arguments, add_device_argument
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.figures import draw_charts
 from streamtrain.reporting.metrics import read_metrics
+from streamtrain.run.command_line import local_path
 from streamtrain.run.directory import METRICS_NAME
 
 CURVES = (
@@ -51,23 +52,27 @@ def add_parser(subparsers: Any) -> None:
     for kind in ("similarity", "pca", "attention"):
         add = of_kind[kind].add_argument
         add_backbone_arguments(of_kind[kind])
-        add("--image", type=Path, nargs="+", required=True, metavar="X", help="image files")
-        add("--size", type=int, help="shorter side of the input in pixels (default: twice the training size or more)")
+        add("--image", type=local_path, nargs="+", required=True, metavar="X", help="image files")
+        add(
+            "--size",
+            type=positive_int,
+            help="shorter side of the input in pixels (default: twice the training size or more)",
+        )
         add("--smooth", action="store_true", help="interpolate the maps between patches")
-        add("--device", default="auto", help="auto, cpu or cuda")
+        add_device_argument(of_kind[kind])
     of_kind["similarity"].add_argument(
         "--patch", type=parse_patch, nargs="+", metavar="ROW,COL",
         help="patches of the first image: one row each, or a grid if there is one image (default: the middle patch)",
     )  # fmt: skip
     of_kind["pca"].add_argument("--foreground", action="store_true", help="leave the background black")
     add = of_kind["crops"].add_argument
-    add("--run", type=Path, help="run directory whose recipe is used")
+    add("--run", type=local_path, help="run directory whose recipe is used")
     add("--config", help="a recipe, as for training")
-    add("--image", type=Path, nargs="+", required=True, metavar="X", help="image files")
-    add("--draws", type=int, default=4, help="draws of each image (default: 4)")
-    add("overrides", nargs="*", metavar="a.b=value", help="with --config: settings, as for training")
+    add("--image", type=local_path, nargs="+", required=True, metavar="X", help="image files")
+    add("--draws", type=positive_int, default=4, help="draws of each image (default: 4)")
+    add("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")
     add = of_kind["curves"].add_argument
-    add("--run", type=Path, nargs="+", required=True, help="run directories, one line each")
+    add("--run", type=local_path, nargs="+", required=True, help="run directories, one line each")
     add("--tags", nargs="+", default=CURVES, help=f"tags to draw (default: {' '.join(CURVES)})")
     for kind_parser in of_kind.values():
         kind_parser.add_argument("--out", type=parse_image_path, required=True, metavar="P.png", help="file to write")
@@ -94,9 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_image_path(text: str) -> Path:
-    if Path(text).suffix.lower() not in Image.registered_extensions():
+    path = local_path(text)
+    if path.suffix.lower() not in Image.registered_extensions():
         raise argparse.ArgumentTypeError(f"{text} has no image suffix, such as .png")
-    return Path(text)
+    return path
 
 
 def parse_patch(text: str) -> tuple[int, int]:

@@ -9,8 +9,10 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from shards.credentials import strip_credentials
 from shards.storage.store import RetryPolicy
 from streamtrain.config.section import (
+    EXPANDED,
     VALUE_TYPE,
     NonNegative,
+    PathText,
     Positive,
     Probability,
     Section,
@@ -24,7 +26,7 @@ from streamtrain.config.section import (
 class SetShare(Section):
     """One of several shard sets that a run mixes."""
 
-    shards: str = accept(..., "Folder or URL of the shard set.", min_length=1)
+    shards: PathText = accept(..., "Folder or URL of the shard set.")
     weight: float = accept(
         ..., "Share of the images that come from this set, relative to the weights of the other sets.", gt=0.0,
         allow_inf_nan=False,
@@ -39,7 +41,7 @@ def _form(value: Any) -> str | None:
 
 # error messages omit a tag in angle brackets from the name of the key
 ShardSets = Annotated[
-    Annotated[str, Tag("<one>")] | Annotated[tuple[SetShare, ...], Field(min_length=1), Tag("<several>")],
+    Annotated[str, EXPANDED, Tag("<one>")] | Annotated[tuple[SetShare, ...], Field(min_length=1), Tag("<several>")],
     Discriminator(
         _form,
         custom_error_type="shards",
@@ -65,7 +67,7 @@ class RemoteConfig(Section):
 class CacheConfig(Section):
     """Copies of remote shards on a local disk. Without a cache, each image is read over the network."""
 
-    dir: str | None = free(
+    dir: PathText | None = free(
         None, "Folder of the copies, shared by the ranks of a machine and possibly by other runs; null: no cache."
     )
     limit: Size | None = free(None, "Maximum size of the folder.")

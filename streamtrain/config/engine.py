@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Section, accept, free
+from streamtrain.config.section import NonNegative, PathText, Positive, Section, accept, free
 
 
 class TeacherConfig(Section):
@@ -17,7 +17,7 @@ class TeacherConfig(Section):
     """
 
     kind: Literal["ema", "frozen"] = accept("ema", "The network that computes the targets.")
-    weights: str | None = accept(None, "Run directory of the frozen teacher (required with kind: frozen).")
+    weights: PathText | None = accept(None, "Run directory of the frozen teacher (required with kind: frozen).")
     chunk: NonNegative = free(0, "Images per forward pass of the teacher; 0: all images at once.")
     average: Literal["device", "host"] = free(
         "device", "Memory that holds the fp32 EMA; no difference on a CPU. Affects memory and speed."
@@ -93,7 +93,7 @@ class EngineConfig(Section):
     moments_ratio: float = free(
         1.0, "Share of the moments that is moved to host memory or disk (moments: host or disk).", gt=0.0, le=1.0
     )
-    moments_dir: str | None = free(None, "Folder of the files (moments: disk); null: run.dir/moments.")
+    moments_dir: PathText | None = free(None, "Folder of the files (moments: disk); null: run.dir/moments.")
     live_blocks: Positive = free(3, "Maximum gathered ZeRO-3 parameters, in backbone blocks.")
     reduce_bucket_bytes: int = free(
         64 * 2**20, "Bytes of gradients that are reduced together (more than one rank).", ge=2**16

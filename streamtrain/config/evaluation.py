@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from streamtrain.config.section import Probability, Section, Steps, free
+from streamtrain.config.section import PathText, Probability, Section, Steps, free
 
 # names of each evaluator's metrics below eval/
 METRICS = {"knn": ("knn_10", "knn_20"), "linear": ("linear",), "patches": ("patch_retrieval",)}
@@ -20,10 +20,10 @@ class EvaluationConfig(Section):
         ("knn",), "Classification by k-NN (knn) or a linear layer (linear), and retrieval of the patches of an "
         "enlarged, mirrored view (patches).",
     )  # fmt: skip
-    train: str | None = free(
+    train: PathText | None = free(
         None, "Labelled training images: a shard set or a folder of class subfolders; null: data.shards if labelled."
     )
-    test: str | None = free(None, "Labelled test images; null: a held-out part of the training images.")
+    test: PathText | None = free(None, "Labelled test images; null: a held-out part of the training images.")
     images: int = free(2000, "Maximum number of training images; at most a quarter as many test images.", ge=8)
     max_share: Probability = free(
         0.05, "Skip an evaluation when evaluations have taken a larger share of the run's time."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from streamtrain.config.section import Probability, Section, Steps, accept, free
+from streamtrain.config.section import PathText, Probability, Section, Steps, accept, free
 
 DEFAULT_MINIMUM = 0.95
 
@@ -12,7 +12,7 @@ DEFAULT_MINIMUM = 0.95
 class InitConfig(Section):
     """Initial weights. Ignored by a run that has a checkpoint or is started with ``--resume``."""
 
-    weights: str | None = free(
+    weights: PathText | None = free(
         None, "Pretrained backbone: a Hugging Face folder of a DINOv3 ViT, a timm folder, a streamtrain export, run or "
         "checkpoint, or a .safetensors or torch file with the tensor names of one of them; null: random weights. Heads "
         "always start with random weights.",

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from shards.credentials import strip_values
 from shards.reading.mixture import AnySet, open_sets
+from shards.storage.paths import expand_path
 from streamtrain.config.data import DataConfig
 from streamtrain.config.section import STEPS_PER_EPOCH
 from streamtrain.config.tree import Config
@@ -44,7 +45,9 @@ def find_config(name: str, beside: Path | None = None) -> Path:
 
     Raises:
         ConfigError: there is no such file; the message lists the shipped recipes.
+        ShardError: the path has an unset variable.
     """
+    name = expand_path(name)
     folders = [Path(), *([beside] if beside else []), *preset_folders()]
     for folder in folders:
         for candidate in (folder / name, folder / f"{name}.yaml"):

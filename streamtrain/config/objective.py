@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import NonNegative, Positive, Section, Steps, accept, fixed, free
+from streamtrain.config.section import NonNegative, PathText, Positive, Section, Steps, accept, fixed, free
 from streamtrain.errors import ConfigError
 
 
@@ -91,7 +91,7 @@ class GramConfig(Section):
     """Gram anchoring: keeps the student's patch similarities close to an earlier teacher's; off with weight 0."""
 
     weight: Schedule = accept(Schedule(peak=0.0), "Weight of the Gram loss in the total loss.")
-    teacher: str = accept(
+    teacher: PathText = accept(
         "ema", "Backbone as in init.weights, or ema: a copy of the EMA teacher at the first step with weight > 0."
     )
     refresh: RefreshConfig = RefreshConfig()

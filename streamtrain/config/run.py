@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from streamtrain.config.section import NonNegative, Positive, PositiveSteps, Section, Steps, fixed, free
+from streamtrain.config.section import NonNegative, PathText, Positive, PositiveSteps, Section, Steps, fixed, free
 
 
 class RunConfig(Section):
     """Run directory, length, seed and checkpoints; only ``seed`` and ``steps`` affect results."""
 
-    dir: str = free("runs/default", "Run directory: resolved config, checkpoints, metrics and logs.")
+    dir: PathText = free("runs/default", "Run directory: resolved config, checkpoints, metrics and logs.")
     steps: PositiveSteps = free(1000, "Length of the run in optimizer steps; schedules end at this step.")
     seed: NonNegative = fixed(0, "Seed of initial weights, image order, augmentations, masks and drop-path.")
     checkpoint_every: Steps = free(500, "Steps between checkpoints; 0: only at the end of the run or on a stop.")

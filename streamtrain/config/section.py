@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic.fields import FieldInfo
+
+from shards.storage.paths import expand_path
 
 
 class Section(BaseModel):
@@ -49,6 +52,20 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Range = tuple[float, float]
+
+# Text that is a path. Every setting that holds a path has this type, so that `~` and variables are expanded.
+EXPANDED = AfterValidator(expand_path)
+PathText = Annotated[str, Field(min_length=1, json_schema_extra={VALUE_TYPE: "path"}), EXPANDED]
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Return whether a setting is a path, or can be one."""
+
+    def is_expanded(kind: Any) -> bool:
+        return kind is EXPANDED or any(map(is_expanded, get_args(kind)))
+
+    return any(map(is_expanded, (*field.metadata, field.annotation)))
+
 
 # key of the validation context: a function without arguments that returns the steps of an epoch
 STEPS_PER_EPOCH = "steps_per_epoch"

@@ -20,7 +20,7 @@ from streamtrain.config.monitor import MonitorConfig
 from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.config.run import RunConfig
 from streamtrain.config.schedules import Schedule, SchedulesConfig
-from streamtrain.config.section import RESUME_RULE, ResumeRule, Section
+from streamtrain.config.section import RESUME_RULE, ResumeRule, Section, is_path
 from streamtrain.errors import ConfigError
 
 
@@ -110,6 +110,11 @@ def walk_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterat
             yield from walk_settings(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+@cache
+def path_settings() -> frozenset[str]:
+    return frozenset(key for key, field in walk_settings() if is_path(field))
 
 
 @cache

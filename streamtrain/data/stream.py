@@ -108,7 +108,7 @@ def check_cache(
             f"data.cache.limit is {cache.limit} bytes, but the shards that this machine reads at a time need {needed} "
             f"({lanes} lanes x data.window {config.data.window} shards); raise it, or lower data.window or data.lanes"
         )
-    required, free = min(cache.limit, sum(map(copy_bytes, entries))), available_bytes(Path(cache.dir).expanduser())
+    required, free = min(cache.limit, sum(map(copy_bytes, entries))), available_bytes(Path(cache.dir))
     if free < required:
         raise ConfigError(
             f"data.cache may use {required} bytes, but its disk has {free} bytes free; lower data.cache.limit, or set "
@@ -124,7 +124,7 @@ def check_cache_folder(config: Config) -> None:
     """
     cache = config.data.cache
     if cache.dir is not None and cache.limit is not None:
-        Ledger(Path(cache.dir).expanduser(), cache.limit).close()
+        Ledger(Path(cache.dir), cache.limit).close()
 
 
 def open_cache(
@@ -153,7 +153,7 @@ def open_cache(
     lanes = find_lanes(order, global_batch, start_slot, range(samples * rank, samples * (rank + 1)))
     blocks = order.windows(start_slot, lanes)
     return ShardCache(
-        Ledger(Path(cache.dir).expanduser(), cache.limit),
+        Ledger(Path(cache.dir), cache.limit),
         shard_set.remote_shard,
         itertools.takewhile(lambda block: end_slot is None or block.first_slot < end_slot, blocks),
         start_slot=start_slot,

@@ -1,4 +1,4 @@
-"""A process's rank, device and dtype, and its process group.
+"""A process's device and dtype, and its process group.
 
 torch is imported only where it is needed, so that configuration errors are reported within a second.
 """
@@ -6,7 +6,6 @@ torch is imported only where it is needed, so that configuration errors are repo
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from streamtrain.config.engine import EngineConfig
+from streamtrain.engine.rendezvous import Launch, meeting_error, wait_for_rank_0
 from streamtrain.errors import ConfigError
 from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
 from streamtrain.ops.cpu.features import multiplies_bf16
@@ -25,36 +25,6 @@ if TYPE_CHECKING:
 # DeepSpeed warnings about intended choices: modules take dataclasses, which its hooks do not look into, and the
 # optimiser is not one of DeepSpeed's.
 EXPECTED_WARNINGS = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among its peers, as set by ``deepspeed``, ``torchrun``, ``srun`` with variables, or no launcher."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``; without them this is the only rank."""
-        if "RANK" not in os.environ:
-            # init_distributed reads these variables
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                variables: dict[str, object] = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-            os.environ.update({key: str(value) for key, value in variables.items()})
-        world_size = int(os.environ["WORLD_SIZE"])
-        # DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-        return cls(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", 0)), int(local))
-
-    @property
-    def cores(self) -> int:
-        """Number of CPU cores for this process: the available ones, divided among the node's ranks."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
 
 @dataclass(frozen=True)
@@ -110,7 +80,8 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     """Initialise the process group, and destroy it when the ``with`` block ends without an error.
 
     Raises:
-        ConfigError: if the requested device is not available, or this DeepSpeed is not supported.
+        ConfigError: if the requested device is not available, this DeepSpeed is not supported, or the ranks cannot
+            meet.
     """
     cuda = choose_accelerator(config, launch) == "cuda"
     if not cuda:
@@ -134,7 +105,12 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
     timeout = timedelta(seconds=config.collective_timeout_seconds)
-    deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
+    if launch.rank > 0:
+        wait_for_rank_0(launch, timeout)
+    try:
+        deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise meeting_error(error, launch, timeout) from None
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed_compat.cloned_world_group())
     dtype = torch.bfloat16 if uses_bf16(config, cuda) else torch.float32
     if not cuda:

@@ -35,9 +35,9 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     # train and test images
     count = evaluation.images + evaluation.images // TRAIN_PER_TEST
     if evaluation.train is not None:
-        train = open_images(Path(evaluation.train).expanduser())
+        train = open_images(Path(evaluation.train))
         if evaluation.test is not None:
-            test = match_classes(train, open_images(Path(evaluation.test).expanduser()))
+            test = match_classes(train, open_images(Path(evaluation.test)))
             return HeldOut(
                 sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
             ), ""

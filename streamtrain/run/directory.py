@@ -186,10 +186,10 @@ def check_weights(config: Config, source: Path | None) -> None:
         if config.objective.gram.is_active and config.objective.gram.teacher != "ema":
             paths["objective.gram.teacher"] = config.objective.gram.teacher
     for key, weights in paths.items():
-        if weights is not None and not Path(weights).expanduser().exists():
+        if weights is not None and not Path(weights).exists():
             raise ConfigError(f"{key}: there is no file or folder {weights}")
     if config.teacher.weights is not None:
-        read_resolved(Path(config.teacher.weights).expanduser())
+        read_resolved(Path(config.teacher.weights))
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:

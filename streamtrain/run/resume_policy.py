@@ -13,13 +13,16 @@ import logging
 import reprlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.credentials import strip_values
+from shards.errors import ShardError
+from shards.storage.paths import expand_path
 from streamtrain.config.load import known_keys, merge, parse_yaml, to_yaml, unknown_key_message
 from streamtrain.config.section import ACCEPT_ALL, is_accepted
-from streamtrain.config.tree import Config, resume_rules, setting_key
+from streamtrain.config.tree import Config, path_settings, resume_rules, setting_key
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.run.provenance import program_versions
 
@@ -172,7 +175,7 @@ def _changes(
         before = dict(_flatten(merge(_to_plain(Config()), strip_values(recorded))))
         current = dict(_flatten(_to_plain(config)))
         for key in sorted({*before, *current}):
-            was, now = before.get(key, _MISSING), current.get(key, _MISSING)
+            was, now = _expand(key, before.get(key, _MISSING)), current.get(key, _MISSING)
             if was != now and setting_key(key) not in (None, *_COMPARED_BY_EFFECT):
                 yield Change(key, _describe(key, now, was))
         yield from _batch_change(config, recorded, saved.get("world_size"), world_size)
@@ -181,6 +184,14 @@ def _changes(
     was = saved.get("dtype", before.get("engine.dtype", "auto"))
     if dtype is not None and was not in (dtype, "auto"):
         yield Change("engine.dtype", f"{_describe('the data type', dtype, was)} (engine.dtype={_show(was)} keeps it)")
+
+
+def _expand(key: str, value: Any) -> Any:
+    """Return a recorded value as it is now read: older checkpoints record paths with ``~``."""
+    if key in path_settings() and isinstance(value, str):
+        with suppress(ShardError):
+            return expand_path(value)
+    return value
 
 
 def _batch_change(config: Config, recorded: Mapping[str, Any], ranks: object, world_size: int) -> Iterator[Change]:

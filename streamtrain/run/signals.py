@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
@@ -28,6 +31,7 @@ class Requests:
         """Only rank 0 checks for files, because checks by a thousand ranks would overload the file system."""
         self._stop_file = run_dir / STOP_NAME if rank == 0 else None
         self._save_file = run_dir / SAVE_NAME if rank == 0 else None
+        self._is_shown = rank == 0
         self._exit_code = 0
         self._is_saving = False
         receiver, sender = os.pipe()
@@ -42,10 +46,20 @@ class Requests:
         while True:
             for number in os.read(receiver, 64):
                 if number == signal.SIGINT and self._exit_code == EXIT_INTERRUPTED:
+                    self._show("stopped without saving a checkpoint")
                     os._exit(EXIT_INTERRUPTED)
+                if not self._exit_code:
+                    self._show("stopping: saving a checkpoint; press Ctrl-C again to stop without saving")
                 # an interrupted launcher sends SIGTERM after the terminal has sent SIGINT
                 exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
                 self._exit_code = max(self._exit_code, exit_code)
+
+    def _show(self, text: str) -> None:
+        if self._is_shown:
+            # loaded long before; importing it with this module would delay the handling of Ctrl-C at the start
+            import logging
+
+            logging.getLogger(__name__).info(text)
 
     def stop_code(self) -> int:
         """Return the exit code 75 or 130 to stop, ``SAVE`` to save and continue, or 0."""

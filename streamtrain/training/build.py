@@ -188,7 +188,7 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 for name, fragment in student.fragments.items()
                 if name.startswith(BACKBONE)
             }
-            path = Path(config.init.weights).expanduser()
+            path = Path(config.init.weights)
             loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched)
             pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())

@@ -19,7 +19,7 @@ def frozen_teacher_config(config: Config) -> Config:
         ConfigError: if there is no such run, or its outputs do not fit this student.
     """
     assert config.teacher.weights is not None
-    teacher = read_resolved(Path(config.teacher.weights).expanduser())
+    teacher = read_resolved(Path(config.teacher.weights))
     objective, patch = config.objective, config.objective.patch_loss
     keys = ["model.patch_size", "objective.global_loss.head.prototypes"]
     is_ibot = patch.kind == "ibot"
@@ -46,7 +46,7 @@ def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
     Raises:
         CheckpointError: if there is none, or it has a different model.
     """
-    folder = Path(str(config.teacher.weights)).expanduser()
+    folder = Path(str(config.teacher.weights))
     steps = checkpoint.saved_steps(folder)
     if not steps:
         raise CheckpointError(f"teacher.weights: {folder} has no checkpoint")

@@ -42,7 +42,7 @@ class GramAnchor:
             self._network.write(lambda name, fragment: reader.read(f"{KIND}/{name}", fragment))
             self._filled = True
         elif self._config.objective.gram.teacher != "ema":
-            self._read_weights(self._network, Path(self._config.objective.gram.teacher).expanduser())
+            self._read_weights(self._network, Path(self._config.objective.gram.teacher))
             self._filled = True
 
     def refresh(self, step: int, weight: float, teacher: Teacher, before: Callable[[], None]) -> None:

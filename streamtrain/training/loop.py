@@ -64,7 +64,6 @@ def train(
         ShardError, StreamtrainError: for errors that the user can fix.
     """
     run_dir, exit_code = Path(config.run.dir), 0
-    requests = Requests(run_dir, launch.rank)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
         networks = Networks.build(config, runtime)
@@ -82,6 +81,8 @@ def train(
         writer = CheckpointWriter(
             run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds, has_moved
         )
+        # until here a stop request ends the process at once, because there is nothing to save
+        requests = Requests(run_dir, launch.rank)
         policy = CheckpointPolicy(config, runtime, networks, loader, writer, sink, non_finite, requests)
         step = start.step
         with hang_detector, closing(loader), closing(sink), closing(observers), closing(writer):

@@ -6,23 +6,29 @@ compiler, the PyTorch implementations run instead.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
 import subprocess
-import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
+from shards.errors import ShardError
+from shards.storage.paths import expand_path
 from streamtrain.ops.cpu.features import cpu_features
+from streamtrain.ops.cpu.private_folder import NotPrivateError, open_or_make, open_private
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
+# below the folder of compiled extensions
+_NAME = "streamtrain"
 # the same on every machine, so that a cache in a shared home serves them all
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma",
           "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]  # fmt: skip
@@ -60,12 +66,11 @@ def load(dtype: torch.dtype) -> bool:
     if not is_supported(dtype):
         return False
     try:
-        torch.ops.load_library(_library())
+        _load_library()
         # one matmul, since oneDNN may lack support for it
         one = torch.zeros(1, 32, dtype=dtype)
         torch.ops.streamtrain.logits(one, one, 1.0, None, torch.empty(1, 1))
-    # Path.home() without a known home directory and FileLock without lock support raise RuntimeError
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ShardError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = [line for line in lines if "error" in line or "cannot find" in line] or lines[-1:]
         logger.warning(
@@ -77,36 +82,58 @@ def load(dtype: torch.dtype) -> bool:
     return True
 
 
-def _library() -> Path:
-    """Return the library compiled from exactly these sources, flags and torch version."""
+def library_name() -> str:
+    """Return the file name of the library of exactly these sources, flags and torch version."""
+    parts = [_compiler(), *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
+    return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+
+
+@cache
+def _load_library() -> None:
+    """Load the library, and compile it first if it is missing. The other ranks of this machine wait for the first."""
+    with _open_cache() as folder:
+        descriptor = open_or_make(folder, library_name(), _compile)
+        try:
+            # the file that was checked, even if another one has its name by now
+            ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        except OSError as error:
+            raise OSError(f"the compiled library cannot be loaded ({error})") from None
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _open_cache() -> Iterator[int]:
+    """Open the folder of compiled libraries, or the one in the user's own cache if others may write to the first.
+
+    Users of a cluster often share ``TORCH_EXTENSIONS_DIR``, where any of them could plant a library.
+    """
+    # the folders torch.utils.cpp_extension would choose; asking it would print that a CPU machine has no GPU
+    own = Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "torch_extensions"
+    chosen = Path(expand_path(os.environ.get("TORCH_EXTENSIONS_DIR") or str(own)))
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(open_private(chosen / _NAME))
+        except NotPrivateError as error:
+            if chosen == own:
+                raise
+            logger.warning("%s; the CPU kernels are stored in %s instead", error, own / _NAME)
+            folder = stack.enter_context(open_private(own / _NAME))
+        yield folder
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _compile(library: Path) -> None:
+    logger.info("compiling the CPU kernels: once, about half a minute")
     sources = sorted(_FOLDER.glob("*.cpp"))
-    compiler = os.environ.get("CXX", "c++")
-    parts = [compiler, *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    # The folder torch.utils.cpp_extension would choose; asking it would print that a CPU machine has no GPU.
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions") / "streamtrain"
-    library = folder / f"kernels-{digest}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    # The lock ends with its process. The other ranks of this machine wait for the first one.
-    with FileLock(folder / f"kernels-{digest}.lock"):
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                logger.info("compiling the CPU kernels: once, about half a minute")
-                compiled = Path(temporary) / library.name
-                _compile(compiler, sources, compiled)
-                os.replace(compiled, library)
-    return library
-
-
-def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     installed = Path(torch.__file__).parent
     objects = [library.with_name(f"{source.stem}.o") for source in sources]
 
     def run(*arguments: str | Path) -> None:
-        subprocess.run([compiler, *_FLAGS, *arguments], check=True, capture_output=True, text=True)
+        subprocess.run([_compiler(), *_FLAGS, *arguments], check=True, capture_output=True, text=True)
 
     def compile_one(source: Path, to: Path) -> None:
         run(f"-I{installed / 'include'}", "-c", source, "-o", to)

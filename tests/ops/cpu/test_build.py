@@ -64,7 +64,9 @@ def calls(folder: Path) -> list[int]:
 
 def copying() -> str:
     """Return the work of a compiler with a cache: after a second, copy the finished library to the output."""
-    library = shlex.quote(str(build._library()))
+    build.load(torch.float32)
+    with build._open_cache() as folder:
+        library = shlex.quote(f"{os.readlink(f'/proc/self/fd/{folder}')}/{build.library_name()}")
     return f'sleep 1\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"'
 
 
@@ -121,7 +123,7 @@ def test_training_limited_to_avx2_uses_no_kernels(dtype: torch.dtype, limit: dic
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [(no_compiler, "/nonexistent"), (failing_compiler, "no such instruction"),
-     (broken_library, "Could not load this library"), (no_folder, "Not a directory")],
+     (broken_library, "the compiled library cannot be loaded"), (no_folder, "Not a directory")],
 )  # fmt: skip
 def test_without_a_library_training_warns_once_and_uses_pytorch(
     trouble: Callable[[Path], tuple[Path, str]], reason: str, tmp_path: Path
