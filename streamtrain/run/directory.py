@@ -27,6 +27,8 @@ METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
+# of failures that do not end the run
+TRACEBACKS_NAME = "tracebacks.log"
 # the two kinds of checkpoints, and their folders: the whole state of the run, or only the teacher
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 # step, position in the stream and provenance of a checkpoint

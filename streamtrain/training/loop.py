@@ -26,7 +26,8 @@ from streamtrain.planning.plan_text import end_summary, model_table, start_summa
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
-from streamtrain.run.directory import describe_run, log_start_notes, saved_state
+from streamtrain.run.directory import TRACEBACKS_NAME, log_start_notes, saved_state
+from streamtrain.run.logs import keep_tracebacks
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
@@ -59,6 +60,7 @@ def train(
         ShardError, StreamtrainError: for errors that the user can fix.
     """
     run_dir, exit_code = Path(config.run.dir), 0
+    keep_tracebacks(run_dir / TRACEBACKS_NAME)
     requests = Requests(run_dir, launch.rank)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
@@ -134,10 +136,8 @@ def _check_start(
 
 
 def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Plan) -> MetricsSink:
-    """Record the run's configuration and environment, now that all checks have passed, and open its metrics sink."""
+    """Open the run's metrics sink, now that all checks have passed, and show the configuration there."""
     run_dir = Path(config.run.dir)
-    if runtime.rank == 0:
-        describe_run(run_dir, config, runtime.world_size, runtime.description)
     if start.source is not None:
         logger.info("resuming at step %d from %s", start.step, start.source)
     sink = MetricsSink(run_dir, config, rank=runtime.rank, start_step=start.step)

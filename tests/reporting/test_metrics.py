@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_steps(path: Path, first: int, last: int) -> None:
-    log = MetricsLog(path)
+    log = MetricsLog(path, first - 1)
     for step in range(first, last + 1):
         log.write(step, step * 64, {"loss/total": 1 / (step + 2), "optim/lr": 1e-4})
     log.close()
@@ -26,7 +26,7 @@ def write_steps(path: Path, first: int, last: int) -> None:
 
 def test_full_precision_and_null_for_non_finite_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
+    log = MetricsLog(path, 0)
     log.write(1, 8, {"loss/total": 0.1 + 0.2, "optim/gradient_norm": float("inf")})
     text = path.read_text()  # without close: each line is flushed
     assert text.endswith("\n") and text.count("\n") == 1
@@ -76,7 +76,7 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
         "import itertools, pathlib, sys; from streamtrain.reporting.metrics import MetricsLog\n"
-        "log = MetricsLog(pathlib.Path(sys.argv[1]))\n"
+        "log = MetricsLog(pathlib.Path(sys.argv[1]), 0)\n"
         "for step in itertools.count(1): log.write(step, step, {'loss/total': 1 / step})\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
