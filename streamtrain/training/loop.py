@@ -94,9 +94,12 @@ def train(
                 exit_code = result.stop_request if result.stop_request > SAVE else 0
                 if not exit_code:
                     non_finite.raise_if_diverged(step)
+                next_slot = result.next_slot
                 # free the batches before the next step
                 del result
             policy.wait(step)
+            if step == config.run.steps and step > start.step and not exit_code:
+                policy.retry(step, next_slot)
         if exit_code:
             requests.remove_stop_file()
             logger.info("stopped at step %d, %s; run the same command again to resume", step, writer.status_message())

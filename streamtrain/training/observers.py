@@ -390,6 +390,9 @@ class StartFiles(Observer):
             self._write()
         return {}
 
+    def close(self) -> None:
+        self._write()
+
     def _write(self) -> OSError | None:
         """Write the files unless they are written; return the error if that fails."""
         self._next_attempt = time.monotonic() + RETRY_SECONDS
