@@ -22,7 +22,7 @@ class AppendLog:
     """Appends records to a file. Records that cannot be written stay in memory, and every later call tries again.
 
     The rest of a record that was written in part is removed before the next record, or, if other processes append to
-    the same file, ended by a line break, so that the next line is whole.
+    the same file, ended by a line break, so that the next line is whole. A shared file may then have a record twice.
 
     Args:
         path: the file; its folder exists. A link is not followed.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shards.format.files import read_json
 from streamtrain.config.run import RunConfig
 from streamtrain.run.atomic_io import replace_file, sync
 from streamtrain.run.directory import BEST_NAME, CHECKPOINTS, SNAPSHOTS, saved_steps, step_folder
@@ -33,12 +31,11 @@ def prune(run_dir: Path, config: RunConfig) -> None:
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """Return ``step``, ``metric`` and ``value`` of the best checkpoint so far; None if there is none."""
     try:
-        best = read_json(run_dir / BEST_NAME)
+        best = json.loads((run_dir / BEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(best, dict) or type(best.get("step")) is not int:
-        return None
-    return best if isinstance(value := best.get("value"), float) and math.isfinite(value) else None
+    is_valid = isinstance(best, dict) and isinstance(best.get("step"), int) and isinstance(best.get("value"), float)
+    return best if is_valid else None
 
 
 def best_value(run_dir: Path, metric: str, step: int) -> float | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from shards.errors import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -261,6 +263,7 @@ def short_number(value: float) -> str:
 
 def shorten(text: str, width: float, size: float) -> str:
     """Return ``text``, cut with an ellipsis to at most ``width`` points at font size ``size``."""
+    text = printable(text)
     if _text_width(text, size) <= width:
         return text
     while text and _text_width(text + "…", size) > width:
@@ -293,7 +296,7 @@ def _render(figure: Figure) -> Image.Image:
 
 
 def _write(axes: Axes, x: float, y: float, text: str, colour: str, size: float) -> None:
-    axes.text(x, y, text, color=colour, fontsize=size, va="baseline", parse_math=False)
+    axes.text(x, y, printable(text), color=colour, fontsize=size, va="baseline", parse_math=False)
 
 
 @cache
@@ -307,4 +310,4 @@ def _text_width(text: str, size: float) -> float:
     """Return the width of ``text`` in points."""
     from matplotlib.font_manager import FontProperties
 
-    return float(_renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
+    return float(_renderer().get_text_width_height_descent(printable(text), FontProperties(size=size), ismath=False)[0])

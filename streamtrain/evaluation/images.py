@@ -97,7 +97,7 @@ def open_images(path: Path) -> LabelledImages:
     """Open a shard set, or a class folder, whose images are sorted by class and file name.
 
     Raises:
-        StreamtrainError: if ``path`` is neither, is empty, or has no labels.
+        StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
     """
     if not path.is_dir():
         raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of class subfolders")
@@ -105,7 +105,10 @@ def open_images(path: Path) -> LabelledImages:
         shard_set = ShardSet.open(path)
         images = images_of_set(shard_set, np.arange(shard_set.num_samples))
     else:
-        images = _open_folder(path)
+        try:
+            images = _open_folder(path)
+        except OSError as error:
+            raise StreamtrainError(f"{error.filename or path} cannot be read ({error.strerror})") from None
     unlabelled = int((images.labels < 0).sum())
     if unlabelled:
         raise StreamtrainError(

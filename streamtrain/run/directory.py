@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ LOCK_NAME = ".streamtrain.lock"
 # files that a directory may contain before its first run, besides logs of a scheduler or a shell
 _ALLOWED_NAMES = (STOP_NAME, SAVE_NAME, "lost+found")
 _LOG_SUFFIXES = (".log", ".out", ".err")
+# errors of a disk that may pass
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _CHECKPOINT = re.compile(r"^step-(\d{9})$")
 # with fewer samples, nearest neighbours say little about how features spread
 MIN_KOLEO_SAMPLES = 8
@@ -71,9 +74,12 @@ def saved_steps(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[int]:
 def make_run_dir(run_dir: Path, rank: int) -> None:
     """Create the run directory and write a test file to it; every rank calls this, because each needs access.
 
+    A full or failing disk does not keep a run with a checkpoint from resuming: the space may come back.
+
     Raises:
         StreamtrainError: the directory cannot be created or written, or contains files of something else.
     """
+    foreign: str | None = None
     probe = run_dir / f".rank-{rank}.probe"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -82,9 +88,13 @@ def make_run_dir(run_dir: Path, rank: int) -> None:
             probe.write_bytes(b"writable")
             probe.unlink()
     except OSError as error:
-        raise StreamtrainError(
-            f"the run directory {run_dir} cannot be written ({error.strerror}); set run.dir to a writable directory"
-        ) from None
+        if error.errno not in _DISK_TROUBLE or not saved_steps(run_dir):
+            raise StreamtrainError(
+                f"the run directory {run_dir} cannot be written ({error.strerror}); set run.dir to a writable directory"
+            ) from None
+        logger.warning("the run directory %s cannot be written at present (%s)", run_dir, error.strerror)
+        with suppress(OSError):
+            probe.unlink()
     if foreign is not None:
         raise StreamtrainError(
             f"run.dir {run_dir} contains no run but other files, such as {foreign}; set run.dir to a new or empty "
