@@ -56,6 +56,11 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in one_line)
 
 
+def printable_lines(text: object) -> str:
+    """Return text of several lines, each made safe to print as by ``printable``."""
+    return "\n".join(printable(line) for line in str(text).split("\n"))
+
+
 class ShardError(ValueError):
     """An image, shard, index or manifest is missing or damaged; the message is one line with the remedy."""
 

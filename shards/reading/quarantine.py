@@ -4,24 +4,28 @@ Given the log, the stream is a pure function again. A sample that could not be *
 slot where the read failed: a flaky disk may return it later, and a resumed run must repeat the first one. A sample that
 could not be *decoded* is unusable everywhere, because the same bytes fail again.
 
-All ranks append lines to one file; lines are never removed.
+All ranks append lines to one file; lines are never removed. While the file cannot be written or read, training
+continues with the entries in memory.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from shards.errors import SampleError, ShardError
+from shards.format.append_log import AppendLog
+from shards.format.files import parse_json
 
 MAX_SUBSTITUTES = 100  # attempts to find a usable sample for one slot
 _SIGMAS = 5.0
 
 Stage = Literal["read", "decode"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Quarantine:
         self._unreadable: set[tuple[int, str, int]] = set()
         self._undecodable: set[tuple[str, int]] = set()
         self._offset = 0
+        self._log = AppendLog(path, is_shared=True) if path is not None else None
+        self._has_warned = False
         self._lock = threading.Lock()
         self._load_new()
 
@@ -83,30 +89,51 @@ class Quarantine:
         """Count a slot that is read: the denominator of the share of unusable samples."""
         with self._lock:
             self._num_slots += 1
+            if self._log is not None:
+                self._log.retry()
+
+    def close(self) -> None:
+        """Write the entries that a full disk has delayed."""
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
 
     def _append(self, entry: Entry) -> None:
-        if self.path is not None:
-            line = (json.dumps(asdict(entry)) + "\n").encode()
-            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                os.write(file, line)  # a single call, so that lines of several ranks do not interleave
-            finally:
-                os.close(file)
+        if self._log is not None:
+            # a single write, so that lines of several ranks do not interleave
+            self._log.append((json.dumps(asdict(entry)) + "\n").encode())
 
     def _load_new(self) -> None:
         """Load the complete lines appended since the last call."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return
-        with open(self.path, "rb") as file:
-            file.seek(self._offset)
-            lines = file.read()
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                lines = file.read()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._warn(f"{self.path} cannot be read ({error.strerror}); unusable images of earlier starts or other "
+                       "ranks may be tried again")  # fmt: skip
+            return
         lines = lines[: lines.rfind(b"\n") + 1]
         self._offset += len(lines)
-        for line in lines.splitlines():
-            try:
-                self._remember(Entry(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue  # a line torn by a kill; the sample is logged again when it fails again
+        num_skipped = 0
+        for line in filter(None, lines.split(b"\n")):
+            # a line torn by a kill or a full disk: the sample is logged again when it fails again
+            if (entry := _parse(line)) is None:
+                num_skipped += 1
+            else:
+                self._remember(entry)
+        if num_skipped:
+            self._warn(f"{self.path}: {num_skipped} lines are no entries of unusable images and were skipped")
+
+    def _warn(self, message: str) -> None:
+        """Log the first warning about the file."""
+        if not self._has_warned:
+            logger.warning(message)
+        self._has_warned = True
 
     def _remember(self, entry: Entry) -> None:
         if entry.stage == "decode":
@@ -121,3 +148,16 @@ class Quarantine:
             f"{self.max_rate:g}; check the set with streamtrain verify; the latest: shard {latest.shard}, "
             f"sample {latest.index} (key {latest.key!r}): {latest.reason}{log}"
         )
+
+
+def _parse(line: bytes) -> Entry | None:
+    """Return the entry of a line; None if it is not one."""
+    try:
+        entry = Entry(**parse_json(line))
+    except (ValueError, TypeError):
+        return None
+    texts = (entry.shard, entry.key, entry.reason)
+    is_valid = all(type(number) is int for number in (entry.slot, entry.index)) and all(
+        isinstance(text, str) for text in texts
+    )
+    return entry if is_valid and entry.stage in get_args(Stage) else None

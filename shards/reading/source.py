@@ -142,6 +142,8 @@ class Source:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.quarantine is not None:
+            self.quarantine.close()
 
     def _plan(self, slots: np.ndarray) -> _Plan:
         slots = np.asarray(slots, dtype=np.int64)

@@ -301,9 +301,12 @@ class CheckpointWriter:
         CheckpointManifest(files).write(partial)
         sync(partial)
         for name in (METRICS_NAME, QUARANTINE_NAME):
-            # a checkpoint on disk must not be newer than the history it continues
-            if (self._run_dir / name).exists():
-                sync(self._run_dir / name)
+            # a checkpoint on disk should not be newer than the history it continues, but it is worth more
+            try:
+                if (self._run_dir / name).exists():
+                    sync(self._run_dir / name)
+            except OSError as error:
+                self._new_warnings.append(f"{name} may be incomplete after a crash: {_reason(error)}")
         publish(partial, folder)
         try:
             finish_removal(folder)
@@ -312,7 +315,7 @@ class CheckpointWriter:
                 if best is not None:
                     write_best(self._run_dir, best)
                 prune(self._run_dir, self._config)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             # the checkpoint itself is complete
             self._new_warnings.append(f"{folder} is written, but not the files around it: {_reason(error)}")
 

@@ -33,9 +33,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, str | int | float]:
         **source,
         "train": str(arguments.train),
         "test": str(arguments.test or arguments.train),
-        "train_images": len(train_images),
-        "test_images": len(test_images),
-        "classes": len(set(train_images.labels.tolist())),
+        "train_images": len(train[1]),
+        "test_images": len(test[1]),
+        "classes": len(set(train[1].tolist())),
         "feature_dim": train[0].shape[1],
         "feature_seconds": round(time.perf_counter() - began, 3),
     }

@@ -87,7 +87,7 @@ class HangDetector:
         path = self._run_dir / FOLDER_NAME / f"{now}-rank-{self._rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{now} rank {self._rank}, process {os.getpid()} on {socket.gethostname()}\n{reason}\n")
                 file.flush()
                 faulthandler.dump_traceback(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,20 +14,39 @@ from torch import Tensor
 
 from streamtrain.data.batch import normalise
 from streamtrain.data.still_images import centre_crop
+from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
 from streamtrain.run.progress import progress_bar
 
+GREY = 128
+# a command fails if more images are unusable
+MAX_UNUSABLE_SHARE = 0.1
+logger = logging.getLogger(__name__)
 
-def crop_batches(images: LabelledImages, resize: int, size: int, batch_size: int, workers: int) -> Iterator[Tensor]:
-    """Yield batches uint8 [B, size, size, 3] in order, decoded by ``workers`` threads at most two batches ahead."""
 
-    def load(start: int) -> list[Future[np.ndarray]]:
+def decode_crop(images: LabelledImages, index: int, resize: int, size: int) -> tuple[np.ndarray, bool]:
+    """Return the centre crop uint8 [size, size, 3] of an image, or a grey one and False if the image is unusable."""
+    image = images.decode_if_usable(index)
+    if image is None:
+        return np.full((size, size, 3), GREY, np.uint8), False
+    return centre_crop(image, resize, size), True
+
+
+def crop_batches(
+    images: LabelledImages, resize: int, size: int, batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches in order, decoded by ``workers`` threads at most two batches ahead.
+
+    Each batch is uint8 [B, size, size, 3], and bool [B]: False where a grey crop stands in for an unusable image.
+    """
+
+    def load(start: int) -> list[Future[tuple[np.ndarray, bool]]]:
         stop = min(start + batch_size, len(images))
-        return [pool.submit(lambda i: centre_crop(images.decode(i), resize, size), i) for i in range(start, stop)]
+        return [pool.submit(decode_crop, images, index, resize, size) for index in range(start, stop)]
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        ahead: deque[list[Future[np.ndarray]]] = deque()
+        ahead: deque[list[Future[tuple[np.ndarray, bool]]]] = deque()
         try:
             for start in range(0, len(images), batch_size):
                 ahead.append(load(start))
@@ -53,7 +73,7 @@ def extract_features(
     workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the CLS features of every image, on the model's device and in its precision.
+    """Compute the CLS features of every usable image, on the model's device and in its precision.
 
     Args:
         model: the backbone, in eval mode.
@@ -63,13 +83,17 @@ def extract_features(
 
     Returns:
         features fp32 [N, D] and labels int64 [N], on the CPU.
+
+    Raises:
+        StreamtrainError: if too many images are unusable.
     """
     parameter = next(model.parameters())
-    parts = []
-    for crops in _read_crops(images, resize or size, size, batch_size, workers, progress):
+    parts, usable = [], []
+    for crops, is_usable in _read_crops(images, resize or size, size, batch_size, workers, progress):
         inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype)
         parts.append(model.forward_features(inputs).cls.float().cpu())
-    return torch.cat(parts), torch.from_numpy(images.labels)
+        usable.append(is_usable)
+    return _usable_rows(images, torch.cat(parts), torch.cat(usable))
 
 
 def pixel_features(
@@ -82,22 +106,42 @@ def pixel_features(
     batch_size: int = 256,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the normalised pixels as features: fp32 [N, 3 * size * size], and labels int64 [N]."""
-    batches = _read_crops(images, resize or size, size, batch_size, None, progress)
-    parts = [normalise(crops, mean, std, torch.float32).flatten(1) for crops in batches]
-    return torch.cat(parts), torch.from_numpy(images.labels)
+    """Return the normalised pixels as features: fp32 [N, 3 * size * size], and labels int64 [N]; raises as above."""
+    parts, usable = [], []
+    for crops, is_usable in _read_crops(images, resize or size, size, batch_size, None, progress):
+        parts.append(normalise(crops, mean, std, torch.float32).flatten(1))
+        usable.append(is_usable)
+    return _usable_rows(images, torch.cat(parts), torch.cat(usable))
+
+
+def _usable_rows(images: LabelledImages, features: Tensor, is_usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of the usable images, and log the others.
+
+    Raises:
+        StreamtrainError: if too many images are unusable.
+    """
+    labels, num_unusable = torch.from_numpy(images.labels), int((~is_usable).sum())
+    if not num_unusable:
+        return features, labels
+    reasons = images.unusable.new_reasons()
+    text = f"{num_unusable} of {len(images)} images of {images.name} could not be used: {reasons}"
+    if num_unusable > MAX_UNUSABLE_SHARE * len(images):
+        raise StreamtrainError(f"{text}; more than {MAX_UNUSABLE_SHARE:.0%} is too many to measure on the others")
+    logger.warning(text)
+    return features[is_usable], labels[is_usable]
 
 
 def _read_crops(
     images: LabelledImages, resize: int, size: int, batch_size: int, workers: int | None, progress: bool
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     assert resize >= size, (resize, size)
     threads = workers or min(os.cpu_count() or 1, 16)
     with progress_bar(f"reading {images.name}", len(images), "images", shown=progress) as bar:
-        for crops in crop_batches(images, resize, size, batch_size, threads):
-            yield crops
+        for crops, is_usable in crop_batches(images, resize, size, batch_size, threads):
+            yield crops, is_usable
             bar.update(len(crops))
 
 
-def _stack(futures: list[Future[np.ndarray]]) -> Tensor:
-    return torch.from_numpy(np.stack([future.result() for future in futures]))
+def _stack(futures: list[Future[tuple[np.ndarray, bool]]]) -> tuple[Tensor, Tensor]:
+    crops, is_usable = zip(*(future.result() for future in futures), strict=True)
+    return torch.from_numpy(np.stack(crops)), torch.tensor(is_usable)

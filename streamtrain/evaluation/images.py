@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from shards.errors import SampleError, ShardError
+from shards.errors import ShardError
 from shards.packing.inputs import list_images
 from shards.packing.items import SourceUnreachable
 from shards.randomness import permutation
@@ -19,6 +19,28 @@ from streamtrain.data.still_images import decode_image
 from streamtrain.errors import StreamtrainError
 
 TEST_SHARE = 0.2
+# of the images that a warning names
+_NUM_SHOWN = 5
+
+
+class UnusableImages:
+    """Why images of a set could not be read or decoded, one sentence each. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        # a dict keeps the order and removes repetitions
+        self._reasons: dict[str, None] = {}
+        self._num_reported = 0
+
+    def add(self, reason: str) -> None:
+        self._reasons.setdefault(reason)
+
+    def new_reasons(self) -> str:
+        """Return why the images found since the last call are unusable, a few in full; empty if there are none."""
+        found = list(self._reasons)[self._num_reported :]
+        self._num_reported += len(found)
+        more = f"; and {len(found) - _NUM_SHOWN} more" if len(found) > _NUM_SHOWN else ""
+        return "; ".join(found[:_NUM_SHOWN]) + more
+
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +54,14 @@ class LabelledImages:
         labels: int64 [N], indices into ``classes`` if it is not empty.
         classes: the label names; may be empty.
         read: returns the encoded bytes of image i, and its name for messages.
-        is_lenient: use a grey image instead of one that cannot be read or decoded.
+        unusable: the images that could not be decoded so far; shared by all subsets.
     """
 
     name: str
     labels: np.ndarray
     classes: tuple[str, ...]
     read: Callable[[int], tuple[bytes, str]]
-    is_lenient: bool = False
+    unusable: UnusableImages = field(default_factory=UnusableImages)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,28 +70,39 @@ class LabelledImages:
         """Return image ``index`` upright, in RGB.
 
         Raises:
-            StreamtrainError: if it cannot be decoded.
+            StreamtrainError: if it cannot be read or decoded.
         """
+        name = f"image {index} of {self.name}"
         try:
-            return decode_image(*self.read(index))
-        except (StreamtrainError, SampleError):
-            if not self.is_lenient:
-                raise
-            return Image.new("RGB", (64, 64), (128, 128, 128))
+            content, name = self.read(index)
+            return decode_image(content, name)
+        except Exception as error:
+            # whatever a decoder raises, only this image is unusable
+            is_explained = isinstance(error, StreamtrainError | ShardError)
+            reason = str(error) if is_explained else f"cannot read the image {name}: {type(error).__name__}: {error}"
+            raise StreamtrainError(reason) from None
+
+    def decode_if_usable(self, index: int) -> Image.Image | None:
+        """Return image ``index`` like ``decode``; None, and an entry in ``unusable``, if it cannot be decoded."""
+        try:
+            return self.decode(index)
+        except StreamtrainError as error:
+            self.unusable.add(str(error))
+            return None
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
         return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
 
-    def lenient(self) -> LabelledImages:
-        """Return the same images, with a grey image in place of each that cannot be read or decoded."""
-        return replace(self, is_lenient=True)
+    def class_name(self, label: int) -> str:
+        """Return the name of a label, or its number if it has none."""
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
 def open_images(path: Path) -> LabelledImages:
     """Open a shard set, or a class folder, whose images are sorted by class and file name.
 
     Raises:
-        StreamtrainError: if ``path`` is neither, is empty, or has no labels.
+        StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
     """
     if not path.is_dir():
         raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of class subfolders")
@@ -77,7 +110,10 @@ def open_images(path: Path) -> LabelledImages:
         shard_set = ShardSet.open(path)
         images = images_of_set(shard_set, np.arange(shard_set.num_samples))
     else:
-        images = _open_folder(path)
+        try:
+            images = _open_folder(path)
+        except OSError as error:
+            raise StreamtrainError(f"{error.filename or path} cannot be read ({error.strerror})") from None
     unlabelled = int((images.labels < 0).sum())
     if unlabelled:
         raise StreamtrainError(
@@ -118,7 +154,7 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
     if unknown:
         raise StreamtrainError(f"{test.name} has classes that {train.name} lacks, such as {unknown[0]!r}")
     renumber = np.array([number.get(name, -1) for name in test.classes], np.int64)
-    return LabelledImages(test.name, renumber[test.labels], train.classes, test.read)
+    return replace(test, labels=renumber[test.labels], classes=train.classes)
 
 
 def _open_folder(path: Path) -> LabelledImages:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.model.vit import Features
-from streamtrain.ops.collectives import gather_rows, sum_over_ranks
+from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 # images per rank for patch retrieval
@@ -35,7 +34,7 @@ SHOWN, THUMBNAIL = 400, 32
 # uint8 [images, side, side, 3] to features; a collective call of all ranks
 Embed = Callable[[Tensor], Features]
 # yields the items of an iterable unchanged and marks progress at each
-Wrap = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+Wrap = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Study:
@@ -44,8 +43,13 @@ class Study:
     All methods and properties are collective: every rank uses them in the same order.
     """
 
-    def __init__(self, embed: Embed, images: HeldOut, config: Config, runtime: Runtime, wrap: Wrap) -> None:
+    def __init__(
+        self, embed: Embed, images: HeldOut, config: Config, runtime: Runtime, wrap: Wrap, failure: SharedFailure
+    ) -> None:
         self.embed, self.images, self.config, self.runtime, self._wrap = embed, images, config, runtime, wrap
+        self.failure = failure
+        # of all ranks
+        self.num_unusable = 0
 
     @cached_property
     def train(self) -> Rows:
@@ -61,18 +65,38 @@ class Study:
         indices = self.runtime.rank + world_size * np.arange(-(-len(images) // world_size))
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
 
-    def crops(self, images: LabelledImages) -> Iterator[Tensor]:
-        """Yield batches uint8 [B, side, side, 3] of the images at the size of the global crops, on the CPU."""
+    def crops(self, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches uint8 [B, side, side, 3] of this rank's images at the size of the global crops, on the device.
+
+        Also yields bool [B]: False where a grey crop stands in for an unusable image.
+        """
         size, batch = self.config.crops.global_size, self.config.crops.global_count * self.config.data.micro_batch
-        yield from self._wrap(crop_batches(images.lenient(), size, size, batch, self.runtime.launch.cores))
+        batches = crop_batches(images, size, size, batch, self.runtime.launch.cores)
+
+        def load() -> tuple[Tensor, Tensor]:
+            crops, is_usable = next(batches)
+            return crops.to(self.runtime.device), is_usable.to(self.runtime.device)
+
+        # every rank has equally many batches
+        for _ in self._wrap(range(-(-len(images) // batch))):
+            yield self.failure.run(load)
 
     def _rows(self, images: LabelledImages) -> Rows:
         own, rank, world_size = self.own(images), self.runtime.rank, self.runtime.world_size
-        features = [self.embed(crops.to(self.runtime.device)).cls.float() for crops in self.crops(own)]
+        features, usable = [], []
+        for crops, is_usable in self.crops(own):
+            features.append(self.embed(crops).cls.float())
+            usable.append(is_usable)
         labels = torch.from_numpy(own.labels).clone()
         # repeated images are padding
         labels[(len(images) - rank + world_size - 1) // world_size :] = -1
-        return Rows(torch.cat(features), labels.to(self.runtime.device))
+        labels = labels.to(self.runtime.device)
+        used = labels.where(torch.cat(usable), -1)
+        counts = sum_over_ranks(torch.stack([(used >= 0).sum(), (used != labels).sum()]))
+        if not counts[0]:
+            raise StreamtrainError(f"no image of {images.name} can be used")
+        self.num_unusable += int(counts[1])
+        return Rows(torch.cat(features), used)
 
 
 class Evaluator(Protocol):
@@ -90,29 +114,26 @@ def knn(study: Study) -> dict[str, float]:
 def linear(study: Study) -> dict[str, float]:
     """Return the accuracy of a linear probe; rank 0 trains it while the others wait."""
     train, test = (_gather(rows) for rows in (study.train, study.test))
-    score = torch.zeros(1, dtype=torch.float64, device=study.runtime.device)
-    if study.runtime.rank == 0:
-        try:
-            score += linear_accuracy(*train, *test).accuracy
-        except Exception:
-            # the other ranks wait for the sum, after which all of them raise
-            logger.warning("the linear probe failed", exc_info=True)
-            score += math.nan
-    accuracy = float(sum_over_ranks(score))
-    if math.isnan(accuracy):
-        raise StreamtrainError("the linear probe failed on rank 0")
-    return {"linear": accuracy}
+
+    def train_probe() -> float:
+        return linear_accuracy(*train, *test).accuracy if study.runtime.rank == 0 else 0.0
+
+    accuracy = torch.tensor([study.failure.run(train_probe)], dtype=torch.float64, device=study.runtime.device)
+    return {"linear": float(sum_over_ranks(accuracy))}
 
 
 def patches(study: Study) -> dict[str, float]:
     """Return the share of patches of a second view that are matched to their origin."""
     few, device = study.own(study.images.test), study.runtime.device
     counts = torch.zeros(2, dtype=torch.float64, device=device)
-    for crops in study.crops(few.subset(np.arange(min(len(few), RETRIEVED)), few.name)):
-        first, second = (study.embed(view.to(device)).patches for view in (crops, second_view(crops)))
-        is_match = match_patches(first, second)
+    for crops, is_usable in study.crops(few.subset(np.arange(min(len(few), RETRIEVED)), few.name)):
+        views = study.failure.run(lambda crops: (crops, second_view(crops)), crops)
+        first, second = (study.embed(view).patches for view in views)
+        is_match = match_patches(first, second)[is_usable]
         counts += torch.tensor([float(is_match.sum()), is_match.numel()], dtype=torch.float64, device=device)
     right, total = sum_over_ranks(counts).tolist()
+    if not total:
+        raise StreamtrainError("no test image can be used")
     return {"patch_retrieval": right / total}
 
 
@@ -123,9 +144,9 @@ EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": pat
 class OnlineEvaluation:
     """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
 
-    def __init__(self, config: Config, images: HeldOut | None, runtime: Runtime) -> None:
+    def __init__(self, config: Config, images: HeldOut | None, runtime: Runtime, failure: SharedFailure) -> None:
         """``images``: None disables the evaluation."""
-        self._config, self._images, self._runtime = config, images, runtime
+        self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
         self._began, self._seconds = time.monotonic(), 0.0
         self.study: Study | None = None
 
@@ -139,27 +160,39 @@ class OnlineEvaluation:
         if self._images is None or not self._config.evaluation.evaluators or self._is_over_budget():
             return {}
         began = time.monotonic()
-        study = Study(embed, self._images, self._config, self._runtime, wrap)
+        study = Study(embed, self._images, self._config, self._runtime, wrap, self._failure)
         results: dict[str, float] = {}
-        for name in self._config.evaluation.evaluators:
-            results |= EVALUATORS[name](study)
+        try:
+            for name in self._config.evaluation.evaluators:
+                results |= EVALUATORS[name](study)
+        finally:
+            seconds = time.monotonic() - began
+            self._seconds += seconds
+            self._log_unusable()
         self.study = study
-        seconds = time.monotonic() - began
-        self._seconds += seconds
         figures = {f"eval/{name}": value for name, value in results.items()}
+        if study.num_unusable:
+            figures["eval/unusable_images"] = float(study.num_unusable)
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
+
+    def _log_unusable(self) -> None:
+        """Log the images that this rank found unusable since the last evaluation."""
+        assert self._images is not None
+        for images in (self._images.train, self._images.test):
+            if reasons := images.unusable.new_reasons():
+                logger.warning("images left out of the evaluation: %s", reasons)
 
     def thumbnails(self) -> tuple[Tensor, list[str], Tensor] | None:
         """Return this rank's test features [N, D] of the last study, class names and thumbnails, for the projector."""
         study = self.study
         if study is None or "test" not in vars(study):
             return None
-        count = min(SHOWN, int((study.test.labels >= 0).sum()))
         own = study.own(study.images.test)
-        few = own.subset(np.arange(count), own.name).lenient()
+        count = min(SHOWN, len(own))
+        few = own.subset(np.arange(count), own.name)
         pictures = crop_batches(few, THUMBNAIL, THUMBNAIL, 64, self._runtime.launch.cores)
-        names = [few.classes[label] if few.classes else str(label) for label in few.labels.tolist()]
-        return study.test.features[:count].cpu(), names, torch.cat(list(pictures))
+        names = [few.class_name(label) for label in few.labels.tolist()]
+        return study.test.features[:count].cpu(), names, torch.cat([crops for crops, _ in pictures])
 
     def _is_over_budget(self) -> bool:
         """Return on all ranks whether rank 0 has spent too much time; the first evaluation always runs."""

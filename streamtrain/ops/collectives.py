@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,6 +36,44 @@ def gather_rows(rows: Tensor) -> Tensor:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)
     return gathered
+
+
+class FailedOnOtherRank(Exception):
+    """Work that all ranks do failed on another rank."""
+
+
+class SharedFailure:
+    """Makes work of single ranks fail on all ranks or on none, so that none waits in a collective for a failed one."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        """``timeout_seconds``: how long a rank waits for the others."""
+        # a separate group, so that these messages never mix with those of the work
+        timeout = timedelta(seconds=timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the result of ``work``, which uses no collectives; every rank calls this.
+
+        Raises:
+            Exception: that of ``work``, if it failed on this rank.
+            FailedOnOtherRank: if it failed on another rank only.
+        """
+        try:
+            result = work(*arguments)
+        except Exception:
+            self.has_occurred(True)
+            raise
+        if self.has_occurred(False):
+            raise FailedOnOtherRank
+        return result
+
+    def has_occurred(self, here: bool) -> bool:
+        """Return whether any rank failed; ``here``: whether this rank failed."""
+        if self._group is None:
+            return here
+        flag = torch.tensor(float(here))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
 
 
 class _GatherRows(torch.autograd.Function):

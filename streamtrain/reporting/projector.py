@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shards.errors import printable
 from shards.format.files import write_whole
 
 CONFIG_NAME = "projector_config.pbtxt"
@@ -39,7 +40,7 @@ def write_features(
     """
     path, config = folder / "projector", folder / CONFIG_NAME
     path.mkdir(exist_ok=True)
-    written = re.search(r'"first, step (\d+)"', config.read_text()) if config.exists() else None
+    written = re.search(rb'"first, step (\d{1,15})"', config.read_bytes()) if config.exists() else None
     steps = {"first": step}
     if written and int(written[1]) < step:
         steps = {"latest": step, "first": int(written[1])}
@@ -53,7 +54,9 @@ def write_features(
         sprite[top : top + side, left : left + side] = thumbnail
     Image.fromarray(sprite).save(path / f"{name}.png")
     rows = ("\t".join(f"{value:.5g}" for value in row) for row in features)
-    (path / f"{name}.tsv").write_text("\n".join(rows) + "\n")
-    (path / f"{name}-labels.tsv").write_text("\n".join(label.replace("\t", " ") for label in labels) + "\n")
+    (path / f"{name}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    # the file has a line for each label
+    lines = "".join(printable(label.replace("\t", " ")) + "\n" for label in labels)
+    (path / f"{name}-labels.tsv").write_text(lines, encoding="utf-8")
     entries = (_ENTRY.format(name=each, step=at, side=side) for each, at in steps.items())
     write_whole(config, "".join(entries).encode())

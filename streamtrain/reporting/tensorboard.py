@@ -5,8 +5,14 @@ torch and TensorBoard are imported where they are used, because checking a confi
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +21,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from shards.credentials import strip_from_text
+from shards.errors import printable
+from shards.format.append_log import AppendLog
 from streamtrain.config.tree import Config
 from streamtrain.reporting.projector import write_features
 
@@ -44,42 +52,70 @@ LAYOUT = {
 }  # fmt: skip
 # metrics in the table that compares runs
 OUTCOMES = ("loss/total", "eval/knn_20", "speed/images_per_second")
+# of the event files of this process
+_NUMBERS = itertools.count()
+# the bins of SummaryWriter: 10 % wide, from 1e-12 to 1e20
+_POSITIVE_BINS = (1e-12 * 1.1 ** np.arange(774)).tolist()
+_HISTOGRAM_BINS = [*(-limit for limit in reversed(_POSITIVE_BINS)), 0, *_POSITIVE_BINS]
 
 
 class EventWriter:
-    """Writes one event file to ``folder``; TensorBoard hides the steps an earlier start logged after ``start_step``."""
+    """Writes one event file to ``folder``; TensorBoard hides the steps an earlier start logged after ``start_step``.
+
+    torch's ``SummaryWriter`` would write in a thread that a full disk ends, with the events of ten seconds. Here,
+    events that cannot be written wait in memory.
+    """
 
     def __init__(self, folder: Path, start_step: int, config: Config) -> None:
         _use_tensorflow_stub()
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from torch.utils.tensorboard import summary
 
-        self._folder = folder
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
-        self._writer.add_custom_scalars(LAYOUT)
+        self._folder, self._summary, self._event = folder, summary, Event
+        # TensorBoard reads the files of a folder in the order of their names
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self._log = AppendLog(folder / name, prepare=partial(folder.mkdir, exist_ok=True))
+        first = start_step + 1
+        start = SessionLog(status=SessionLog.START)
+        self._write(
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=first, session_log=start),
+        )
+        layout = summary.custom_scalars(LAYOUT)
         # SummaryWriter.add_hparams would write to a second folder
-        file_writer = self._writer._get_file_writer()
-        for summary in hparams(hyperparameters(config), dict.fromkeys(OUTCOMES)):
-            file_writer.add_summary(summary)
+        self._add(0, layout, *summary.hparams(hyperparameters(config), dict.fromkeys(OUTCOMES)))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
+        self._add(step, *(self._summary.scalar(tag, value) for tag, value in scalars.items()))
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+        self._add(step, self._summary.image(tag, image, dataformats="HWC"))
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        self._writer.add_histogram(tag, values, step)
+        self._add(step, self._summary.histogram(tag, values, _HISTOGRAM_BINS))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        self._writer.add_text(tag, text, step)
+        self._add(step, self._summary.text(tag, text))
 
     def embedding(self, step: int, features: np.ndarray, labels: Sequence[str], thumbnails: np.ndarray) -> None:
         write_features(self._folder, step, features, labels, thumbnails)
 
     def close(self) -> None:
-        self._writer.close()
+        self._log.close()
+
+    def _add(self, step: int, *summaries: Any) -> None:
+        now = time.time()
+        self._write(*(self._event(wall_time=now, step=step, summary=summary) for summary in summaries))
+
+    def _write(self, *events: Any) -> None:
+        """Append the events in one write."""
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        content = io.BytesIO()
+        records = RecordWriter(content)
+        for event in events:
+            records.write(event.SerializeToString())
+        self._log.append(content.getvalue())
 
 
 def latest_images(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -112,7 +148,7 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
         if key.startswith(("monitor.", "evaluation.", "run.dir")) or value is None:
             continue
         if key in always or value != defaults[key]:
-            values[key] = value if isinstance(value, bool | int | float) else strip_from_text(str(value))
+            values[key] = value if isinstance(value, bool | int | float) else printable(strip_from_text(str(value)))
     return values
 
 

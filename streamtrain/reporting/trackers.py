@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,10 +45,10 @@ def check_trackers(config: MonitorConfig) -> None:
             raise ConfigError(f"monitor.trackers: {name} is not installed; pip install {_PACKAGES[name]}")
 
 
-def open_trackers(config: Config, run_dir: Path) -> list[Tracker]:
-    """Open the trackers of ``monitor.trackers``; a resumed run resumes there too."""
+def tracker_openers(config: Config, run_dir: Path) -> dict[str, Callable[[], Tracker]]:
+    """Return by name how to open the trackers of ``monitor.trackers``; a resumed run resumes there too."""
     makers: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
-    return [makers[name](config, run_dir) for name in config.monitor.trackers]
+    return {name: partial(makers[name], config, run_dir) for name in config.monitor.trackers}
 
 
 class WandbTracker:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
+# of failures that do not end the run
+TRACEBACKS_NAME = "tracebacks.log"
 # the two kinds of checkpoints, and their folders: the whole state of the run, or only the teacher
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 # step, position in the stream and provenance of a checkpoint
@@ -34,7 +38,9 @@ STATE_NAME = "state.json"
 _ALLOWED_NAMES = (STOP_NAME, SAVE_NAME, "lost+found")
 _LOG_SUFFIXES = (".log", ".out", ".err")
 # files and folders written under their final names, where a link would lead out of the directory
-_WRITTEN_NAMES = (METRICS_NAME, QUARANTINE_NAME, TENSORBOARD_NAME, CHECKPOINTS, SNAPSHOTS)
+_WRITTEN_NAMES = (METRICS_NAME, QUARANTINE_NAME, TENSORBOARD_NAME, TRACEBACKS_NAME, CHECKPOINTS, SNAPSHOTS)
+# errors of a disk that may pass
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _CHECKPOINT = re.compile(r"step-([0-9]{9})")
 # with fewer samples, nearest neighbours say little about how features spread
 MIN_KOLEO_SAMPLES = 8
@@ -69,10 +75,13 @@ def saved_steps(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[int]:
 def make_run_dir(run_dir: Path, rank: int) -> None:
     """Create the run directory and write a test file to it; every rank calls this, because each needs access.
 
+    A full or failing disk does not keep a run with a checkpoint from resuming: the space may come back.
+
     Raises:
         StreamtrainError: the directory cannot be created or written, contains files of something else, or links in
             place of files that a run writes.
     """
+    foreign: str | None = None
     probe, link = run_dir / f".rank-{rank}.probe", None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -82,9 +91,13 @@ def make_run_dir(run_dir: Path, rank: int) -> None:
             write_file(probe, b"writable")
             probe.unlink()
     except OSError as error:
-        raise StreamtrainError(
-            f"the run directory {run_dir} cannot be written ({error.strerror}); set run.dir to a writable directory"
-        ) from None
+        if error.errno not in _DISK_TROUBLE or not saved_steps(run_dir):
+            raise StreamtrainError(
+                f"the run directory {run_dir} cannot be written ({error.strerror}); set run.dir to a writable directory"
+            ) from None
+        logger.warning("the run directory %s cannot be written at present (%s)", run_dir, error.strerror)
+        with suppress(OSError):
+            probe.unlink()
     if foreign is not None:
         raise StreamtrainError(
             f"run.dir {run_dir} contains no run but other files, such as {foreign}; set run.dir to a new or empty "

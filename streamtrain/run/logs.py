@@ -2,41 +2,93 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
+import time
+import traceback
+from pathlib import Path
 
 from tqdm import tqdm
 
 from shards.credentials import strip_from_text
+from shards.errors import printable, printable_lines
 
 # the packages whose log is shown
 PACKAGES = ("shards", "streamtrain")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes INFO to stdout, and warnings and errors to stderr, above a progress bar if one is shown."""
+    """Writes INFO to stdout, and warnings and errors to stderr, above a progress bar if one is shown.
+
+    Attributes:
+        tracebacks: file for tracebacks, of which the terminal shows the last line; None shows them whole.
+    """
 
     def __init__(self, prefix: str = "") -> None:
         super().__init__()
         self._prefix = prefix
+        self.tracebacks: Path | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record: ``[rank 1] warning: message``, followed by the traceback if the record has one."""
+        """Write one record: ``[rank 1] warning: message``, and the exception if the record has one.
+
+        Messages quote file names and keys, which may contain terminal codes.
+        """
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        text = f"{self._prefix}{level}{strip_from_text(self.format(record))}"
         try:
-            tqdm.write(text, file=sys.stderr if level else sys.stdout)
+            text = f"{self._prefix}{level}{printable_lines(strip_from_text(record.getMessage()))}"
+            if record.exc_info is not None and (error := record.exc_info[1]) is not None:
+                text += self._exception_text(text, error)
+            stream = sys.stderr if level else sys.stdout
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
         except BrokenPipeError:
             pass  # the reader of the output has gone, such as `head`; the work continues
-        except (OSError, ValueError):
+        except Exception:
+            # a message that cannot be shown must not end the run
             self.handleError(record)
+
+    def _exception_text(self, message: str, error: BaseException) -> str:
+        """Return the exception as one line, if its traceback could be written to the file, else its traceback."""
+        whole = strip_from_text("".join(traceback.format_exception(error)))
+        line = printable(strip_from_text(str(error))) or "no message"
+        summary = f": {type(error).__name__}: {line}"
+        if self.tracebacks is None:
+            return f"\n{printable_lines(whole).rstrip()}"
+        try:
+            entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n{whole}\n"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            file = os.open(self.tracebacks, flags, 0o666)
+            try:
+                # one call, so that entries of several ranks do not interleave
+                os.write(file, entry.encode("utf-8", "backslashreplace"))
+            finally:
+                os.close(file)
+        except OSError:
+            # the traceback of a disk error says little
+            return summary if isinstance(error, OSError) else f"\n{printable_lines(whole).rstrip()}"
+        return f"{summary} (traceback in {printable(self.tracebacks)})"
 
 
 def configure_logging(rank: int = 0, world_size: int = 1) -> None:
     """Show the log of this process: INFO and above on rank 0, warnings and above on the other ranks."""
+    # other output may quote names that the terminal cannot show, too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handler = TerminalHandler(f"[rank {rank}] " if world_size > 1 and rank > 0 else "")
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         logger.propagate = False
+
+
+def keep_tracebacks(path: Path) -> None:
+    """Write the tracebacks of logged exceptions to a file; the terminal then shows one line of each."""
+    for name in PACKAGES:
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, TerminalHandler):
+                handler.tracebacks = path

@@ -65,13 +65,13 @@ class Requests:
         """Return the exit code 75 or 130 to stop, ``SAVE`` to save and continue, or 0."""
         if self._exit_code:
             return self._exit_code
-        if self._stop_file is not None and self._stop_file.exists():
+        if _exists(self._stop_file):
             return EXIT_PREEMPTED
-        return SAVE if self._save_file is not None and not self._is_saving and self._save_file.exists() else 0
+        return SAVE if not self._is_saving and _exists(self._save_file) else 0
 
     def mark_save_started(self) -> None:
         """Record the start of a checkpoint, which fulfils the request of an existing ``SAVE`` file."""
-        self._is_saving = self._is_saving or (self._save_file is not None and self._save_file.exists())
+        self._is_saving = self._is_saving or _exists(self._save_file)
 
     def mark_save_finished(self) -> None:
         """Remove the ``SAVE`` file if it existed when the checkpoint was started."""
@@ -81,6 +81,11 @@ class Requests:
     def remove_stop_file(self) -> None:
         """Remove the ``STOP`` file so that the next start continues the run."""
         _remove(self._stop_file)
+
+
+def _exists(path: Path | None) -> bool:
+    """Return whether the file exists, False if the disk fails; ``Path.exists`` would raise."""
+    return path is not None and os.path.exists(path)
 
 
 def _remove(path: Path | None) -> bool:

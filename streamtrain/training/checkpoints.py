@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
 from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Runtime
+from streamtrain.errors import CheckpointError
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS
 from streamtrain.run.resume_policy import build_provenance
 from streamtrain.run.signals import Requests
 from streamtrain.training.build import Networks
 from streamtrain.training.step import StepResult, is_due
+
+# attempts to write the last checkpoint of a run to a failing disk, and the time before each
+LAST_RETRIES, LAST_RETRY_SECONDS = 6, 5.0
 
 
 def kinds_to_save(step: int, stop_request: int, applied: bool, is_best: bool, config: RunConfig) -> list[str]:
@@ -69,11 +74,26 @@ class CheckpointPolicy:
         if not kinds:
             return
         self._non_finite.check_weights(step, self._networks.student.is_finite(), self._runtime.device)
-        state = {"data": self._loader.state_dict(result.next_slot), "skipped_steps": self._non_finite.skipped}
+        self._save(step, result.next_slot, kinds, best)
+
+    def _save(self, step: int, next_slot: int, kinds: list[str], best: Mapping[str, Any] | None) -> None:
+        state = {"data": self._loader.state_dict(next_slot), "skipped_steps": self._non_finite.skipped}
         if CHECKPOINTS in kinds:
             self._requests.mark_save_started()
         payloads = build_payloads(kinds, self._provenance | state, self._networks)
         self._writer.save(step, payloads, self._requests.mark_save_finished, best)
+
+    def retry(self, step: int, next_slot: int) -> None:
+        """Try again for a while if the last checkpoint, after ``step``, could not be written; every rank calls this."""
+        for _ in range(LAST_RETRIES):
+            if self._writer.failure is None:
+                return
+            # the same on all ranks
+            time.sleep(LAST_RETRY_SECONDS)
+            self._save(step, next_slot, [CHECKPOINTS], None)
+            self._writer.wait()
+            # the failure has been reported already
+            self._writer.warnings()
 
     def wait(self, step: int) -> None:
         """Wait until no checkpoint is being written; report failed writes at ``step``."""
@@ -91,12 +111,21 @@ class CheckpointPolicy:
             return None
         # a checkpoint counts as the best only once it is written
         self._writer.wait()
-        value, highest = metrics[f"eval/{name}"], best_value(self._run_dir, name, step)
+        value = metrics[f"eval/{name}"]
         # rank 0 decides: the last digits may differ between ranks, but all ranks save or none
-        is_best = torch.tensor(float(math.isfinite(value) and (highest is None or value > highest)))
+        is_best = torch.tensor(float(self._runtime.rank == 0 and self._is_best(step, name, value)))
         is_best = is_best.to(self._runtime.device)
         dist.broadcast(is_best, 0)
         return {"step": step, "metric": name, "value": value} if is_best else None
+
+    def _is_best(self, step: int, metric: str, value: float) -> bool:
+        try:
+            highest = best_value(self._run_dir, metric, step)
+        except CheckpointError as error:
+            # the disk fails
+            self._sink.warn(step, f"the best checkpoint so far is unknown: {error}")
+            return False
+        return math.isfinite(value) and (highest is None or value > highest)
 
 
 def build_payloads(kinds: list[str], state: dict[str, Any], networks: Networks) -> dict[str, CheckpointPayload]:

@@ -28,8 +28,9 @@ from streamtrain.planning.plan_text import end_summary, model_table, start_summa
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
-from streamtrain.run.directory import describe_run, log_start_notes, saved_state
+from streamtrain.run.directory import TRACEBACKS_NAME, log_start_notes, saved_state
 from streamtrain.run.lock import MOVED, moved_error
+from streamtrain.run.logs import keep_tracebacks
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
@@ -64,6 +65,7 @@ def train(
         ShardError, StreamtrainError: for errors that the user can fix.
     """
     run_dir, exit_code = Path(config.run.dir), 0
+    keep_tracebacks(run_dir / TRACEBACKS_NAME)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
         networks = Networks.build(config, runtime)
@@ -102,9 +104,12 @@ def train(
                 exit_code = result.stop_request if result.stop_request > SAVE else 0
                 if not exit_code:
                     non_finite.raise_if_diverged(step)
+                next_slot = result.next_slot
                 # free the batches before the next step
                 del result
             policy.wait(step)
+            if step == config.run.steps and step > start.step and not exit_code:
+                policy.retry(step, next_slot)
         if exit_code:
             requests.remove_stop_file()
             logger.info("stopped at step %d, %s; run the same command again to resume", step, writer.status_message())
@@ -150,10 +155,8 @@ def _check_start(
 
 
 def _open_sink(config: Config, runtime: Runtime, start: StartState, planned: Plan) -> MetricsSink:
-    """Record the run's configuration and environment, now that all checks have passed, and open its metrics sink."""
+    """Open the run's metrics sink, now that all checks have passed, and show the configuration there."""
     run_dir = Path(config.run.dir)
-    if runtime.rank == 0:
-        describe_run(run_dir, config, runtime.world_size, runtime.description)
     if start.source is not None:
         logger.info("resuming at step %d from %s", start.step, start.source)
     sink = MetricsSink(run_dir, config, rank=runtime.rank, start_step=start.step)

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from shards.format.append_log import RETRY_SECONDS
 from shards.reading.mixture import AnySet
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
-from streamtrain.data.still_images import centre_crop
 from streamtrain.diagnostics.collapse import CollapseDetector
 from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.diagnostics.spikes import SpikeDetector
 from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
+from streamtrain.evaluation.features import decode_crop
 from streamtrain.evaluation.held_out import HeldOut, first_images, held_out, sample_images
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
+from streamtrain.ops.collectives import SharedFailure
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.peak import peak_flops
@@ -38,22 +39,24 @@ from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.profiler import Profiler
 from streamtrain.reporting.sink import BestEffort, MetricsSink
 from streamtrain.reporting.usage import StepClock, Work, memory_scalars
+from streamtrain.run.directory import describe_run
 from streamtrain.training.build import Networks
 from streamtrain.training.distill import frozen_teacher_config
 from streamtrain.training.step import StepResult, Wrap, is_due
 
 MAPS_NAME = "maps.npz"
-# how long a rank waits for the others after an observer that communicates
-AGREEMENT_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
 class Observer:
     """Observes completed steps, independently of other observers.
 
-    If it communicates, it runs rank-local work through ``BestEffort``, so that a failure on one rank does not leave
-    the others waiting in a collective.
+    If it communicates, it runs rank-local work that may fail through ``SharedFailure.run``: then it fails on all ranks,
+    and no rank waits for another in a collective.
     """
+
+    def start(self) -> None:
+        """Prepare before the first step; may use collectives."""
 
     def after_step(self, result: StepResult) -> dict[str, float]:
         """Return metrics of a completed step by tag."""
@@ -68,46 +71,44 @@ class Observer:
 
 
 class ObserverList:
-    """Calls observers in the same order on all ranks; an observer that raises is logged once and disabled.
+    """Calls observers in the same order on all ranks.
 
-    If an observer that communicates fails on one rank, all ranks disable it. If it failed between two collectives,
-    the ranks no longer match, and the run ends with a timeout.
+    An observer that raises is logged once, its metrics of that step are left out, and it is called again after the next
+    step. If it communicates and fails on one rank, all ranks leave its metrics out.
     """
 
-    def __init__(self, observers: Sequence[Observer]) -> None:
+    def __init__(self, observers: Sequence[Observer], failure: SharedFailure) -> None:
         self._observers = [(observer, BestEffort(type(observer).__name__)) for observer in observers]
-        # a separate group, so that a failed rank is not matched with the other ranks' collectives in the observer
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREEMENT_SECONDS))
+        self._failure = failure
+
+    def start(self) -> None:
+        """Prepare the observers; an observer whose preparation fails on any rank is removed."""
+        started = []
+        for observer, guard in self._observers:
+            guard.run(observer.start)
+            if not self._failure.has_occurred(guard.has_failed):
+                started.append((observer, guard))
+        self._observers = started
 
     def after_step(self, result: StepResult) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for observer, guard in self._observers:
-            if not guard.is_enabled:
-                continue
             values = guard.run(observer.after_step, result) or {}
-            if observer.communicates(result) and self._is_true_on_any_rank(not guard.is_enabled):
-                # no rank may act on metrics that another rank lacks
-                values = {}
-                if guard.is_enabled:
-                    guard.disable("on another rank")
-            metrics |= values
+            # no rank may act on metrics that another rank lacks
+            if not observer.communicates(result) or not self._failure.has_occurred(guard.has_failed):
+                metrics |= values
         return metrics
 
     def close(self) -> None:
         for observer, guard in self._observers:
             guard.run(observer.close)
 
-    def _is_true_on_any_rank(self, value: bool) -> bool:
-        flag = torch.tensor(float(value))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
-
 
 def build_observers(
     config: Config, runtime: Runtime, shard_set: AnySet, plan: Plan, networks: Networks, loader: Loader,
     sink: MetricsSink, non_finite: NonFiniteSteps, wrap: Wrap, start_step: int,
 ) -> ObserverList:  # fmt: skip
-    """Build all observers of a run; every rank calls this.
+    """Build and start all observers of a run; every rank calls this.
 
     Args:
         wrap: iterates over the images of an evaluation (``HangDetector.wrap``).
@@ -120,18 +121,22 @@ def build_observers(
     if why_not:
         logger.info("no evaluation while training: %s; set evaluation.train to a labelled set", why_not)
     student, teacher = networks.student, networks.teacher
-    profiler = Profiler(Path(config.run.dir), config.monitor.profile, runtime.rank, start_step)
-    return ObserverList(
+    failure = SharedFailure(config.engine.collective_timeout_seconds)
+    observers = ObserverList(
         [
+            StartFiles(config, runtime),
             Diagnostics(config, non_finite, loader.describe_samples, sink),
             SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
-            Evaluation(config, runtime, teacher, images, sink, wrap),
+            Evaluation(config, runtime, teacher, images, sink, wrap, failure),
             CropPictures(config, sink),
-            FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step),
+            FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step, failure),
             Histograms(student, sink),
-            Trace(profiler, sink),
-        ]
+            Trace(config, runtime.rank, sink, start_step),
+        ],
+        failure,
     )
+    observers.start()
+    return observers
 
 
 class Diagnostics(Observer):
@@ -216,11 +221,12 @@ class Evaluation(Observer):
     """Evaluates the teacher on held-out images, and shows their features in TensorBoard's projector."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink, wrap: Wrap
-    ) -> None:
+        self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink,
+        wrap: Wrap, failure: SharedFailure,
+    ) -> None:  # fmt: skip
         """``images``: None disables the evaluation."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
-        self._evaluation = OnlineEvaluation(config, images, runtime)
+        self._evaluation = OnlineEvaluation(config, images, runtime, failure)
         self._projector = BestEffort("the projector")
 
     def communicates(self, result: StepResult) -> bool:
@@ -260,19 +266,22 @@ class FeatureMaps(Observer):
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, shard_set: AnySet,
-        sink: MetricsSink, start_step: int,
+        sink: MetricsSink, start_step: int, failure: SharedFailure,
     ) -> None:  # fmt: skip
-        """Draw the first maps if the run is new."""
         self._config, self._runtime, self._teacher, self._sink = config, runtime, teacher, sink
+        self._held_out, self._shard_set, self._start_step, self._failure = images, shard_set, start_step, failure
         self._maps: MapsOverTime | None = None
+        self._images: list[Tensor] = []
         self._drawing = BestEffort("drawing of feature maps")
-        crops: list[np.ndarray] = []
-        if config.monitor.panel_every and (config.monitor.tensorboard or config.monitor.trackers):
-            crops = self._read_crops(images, shard_set)
+
+    def start(self) -> None:
+        """Read the images; draw the first maps if the run is new."""
+        config = self._config
+        if not config.monitor.panel_every or not (config.monitor.tensorboard or config.monitor.trackers):
+            return
+        crops = self._failure.run(self._read_crops)
         self._images = [torch.from_numpy(crop) for crop in crops]
-        if crops and runtime.rank == 0:
-            self._maps = MapsOverTime(crops, Path(config.run.dir) / MAPS_NAME, start_step)
-        if start_step == 0:
+        if self._start_step == 0:
             self._embed_and_draw(0)
 
     def communicates(self, result: StepResult) -> bool:
@@ -284,14 +293,20 @@ class FeatureMaps(Observer):
                 self._embed_and_draw(result.step)
         return {}
 
-    def _read_crops(self, images: HeldOut | None, shard_set: AnySet) -> list[np.ndarray]:
-        """Return centre crops larger than the global crops; none for a remote set."""
-        count = self._config.monitor.panel_samples
+    def _read_crops(self) -> list[np.ndarray]:
+        """Return centre crops larger than the global crops, none for a remote set; rank 0 prepares their maps."""
+        count, images = self._config.monitor.panel_samples, self._held_out
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
-        if images is None and shard_set.is_remote:
+        if images is None and self._shard_set.is_remote:
             return []
-        chosen = (sample_images(images.test, count) if images is not None else first_images(shard_set, count)).lenient()
-        return [centre_crop(chosen.decode(index), size, size) for index in range(len(chosen))]
+        chosen = sample_images(images.test, count) if images is not None else first_images(self._shard_set, count)
+        # all ranks need equally many images, so a grey one stands in for an unusable one
+        crops = [decode_crop(chosen, index, size, size)[0] for index in range(len(chosen))]
+        if reasons := chosen.unusable.new_reasons():
+            logger.warning("images shown grey in the feature maps: %s", reasons)
+        if crops and self._runtime.rank == 0:
+            self._maps = MapsOverTime(crops, Path(self._config.run.dir) / MAPS_NAME, self._start_step)
+        return crops
 
     def _embed_and_draw(self, step: int) -> None:
         """Embed the images on all ranks, because the teacher is sharded; rank 0 draws."""
@@ -333,17 +348,59 @@ class Histograms(Observer):
         return {}
 
 
-@dataclass(eq=False)
 class Trace(Observer):
     """Traces the steps of ``monitor.profile``."""
 
-    profiler: Profiler
-    sink: MetricsSink
+    def __init__(self, config: Config, rank: int, sink: MetricsSink, start_step: int) -> None:
+        self._config, self._rank, self._sink, self._start_step = config, rank, sink, start_step
+        self._profiler: Profiler | None = None
+
+    def start(self) -> None:
+        settings = self._config.monitor.profile
+        self._profiler = Profiler(Path(self._config.run.dir), settings, self._rank, self._start_step)
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        with self.sink.stopwatch:
-            self.profiler.step_completed(result.step)
+        assert self._profiler is not None
+        with self._sink.stopwatch:
+            self._profiler.step_completed(result.step)
         return {}
 
     def close(self) -> None:
-        self.profiler.close()
+        if self._profiler is not None:
+            self._profiler.close()
+
+
+class StartFiles(Observer):
+    """Writes the files that describe the run; on a full or failing disk it tries again after later steps."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        self._is_written = runtime.rank > 0
+        self._next_attempt = 0.0
+
+    def start(self) -> None:
+        if (error := self._write()) is not None:
+            logger.warning(
+                "the files that describe the run cannot be written to %s (%s); training continues, and they are "
+                "written as soon as possible", self._config.run.dir, error.strerror,
+            )  # fmt: skip
+
+    def after_step(self, result: StepResult) -> dict[str, float]:
+        if not self._is_written and time.monotonic() >= self._next_attempt:
+            self._write()
+        return {}
+
+    def close(self) -> None:
+        self._write()
+
+    def _write(self) -> OSError | None:
+        """Write the files unless they are written; return the error if that fails."""
+        self._next_attempt = time.monotonic() + RETRY_SECONDS
+        config, runtime = self._config, self._runtime
+        try:
+            if not self._is_written:
+                describe_run(Path(config.run.dir), config, runtime.world_size, runtime.description)
+        except OSError as error:
+            return error
+        self._is_written = True
+        return None

@@ -144,7 +144,7 @@ def test_a_port_that_does_not_exist_is_named(port: str) -> None:
 @pytest.mark.parametrize("address", ["no.such.host.invalid", "a" * 300, "é.", "a b"])
 def test_an_address_that_does_not_resolve_is_named(address: str) -> None:
     os.environ.update({**TWO, "MASTER_ADDR": address})
-    with pytest.raises(ConfigError, match="MASTER_ADDR .* is not a known host"):
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR .* is not a known host"):
         check_master(Launch(1, 2, 1, 2), wait_seconds=0.0)
 
 

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import packed_set
+import torch
+from drawn_images import drawn_image, encoded, packed_set
 from tiny_backbone import class_folder
 
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.features import crop_batches
 from streamtrain.evaluation.held_out import first_images, held_out, stratified_indices
+from streamtrain.evaluation.images import LabelledImages
 
 
 def config(**evaluation: object) -> Config:
@@ -48,11 +51,31 @@ def test_strata_are_ascending_and_spread() -> None:
     assert len(set(stratified_indices(11, 10).tolist())) == len(stratified_indices(11, 10)) <= 10
 
 
-def test_a_damaged_image_is_replaced_by_grey(tmp_path: Path) -> None:
+def test_a_damaged_image_is_replaced_by_grey_and_named_once(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "train", each=8)
     (folder / "down" / "003.png").write_bytes(b"no image")
     shard_set = packed_set(tmp_path / "a", 8)
     found, _ = held_out(config(train=str(folder), images=40), shard_set)
     assert found is not None
-    sizes = [one.decode(i).size for one in (found.train.lenient(), found.test.lenient()) for i in range(len(one))]
-    assert len(sizes) == 16 and sizes.count((64, 64)) == 1
+    batches = [batch for _ in range(2) for one in (found.train, found.test) for batch in crop_batches(one, 8, 8, 5, 2)]
+    usable = torch.cat([is_usable for _, is_usable in batches])
+    crops = torch.cat([crops for crops, _ in batches])
+    assert len(usable) == 32 and int((~usable).sum()) == 2
+    assert (crops[~usable] == 128).all() and (crops[usable].flatten(1).double().std(1) > 1).all()
+    assert "003.png" in found.test.unusable.new_reasons() and found.train.unusable.new_reasons() == ""
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Decompressed data too large"), RecursionError(), MemoryError(), KeyError(3)]
+)
+def test_whatever_reading_raises_concerns_one_image(error: Exception) -> None:
+    def read(index: int) -> tuple[bytes, str]:
+        if index == 1:
+            raise error
+        return encoded(drawn_image(index)), f"image {index}"
+
+    images = LabelledImages("set", np.zeros(3, np.int64), ("a",), read)
+    with pytest.raises(StreamtrainError, match="image 1 of set"):
+        images.decode(1)
+    assert [images.decode_if_usable(index) is None for index in range(3)] == [False, True, False]
+    assert type(error).__name__ in images.unusable.new_reasons()

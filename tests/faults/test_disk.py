@@ -94,7 +94,7 @@ def test_a_run_with_a_full_disk_finishes_and_reports_the_missing_checkpoint(tmp_
     assert run(*NAMESPACE, "sh", "-c", script) == "exit 2\nexit 0\n"
     error = (tmp_path / "broken/first.err").read_text()
     assert error.count("warning: the checkpoint of step") == 5
-    assert "error: all steps are done, but the checkpoint could not be written" in error.splitlines()[-1]
+    assert "error: all steps are complete, but the checkpoint could not be written" in error.splitlines()[-1]
     assert "the latest one is from step 1" in error.splitlines()[-1]
     assert "resuming at step 1 from" in (tmp_path / "broken/second.out").read_text()
     assert logged(tmp_path / "broken") == logged(tmp_path / "straight")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_steps(path: Path, first: int, last: int) -> None:
-    log = MetricsLog(path)
+    log = MetricsLog(path, first - 1)
     for step in range(first, last + 1):
         log.write(step, step * 64, {"loss/total": 1 / (step + 2), "optim/lr": 1e-4})
     log.close()
@@ -26,7 +27,7 @@ def write_steps(path: Path, first: int, last: int) -> None:
 
 def test_full_precision_and_null_for_non_finite_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
+    log = MetricsLog(path, 0)
     log.write(1, 8, {"loss/total": 0.1 + 0.2, "optim/gradient_norm": float("inf")})
     text = path.read_text()  # without close: each line is flushed
     assert text.endswith("\n") and text.count("\n") == 1
@@ -76,7 +77,7 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
         "import itertools, pathlib, sys; from streamtrain.reporting.metrics import MetricsLog\n"
-        "log = MetricsLog(pathlib.Path(sys.argv[1]))\n"
+        "log = MetricsLog(pathlib.Path(sys.argv[1]), 0)\n"
         "for step in itertools.count(1): log.write(step, step, {'loss/total': 1 / step})\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
@@ -87,3 +88,54 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
     writer.wait()
     steps = [record["step"] for record in read_metrics(path)]
     assert len(steps) > 100 and steps == list(range(1, len(steps) + 1))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.just(10**400) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lines=st.lists(
+        st.one_of(
+            st.binary(max_size=80),
+            st.just(b"[" * 100_000),
+            st.dictionaries(st.text(max_size=4) | st.just("step"), VALUES).map(
+                lambda value: json.dumps(value).encode()
+            ),
+        ),
+        max_size=5,
+    ),
+    keep=st.integers(0, 3),
+)
+def test_no_content_of_the_file_is_an_error(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], keep: int
+) -> None:
+    path = tmp_path_factory.mktemp("noise") / "metrics.jsonl"
+    write_steps(path, 1, 2)
+    with path.open("ab") as file:
+        file.write(b"\n".join([*lines, b'{"step": 3, "slot": 7, "a\\u001b": 2, "b": NaN, "c": [1]}', b'{"step": 4']))
+    records = list(read_metrics(path))
+    assert {1, 2, 3} <= {record["step"] for record in records}
+    for record in records:
+        assert all(tag.isprintable() and type(value) in (int, float, type(None)) for tag, value in record.items())
+        assert all(value is None or math.isfinite(value) for value in record.values())
+    truncate_after(path, keep)
+    kept = [record["step"] for record in read_metrics(path)]
+    assert all(step <= keep for step in kept) and set(range(1, keep + 1)) <= set(kept)
+    write_steps(path, keep + 1, 5)
+    assert set(range(1, 6)) <= {record["step"] for record in read_metrics(path)}
+
+
+def test_skipped_lines_are_counted_but_not_a_torn_last_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 3)
+    with path.open("ab") as file:
+        file.write(b'{"step"')
+    assert len(list(read_metrics(path))) == 3 and not caplog.records
+    with path.open("ab") as file:
+        file.write(b"\n" + b"x" * 3_000_000 + b"\n")
+    assert len(list(read_metrics(path))) == 3 and "2 lines are no metrics" in caplog.text

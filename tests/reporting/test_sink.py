@@ -13,6 +13,7 @@ import torch
 from ranks import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import streamtrain.reporting.sink as sink_module
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.reporting.metrics import read_metrics
@@ -118,18 +119,58 @@ def test_stopwatch_measures_the_share_inside_its_blocks() -> None:
     assert 0.3 < watch.share < 0.6
 
 
-def test_a_failing_tracker_is_logged_once_with_a_traceback_and_disabled(
+def test_a_failing_picture_is_logged_once_with_a_traceback_and_the_rest_is_shown(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = MetricsSink(tmp_path, a_run(3, progress=False), rank=0, start_step=0)
     sink.log(1, 8, {"loss/total": 1.0})
-    sink.image(1, np.zeros((8, 8), np.uint8))  # not an image: it has two dimensions
+    for _ in range(2):
+        sink.image(1, np.zeros((8, 8), np.uint8))  # not an image: it has two dimensions
     sink.log(2, 16, {"loss/total": 1.0})
     sink.close()
     (record,) = caplog.records
-    assert record.message == "EventWriter failed and is disabled for the rest of this run" and record.exc_info
-    assert not sink.has_trackers
+    assert record.message == "TensorBoard failed and is left out; training continues" and record.exc_info
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2]
+
+
+def test_after_a_slow_failure_a_tracker_is_left_alone_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Unreachable:
+        def scalars(self, step: int, scalars: Any) -> None:
+            calls.append(step)
+            time.sleep(0.05)
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(sink_module, "SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(sink_module, "tracker_openers", lambda *_: {"tracker": Unreachable})
+    sink = MetricsSink(tmp_path, a_run(3, progress=False, tensorboard=False), rank=0, start_step=0)
+    assert sink.has_trackers
+    for step in (1, 2, 3):
+        sink.log(step, 8, {"loss/total": 1.0})
+    assert calls == [1] and not sink.has_trackers
+    time.sleep(1.2)
+    sink.log(4, 8, {"loss/total": 1.0})
+    assert calls == [1, 4]
+
+
+def test_text_and_names_are_escaped(tmp_path: Path) -> None:
+    sink = MetricsSink(tmp_path, a_run(3, progress=False), rank=0, start_step=0)
+    sink.text("run/config", "caf\udce9\n\x1b[31mred")
+    thumbnails = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    sink.embedding(1, torch.zeros(2, 3), ["caf\udce9", "a\tb\nc\x1b"], thumbnails)
+    sink.close()
+    labels = (tmp_path / "tensorboard/projector/first-labels.tsv").read_text(encoding="utf-8")
+    assert labels.splitlines() == ["caf\\udce9", "a b c\\x1b"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("run/config/text_summary")[0].tensor_proto.string_val
+    assert text == b"caf\\udce9\n\\x1b[31mred"
 
 
 def test_tensorflow_is_not_imported_where_it_is_installed(tmp_path: Path) -> None:

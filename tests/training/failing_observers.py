@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-import streamtrain.evaluation.online
+import streamtrain.evaluation.online as online
 import streamtrain.training.observers as observers
 from streamtrain.main import main
 
@@ -20,9 +20,12 @@ if os.environ["RANK"] == "0":
     observers.MapsOverTime.components_page = fail  # type: ignore[method-assign]
     observers.MetricsSink.embedding = fail  # type: ignore[method-assign]
     observers.MetricsSink.histogram = fail  # type: ignore[method-assign]
-    probe, calls = streamtrain.evaluation.online.linear_accuracy, iter(range(9))
-    # fails at the second call
-    streamtrain.evaluation.online.linear_accuracy = lambda *rows: fail() if next(calls) else probe(*rows)
+    observers.Profiler = fail  # type: ignore[assignment, misc]
+    # the second evaluation fails in the probe, the third while it loads the images
+    probe, probes = online.linear_accuracy, iter(range(9))
+    online.linear_accuracy = lambda *rows: fail() if next(probes) == 1 else probe(*rows)
+    batches, evaluations = online.crop_batches, iter(range(99))
+    online.crop_batches = lambda *arguments: iter(fail, 0) if next(evaluations) == 7 else batches(*arguments)
 status = main()
 sys.stdout.flush()
 sys.stderr.flush()

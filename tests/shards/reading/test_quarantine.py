@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from drawn_images import overwrite, packed_set
 from faulty_server import faulty_server
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shards.errors import SampleError, ShardError
+from shards.format import append_log
 from shards.reading.order import Order
 from shards.reading.quarantine import Entry, Quarantine
 from shards.reading.shard_set import ShardSet
@@ -175,3 +180,47 @@ def test_missing_remote_shard_stops_the_reader(tmp_path: Path) -> None:
         assert not isinstance(raised.value, SampleError)
         assert not log.exists()
         source.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    noise=st.lists(st.one_of(st.binary(max_size=60), st.just(b"[" * 100_000), st.just(b'{"slot": 1e999}')), max_size=5)
+)
+def test_no_content_of_the_log_is_an_error(tmp_path_factory: pytest.TempPathFactory, noise: list[bytes]) -> None:
+    log = tmp_path_factory.mktemp("noise") / "quarantine.jsonl"
+    known = Entry(5, "000000.tar", 7, "key", "decode", "reason")
+    log.write_bytes(b"\n".join([*noise, json.dumps(asdict(known)).encode(), *noise, b"{"]))
+    quarantine = Quarantine(log)
+    assert quarantine.is_unusable(9, "000000.tar", 7) or any(b"\n" in each for each in noise)
+    quarantine.add(6, SampleError("000000.tar", 8, "caf\udce9\x1b", "reason"), "read")
+    again = Quarantine(log)
+    assert again.is_unusable(6, "000000.tar", 8) and not again.is_unusable(7, "000000.tar", 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"slot": "5"}, {"slot": True}, {"index": 7.0}, {"shard": ["a"]}, {"key": None}, {"stage": "other"}, {"more": 1}],
+)
+def test_entries_with_values_of_other_types_are_skipped_and_counted(
+    tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = {"slot": 5, "shard": "000000.tar", "index": 7, "key": "key", "stage": "read", "reason": "reason"}
+    log = tmp_path / "quarantine.jsonl"
+    log.write_text(f"{json.dumps(entry | change)}\n" * 3)
+    assert not Quarantine(log).is_unusable(5, "000000.tar", 7)
+    assert "3 lines are no entries" in caplog.text
+
+
+def test_entries_wait_for_a_log_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(append_log, "RETRY_SECONDS", 0.0)
+    log = tmp_path / "missing" / "quarantine.jsonl"
+    quarantine = Quarantine(log)
+    for sample in range(3):
+        quarantine.add(sample, SampleError("000000.tar", sample, "key", "reason"), "read")
+    assert quarantine.is_unusable(2, "000000.tar", 2) and len(caplog.records) == 1
+    log.parent.mkdir()
+    time.sleep(0.05)  # 20 times as long as an attempt took
+    quarantine.count_slot()
+    assert [entry.index for entry in _log(log)] == [0, 1, 2]
