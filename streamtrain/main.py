@@ -19,11 +19,13 @@ import logging
 import time
 import traceback
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shards.errors import ShardError
 from shards.reading.mixture import AnySet
+from streamtrain.checkpoint.retention import remove_leftovers
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
@@ -144,6 +146,10 @@ def train_rank(arguments: argparse.Namespace) -> int:
         complete = completion_message(config, source)
         if complete and source is not None and saved is not None and not arguments.dry_run:
             check_complete(config, launch, source, saved, accepted)
+            if source.parent.parent == run_dir and launch.rank == 0:
+                # the last save may have been killed; a complete run may be read-only, or still be ending
+                with suppress(StreamtrainError), run_lock(run_dir, launch.rank):
+                    remove_leftovers(run_dir)
             logger.info(complete)
             return 0
         if launch.world_size > 1:

@@ -85,9 +85,9 @@ def partial_of(folder: Path) -> Path:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove directories that a killed process left partly written or removed; call it while no save is running."""
+    """Remove the remains of a save or removal that was killed; call it while no save is running."""
     for kind in (CHECKPOINTS, SNAPSHOTS):
-        for leftover in (run_dir / kind).glob(".step-*"):
+        for leftover in (*(run_dir / kind).glob(".step-*"), *(run_dir / kind).glob(".latest.*")):
             # if this fails, so does the next save, which reports it
             with suppress(OSError):
                 remove_tree(leftover)

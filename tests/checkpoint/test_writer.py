@@ -13,7 +13,7 @@ from joined_processes import run_on_ranks
 from streamtrain.checkpoint.reader import read_weights
 from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
-from streamtrain.run.directory import CHECKPOINTS
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps
 
 NUMEL = 1000
 SECONDS = 0.2
@@ -70,6 +70,45 @@ def fail_while_copying(rank: int, run: Path) -> None:
     writer.wait_until_copied()
     with pytest.raises(RuntimeError, match="the thread that writes checkpoints has failed"):
         writer.wait()
+
+
+def save_two_lives(rank: int, run: Path) -> None:
+    shapes = {"a": (NUMEL,)}
+    for life in (1.0, 2.0):
+        writer = CheckpointWriter(run, RunConfig())
+        done = threading.Event()
+        done.set()
+        shard = SlowShard(torch.full((NUMEL,), life), threading.Event(), done)
+        writer.save(3, {SNAPSHOTS: CheckpointPayload({"ema/a": shard}, {}, shapes, {})})
+        writer.wait()
+        assert writer.warnings() == []
+        assert bool((read_weights(run)["a"] == life).all())
+        writer.close()
+    assert [path.name for path in (run / SNAPSHOTS).glob("*step*")] == ["step-000000003"]
+
+
+def save_without_new_threads(rank: int, run: Path) -> None:
+    writer = CheckpointWriter(run, RunConfig())
+
+    def fail(thread: threading.Thread) -> None:
+        raise MemoryError
+
+    threading.Thread.start = fail  # type: ignore[method-assign]
+    done = threading.Event()
+    done.set()
+    for step in (1, 2):
+        writer.save(step, payload_of(SlowShard(torch.full((NUMEL,), 1.0), threading.Event(), done)))
+        writer.wait()
+    assert saved_steps(run) == [1, 2] and writer.failure is None
+
+
+def test_a_snapshot_newer_than_the_checkpoint_is_replaced(tmp_path: Path) -> None:
+    run_on_ranks(save_two_lives, tmp_path, tmp_path, ranks=1)
+
+
+def test_saves_start_no_thread(tmp_path: Path) -> None:
+    """A thread that starts when memory has run out blocks its caller forever."""
+    run_on_ranks(save_without_new_threads, tmp_path, tmp_path, ranks=1)
 
 
 def test_values_may_change_after_they_are_copied(tmp_path: Path) -> None:

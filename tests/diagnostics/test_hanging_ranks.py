@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from drawn_images import packed_set
-from ranks import free_port, start_ranks
+from ranks import ROOT, free_port, start_ranks
 from tiny_run import command
 
 TIMEOUT = 5
@@ -44,6 +44,22 @@ def test_a_stopped_rank_ends_the_others(tmp_path: Path, key: str) -> None:
         assert processes[0].returncode == 1 and "Traceback" in errors and "Traceback" in text
     print(f"{key}: ended {took:.1f} s after the other rank was stopped")
     assert TIMEOUT - 1 < took < TIMEOUT + 15
+
+
+def test_a_hung_process_ends_without_memory_for_another_thread(tmp_path: Path) -> None:
+    program = """
+import faulthandler, sys, time
+from pathlib import Path
+from streamtrain.diagnostics.hang_detector import HangDetector
+def fail(*_, **__):
+    raise RuntimeError("unable to start watchdog thread")
+faulthandler.dump_traceback_later = fail
+with HangDetector(Path(sys.argv[1]), 0, 0.3):
+    time.sleep(60)
+"""
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 70 and "rank 0 made no progress" in done.stderr
 
 
 @pytest.mark.slow
