@@ -192,7 +192,7 @@ def test_a_download_needs_free_space(server: FaultyServer, tmp_path: Path, monke
 
 
 def test_a_full_disk_ends_indexing_with_one_line(server: FaultyServer, tmp_path: Path) -> None:
-    """A file size limit stands in for a full disk."""
+    """The test limits the size of files instead of filling a disk."""
     (server.root / "some.tar").write_bytes(bytes(1 << 20))
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
