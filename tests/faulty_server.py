@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +18,16 @@ class FaultyServer(ThreadingHTTPServer):
     """Serves ``root``; ``faults`` lists the faults of the next GETs, None for no fault.
 
     Faults: "503", "stall" (sends half, then nothing), "cut" (closes in the middle), "short" (fewer bytes, with a
-    matching length), "whole" (ignores the range). ``gone`` has the missing paths; ``gets`` logs (path, fault).
+    matching length), "whole" (ignores the range), "to URL" (redirects), and those of ``HOSTILE``: "range" and "no
+    range" (another part of the object, or a part that is not named), "long" (more than asked), "endless" and "chunked"
+    (without an end, at full speed), "slow" (a byte at a time), "headers" (without an end), "bomb" (a gzip body of
+    zeros), "garbage" (no HTTP), "loop" and "file" (redirects to itself and to a local file). ``gone`` has the missing
+    paths; ``gets`` logs (path, fault); ``logins`` logs the Authorization header of each GET.
     """
+
+    HOSTILE = (
+        "range", "no range", "long", "endless", "chunked", "slow", "headers", "bomb", "garbage", "loop", "file",
+    )  # fmt: skip
 
     daemon_threads = True
 
@@ -27,6 +37,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.faults: list[str | None] = []
         self.gone: set[str] = set()
         self.gets: list[tuple[str, str | None]] = []
+        self.logins: list[str | None] = []
         self.closing = threading.Event()
 
     @property
@@ -50,14 +61,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve(None, body=False)
 
     def do_GET(self) -> None:
+        self.server.logins.append(self.headers.get("Authorization"))
         exists = self.path not in self.server.gone
         fault = self.server.faults.pop(0) if exists and self.server.faults else None
         self.server.gets.append((self.path, fault))
         self._serve(fault, body=True)
 
     def _serve(self, fault: str | None, body: bool) -> None:
-        path = self.server.root / self.path.lstrip("/")
-        if self.path in self.server.gone or not path.is_file():
+        if fault is not None and fault.startswith("to "):
+            self._redirect(fault.removeprefix("to "))
+            return
+        if fault in FaultyServer.HOSTILE and self._attack(fault):
+            return
+        name = self.path.partition("?")[0]
+        path = self.server.root / name.lstrip("/")
+        if name in self.server.gone or not path.is_file():
             self.send_error(404)
             return
         if fault == "503":
@@ -67,8 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
         requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if requested and fault != "whole":
             begin, end = int(requested[1]), min(int(requested[2] or len(content) - 1) + 1, len(content))
+            if fault in ("range", "no range"):
+                begin, end = (begin - 1, end - 1) if begin else (begin + 1, end + 1)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+            if fault != "no range":
+                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+            end += 5 if fault == "long" else 0
             content = content[begin:end]
         else:
             self.send_response(200)
@@ -87,6 +109,55 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.wfile.write(content)
+
+    def _redirect(self, url: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", url)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _attack(self, fault: str) -> bool:
+        """Send an answer that has nothing to do with the object; return whether the fault is of this kind."""
+        self.close_connection = True
+        if fault in ("loop", "file"):
+            self._redirect(self.path if fault == "loop" else "file:///etc/passwd")
+            return True
+        if fault == "garbage":
+            self.wfile.write(b"\x00\x01garbage\r\n\r\n")
+            return True
+        if fault == "headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            self._repeat(b"X-A: b\r\n" * 100)
+            return True
+        headers = {
+            "endless": ("Content-Length", str(10**15)), "chunked": ("Transfer-Encoding", "chunked"),
+            "slow": ("Content-Length", "1000000"), "bomb": ("Content-Encoding", "gzip"),
+        }  # fmt: skip
+        if fault not in headers:
+            self.close_connection = False
+            return False
+        self.send_response(200)
+        self.send_header(*headers[fault])
+        self.end_headers()
+        if fault == "slow":
+            self._repeat(b" ", 0.05)
+        elif fault == "bomb":
+            compressor = zlib.compressobj(9, wbits=31)
+            block = bytes(1 << 24)
+            self._repeat(b"", blocks=(compressor.compress(block) for _ in range(64)))
+        else:
+            block = bytes(1 << 20)
+            self._repeat(block if fault == "endless" else b"100000\r\n" + block + b"\r\n")
+        return True
+
+    def _repeat(self, block: bytes, pause: float = 0.0, blocks: Iterable[bytes] | None = None) -> None:
+        """Send a block again and again, or ``blocks``, until the client or the server closes."""
+        for each in blocks if blocks is not None else itertools.repeat(block):
+            if self.server.closing.is_set():
+                return
+            self.wfile.write(each)
+            self.wfile.flush()
+            time.sleep(pause)
 
 
 @contextmanager

@@ -128,10 +128,11 @@ async def _get(files: Any, request: Request) -> bytes:
             raise NoRanges("the server sends the whole object")
         elif status != 200:
             raise WrongAnswer(f"the server answered with status {status}")
-        is_encoded = response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
-        content = await _receive(
-            response.content.read, request, status == 206, announced=None if is_encoded else length
-        )
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        announced = length if encoding in ("", "identity") else None
+        if status == 200 and request.span is not None:
+            await _check_whole(files, request, announced)
+        content = await _receive(response.content.read, request, status == 206, announced)
         if not response.content.is_eof():
             response.close()  # the rest is never read
     return content
@@ -174,6 +175,17 @@ def _check_range(request: Request, content_range: str | None) -> None:
     begin, end = request.span
     if int(found[1]) != begin or int(found[2]) >= end:
         raise WrongAnswer(f"the server sent {content_range!r} instead of bytes {begin}-{end - 1}")
+
+
+async def _check_whole(files: Any, request: Request, announced: int | None) -> None:
+    """Check that an answer to a range is the whole object, not for example the page of a proxy."""
+    assert request.span is not None
+    try:
+        size = (await files._info(request.path)).get("size")
+    except (OSError, ValueError) as error:
+        raise WrongAnswer("the server does not answer with a range, nor the object's length") from error
+    if announced is None or announced != size or announced < request.span[1]:
+        raise WrongAnswer(f"the server sent an answer of {announced} bytes instead of a range of the {size} bytes")
 
 
 async def _receive(receive: _Receive, request: Request, is_range: bool, announced: int | None) -> bytes:

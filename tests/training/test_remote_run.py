@@ -22,6 +22,7 @@ from watched_folder import watched
 from shards.reading.cache import min_cache_bytes
 from shards.reading.order import Order
 from shards.reading.shard_set import ShardSet
+from streamtrain import export
 
 STEPS = 24  # of 8 samples: two epochs
 SETTINGS = (f"run.steps={STEPS}", "data.window=2", "run.checkpoint_every=3", "data.read_ahead_bytes=4000")
@@ -143,6 +144,36 @@ def test_from_s3_two_ranks_train_on_the_same_samples_despite_faults(
         words, limit = words_of(remote, local, cache, run_dir)
         said = finish(words, remote)
     check(run_dir, expected, said, remote, most[0], limit)
+
+
+def test_the_credentials_of_a_url_are_used_and_never_written(
+    local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, password, signature = tmp_path / "run", "s3cret%2Fpass", "signed%3Dtoken"
+    with behind("http", local, monkeypatch) as remote:
+        url = f"{remote.url.replace('://', f'://user:{password}@')}?sig={signature}"
+        words = command(
+            url, run_dir, "monitor.tensorboard=true", "run.steps=2", f"data.cache.dir={tmp_path / 'cache'}",
+            "data.cache.limit=10MB",
+        )  # fmt: skip
+        # another password is no change of the settings when the run is resumed
+        for changes in ((), (f"data.shards={remote.url}", "run.steps=3")):
+            ((code, out, errors),) = run_ranks([*words, *changes], 1)
+            assert code == 0, errors[-3000:]
+        assert set(logged(run_dir)) == {1, 2, 3}
+        assert {path.partition("?")[2] for path, _ in remote.server.gets} == {f"sig={signature}", ""}
+        assert isinstance(remote.server, FaultyServer) and len(set(remote.server.logins)) == 2
+        remote.server.gone.add("/set/manifest.json")
+        ((code, out, errors),) = run_ranks([*words, "run.steps=4"], 1)
+        assert code == 2 and f"{remote.url}/manifest.json does not exist" in errors
+        written = out + errors
+    export(run_dir, tmp_path / "exported", to="safetensors")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "state.json"} <= {path.name for path in files}
+    for secret in (password, signature, "s3cret", "signed"):
+        assert secret not in written
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert f"shards: {remote.url}\n" in (run_dir / "config.yaml").read_text()
 
 
 def test_an_unusable_cache_folder_is_an_error_before_torch_is_imported(
