@@ -84,7 +84,7 @@ class AppendLog:
             self._close_file()
 
     def close(self) -> None:
-        """Write what is still in memory, and close the file; records that cannot be written are lost."""
+        """Write the records that are still in memory, and close the file; a record that cannot be written is lost."""
         if self._pending:
             self.flush()
         if self._pending:

@@ -38,7 +38,7 @@ def crop_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches in order, decoded by ``workers`` threads at most two batches ahead.
 
-    Each batch is uint8 [B, size, size, 3], and bool [B]: False where a grey crop stands in for an unusable image.
+    Each batch is uint8 [B, size, size, 3], and bool [B]: False where a grey crop replaces an unusable image.
     """
 
     def load(start: int) -> list[Future[tuple[np.ndarray, bool]]]:

@@ -20,7 +20,7 @@ from streamtrain.errors import StreamtrainError
 
 TEST_SHARE = 0.2
 # of the images that a warning names
-_NUM_SHOWN = 5
+_NUM_SHOWN = 3
 
 
 class UnusableImages:

@@ -68,7 +68,7 @@ class Study:
     def crops(self, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches uint8 [B, side, side, 3] of this rank's images at the size of the global crops, on the device.
 
-        Also yields bool [B]: False where a grey crop stands in for an unusable image.
+        Also yields bool [B]: False where a grey crop replaces an unusable image.
         """
         size, batch = self.config.crops.global_size, self.config.crops.global_count * self.config.data.micro_batch
         batches = crop_batches(images, size, size, batch, self.runtime.launch.cores)

@@ -47,7 +47,7 @@ class SharedFailure:
 
     def __init__(self, timeout_seconds: float) -> None:
         """``timeout_seconds``: how long a rank waits for the others."""
-        # a separate group, so that these messages never mix with those of the work
+        # a separate group, so that these messages never mix with the messages of the work
         timeout = timedelta(seconds=timeout_seconds)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
 

@@ -23,7 +23,7 @@ class TerminalHandler(logging.Handler):
     """Writes INFO to stdout, and warnings and errors to stderr, above a progress bar if one is shown.
 
     Attributes:
-        tracebacks: file for tracebacks, of which the terminal shows the last line; None shows them whole.
+        tracebacks: file for tracebacks; the terminal then shows only their last lines. None: no such file.
     """
 
     def __init__(self, prefix: str = "") -> None:

@@ -300,7 +300,7 @@ class FeatureMaps(Observer):
         if images is None and self._shard_set.is_remote:
             return []
         chosen = sample_images(images.test, count) if images is not None else first_images(self._shard_set, count)
-        # all ranks need equally many images, so a grey one stands in for an unusable one
+        # all ranks need equally many images, so a grey one replaces an unusable one
         crops = [decode_crop(chosen, index, size, size)[0] for index in range(len(chosen))]
         if reasons := chosen.unusable.new_reasons():
             logger.warning("images shown grey in the feature maps: %s", reasons)

@@ -90,3 +90,18 @@ def test_errors_name_the_option(
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and words in printed.err
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(("num_damaged", "status"), [(2, 0), (8, 2)])
+def test_unusable_images_are_named_and_left_out_up_to_a_share(folder: Path, num_damaged: int, status: int) -> None:
+    name = f"damaged-{num_damaged}"
+    images = sorted(class_folder(folder / name, each=20).rglob("*.png"))
+    for image in images[:num_damaged]:
+        image.write_bytes(b"damage")
+    done = evaluate(folder, "knn", "--pixels", "--train", name, "--test", "images", "--json")
+    assert done.returncode == status and "Traceback" not in done.stderr
+    message = f"{num_damaged} of 40 images of {name} could not be used: cannot read the image {name}/across/000.png"
+    assert message in done.stderr and ("more than 10%" in done.stderr) == bool(status)
+    if not status:
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert (result["train_images"], result["test_images"]) == (38, 40)

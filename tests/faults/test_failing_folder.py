@@ -1,4 +1,4 @@
-"""A full or failing disk under the whole run directory: training goes on, and afterwards nothing is missing."""
+"""A full or failing disk under the whole run directory: training continues, and afterwards nothing is missing."""
 
 from __future__ import annotations
 
