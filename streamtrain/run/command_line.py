@@ -38,9 +38,12 @@ def path_or_url(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     try:
-        return expand_path(text)
+        path = expand_path(text)
     except ShardError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if is_url(path) and not path.partition(":")[2].strip("/ "):
+        raise argparse.ArgumentTypeError(f"the URL {text} names no folder or file")
+    return path
 
 
 def raise_descriptor_limit() -> None:
