@@ -18,7 +18,12 @@ from tiny_run import command
 
 from streamtrain.run.command_line import MAX_DESCRIPTORS, raise_descriptor_limit
 
-START = "from streamtrain.run import interrupts; undo = interrupts.raise_on_interrupt()\n"
+START = """
+from streamtrain.run import interrupts
+interrupts.GRACE_SECONDS = 0.5
+interrupts.end_quietly_on_interrupt()
+interrupts.raise_on_interrupt()
+"""
 # programs that would ignore the exception, and the line that each prints when it is ready
 STUBBORN = {
     "library call": "import hashlib; print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
@@ -32,7 +37,6 @@ while True:
 """,
     "destructor": """
 import time
-interrupts.end_quietly_on_interrupt()
 class Slow:
     def __del__(self):
         print('ready', flush=True)
@@ -82,13 +86,14 @@ def interrupt(words: list[str], number: signal.Signals, seconds: float, cwd: Pat
 
 @pytest.mark.parametrize("kind", STUBBORN)
 def test_a_process_that_does_not_react_is_ended(kind: str) -> None:
-    code = START.replace("undo", "interrupts.GRACE_SECONDS = 0.5; undo") + STUBBORN[kind]
+    code = START + STUBBORN[kind]
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # until it is inside the call
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     finally:
@@ -99,15 +104,15 @@ def test_a_process_that_does_not_react_is_ended(kind: str) -> None:
 
 def test_a_second_signal_ends_at_once() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", START + STUBBORN["library call"]], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", START.replace("0.5", "60.0") + STUBBORN["library call"]], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    began = time.monotonic()
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert (process.wait(30), time.monotonic() - began < 4) == (130, True)
+    assert process.wait(30) == 130
 
 
 def test_handlers_are_restored() -> None:
