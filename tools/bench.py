@@ -15,14 +15,22 @@ versions and hardware, for benchmarks/results/) and settings as a.b=value.
 
 from __future__ import annotations
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from streamtrain.run import interrupts
+
+if __name__ == "__main__":
+    # before the slow imports
+    interrupts.end_quietly_on_interrupt()
+    interrupts.raise_on_interrupt()
+
 import argparse
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results import median_result, save_result
 
@@ -30,6 +38,8 @@ from shards.errors import ShardError
 from streamtrain.config.load import build, load_config, merge, parse_override
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
+from streamtrain.run.command_line import CommandParser, local_path
+from streamtrain.run.signals import EXIT_INTERRUPTED
 
 MIN_BATCHES = 40
 
@@ -38,6 +48,9 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         runs = [arguments.run(arguments) for _ in range(arguments.repeats)]
+    except KeyboardInterrupt:
+        interrupts.report()
+        return EXIT_INTERRUPTED
     except (StreamtrainError, ShardError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,7 +65,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], dict[str, Any]], help_text: str) -> Any:
@@ -60,13 +73,13 @@ def parse_arguments() -> argparse.Namespace:
         command = benchmarks.add_parser(name, help=help_text)
         command.add_argument("--json", action="store_true", help="print one JSON object last")
         command.add_argument("--repeats", type=_parse_count, default=1, help="runs; the median is reported")
-        command.add_argument("--save", type=Path, metavar="FILE", help="result file to write, JSON")
+        command.add_argument("--save", type=local_path, metavar="FILE", help="result file to write, JSON")
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")
         command.set_defaults(run=run)
         return command.add_argument
 
     add_option = add("loader", run_loader, "throughput, CPU time, memory and waiting of the loader")
-    add_option("--set", type=Path, required=True, help="shard set")
+    add_option("--set", type=local_path, required=True, help="shard set")
     add_option("--batch", type=int, default=32, help="samples per batch")
     add_option("--batches", type=int, default=MIN_BATCHES, help=f"batches, at least {MIN_BATCHES}")
     add_option("--compare", choices=("webdataset",), help="also measure the same views by webdataset and Pillow")
@@ -91,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--config", required=True, help="recipe, as for training")
     add_option("--ranks", type=int, default=1, help="ranks on this machine")
     add_option("--steps", type=int, default=4, help="optimiser steps before the save, and after it")
-    add_option("--scratch", type=Path, help="folder on the disk to measure")
+    add_option("--scratch", type=local_path, help="folder on the disk to measure")
 
     add_option = add("prototypes", run_prototypes, "peak memory and time of the fused and the plain prototype loss")
     add_option("--rows", type=int, default=2048, help="rows of student and of teacher")
@@ -106,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--at", type=float, default=0.5, help="position to resume at, in epochs")
 
     add_option = add("stream", run_stream, "resident memory of a long stream, and whether it grows")
-    add_option("--set", type=Path, required=True, help="shard set")
+    add_option("--set", type=local_path, required=True, help="shard set")
     add_option("--samples", type=int, default=50_000, help="samples to measure the slope over, after a warm-up")
     add_option("--loader", action="store_true", help="decode and augment too, instead of reading only")
     return parser.parse_args()

@@ -6,19 +6,30 @@ python tools/make_demo_images.py --out DIR [--count 2400] [--size 112] [--seed 0
 
 from __future__ import annotations
 
-import argparse
+from streamtrain.run import interrupts
+
+if __name__ == "__main__":
+    # before the slow imports
+    interrupts.end_quietly_on_interrupt()
+    interrupts.raise_on_interrupt()
+
 import json
 import os
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from demo_images import CLASSES, draw
 from PIL import Image
 
+from shards.packing.parallel import ordered_map
+from streamtrain.cli.arguments import positive_int
+from streamtrain.run.command_line import CommandParser, local_path
 from streamtrain.run.progress import progress_bar
+from streamtrain.run.signals import EXIT_INTERRUPTED
 
 VERSION = 5
 # hidden, so that readers of the folder skip it
@@ -55,37 +66,42 @@ def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, 
         if existing != record:
             raise ValueError(f"{out} is a different demo set ({existing}); remove it, or choose another --out")
         return False
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     for name in CLASSES:
-        (partial / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
     parts = [range(start, min(start + 40, count)) for start in range(0, count, 40)]
     with (
-        ProcessPoolExecutor(max_workers=workers) as pool,
+        closing(ordered_map(partial(write_images, folder, seed, size), parts, workers)) as written,
         progress_bar("drawing", count, "images", shown=progress) as bar,
     ):
-        for future in [pool.submit(write_images, partial, seed, size, part) for part in parts]:
-            bar.update(future.result())
-    (partial / RECORD).write_text(json.dumps(record) + "\n")
+        for number in written:
+            bar.update(number)
+    (folder / RECORD).write_text(json.dumps(record) + "\n")
     if out.exists():
         out.rmdir()  # empty, as checked above
-    os.replace(partial, out)
+    os.replace(folder, out)
     return True
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, with one subfolder per class")
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=local_path, required=True, help="folder to write, with one subfolder per class")
     parser.add_argument("--count", type=int, default=2400, help="number of images (default 2400)")
     parser.add_argument("--size", type=int, default=112, help="approximate side in pixels (default 112)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     arguments = parser.parse_args()
     out, workers = arguments.out, arguments.workers
     try:
-        if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
-            raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
+        if arguments.count < len(CLASSES) or arguments.size < 32:
+            raise ValueError(f"--count must be at least {len(CLASSES)}, and --size 32")
         new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers)
+    except KeyboardInterrupt:
+        interrupts.report()
+        return EXIT_INTERRUPTED
     except OSError as error:
         print(f"error: cannot write {out} ({error.strerror or error}); choose another --out", file=sys.stderr)
         return 2

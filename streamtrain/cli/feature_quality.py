@@ -66,7 +66,7 @@ def features_of(
     arguments: argparse.Namespace, train: LabelledImages, test: LabelledImages
 ) -> tuple[dict[str, str | int | float], Features, Features]:
     """Return a description of the features, and the features and labels of both sets."""
-    size, resize = arguments.size, arguments.resize
+    size, resize, device = arguments.size, arguments.resize, choose_device(arguments.device)
     if arguments.pixels:
         if arguments.run or arguments.weights or arguments.untrained:
             raise StreamtrainError("--pixels uses no network; remove --run, --weights or --untrained")
@@ -77,7 +77,6 @@ def features_of(
             for images in (train, test)
         ]
         return {"features": "pixels", "size": size}, both[0], both[1]
-    device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
     size = size or config.image_size

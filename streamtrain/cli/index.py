@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
-from shards.errors import printable
+from shards.errors import ShardError, printable
 from shards.packing.index_tars import index_tars
+from shards.storage.store import is_url
 from streamtrain.cli.arguments import add_command, positive_int
-from streamtrain.run.command_line import local_path, path_or_url
+from streamtrain.run.command_line import path_or_url
 
 _SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
 _DETAILS = """\
@@ -28,14 +30,18 @@ _EXAMPLES = """\
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "index", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("--src", type=path_or_url, nargs="+", required=True, metavar="TAR|DIR|URL", help="the tars")
-    parser.add_argument("--out", type=local_path, required=True, metavar="SET", help="folder of the set; new or empty")
+    parser.add_argument("--out", type=path_or_url, required=True, metavar="SET", help="folder of the set; new or empty")
     parser.add_argument(
         "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report = index_tars(arguments.src, arguments.out, workers=arguments.workers, progress=True)
+    if not arguments.out.strip():
+        raise ShardError("--out is empty; give the folder of the set")
+    if is_url(arguments.out):
+        raise ShardError(f"--out {arguments.out} is a URL; give a local folder")
+    report = index_tars(arguments.src, Path(arguments.out), workers=arguments.workers, progress=True)
     lines = report.passed_over.lines()
     lines += (f"left out, no images: {url}" for url in report.empty)
     lines += (f"no index for DALI's own reader: {refusal}" for refusal in report.without_dali)

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from shards.errors import printable
+from shards.errors import ShardError, printable
 from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         shuffle=arguments.shuffle,
         dedup=arguments.dedup,
     )
+    if not arguments.out.strip():
+        raise ShardError("--out is empty; give the folder or the URL of the set")
     try:
         report = pack(
             arguments.src,

@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def parse_image_path(text: str) -> Path:
     path = local_path(text)
-    if path.suffix.lower() not in Image.registered_extensions():
+    # Pillow reads more formats than it writes
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise argparse.ArgumentTypeError(f"{text} has no image suffix, such as .png")
     return path
 

@@ -27,6 +27,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def local_path(text: str) -> Path:
     """Parse a path with ``~`` and variables, as the ``type`` of an argument."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
     path = path_or_url(text)
     if is_url(path):
         raise argparse.ArgumentTypeError(f"{text} is a URL; give a local path")
@@ -35,12 +37,13 @@ def local_path(text: str) -> Path:
 
 def path_or_url(text: str) -> str:
     """Parse a path with ``~`` and variables, or a URL, as the ``type`` of an argument."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
     try:
-        return expand_path(text)
+        path = expand_path(text)
     except ShardError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if is_url(path) and not path.partition(":")[2].strip("/ "):
+        raise argparse.ArgumentTypeError(f"the URL {text} names no folder or file")
+    return path
 
 
 def raise_descriptor_limit() -> None:
