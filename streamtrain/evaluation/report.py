@@ -181,7 +181,10 @@ def _plan_table(run: Path, records: Records) -> list[list[str]]:
     Raises:
         ValueError: if the run's files do not describe it.
     """
-    environment = read_json(run / ENVIRONMENT_NAME)
+    try:
+        environment = read_json(run / ENVIRONMENT_NAME)
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT_NAME} cannot be read: {error}") from None
     if not isinstance(environment, dict) or type(world_size := environment.get("world_size")) is not int:
         raise ValueError(f"{ENVIRONMENT_NAME} is damaged")
     if not 0 < world_size <= _MAX_RANKS:

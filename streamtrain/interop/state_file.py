@@ -184,7 +184,8 @@ def _open_torch(path: Path, is_zip: bool) -> StateFile:
         # only the current zip format of torch can be memory-mapped
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(state, dict | list | tuple):
-        raise StreamtrainError(f"{path} contains a {type(state).__name__}, not tensors by name")
+        kind = "Python object" if isinstance(state, _Ignored) else type(state).__name__
+        raise StreamtrainError(f"{path} contains a {kind}, not tensors by name; save the network's state_dict() in it")
     tensors, contents = _flatten(state)
     shapes = {name: value.shape for name, value in tensors.items()}
     return StateFile(path, shapes, contents, tensors.__getitem__)
@@ -275,7 +276,7 @@ def _flatten(state: object) -> tuple[dict[str, Tensor], list[str]]:
         if num_values > _MAX_VALUES:
             raise StreamtrainError(f"the weights contain more than {_MAX_VALUES:,} values")
         inner: list[tuple[Any, Any]] = []
-        kind = type(value).__name__
+        kind = "other object" if isinstance(value, _Ignored) else type(value).__name__
         if isinstance(value, Tensor):
             tensors[name] = value
             kind = _describe_tensor(value)
