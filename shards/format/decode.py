@@ -7,7 +7,7 @@ rules, for every format:
   refused.
 - Three channels: grey is repeated, palettes are looked up, CMYK is converted without a colour profile. Colour profiles
   and gamma are ignored.
-- Alpha (a channel, in a palette, or a transparent colour) is composited on a background, rounded to nearest.
+- Alpha (a channel, in a palette, or a transparent colour) is then composited on a background, rounded to nearest.
 - The orientation in EXIF, or in XMP where EXIF has none, is applied.
 - Of several frames or pages the first is taken.
 """
@@ -66,12 +66,12 @@ class Decoded:
         rows = max(1, _BAND_PIXELS // width)
         return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
-    def read_band(self, top: int, bottom: int) -> Array:
-        """Return rows ``top`` to ``bottom`` as integers [rows, width, channels]."""
+    def read_band(self, top: int, bottom: int) -> npt.NDArray[np.uint8]:
+        """Return rows ``top`` to ``bottom`` as uint8 [rows, width, channels]."""
         width, height = self.images[0].size
         is_whole = (top, bottom) == (0, height)
         parts = (np.asarray(im if is_whole else im.crop((0, top, width, bottom))) for im in self.images)
-        band = self.read(*parts)
+        band = scale_to_8_bit(self.read(*parts), self.white)
         return band[..., None] if band.ndim == 2 else band
 
 
@@ -117,9 +117,7 @@ def to_rgb(decoded: Decoded, background: Color | None = WHITE) -> npt.NDArray[np
     pixels = np.empty((height, width, 3), np.uint8)
     for top, bottom in decoded.bands():
         band = decoded.read_band(top, bottom)
-        if band.shape[-1] in (2, 4):
-            band = composite(band, decoded.white, background)
-        pixels[top:bottom] = scale_to_8_bit(band, decoded.white)
+        pixels[top:bottom] = composite(band, background) if band.shape[-1] in (2, 4) else band
     return np.ascontiguousarray(turn_upright(pixels, decoded.header.orientation))
 
 
@@ -137,26 +135,20 @@ def wrap_pillow(image: Image.Image) -> Decoded:
         return _wrap(image, header)
 
 
-def composite(pixels: Array, white: int, background: Color | None) -> Array:
-    """Composite integers [..., channels] on a background, with straight alpha as the last channel.
-
-    Args:
-        white: the value of white and of full opacity.
-        background: 8-bit RGB; None drops the alpha channel.
+def composite(pixels: npt.NDArray[np.uint8], background: Color | None) -> npt.NDArray[np.uint8]:
+    """Composite uint8 [..., channels], the last of which is straight alpha, on a background.
 
     Returns:
-        Integers [..., channels - 1], rounded to nearest; 3 channels if the background is not grey.
+        uint8 [..., channels - 1], rounded to nearest; 3 channels if the background is not grey. Without a background,
+        the colours as they are.
     """
     colors, alpha = pixels[..., :-1], pixels[..., -1:]
-    if background is None or bool((alpha == white).all()):
+    if background is None or bool((alpha == 255).all()):
         return colors
+    behind: np.ndarray = np.array(background if len(set(background)) > 1 else background[:1], np.uint16)
     # 255 * 255 + 127 fits in 16 bits
-    wide: type = np.uint16 if white == 255 else np.uint64
-    behind: np.ndarray = np.array(background if len(set(background)) > 1 else background[:1], wide)
-    behind = (behind * np.array(white, wide) + 127) // 255 if white != 255 else behind
-    alpha = alpha.astype(wide)
-    total = colors.astype(wide) * alpha + behind * (white - alpha) + white // 2
-    return (total // white).astype(pixels.dtype)
+    total = colors * alpha.astype(np.uint16) + behind * (255 - alpha) + np.uint16(127)
+    return (total // np.uint16(255)).astype(np.uint8)
 
 
 def scale_to_8_bit(values: Array, white: int) -> npt.NDArray[np.uint8]:
@@ -304,9 +296,7 @@ def _load_tiff(payload: bytes, header: Header) -> Decoded:
 
     if image.mode == "CMYK":
         bands = Decoded(header, (image, low), read, image.mode, white)
-        merged = Image.fromarray(
-            np.concatenate([scale_to_8_bit(bands.read_band(*band), white) for band in bands.bands()]), "CMYK"
-        )
+        merged = Image.fromarray(np.concatenate([bands.read_band(*band) for band in bands.bands()]), "CMYK")
         return _wrap(merged, header)
     return Decoded(header, (image, low), read, image.mode, white)
 

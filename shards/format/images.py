@@ -18,7 +18,6 @@ from shards.format.decode import (
     load_jpeg,
     load_pixels,
     read_bounded,
-    scale_to_8_bit,
     turn_upright,
 )
 from shards.format.image_files import one_line_errors
@@ -106,8 +105,8 @@ def _as_image(decoded: Decoded, background: Color | None) -> Image.Image:
     for top, bottom in decoded.bands():
         band = decoded.read_band(top, bottom)
         if band.shape[-1] in (2, 4) and background is not None:
-            band = composite(band, decoded.white, background)
-        bands.append(scale_to_8_bit(band, decoded.white))
+            band = composite(band, background)
+        bands.append(band)
     pixels = turn_upright(np.concatenate(bands), decoded.header.orientation)
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
