@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from PIL import ImageColor
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from shards.credentials import strip_credentials
 from shards.storage.store import RetryPolicy
@@ -102,12 +103,38 @@ class DataConfig(Section):
         0.01, "Stop the run when more than this share of the images had to be replaced (unreadable or undecodable)."
     )
     reader_threads: Positive = free(2, "Threads per rank that read images.")
-    decode_threads: NonNegative = free(0, "DALI threads per rank; 0: cores of the machine / ranks on it.")
+    decode_threads: NonNegative = free(0, "Decoding threads per rank; 0: cores of the machine / ranks on it.")
     prefetch: Positive = free(2, "Batches prepared ahead of the step.")
     read_ahead_bytes: Positive = free(256 * 2**20, "Maximum bytes of encoded images that a rank reads ahead.")
     max_pixels: Positive = accept(178_956_970, "Images with more pixels are replaced without decoding them.")
+    background: str | tuple[int, int, int] | None = accept(
+        "white", "Colour behind transparent images, in training, evaluation and pictures: a name, #rrggbb or "
+        "[red, green, blue]; null: drop the alpha channel.",
+    )  # fmt: skip
     cache: CacheConfig = CacheConfig()
     remote: RemoteConfig = RemoteConfig()
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _check_background(cls, background: Any) -> Any:
+        try:
+            values = ImageColor.getrgb(background) if isinstance(background, str) else background
+            is_color = values is None or (
+                len(values) == 3 and all(type(value) is int and 0 <= value <= 255 for value in values)
+            )
+        except (TypeError, ValueError):
+            is_color = False
+        if not is_color:
+            raise ValueError("must be a colour (white, #rrggbb or [red, green, blue] of 0 to 255) or null")
+        return background
+
+    @property
+    def background_color(self) -> tuple[int, int, int] | None:
+        """The background as 8-bit red, green and blue."""
+        if isinstance(self.background, str):
+            red, green, blue, *_ = ImageColor.getrgb(self.background)
+            return red, green, blue
+        return self.background
 
     @property
     def shares(self) -> tuple[SetShare, ...]:

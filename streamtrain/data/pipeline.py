@@ -2,13 +2,15 @@
 
 DALI draws no random numbers: every parameter is an input, so a rebuilt pipeline repeats its batches bit for bit. Each
 image is decoded once. A flip is a crop box with left and right exchanged, at no cost. The decoder applies the EXIF
-orientation, and the index stores the sizes of upright images.
+orientation, and the index stores the sizes of upright images. Images that DALI would decode to other pixels arrive
+decoded (``shards.format.decode``) and join the others before the crops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +22,14 @@ from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import ViewParameters
 
 Device = Literal["cpu", "gpu"]
+
+_NONE_DECODED: Mapping[int, npt.NDArray[np.uint8]] = MappingProxyType({})
+_NO_PIXELS = np.zeros((1, 1, 3), np.uint8)
+# DALI needs an encoded image in every row: a PNG of one grey pixel
+_PLACEHOLDER = np.frombuffer(
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x00\x00\x00\x00:~\x9bU\x00\x00\x00\nIDATx\x9cch\x00\x00\x00\x82\x00\x81w\xcdr\xb6\x00\x00\x00\x00IEND\xaeB`\x82",
+    np.uint8,
+)
 
 
 class CropPipeline:
@@ -64,10 +74,25 @@ class CropPipeline:
         )
         self._pipeline.build()
 
-    def feed(self, payloads: Sequence[npt.NDArray[np.uint8]], views: ViewParameters, sizes: CropSizes) -> None:
-        """Queue B encoded images (uint8 [num_bytes] each) to be cropped to ``sizes``; return immediately."""
-        self._pipeline.feed_input("payload", list(payloads))
+    def feed(
+        self,
+        payloads: Sequence[npt.NDArray[np.uint8]],
+        views: ViewParameters,
+        sizes: CropSizes,
+        decoded: Mapping[int, npt.NDArray[np.uint8]] = _NONE_DECODED,
+    ) -> None:
+        """Queue B encoded images (uint8 [num_bytes] each) to be cropped to ``sizes``; return immediately.
+
+        Args:
+            decoded: images uint8 [height, width, 3] by row, in place of the encoded ones. Only crops are made of them:
+                without ``cropping``, the output of these rows has no meaning.
+        """
+        encoded = [_PLACEHOLDER if row in decoded else payload for row, payload in enumerate(payloads)]
+        self._pipeline.feed_input("payload", encoded)
         if self._cropping:
+            rows = range(len(payloads))
+            self._pipeline.feed_input("is_decoded", np.array([row in decoded for row in rows]))
+            self._pipeline.feed_input("decoded", [decoded.get(row, _NO_PIXELS) for row in rows], layout="HWC")
             roi_start, roi_end = _exchange_flipped_sides(views)
             self._pipeline.feed_input("roi_start", roi_start)
             self._pipeline.feed_input("roi_end", roi_end)
@@ -103,12 +128,18 @@ def _exchange_flipped_sides(views: ViewParameters) -> tuple[npt.NDArray[np.float
     return roi_start, roi_end
 
 
-@pipeline_def
+@pipeline_def(enable_conditionals=True)
 def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[CropSizes, ...]) -> tuple[Any, ...]:
     payload = fn.external_source(name="payload", dtype=types.UINT8, ndim=1)
-    image = fn.decoders.image(payload, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
+    decoder = "mixed" if device == "gpu" else "cpu"
     if not cropping:
-        return (image,)
+        return (fn.decoders.image(payload, device=decoder, output_type=types.RGB),)
+    is_decoded = fn.external_source(name="is_decoded", dtype=types.BOOL, ndim=0)
+    pixels = fn.external_source(name="decoded", dtype=types.UINT8, layout="HWC")
+    if is_decoded:  # DALI splits the batch
+        image = pixels.gpu() if device == "gpu" else pixels
+    else:
+        image = fn.decoders.image(payload, device=decoder, output_type=types.RGB)
     roi_start = fn.external_source(name="roi_start", dtype=types.FLOAT, ndim=2)
     roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=2)
     size_inputs = {

@@ -1,9 +1,10 @@
-"""The work of the loader's thread: read samples, run DALI, assemble batches, replace undecodable images."""
+"""The work of the loader's thread: read samples, decode, run DALI, assemble batches, replace undecodable images."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shards.errors import ShardError
+from shards.format.decode import decode, read_bounded
 from shards.reading.source import Samples, Source
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
@@ -19,7 +22,7 @@ from streamtrain.data.augment import SizeSchedule, ViewParameters, draw_views
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.masking import MaskParameters, draw_masks, rasterise, select_every_patch
 from streamtrain.data.pipeline import CropPipeline, find_decode_error
-from streamtrain.data.views import CpuViewMaker, recolor_views
+from streamtrain.data.views import CpuViewMaker, CropError, recolor_views
 
 
 @dataclass
@@ -44,12 +47,13 @@ class _QueuedBatch:
     """A batch in DALI's queue, kept to feed it again after a failure and to name its samples."""
 
     samples: Samples
+    decoded: dict[int, npt.NDArray[np.uint8]]  # by row: images that DALI would decode to other pixels
     views: ViewParameters
     masks: MaskParameters
     sizes: CropSizes
 
     def feed_to(self, pipeline: CropPipeline) -> None:
-        pipeline.feed(self.samples.payloads, self.views, self.sizes)
+        pipeline.feed(self.samples.payloads, self.views, self.sizes, self.decoded)
 
 
 class Producer:
@@ -70,6 +74,9 @@ class Producer:
         self._size_schedule = size_schedule
         # every micro-batch starts at start_slot plus a multiple of its own size
         self._alignment = int(np.gcd(start_slot, config.data.micro_batch))
+        # (shard, sample) of images that DALI has failed to decode
+        self._failed_in_dali: set[tuple[int, int]] = set()
+        self._decoders = ThreadPoolExecutor(threads, "decoder")
 
     def batches(self) -> Generator[PendingBatch, None, None]:
         """Yield the batches in slot order."""
@@ -89,17 +96,24 @@ class Producer:
                 except RuntimeError as error:
                     # the pipeline is unusable now; rebuild it and feed it the same batches and parameters
                     queue[0] = self._replace_undecodable(queue[0].samples, error)
-                    pipeline = self._build_pipeline()
-                    for item in queue:
-                        item.feed_to(pipeline)
+                    pipeline = self._rebuild_pipeline(queue)
                     continue
-                pending = self._assemble(queue.popleft(), decoded, stream, view_maker)
+                try:
+                    pending = self._assemble(queue[0], decoded, stream, view_maker)
+                except CropError as error:
+                    replaced = self._source.replace(queue[0].samples, error.row, str(error))
+                    queue[0] = self._draw_parameters(replaced)
+                    del decoded
+                    pipeline = self._rebuild_pipeline(queue)
+                    continue
+                queue.popleft()
                 del decoded
                 pipeline.release()
                 yield pending
         finally:
             if view_maker is not None:
                 view_maker.close()
+            self._decoders.shutdown(cancel_futures=True)
             self._source.close()
 
     def _build_pipeline(self) -> CropPipeline:
@@ -115,6 +129,13 @@ class Producer:
             cropping=on_gpu,
         )
 
+    def _rebuild_pipeline(self, queue: Iterable[_QueuedBatch]) -> CropPipeline:
+        """Return a new pipeline with the same batches and parameters in its queue."""
+        pipeline = self._build_pipeline()
+        for item in queue:
+            item.feed_to(pipeline)
+        return pipeline
+
     def _grid(self, sizes: CropSizes) -> tuple[int, int]:
         side = sizes.global_size // self._config.model.patch_size
         return side, side
@@ -122,12 +143,54 @@ class Producer:
     def _draw_parameters(self, samples: Samples) -> _QueuedBatch:
         seed, crops = self._config.run.seed, self._config.crops
         sizes = self._size_schedule.sizes_at(int(samples.slots[0]))
+        samples, image_sizes, decoded = self._decode_on_host(samples)
         return _QueuedBatch(
             samples,
-            draw_views(crops, seed, samples.slots, samples.sizes),
+            decoded,
+            draw_views(crops, seed, samples.slots, image_sizes),
             draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid(sizes)),
             sizes,
         )
+
+    def _decode_on_host(
+        self, samples: Samples
+    ) -> tuple[Samples, npt.NDArray[np.int32], dict[int, npt.NDArray[np.uint8]]]:
+        """Decode the images that are not left to DALI, and replace those that cannot be decoded.
+
+        Returns:
+            the samples with substitutes, the sizes int32 [B, 2] (width, height) that their headers give, and the
+            decoded images uint8 [height, width, 3] by row.
+        """
+        sizes = np.empty((len(samples.slots), 2), np.int32)
+        decoded: dict[int, npt.NDArray[np.uint8]] = {}
+        rows = list(range(len(samples.slots)))
+        while rows:
+            failed = {}
+            decoding = {}
+            for row in rows:
+                payload = samples.payloads[row].tobytes()
+                try:
+                    header = read_bounded(payload, self._config.data.max_pixels)
+                except ShardError as error:
+                    failed[row] = str(error)
+                    continue
+                sizes[row] = header.width, header.height
+                if header.needs_host or (int(samples.shards[row]), int(samples.samples[row])) in self._failed_in_dali:
+                    decoding[row] = self._decoders.submit(self._decode, payload)
+            for row, future in decoding.items():
+                try:
+                    decoded[row] = future.result()
+                except ShardError as error:
+                    failed[row] = str(error)
+            for row, reason in failed.items():
+                samples = self._source.replace(samples, row, reason)
+            # a substitute may be undecodable too
+            rows = list(failed)
+        return samples, sizes, decoded
+
+    def _decode(self, payload: bytes) -> npt.NDArray[np.uint8]:
+        data = self._config.data
+        return decode(payload, background=data.background_color, max_pixels=data.max_pixels)
 
     def _assemble(
         self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None
@@ -137,7 +200,10 @@ class Producer:
         count, local_size = crops_config.global_count, item.sizes.local_size
         if view_maker is not None:
             masks_future = view_maker.submit(self._rasterise_masks, item)
-            images = [torch.from_dlpack(image) for image in decoded[0]]
+            images = [
+                torch.from_numpy(item.decoded[row]) if row in item.decoded else torch.from_dlpack(image)
+                for row, image in enumerate(decoded[0])
+            ]
             global_crops, local_crops, gram_crops = view_maker.make_views(images, item.views, item.sizes)
             masks = masks_future.result()
             return PendingBatch(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), None)
@@ -164,16 +230,20 @@ class Producer:
         return rasterise(item.masks, grid, num_rows, self._device)
 
     def _replace_undecodable(self, samples: Samples, error: RuntimeError) -> _QueuedBatch:
-        """Return the failed batch with substitutes for its undecodable images.
+        """Return the failed batch with the images that DALI cannot decode decoded on the host, or replaced.
+
+        So every image that packing and verification accept is used, whichever decoder fails.
 
         Raises:
             RuntimeError: ``error`` again, if every image decodes on its own.
         """
-        replaced = samples
-        for row in range(len(samples.slots)):
-            # a substitute may be undecodable too
-            while (reason := find_decode_error(replaced.payloads[row])) is not None:
-                replaced = self._source.replace(replaced, row, reason)
-        if replaced is samples:
+        places = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
+        failed = {
+            place
+            for place, payload in zip(places, samples.payloads, strict=True)
+            if place not in self._failed_in_dali and find_decode_error(payload) is not None
+        }
+        if not failed:
             raise error
-        return self._draw_parameters(replaced)
+        self._failed_in_dali |= failed
+        return self._draw_parameters(samples)

@@ -1,31 +1,54 @@
-"""Single images for evaluation and inference: decode with Pillow, resize, centre crop."""
+"""Single images for evaluation and inference: decode as training does, resize, centre crop."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from shards.errors import ShardError
+from shards.format.decode import WHITE, Color, decode, to_rgb, wrap_pillow
+from shards.format.images import MAX_BYTES
 from streamtrain.errors import StreamtrainError
 
 
-def decode_image(source: Path | bytes, name: str | Path) -> Image.Image:
-    """Return an image file, or its encoded bytes, as RGB with the EXIF orientation applied; errors call it ``name``.
+def decode_image(source: Path | bytes, name: str | Path, background: Color | None = WHITE) -> Image.Image:
+    """Return an image file, or its encoded bytes, as upright RGB; errors call it ``name``.
+
+    Args:
+        background: colour that transparent images are composited on; None drops the alpha channel.
 
     Raises:
         StreamtrainError: if the image is missing or cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return upright_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return Image.fromarray(decode(source if isinstance(source, bytes) else _read(source), background=background))
+    except OSError as error:
+        raise StreamtrainError(f"cannot read the image {name}: {error.strerror or error}") from None
+    except ShardError as error:
         raise StreamtrainError(f"cannot read the image {name}: {error}") from None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
+def upright_rgb(image: Image.Image, background: Color | None = WHITE) -> Image.Image:
+    """Return an image that Pillow has opened as ``decode_image`` returns a file."""
+    try:
+        return Image.fromarray(to_rgb(wrap_pillow(image), background))
+    except ShardError as error:
+        raise StreamtrainError(f"cannot use the image: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        # opening a named pipe would block until another process writes to it
+        raise StreamtrainError(
+            f"cannot read the image {path}: {'not a file' if path.exists() else 'it does not exist'}"
+        )
+    with open(path, "rb") as file:
+        payload = file.read(MAX_BYTES + 1)
+    if len(payload) > MAX_BYTES:
+        raise StreamtrainError(f"cannot read the image {path}: it has more than {MAX_BYTES} bytes")
+    return payload
 
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Barrier
 from typing import TypeVar
@@ -106,6 +106,14 @@ def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int) ->
     return torch.stack(apply_appearance(planes, appearance).unbind(1), dim=-1)
 
 
+class CropError(Exception):
+    """The crops of one image cannot be made; ``row`` is its row in the batch."""
+
+    def __init__(self, row: int, error: Exception) -> None:
+        super().__init__(f"its crops cannot be made ({type(error).__name__}: {error})")
+        self.row = row
+
+
 @dataclass(frozen=True)
 class _ViewGroup:
     """Views of one size: index of the first view, output uint8 [views, B, S, S, 3], appearance (None: plain crops)."""
@@ -134,6 +142,9 @@ class CpuViewMaker:
         """Return global, local and Gram crops of B images uint8 [H, W, 3], all view-major.
 
         Shapes are uint8 [V*B, S, S, 3], [L*B, s, s, 3] and [V*B, g, g, 3]; the last is None without a Gram size.
+
+        Raises:
+            CropError: the first image whose crops cannot be made.
         """
         crops = self._crops
         groups = []
@@ -146,8 +157,11 @@ class CpuViewMaker:
             appearance = Appearance.from_views(views, first, count, size) if has_appearance else None
             groups.append(_ViewGroup(first, out, appearance))
         tasks = [self._pool.submit(_make_sample, image, views, row, groups) for row, image in enumerate(images)]
-        for task in tasks:
-            task.result()
+        wait(tasks)
+        for row, task in enumerate(tasks):
+            error = task.exception()
+            if isinstance(error, Exception):
+                raise CropError(row, error) from error
         global_crops, local_crops, *gram_crops = (group.out.flatten(0, 1) for group in groups)
         return global_crops, local_crops, gram_crops[0] if gram_crops else None
 

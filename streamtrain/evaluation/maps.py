@@ -17,6 +17,7 @@ from streamtrain.model.vit import VisionTransformer
 from streamtrain.ops.attention import rotate
 
 LEGIBLE_PATCHES = 24
+MAX_ASPECT = 8
 
 
 def map_size(image_size: int, patch_size: int) -> int:
@@ -25,9 +26,13 @@ def map_size(image_size: int, patch_size: int) -> int:
 
 
 def fit_to_patches(image: Image.Image, size: int, patch_size: int) -> Image.Image:
-    """Resize to a shorter side of about ``size`` pixels, with both sides multiples of the patch size."""
+    """Resize to a shorter side of about ``size`` pixels, with both sides multiples of the patch size.
+
+    A side longer than ``MAX_ASPECT`` times the other is compressed, since memory and time grow with the pixels.
+    """
     scale = size / min(image.size)
-    width, height = (max(round(side * scale / patch_size), 1) * patch_size for side in image.size)
+    sides = (min(side * scale, MAX_ASPECT * size) for side in image.size)
+    width, height = (max(round(side / patch_size), 1) * patch_size for side in sides)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 

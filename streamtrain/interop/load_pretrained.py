@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shards.format.set_manifest import counted
 from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.groups import Group, find_groups, find_position_embedding, unmatched_names
@@ -156,7 +157,8 @@ class BackboneFile:
         if minimum > 0:
             depth = len({name.split(".")[1] for name in expected if name.startswith("blocks.")})
             if group.depth != depth:
-                return f"has {group.depth} block{'s' if group.depth > 1 else ''}, this model {depth}; {advice} (model.depth)"
+                blocks = counted(group.depth, "block")
+                return f"has {blocks}, this model {depth}; {advice} (model.depth)"
             if PROJECTION in report.missing:
                 return "has no patch embedding, so it is not the whole backbone"
             if PROJECTION in report.reshaped:

@@ -226,7 +226,8 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
 ]  # fmt: skip
 # settings of speed, memory, paths and displays; runs that use every feature read them
 READ = {
-    "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads", "data.max_pixels",
+    "data.background", "data.cache.dir", "data.cache.downloads", "data.cache.limit", "data.decode_threads",
+    "data.max_pixels",
     "data.max_unusable_share", "data.prefetch", "data.read_ahead_bytes", "data.reader_threads",
     "data.remote.deadline_seconds", "data.remote.stall_seconds", "data.shards", "engine.collective_timeout_seconds",
     "engine.cpu_kernels", "engine.cpu_threads", "engine.device", "engine.dtype", "engine.hang_timeout_seconds",

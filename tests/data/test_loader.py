@@ -176,7 +176,7 @@ def test_a_mixture_with_different_sets_or_weights_is_a_different_stream(config: 
 def test_the_error_names_an_undecodable_image(config: Config, set_path: Path, damage_sample: Damage) -> None:
     damage_sample(set_path, 1, 2, b"this is a text file and no photograph")
     loader = make_loader(config)
-    with pytest.raises(SampleError, match=r"shard 000001.tar, sample 2 .*cannot be decoded"):
+    with pytest.raises(SampleError, match=r"shard 000001.tar, sample 2 .*not an image"):
         take(loader, 7)
     with pytest.raises(SampleError):
         next(loader)

@@ -158,8 +158,7 @@ def encoded_images(draw: Callable[..., Any]) -> bytes:
 
 def read_image(content: bytes) -> None:
     """Pack the image; what packing keeps, training must decode to the same size."""
-    with images.tolerant_pillow():
-        prepared = images.prepare(content)
+    prepared = images.prepare(content)
     assert 0 < prepared.width <= images.MAX_SIDE and 0 < prepared.height <= images.MAX_SIDE
     try:
         assert images.read_size(prepared.payload) == (prepared.width, prepared.height)
