@@ -156,7 +156,8 @@ class BackboneFile:
         if minimum > 0:
             depth = len({name.split(".")[1] for name in expected if name.startswith("blocks.")})
             if group.depth != depth:
-                return f"has {group.depth} block{'s' if group.depth > 1 else ''}, this model {depth}; {advice} (model.depth)"
+                blocks = "1 block" if group.depth == 1 else f"{group.depth} blocks"
+                return f"has {blocks}, this model {depth}; {advice} (model.depth)"
             if PROJECTION in report.missing:
                 return "has no patch embedding, so it is not the whole backbone"
             if PROJECTION in report.reshaped:
