@@ -1,6 +1,6 @@
 """A self-contained HTML report of a run: numbers, curves, pictures and settings in one file.
 
-The run directory may come from somebody else: all text is escaped, and a file that cannot be read is left out with a
+The run directory is untrusted: all text is escaped, and a file that cannot be read is left out with a
 warning.
 """
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shards.format.set_manifest import counted
 from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.groups import Group, find_groups, find_position_embedding, unmatched_names
@@ -157,7 +156,7 @@ class BackboneFile:
         if minimum > 0:
             depth = len({name.split(".")[1] for name in expected if name.startswith("blocks.")})
             if group.depth != depth:
-                blocks = counted(group.depth, "block")
+                blocks = "1 block" if group.depth == 1 else f"{group.depth} blocks"
                 return f"has {blocks}, this model {depth}; {advice} (model.depth)"
             if PROJECTION in report.missing:
                 return "has no patch embedding, so it is not the whole backbone"

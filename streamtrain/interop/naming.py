@@ -209,7 +209,7 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 
 
 def match_names(names: Collection[str], naming: Naming) -> Iterator[tuple[str, list[str]]]:
-    """Yield each streamtrain name of which ``names`` has all parts, and these parts."""
+    """Yield each streamtrain name whose parts are all in ``names``, and these parts."""
     for name, theirs in naming.fixed.items():
         if theirs in names:
             yield name, [theirs]

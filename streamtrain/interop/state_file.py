@@ -217,7 +217,7 @@ class _Ignored:
 
 
 class _IgnoredDict:
-    """Stands for a subclass of dict, of which torch adds items only to those it knows."""
+    """Stands for a subclass of dict; torch adds items only to its own list of classes."""
 
     def __new__(cls, *_: object) -> Any:
         return OrderedDict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from commands import exit_status
 from tiny_backbone import tiny_config
 
 from streamtrain.config.load import build, to_yaml
+from streamtrain.evaluation.report import report_page
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.run.directory import describe_run
 
@@ -81,3 +84,65 @@ def test_a_missing_run_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -
     assert exit_status(["report", "--run", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: nowhere is not a run ") and error.count("\n") == 1
+
+
+MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+
+
+def hostile_run(folder: Path, name: str, metrics: dict[str, float] | None = None, **files: bytes) -> Path:
+    run = folder / name
+    run.mkdir()
+    describe_run(run, tiny_config(), 1, {"device": "cpu", "dtype": "fp32"})
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "slot": 8, "loss/total": 1.0, **(metrics or {})}) + "\n")
+    for path, content in files.items():
+        (run / path.replace("__", ".")).write_bytes(content)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("environment__json", b'{"x'), ("environment__json", b"[]"), ("environment__json", b'{"world_size": "zero"}'),
+        ("environment__json", b'{"world_size": 0}'), ("environment__json", b'{"world_size": 1e400}'),
+        ("environment__json", b"[" * 100_000), ("config__yaml", b"\xff\xfe\x00"),
+        ("config__yaml", b"a: " + b"[" * 5000),
+        ("config__yaml", b"model: {depth: 99999999999999999999}"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_read_are_left_out(
+    file: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = hostile_run(tmp_path, "run", **{file: content})
+    assert exit_status(["report", "--run", run]) == 0
+    captured = capsys.readouterr()
+    assert "the plan is left out: " in captured.err + captured.out and "Traceback" not in captured.err
+    assert "loss, first to last" in (run / "report.html").read_text()
+
+
+def test_text_is_escaped_and_only_harmless_pictures_are_shown(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path, "run " + MARKUP.replace("/", "_"), {f"loss/{MARKUP}": 1.0, f"eval/{MARKUP}": 0.5})
+    (run / "config.yaml").write_bytes((run / "config.yaml").read_bytes() + f"# {MARKUP}\x1b[2J".encode())
+    records = [{"step": 1, "slot": 8, f"loss/{MARKUP}": 1.0, f"eval/{MARKUP}": 0.5, "loss/total": 1e308}]
+    images = {MARKUP: (1, b"<svg onload=alert(3)>"), f"jpeg {MARKUP}": (2, b"\xff\xd8\xff" + bytes(9))}
+    text = report_page(run, records, images)
+    assert "<script>" not in text and "<img src=x" not in text and "\x1b" not in text and "svg" not in text
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and sum(source.startswith("data:image/jpeg;base64,") for source in page.sources) == 1
+
+
+def test_many_tags_take_seconds_and_are_counted(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path, "run", {f"loss/{index}": 1.0 for index in range(3000)} | {"speed/x": 1.0})
+    began = time.process_time()
+    assert exit_status(["report", "--run", run]) == 0
+    assert time.process_time() - began < 30
+    text = (run / "report.html").read_text()
+    assert "and 2,941 more tags in metrics.jsonl" in text and 'alt="speed/x"' in text
+
+
+def test_a_link_named_report_is_replaced(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path, "run")
+    (tmp_path / "precious").write_text("precious")
+    (run / "report.html").symlink_to(tmp_path / "precious")
+    assert exit_status(["report", "--run", run]) == 0
+    assert (tmp_path / "precious").read_text() == "precious" and not (run / "report.html").is_symlink()

@@ -58,3 +58,20 @@ def test_maps_of_another_size_are_dropped(tmp_path: Path) -> None:
     resumed = MapsOverTime(images(), path, 10)
     resumed.add(10, [each.repeat(2, 2, 1) for each in features(1)])
     assert np.load(path)["steps"].tolist() == [10]
+
+
+def test_damaged_files_of_maps_count_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "maps.npz"
+    MapsOverTime(images(), path, 0).add(5, features(0))
+    good = path.read_bytes()
+    arrays = dict(np.load(path))
+    np.savez(tmp_path / "other.npz", **{**arrays, "steps": [1, 2, 3]})
+    flat = tmp_path / "flat.npz"
+    np.savez(flat, **{**arrays, "components": np.zeros((1, 2, 4, 4), np.uint8)})
+    bomb = tmp_path / "bomb.npz"
+    np.savez_compressed(bomb, **{**arrays, "similarity": np.zeros((1, 2, 6000, 6000))})
+    for content in (b"", good[:100], good[:-50], *(path.read_bytes() for path in (tmp_path / "other.npz", flat, bomb))):
+        path.write_bytes(content)
+        maps = MapsOverTime(images(), path, 10)
+        maps.add(6, features(1))
+        assert np.load(path)["steps"].tolist() == [6]

@@ -118,10 +118,8 @@ def test_edited_documents(kind: str, count: int, tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     weights = (folder / "model.safetensors").read_bytes()
     if kind == "hf":
-        document = {
-            "model_type": "dinov3_vit", "hidden_size": 32, "num_attention_heads": 2, "patch_size": 8,
-            "num_hidden_layers": 2, "intermediate_size": 128, "image_size": 32, "use_gated_mlp": False,
-        }  # fmt: skip
+        sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        document = {"model_type": "dinov3_vit", **sizes, "patch_size": 8, "image_size": 32, "use_gated_mlp": False}
     elif kind == "index":
         path = folder / "model.safetensors.index.json"
         document = {"metadata": {}, "weight_map": dict.fromkeys(SHAPES, "model.safetensors")}
