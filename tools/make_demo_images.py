@@ -26,7 +26,6 @@ from demo_images import CLASSES, draw
 from PIL import Image
 
 from shards.packing.parallel import ordered_map
-from streamtrain.cli.arguments import positive_int
 from streamtrain.run.command_line import CommandParser, local_path
 from streamtrain.run.progress import progress_bar
 from streamtrain.run.signals import EXIT_INTERRUPTED
@@ -90,14 +89,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2400, help="number of images (default 2400)")
     parser.add_argument("--size", type=int, default=112, help="approximate side in pixels (default 112)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     arguments = parser.parse_args()
     out, workers = arguments.out, arguments.workers
     try:
-        if arguments.count < len(CLASSES) or arguments.size < 32:
-            raise ValueError(f"--count must be at least {len(CLASSES)}, and --size 32")
+        if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
+            raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
         new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers)
     except KeyboardInterrupt:
         interrupts.report()

@@ -37,7 +37,7 @@ OPTIONS = {"config", "device", "overrides", "accept", "tags", "explain", "image_
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/people/me")
     monkeypatch.setenv("DATA", "/data")
     monkeypatch.delenv("UNSET", raising=False)
 
@@ -54,7 +54,7 @@ def test_a_new_setting_with_text_must_be_declared_a_path_or_not() -> None:
 
 @pytest.mark.parametrize("key", sorted(path_settings()))
 def test_every_path_is_expanded(key: str) -> None:
-    for text, expected in (("~/x", "/home/me/x"), ("$DATA/${DATA}", "/data//data"), ("$DATA/x", "/data/x")):
+    for text, expected in (("~/x", "/people/me/x"), ("$DATA/${DATA}", "/data//data"), ("$DATA/x", "/data/x")):
         config = build(merge(NEEDED.get(key, {}), parse_override(f"{key}={text}")))
         value: Any = config
         for name in key.split("."):
@@ -69,7 +69,7 @@ def test_every_path_is_expanded(key: str) -> None:
 def test_every_set_of_a_mixture_is_expanded() -> None:
     sets = "[{shards: ~/a, weight: 1}, {shards: '$DATA/b', weight: 2}, {shards: 's3://c/~', weight: 3}]"
     config = build(parse_override(f"data.shards={sets}"))
-    assert [share.shards for share in config.data.shares] == ["/home/me/a", "/data/b", "s3://c/~"]
+    assert [share.shards for share in config.data.shares] == ["/people/me/a", "/data/b", "s3://c/~"]
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -22,7 +22,7 @@ VALUES = st.sampled_from(["", "/data", "~", "~/b", "$A", "$B/c", "${C}", "s3://b
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/people/me")
     monkeypatch.setenv("DATA", "/data")
     monkeypatch.delenv("UNSET", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -33,8 +33,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("sets/a", "sets/a"),
         ("", ""),
-        ("~", "/home/me"),
-        ("~/a b", "/home/me/a b"),
+        ("~", "/people/me"),
+        ("~/a b", "/people/me/a b"),
         (f"~{USER.pw_name}/x", f"{USER.pw_dir}/x"),
         ("$DATA/set", "/data/set"),
         ("${DATA}_2/set", "/data_2/set"),
@@ -54,7 +54,7 @@ def test_the_value_of_a_variable_is_expanded_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("BASE", "~/base")
     monkeypatch.setenv("SET", "$BASE/set")
     monkeypatch.setenv("BUCKET", "s3://bucket/~")
-    assert expand_path("$SET/x") == "/home/me/base/set/x"
+    assert expand_path("$SET/x") == "/people/me/base/set/x"
     assert expand_path("$BUCKET/set") == "s3://bucket/~/set"
 
 
@@ -92,7 +92,7 @@ def test_expansion_is_final(words: list[str], joined: bool, a: str, b: str, c: s
     """An expanded path stays the same, so that a saved configuration can be read again."""
     text = ("" if joined else "/").join(words)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"A": a, "B": b, "C": c, "HOME": "/home/me"}.items():
+        for name, value in {"A": a, "B": b, "C": c, "HOME": "/people/me"}.items():
             patch.setenv(name, value)
         try:
             expanded = expand_path(text)
