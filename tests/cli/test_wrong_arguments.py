@@ -1,4 +1,4 @@
-"""Wrong arguments of every command are one line on stderr that says what to do, and exit status 2."""
+"""Wrong arguments of every command are one line on stderr with the remedy, and exit status 2."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def run(*words: str | Path, timeout: float = 3600) -> subprocess.CompletedProces
 
 
 def use_everywhere(source: Path, folder: Path) -> int:
-    """Pack, verify, train one epoch and evaluate; return the number of images, all of which must be used."""
+    """Pack, verify, train one epoch and evaluate; return the number of images; assert that all are used."""
     packed = run("tools/make_shards.py", "--src", source, "--out", folder / "set")
     assert packed.returncode == 0, packed.stderr
     verified = run("tools/verify_shards.py", folder / "set")

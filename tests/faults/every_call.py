@@ -3,7 +3,7 @@
 JOB is ``train``, ``cached`` (training through ``data.cache``) or ``pack``. The job runs once undisturbed, with a list
 of its calls below FOLDER/work. After that, one call of each further run fails with one error. INJECTIONS pairs of a
 call and an error are drawn; 0 tries each error at the first, the middle and the last of the calls with one name and
-path. After each failure, the same command runs again undisturbed; the results must equal those of the first run.
+path. After each failure, the same command runs again undisturbed; the results must equal the first ones.
 
 Each run is a fork of this process, which has imported everything, so that a run takes a second. Start this process with
 ``fs_shim.c`` preloaded. Prints one line of JSON per violation, and the counts at the end.
