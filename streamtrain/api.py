@@ -165,6 +165,8 @@ def embed(
     Raises:
         ShardError: if ``source`` is not a shard set, or one of its images is damaged.
     """
+    from dataclasses import replace
+
     import numpy as np
     import torch
 
@@ -176,7 +178,7 @@ def embed(
     config = backbone.config
     features, _ = extract_features(
         backbone.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).model,
-        images_of_set(shard_set, np.arange(shard_set.num_samples)),
+        replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background),
         size=config.image_size, mean=config.mean, std=config.std, batch_size=batch_size, progress=True,
     )  # fmt: skip
     keys = [

@@ -136,7 +136,7 @@ def wrap_pillow(image: Image.Image) -> Decoded:
 
 
 def composite(pixels: npt.NDArray[np.uint8], background: Color | None) -> npt.NDArray[np.uint8]:
-    """Composite uint8 [..., channels], the last of which is straight alpha, on a background.
+    """Composite uint8 [..., channels], with straight alpha as the last channel, on a background.
 
     Returns:
         uint8 [..., channels - 1], rounded to nearest; 3 channels if the background is not grey. Without a background,

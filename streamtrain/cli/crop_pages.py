@@ -32,7 +32,8 @@ def draw_crops(arguments: argparse.Namespace) -> Image.Image:
         raise StreamtrainError("give the recipe: one of --run and --config")
     config = read_resolved(arguments.run) if arguments.run else load_config(arguments.config, arguments.overrides)
     config = build(merge(config.model_dump(), repeat_one_image(arguments.draws)))
-    images = [fit_to_patches(decode_image(path, path), SHOWN_SIDE, 1) for path in arguments.image]
+    background = config.data.background_color
+    images = [fit_to_patches(decode_image(path, path, background), SHOWN_SIDE, 1) for path in arguments.image]
     crops = config.crops
     views = f"{crops.global_count} x {crops.global_size} px and {crops.local_count} x {crops.local_size} px"
     names = [path.name for path in arguments.image]

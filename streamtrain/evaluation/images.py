@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import SampleError
+from shards.format.decode import WHITE, Color
 from shards.randomness import permutation
 from shards.reading.shard_set import ShardSet
 from streamtrain.data.still_images import decode_image
@@ -29,6 +30,7 @@ class LabelledImages:
         classes: the label names; may be empty.
         read: returns the encoded bytes of image i, and its name for messages.
         is_lenient: use a grey image instead of one that cannot be read or decoded.
+        background: colour behind transparent images; None drops their alpha channel.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LabelledImages:
     classes: tuple[str, ...]
     read: Callable[[int], tuple[bytes, str]]
     is_lenient: bool = False
+    background: Color | None = WHITE
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +50,7 @@ class LabelledImages:
             StreamtrainError: if it cannot be decoded.
         """
         try:
-            return decode_image(*self.read(index))
+            return decode_image(*self.read(index), self.background)
         except (StreamtrainError, SampleError):
             if not self.is_lenient:
                 raise
@@ -61,8 +64,11 @@ class LabelledImages:
         return replace(self, is_lenient=True)
 
 
-def open_images(path: Path) -> LabelledImages:
+def open_images(path: Path, background: Color | None = WHITE) -> LabelledImages:
     """Open a shard set, or a class folder, whose images are sorted by class and file name.
+
+    Args:
+        background: colour behind transparent images; None drops their alpha channel.
 
     Raises:
         StreamtrainError: if ``path`` is neither, is empty, or has no labels.
@@ -80,7 +86,7 @@ def open_images(path: Path) -> LabelledImages:
             f"{unlabelled} of the {len(images)} images of {path} have no label: evaluation needs class subfolders, "
             "or shards packed from them (with .cls)"
         )
-    return images
+    return replace(images, background=background)
 
 
 def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
@@ -114,7 +120,7 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
     if unknown:
         raise StreamtrainError(f"{test.name} has classes that {train.name} lacks, such as {unknown[0]!r}")
     renumber = np.array([number.get(name, -1) for name in test.classes], np.int64)
-    return LabelledImages(test.name, renumber[test.labels], train.classes, test.read)
+    return replace(test, labels=renumber[test.labels], classes=train.classes)
 
 
 def _open_folder(path: Path) -> LabelledImages:

@@ -40,13 +40,15 @@ class BackboneConfig(Section):
     """Description of a backbone: everything needed to use its weights.
 
     ``image_size`` is the side in pixels of the global crops in training; any multiple of the patch size works.
-    ``mean`` and ``std`` are per channel, for pixels in 0..1. ``origin`` is the provenance of the weights.
+    ``mean`` and ``std`` are per channel, for pixels in 0..1. ``background`` is the colour behind transparent images
+    (None: their alpha channel is dropped). ``origin`` is the provenance of the weights.
     """
 
     model: ModelConfig
     image_size: Positive
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    background: tuple[int, int, int] | None = (255, 255, 255)
     origin: Origin = Field(default_factory=dict)
 
 

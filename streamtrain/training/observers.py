@@ -290,7 +290,9 @@ class FeatureMaps(Observer):
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if images is None and shard_set.is_remote:
             return []
-        chosen = (sample_images(images.test, count) if images is not None else first_images(shard_set, count)).lenient()
+        background = self._config.data.background_color
+        first = first_images(shard_set, count, background) if images is None else sample_images(images.test, count)
+        chosen = first.lenient()
         return [centre_crop(chosen.decode(index), size, size) for index in range(len(chosen))]
 
     def _embed_and_draw(self, step: int) -> None:
