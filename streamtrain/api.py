@@ -178,6 +178,8 @@ def embed(
         ShardError: if ``source`` is not a shard set, or one of its images is damaged.
         StreamtrainError: if ``batch_size`` is below 1, or this machine does not have ``device``.
     """
+    from dataclasses import replace
+
     import numpy as np
 
     from shards.reading.shard_set import ShardSet
@@ -192,7 +194,7 @@ def embed(
     config = backbone.config
     features, _ = extract_features(
         backbone.to(chosen).model,
-        images_of_set(shard_set, np.arange(shard_set.num_samples)),
+        replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background),
         size=config.image_size, mean=config.mean, std=config.std, batch_size=batch_size, progress=True,
     )  # fmt: skip
     keys = [

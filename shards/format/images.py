@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +26,7 @@ from shards.format.decode import (
 from shards.format.image_files import one_line_errors
 from shards.format.image_header import MAX_SIDE, Header, read_header
 
-__all__ = ["DEFAULT_MAX_PIXELS", "DEFAULT_QUALITY", "MAX_BYTES", "MAX_SIDE", "PreparedImage", "prepare", "read_size"]
+__all__ = ["DEFAULT_MAX_PIXELS", "MAX_SIDE", "prepare", "read_size", "tolerant_pillow"]
 
 MAX_BYTES = 1 << 30  # of an encoded image
 DEFAULT_QUALITY = 95
@@ -42,6 +45,19 @@ class PreparedImage:
     extension: str
     width: int
     height: int
+
+
+@contextmanager
+def tolerant_pillow() -> Iterator[None]:
+    """Disable the pixel limit that Pillow applies to frames inside a file, so that only ``max_pixels`` applies.
+
+    The limit is global to the process: use only while a single thread decodes.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_size(payload: bytes) -> tuple[int, int]:
@@ -86,7 +102,19 @@ def prepare(
         raise ShardError(
             f"{header.width}x{header.height} is longer than {MAX_SIDE} pixels on a side; pack with --max-side"
         )
-    return PreparedImage(payload, extension, header.width, header.height)
+    return PreparedImage(_with_plain_orientation(payload, header), extension, header.width, header.height)
+
+
+def _with_plain_orientation(payload: bytes, header: Header) -> bytes:
+    """Add EXIF to a JPEG whose orientation is in XMP alone, which many decoders ignore."""
+    if header.format != "JPEG" or not header.needs_host or header.orientation == 1:
+        return payload
+    # one directory with one entry: the tag, its type (16 bits), one value and padding
+    segment = b"Exif\0\0MM" + struct.pack(">HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, header.orientation, 0, 0)
+    changed = payload[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + payload[2:]
+    read = read_header(changed)
+    is_same = (read.width, read.height, read.orientation) == (header.width, header.height, header.orientation)
+    return changed if is_same and not read.needs_host else payload
 
 
 def _to_jpeg(payload: bytes, header: Header, max_side: int | None, quality: int) -> PreparedImage:

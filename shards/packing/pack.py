@@ -393,7 +393,8 @@ def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Gene
 
 
 def _prepare(options: PackOptions, items: Sequence[Item]) -> list[_Outcome]:
-    return [_prepare_one(item, options) for item in items]
+    with images.tolerant_pillow():
+        return [_prepare_one(item, options) for item in items]
 
 
 def _prepare_one(item: Item, options: PackOptions) -> _Outcome:

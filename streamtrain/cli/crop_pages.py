@@ -35,7 +35,8 @@ def draw_crops(arguments: argparse.Namespace) -> Image.Image:
     name = str(arguments.run / RESOLVED_NAME) if arguments.run else arguments.config
     config = load_config(name, arguments.overrides)
     config = build(merge(config.model_dump(), repeat_one_image(arguments.draws)))
-    images = [fit_to_patches(decode_image(path, path), SHOWN_SIDE, 1) for path in arguments.image]
+    background = config.data.background_color
+    images = [fit_to_patches(decode_image(path, path, background), SHOWN_SIDE, 1) for path in arguments.image]
     crops = config.crops
     views = f"{crops.global_count} x {crops.global_size} px and {crops.local_count} x {crops.local_size} px"
     names = [path.name for path in arguments.image]

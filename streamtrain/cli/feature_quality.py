@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,8 +85,8 @@ def features_of(
     model = backbone.model.to(device)
     both = [
         extract_features(
-            model, images, size=size, mean=config.mean, std=config.std, resize=resize,
-            batch_size=arguments.batch, progress=True,
+            model, replace(images, background=config.background), size=size, mean=config.mean, std=config.std,
+            resize=resize, batch_size=arguments.batch, progress=True,
         )
         for images in (train, test)
     ]  # fmt: skip

@@ -26,10 +26,10 @@ SHOWN_SIDE = 400
 
 
 def draw_maps(arguments: argparse.Namespace) -> Image.Image:
-    originals = [decode_image(path, path) for path in arguments.image]
     device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
+    originals = [decode_image(path, path, config.background) for path in arguments.image]
     patch_size = config.model.patch_size
     size = arguments.size or map_size(config.image_size, patch_size)
     if size < patch_size:

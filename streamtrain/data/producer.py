@@ -76,6 +76,7 @@ class Producer:
         self._alignment = int(np.gcd(start_slot, config.data.micro_batch))
         # (shard, sample) of images that DALI has failed to decode
         self._failed_in_dali: set[tuple[int, int]] = set()
+        self._background = config.data.background_color
         self._decoders = ThreadPoolExecutor(threads, "decoder")
 
     def batches(self) -> Generator[PendingBatch, None, None]:
@@ -155,7 +156,7 @@ class Producer:
     def _decode_on_host(
         self, samples: Samples
     ) -> tuple[Samples, npt.NDArray[np.int32], dict[int, npt.NDArray[np.uint8]]]:
-        """Decode the images that are not left to DALI, and replace those that cannot be decoded.
+        """Decode images that DALI would decode to other pixels, and replace undecodable ones.
 
         Returns:
             the samples with substitutes, the sizes int32 [B, 2] (width, height) that their headers give, and the
@@ -189,8 +190,7 @@ class Producer:
         return samples, sizes, decoded
 
     def _decode(self, payload: bytes) -> npt.NDArray[np.uint8]:
-        data = self._config.data
-        return decode(payload, background=data.background_color, max_pixels=data.max_pixels)
+        return decode(payload, background=self._background, max_pixels=self._config.data.max_pixels)
 
     def _assemble(
         self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None

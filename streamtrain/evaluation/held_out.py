@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from shards.format.decode import WHITE, Color
 from shards.randomness import uniforms
 from shards.reading.mixture import AnySet, JoinedSet
 from shards.reading.shard_set import ShardSet
@@ -31,13 +32,13 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     Raises:
         ShardError, StreamtrainError: if a named set is missing or has no labels.
     """
-    evaluation = config.evaluation
+    evaluation, background = config.evaluation, config.data.background_color
     # train and test images
     count = evaluation.images + evaluation.images // TRAIN_PER_TEST
     if evaluation.train is not None:
-        train = open_images(Path(evaluation.train))
+        train = open_images(Path(evaluation.train), background)
         if evaluation.test is not None:
-            test = match_classes(train, open_images(Path(evaluation.test)))
+            test = match_classes(train, open_images(Path(evaluation.test), background))
             return HeldOut(
                 sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
             ), ""
@@ -45,6 +46,7 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     if isinstance(shard_set, JoinedSet) or shard_set.is_remote:
         return None, "data.shards is not one local set"
     images = images_of_set(shard_set, stratified_indices(shard_set.num_samples, count))
+    images = replace(images, background=background)
     if (images.labels < 0).any() or len(set(images.labels.tolist())) < 2:
         return None, "data.shards has no labels"
     if len(images) <= TRAIN_PER_TEST:
@@ -52,10 +54,10 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     return HeldOut(*split_images(images)), ""
 
 
-def first_images(shard_set: AnySet, count: int) -> LabelledImages:
+def first_images(shard_set: AnySet, count: int, background: Color | None = WHITE) -> LabelledImages:
     """Return ``count`` images of a set, or of the first of several sets, labelled or not."""
     one: ShardSet = shard_set.members[0] if isinstance(shard_set, JoinedSet) else shard_set
-    return images_of_set(one, stratified_indices(one.num_samples, count))
+    return replace(images_of_set(one, stratified_indices(one.num_samples, count)), background=background)
 
 
 def sample_images(images: LabelledImages, count: int) -> LabelledImages:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import ShardError
+from shards.format.decode import WHITE, Color
 from shards.packing.inputs import list_images
 from shards.packing.items import SourceUnreachable
 from shards.randomness import permutation
@@ -55,6 +56,7 @@ class LabelledImages:
         classes: the label names; may be empty.
         read: returns the encoded bytes of image i, and its name for messages.
         unusable: the images that could not be decoded so far; shared by all subsets.
+        background: colour behind transparent images; None drops their alpha channel.
     """
 
     name: str
@@ -62,6 +64,7 @@ class LabelledImages:
     classes: tuple[str, ...]
     read: Callable[[int], tuple[bytes, str]]
     unusable: UnusableImages = field(default_factory=UnusableImages)
+    background: Color | None = WHITE
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,7 +78,7 @@ class LabelledImages:
         name = f"image {index} of {self.name}"
         try:
             content, name = self.read(index)
-            return decode_image(content, name)
+            return decode_image(content, name, self.background)
         except Exception as error:
             # whatever a decoder raises, only this image is unusable
             is_explained = isinstance(error, StreamtrainError | ShardError)
@@ -98,8 +101,11 @@ class LabelledImages:
         return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
-def open_images(path: Path) -> LabelledImages:
+def open_images(path: Path, background: Color | None = WHITE) -> LabelledImages:
     """Open a shard set, or a class folder, whose images are sorted by class and file name.
+
+    Args:
+        background: colour behind transparent images; None drops their alpha channel.
 
     Raises:
         StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
@@ -120,7 +126,7 @@ def open_images(path: Path) -> LabelledImages:
             f"{unlabelled} of the {len(images)} images of {path} have no label: evaluation needs class subfolders, "
             "or shards packed from them (with .cls)"
         )
-    return images
+    return replace(images, background=background)
 
 
 def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:

@@ -24,6 +24,7 @@ RECIPE_NAME = "recipe.yaml"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Deviation = Annotated[float, Field(gt=0)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 Origin = dict[str, str | int | float | None]
 
 
@@ -31,13 +32,15 @@ class BackboneConfig(Section):
     """Description of a backbone: everything needed to use its weights.
 
     ``image_size`` is the side in pixels of the global crops in training; any multiple of the patch size works.
-    ``mean`` and ``std`` are per channel, for pixels in 0..1. ``origin`` is the provenance of the weights.
+    ``mean`` and ``std`` are per channel, for pixels in 0..1. ``background`` is the colour behind transparent images
+    (None: their alpha channel is dropped). ``origin`` is the provenance of the weights.
     """
 
     model: ModelConfig
     image_size: int = Field(ge=1, le=1 << 14)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
+    background: tuple[Byte, Byte, Byte] | None = (255, 255, 255)
     origin: Origin = Field(default_factory=dict)
 
 

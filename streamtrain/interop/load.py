@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from shards.format.decode import Color
 from shards.format.files import parse_json
 from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
@@ -73,7 +74,8 @@ class Backbone(nn.Module):
             raise ValueError(f"size {size} is not a multiple of the patch size {self.model.patch_size}")
         is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
         sources: Any = [images] if is_one else images
-        crops = torch.from_numpy(np.stack([centre_crop(_open_image(source), size, size) for source in sources]))
+        opened = (_open_image(source, self.config.background) for source in sources)
+        crops = torch.from_numpy(np.stack([centre_crop(image, size, size) for image in opened]))
         parameter = next(self.parameters())
         return normalise(crops.to(parameter.device), self.config.mean, self.config.std, parameter.dtype)
 
@@ -211,8 +213,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
     crops = config.crops
     return BackboneConfig(
-        model=config.model, image_size=crops.global_size, mean=crops.mean, std=crops.std, origin=origin
-    )
+        model=config.model, image_size=crops.global_size, mean=crops.mean, std=crops.std,
+        background=config.data.background_color, origin=origin,
+    )  # fmt: skip
 
 
 def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: str) -> VisionTransformer:
@@ -240,11 +243,11 @@ def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: s
     return model.eval().requires_grad_(False)
 
 
-def _open_image(source: ImageSource) -> Image.Image:
+def _open_image(source: ImageSource, background: Color | None) -> Image.Image:
     if isinstance(source, str | Path):
-        return decode_image(Path(source), source)
+        return decode_image(Path(source), source, background)
     if isinstance(source, Image.Image):
-        return upright_rgb(source)
+        return upright_rgb(source, background)
     array = np.asarray(source)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"an image array is uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")

@@ -299,7 +299,9 @@ class FeatureMaps(Observer):
         size = map_size(self._config.crops.global_size, self._config.model.patch_size)
         if images is None and self._shard_set.is_remote:
             return []
-        chosen = sample_images(images.test, count) if images is not None else first_images(self._shard_set, count)
+        background = self._config.data.background_color
+        shown = first_images(self._shard_set, count, background) if images is None else images.test
+        chosen = sample_images(shown, count)
         # all ranks need equally many images, so a grey one replaces an unusable one
         crops = [decode_crop(chosen, index, size, size)[0] for index in range(len(chosen))]
         if reasons := chosen.unusable.new_reasons():

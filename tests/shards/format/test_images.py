@@ -12,6 +12,8 @@ from drawn_images import drawn_image, encoded
 from PIL import Image
 
 from shards.errors import ShardError
+from shards.format.decode import decode
+from shards.format.image_header import read_header
 from shards.format.images import prepare
 
 
@@ -127,3 +129,14 @@ def test_any_flipped_bit_of_a_png_is_detected() -> None:
             prepare(bytes(broken))
     with pytest.raises(ShardError, match="the file ends before the image does"):
         prepare(payload[:-1])
+
+
+def test_orientation_in_xmp_alone_is_stored_as_exif() -> None:
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    payload = encoded(drawn_image(1, 40, 30), xmp=xmp)
+    prepared = prepare(payload)
+    assert (prepared.width, prepared.height) == (30, 40) and len(prepared.payload) == len(payload) + 36
+    with Image.open(io.BytesIO(prepared.payload)) as stored:
+        assert stored.getexif()[0x0112] == 6 and stored.size == (40, 30)
+    np.testing.assert_array_equal(decode(prepared.payload), decode(payload))
+    assert not read_header(prepared.payload).needs_host
