@@ -111,11 +111,12 @@ def _unlisted_files(location: str, manifest: SetManifest) -> list[Fault]:
 
 def _check(location: str, max_pixels: int, task: _Task) -> list[Fault]:
     shard_set = _open(location)
-    if task.remote:
-        return list(_check_remote(location, shard_set.manifest, task.shard, max_pixels))
-    if task.begin is None:
-        return list(_check_files(shard_set, task.shard))
-    return list(_check_images(shard_set, task.shard, range(task.begin, task.end), max_pixels))
+    with images.tolerant_pillow():
+        if task.remote:
+            return list(_check_remote(location, shard_set.manifest, task.shard, max_pixels))
+        if task.begin is None:
+            return list(_check_files(shard_set, task.shard))
+        return list(_check_images(shard_set, task.shard, range(task.begin, task.end), max_pixels))
 
 
 @lru_cache(maxsize=1)
