@@ -23,6 +23,8 @@ _TRAINING_STATUSES = {
     signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED,
 }  # fmt: skip
 
+_TRACKER_WARNING = "ignore::UserWarning:multiprocessing.resource_tracker"
+
 Handler = Callable[[int, FrameType | None], None]
 
 
@@ -47,6 +49,9 @@ def raise_on_interrupt() -> Callable[[], None]:
         raise KeyboardInterrupt
 
     _State.received, _State.is_reported = 0, False
+    # Python's tracker of semaphores removes those of a process that ended at once, but prints a warning for them
+    if _TRACKER_WARNING not in sys.warnoptions:
+        sys.warnoptions.append(_TRACKER_WARNING)
     # a shell starts background jobs with Ctrl-C ignored
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     return _listen(dict.fromkeys(numbers, EXIT_INTERRUPTED), interrupt, GRACE_SECONDS)

@@ -105,7 +105,7 @@ def test_attention_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_curves_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, start in (("a", 5), ("b", 9)):
         (folder / name).mkdir()
-        log = MetricsLog(folder / name / "metrics.jsonl")
+        log = MetricsLog(folder / name / "metrics.jsonl", 0)
         for step in range(1, 30):
             log.write(step, step, {"loss/total": start / step, "optim/gradient_norm": float("nan")})
         log.close()
