@@ -96,7 +96,7 @@ class Producer:
                     decoded = pipeline.take(stream)
                 except RuntimeError as error:
                     # the pipeline is unusable now; rebuild it and feed it the same batches and parameters
-                    queue[0] = self._replace_undecodable(queue[0].samples, error)
+                    queue[0] = self._replace_undecodable(queue[0], error)
                     pipeline = self._rebuild_pipeline(queue)
                     continue
                 try:
@@ -229,7 +229,7 @@ class Producer:
         num_rows = max_rows(config.masks, batch, views, grid[0] * grid[1], self._alignment)
         return rasterise(item.masks, grid, num_rows, self._device)
 
-    def _replace_undecodable(self, samples: Samples, error: RuntimeError) -> _QueuedBatch:
+    def _replace_undecodable(self, item: _QueuedBatch, error: RuntimeError) -> _QueuedBatch:
         """Return the failed batch with the images that DALI cannot decode decoded on the host, or replaced.
 
         So every image that packing and verification accept is used, whichever decoder fails.
@@ -237,11 +237,12 @@ class Producer:
         Raises:
             RuntimeError: ``error`` again, if every image decodes on its own.
         """
+        samples = item.samples
         places = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
         failed = {
-            place
-            for place, payload in zip(places, samples.payloads, strict=True)
-            if place not in self._failed_in_dali and find_decode_error(payload) is not None
+            places[row]
+            for row, payload in enumerate(samples.payloads)
+            if row not in item.decoded and find_decode_error(payload) is not None
         }
         if not failed:
             raise error
