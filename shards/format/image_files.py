@@ -14,6 +14,7 @@ import logging
 import struct
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 from PIL import (
     BmpImagePlugin,
@@ -166,11 +167,15 @@ def _silence() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            path = next((line.split(maxsplit=5)[5].strip() for line in maps if "/libtiff" in line), None)
-        if path is not None:
-            ctypes.CDLL(path).TIFFSetErrorHandler(None)
-    except (OSError, AttributeError):
-        pass  # another platform or library, which prints
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/libtiff" in line}
+    except OSError:
+        return  # another platform, where libtiff prints
+    for path in paths:
+        # other programs' libraries, such as DALI's, may have a similar name and no such function
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(path)
+            library.TIFFSetErrorHandler(None)
+            library.TIFFSetWarningHandler(None)
 
 
 def _reason(error: Exception) -> str:
