@@ -178,13 +178,15 @@ def make_small_set() -> ShardSet:
 def indexes(draw: Callable[..., Any]) -> bytes:
     content = INDEX
     if draw(st.booleans()):
-        start = len(INDEX) - 3 * RECORD.itemsize
-        records = np.frombuffer(INDEX[start:], RECORD).copy()
+        records = RECORDS.copy()
         for _ in range(draw(st.integers(1, 3))):
             field = draw(st.sampled_from(RECORD.names))
             bounds = np.iinfo(RECORD[field])
             records[draw(st.integers(0, 2))][field] = draw(st.integers(int(bounds.min), int(bounds.max)))
-        return INDEX[:start] + records.tobytes()
+        if draw(st.booleans()):
+            return INDEX[:START] + records.tobytes()  # as earlier versions wrote it, without checksums
+        save_index(records, HERE / "changed.npy")
+        return (HERE / "changed.npy").read_bytes()
     if draw(st.booleans()):
         header = draw(st.sampled_from([
             "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
@@ -332,8 +334,10 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     **fuzz_run_files.READERS,
 }
 SET = make_small_set()
-save_index(np.array([SET.record(0, number) for number in range(3)], RECORD), HERE / "index.npy")
+RECORDS = np.array([SET.record(0, number) for number in range(3)], RECORD)
+save_index(RECORDS, HERE / "index.npy")
 INDEX = (HERE / "index.npy").read_bytes()
+START = INDEX.index(RECORDS.tobytes())
 CHECKPOINT = make_checkpoint()
 
 

@@ -20,6 +20,7 @@ from PIL import Image, features
 
 from shards.errors import ShardError
 from shards.format import images
+from shards.format.decode import decode
 from shards.packing.inputs import list_inputs
 
 HERE = Path(tempfile.mkdtemp(prefix="fuzz-images-"))
@@ -162,8 +163,9 @@ def read_image(content: bytes) -> None:
     assert 0 < prepared.width <= images.MAX_SIDE and 0 < prepared.height <= images.MAX_SIDE
     try:
         assert images.read_size(prepared.payload) == (prepared.width, prepared.height)
+        assert decode(prepared.payload).shape == (prepared.height, prepared.width, 3)
     except ShardError as error:
-        raise AssertionError(f"packed, but its header cannot be read: {error}") from error
+        raise AssertionError(f"packed, but it cannot be decoded: {error}") from error
 
 
 def make_parquet() -> bytes:
