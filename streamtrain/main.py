@@ -52,8 +52,8 @@ from streamtrain.run.resume_policy import (
     separate_overrides,
     version_changes,
 )
+from streamtrain.run.signals import EXIT_USAGE
 
-EXIT_USAGE = 2
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
 # the module's name is __main__ when it runs as a script

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from shards.format.files import open_to_append
+
 MAX_PENDING_BYTES = 16 << 20  # kept in memory while the file cannot be written
 RETRY_SECONDS = 1.0
 _WARNING_SECONDS = 60.0  # between two warnings of one file
@@ -124,8 +126,7 @@ class AppendLog:
         if self._prepare is not None:
             self._prepare()
             self._prepare = None
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._file = os.open(self.path, flags, 0o666)
+        self._file = open_to_append(self.path)
         if self._is_shared:
             return
         size = os.fstat(self._file).st_size

@@ -43,6 +43,11 @@ def create_file(path: Path) -> int:
         return os.open(path, flags, 0o666)
 
 
+def open_to_append(path: Path) -> int:
+    """Return a descriptor, open for reading and appending, of a file that is created if missing; refuses a link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write all bytes of ``data``; a single call may write fewer."""
     rest = memoryview(data).cast("B")

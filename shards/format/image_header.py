@@ -23,7 +23,6 @@ MAX_SCANS = 256  # of a progressive JPEG; encoders write about ten
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 _MAX_PARTS = 1 << 18  # chunks or segments of a file
-_MAX_FILL_BYTES = 16
 _MAX_METADATA_BYTES = 1 << 20  # of one text, after decompression
 _ORIENTATION_TAG = 0x0112
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")

@@ -14,9 +14,6 @@ import numpy as np
 from shards.errors import ShardError
 from shards.format import images
 from shards.format.records import RECORD, UNREADABLE
-from shards.format.records import load_index as load_index  # the whole index format is importable from here
-from shards.format.records import parse_index as parse_index
-from shards.format.records import save_index as save_index
 from shards.format.tally import Tally
 from shards.format.tar_members import Sample, read_samples
 

@@ -229,11 +229,6 @@ def unreadable_index(path: Path, error: OSError) -> ShardError:
     return ShardError(f"index {path} cannot be read ({explain_os_error(error)}); {read_remedy(error, _REMEDY)}")
 
 
-def parse_index(content: bytes, name: str) -> np.ndarray:
-    """Return the records [num_samples] in the bytes of an index file; raises as ``load_index``, naming ``name``."""
-    return open_bytes(content, name).records()
-
-
 def open_bytes(content: bytes, name: str) -> Index:
     """Open an index file whose bytes are in memory; raises as ``Index.open``, naming ``name``."""
 

@@ -12,12 +12,14 @@ _SHOWN_SUFFIXES = 8
 _LONGEST_SUFFIX = 12  # characters; a longer one is part of a name
 _HIDDEN = "hidden files, such as ._NAME of macOS, passed over"
 _NO_SUFFIX = "no suffix"
-# what Pillow needs for formats that a phone or a web page writes
-_DECODERS = {
-    ".heic": "HEIC needs the Pillow plug-in pillow-heif, which this reader does not load; convert the files to JPEG",
-    ".heif": "HEIC needs the Pillow plug-in pillow-heif, which this reader does not load; convert the files to JPEG",
-    ".jxl": "JPEG XL needs the Pillow plug-in pillow-jxl-plugin, which this reader does not load; convert the files",
-    ".avif": "AVIF needs Pillow 11.3 or newer with libavif, or the Pillow plug-in pillow-avif-plugin",
+# for formats that phones and web pages use
+_HEIC_ADVICE = "HEIC is not supported; convert the files to JPEG"
+_AVIF_ADVICE = "AVIF needs Pillow 11.3 or newer with libavif; update Pillow or convert the files"
+_ADVICE = {
+    ".heic": _HEIC_ADVICE,
+    ".heif": _HEIC_ADVICE,
+    ".jxl": "JPEG XL is not supported; convert the files to JPEG",
+    ".avif": _AVIF_ADVICE,
 }
 
 
@@ -55,6 +57,10 @@ class Tally:
         """Number of files that are not images, hidden ones included."""
         return self.suffixes.total() + self.reasons[_HIDDEN]
 
+    def clauses(self) -> str:
+        """Return ``lines`` as the end of a message: each after a semicolon."""
+        return "".join(f"; {line}" for line in self.lines())
+
     def lines(self) -> list[str]:
         """Return one line per reason, and one for all suffixes; empty if nothing was passed over."""
         lines = []
@@ -64,7 +70,7 @@ class Tally:
             if others := sum(count for _, count in ranked[_SHOWN_SUFFIXES:]):
                 shown.append(f"other suffixes {others}")
             lines.append(f"files of other kinds, passed over: {', '.join(shown)}")
-        for text in dict.fromkeys(text for suffix, text in _DECODERS.items() if self.suffixes[suffix]):
-            if not (text.startswith("AVIF") and features.check("avif")):
+        for text in dict.fromkeys(text for suffix, text in _ADVICE.items() if self.suffixes[suffix]):
+            if not (text == _AVIF_ADVICE and features.check("avif")):
                 lines.append(text)
         return lines + [f"{reason}: {count}" for reason, count in sorted(self.reasons.items()) if count]

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format.files import file_sha256, write_whole
-from shards.format.index import UNREADABLE, build_index, make_dali_index, save_index
+from shards.format.index import build_index, make_dali_index
+from shards.format.records import UNREADABLE, save_index
 from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry, counted
 from shards.format.tally import Tally
 from shards.packing.inputs import is_compressed_tar, refuse_zstd
@@ -110,8 +111,9 @@ def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool
     for one in done:
         passed_over.merge(one.passed_over)
     if not manifest.shards:
-        found = "".join(f"; {line}" for line in passed_over.lines())
-        raise ShardError(f"no images in {counted(len(locations), 'tar')}, such as {locations[0]}{found}")
+        raise ShardError(
+            f"no images in {counted(len(locations), 'tar')}, such as {locations[0]}{passed_over.clauses()}"
+        )
     manifest.save(out)
     return IndexReport(
         manifest,

@@ -178,10 +178,8 @@ def _refuse_by_name(src: str) -> None:
 
 def _require_images(inputs: Inputs, src: str) -> Inputs:
     if not inputs.items:
-        found = "".join(f"; {line}" for line in inputs.passed_over.lines())
-        raise ShardError(
-            f"no images in {src}; supported are .jpg, .png, .webp, .tif, .gif, .bmp and .parquet files{found}"
-        )
+        supported = "supported are .jpg, .png, .webp, .tif, .gif, .bmp and .parquet files"
+        raise ShardError(f"no images in {src}; {supported}{inputs.passed_over.clauses()}")
     return inputs
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from shards.format.files import create_file, partial_path, write_whole
 from shards.format.images import PreparedImage
-from shards.format.index import RECORD, make_dali_index, save_index
+from shards.format.index import make_dali_index
+from shards.format.records import RECORD, save_index
 from shards.format.set_manifest import ShardEntry
 from shards.format.tar_members import LABEL_EXTENSION, NO_LABEL, Component, Sample
 

@@ -79,10 +79,6 @@ class PermanentError(ShardError):
     """An error that a retry cannot fix."""
 
 
-class UnreachableError(PermanentError):
-    """An object could not be read before the deadline."""
-
-
 # Attempts allowed per kind of error, by the first match; all others are retried until the deadline. A store may report
 # a new object as missing for a moment, and a ShardError means that the received bytes are wrong.
 _MAX_ATTEMPTS = {PermanentError: 1, ShardError: 5, FileNotFoundError: 3, PermissionError: 3, DownloadStopped: 1}
@@ -330,7 +326,7 @@ class Store:
             return retrying(run)
         except tenacity.RetryError as error:
             seconds = retrying.statistics["delay_since_first_attempt"]
-            raise UnreachableError(
+            raise PermanentError(
                 f"{url} could not be read in {error.last_attempt.attempt_number} attempts over {seconds:.0f} s; "
                 f"last error: {_reason(error.last_attempt)}"
             ) from None  # callers read __cause__ to detect missing objects

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamtrain.engine.rendezvous import AGENT_STORE
-from streamtrain.main import EXIT_USAGE
-from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE
 
 SCRIPT = Path(__file__).resolve().parents[1] / "main.py"
 STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)

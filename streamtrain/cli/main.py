@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from streamtrain import __version__
 from streamtrain.run import interrupts
-from streamtrain.run.signals import EXIT_INTERRUPTED
+from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_USAGE
 
 COMMANDS = (
     "pack", "index", "verify", "plan", "train", "evaluate", "visualize", "report", "export", "config",
 )  # fmt: skip
-EXIT_USAGE = 2
 
 _DESCRIPTION = """\
 Train DINOv3-style self-supervised vision transformers from streams of images.

@@ -171,13 +171,12 @@ def _open_folder(path: Path) -> LabelledImages:
     if not classes and len(top) == 1 and "" not in top:
         # a single class has no label in a set, but can be tested against a set of several
         labels, classes = np.zeros_like(labels), tuple(top)
-    lines = inputs.passed_over.lines()
     if not classes:
         missing = "no images in class subfolders, nor a manifest.json"
         what = "images but no class subfolders" if inputs.items else missing
-        found = "".join(f"; {line}" for line in lines)
-        raise StreamtrainError(f"{path} has {what}: evaluation needs one subfolder per class, or a shard set{found}")
-    for line in lines:
+        needs = "evaluation needs one subfolder per class, or a shard set"
+        raise StreamtrainError(f"{path} has {what}: {needs}{inputs.passed_over.clauses()}")
+    for line in inputs.passed_over.lines():
         logger.info("%s: %s", path, line)
 
     def read(index: int) -> tuple[bytes, str]:

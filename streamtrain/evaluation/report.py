@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.errors import printable
+from shards.errors import printable, printable_lines
 from shards.format.files import read_json
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.errors import StreamtrainError
@@ -141,7 +141,7 @@ def _read_text(path: Path) -> str:
             content = file.read(_MAX_TEXT_BYTES)
     except OSError as error:
         return f"({error.strerror})"
-    return "\n".join(printable(line) for line in content.decode(errors="backslashreplace").split("\n"))
+    return printable_lines(content.decode(errors="backslashreplace"))
 
 
 @np.errstate(all="ignore")

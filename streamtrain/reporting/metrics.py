@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from shards.errors import printable
 from shards.format.append_log import AppendLog
-from shards.format.files import parse_json
+from shards.format.files import create_file, parse_json, partial_path
 
 # a longer line is not a record
 _MAX_LINE_BYTES = 1 << 20
@@ -82,16 +82,15 @@ def truncate_after(path: Path, step: int) -> None:
 
 def _rewrite(path: Path, step: int) -> None:
     """Replace the file by its lines up to ``step``, atomically."""
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.unlink(missing_ok=True)
+    partial = partial_path(path)
     try:
-        with path.open("rb") as file, partial_path.open("xb") as kept:
+        with path.open("rb") as file, open(create_file(partial), "wb") as kept:
             kept.writelines(line for _, line in _lines(file) if _is_kept(line, step))
             kept.flush()
             os.fsync(kept.fileno())
-        os.replace(partial_path, path)
+        os.replace(partial, path)
     finally:
-        partial_path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

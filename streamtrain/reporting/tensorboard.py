@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from shards.credentials import strip_from_text
 from shards.errors import printable
 from shards.format.append_log import AppendLog
 from streamtrain.config.tree import Config
@@ -148,7 +147,7 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
         if key.startswith(("monitor.", "evaluation.", "run.dir")) or value is None:
             continue
         if key in always or value != defaults[key]:
-            values[key] = value if isinstance(value, bool | int | float) else printable(strip_from_text(str(value)))
+            values[key] = value if isinstance(value, bool | int | float) else printable(value)
     return values
 
 

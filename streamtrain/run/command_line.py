@@ -11,8 +11,8 @@ from typing import NoReturn
 from shards.errors import ShardError, printable
 from shards.storage.paths import expand_path
 from shards.storage.store import is_url
+from streamtrain.run.signals import EXIT_USAGE
 
-EXIT_USAGE = 2
 # enough for thousands of shards; with millions, programs that close every possible descriptor take seconds
 MAX_DESCRIPTORS = 65_536
 

@@ -206,17 +206,14 @@ def check_weights(config: Config, source: Path | None) -> None:
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it. A full disk is only a warning.
+    """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it. Raises OSError.
 
     Args:
         computed: ``device`` and ``dtype`` of the computation.
     """
     document = json.dumps(describe_environment(world_size) | dict(computed), indent=1)
     for name, text in {RESOLVED_NAME: to_yaml(config), ENVIRONMENT_NAME: f"{document}\n"}.items():
-        try:
-            write_whole(run_dir / name, text.encode())
-        except OSError as error:
-            logger.warning(f"{run_dir / name} cannot be written ({error.strerror}); the run continues without it")
+        write_whole(run_dir / name, text.encode())
 
 
 def log_start_notes(config: Config, world_size: int) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from shards.credentials import strip_from_text
 from shards.errors import printable, printable_lines
+from shards.format.files import open_to_append
 
 # the packages whose log is shown
 PACKAGES = ("shards", "streamtrain")
@@ -38,7 +39,7 @@ class TerminalHandler(logging.Handler):
         """
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         try:
-            text = f"{self._prefix}{level}{printable_lines(strip_from_text(record.getMessage()))}"
+            text = f"{self._prefix}{level}{printable_lines(record.getMessage())}"
             if record.exc_info is not None and (error := record.exc_info[1]) is not None:
                 text += self._exception_text(text, error)
             stream = sys.stderr if level else sys.stdout
@@ -53,14 +54,13 @@ class TerminalHandler(logging.Handler):
     def _exception_text(self, message: str, error: BaseException) -> str:
         """Return the exception as one line, if its traceback could be written to the file, else its traceback."""
         whole = strip_from_text("".join(traceback.format_exception(error)))
-        line = printable(strip_from_text(str(error))) or "no message"
+        line = printable(error) or "no message"
         summary = f": {type(error).__name__}: {line}"
         if self.tracebacks is None:
             return f"\n{printable_lines(whole).rstrip()}"
         try:
             entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n{whole}\n"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            file = os.open(self.tracebacks, flags, 0o666)
+            file = open_to_append(self.tracebacks)
             try:
                 # one call, so that entries of several ranks do not interleave
                 os.write(file, entry.encode("utf-8", "backslashreplace"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
 # save and continue; not an exit code. Of several requests the highest number wins.

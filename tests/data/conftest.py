@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from drawn_images import drawn_image, overwrite
 
-from shards.format.index import save_index
+from shards.format.records import save_index
 from shards.packing.pack import PackOptions, pack
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.crops import CropsConfig

@@ -28,7 +28,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.format.index import RECORD, build_index, load_index, make_dali_index, parse_index, save_index
+from shards.format.index import build_index, make_dali_index
+from shards.format.records import RECORD, load_index, open_bytes, save_index
 from shards.format.set_manifest import SetManifest
 from shards.packing.index_tars import index_tars
 from shards.packing.inputs import list_inputs
@@ -207,7 +208,7 @@ def read_index(content: bytes) -> None:
     path = HERE / "set" / "index" / SET.manifest.shards[0].index_name
     path.write_bytes(content)
     errors = 0
-    for load in (lambda: parse_index(content, "x.npy"), lambda: load_index(path)):
+    for load in (lambda: open_bytes(content, "x.npy").records(), lambda: load_index(path)):
         try:
             assert load().dtype == RECORD
         except ShardError:

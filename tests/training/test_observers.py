@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_backbone import class_folder
 from tiny_run import command
 
+from streamtrain.config.load import build
 from streamtrain.ops.collectives import SharedFailure
 from streamtrain.reporting.sink import BestEffort
-from streamtrain.training.observers import Observer, ObserverList
+from streamtrain.training.observers import Observer, ObserverList, StartFiles
 
 SCRIPT = Path(__file__).with_name("failing_observers.py")
 EVERYTHING = (
@@ -155,3 +156,18 @@ def test_interruptions_are_no_failures(interruption: type[BaseException]) -> Non
 
     with pytest.raises(interruption):
         BestEffort("work").run(interrupt)
+
+
+def test_files_that_describe_the_run_are_written_when_the_disk_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("streamtrain.training.observers.RETRY_SECONDS", 0.0)
+    run_dir = tmp_path / "run"
+    runtime: Any = SimpleNamespace(rank=0, world_size=1, description={})
+    files = StartFiles(build({"run": {"dir": str(run_dir)}}), runtime)
+    result: Any = None
+    files.start()
+    assert "cannot be written" in caplog.text
+    run_dir.mkdir()
+    files.after_step(result)
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "environment.json"}

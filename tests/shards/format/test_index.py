@@ -11,11 +11,11 @@ from drawn_images import add_to_tar, drawn_image, encoded
 
 from shards.errors import ShardError
 from shards.format.index import (
-    UNREADABLE,
     build_index,
     make_dali_index,
     make_record,
 )
+from shards.format.records import UNREADABLE
 from shards.format.tar_members import NO_LABEL, parse_label, split_name
 
 _LONG = "folder/" + "n" * 200

@@ -26,7 +26,7 @@ from drawn_images import (
 )
 
 from shards.errors import ShardError
-from shards.format.index import load_index
+from shards.format.records import load_index
 from shards.packing import items
 from shards.packing import upload as upload_module
 from shards.packing.index_tars import index_tars
