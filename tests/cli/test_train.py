@@ -93,7 +93,7 @@ def test_ranks_of_a_hostfile_start_through_deepspeed(
 def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -> None:
     """As in ``srun streamtrain train ...``, with RANK and the other variables set."""
     words = ["-m", "streamtrain.cli.main", "train", *train_words(shards, tmp_path / "run", "run.steps=1")]
-    results = run_ranks(words, 2)
+    results = run_ranks(words, 2, fresh=True)
     assert [status for status, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert (tmp_path / "run" / "checkpoints" / "step-000000001" / "rank-00001-of-00002.safetensors").is_file()
 
