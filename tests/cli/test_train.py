@@ -93,7 +93,7 @@ def test_ranks_of_a_hostfile_start_through_deepspeed(
 def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -> None:
     """As in ``srun streamtrain train ...``, with RANK and the other variables set."""
     words = ["-m", "streamtrain.cli.main", "train", *train_words(shards, tmp_path / "run", "run.steps=1")]
-    results = run_ranks(words, 2)
+    results = run_ranks(words, 2, fresh=True)
     assert [status for status, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert (tmp_path / "run" / "checkpoints" / "step-000000001" / "rank-00001-of-00002.safetensors").is_file()
 
@@ -101,7 +101,12 @@ def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["deepspeed", "--num_gpus", "1", "--master_port", "{port}", "--module"],
+        # two ranks of a host file start through it too
+        pytest.param(
+            ["deepspeed", "--num_gpus", "1", "--master_port", "{port}", "--module"],
+            id="deepspeed",
+            marks=pytest.mark.slow,
+        ),
         ["torchrun", "--nproc_per_node", "1", "--master_port", "{port}", "-m"],
         ["python", "-m"],
     ],
@@ -118,7 +123,9 @@ def test_launchers_start_the_module(launcher: list[str], shards: Path, tmp_path:
     assert list(logged(tmp_path / "run")) == [1]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_signal_to_the_command_stops_all_ranks_after_a_checkpoint(
     number: signal.Signals, status: int, shards: Path, tmp_path: Path
 ) -> None:

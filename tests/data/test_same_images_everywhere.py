@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from faults.fuzz_images import SAMPLES
+from fork_server import run_forked
 from ranks import ROOT
 from tiny_run import command
 
@@ -23,10 +23,7 @@ MICRO_BATCH = 16
 
 
 def run(*words: str | Path, timeout: float = 3600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
+    return run_forked(words, {**os.environ, "DS_ACCELERATOR": "cpu"}, ROOT, timeout)
 
 
 def use_everywhere(source: Path, folder: Path) -> int:

@@ -37,7 +37,7 @@ def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     return whole | {f"centre/{name}": value for name, value in load_file(folder / checkpoint.SHARED_NAME).items()}
 
 
-@pytest.mark.parametrize("clip_per", ["global", "module"])
+@pytest.mark.parametrize("clip_per", ["global", pytest.param("module", marks=pytest.mark.slow)])
 def test_training_continues_after_a_non_finite_step_with_a_rank_of_padding_only(
     clip_per: str, shards: Path, tmp_path: Path
 ) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import run_forked
 from PIL import Image
 from tiny_backbone import class_folder
 
@@ -39,9 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_tool(folder: Path, tool: str, kernels: str, *arguments: str) -> str:
     script = str(ROOT / "tools" / f"{tool}.py")
     network = ["--untrained", "--config", "network.yaml"]
-    command = [sys.executable, "-c", RUN, kernels, script, *arguments, *network]
+    command = ["-c", RUN, kernels, script, *arguments, *network]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    done = run_forked(command, environment, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -41,7 +41,7 @@ def fail_calls(shim: Path, job: str, folder: Path, injections: int) -> dict[str,
     return dict(json.loads(last))
 
 
-@pytest.mark.parametrize(("job", "injections"), [("pack", 25), ("train", 4), ("cached", 2)])
+@pytest.mark.parametrize(("job", "injections"), [("pack", 15), ("train", 2), ("cached", 1)])
 def test_some_failing_calls(shim: Path, job: str, injections: int, tmp_path: Path) -> None:
     assert fail_calls(shim, job, tmp_path / "job", injections)["injections"] == injections
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from drawn_images import draw_folder
 from faults.test_damage import flip_a_bit
-from ranks import run_ranks, start_ranks
+from ranks import RankProcess, run_ranks, start_ranks
 from tiny_run import command, logged
 
 from shards.packing.pack import PackOptions, pack
@@ -41,7 +40,7 @@ class TinyRuns:
         mixture = f"[{{shards: {self.folder / 'first'}, weight: 3}}, {{shards: {self.folder / 'second'}, weight: 1}}]"
         return command(mixture, self.folder / name, *shared)
 
-    def start(self, name: str, *overrides: str) -> list[subprocess.Popen[str]]:
+    def start(self, name: str, *overrides: str) -> list[RankProcess]:
         return start_ranks(self.command(name, *overrides), 2)
 
     def steps_of(self, name: str) -> int:
@@ -70,7 +69,7 @@ class TinyRuns:
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def wait_until(processes: list[subprocess.Popen[str]], happened: Callable[[], bool]) -> bool:
+def wait_until(processes: list[RankProcess], happened: Callable[[], bool]) -> bool:
     """Wait for ``happened``; return False if a rank ends first."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not happened():
@@ -81,12 +80,12 @@ def wait_until(processes: list[subprocess.Popen[str]], happened: Callable[[], bo
     return True
 
 
-def wait_for_exit(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def wait_for_exit(processes: list[RankProcess]) -> list[tuple[int, str, str]]:
     outputs = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]
     return [(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
-def kill(processes: list[subprocess.Popen[str]]) -> None:
+def kill(processes: list[RankProcess]) -> None:
     for process in processes:
         process.kill()
     wait_for_exit(processes)
@@ -175,7 +174,7 @@ def test_ten_runs_stopped_by_a_signal_to_one_rank(tmp_path: Path) -> None:
         print(f"run {number}: {stops} stops so far", flush=True)
 
 
-def wait_for_kill(runs: TinyRuns, name: str, draw: random.Random, processes: list[subprocess.Popen[str]]) -> bool:
+def wait_for_kill(runs: TinyRuns, name: str, draw: random.Random, processes: list[RankProcess]) -> bool:
     """Wait until the time to kill, before the first step or after a later one; return False if the run ends first."""
     if draw.random() < 0.15:
         time.sleep(draw.uniform(0.5, 6.0))
@@ -186,7 +185,7 @@ def wait_for_kill(runs: TinyRuns, name: str, draw: random.Random, processes: lis
     return True
 
 
-def wait_for_steps(runs: TinyRuns, name: str, steps: int, processes: list[subprocess.Popen[str]]) -> bool:
+def wait_for_steps(runs: TinyRuns, name: str, steps: int, processes: list[RankProcess]) -> bool:
     """Wait until the run is ``steps`` steps past its checkpoint; return False if a rank ends first."""
     initial = runs.mtime_of(name)
     last = max(saved_steps(runs.folder / name), default=0) + steps

@@ -112,8 +112,12 @@ def no_folder(folder: Path) -> tuple[Path, str]:
     return folder / "file" / "cache", "c++"
 
 
-@pytest.mark.parametrize("limit", [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "avx2"}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float32, {"ONEDNN_MAX_CPU_ISA": "AVX2"}), (torch.bfloat16, {"ATEN_CPU_CAPABILITY": "avx2"}),
+     pytest.param(torch.float32, {"ATEN_CPU_CAPABILITY": "avx2"}, marks=pytest.mark.slow),
+     pytest.param(torch.bfloat16, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_training_limited_to_avx2_uses_no_kernels(dtype: torch.dtype, limit: dict[str, str], tmp_path: Path) -> None:
     out, err = finished(started(TRAIN.replace("torch.float32", str(dtype)), tmp_path, "/nonexistent", **limit))
     assert out == "True" and "kernels" not in err and not list(tmp_path.iterdir())
