@@ -230,18 +230,18 @@ class Producer:
         return rasterise(item.masks, grid, num_rows, self._device)
 
     def _replace_undecodable(self, samples: Samples, error: RuntimeError) -> _QueuedBatch:
-        """Return the failed batch with the images that DALI cannot decode decoded on the host, or replaced.
+        """Return the failed batch; the host decodes the images that DALI cannot decode, or they are replaced.
 
         So every image that packing and verification accept is used, whichever decoder fails.
 
         Raises:
             RuntimeError: ``error`` again, if every image decodes on its own.
         """
-        places = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
+        positions = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
         failed = {
-            place
-            for place, payload in zip(places, samples.payloads, strict=True)
-            if place not in self._failed_in_dali and find_decode_error(payload) is not None
+            position
+            for position, payload in zip(positions, samples.payloads, strict=True)
+            if position not in self._failed_in_dali and find_decode_error(payload) is not None
         }
         if not failed:
             raise error
