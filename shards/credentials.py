@@ -1,7 +1,7 @@
-"""Credentials in URLs: kept out of everything that is shown or written, and taken from ``~/.netrc``.
+"""Remove credentials from URLs in messages and files, and add HTTP logins from ``~/.netrc``.
 
-The user and password before the host and the query after the path can hold secrets, such as
-``https://user:password@host/set`` or ``https://host/set?X-Amz-Signature=...``.
+The user, the password and the query of a URL can be secret: ``https://user:password@host/set``,
+``https://host/set?X-Amz-Signature=...``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _QUERY = re.compile(rf"({_SCHEME}[^\s?#]*)[?#]\S*?(?=['\"`)\]}}>,;:.]*(?:\s|\Z))
 def strip_credentials(url: str) -> str:
     """Return a URL without password, query and fragment; a path is returned unchanged.
 
-    A user without a password remains where it names an account or a machine's user (``abfs://container@account``);
-    over HTTP it may be a token and is removed.
+    The user name remains, because it may name an account (``abfs://container@account``). Over HTTP it is removed,
+    because it may be a token.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -39,7 +39,7 @@ def strip_from_text(text: str) -> str:
 
 
 def strip_values(value: Any) -> Any:
-    """Return nested settings in which each text that is a URL has no credentials."""
+    """Return nested settings with the credentials removed from every URL."""
     if isinstance(value, dict):
         return {key: strip_values(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -56,8 +56,8 @@ def split_query(url: str) -> tuple[str, str]:
 def add_netrc_login(url: str) -> str:
     """Return an HTTP URL with the user and password that ``~/.netrc`` (or ``$NETRC``) has for its host.
 
-    A URL with a user of its own is returned unchanged. The entry ``default`` is not used, because shard sets from
-    others may name any host.
+    A URL with a user of its own is returned unchanged. The entry ``default`` is not used, because an untrusted
+    shard set may name any host.
     """
     path = Path(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
     try:
@@ -66,7 +66,7 @@ def add_netrc_login(url: str) -> str:
             return url
         login, _, password = netrc.netrc(str(path)).hosts.get(host or "", ("", "", ""))
     except (OSError, ValueError, netrc.NetrcParseError) as error:
-        logger.warning("%s cannot be used (%s)", path, type(error).__name__)
+        logger.warning("%s is ignored, because it cannot be read (%s)", path, type(error).__name__)
         return url
     if not login and not password:
         return url

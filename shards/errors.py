@@ -29,7 +29,7 @@ def is_source_failure(error: OSError) -> bool:
 
 
 def read_remedy(error: OSError, otherwise: str) -> str:
-    """Return the remedy for a failed read: ``otherwise`` is the one for a missing or damaged file."""
+    """Return the remedy for a failed read; ``otherwise`` applies if the file itself is missing or damaged."""
     return "fix that and re-run to resume" if is_source_failure(error) else otherwise
 
 

@@ -1,4 +1,4 @@
-"""A log file of whole records: a full or failing disk delays its records, and neither tears nor loses them."""
+"""An append-only log file. While the disk is full or fails, records are delayed in memory, not torn."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class AppendLog:
-    """Appends records to a file. Records that cannot be written stay in memory, and every later call tries again.
+    """Appends records to a file. Records that cannot be written stay in memory, and later calls write them.
 
-    The rest of a record that was written in part is removed before the next record, or, if other processes append to
-    the same file, ended by a line break, so that the next line is whole. A shared file may then have a record twice.
+    A partly written record is removed before the next one is written. In a shared file it is ended by a line break
+    instead, and the record is written again in full.
 
     Args:
-        path: the file; its folder exists. A link is not followed.
+        path: the file, in an existing folder; a link raises OSError.
         is_shared: whether other processes append to the file, which then consists of lines.
         prepare: called before the file is first opened; an OSError delays the records too.
 
     Attributes:
-        num_lost: records that were dropped, because more than ``MAX_PENDING_BYTES`` were waiting.
+        num_lost: records dropped because more than ``MAX_PENDING_BYTES`` were in memory.
     """
 
     def __init__(self, path: Path, *, is_shared: bool = False, prepare: Callable[[], object] | None = None) -> None:
@@ -73,14 +73,14 @@ class AppendLog:
                 self._next_warning = began + _WARNING_SECONDS
                 reason = error.strerror or str(error)
                 logger.warning(
-                    "%s cannot be written (%s); the work continues, and what belongs there is kept in memory (up to "
-                    "%d MB) and written as soon as possible", self.path, reason, MAX_PENDING_BYTES >> 20,
+                    "%s cannot be written (%s); its records are kept in memory (up to %d MB) until the disk recovers",
+                    self.path, reason, MAX_PENDING_BYTES >> 20,
                 )  # fmt: skip
             self._is_failing = True
             return
         if self._is_failing:
             lost = f", but {self.num_lost} records did not fit in memory and are lost" if self.num_lost else ""
-            logger.info("%s is written again%s", self.path, lost)
+            logger.info("%s can be written again%s", self.path, lost)
         self._is_failing = False
         if self._is_shared:
             self._close_file()
@@ -117,7 +117,7 @@ class AppendLog:
                 self._pending_bytes -= len(record)
         except OSError:
             if self._end is not None:
-                # so that a reader meets whole records only; if this fails, it is repeated before the next record
+                # so that readers find only whole records; if this fails, it is repeated before the next record
                 with suppress(OSError):
                     os.ftruncate(self._file, self._end)
             raise
@@ -139,7 +139,7 @@ class AppendLog:
     def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            # some file systems report here that earlier writes failed; there is nothing left to repeat them from
+            # some file systems report failed writes only here; the records are no longer in memory
             with suppress(OSError):
                 os.close(file)
 

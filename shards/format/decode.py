@@ -1,7 +1,7 @@
-"""The one decoder of images: packing, verification, training, evaluation and pictures see the pixels that it returns.
+"""Decode images to the same pixels in packing, verification, training, evaluation and pictures.
 
-Training leaves plain JPEG, PNG and WebP to DALI, whose pixels are the same (``image_header.Header.needs_host``). The
-rules, for every format:
+In training, DALI decodes plain JPEG, PNG and WebP to the same pixels (``image_header.Header.needs_host``). The rules
+for every format:
 
 - 8 bits a channel: a wider image of white W becomes ``round(v * 255 / W)``; floats, which have no defined white, are
   refused.
@@ -9,7 +9,7 @@ rules, for every format:
   and gamma are ignored.
 - Alpha (a channel, in a palette, or a transparent colour) is then composited on a background, rounded to nearest.
 - The orientation in EXIF, or in XMP where EXIF has none, is applied.
-- Of several frames or pages the first is taken.
+- Animations and multi-page files give their first frame.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def load_pixels(payload: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decoded
         decoded = _LOADERS.get(header.format, _load_other)(payload, header)
         stored = decoded.images[0].size
         if stored not in ((header.width, header.height), (header.height, header.width)):
-            raise ShardError(f"it has {stored[0]}x{stored[1]} pixels, but its header says another size")
+            raise ShardError(f"it has {stored[0]}x{stored[1]} pixels, but its header has another size")
         return decoded
 
 

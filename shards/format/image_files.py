@@ -1,8 +1,8 @@
-"""The only place that opens image files: an explicit list of formats, recognised by their content.
+"""Open image files of an explicit list of formats, recognised by content.
 
 ``PIL.Image.open`` tries every plug-in that is installed. Some of them run a program (EPS starts Ghostscript), others
-read whole archives or decompress without a limit. So this module recognises the format itself and calls the plug-in of
-that one format. The rest of the program opens images only through ``open_image``.
+read whole archives or decompress without a limit. So this module recognises the format and calls only the plug-in of
+that format. All other code opens images through ``open_image``.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def open_image(payload: bytes) -> ImageFile.ImageFile:
 
 
 def open_as(name: str, payload: bytes) -> ImageFile.ImageFile:
-    """``open_image`` for a format that is known; raises the same."""
+    """Open an image file of a known format; raises as ``open_image``."""
     opener = _OPENERS.get(name)
     if opener is None:
         raise ShardError("AVIF needs Pillow 11.3 or newer; update Pillow or convert the image")

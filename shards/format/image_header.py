@@ -1,8 +1,8 @@
 """The header of an image file: size, orientation, and whether DALI decodes the file to exactly the same pixels.
 
-The parsers of JPEG, PNG and WebP take microseconds, so that training can run them on every image that it reads. They
-are strict: whatever they do not understand in full is left to the host decoder (``decode.py``), whose pixels are the
-reference. Other formats are always decoded on the host, and Pillow reads their headers.
+The parsers of JPEG, PNG and WebP take microseconds, so that training can run them on every image. They are strict:
+a file with any unknown part is decoded on the host (``decode.py``), whose pixels are the reference.
+Other formats are always decoded on the host, and Pillow reads their headers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read_header(payload: bytes) -> Header:
     """Read the header of an image file.
 
     Raises:
-        ShardError: not an image, or no size can be read, or decoding it could take forever; gives the reason.
+        ShardError: not an image, without a readable size, or with too many scans; gives the reason.
     """
     name = find_format(payload)
     parser = _PARSERS.get(name)
@@ -111,7 +111,7 @@ class _Metadata:
         self.exif: int | None = None
         self.xmp: int | None = None
         self.has_exif = False
-        # whether the orientation is written as every decoder expects
+        # whether all decoders read the same orientation
         self.is_plain = True
 
     def add_exif(self, tiff: bytes, *, is_plain: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Detection of JPEG data that end early, which decoders ignore.
+"""Detect JPEG data that end early, which decoders accept.
 
 When the data end before the last row, a JPEG decoder fills the rest with grey and only issues a warning, which Pillow
 drops. So if the last decoded pixel has exactly this grey, noise is appended to every scan and the image is decoded

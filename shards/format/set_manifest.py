@@ -165,7 +165,7 @@ def _find_error(manifest: SetManifest) -> str | None:
 
 
 def _find_faults(content: Mapping[str, Any], manifest: SetManifest) -> Iterator[str]:
-    """Yield the defects that leave the images readable: of fields that only people and other programs read."""
+    """Yield the defects that leave the images readable: those of fields that training does not use."""
     for name in ("num_samples", "num_bytes"):
         actual, stated = getattr(manifest, name), content.get(name)
         if type(stated) is not int or stated != actual:
@@ -180,7 +180,7 @@ def _find_faults(content: Mapping[str, Any], manifest: SetManifest) -> Iterator[
             yield f"unknown field {name!r}"
     # manifests of earlier versions have no checksum
     if content.get("checksum", expected := _checksum(content)) != expected:
-        yield f"a field was changed: its checksum is {content['checksum']!r}, expected {expected!r}"
+        yield f"a field was changed: the checksum is {content['checksum']!r}, expected {expected!r}"
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

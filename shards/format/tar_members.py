@@ -95,9 +95,8 @@ def is_hidden(name: str) -> bool:
 def read_samples(archive: BinaryIO, name: str, tally: Tally | None = None) -> tuple[Sample, ...]:
     """Return the samples of an uncompressed tar (USTAR, GNU or PAX) that have an image, in order.
 
-    A sample is a run of members with the same key by WebDataset's rule, and its image the first one that has nothing
-    but a suffix after the key. A run whose images all have longer names, such as ``IMG.0001.jpg``, has one sample for
-    each of them.
+    A sample is a run of members with the same key by WebDataset's rule. Its image is the first member named by the key
+    and an image suffix. If all images of a run have longer names, such as ``IMG.0001.jpg``, each one is a sample.
 
     Args:
         tally: receives the counts of members that are passed over.
@@ -142,29 +141,29 @@ def pair_labels(
         if value is None:
             tally.add("labels that are not integers, passed over")
             value = NO_LABEL
-        place = _place(label)
-        if values.setdefault(place, value) != value:
+        stem = _stem(label)
+        if values.setdefault(stem, value) != value:
             raise ShardError(
-                f"{source}: {label.name!r} occurs more than once, as the label {values[place]} and as {value}; "
+                f"{source}: {label.name!r} occurs more than once, as the label {values[stem]} and as {value}; "
                 "remove one of them"
             )
-    places = [_place(image) for image in images]
+    stems = [_stem(image) for image in images]
     tally.add("images with the name of another image, taken as well", len(images) - len({i.name for i in images}))
     if not values:
         return [NO_LABEL] * len(images)
-    own = set(places)
+    own = set(stems)
     claims: dict[tuple[int, str], set[tuple[int, str]]] = defaultdict(set)
-    for place in own - values.keys():
-        key = (place[0], split_name(place[1])[0])
+    for stem in own - values.keys():
+        key = (stem[0], split_name(stem[1])[0])
         if key in values and key not in own:
-            claims[key].add(place)
+            claims[key].add(stem)
     given = {claimants.pop(): values[key] for key, claimants in claims.items() if len(claimants) == 1}
     several = sum(1 for claimants in claims.values() if claimants)
     tally.add("labels that several images could claim, passed over", several)
     tally.add("labels without an image of their name, passed over", len(values.keys() - own) - len(claims))
-    num_without = sum(place not in values and place not in given for place in places)
+    num_without = sum(stem not in values and stem not in given for stem in stems)
     tally.add("images without a label of their name", num_without)
-    return [values.get(place, given.get(place, NO_LABEL)) for place in places]
+    return [values.get(stem, given.get(stem, NO_LABEL)) for stem in stems]
 
 
 def read_members(archive: BinaryIO, name: str, tally: Tally) -> Iterator[Member]:
@@ -209,7 +208,7 @@ def read_label(archive: BinaryIO, label: Member, source: str) -> int | None:
     return parse_label(archive.read(label.length), f"{source}: {label.name}")
 
 
-def _place(member: Member) -> tuple[int, str]:
+def _stem(member: Member) -> tuple[int, str]:
     """Return the archive and the stem of a member, which an image shares with its label."""
     return member.archive, split_suffix(member.name)[0].removeprefix("./").lstrip("/")
 
@@ -295,7 +294,7 @@ def _read_archive(
         if any(archive.read(tarfile.BLOCKSIZE)):
             if begin and end == begin:
                 raise ShardError(
-                    f"{name} has data after its end mark, at byte {begin}, that are no tar; fetch it again"
+                    f"{name} has data after its end mark, at byte {begin}, that are not a tar; fetch it again"
                 )
             raise ShardError(f"{name} is damaged at byte {tar.offset}: expected a header; fetch or pack it again")
         return int(tar.offset)

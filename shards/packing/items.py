@@ -162,9 +162,9 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def read_source(path: Path | str, read: Callable[[], Result]) -> Result:
-    """Return ``read()``, tried again for a moment if the file system of ``path`` or the process fails.
+    """Return ``read()``, retried for about a second if the file system or the process fails.
 
-    An I/O error is such a failure too: a network mount reports it for good files.
+    EIO counts as such a failure, because network mounts raise it for intact files.
 
     Raises:
         SourceUnreachable: the failure persists; names the file and the remedy.
@@ -202,7 +202,7 @@ class Inputs:
 
     Attributes:
         classes: class names by label; empty if labels have no names or there are no labels.
-        passed_over: what else the source contains.
+        passed_over: counts of the files and labels that are not used.
         runs: lengths of the runs of items that are read together; empty if each item is read separately.
     """
 

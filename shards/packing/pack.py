@@ -59,7 +59,7 @@ class PackReport:
 
     Attributes:
         num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
-        passed_over: what else the source contains, by kind.
+        passed_over: counts of the files and labels that are not used, by kind.
     """
 
     manifest: SetManifest
@@ -147,7 +147,8 @@ def pack(
 def scratch_folder(url: str) -> Path:
     """Return the default folder in which a set for a URL is packed: always the same, so that packing can resume.
 
-    It is in the user's own cache folder, since others could prepare a folder of a known name in a shared one.
+    It is in the user's own cache folder, because other users could create a folder of a predictable name in a
+    shared one.
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -188,7 +189,7 @@ def _locked_folder(out: Path, option: str) -> Iterator[None]:
             reason = f"failed ({explain_os_error(error)}); fix that and re-run to resume"
             raise ShardError(f"writing to {out} {reason}") from error
         finally:
-            with suppress(OSError):  # the error that ended the packing says more
+            with suppress(OSError):  # keep the error that ended the packing
                 (out / _LOCK).unlink(missing_ok=True)
                 if (is_new or option == "--scratch") and not any(out.iterdir()):
                     out.rmdir()
@@ -289,7 +290,7 @@ class _Packing:
                 writer.discard()
 
     def _check_source(self) -> None:
-        """Raise if the source was removed or replaced: then its images are missing, not damaged."""
+        """Raise SourceUnreachable if the source was removed or replaced: its images are then missing, not damaged."""
         if _identify(self.src) != self._identity:
             raise SourceUnreachable(
                 f"--src {self.src} was removed, replaced or unmounted; once it is back, re-run to resume"

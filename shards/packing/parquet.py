@@ -142,7 +142,9 @@ def _check_rows(file: Any, location: str, num_before: int) -> None:
     """Raise a ShardError if a file has more rows than can be images, or more than fit into memory."""
     rows, sizes = file.metadata.num_rows, [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     if rows < 0 or rows != sum(group.num_rows for group in sizes) or any(group.num_rows < 0 for group in sizes):
-        raise ShardError(f"{location} is damaged: it states {rows} rows and others in its row groups; fetch it again")
+        raise ShardError(
+            f"{location} is damaged: its {rows} rows differ from the sum over its row groups; fetch it again"
+        )
     if rows > _FREE_ROWS and rows * _MIN_BYTES_PER_ROW > (num_bytes := _file_bytes(location)):
         raise ShardError(f"{location} states {rows} rows in {num_bytes} bytes, too few to hold as many images")
     if num_before + rows > MAX_ITEMS:

@@ -189,7 +189,7 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
 
 
 def _check_index(path: Path, name: str, samples: tuple[Sample, ...], num_classes: int) -> Iterator[Fault]:
-    """Check all fields of the records but the checksum and the size, which ``_check_images`` compares."""
+    """Check all fields of the records except checksum and size, which ``_check_images`` checks."""
     try:
         records = load_index(path)
     except ShardError as error:

@@ -127,7 +127,7 @@ class Quarantine:
             else:
                 self._remember(entry)
         if num_skipped:
-            self._warn(f"{self.path}: {num_skipped} lines are no entries of unusable images and were skipped")
+            self._warn(f"{self.path}: {num_skipped} invalid lines were skipped")
 
     def _warn(self, message: str) -> None:
         """Log the first warning about the file."""

@@ -1,4 +1,4 @@
-"""Reads through fsspec that end in bounded time and memory, whatever the server sends.
+"""Read through fsspec in bounded time and memory, whatever the server sends.
 
 An attempt that takes too long is cancelled, which closes its connection. Answers over HTTP and from S3 are checked
 against the request and counted while they arrive, after decompression. The clients of other stores receive an answer in
@@ -32,7 +32,7 @@ class WrongAnswer(OSError):
 
 
 class TooLong(Exception):
-    """An object is longer than permitted."""
+    """An object is longer than ``Request.max_bytes``."""
 
 
 class NoRanges(Exception):
@@ -207,7 +207,7 @@ async def _receive(receive: _Receive, request: Request, is_range: bool, announce
             return b""
         skipped -= len(chunk)
     content = bytearray()
-    # the end of the answer is read too, as long as it is due, so that the connection can be used again
+    # read the end of the answer too if it is due, so that the connection can be reused
     room = limit if is_whole or announced == limit else limit + 1
     try:
         while len(content) < room:
@@ -224,7 +224,7 @@ async def _receive(receive: _Receive, request: Request, is_range: bool, announce
 
 def _too_long(request: Request) -> Exception:
     if request.span is None:
-        return TooLong(f"the object has more than the {request.max_bytes} bytes that one of its kind may have")
+        return TooLong(f"the object has more than {request.max_bytes} bytes, the limit for this kind of object")
     return WrongAnswer(f"the server sent more than bytes {request.span[0]}-{request.span[1] - 1}")
 
 

@@ -1,4 +1,4 @@
-"""Links of the web pages on which HTTP servers list a folder."""
+"""Read the links on the web page with which an HTTP server lists a folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def walk_pages(list_page: Callable[[str, int], tuple[list[str], int]], max_page_
     """
     names: list[str] = []
     folders, room = [""], _MAX_WALK_BYTES
-    for folder in folders:  # it grows meanwhile
+    for folder in folders:  # the loop appends to it
         try:
             links, num_bytes = list_page(folder, max(0, min(room, max_page_bytes)))
         except ShardError as error:

@@ -8,7 +8,7 @@ import re
 from shards.errors import ShardError
 from shards.storage.store import is_url
 
-# the names that a shell knows; another dollar sign is part of the name
+# as in a shell; any other dollar sign is part of the file name
 _VARIABLE = re.compile(r"\$(?:\{([^{}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 _MAX_ROUNDS = 16
 _MAX_LENGTH = 1 << 16
@@ -18,7 +18,7 @@ def expand_path(text: str) -> str:
     """Return a path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` replaced; a URL is unchanged.
 
     Variables inside the value of a variable are replaced as well, so an expanded path stays the same when it is
-    expanded again. A file whose name happens to contain an unset variable or an unknown user is used as it is.
+    expanded again. The path of an existing file with a ``$`` or ``~`` in its name is returned unchanged.
 
     Raises:
         ShardError: a variable is not set, there is no such user, or ``~`` is a folder within the path.
@@ -35,7 +35,7 @@ def expand_path(text: str) -> str:
         path = expanded
         if len(path) > _MAX_LENGTH:
             break
-    raise ShardError(f"the path {text} does not end: its variables contain each other; set them to plain paths")
+    raise ShardError(f"the path {text} cannot be expanded: its variables refer to each other; set them to plain paths")
 
 
 def _value(match: re.Match[str]) -> str:

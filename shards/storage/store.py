@@ -1,8 +1,8 @@
 """Objects below a URL, read and written through fsspec with retries, a deadline and a timeout per attempt.
 
 Supports ``http(s)://`` (read-only), ``s3://``, ``gs://``, ``hf://`` and every other fsspec protocol. Objects are
-fetched in pieces that are retried separately, so a broken connection costs one piece, not the object. What one attempt
-may take is bounded in ``shards.storage.answers``.
+fetched in pieces that are retried separately, so a broken connection costs one piece, not the object.
+``shards.storage.answers`` bounds the time and memory of one attempt.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Store:
     """Reads and writes the objects below a URL. Safe to share between threads.
 
     Args:
-        url: with a protocol, such as ``s3://bucket/set``. Its user, password and query serve for all requests and
-            are never shown. For an HTTP URL without a user, those of ``~/.netrc`` are used.
+        url: with a protocol, such as ``s3://bucket/set``. Its user, password and query are sent with every
+            request and never shown. An HTTP URL without a user gets the login of ``~/.netrc``.
         traffic: counter of received bytes and retries.
 
     Attributes:
@@ -198,7 +198,7 @@ class Store:
         """Open an object as a seekable binary file; its reads are retried.
 
         Raises:
-            ShardError: as ``read``, or the server has no byte ranges. So do the reads of the file.
+            ShardError: as ``read``, or the server has no byte ranges. Reads of the file raise the same.
         """
         read = partial(self._read_piece, name, needs_ranges=True)
         return cast(BinaryIO, io.BufferedReader(ObjectFile(read, self.size(name), _PIECE_BYTES), _PIECE_BYTES))
@@ -251,7 +251,7 @@ class Store:
         except OSError as error:
             target.unlink(missing_ok=True)
             raise ShardError(
-                f"{self.url_of(name)} with its {num_bytes} bytes cannot be stored in {target.parent} "
+                f"{self.url_of(name)} ({num_bytes} bytes) cannot be stored in {target.parent} "
                 f"({explain_os_error(error)}); free space there, or choose a folder on another disk"
             ) from error
         except BaseException:
@@ -395,7 +395,7 @@ def _require_space(descriptor: int, num_bytes: int) -> None:
     """Raise an OSError if the disk of an open file has less than ``num_bytes`` bytes left."""
     free = shutil.disk_usage(descriptor).free
     if num_bytes > free:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes} bytes are to come, {free} are free")
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes} bytes are needed, {free} are free")
 
 
 def _fsspec_options(protocol: str) -> dict[str, Any]:

@@ -28,10 +28,10 @@ def prune(run_dir: Path, config: RunConfig) -> None:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Rename a complete step directory to its final name, in place of one that an earlier life of the run wrote.
+    """Rename a complete step directory to its final name, replacing one of an earlier start of the run.
 
-    A run that resumes from an earlier step reaches the same step again. Raises OSError; then the earlier one may be
-    gone, and the new one has its temporary name.
+    A run that resumes from an earlier step reaches the same step again. Raises OSError; the earlier directory may
+    then be gone, and the new one keeps its temporary name.
     """
     if os.path.lexists(folder):
         _rename_to_removed(folder)
@@ -62,7 +62,7 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(best, dict) or not isinstance(best.get("step"), int) or not isinstance(best.get("value"), float):
         return None
-    # no value is higher than NaN or infinity
+    # nothing would ever beat NaN or Inf
     return best if math.isfinite(best["value"]) else None
 
 

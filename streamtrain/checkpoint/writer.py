@@ -73,7 +73,7 @@ class _Job:
     on_finished: Callable[[], None]
     best: Mapping[str, Any] | None
     began: float
-    # context in which a copy of the values is made, since training continues; None: training waits
+    # context in which the values are copied while training continues; None: training waits
     side_stream: AbstractContextManager[Any] | None = None
 
 
@@ -101,9 +101,9 @@ class CheckpointWriter:
         # a separate group, so that the thread's messages never mix with training's
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        # whether the results of a save in the background are not taken over yet
+        # whether a background save has results to collect
         self._is_pending = False
-        # set: no save is running in the background
+        # set: no background save is running
         self._finished = threading.Event()
         self._finished.set()
         # set: the values of the current save may change
@@ -119,7 +119,7 @@ class CheckpointWriter:
         self.failure: str | None = None
         if self._rank == 0:
             remove_leftovers(run_dir)
-        # started once, now: a thread that starts when memory has run out blocks its caller forever
+        # started here, because starting a thread blocks forever once memory has run out
         self._thread = threading.Thread(target=self._run_jobs, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -301,7 +301,8 @@ class CheckpointWriter:
         CheckpointManifest(files).write(partial)
         sync(partial)
         for name in (METRICS_NAME, QUARANTINE_NAME):
-            # a checkpoint on disk should not be newer than the history it continues, but it is worth more
+            # the history should be on disk before its checkpoint; failure is only a warning, because the checkpoint is
+            # worth more
             try:
                 if (self._run_dir / name).exists():
                     sync(self._run_dir / name)

@@ -48,7 +48,7 @@ def run_ranks(arguments: Sequence[str], world_size: int) -> int:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """Yield a port that no other program is given during the ``with`` block, and on which rank 0 can listen."""
+    """Reserve a port during the ``with`` block, on which rank 0 can still listen; yields its number."""
     with socket.socket() as reserved:
         # rank 0 sets this option too, and may then bind the port that this socket holds but does not listen on
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -24,7 +24,7 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
-# of a file or value, and of the files that one extends; recipes need a hundredth of these
+# limits of one YAML text, and on the files that a config extends; recipes need about 1 % of them
 _MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_FILES = 1 << 20, 20_000, 40, 100
 _MAX_DIGITS = 1000
 _MAX_FAULTS = 20  # in one message

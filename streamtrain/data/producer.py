@@ -230,7 +230,7 @@ class Producer:
         return rasterise(item.masks, grid, num_rows, self._device)
 
     def _replace_undecodable(self, item: _QueuedBatch, error: RuntimeError) -> _QueuedBatch:
-        """Return the failed batch with the images that DALI cannot decode decoded on the host, or replaced.
+        """Return the failed batch; the host decodes the images that DALI cannot decode, or they are replaced.
 
         So every image that packing and verification accept is used, whichever decoder fails.
 
@@ -238,9 +238,9 @@ class Producer:
             RuntimeError: ``error`` again, if every image decodes on its own.
         """
         samples = item.samples
-        places = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
+        positions = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
         failed = {
-            places[row]
+            positions[row]
             for row, payload in enumerate(samples.payloads)
             if row not in item.decoded and find_decode_error(payload) is not None
         }

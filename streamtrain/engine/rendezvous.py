@@ -1,4 +1,4 @@
-"""A process among its peers: the variables that a launcher sets, and the address at which the ranks meet.
+"""The variables that a launcher sets, and the address at which the ranks connect.
 
 Torch-free, so that errors are reported within a second.
 """
@@ -21,7 +21,7 @@ AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among its peers, as set by ``deepspeed``, ``torchrun``, ``srun`` with variables, or no launcher."""
+    """The rank of this process, as set by ``deepspeed``, ``torchrun``, ``srun`` with variables, or no launcher."""
 
     rank: int
     world_size: int
@@ -30,7 +30,7 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and complete these variables, which DeepSpeed reads too.
+        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and set missing ones for DeepSpeed.
 
         Without them, or with a world size of 1, this is the only rank.
 
@@ -57,7 +57,7 @@ class Launch:
         if local_world_size > world_size:
             raise ConfigError(f"{name} is {local_world_size}, more than WORLD_SIZE, which is {world_size}; correct one")
         if world_size == 1 and os.environ.get(AGENT_STORE) != "True":
-            # one rank meets no others, so it takes any free port and ignores the address of a launcher
+            # a single rank takes any free port and ignores a launcher's address
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
         numbers = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank}
         os.environ.update({name: str(number) for name, number in numbers.items()})
@@ -94,10 +94,10 @@ def _require_variables(world_size: int) -> None:
 
 
 def check_master(launch: Launch, wait_seconds: float = RESOLVE_SECONDS) -> None:
-    """Check that the address of rank 0 has a host and that rank 0 can listen on its port.
+    """Check that the address of rank 0 can be resolved and, on rank 0, that its port is free.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the host is unknown, or the port is invalid or in use.
     """
     address, text = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:6]) < 2**16):
@@ -121,10 +121,10 @@ def check_master(launch: Launch, wait_seconds: float = RESOLVE_SECONDS) -> None:
 
 
 def wait_for_rank_0(launch: Launch, timeout: timedelta) -> None:
-    """Wait until rank 0 listens on its port. torch does so too, but prints pages about each attempt that fails.
+    """Wait until rank 0 listens on its port. torch also waits, but prints pages for each failed attempt.
 
     Raises:
-        ConfigError: it does not within ``timeout``.
+        ConfigError: rank 0 does not listen within ``timeout``.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     while True:

@@ -126,7 +126,7 @@ def _usable_rows(images: LabelledImages, features: Tensor, is_usable: Tensor) ->
     reasons = images.unusable.new_reasons()
     text = f"{num_unusable} of {len(images)} images of {images.name} could not be used: {reasons}"
     if num_unusable > MAX_UNUSABLE_SHARE * len(images):
-        raise StreamtrainError(f"{text}; more than {MAX_UNUSABLE_SHARE:.0%} is too many to measure on the others")
+        raise StreamtrainError(f"{text}; more than {MAX_UNUSABLE_SHARE:.0%} is too many to evaluate the others")
     logger.warning(text)
     return features[is_usable], labels[is_usable]
 

@@ -25,7 +25,7 @@ _NUM_SHOWN = 3
 
 
 class UnusableImages:
-    """Why images of a set could not be read or decoded, one sentence each. Safe to share between threads."""
+    """Collects why images of a set could not be read or decoded. Thread-safe."""
 
     def __init__(self) -> None:
         # a dict keeps the order and removes repetitions
@@ -36,11 +36,11 @@ class UnusableImages:
         self._reasons.setdefault(reason)
 
     def new_reasons(self) -> str:
-        """Return why the images found since the last call are unusable, a few in full; empty if there are none."""
-        found = list(self._reasons)[self._num_reported :]
-        self._num_reported += len(found)
-        more = f"; and {len(found) - _NUM_SHOWN} more" if len(found) > _NUM_SHOWN else ""
-        return "; ".join(found[:_NUM_SHOWN]) + more
+        """Return the reasons added since the last call: the first few and a count of the others; empty if none."""
+        new = list(self._reasons)[self._num_reported :]
+        self._num_reported += len(new)
+        more = f"; and {len(new) - _NUM_SHOWN} more" if len(new) > _NUM_SHOWN else ""
+        return "; ".join(new[:_NUM_SHOWN]) + more
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class LabelledImages:
             content, name = self.read(index)
             return decode_image(content, name, self.background)
         except Exception as error:
-            # whatever a decoder raises, only this image is unusable
+            # an unforeseen exception of a decoder costs only this image
             is_explained = isinstance(error, StreamtrainError | ShardError)
             reason = str(error) if is_explained else f"cannot read the image {name}: {type(error).__name__}: {error}"
             raise StreamtrainError(reason) from None

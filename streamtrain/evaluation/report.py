@@ -114,7 +114,7 @@ def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, byt
     if (run / ENVIRONMENT_NAME).is_file():
         try:
             tables["Plan and measurement"] = _plan_table(run, records)
-        # the plan of hostile settings can fail in any way
+        # planning with settings of an untrusted run can raise any exception
         except Exception as error:
             logger.warning("the plan is left out: %s", printable(str(error) or type(error).__name__)[:300])
     if len(evaluated := _evaluation_table(records)) > 1:

@@ -43,7 +43,7 @@ class FailedOnOtherRank(Exception):
 
 
 class SharedFailure:
-    """Makes work of single ranks fail on all ranks or on none, so that none waits in a collective for a failed one."""
+    """Runs work that fails on all ranks if it fails on one, so that no rank waits for a failed one in a collective."""
 
     def __init__(self, timeout_seconds: float) -> None:
         """``timeout_seconds``: how long a rank waits for the others."""

@@ -57,14 +57,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             elif line.endswith(b"\n"):
                 num_skipped += 1
     if num_skipped:
-        logger.warning("%s: %d lines are no metrics of a step and were skipped", path, num_skipped)
+        logger.warning("%s: %d invalid lines were skipped", path, num_skipped)
 
 
 def truncate_after(path: Path, step: int) -> None:
     """Remove torn lines and lines after ``step``; without such lines the file is not changed. Raises OSError."""
     if not path.exists():
         return
-    # of the last line to keep, and of the line in hand
+    # end of the last line to keep, and start of the current line
     end = position = 0
     is_prefix = True
     with path.open("rb") as file:

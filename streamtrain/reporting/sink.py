@@ -25,7 +25,7 @@ from streamtrain.reporting.usage import Stopwatch
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
 from streamtrain.run.progress import TrainingProgress
 
-# a failure that takes longer is slow
+# a failure that takes longer counts as slow
 SLOW_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class BestEffort:
 
 
 class _Output:
-    """A tracker, opened at its first use. After a slow failure it is left alone for a while."""
+    """A tracker, opened at its first use. After a slow failure it is skipped for a while."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self._open, self._guard = open_tracker, BestEffort(name)
@@ -80,7 +80,7 @@ class _Output:
         return time.monotonic() >= self._next_attempt
 
     def call(self, method: str, *arguments: object) -> None:
-        """Call a method of the tracker, unless a failure was a moment ago."""
+        """Call a method of the tracker, unless a slow failure was recent."""
         if not self.is_ready:
             return
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM outside the steps of a training run: one line, an exit status and no traceback, at any moment.
+"""Handle Ctrl-C and SIGTERM outside the steps of a training run: one line and an exit status, never a traceback.
 
 Imports almost nothing, so that a command can call it before its slow imports.
 """
@@ -29,7 +29,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class _State:
-    """Of this process, like its signal handlers."""
+    """State of the process; global, because its signal handlers are."""
 
     received = 0
     is_reported = False
@@ -49,7 +49,7 @@ def raise_on_interrupt() -> Callable[[], None]:
         raise KeyboardInterrupt
 
     _State.received, _State.is_reported = 0, False
-    # Python's tracker of semaphores removes those of a process that ended at once, but prints a warning for them
+    # Python's resource tracker warns of each semaphore that it frees after a process has exited at once
     if _TRACKER_WARNING not in sys.warnoptions:
         sys.warnoptions.append(_TRACKER_WARNING)
     # a shell starts background jobs with Ctrl-C ignored
@@ -69,7 +69,7 @@ def exit_on_interrupt() -> Callable[[], None]:
 
 
 def end_quietly_on_interrupt() -> None:
-    """Print no traceback of a KeyboardInterrupt that no code has caught, and end the process.
+    """Exit without a traceback on an uncaught KeyboardInterrupt.
 
     For a process that ends after its command: the exception may arise in a destructor or while Python exits.
     """
@@ -89,7 +89,7 @@ def end_quietly_on_interrupt() -> None:
 
 
 def was_interrupted() -> bool:
-    """Return whether a signal has arrived since ``raise_on_interrupt``; later errors are its consequence."""
+    """Return whether a signal has arrived since ``raise_on_interrupt``; later errors are consequences of it."""
     return _State.received > 0
 
 

@@ -54,10 +54,10 @@ def moved_error(run_dir: Path) -> StreamtrainError:
 
 
 def _has_moved(run_dir: Path, descriptor: int) -> bool:
-    """Return whether the path leads to another directory than ``descriptor``, which also keeps its inode number."""
+    """Return whether the path leads to another directory than ``descriptor``, which keeps the inode in use."""
     try:
         return not os.path.samestat(os.stat(run_dir), os.fstat(descriptor))
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:
-        return False  # a disk or network in trouble does not tell; writing reports it
+        return False  # unknown while the disk or network fails; the next write reports that

@@ -26,7 +26,7 @@ from streamtrain.run.signals import Requests
 from streamtrain.training.build import Networks
 from streamtrain.training.step import StepResult, is_due
 
-# attempts to write the last checkpoint of a run to a failing disk, and the time before each
+# retries of the last checkpoint of a run, and the seconds before each
 LAST_RETRIES, LAST_RETRY_SECONDS = 6, 5.0
 
 
@@ -84,7 +84,7 @@ class CheckpointPolicy:
         self._writer.save(step, payloads, self._requests.mark_save_finished, best)
 
     def retry(self, step: int, next_slot: int) -> None:
-        """Try again for a while if the last checkpoint, after ``step``, could not be written; every rank calls this."""
+        """Retry the save of the last checkpoint, after ``step``, if it failed; every rank calls this."""
         for _ in range(LAST_RETRIES):
             if self._writer.failure is None:
                 return
@@ -122,7 +122,6 @@ class CheckpointPolicy:
         try:
             highest = best_value(self._run_dir, metric, step)
         except CheckpointError as error:
-            # the disk fails
             self._sink.warn(step, f"the best checkpoint so far is unknown: {error}")
             return False
         return math.isfinite(value) and (highest is None or value > highest)

@@ -83,7 +83,7 @@ def train(
         writer = CheckpointWriter(
             run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds, has_moved
         )
-        # until here a stop request ends the process at once, because there is nothing to save
+        # before this, a stop request ends the process at once, because there is nothing to save
         requests = Requests(run_dir, launch.rank)
         policy = CheckpointPolicy(config, runtime, networks, loader, writer, sink, non_finite, requests)
         step = start.step

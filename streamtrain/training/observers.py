@@ -383,8 +383,8 @@ class StartFiles(Observer):
     def start(self) -> None:
         if (error := self._write()) is not None:
             logger.warning(
-                "the files that describe the run cannot be written to %s (%s); training continues, and they are "
-                "written as soon as possible", self._config.run.dir, error.strerror,
+                "config.yaml and environment.json cannot be written to %s (%s); training continues and tries again",
+                self._config.run.dir, error.strerror,
             )  # fmt: skip
 
     def after_step(self, result: StepResult) -> dict[str, float]:

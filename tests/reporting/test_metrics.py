@@ -138,4 +138,4 @@ def test_skipped_lines_are_counted_but_not_a_torn_last_one(tmp_path: Path, caplo
     assert len(list(read_metrics(path))) == 3 and not caplog.records
     with path.open("ab") as file:
         file.write(b"\n" + b"x" * 3_000_000 + b"\n")
-    assert len(list(read_metrics(path))) == 3 and "2 lines are no metrics" in caplog.text
+    assert len(list(read_metrics(path))) == 3 and "2 invalid lines" in caplog.text

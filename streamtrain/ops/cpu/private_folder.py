@@ -1,6 +1,6 @@
 """Private folders for compiled code: only this user can write to them, so that no other user's code is loaded.
 
-Everything goes through descriptors of the folder, which stay valid if someone renames or replaces a folder above it.
+Everything goes through descriptors of the folder, which stay valid if a parent folder is renamed or replaced.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def test_appended_tars_are_read_and_each_has_its_own_names() -> None:
     samples = _samples(content)
     assert [(sample.image.name, sample.label) for sample in samples] == [("a.jpg", 1), ("a.jpg", 2)]
     assert all(content[sample.image.offset] == ord("x") for sample in samples)
-    with pytest.raises(ShardError, match=r"x\.tar has data after its end mark, at byte 10240, that are no tar"):
+    with pytest.raises(ShardError, match=r"x\.tar has data after its end mark, at byte 10240, that are not a tar"):
         _samples(_tar(first) + b"signature")
     with pytest.raises(ShardError, match=r"x\.tar: 'a\.cls' occurs more than once, as the label 1 and as 2"):
         _samples(_tar([*first, *second]))

@@ -208,7 +208,7 @@ def test_entries_with_values_of_other_types_are_skipped_and_counted(
     log = tmp_path / "quarantine.jsonl"
     log.write_text(f"{json.dumps(entry | change)}\n" * 3)
     assert not Quarantine(log).is_unusable(5, "000000.tar", 7)
-    assert "3 lines are no entries" in caplog.text
+    assert "3 invalid lines" in caplog.text
 
 
 def test_entries_wait_for_a_log_that_cannot_be_written(
