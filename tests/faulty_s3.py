@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -25,6 +26,12 @@ class FaultyS3:
         self.gone: set[str] = set()
         self.closing = threading.Event()
         self.url = ""
+
+    def set_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Set the variables with which clients find this server."""
+        variables = {"ENDPOINT_URL": self.url, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
+        for name, value in (variables | {"DEFAULT_REGION": "us-east-1"}).items():
+            monkeypatch.setenv(f"AWS_{name}", value)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -71,7 +78,7 @@ class _Handler(WSGIRequestHandler):
 
 @contextmanager
 def faulty_s3() -> Iterator[FaultyS3]:
-    """Run a server; clients need its ``url`` as ``AWS_ENDPOINT_URL``."""
+    """Run a server; clients need ``set_environment``."""
     application = FaultyS3()
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Handler)
     application.url = f"http://127.0.0.1:{server.server_port}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ import pyarrow.parquet as pq
 from drawn_images import drawn_image, encoded
 from faults.mutations import mutate_bytes
 from hypothesis import strategies as st
+from image_files import png_chunk
 from PIL import Image, features
 
 from shards.errors import ShardError
 from shards.format import images
 from shards.format.decode import decode
+from shards.format.image_header import png_chunks
 from shards.packing.inputs import list_inputs
 
 HERE = Path(tempfile.mkdtemp(prefix="fuzz-images-"))
@@ -64,18 +65,9 @@ def draw_samples() -> dict[str, bytes]:
 SAMPLES = draw_samples()
 
 
-def _png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
-    chunks, at = [], 8
-    while at + 8 <= len(content):
-        (length,) = struct.unpack_from(">I", content, at)
-        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
-        at += 12 + length
-    return chunks
-
-
 def mutate_png(draw: Callable[..., Any], content: bytes) -> bytes:
     """Change, repeat, drop or swap chunks of a PNG; all checksums are right."""
-    chunks = _png_chunks(content)
+    chunks = [(kind, content[start:end]) for kind, start, end in png_chunks(content)]
     at = draw(st.integers(0, len(chunks) - 1))
     kind, value = chunks[at]
     change = draw(st.sampled_from(["change", "repeat", "drop", "rename", "number", "add"]))
@@ -94,8 +86,7 @@ def mutate_png(draw: Callable[..., Any], content: bytes) -> bytes:
         chunks[at] = (kind, value[:where] + number + value[where + 4 :])
     else:
         chunks.insert(at, (draw(st.sampled_from([b"tRNS", b"PLTE", b"eXIf", b"iTXt"])), draw(st.binary(max_size=12))))
-    parts = (struct.pack(">I", len(v)) + k + v + struct.pack(">I", zlib.crc32(k + v)) for k, v in chunks)
-    return content[:8] + b"".join(parts)
+    return content[:8] + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def mutate_jpeg(draw: Callable[..., Any], content: bytes) -> bytes:

@@ -65,11 +65,7 @@ def behind(kind: str, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Itera
             yield Remote(f"{server.url}/set", server, "/set")
         return
     with faulty_s3() as s3:
-        for name, value in {
-            "AWS_ENDPOINT_URL": s3.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
+        s3.set_environment(monkeypatch)
         store = fsspec.filesystem("s3", skip_instance_cache=True)
         store.mkdir("bucket")
         store.put(str(local.path), "bucket/set", recursive=True)

@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.reading.shard_set import ShardSet
+from shards.reading.shard_set import ShardSet, _OriginalShard
 from shards.storage.store import RetryPolicy, Store
 
 _CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -122,7 +122,9 @@ def test_another_range_is_not_held_against_the_image(tmp_path: Path) -> None:
             assert remote.read(0, sample) == local.read(0, sample)
 
 
-def test_bytes_with_a_wrong_checksum_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bytes_with_a_wrong_checksum_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     local = packed_set(tmp_path / "origin", 3)
     served = tmp_path / "served"
     shutil.copytree(local.path, served / "set")
@@ -133,14 +135,14 @@ def test_bytes_with_a_wrong_checksum_are_read_again(tmp_path: Path, caplog: pyte
         sound = tar.read_bytes()
         position = int(record["offset"]) + int(record["length"]) // 2
         tar.write_bytes(sound[:position] + bytes([sound[position] ^ 1]) + sound[position + 1 :])
-        read = remote._original(0).read
+        original = remote._original(0)
 
         def read_and_repair(length: int, offset: int) -> bytes:
-            content = read(length, offset)
+            content = original.read(length, offset)
             tar.write_bytes(sound)
             return content
 
-        remote._original(0).read = read_and_repair  # type: ignore[attr-defined]
+        monkeypatch.setitem(remote._open, 0, _OriginalShard(original.index, read_and_repair))
         assert remote.read(0, 1) == local.read(0, 1)
         assert "wrong CRC-32" in caplog.text and "reading it again" in caplog.text
 
@@ -160,11 +162,7 @@ def _memory_store() -> Store:
 
 def test_from_s3_answers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     with faulty_s3() as s3:
-        for name, value in {
-            "AWS_ENDPOINT_URL": s3.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
+        s3.set_environment(monkeypatch)
         files = fsspec.filesystem("s3", skip_instance_cache=True)
         files.mkdir("bucket")
         files.pipe_file("bucket/object", _CONTENT)

@@ -77,7 +77,7 @@ def test_a_path_that_cannot_be_expanded_names_the_cause(text: str, reason: str) 
 def test_variables_that_contain_each_other_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A", "$B$B")
     monkeypatch.setenv("B", "$A$A")
-    with pytest.raises(ShardError, match="contain each other"):
+    with pytest.raises(ShardError, match="refer to each other"):
         expand_path("$A")
 
 
