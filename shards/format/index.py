@@ -14,6 +14,8 @@ import numpy as np
 from shards.errors import ShardError
 from shards.format import images
 from shards.format.records import RECORD, UNREADABLE
+from shards.format.records import load_index as load_index  # scripts of earlier versions import these two from here
+from shards.format.records import save_index as save_index
 from shards.format.tally import Tally
 from shards.format.tar_members import Sample, read_samples
 

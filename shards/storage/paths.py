@@ -29,6 +29,9 @@ def expand_path(text: str) -> str:
             return path
         expanded = _VARIABLE.sub(_value, path)
         if expanded == path:
+            # an existing file may be named like a variable that is not set; a variable may hold itself
+            if any((match[1] or match[2]) in os.environ for match in _VARIABLE.finditer(path)):
+                break
             expanded = _expand_home(path)
             if expanded == path:
                 return path
