@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]  # uint8 or uint16
 _BAND_PIXELS = 1 << 21  # pixels converted at a time, to bound the memory of the conversion
 _RGB_MODES = ("L", "RGB", "LA", "RGBA")
 _CONVERTED_MODES = {"1": "L", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 258, 262, 284
 _WHITE_IS_ZERO = 0
 _WIDE_GREY_FORMATS = ("PPM", "PNG")  # whose mode I has 16 bits
 
@@ -271,6 +271,9 @@ def _load_tiff(payload: bytes, header: Header) -> Decoded:
     image = open_as("TIFF", payload)
     bits = image.tag_v2.get(_TIFF_BITS, (1,))  # type: ignore[attr-defined]
     depth = max(bits) if isinstance(bits, tuple) else bits
+    # Pillow unpacks separate planes as 8 bits a sample, whatever the file has
+    if depth > 8 and image.tag_v2.get(_TIFF_PLANES) == 2:  # type: ignore[attr-defined]
+        raise ShardError(f"a TIFF of {depth} bits in separate planes is not supported; convert it to PNG")
     raw_mode = str(image.tile[0][3][0] if isinstance(image.tile[0][3], tuple) else image.tile[0][3])
     if ";16" not in raw_mode and ";12" not in raw_mode:
         image.load()

@@ -70,6 +70,9 @@ _TGA_HEADER = struct.Struct("<BBBHHBHHHHBB")
 _TGA_DEPTHS = {1: (8,), 2: (16, 24, 32), 3: (8, 16), 9: (8,), 10: (16, 24, 32), 11: (8, 16)}
 
 
+_SAMPLES, _PLANES, _SAMPLE_FORMAT, _SIGNED = 277, 284, 339, 2  # tags of TIFF
+
+
 class _UprightTiff(TiffImagePlugin.TiffImageFile):
     """A TIFF as it is stored: Pillow's own class rotates it while loading and re-writes its EXIF, which can fail."""
 
@@ -77,6 +80,14 @@ class _UprightTiff(TiffImagePlugin.TiffImageFile):
         super()._open()
         # some versions of Pillow exchange width and height here and rotate the pixels later
         self._size = self.tag_v2[TiffImagePlugin.IMAGEWIDTH], self.tag_v2[TiffImagePlugin.IMAGELENGTH]
+
+    def _setup(self) -> None:
+        if self.tag_v2.get(_SAMPLES, 1) == 1:
+            # one plane is contiguous; Pillow's way of reading planes knows fewer kinds of pixels
+            self.tag_v2[_PLANES] = 1
+        if _SIGNED in self.tag_v2.get(_SAMPLE_FORMAT, ()):
+            raise ShardError("signed pixels have no defined white; convert the image to unsigned ones")
+        super()._setup()
 
     def load_prepare(self) -> None:
         ImageFile.ImageFile.load_prepare(self)

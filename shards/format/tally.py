@@ -23,6 +23,13 @@ _ADVICE = {
 }
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether the file of a name or one of its folders is hidden: its name begins with a dot, or is macOS's."""
+    if "." not in name[:1] and "/." not in name and "__MACOSX" not in name:
+        return False
+    return any((part[:1] == "." and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+
+
 @dataclass
 class Tally:
     """Counts of files and labels that a reader passed over.
@@ -37,10 +44,10 @@ class Tally:
 
     def add_file(self, name: str) -> None:
         """Count a file that is not an image, by its suffix, or as hidden."""
-        base = name.rpartition("/")[2]
-        if base.startswith("."):
+        if is_hidden(name):
             self.reasons[_HIDDEN] += 1
             return
+        base = name.rpartition("/")[2]
         suffix = os.path.splitext(base)[1].lower()
         self.suffixes[suffix if 1 < len(suffix) <= _LONGEST_SUFFIX else _NO_SUFFIX] += 1
 

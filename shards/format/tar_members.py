@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import BinaryIO
 
 from shards.errors import ShardError
-from shards.format.tally import Tally
+from shards.format.tally import Tally, is_hidden
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 LABEL_EXTENSION = "cls"
@@ -31,6 +31,7 @@ _PAX_KINDS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAME_KINDS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _KIND_OFFSET = 156  # bytes, of the kind of a member in its header
 _DIGITS = re.compile(rb"\d+")
+_INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,1000}\s*")
 _PIECE_BYTES = 1 << 20
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
@@ -85,11 +86,6 @@ def split_suffix(name: str) -> tuple[str, str]:
     slash = name.rfind("/") + 1
     dot = name.rfind(".", slash)
     return (name, "") if dot <= slash else (name[:dot], name[dot + 1 :].lower())
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether the last part of a name begins with a dot."""
-    return name.startswith(".", name.rfind("/") + 1)
 
 
 def read_samples(archive: BinaryIO, name: str, tally: Tally | None = None) -> tuple[Sample, ...]:
@@ -181,12 +177,8 @@ def read_members(archive: BinaryIO, name: str, tally: Tally) -> Iterator[Member]
 
 def parse_label(text: bytes, name: str) -> int | None:
     """Return the integer in a ``.cls`` component, or None if it holds other text; raises as ``check_label``."""
-    try:
-        return check_label(int(text.decode("ascii").strip()), name)
-    except ShardError:
-        raise
-    except ValueError:
-        return None
+    # int() also takes underscores, other digits and spaces
+    return check_label(int(text), name) if _INTEGER.fullmatch(text) else None
 
 
 def check_label(label: float | Decimal, name: str) -> int:

@@ -26,14 +26,13 @@ from shards.credentials import strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format.files import partial_path
 from shards.format.set_manifest import counted
-from shards.format.tally import Tally
+from shards.format.tally import Tally, is_hidden
 from shards.format.tar_members import (
     LABEL_EXTENSION,
     MAX_LABEL_BYTES,
     NO_LABEL,
     Member,
     check_label,
-    is_hidden,
     pair_labels,
     parse_label,
     read_label,
@@ -255,7 +254,7 @@ def _list_remote(src: str, columns: Columns) -> Inputs:
     if folder.lower().endswith(PARQUET_SUFFIX):
         return list_parquet([folder], [folder.rpartition("/")[2]], columns, passed_over)
     tree = Store(folder, BULK_POLICY).list_tree()
-    visible = [name for name in tree if not _has_hidden_part(name)]
+    visible = [name for name in tree if not is_hidden(name)]
     passed_over.add("files in hidden folders, or hidden files, passed over", len(tree) - len(visible))
     tables = [name for name in visible if name.lower().endswith(PARQUET_SUFFIX)]
     if tables and not any(map(_is_image_name, visible)):
@@ -267,10 +266,6 @@ def _list_remote(src: str, columns: Columns) -> Inputs:
     images = _pick_images(visible, passed_over)
     items = [Item(plain(name), NO_LABEL, RemoteObject(folder, name, tree[name])) for name in images]
     return label_by_folder(items, passed_over)
-
-
-def _has_hidden_part(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _walk(src: Path, passed_over: Tally) -> Iterator[tuple[Path, list[str]]]:
@@ -333,8 +328,10 @@ def _zip_members(archive: zipfile.ZipFile, passed_over: Tally) -> Iterator[Membe
             passed_over.add("hard or symbolic links, passed over")
         elif entry.flag_bits & 1:
             passed_over.add("encrypted files, passed over")
-        elif not entry.is_dir():
-            yield Member(entry.filename, number, entry.file_size)
+        elif not entry.is_dir() and not entry.filename.endswith("\\"):
+            # some programs on Windows write backslashes
+            name = entry.filename if "/" in entry.filename else entry.filename.replace("\\", "/")
+            yield Member(name, number, entry.file_size)
 
 
 def _read_zip_label(path: Path, label: Member) -> bytes:

@@ -326,7 +326,8 @@ def _find_finished(out: Path, fingerprint: str) -> tuple[SetManifest, int | None
         return None
     manifest = SetManifest.load(out)
     if manifest.fingerprint != fingerprint:
-        raise ShardError(f"--out {out} already contains another shard set; choose a new folder, or delete it")
+        reason = "already contains another shard set, of other images or options"
+        raise ShardError(f"--out {out} {reason}; choose a new folder, or delete it")
     log = out / REJECTED_NAME
     return manifest, len(log.read_bytes().splitlines()) if log.exists() else None
 

@@ -49,7 +49,8 @@ class Upload:
             return None
         manifest = SetManifest.fetch(self._store)
         if manifest.fingerprint != fingerprint:
-            raise ShardError(f"--out {self.url} already contains another shard set; choose a new folder, or delete it")
+            reason = "already contains another shard set, of other images or options"
+            raise ShardError(f"--out {self.url} {reason}; choose a new folder, or delete it")
         if JOURNAL_NAME in self._present:  # left by an attempt that was interrupted just before its end
             self._store.remove(JOURNAL_NAME)
         if REJECTED_NAME not in self._present:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from shards.format.files import write_whole
 from streamtrain.cli.arguments import positive_int, writing
 from streamtrain.cli.backbone import add_backbone_arguments, add_device_argument
 from streamtrain.errors import StreamtrainError
@@ -93,9 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
         page = draw_maps(arguments)
     with writing(arguments.out):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        page.save(arguments.out)
+        write_whole(arguments.out, encode_page(page, arguments.out))
     print(f"wrote {arguments.out} ({page.width} x {page.height})")
     return 0
+
+
+def encode_page(page: Image.Image, out: Path) -> bytes:
+    """Return a page in the format of the suffix of ``out``; raises StreamtrainError if that cannot hold it."""
+    buffer = io.BytesIO()
+    try:
+        page.save(buffer, Image.registered_extensions()[out.suffix.lower()])
+    except (ValueError, KeyError, OSError) as error:
+        size = f"{page.width} x {page.height} pixels"
+        raise StreamtrainError(f"{out}: this format cannot hold the page of {size} ({error}); use .png") from None
+    return buffer.getvalue()
 
 
 def parse_image_path(text: str) -> Path:

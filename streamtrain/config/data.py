@@ -13,6 +13,7 @@ from streamtrain.config.section import (
     EXPANDED,
     VALUE_TYPE,
     NonNegative,
+    PathOrUrl,
     PathText,
     Positive,
     Probability,
@@ -27,7 +28,7 @@ from streamtrain.config.section import (
 class SetShare(Section):
     """One of several shard sets that a run mixes."""
 
-    shards: PathText = accept(..., "Folder or URL of the shard set.")
+    shards: PathOrUrl = accept(..., "Folder or URL of the shard set.")
     weight: float = accept(
         ..., "Share of the images that come from this set, relative to the weights of the other sets.", gt=0.0,
         allow_inf_nan=False,
@@ -108,8 +109,8 @@ class DataConfig(Section):
     read_ahead_bytes: Positive = free(256 * 2**20, "Maximum bytes of encoded images that a rank reads ahead.")
     max_pixels: Positive = accept(178_956_970, "Images with more pixels are replaced without decoding them.")
     background: str | tuple[int, int, int] | None = accept(
-        "white", "Colour behind transparent images, in training, evaluation and pictures: a name, #rrggbb or "
-        "[red, green, blue]; null: drop the alpha channel.",
+        "white", "Colour behind transparent images, in training, evaluation and pictures: a name, '#rrggbb' (in "
+        "quotes) or [red, green, blue]; null: drop the alpha channel.",
     )  # fmt: skip
     cache: CacheConfig = CacheConfig()
     remote: RemoteConfig = RemoteConfig()

@@ -149,7 +149,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """Return ``a.b=value`` as a nested mapping; the value is parsed as YAML.
+    """Return ``a.b=value`` as a nested mapping; the value is parsed as YAML, but may begin with #.
 
     Raises:
         ConfigError: there is no ``=`` or no key, or the value is not YAML.
@@ -162,6 +162,8 @@ def parse_override(text: str) -> dict[str, Any]:
         nested: Any = parse_yaml(value.encode(errors="surrogateescape"))
     except ValueError as error:
         raise ConfigError(f"the value of {reprlib.repr(text)} is not YAML: {error}") from None
+    if nested is None and value.strip().startswith("#"):
+        nested = value.strip()  # a colour, which YAML takes for a comment
     for key in reversed(keys):
         nested = {key: nested}
     return nested

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from shards.storage.paths import expand_path
+from shards.storage.store import is_url
 
 
 class Section(BaseModel):
@@ -55,7 +56,17 @@ Range = tuple[float, float]
 
 # Text that is a path. Every setting that holds a path has this type, so that `~` and variables are expanded.
 EXPANDED = AfterValidator(expand_path)
-PathText = Annotated[str, Field(min_length=1, json_schema_extra={VALUE_TYPE: "path"}), EXPANDED]
+PathOrUrl = Annotated[str, Field(min_length=1, json_schema_extra={VALUE_TYPE: "path"}), EXPANDED]
+
+
+def _refuse_url(path: str) -> str:
+    if is_url(path):
+        # a path such as s3://bucket/run would be a folder called "s3:"
+        raise ValueError(f"{path} is a URL; give a local path")
+    return path
+
+
+PathText = Annotated[PathOrUrl, AfterValidator(_refuse_url)]
 
 
 def is_path(field: FieldInfo) -> bool:

@@ -47,8 +47,12 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
         return None, "data.shards is not one local set"
     images = images_of_set(shard_set, stratified_indices(shard_set.num_samples, count))
     images = replace(images, background=background)
-    if (images.labels < 0).any() or len(set(images.labels.tolist())) < 2:
+    if (images.labels < 0).all():
         return None, "data.shards has no labels"
+    if (images.labels < 0).any():
+        return None, "some images of data.shards have no label"
+    if len(set(images.labels.tolist())) < 2:
+        return None, "all images of data.shards have the same label"
     if len(images) <= TRAIN_PER_TEST:
         return None, "data.shards has too few images"
     return HeldOut(*split_images(images)), ""

@@ -24,12 +24,14 @@ _STATISTICS = re.compile(r"(?:.*[._])?(?:optim\w*|exp_avg\w*|momentum_buffer|gra
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 # the two networks of MoCo
 _MOCO = {"encoder_q": "student", "encoder_k": "teacher"}
+# by any name that people give them; rotary ones are functions of the place, without weights
 _POSITIONS = (
-    r"(?:pos_embed|pos_embedding|position_embeddings?|positional_embedding|relative_position_bias_table|rel_pos_\w)"
-    r"(?:\..*)?"
+    r"(?!rope)(?:[a-z]+_)*(?:pos(?:ition(?:al)?)?_?(?:emb|enc|bias|table)\w*|pos(?:ition)?|rel(?:ative)?_pos\w*"
+    r"|learned_pos|pe)(?:[._].*)?"
 )
 # in a backbone, not in another network beside it
-_INNER_POSITIONS = re.compile(rf"(?:(?:embeddings|encoder|blocks|layers?|model)\.(?:.*\.)?)?{_POSITIONS}", re.DOTALL)
+_PARENTS = "(?:embeddings|patch_embed|embed|encoder|blocks|layers?|model|rel_pos_bias)"
+_INNER_POSITIONS = re.compile(rf"(?:{_PARENTS}\.(?:.*\.)?)?{_POSITIONS}", re.DOTALL)
 _ANY_POSITIONS = re.compile(rf"(?:.*\.)?{_POSITIONS}", re.DOTALL)
 
 

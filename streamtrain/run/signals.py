@@ -50,7 +50,8 @@ class Requests:
                     self._show("stopped without saving a checkpoint")
                     os._exit(EXIT_INTERRUPTED)
                 if not self._exit_code:
-                    self._show("stopping: saving a checkpoint; press Ctrl-C again to stop without saving")
+                    again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
+                    self._show(f"stopping: saving a checkpoint{again}")
                 # an interrupted launcher sends SIGTERM after the terminal has sent SIGINT
                 exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
                 self._exit_code = max(self._exit_code, exit_code)
@@ -67,6 +68,8 @@ class Requests:
         if self._exit_code:
             return self._exit_code
         if _exists(self._stop_file):
+            self._exit_code = EXIT_PREEMPTED
+            self._show(f"stopping: saving a checkpoint, because {self._stop_file} exists")
             return EXIT_PREEMPTED
         return SAVE if not self._is_saving and _exists(self._save_file) else 0
 

@@ -284,3 +284,8 @@ def test_numbers_that_are_not_finite_are_refused(value: str) -> None:
 def test_an_override_with_many_keys_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not have the form"):
         load_config("vits16.yaml", ["a." * 100_000 + "b=1"])
+
+
+def test_a_colour_of_the_command_line_is_no_comment() -> None:
+    assert build(parse_override("data.background=#ff8800")).data.background == "#ff8800"
+    assert build(parse_override("data.background=null")).data.background is None

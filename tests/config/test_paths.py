@@ -66,6 +66,13 @@ def test_every_path_is_expanded(key: str) -> None:
         build(merge(NEEDED.get(key, {}), parse_override(f"{key}=$UNSET/x")))
 
 
+@pytest.mark.parametrize("key", sorted(set(path_settings()) - {"data.shards"}))
+def test_a_url_is_no_local_path(key: str) -> None:
+    for url in ("s3://bucket/x", "file:///x", "http://host/x"):
+        with pytest.raises(ConfigError, match=f"^{key}: .* is a URL; give a local path"):
+            build(merge(NEEDED.get(key, {}), parse_override(f"{key}={url}")))
+
+
 def test_every_set_of_a_mixture_is_expanded() -> None:
     sets = "[{shards: ~/a, weight: 1}, {shards: '$DATA/b', weight: 2}, {shards: 's3://c/~', weight: 3}]"
     config = build(parse_override(f"data.shards={sets}"))

@@ -121,6 +121,11 @@ def changed(**tensors: Tensor | None) -> State:
 
 FAULTS: dict[str, tuple[State, str]] = {
     "positions": (changed(pos_embed=torch.zeros(1, 17, 32)), r"position embeddings \(pos_embed\)"),
+    **{
+        name: (changed(**{name: torch.zeros(1, 17, 32)}), rf"position embeddings \({name}\)")
+        for name in ("abs_pos_embed", "patch_embed.pos_embed", "posemb", "pos_encoding", "positional_encoding",
+                     "learned_pos", "embed.pos", "pe", "rel_pos_bias.relative_position_bias_table")
+    },
     "encoder": (
         {"embeddings.position_embeddings": torch.zeros(1, 5, 32), **below("encoder.", changed(
             patch_embed__proj__weight=None, patch_embed__proj__bias=None))},

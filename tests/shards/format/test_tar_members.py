@@ -127,17 +127,21 @@ def test_what_is_passed_over_is_counted(names: list[str], labels: list[int], lin
 def test_links_special_files_and_texts_as_labels_are_counted() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in [("a.jpg", b"x"), ("a.cls", b"cat"), ("b.jpg", b"x"), ("b.cls", b" " * 1023 + b"12")]:
-            add_to_tar(tar, name, content)
+        texts = (b"cat", b" " * 1023 + b"12", b"1_0")
+        for number, text in enumerate(texts):
+            add_to_tar(tar, f"{number}.jpg", b"x")
+            add_to_tar(tar, f"{number}.cls", text)
+        add_to_tar(tar, "a.jpg", b"x")
         for name, kind in [("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.SYMTYPE), ("e.jpg", tarfile.FIFOTYPE)]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a.jpg"
             tar.addfile(info)
     tally = Tally()
-    assert [sample.label for sample in _samples(buffer.getvalue(), tally)] == [-1, -1]
+    assert [sample.label for sample in _samples(buffer.getvalue(), tally)] == [-1] * 4
     assert tally.lines() == [
         "hard or symbolic links, passed over: 2",
-        "labels that are not integers, passed over: 2",
+        "images without a label of their name: 1",
+        "labels that are not integers, passed over: 3",
         "special files, passed over: 1",
     ]
 

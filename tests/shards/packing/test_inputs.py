@@ -168,3 +168,33 @@ def test_source_that_cannot_be_listed_is_named(
     monkeypatch.setattr(os, call.__name__, fail)
     with pytest.raises(ShardError, match=r"cannot be read \(Stale file handle\)"):
         list_inputs(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_hidden_folders_of_an_archive_are_no_classes(kind: str, tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "images", 6, ("cat", "dog"))
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        draw_folder(folder / "cat" / hidden, 1)
+        draw_folder(folder / hidden, 1)
+    path = tmp_path / f"images.{kind}"
+    if kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            archive.add(folder, ".")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.rglob("*.jpg")):
+                archive.write(file, file.relative_to(folder))
+    listed = list_inputs(str(path))
+    assert listed.classes == ("cat", "dog") and len(listed.items) == 6
+    assert any("hidden" in line and line.endswith(": 4") for line in listed.passed_over.lines())
+
+
+def test_names_with_backslashes_of_a_zip_have_folders(tmp_path: Path) -> None:
+    path = tmp_path / "windows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, label in enumerate(("cat", "dog")):
+            name = zipfile.ZipInfo("x")
+            name.filename = f"set\\{label}\\{number}.jpg"
+            archive.writestr(name, encoded(drawn_image(number)))
+    listed = list_inputs(str(path))
+    assert listed.classes == ("cat", "dog") and [item.label for item in listed.items] == [0, 1]
