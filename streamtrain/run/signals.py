@@ -34,7 +34,7 @@ class Requests:
         self._save_file = run_dir / SAVE_NAME if rank == 0 else None
         self._is_shown = rank == 0
         self._exit_code = 0
-        self._is_saving = False
+        self._is_saving = self._is_stop_file_seen = False
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         signal.set_wakeup_fd(sender)
@@ -68,8 +68,9 @@ class Requests:
         if self._exit_code:
             return self._exit_code
         if _exists(self._stop_file):
-            self._exit_code = EXIT_PREEMPTED
-            self._show(f"stopping: saving a checkpoint, because {self._stop_file} exists")
+            if not self._is_stop_file_seen:
+                self._show(f"stopping: saving a checkpoint, because {self._stop_file} exists")
+            self._is_stop_file_seen = True
             return EXIT_PREEMPTED
         return SAVE if not self._is_saving and _exists(self._save_file) else 0
 
