@@ -113,11 +113,11 @@ def test_the_kernels_of_the_wheel_are_those_of_the_checkout(wheel: Path, tmp_pat
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert build.is_enabled(torch.float32)
     code = "import torch; from streamtrain.ops.cpu import build; assert build.is_enabled(torch.float32)"
-    code += "; print(build.__file__, build._library())"
+    code += "; print(build.__file__, build.library_name())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     installed = tmp_path / "streamtrain" / "ops" / "cpu" / "build.py"
-    assert done.stdout.split() == [str(installed), str(build._library())], done.stderr
+    assert done.stdout.split() == [str(installed), build.library_name()], done.stderr
 
 
 def test_presets_are_found_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

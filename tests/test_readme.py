@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WRAPPERS = {
     f"tools/{path.name}": match[1]
     for path in sorted((ROOT / "tools").glob("*.py"))
-    if (match := re.search(r'main\(\["(\w+)"', path.read_text()))
+    if (match := re.search(r'argv.insert\(1, "(\w+)"', path.read_text()))
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ time.sleep(60)
     "process": "import subprocess, hashlib; subprocess.Popen(['sleep', '47.11']); print('ready', flush=True)\n"
     "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
 }
+
+
+@pytest.fixture(autouse=True)
+def default_interrupts() -> Iterator[None]:
+    """Let the commands of these tests receive Ctrl-C, which a shell ignores in jobs of the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def handles_signals(process: subprocess.Popen[str]) -> bool:
