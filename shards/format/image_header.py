@@ -164,6 +164,7 @@ def _read_jpeg(payload: bytes) -> _Parts:
     needs_host = payload[-2:] != b"\xff\xd9"
     metadata = _Metadata()
     size: tuple[int, int] | None = None
+    frame = channels = 0
     at, num_bytes, num_segments = 2, len(payload), 0
     while True:
         if payload[at] != 0xFF:
@@ -177,12 +178,14 @@ def _read_jpeg(payload: bytes) -> _Parts:
         if length < 2 or end > num_bytes or num_segments > _MAX_PARTS:
             _leave_to_host()
         if marker == 0xDA:
+            # a sequential image with all its channels in the first scan has no others that are decoded
+            has_scans = frame == 0xC2 or payload[start] != channels
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xCC):
             if size is not None or length < 8:
                 _leave_to_host()
             depth, height, width, components = struct.unpack_from(">BHHB", payload, start)
-            size = width, height
+            size, frame, channels = (width, height), marker, components
             if marker > 0xC2 or depth != 8 or components not in (1, 3) or length != 8 + 3 * components or not height:
                 _leave_to_host()
             # components named R, G, B are not YCbCr
@@ -198,7 +201,7 @@ def _read_jpeg(payload: bytes) -> _Parts:
         at = end
     if size is None:
         _leave_to_host()
-    if payload.count(_SCAN_MARKER) > MAX_SCANS and count_scans(payload) > MAX_SCANS:
+    if has_scans and payload.count(_SCAN_MARKER) > MAX_SCANS and count_scans(payload) > MAX_SCANS:
         raise ShardError(f"a JPEG of more than {MAX_SCANS} scans")
     orientation, is_plain = metadata.orientation()
     return *size, orientation, needs_host or not is_plain

@@ -169,7 +169,7 @@ class Producer:
             failed = {}
             decoding = {}
             for row in rows:
-                payload = samples.payloads[row].tobytes()
+                payload = _as_bytes(samples.payloads[row])
                 try:
                     header = read_bounded(payload, self._config.data.max_pixels)
                 except ShardError as error:
@@ -248,3 +248,9 @@ class Producer:
             raise error
         self._failed_in_dali |= failed
         return self._draw_parameters(samples)
+
+
+def _as_bytes(payload: npt.NDArray[np.uint8]) -> bytes:
+    """Return the bytes that an array of all of them was made of, without a copy."""
+    base: object = payload.base
+    return base if isinstance(base, bytes) and len(base) == len(payload) else payload.tobytes()
