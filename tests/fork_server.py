@@ -72,7 +72,7 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end and return what it printed, once."""
+        """Wait for the end of the process and return its stdout and stderr; call it once."""
         end = None if timeout is None else time.monotonic() + timeout
         texts = ["", ""]
 

@@ -131,7 +131,12 @@ def parse_yaml(content: bytes) -> Any:
     if len(content) > _MAX_YAML_BYTES:
         raise ValueError("it is too large")
     try:
-        return yaml.load(content, _BoundedLoader)
+        # as yaml.safe_load does: a SafeLoader builds plain values only, and refuses tags of Python objects
+        loader = _BoundedLoader(content)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     # PyYAML raises almost any exception for malformed values, such as an unhashable key or a date in month 13

@@ -289,3 +289,22 @@ def test_an_override_with_many_keys_is_refused() -> None:
 def test_a_colour_of_the_command_line_is_no_comment() -> None:
     assert build(parse_override("data.background=#ff8800")).data.background == "#ff8800"
     assert build(parse_override("data.background=null")).data.background is None
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir", "python/object/new:os.mkdir", "python/name:os.mkdir"])
+def test_yaml_builds_no_python_objects(tag: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    value = f"!!{tag} [{str(made)!r}]" if "name" not in tag else f"!!{tag} ''"
+    run = tmp_path / "run"
+    run.mkdir()
+    # a recipe, and the configuration in a run directory of somebody else
+    for name in ("recipe.yaml", "run/config.yaml"):
+        (tmp_path / name).write_text(f"run: {{dir: {value}}}\n")
+    for read in (
+        lambda: load_config(str(tmp_path / "recipe.yaml")),
+        lambda: read_resolved(run),
+        lambda: parse_override(f"run.dir={value}"),
+    ):
+        with pytest.raises(ConfigError, match="could not determine a constructor for the tag"):
+            read()
+    assert not made.exists()
