@@ -113,6 +113,9 @@ def test_curves_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     for runs, out, status in ((["a", "b"], "c.png", 0), (["a", "weights"], "none.png", 2)):
         assert exit_status(["visualize", "curves", "--run", *runs, "--out", out]) == status
     assert "error: weights is not a run directory" in capsys.readouterr().err
+    # a format that Pillow writes, but not with these pixels
+    assert exit_status(["visualize", "curves", "--run", "a", "--out", "c.blp"]) == 2
+    assert "error: c.blp: this format cannot hold the page" in capsys.readouterr().err and not Path("c.blp").exists()
     page = np.asarray(Image.open("c.png"))
     for colour in ((0, 114, 178), (213, 94, 0)):
         assert (page == colour).all(-1).sum() > 300
