@@ -297,7 +297,7 @@ def test_yaml_builds_no_python_objects(tag: str, tmp_path: Path) -> None:
     value = f"!!{tag} [{str(made)!r}]" if "name" not in tag else f"!!{tag} ''"
     run = tmp_path / "run"
     run.mkdir()
-    # a recipe, and the configuration in a run directory of somebody else
+    # a recipe, and another person's run directory
     for name in ("recipe.yaml", "run/config.yaml"):
         (tmp_path / name).write_text(f"run: {{dir: {value}}}\n")
     for read in (
