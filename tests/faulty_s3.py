@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from moto.core.base_backend import BackendDict
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -78,7 +79,8 @@ class _Handler(WSGIRequestHandler):
 
 @contextmanager
 def faulty_s3() -> Iterator[FaultyS3]:
-    """Run a server; clients need ``set_environment``."""
+    """Run an empty server; clients need ``set_environment``."""
+    BackendDict.reset()  # moto keeps buckets for the life of the process: those of an earlier test
     application = FaultyS3()
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Handler)
     application.url = f"http://127.0.0.1:{server.server_port}"
