@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -60,11 +60,13 @@ class PackReport:
     Attributes:
         num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
         passed_over: counts of the files and labels that are not used, by kind.
+        is_new: False if the set was already complete.
     """
 
     manifest: SetManifest
     num_rejected: int | None
     passed_over: Tally
+    is_new: bool = True
 
     @property
     def num_ignored(self) -> int:
@@ -106,6 +108,7 @@ def pack(
     workers: int = 1,
     progress: bool = False,
     scratch: Path | None = None,
+    on_listed: Callable[[Inputs], object] | None = None,
 ) -> PackReport:
     """Pack the images of a folder, a list file, a tar or Parquet files into a shard set.
 
@@ -120,6 +123,7 @@ def pack(
         workers: number of decoding processes; 1 decodes in the calling process.
         progress: show a progress bar on stderr if it is a terminal.
         scratch: folder of this user in which a set for a URL is packed; None for ``scratch_folder``.
+        on_listed: called with the images and labels that were found, before any is packed.
 
     Raises:
         ShardError: there are no images or none can be used, the source cannot be read, or the folder or URL cannot
@@ -129,7 +133,7 @@ def pack(
     if is_url(str(out)):
         folder = scratch or scratch_folder(str(out))
         upload = Upload(str(out), folder)
-    packing = _Packing(src, folder, options or PackOptions(), upload, workers, progress)
+    packing = _Packing(src, folder, options or PackOptions(), upload, workers, progress, on_listed)
     option = "--scratch" if upload else "--out"
     if not needs_unpacking(src) or not (is_url(src) or Path(src).is_file()):
         inputs = list_inputs(src, columns)  # before the folder is created
@@ -199,23 +203,32 @@ class _Packing:
     """One packing into a locked folder; for the arguments, see ``pack``."""
 
     def __init__(
-        self, src: str, out: Path, options: PackOptions, upload: Upload | None, workers: int, progress: bool
+        self,
+        src: str,
+        out: Path,
+        options: PackOptions,
+        upload: Upload | None,
+        workers: int,
+        progress: bool,
+        on_listed: Callable[[Inputs], object] | None,
     ) -> None:
         self.src, self.out, self.options, self.upload = src, out, options, upload
-        self.workers, self.progress = workers, progress
+        self.workers, self.progress, self.on_listed = workers, progress, on_listed
         self.done = _Progress()
         self._identity = _identify(src)
 
     def run(self, inputs: Inputs) -> PackReport:
         """Pack all items that are in no complete shard yet, and write the manifest."""
         out, upload = self.out, self.upload
+        if self.on_listed is not None:
+            self.on_listed(inputs)
         fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, asdict(self.options)]))
         finished = upload.find_finished(fingerprint) if upload else _find_finished(out, fingerprint)
         if finished is not None:
             (out / JOURNAL_NAME).unlink(missing_ok=True)
             if upload:
                 _remove_unfinished(out)
-            return PackReport(*finished, inputs.passed_over)
+            return PackReport(*finished, inputs.passed_over, is_new=False)
         self.done = _open_journal(out, fingerprint, check_shards=upload is None)
         if upload:
             try:
@@ -254,14 +267,9 @@ class _Packing:
         remaining = order[done.next_position :].tolist()
         outcomes = _outcomes([items[number] for number in remaining], options, self.workers)
         bar = tqdm(
-            outcomes,
-            desc="packing",
-            unit=" images",
-            total=len(order),
-            initial=done.next_position,
-            disable=None if self.progress else True,
-            smoothing=0.05,
-        )
+            outcomes, desc="packing", unit=" images", total=len(order), initial=done.next_position,
+            disable=None if self.progress else True, smoothing=0.05,
+        )  # fmt: skip
         try:
             for position, (number, outcome) in enumerate(zip(remaining, bar, strict=True), start=done.next_position):
                 image, reason, label = outcome.image, outcome.reason, items[number].label

@@ -30,6 +30,7 @@ from shards.credentials import add_netrc_login, split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.storage import answers
 from shards.storage.answers import Request
+from shards.storage.login import LoginError, is_login_error, login_advice
 from shards.storage.object_file import ObjectFile
 from shards.storage.pages import list_links, walk_pages
 
@@ -81,7 +82,14 @@ class PermanentError(ShardError):
 
 # Attempts allowed per kind of error, by the first match; all others are retried until the deadline. A store may report
 # a new object as missing for a moment, and a ShardError means that the received bytes are wrong.
-_MAX_ATTEMPTS = {PermanentError: 1, ShardError: 5, FileNotFoundError: 3, PermissionError: 3, DownloadStopped: 1}
+_MAX_ATTEMPTS = {
+    PermanentError: 1,
+    LoginError: 1,
+    ShardError: 5,
+    FileNotFoundError: 3,
+    PermissionError: 3,
+    DownloadStopped: 1,
+}
 
 
 class Store:
@@ -300,7 +308,12 @@ class Store:
         def run() -> Result:
             if stop.is_set():
                 raise DownloadStopped(url)
-            return attempt()
+            try:
+                return attempt()
+            except Exception as error:
+                if is_login_error(error):
+                    raise LoginError(str(error)) from error
+                raise
 
         def is_retryable(error: BaseException) -> bool:
             kind = next((kind for kind in _MAX_ATTEMPTS if isinstance(error, kind)), Exception)
@@ -332,11 +345,9 @@ class Store:
             ) from None  # callers read __cause__ to detect missing objects
         except FileNotFoundError as error:
             raise PermanentError(f"{url} does not exist") from error
-        except PermissionError as error:
-            raise PermanentError(
-                f"{url} may not be accessed ({error}); check the credentials, which are never stored: give them in the "
-                "URL, in the environment, or for HTTP in ~/.netrc"
-            ) from error
+        except (PermissionError, LoginError) as error:
+            reason, advice = " ".join(str(error).split()), login_advice(self._protocol)
+            raise PermanentError(f"{url} may not be accessed ({reason}); for credentials, {advice}") from error
 
     def _path(self, name: str) -> str:
         path = f"{self._root.rstrip('/')}/{name}" if name else self._root

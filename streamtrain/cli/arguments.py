@@ -50,9 +50,9 @@ def byte_size(text: str) -> int:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
+def writing(out: Path, option: str = "--out") -> Iterator[None]:
     """Raise StreamtrainError if the ``with`` block, which writes to ``out``, raises ``OSError``."""
     try:
         yield
     except OSError as error:
-        raise StreamtrainError(f"cannot write {out} ({error.strerror or error}); choose another --out") from None
+        raise StreamtrainError(f"cannot write {out} ({error.strerror or error}); choose another {option}") from None

@@ -9,6 +9,8 @@ from typing import Any
 
 from shards.errors import ShardError, printable
 from shards.packing.index_tars import index_tars
+from shards.packing.summary import describe_images
+from shards.reading.shard_set import ShardSet
 from shards.storage.store import is_url
 from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.run.command_line import path_or_url
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines = report.passed_over.lines()
     lines += (f"left out, no images: {url}" for url in report.empty)
     lines += (f"no index for DALI's own reader: {refusal}" for refusal in report.without_dali)
+    lines += describe_images(ShardSet.open(arguments.out))
     for line in lines:
         print(printable(line))
     manifest = report.manifest

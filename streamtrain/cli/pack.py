@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
+from tqdm import tqdm
+
 from shards.errors import ShardError, printable
+from shards.format.files import write_whole
 from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
+from shards.packing.items import Inputs
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
-from streamtrain.cli.arguments import add_command, byte_size, jpeg_quality, positive_int
+from shards.packing.summary import contact_sheet, describe_classes, describe_images, split_warning
+from shards.reading.shard_set import ShardSet
+from streamtrain.cli.arguments import add_command, byte_size, jpeg_quality, positive_int, writing
 from streamtrain.run import interrupts
 from streamtrain.run.command_line import local_path, path_or_url
 from streamtrain.run.signals import EXIT_INTERRUPTED
@@ -19,7 +28,10 @@ _SUMMARY = "Pack images into a shard set: WebDataset tars, an index of every ima
 _DETAILS = """\
 Every image is decoded in full first. Images that do not decode are left out and listed with
 the reason in SET/rejected.jsonl. Re-run the same command to resume an interrupted packing;
-on a finished set it does nothing. The result does not depend on --workers.
+on a finished set it changes nothing. The result does not depend on --workers.
+
+Before packing it prints the classes that it found, and afterwards the sizes, formats and channels of the
+images. --preview draws 48 of them, as training sees them, with their classes.
 
 The images and the set may be behind any URL that fsspec supports (s3://, gs://, hf://, and
 http(s):// for reading only). A set for a URL is packed in a local folder; each shard is removed
@@ -38,12 +50,16 @@ from there once it is uploaded, and the manifest is uploaded last.
   a URL       of a folder, a tar (copied next to the set first) or a parquet file
 """
 _EXAMPLES = """\
-  streamtrain pack --src photos/ --out sets/photos
+  streamtrain pack --src photos/ --out sets/photos --preview photos.png
   streamtrain pack --src imagenet/train --out /data/imagenet --max-side 512 --workers 32
   streamtrain pack --src list.txt --out sets/mine --shuffle 1
   streamtrain pack --src hf://datasets/OWNER/NAME/data --out sets/downloaded
   streamtrain pack --src s3://bucket/raw --out s3://bucket/set
 """
+
+PREVIEW = "preview.png"
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -77,6 +93,10 @@ def add_parser(subparsers: Any) -> None:
         help="local folder in which a set for a URL is packed (default: in ~/.cache/streamtrain)",
     )  # fmt: skip
     add("--dedup", action="store_true", help="leave out images with the same bytes as an earlier one")
+    add(
+        "--preview", type=local_path, nargs="?", const=PREVIEW, metavar="P.png",
+        help=f"draw images of the packed set with their classes (default file: {PREVIEW})",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -100,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             progress=True,
             scratch=arguments.scratch,
+            on_listed=print_listing,
         )
     except KeyboardInterrupt:
         interrupts.report(f"interrupted; run the same command again to resume packing {printable(arguments.out)}")
@@ -110,10 +131,29 @@ def run(arguments: argparse.Namespace) -> int:
         rejected = f"number of rejected images unknown, because {log} is missing"
     else:
         rejected = f"{report.num_rejected} rejected" + (f" (see {log})" if report.num_rejected else "")
-    for line in report.passed_over.lines():
-        print(printable(line))
+    print_lines(report.passed_over.lines())
+    shard_set = ShardSet.open(arguments.out)
+    print_lines(describe_images(shard_set))
+    if arguments.preview:
+        with writing(arguments.preview, "--preview"):
+            write_whole(arguments.preview, contact_sheet(shard_set, manifest.classes))
+        print(printable(f"wrote {arguments.preview}"))
+    size = f"{tqdm.format_sizeof(manifest.num_bytes)}B"
     print(
-        f"packed {manifest.extent}, {manifest.num_bytes} bytes; "
+        f"{'packed' if report.is_new else 'already packed:'} {manifest.extent}, {size}; "
         f"{rejected}, {report.num_ignored} other files ignored; digest {manifest.digest}"
     )
     return 0
+
+
+def print_listing(inputs: Inputs) -> None:
+    """Print the classes of a source before its images are packed."""
+    print_lines(describe_classes([item.label for item in inputs.items], inputs.classes))
+    sys.stdout.flush()
+    if warning := split_warning(inputs.classes):
+        logger.warning(printable(warning))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(printable(line))

@@ -26,11 +26,24 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     options = ("--workers", 2, "--shard-size", "20KB")
     packed = run_command("pack", "--src", "images", "--out", "a/set", *options, cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
-    assert packed.stdout.count("\n") == 1
+    lines = packed.stdout.splitlines()
+    assert lines[0] == "found 21 images in 2 classes: cat 11, dog 10"
+    assert [line.partition(":")[0] for line in lines[1:-1]] == ["sizes", "formats"]
     shard_set = ShardSet.open(tmp_path / "a" / "set")
     assert f"packed 20 images in {len(shard_set.sizes)} shards" in packed.stdout
     assert "1 rejected (see a/set/rejected.jsonl)" in packed.stdout
     assert shard_set.digest in packed.stdout
+
+    again = run_command("pack", "--src", "images", "--out", "a/set", *options, "--preview", "sheet.png", cwd=tmp_path)
+    assert again.stdout.splitlines()[-1].startswith("already packed: 20 images")
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "images").rename(tmp_path / "train")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "train").rename(tmp_path / "parts" / "train")
+    draw_folder(tmp_path / "parts" / "val", 2)
+    parts = run_command("pack", "--src", "parts", "--out", "b", "--preview", "no/such/folder.png", cwd=tmp_path)
+    assert parts.returncode == 2 and "choose another --preview" in parts.stderr
+    assert "warning: the classes are called train, val: these are parts of a data set" in parts.stderr
 
     whole = run_command("verify", "a/set", "--workers", 1, cwd=tmp_path)
     assert (whole.returncode, whole.stdout.splitlines()[-1]) == (
