@@ -223,7 +223,7 @@ def _read_model(file: BackboneFile, config: ModelConfig, is_timm: bool, is_forei
 def _permit_factory(config: HasModel, factory: str | None, source: Path) -> HasModel:
     """Return ``config`` with the ``model.factory`` that the caller gave, not the one that a file names.
 
-    Whoever wrote the file could otherwise choose the module that is imported, and so executed, here.
+    Otherwise the author of the file could choose the module that is imported, and so executed, here.
 
     Raises:
         StreamtrainError: if the network needs a factory and none was given, or the other way round.

@@ -85,5 +85,6 @@ def _own_initial_value(
 @torch.no_grad()
 def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of a plain (unsharded) module in place."""
+    backbone = getattr(module, "backbone", None)
     for name, parameter in module.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, config, seed))
+        parameter.copy_(initial_value(name, parameter.shape, config, seed, backbone))
