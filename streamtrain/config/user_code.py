@@ -6,7 +6,9 @@ The module is a file in the working directory, or anything that Python can impor
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -80,6 +82,16 @@ def load_user_code(key: str, reference: str, arguments: Sequence[str]) -> Callab
     except ValueError:
         pass  # a function without a signature, such as one written in C
     return found
+
+
+def code_digest(reference: str) -> str | None:
+    """Return 12 hexadecimal digits of the SHA-256 of the file of a module, or None if there is no such file."""
+    _search_working_directory()
+    try:
+        spec = importlib.util.find_spec(reference.partition(":")[0])
+        return hashlib.sha256(Path(str(spec and spec.origin)).read_bytes()).hexdigest()[:12]
+    except (Exception, SystemExit):
+        return None  # a built-in module, or a package that cannot be imported
 
 
 def describe_failure(error: BaseException, function: object = None) -> str:

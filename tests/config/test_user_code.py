@@ -49,7 +49,7 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
         ("own_code.inner:f", "there is no module own_code.inner"),
         ("own_code:inverd", "has no inverd; did you mean invert?"),
         ("own_code:NUMBER", "NUMBER in .*own_code.py is a int, not a function or a class"),
-        ("own_code:takes_no_generator", r"is called with \(crops, generator\), but too many .*own_code.py, line 60\)"),
+        ("own_code:takes_no_generator", r"is called with \(crops, generator\), but too many .*own_code.py, line 59\)"),
         ("broken_syntax:f", r"importing broken_syntax failed: SyntaxError: .*broken_syntax.py, line 2\)"),
         ("broken_import:f", r"ModuleNotFoundError: No module named 'not_there' \(.*broken_import.py, line 2\)"),
         ("broken_exit:f", r"importing broken_exit failed: SystemExit: 3 \(.*broken_exit.py, line 3\)"),

@@ -47,7 +47,7 @@ def reference() -> Iterator[dict[str, Any]]:
     yield {}
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     micro_batch=st.sampled_from([1, 2, 4]), ranks=st.integers(1, 3), start=st.integers(0, 3), threads=st.integers(1, 3)
 )

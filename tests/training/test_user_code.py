@@ -125,6 +125,20 @@ def test_neither_key_may_change_silently(folder: Path, trained: Path) -> None:
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_change_of_the_code_is_a_warning(folder: Path, trained: Path) -> None:
+    run_dir, path = folder / "edited", folder / "my_augment.py"
+    shutil.copytree(trained, run_dir)
+    before = path.read_text()
+    words = command(folder / "set", run_dir, *SETTINGS, *OWN, "run.steps=5")
+    try:
+        path.write_text(before + "\n# edited\n")
+        (done,) = run_in(folder, words)
+    finally:
+        path.write_text(before)
+    assert done.returncode == 0, done.stderr
+    assert "resuming with other versions: code of my_augment is " in done.stderr and "my_model" not in done.stderr
+
+
 def test_the_network_is_loaded_with_permission_only(
     folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
