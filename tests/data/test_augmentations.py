@@ -47,19 +47,19 @@ def reference() -> Iterator[dict[str, Any]]:
     yield {}
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
-    micro_batch=st.sampled_from([1, 2, 4]), ranks=st.integers(1, 3), start=st.integers(0, 3), threads=st.integers(1, 3)
+    micro_batch=st.sampled_from([1, 2, 4]), ranks=st.integers(1, 3), start=st.integers(0, 1), threads=st.integers(1, 3)
 )
 def test_crops_depend_on_the_slot_only(
     shared_config: Config, reference: dict[str, Any], micro_batch: int, ranks: int, start: int, threads: int
 ) -> None:
-    batch = {"global_batch": 12, "lanes": 1}
+    batch = {"global_batch": 24, "lanes": 1}
     if not reference:
-        reference["crops"] = crops_of(with_own(shared_config, "invert", micro_batch=12, **batch), 0, 48)
+        reference["crops"] = crops_of(with_own(shared_config, "invert", micro_batch=24, **batch), 0, 48)
     config = with_own(shared_config, "invert", micro_batch=micro_batch, decode_threads=threads, **batch)
-    found = crops_of(config, 12 * start, 12, ranks)
-    assert list(found) == list(range(12 * start, 12 * start + 12))
+    found = crops_of(config, 24 * start, 24, ranks)
+    assert list(found) == list(range(24 * start, 24 * start + 24))
     assert is_equal(found, reference["crops"])
 
 
@@ -106,7 +106,7 @@ def test_a_whole_batch_is_augmented_like_its_samples() -> None:
     [
         ("to_float", r"must return uint8 \[2, 3, 64, 64\] on cpu, .*, not float32 \[2, 3, 64, 64\] on cpu \(slot 0\)"),
         ("to_list", r"must return crops, uint8 \[2, 3, 64, 64\] on cpu, not list \(slot 0\)"),
-        ("cut", r"not uint8 \[2, 3, 63, 64\] on cpu \(slot 0\)"),
+        ("cut", r".* not uint8 \[2, 3, 63, 64\] on cpu \(slot 0\)"),
         (
             "draw_globally",
             "returns other pixels when it is called again for slot 0; draw random numbers from generator",
