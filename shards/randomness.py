@@ -21,6 +21,7 @@ PACKING = "pack/shuffle"  # order in which images are packed
 VIEWS = "data/views"  # crop boxes, flips, colour, blur, solarize; counter: slot
 MASKS = "data/masks"  # rectangles of the block masks; counter: slot
 MASK_GROUPS = "data/mask_groups"  # which crops of a group are masked, and how much; counter: group
+AUGMENTATIONS = "data/augmentations"  # the user's function; counters: slot, 1 for local crops and 0 for global ones
 SIZES = "data/sizes"  # start of the alternation of crop sizes; no counter
 MODEL = "model/step"  # drop-path and RoPE rescale; counter: first slot of the micro-batch
 INITIALISE = "model/initialise"  # initial parameters; counter: derived from the parameter's name

@@ -140,13 +140,16 @@ def _run_and_print(command: list[str]) -> tuple[int, str]:
             process.send_signal(signal.SIGINT)
 
 
-def load_backbone(path: Path | str, *, step: int | str | None = None, which: str = "teacher") -> Backbone:
+def load_backbone(
+    path: Path | str, *, step: int | str | None = None, which: str = "teacher", factory: str | None = None
+) -> Backbone:
     """Load the backbone of a run, an exported folder, a Hugging Face or timm folder, or a ``.safetensors`` file.
 
     Args:
         path: of the run, folder or file.
         step: of a run: the checkpoint's step, or ``"best"``; default: the latest.
         which: of a run: ``teacher`` or ``student``.
+        factory: ``module:Class`` of a network trained with ``model.factory``; its code is executed.
 
     Raises:
         StreamtrainError: if there is no backbone at ``path``, or ``step`` or ``which`` selects none.
@@ -157,7 +160,7 @@ def load_backbone(path: Path | str, *, step: int | str | None = None, which: str
         raise StreamtrainError(f"step {step!r} is neither a number of steps nor 'best'")
     if which not in ("teacher", "student"):
         raise StreamtrainError(f"which {which!r} is neither 'teacher' nor 'student'")
-    return load.load_backbone(_expand(path), step, which)
+    return load.load_backbone(_expand(path), step, which, factory)
 
 
 def embed(
@@ -224,7 +227,9 @@ def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **
     return evaluate_features(_command_arguments("evaluate", [task], given))
 
 
-def export(run: Path | str, out: Path | str, *, to: str = "hf", step: int | str | None = None) -> Path:
+def export(
+    run: Path | str, out: Path | str, *, to: str = "hf", step: int | str | None = None, factory: str | None = None
+) -> Path:
     """Write the backbone of a run for another library, like ``streamtrain export``, and return the path of the weights.
 
     Args:
@@ -232,13 +237,14 @@ def export(run: Path | str, out: Path | str, *, to: str = "hf", step: int | str 
         out: folder to write; new, empty, or an earlier export.
         to: ``hf`` (transformers), ``timm`` or ``safetensors``.
         step: of the checkpoint, or ``"best"``; default: the latest.
+        factory: as in ``load_backbone``.
 
     Raises:
         StreamtrainError: if the run has no such checkpoint, or ``out`` cannot be written.
     """
     from streamtrain.cli.export import export_selected
 
-    given = {"run": run, "out": out, "to": to, "step": step}
+    given = {"run": run, "out": out, "to": to, "step": step, "factory": factory}
     return export_selected(_command_arguments("export", [], given))[0]
 
 

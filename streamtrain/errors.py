@@ -27,3 +27,7 @@ class DivergedError(StreamtrainError):
 
 class TrainingError(StreamtrainError):
     """``streamtrain.train`` failed or was stopped early; the message is the last error line of the run."""
+
+
+class UserCodeError(StreamtrainError):
+    """A function or class of the user's own failed; ``__cause__`` is its exception, if it raised one."""

@@ -28,11 +28,13 @@ from shards.reading.mixture import AnySet
 from streamtrain.checkpoint.retention import remove_leftovers
 from streamtrain.config.load import load_config, open_shard_set
 from streamtrain.config.tree import Config
+from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.rendezvous import Launch, check_master
 from streamtrain.engine.runtime import choose_accelerator
-from streamtrain.errors import StreamtrainError
+from streamtrain.errors import StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
+from streamtrain.planning.shapes import backbone_shapes
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.command_line import CommandParser, local_path, raise_descriptor_limit
 from streamtrain.run.directory import (
@@ -43,7 +45,7 @@ from streamtrain.run.directory import (
     starting_checkpoint,
 )
 from streamtrain.run.lock import run_lock
-from streamtrain.run.logs import configure_logging
+from streamtrain.run.logs import configure_logging, save_traceback
 from streamtrain.run.resume_policy import (
     accepted_keys,
     add_accept_options,
@@ -96,6 +98,7 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
         changes = check_resume(config, source, saved, launch.world_size, accepted)
         changes += check_state(saved["data"], stream_identity(shard_set, order), accepted)
         versions = version_changes(config, source, saved)
+    load_user_functions(config)
     make_run_dir(Path(config.run.dir), launch.rank)
     check_cache_folder(config)
     if changes:
@@ -103,6 +106,18 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
     if versions and launch.rank == 0:
         logger.warning("resuming with other versions: %s; results may differ", "; ".join(versions))
     return shard_set
+
+
+def load_user_functions(config: Config) -> None:
+    """Import the code of the user that settings name, if any; most of it loads torch.
+
+    Raises:
+        UserCodeError: it cannot be imported, called or trained.
+    """
+    if config.data.augmentations is not None:
+        load_user_code("data.augmentations", config.data.augmentations, AUGMENTATION_ARGUMENTS)
+    if config.model.factory is not None:
+        backbone_shapes(config.model)
 
 
 def check_complete(
@@ -163,6 +178,8 @@ def train_rank(arguments: argparse.Namespace) -> int:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
             return train(config, launch, shard_set, arguments.resume, accepted, has_moved)
     except (StreamtrainError, ShardError) as error:
+        if isinstance(error, UserCodeError) and error.__cause__ is not None:
+            save_traceback(error)
         # Most errors occur on all ranks: rank 0 reports them, and the launcher ends the others while they wait. A rank
         # that is still running after the wait has an error of its own to report.
         if launch.rank > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from streamtrain.config.load import load_config, read_resolved
+from streamtrain.config.load import load_config
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.command_line import local_path
 
@@ -26,6 +26,10 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
         "--untrained", action="store_true", help="with --run or --config: the newly initialised network"
     )
     parser.add_argument("--config", help="with --untrained: a recipe, as for training")
+    parser.add_argument(
+        "--factory", metavar="MODULE:CLASS",
+        help="for a network trained with model.factory: the class to build it with, whose code is executed",
+    )  # fmt: skip
 
 
 def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
@@ -35,12 +39,18 @@ def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
         StreamtrainError: if the options do not select exactly one.
     """
     # torch takes seconds to load
-    from streamtrain.interop.load import load_run, load_untrained, load_weights
+    from streamtrain.interop.load import load_run, load_untrained, load_untrained_run, load_weights
+
+    factory: str | None = arguments.factory
 
     if arguments.untrained:
         if (arguments.run is None) == (arguments.config is None):
             raise StreamtrainError("--untrained needs either --run or --config")
-        return load_untrained(read_resolved(arguments.run) if arguments.run else load_config(arguments.config))
+        if arguments.run:
+            return load_untrained_run(arguments.run, factory)
+        if factory is not None:
+            raise StreamtrainError("--factory belongs to --run or --weights; a recipe has model.factory")
+        return load_untrained(load_config(arguments.config))
     if arguments.config:
         raise StreamtrainError("--config requires --untrained; a trained network comes from --run or --weights")
     if (arguments.run is None) == (arguments.weights is None):
@@ -48,8 +58,8 @@ def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
     if arguments.weights:
         if arguments.step is not None or arguments.student:
             raise StreamtrainError("--step and --student select a checkpoint of --run; --weights has none")
-        return load_weights(arguments.weights)
-    return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher")
+        return load_weights(arguments.weights, factory)
+    return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher", factory)
 
 
 def describe_backbone(arguments: argparse.Namespace) -> str:

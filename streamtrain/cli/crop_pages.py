@@ -34,6 +34,13 @@ def draw_crops(arguments: argparse.Namespace) -> Image.Image:
         read_resolved(arguments.run)  # raises an error if this is not a run directory
     name = str(arguments.run / RESOLVED_NAME) if arguments.run else arguments.config
     config = load_config(name, arguments.overrides)
+    own = config.data.augmentations
+    if arguments.run and own and not any(word.startswith("data.augmentations=") for word in arguments.overrides):
+        # the run may be another person's, and importing a module executes it
+        raise StreamtrainError(
+            f"the recipe of {arguments.run} has its author's own code, {own}: if you trust it, add "
+            f"data.augmentations={own}; add data.augmentations=null to leave it out"
+        )
     config = build(merge(config.model_dump(), repeat_one_image(arguments.draws)))
     background = config.data.background_color
     images = [fit_to_patches(decode_image(path, path, background), SHOWN_SIDE, 1) for path in arguments.image]

@@ -61,6 +61,8 @@ def print_plan(arguments: argparse.Namespace) -> int:
     if arguments.micro_batch:
         overrides.append(f"data.micro_batch={arguments.micro_batch}")
     config = load_config(arguments.config, overrides)
+    if config.model.factory is not None:
+        print("model.factory: parameters of your network; activations and FLOPs as of the built-in one\n")
     gpu_memory, host_memory = arguments.gpu_memory, arguments.host_memory
     chosen: list[str] = []
     if arguments.fit:

@@ -23,6 +23,7 @@ from streamtrain.config.section import (
     fixed,
     free,
 )
+from streamtrain.config.user_code import UserCode
 
 
 class SetShare(Section):
@@ -111,6 +112,10 @@ class DataConfig(Section):
     background: str | tuple[int, int, int] | None = accept(
         "white", "Colour behind transparent images, in training, evaluation and pictures: a name, '#rrggbb' (in "
         "quotes) or [red, green, blue]; null: drop the alpha channel.",
+    )  # fmt: skip
+    augmentations: UserCode | None = accept(
+        None, "Function of your own, applied to the finished training crops of each image (docs/training.md); null: "
+        "none.",
     )  # fmt: skip
     cache: CacheConfig = CacheConfig()
     remote: RemoteConfig = RemoteConfig()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from streamtrain.config.section import NonNegative, Positive, Section, accept, fixed, free
+from streamtrain.config.user_code import UserCode
 
 # backbone sizes (Siméoni et al. 2025, table of architectures)
 PRESETS: dict[str, dict[str, Any]] = {
@@ -64,6 +65,10 @@ class ModelConfig(Section):
     untied_norms: Literal["none", "cls", "local_cls", "cls_and_local_cls"] = fixed(
         "none", "Separate final LayerNorm for CLS and registers: of all crops (cls) or of local crops in training "
         "(local_cls).",
+    )  # fmt: skip
+    factory: UserCode | None = fixed(
+        None, "Class of your own that builds the backbone, a subclass of VisionTransformer (docs/training.md); null: "
+        "the built-in one.",
     )  # fmt: skip
 
     @model_validator(mode="before")

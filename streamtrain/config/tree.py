@@ -59,6 +59,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_augmentations(self) -> Config:
+        if self.data.augmentations and any(sizes.gram_size for sizes in self.crop_sizes):
+            raise ValueError(
+                "data.augmentations cannot be combined with a size of the Gram teacher's crops (objective.gram.size, "
+                "crops.sizes.N.gram_size): these crops are not augmented, so their patches could show other places"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_fp8_widths(self) -> Config:
         for name, width in (("dim", self.model.dim), ("mlp_hidden", self.model.hidden)):
             if self.engine.fp8 and width % 16:

@@ -26,6 +26,7 @@ from shards.reading.quarantine import Quarantine
 from shards.reading.source import Source
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import SizeSchedule
+from streamtrain.data.augmentations import UserAugmentation
 from streamtrain.data.batch import Batch
 from streamtrain.data.producer import PendingBatch, Producer
 from streamtrain.data.stream import build_stream_order, open_cache, stream_identity
@@ -77,9 +78,12 @@ class Loader:
 
         Raises:
             ShardError: a set has no samples, or its weight in a mixture is too small.
+            UserCodeError: ``data.augmentations`` cannot be imported.
             ValueError: micro-batch x ranks does not divide the global batch.
         """
         global_batch, _ = config.batch_split(world_size)
+        own = config.data.augmentations
+        augmentation = None if own is None else UserAugmentation(own, config.run.seed)
         order = build_stream_order(config, shard_set, world_size, lane_block)
         slots = micro_batch_slots(start_slot, global_batch, config.data.micro_batch, rank, world_size)
         self._identity = stream_identity(shard_set, order)
@@ -108,7 +112,7 @@ class Loader:
         )
         self._quarantine, self._source = quarantine, source
         schedule = SizeSchedule(config, global_batch, start_slot)
-        producer = Producer(source, slots, config, torch.device(device), schedule, start_slot, threads)
+        producer = Producer(source, slots, config, torch.device(device), schedule, start_slot, threads, augmentation)
         # the thread holds no reference to the loader, so an unreferenced loader is collected and stops the thread
         thread = threading.Thread(target=_produce, args=(producer, self._ready, stop), name="loader", daemon=True)
         self._shut_down = weakref.finalize(self, _shut_down, thread, self._ready, stop, self._cache)
@@ -123,6 +127,7 @@ class Loader:
         Raises:
             SampleError: an image cannot be read or decoded and there is no quarantine; names shard, index and key.
             ShardError: too many images are unusable.
+            UserCodeError: ``data.augmentations`` failed.
         """
         if self._failure is not None:
             raise self._failure

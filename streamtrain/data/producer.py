@@ -19,6 +19,7 @@ from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import SizeSchedule, ViewParameters, draw_views
+from streamtrain.data.augmentations import UserAugmentation
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.masking import MaskParameters, draw_masks, rasterise, select_every_patch
 from streamtrain.data.pipeline import CropPipeline, find_decode_error
@@ -68,8 +69,9 @@ class Producer:
         size_schedule: SizeSchedule,
         start_slot: int,
         threads: int,
+        augmentation: UserAugmentation | None = None,
     ) -> None:
-        self._source, self._slots = source, slots
+        self._source, self._slots, self._augmentation = source, slots, augmentation
         self._config, self._device, self._threads = config, device, threads
         self._size_schedule = size_schedule
         # every micro-batch starts at start_slot plus a multiple of its own size
@@ -204,7 +206,10 @@ class Producer:
                 torch.from_numpy(item.decoded[row]) if row in item.decoded else torch.from_dlpack(image)
                 for row, image in enumerate(decoded[0])
             ]
-            global_crops, local_crops, gram_crops = view_maker.make_views(images, item.views, item.sizes)
+            slots, own, augment = item.samples.slots.tolist(), self._augmentation, None
+            if own is not None:
+                augment = lambda crops, row, is_local: own(crops, slots[row], is_local)  # noqa: E731
+            global_crops, local_crops, gram_crops = view_maker.make_views(images, item.views, item.sizes, augment)
             masks = masks_future.result()
             return PendingBatch(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), None)
 
@@ -216,6 +221,9 @@ class Producer:
             local_views = crops[count : count + crops_config.local_count]
             local_crops = recolor_views(local_views, item.views, count) if local_views else empty
             gram_crops = torch.cat(crops[-count:]) if item.sizes.gram_size else None
+            if self._augmentation is not None:
+                for views, is_local in ((global_crops, False), (local_crops, True)):
+                    self._augmentation.augment_batch(views, item.samples.slots.tolist(), is_local)
             masks = self._rasterise_masks(item)
             event = torch.cuda.Event()
             event.record(stream)

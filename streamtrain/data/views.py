@@ -26,8 +26,11 @@ from torch.nn.functional import interpolate, pad
 
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import NO_SOLARIZE, ViewParameters
+from streamtrain.errors import UserCodeError
 
 Result = TypeVar("Result")
+# crops uint8 [views, 3, S, S] of a row of the batch, and whether they are local -> augmented crops
+AugmentRow = Callable[[Tensor, int, bool], Tensor]
 
 BLUR_RADIUS = 4
 _LUMA = (0.299, 0.587, 0.114)
@@ -137,14 +140,18 @@ class CpuViewMaker:
         torch.set_num_threads(process_threads)
 
     def make_views(
-        self, images: Sequence[Tensor], views: ViewParameters, sizes: CropSizes
+        self, images: Sequence[Tensor], views: ViewParameters, sizes: CropSizes, augment: AugmentRow | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return global, local and Gram crops of B images uint8 [H, W, 3], all view-major.
 
         Shapes are uint8 [V*B, S, S, 3], [L*B, s, s, 3] and [V*B, g, g, 3]; the last is None without a Gram size.
 
+        Args:
+            augment: applied to the global and to the local crops of each image.
+
         Raises:
             CropError: the first image whose crops cannot be made.
+            UserCodeError: ``augment`` failed.
         """
         crops = self._crops
         groups = []
@@ -156,10 +163,14 @@ class CpuViewMaker:
             out = torch.empty(count, len(images), size, size, 3, dtype=torch.uint8)
             appearance = Appearance.from_views(views, first, count, size) if has_appearance else None
             groups.append(_ViewGroup(first, out, appearance))
-        tasks = [self._pool.submit(_make_sample, image, views, row, groups) for row, image in enumerate(images)]
+        tasks = [
+            self._pool.submit(_make_sample, image, views, row, groups, augment) for row, image in enumerate(images)
+        ]
         wait(tasks)
         for row, task in enumerate(tasks):
             error = task.exception()
+            if isinstance(error, UserCodeError):
+                raise error
             if isinstance(error, Exception):
                 raise CropError(row, error) from error
         global_crops, local_crops, *gram_crops = (group.out.flatten(0, 1) for group in groups)
@@ -186,7 +197,9 @@ def _disable_intra_op_threads() -> None:
     torch.set_num_threads(1)
 
 
-def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequence[_ViewGroup]) -> None:
+def _make_sample(
+    image: Tensor, views: ViewParameters, row: int, groups: Sequence[_ViewGroup], augment: AugmentRow | None
+) -> None:
     """Write all views of one image [H, W, 3] into ``out[:, row]`` of each group."""
     size = np.array(image.shape[:2])
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
@@ -202,6 +215,8 @@ def _make_sample(image: Tensor, views: ViewParameters, row: int, groups: Sequenc
         if count:
             if group.appearance:
                 crops = apply_appearance(crops, group.appearance.rows(slice(row, None, batch_size)))
+                if augment is not None:
+                    crops = augment(crops.contiguous(), row, group.first > 0)
             for channel in range(3):
                 group.out[:, row, ..., channel] = crops[:, channel]
 

@@ -52,6 +52,10 @@ def export_backbone(
         OSError: if ``out`` cannot be written.
     """
     check_export_folder(out)
+    if backbone.config.model.factory is not None and to != "safetensors":
+        raise StreamtrainError(
+            f"{to} has no network like {backbone.config.model.factory} (model.factory); export it with --to safetensors"
+        )
     config = backbone.config.model_copy(update={"origin": backbone.config.origin | dict(losses or {})})
     with _new_files(out) as folder:
         WRITERS[to](backbone.model, config, folder)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from streamtrain.interop.naming import BIAS_MASK, DINOV3, HF, NAMINGS, Naming, match_names
+from streamtrain.interop.naming import BIAS_MASK, DINOV3, HF, NAMINGS, OWN, Naming, match_names
 
 # Words in the names around a backbone, in order of preference. A plain teacher comes after an EMA, because the teacher
 # of a distillation is another network than the one that was trained.
@@ -71,6 +71,13 @@ class Group:
     def depth(self) -> int:
         """The number of its blocks."""
         return len({name.split(".")[1] for name in self.sources if name.startswith("blocks.")})
+
+    def own_names(self, expected: Collection[str], names: Collection[str]) -> dict[str, list[str]]:
+        """Return further tensors of an export of streamtrain: those that only a network of ``model.factory`` has."""
+        if self.naming is not OWN:
+            return {}
+        own = {name: f"{self.prefix}{name}" for name in expected if name not in self.sources}
+        return {name: [source] for name, source in own.items() if source in names}
 
     def has_bias_mask(self, names: Collection[str]) -> bool:
         """Return whether the key part of its fused bias is masked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
+from streamtrain.config.user_code import check_reference
 from streamtrain.data.batch import normalise
 from streamtrain.data.still_images import centre_crop, decode_image, upright_rgb
 from streamtrain.errors import StreamtrainError
@@ -27,6 +28,7 @@ from streamtrain.interop.hf import MODEL_TYPE, PREPROCESSOR_NAME, backbone_confi
 from streamtrain.interop.load_pretrained import BackboneFile, open_backbone
 from streamtrain.interop.state_file import INDEX_NAME, WEIGHTS_NAME, describe_names, readable
 from streamtrain.interop.timm_folder import backbone_config_from_timm
+from streamtrain.model.factory import build_backbone
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.vit import Features, VisionTransformer
 from streamtrain.run.directory import parse_step
@@ -34,6 +36,7 @@ from streamtrain.run.directory import parse_step
 # of the backbone's parameters in a checkpoint
 PREFIX = "backbone."
 BEST = "best"
+HasModel = TypeVar("HasModel", Config, BackboneConfig)
 ImageSource = str | Path | Image.Image | np.ndarray
 
 
@@ -91,28 +94,33 @@ class Backbone(nn.Module):
         return self.forward_features(images)
 
 
-def load_backbone(path: str | Path, step: int | str | None = None, which: str = "teacher") -> Backbone:
+def load_backbone(
+    path: str | Path, step: int | str | None = None, which: str = "teacher", factory: str | None = None
+) -> Backbone:
     """Load a backbone from a run directory, an export, or a Hugging Face or timm folder of a DINOv3 ViT.
 
     Args:
         path: run directory, folder with config.json and safetensors, or a ``.safetensors`` file written by ``export``.
         step: of a run: the checkpoint's step, or ``best``; default: the latest.
         which: of a run: ``teacher`` or ``student``.
+        factory: ``module:Class`` of a network trained with ``model.factory``, whose code this executes.
 
     Raises:
         StreamtrainError: if the path is none of these, or its weights and its config do not match.
     """
     path = Path(path).expanduser()
     if (path / RESOLVED_NAME).is_file():
-        return load_run(path, step, which)
+        return load_run(path, step, which, factory)
     if step is not None or which != "teacher":
         raise StreamtrainError(f"step and which choose a checkpoint of a run, and {path} is not a run directory")
-    return load_weights(path)
+    return load_weights(path, factory)
 
 
-def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher") -> Backbone:
+def load_run(
+    run_dir: Path, step: int | str | None = None, which: str = "teacher", factory: str | None = None
+) -> Backbone:
     """Load the backbone of a run's checkpoint or teacher snapshot; arguments and errors as in ``load_backbone``."""
-    config = read_resolved(run_dir)
+    config = _permit_factory(read_resolved(run_dir), factory, run_dir)
     if step == BEST:
         best = read_best(run_dir)
         if best is None:
@@ -132,15 +140,22 @@ def load_run(run_dir: Path, step: int | str | None = None, which: str = "teacher
 
 
 def load_untrained(config: Config) -> Backbone:
-    """Return the backbone with the initial values of a run of ``config``."""
+    """Return the backbone with the initial values of a run of ``config``, which may name a ``model.factory``."""
+    with torch.device("meta"):
+        backbone = build_backbone(config.model)
     values = (
-        (name, initial_value(PREFIX + name, tuple(shape), config.model, config.run.seed))
-        for name, shape in expected_shapes(config.model).items()
+        (name, initial_value(PREFIX + name, tuple(value.shape), config.model, config.run.seed, backbone))
+        for name, value in backbone.named_parameters()
     )
     return Backbone(_build(config.model, values, "the configuration"), _config_of_run(config, {"step": 0}))
 
 
-def load_weights(path: Path) -> Backbone:
+def load_untrained_run(run_dir: Path, factory: str | None = None) -> Backbone:
+    """Return the backbone with the initial values of a run; arguments and errors as in ``load_backbone``."""
+    return load_untrained(_permit_factory(read_resolved(run_dir), factory, run_dir))
+
+
+def load_weights(path: Path, factory: str | None = None) -> Backbone:
     """Load an exported folder, a Hugging Face or timm folder of a DINOv3 ViT, or an exported ``.safetensors`` file.
 
     Raises:
@@ -166,6 +181,7 @@ def load_weights(path: Path) -> Backbone:
             config = backbone_config_from_hf(document, colours, str(path))
         else:
             config = parse_config(document, str(path))
+        config = _permit_factory(config, factory, path)
         return Backbone(_read_model(file, config.model, is_timm, is_foreign), config)
 
 
@@ -204,10 +220,35 @@ def _read_model(file: BackboneFile, config: ModelConfig, is_timm: bool, is_forei
     return _build(config, ((name, value(name)) for name in expected), str(source))
 
 
+def _permit_factory(config: HasModel, factory: str | None, source: Path) -> HasModel:
+    """Return ``config`` with the ``model.factory`` that the caller gave, not the one that a file names.
+
+    Otherwise the author of the file could choose the module that is imported, and so executed, here.
+
+    Raises:
+        StreamtrainError: if the network needs a factory and none was given, or the other way round.
+    """
+    stored = config.model.factory
+    if stored == factory:
+        return config
+    if stored is None:
+        raise StreamtrainError(f"{source} has a built-in network, so it cannot be loaded with the factory {factory}")
+    if factory is None:
+        raise StreamtrainError(
+            f"{source} has a network of its author's own code, {stored}: if you have that code and trust it, add "
+            f"--factory {stored} (in Python: factory={stored!r})"
+        )
+    try:
+        check_reference(factory)
+    except ValueError as error:
+        raise StreamtrainError(f"the factory {factory!r} {error}") from None
+    return config.model_copy(update={"model": config.model.model_copy(update={"factory": factory})})
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Return the names and shapes of a backbone's parameters."""
     with torch.device("meta"):
-        return {name: value.shape for name, value in VisionTransformer(config).state_dict().items()}
+        return {name: value.shape for name, value in build_backbone(config).state_dict().items()}
 
 
 def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
@@ -225,7 +266,7 @@ def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: s
         StreamtrainError: if a tensor is missing, unexpected, or of another shape.
     """
     with torch.device("meta"):
-        model = VisionTransformer(config)
+        model = build_backbone(config)
     expected = model.state_dict()
     state: dict[str, Tensor] = {}
     for name, value in weights:

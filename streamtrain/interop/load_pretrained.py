@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,6 +95,10 @@ class BackboneFile:
         Raises:
             StreamtrainError: if the weights are of another architecture or size, or several networks fit equally.
         """
+        if any(names := [group.own_names(expected, self.state.shapes) for group in self.groups]):
+            named = zip(self.groups, names, strict=True)
+            groups = tuple(replace(group, sources={**group.sources, **own}) for group, own in named)
+            return replace(self, groups=groups).match(expected, minimum)
         reports = {group.prefix: self._report(group, expected) for group in self.groups}
         faults = {each.prefix: self._fault(each, reports[each.prefix], expected, minimum) for each in self.groups}
         fitting = [each for each in self.groups if faults[each.prefix] is None]

@@ -60,7 +60,7 @@ class Embedding(nn.Module):
         size = self.patch_size
         patches = images.reshape(num_images, channels, height // size, size, width // size, size)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return patches.to(self.projection.weight.dtype)
+        return patches.to(self.cls_token.dtype)
 
 
 class VisionTransformer(nn.Module):
@@ -158,6 +158,13 @@ class VisionTransformer(nn.Module):
             self._features(view, self.norm_of_local_cls if index and generator is not None else self.norm_of_cls)
             for index, view in enumerate(self.layout(crops).views(tokens))
         )
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Return the initial value of a parameter, or None for the built-in rule; for subclasses with parameters.
+
+        Draw from ``generator`` only, so that the value is the same on any number of ranks.
+        """
+        return None
 
     @property
     def norm_of_cls(self) -> LayerNorm:

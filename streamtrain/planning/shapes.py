@@ -28,7 +28,14 @@ def parameter_shapes(config: Config) -> Shapes:
 
 
 def backbone_shapes(model: ModelConfig) -> Shapes:
-    """Return every backbone parameter's shape, in the order of ``named_parameters()``."""
+    """Return every backbone parameter's shape, in the order of ``named_parameters()``.
+
+    A network of ``model.factory`` is built without memory for its values, which loads torch.
+    """
+    if model.factory is not None:
+        from streamtrain.model.factory import backbone_shapes as shapes_of_factory
+
+        return shapes_of_factory(model)
     dim = model.dim
     shapes: Shapes = {
         "embedding.cls_token": (1, dim),
@@ -48,6 +55,12 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
+    """Return the shapes of a block's parameters; of a network of ``model.factory``, those of the first block."""
+    if model.factory is not None:
+        first = "blocks.0."
+        return {
+            name.removeprefix(first): shape for name, shape in backbone_shapes(model).items() if name.startswith(first)
+        }
     dim, hidden = model.dim, model.hidden
     shapes: Shapes = dict(_norm("norm1", dim))
     shapes["attention.qkv.weight"] = (3 * dim, dim)

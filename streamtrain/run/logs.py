@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,17 +60,30 @@ class TerminalHandler(logging.Handler):
         if self.tracebacks is None:
             return f"\n{printable_lines(whole).rstrip()}"
         try:
-            entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n{whole}\n"
-            file = open_to_append(self.tracebacks)
-            try:
-                # one call, so that entries of several ranks do not interleave
-                os.write(file, entry.encode("utf-8", "backslashreplace"))
-            finally:
-                os.close(file)
+            _append_traceback(self.tracebacks, message, whole)
         except OSError:
             # the traceback of a disk error says little
             return summary if isinstance(error, OSError) else f"\n{printable_lines(whole).rstrip()}"
         return f"{summary} (traceback in {printable(self.tracebacks)})"
+
+
+def _append_traceback(path: Path, message: str, whole: str) -> None:
+    entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n{whole}\n"
+    file = open_to_append(path)
+    try:
+        # one call, so that entries of several ranks do not interleave
+        os.write(file, entry.encode("utf-8", "backslashreplace"))
+    finally:
+        os.close(file)
+
+
+def save_traceback(error: BaseException) -> None:
+    """Append the traceback of an error whose message is a whole line to the file of ``keep_tracebacks``, if any."""
+    for handler in logging.getLogger(PACKAGES[0]).handlers:
+        if isinstance(handler, TerminalHandler) and handler.tracebacks is not None:
+            whole = strip_from_text("".join(traceback.format_exception(error)))
+            with suppress(OSError):
+                _append_traceback(handler.tracebacks, printable(error), whole)
 
 
 def configure_logging(rank: int = 0, world_size: int = 1) -> None:

@@ -23,6 +23,7 @@ from shards.storage.paths import expand_path
 from streamtrain.config.load import known_keys, merge, parse_yaml, to_yaml, unknown_key_message
 from streamtrain.config.section import ACCEPT_ALL, is_accepted
 from streamtrain.config.tree import Config, path_settings, resume_rules, setting_key
+from streamtrain.config.user_code import code_digest
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.run.provenance import program_versions
 
@@ -51,7 +52,7 @@ class Change(NamedTuple):
 
 def build_provenance(config: Config, dtype: str) -> dict[str, Any]:
     """Return a checkpoint's provenance: resolved settings, versions and data type."""
-    return {"config": _to_plain(config), "program": program_versions(), "dtype": dtype}
+    return {"config": _to_plain(config), "program": program_versions() | _user_code(config), "dtype": dtype}
 
 
 def add_accept_options(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +154,7 @@ def version_changes(config: Config, source: Path, saved: Mapping[str, Any]) -> l
     """Return changes of code, libraries and known keys since the run's own checkpoint, as text."""
     if source.parent.parent.resolve() != Path(config.run.dir).resolve():
         return []
-    before, current = saved.get("program"), program_versions()
+    before, current = saved.get("program"), program_versions() | _user_code(config)
     if not isinstance(before, dict):
         return [f"{source.name} does not record its versions"]
     names = sorted({*map(str, before), *current})
@@ -161,6 +162,12 @@ def version_changes(config: Config, source: Path, saved: Mapping[str, Any]) -> l
              if before.get(name, _MISSING) != current.get(name, _MISSING)]  # fmt: skip
     unknown = [key for key, _ in _flatten(saved.get("config")) if setting_key(key) is None]
     return texts + [f"the checkpoint has a setting {reprlib.repr(key)} that no longer exists" for key in unknown]
+
+
+def _user_code(config: Config) -> dict[str, str]:
+    """Return digests of the user's own code that settings name."""
+    references = [each for each in (config.data.augmentations, config.model.factory) if each is not None]
+    return {f"code of {each.partition(':')[0]}": code_digest(each) or _MISSING for each in references}
 
 
 def _changes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
 from streamtrain.model.layers import Block
+from streamtrain.model.vit import VisionTransformer
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.planning.shapes import block_shapes
 from streamtrain.run.directory import QUARANTINE_NAME
 from streamtrain.training.distill import fill_frozen_teacher, frozen_teacher_config
 from streamtrain.training.gram import BACKBONE, GramAnchor
@@ -88,8 +91,7 @@ def _build_module(
     network: ModuleClass, config: Config, runtime: Runtime, accumulation: int
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Build a sharded module; return it with DeepSpeed's settings."""
-    with torch.device("meta"):
-        block_numel = sum(parameter.numel() for parameter in Block(config.model).parameters())
+    block_numel = sum(map(math.prod, block_shapes(config.model).values()))
     settings = engine_config(config, runtime, accumulation, block_numel)
     module = build_sharded(lambda: network(config), settings)
     prepare_blocks(module, config.engine, runtime)
@@ -182,6 +184,8 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
     """Yield a function that reads the fragments of a new run: ``init.weights`` for the backbone, else the seed."""
     with ExitStack() as stack:
         pretrained: Callable[[str], torch.Tensor | None] = lambda name: None  # noqa: E731
+        backbone = student.module.backbone
+        assert isinstance(backbone, VisionTransformer)
         if config.init.weights is not None:
             shapes = {
                 name.removeprefix(BACKBONE): torch.Size(fragment.shape)
@@ -197,7 +201,7 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
             name = key.partition("/")[2]
             value = pretrained(name.removeprefix(BACKBONE)) if name.startswith(BACKBONE) else None
             if value is None:
-                value = initial_value(name, fragment.shape, config.model, config.run.seed)
+                value = initial_value(name, fragment.shape, config.model, config.run.seed, backbone)
             return fragment.cut(value)
 
         yield read

@@ -20,6 +20,12 @@ def frozen_teacher_config(config: Config) -> Config:
     """
     assert config.teacher.weights is not None
     teacher = read_resolved(Path(config.teacher.weights))
+    if teacher.model.factory not in (None, config.model.factory):
+        # only the user's own settings may choose the code that is executed
+        raise ConfigError(
+            f"the teacher in {config.teacher.weights} has a network of its author's own code, {teacher.model.factory}, "
+            "which can only teach a student with the same model.factory"
+        )
     objective, patch = config.objective, config.objective.patch_loss
     keys = ["model.patch_size", "objective.global_loss.head.prototypes"]
     is_ibot = patch.kind == "ibot"

@@ -13,6 +13,7 @@ from shards.randomness import MODEL, derive_seed
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
+from streamtrain.model.factory import build_backbone
 from streamtrain.model.heads import ProjectionHead
 from streamtrain.model.vit import Features, VisionTransformer
 from streamtrain.objective.feature_losses import cosine_loss, distributed_koleo_loss, koleo_loss, l2_loss
@@ -57,7 +58,7 @@ class SSLModel(nn.Module):
         self.config = config
         objective = config.objective
         engine = config.engine
-        self.backbone = VisionTransformer(
+        self.backbone = build_backbone(
             config.model, engine.checkpointing, engine.view_groups, engine.offload_checkpoints
         )
         self.global_head = ProjectionHead(config.model.dim, objective.global_loss.head)
@@ -230,7 +231,7 @@ class GramTeacher(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = VisionTransformer(config.model)
+        self.backbone = build_backbone(config.model)
 
     @torch.no_grad()
     def forward(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -246,4 +247,4 @@ class GramTeacher(nn.Module):
 
 def pixels(crops: Tensor, config: CropsConfig, backbone: VisionTransformer) -> Tensor:
     """Convert uint8 ``[N, height, width, 3]`` to normalised ``[N, 3, height, width]`` in the backbone's dtype."""
-    return normalise(crops, config.mean, config.std, backbone.embedding.cls_token.dtype)
+    return normalise(crops, config.mean, config.std, next(backbone.parameters()).dtype)

@@ -163,6 +163,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("data.global_batch", "16", batches, []),
     ("data.window", "1", batches, []),
     ("data.lanes", "1", batches, []),
+    ("data.augmentations", "own_code:invert", batches, []),
     *((f"crops.{key}", value, batches, []) for key, value in {
         "global_count": "1", "global_size": "48", "global_scale": "[0.5, 0.6]", "local_count": "1", "local_size": "24",
         "local_scale": "[0.1, 0.2]", "sizes": "[{share: 1, global_size: 48}]", "aspect": "[1.0, 1.0]", "flip": "0.0",
@@ -183,6 +184,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
         "untied_norms": "local_cls",
     }.items()),
     ("model.preset", "vits16", local_norm, []),
+    ("model.factory", "own_code:Backbone", losses, []),
     *((f"objective.{key}", value, losses, extra) for key, value, extra in (
         ("centering", "softmax", []), ("sinkhorn_iterations", "1", []), ("center_momentum", "0.0", SOFTMAX),
         ("student_temperature", "0.2", []), ("patch_loss.kind", "l2", []), ("patch_loss.reduction", "sum", COSINE),
