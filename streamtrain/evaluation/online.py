@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
+from streamtrain.data.batch import normalise
 from streamtrain.engine.runtime import Runtime
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import crop_batches
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 RETRIEVED = 64
 # images per rank in the projector, and the side of their thumbnails in pixels
 SHOWN, THUMBNAIL = 400, 32
+
+# side in pixels to which images are reduced for the baseline of pixels
+PIXELS = 32
 
 # uint8 [images, side, side, 3] to features; a collective call of all ranks
 Embed = Callable[[Tensor], Features]
@@ -141,6 +147,22 @@ def patches(study: Study) -> dict[str, float]:
 EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": patches}
 
 
+@dataclass(frozen=True)
+class Baselines:
+    """What the evaluation measures before the first step, by tag.
+
+    Attributes:
+        start: of the network at step 0.
+        pixels: of the pixels as features; kNN only.
+        train_images, test_images: numbers of images.
+    """
+
+    start: dict[str, float]
+    pixels: dict[str, float]
+    train_images: int
+    test_images: int
+
+
 class OnlineEvaluation:
     """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
 
@@ -170,10 +192,26 @@ class OnlineEvaluation:
             self._seconds += seconds
             self._log_unusable()
         self.study = study
-        figures = {f"eval/{name}": value for name, value in results.items()}
-        if study.num_unusable:
-            figures["eval/unusable_images"] = float(study.num_unusable)
-        return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
+        return _by_tag(study, results) | {"eval/seconds": seconds, "eval/time_share": self.share}
+
+    def run_before_training(self, embed: Embed, wrap: Wrap) -> Baselines | None:
+        """Evaluate the network at step 0 and the pixels, and set ``study``; not counted as time of evaluation."""
+        if self._images is None or not self._config.evaluation.evaluators:
+            return None
+        study, pixels = (
+            Study(each, self._images, self._config, self._runtime, wrap, self._failure)
+            for each in (embed, partial(_embed_pixels, self._config.crops))
+        )
+        try:
+            start: dict[str, float] = {}
+            for name in self._config.evaluation.evaluators:
+                start |= EVALUATORS[name](study)
+            by_pixels = knn(pixels) if "knn" in self._config.evaluation.evaluators else {}
+        finally:
+            self._log_unusable()
+        self.study, self._began = study, time.monotonic()
+        num_images = len(self._images.train), len(self._images.test)
+        return Baselines(_by_tag(study, start), _by_tag(pixels, by_pixels), *num_images)
 
     def _log_unusable(self) -> None:
         """Log the images that this rank found unusable since the last evaluation."""
@@ -199,6 +237,20 @@ class OnlineEvaluation:
         is_over = self.share > self._config.evaluation.max_share and self._seconds > 0
         flag = torch.full((1,), float(is_over and self._runtime.rank == 0), device=self._runtime.device)
         return bool(sum_over_ranks(flag))
+
+
+def _by_tag(study: Study, results: Mapping[str, float]) -> dict[str, float]:
+    figures = {f"eval/{name}": value for name, value in results.items()}
+    return figures | ({"eval/unusable_images": float(study.num_unusable)} if study.num_unusable else {})
+
+
+def _embed_pixels(config: CropsConfig, crops: Tensor) -> Features:
+    """Return the normalised pixels, reduced to at most ``PIXELS`` a side, in place of CLS features."""
+    pixels = normalise(crops, config.mean, config.std, torch.float32)
+    if pixels.shape[-1] > PIXELS:
+        pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="area")
+    cls = pixels.flatten(1)
+    return Features(cls, cls[:, None, :0], cls[:, None, :0])
 
 
 def _gather(rows: Rows) -> tuple[Tensor, Tensor]:

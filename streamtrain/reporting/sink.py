@@ -137,6 +137,12 @@ class MetricsSink:
             if self._progress is not None:
                 self._progress_guard.run(self._progress.update, step, scalars)
 
+    def log_before_training(self, scalars: Mapping[str, float]) -> None:
+        """Report metrics of step 0 to the trackers; ``metrics.jsonl`` begins with the first completed step."""
+        with self.stopwatch:
+            finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+            self._call_trackers("scalars", 0, finite)
+
     def image(self, step: int, image: np.ndarray, tag: str = "data/crops") -> None:
         """Show an image, uint8 [height, width, 3]."""
         self._call_trackers("image", tag, step, image)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shards.format.append_log import RETRY_SECONDS
+from shards.format.files import write_whole
 from shards.reading.mixture import AnySet
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.tree import Config
@@ -39,7 +41,7 @@ from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.profiler import Profiler
 from streamtrain.reporting.sink import BestEffort, MetricsSink
 from streamtrain.reporting.usage import StepClock, Work, memory_scalars
-from streamtrain.run.directory import describe_run
+from streamtrain.run.directory import BASELINES_NAME, describe_run
 from streamtrain.training.build import Networks
 from streamtrain.training.distill import frozen_teacher_config
 from streamtrain.training.step import StepResult, Wrap, is_due
@@ -124,10 +126,10 @@ def build_observers(
     failure = SharedFailure(config.engine.collective_timeout_seconds)
     observers = ObserverList(
         [
-            StartFiles(config, runtime),
+            StartFiles(config, runtime, shard_set.num_samples),
             Diagnostics(config, non_finite, loader.describe_samples, sink),
             SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
-            Evaluation(config, runtime, teacher, images, sink, wrap, failure),
+            Evaluation(config, runtime, teacher, images, sink, wrap, start_step, failure),
             CropPictures(config, sink),
             FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step, failure),
             Histograms(student, sink),
@@ -222,12 +224,29 @@ class Evaluation(Observer):
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink,
-        wrap: Wrap, failure: SharedFailure,
+        wrap: Wrap, start_step: int, failure: SharedFailure,
     ) -> None:  # fmt: skip
         """``images``: None disables the evaluation."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
         self._evaluation = OnlineEvaluation(config, images, runtime, failure)
-        self._projector = BestEffort("the projector")
+        self._projector, self._before = BestEffort("the projector"), BestEffort("the evaluation before training")
+        # a run that never evaluates needs no baselines
+        self._has_baselines = start_step == 0 and 0 < self._every <= config.run.steps
+        self._baselines_path = Path(config.run.dir) / BASELINES_NAME if runtime.rank == 0 else None
+
+    def start(self) -> None:
+        """Evaluate the network at step 0 and the pixels if the run is new; if that fails, the run has no baselines."""
+        if self._has_baselines:
+            self._before.run(self._measure_baselines)
+
+    def _measure_baselines(self) -> None:
+        baselines = self._evaluation.run_before_training(self._teacher.features, self._wrap)
+        if baselines is None or self._baselines_path is None:
+            return
+        self._sink.log_before_training(baselines.start)
+        if self._sink.has_trackers:
+            self._projector.run(self._show_features, 0)
+        write_whole(self._baselines_path, json.dumps(asdict(baselines), indent=1).encode())
 
     def communicates(self, result: StepResult) -> bool:
         return is_due(result.step, self._every)
@@ -375,8 +394,9 @@ class Trace(Observer):
 class StartFiles(Observer):
     """Writes the files that describe the run; on a full or failing disk it tries again after later steps."""
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        self._config, self._runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime, num_images: int) -> None:
+        """``num_images``: of ``data.shards``."""
+        self._config, self._runtime, self._num_images = config, runtime, num_images
         self._is_written = runtime.rank > 0
         self._next_attempt = 0.0
 
@@ -401,7 +421,8 @@ class StartFiles(Observer):
         config, runtime = self._config, self._runtime
         try:
             if not self._is_written:
-                describe_run(Path(config.run.dir), config, runtime.world_size, runtime.description)
+                computed = {**runtime.description, "images": self._num_images}
+                describe_run(Path(config.run.dir), config, runtime.world_size, computed)
         except OSError as error:
             return error
         self._is_written = True
