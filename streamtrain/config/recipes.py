@@ -25,7 +25,7 @@ def changed_settings(config: Config, base: Config) -> dict[str, Any]:
 def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
     """Return the name of the shipped recipe with the fewest different settings, and those settings.
 
-    The name is empty if no recipe is installed; then the settings are those that differ from their defaults.
+    The name is empty if no recipe is installed; then the settings are compared with their defaults.
     """
     found = [(name, changed_settings(config, recipe)) for name, recipe in _recipes().items()]
     return min(found, key=lambda each: len(each[1]), default=("", changed_settings(config, Config())))

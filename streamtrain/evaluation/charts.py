@@ -83,10 +83,12 @@ def svg_chart(
     if start is not None:
         line = Line("", np.concatenate([[0.0], line.steps]), np.concatenate([[start], line.values]))
     factor, unit = display_unit(tag, line.values)
-    unit = f" {unit}" if unit else ""
+    unit = f" {unit}" if unit.isalpha() or "/" in unit or " " in unit else unit
     if not len(line.steps):
         return _figure(info, tag, "", '<text x="50%" y="50%" text-anchor="middle">no finite values</text>', is_wide)
-    values, mean = line.values * factor, running_mean(line.values) * factor
+    values = line.values * factor
+    # evaluations are few and exact
+    mean = values if tag.startswith("eval/") else running_mean(values)
     fixed = [Baseline(each.name, each.value * factor) for each in baselines]
     spans = [mean, np.quantile(values, [0.01, 0.99]), np.array([each.value for each in fixed] or [mean[-1]])]
     if half_widths:
@@ -106,7 +108,7 @@ def svg_chart(
         return np.clip((top - at) / (top - bottom), -1.0, 2.0)
 
     across = (line.steps - first) / (last - first)
-    parts = [_y_axis(low, high, is_log, height), _x_axis(first, last)]
+    parts = [_y_axis(low, high, is_log, height, "%" if unit == "%" else ""), _x_axis(first, last)]
     curves = ""
     if half_widths:
         outline = [_points(across, height(values + half)), _points(across[::-1], height(values - half)[::-1])]
@@ -132,13 +134,13 @@ def _figure(info: Tag, tag: str, now: str, drawing: str, is_wide: bool) -> str:
     )
 
 
-def _y_axis(low: float, high: float, is_log: bool, height: Any) -> str:
+def _y_axis(low: float, high: float, is_log: bool, height: Any, suffix: str) -> str:
     ticks = _log_ticks(low, high) if is_log else _ticks(low, high, 4)
     lines = []
     for tick in ticks:
         y = f"{height(tick):.2%}"
         lines.append(f'<line class="grid" x2="100%" y1="{y}" y2="{y}"/>')
-        lines.append(f'<text x="-8" y="{y}" dy=".32em" text-anchor="end">{short_number(tick)}</text>')
+        lines.append(f'<text x="-8" y="{y}" dy=".32em" text-anchor="end">{short_number(tick)}{suffix}</text>')
     return "".join(lines)
 
 

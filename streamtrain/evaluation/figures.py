@@ -33,6 +33,8 @@ MARGIN, GAP, CAPTION, TITLE_SIZE, TEXT_SIZE = 24, 14, 26, 24, 14
 CHART_SCALE = 2
 CHART_WIDTH, CHART_HEIGHT = 420, 240
 _MAX_SHOWN = 1e100
+# up to this number of runs, raw values are drawn below their running mean
+_MAX_RAW = 3
 # the smallest span of a value axis, as a share of the largest value
 _MIN_RELATIVE_SPAN = 0.02
 # from this ratio of the highest to the lowest value, a logarithmic axis shows more
@@ -197,7 +199,7 @@ def draw_charts(
     if names:
         legend = figure.legend(
             [Line2D([], [], linewidth=2.5, **style) for style in styles.values()], names, ncols=legend_columns,
-            loc="upper left", bbox_to_anchor=(12 / width, 1 - (header - legend_height - 2) / height),
+            loc="upper left", bbox_to_anchor=(14 / width, 1 - (header - legend_height - 2) / height),
             fontsize=11, frameon=False, borderaxespad=0, borderpad=0.4, handlelength=1.6, labelcolor=INK,
         )  # fmt: skip
         for text in legend.get_texts():
@@ -256,7 +258,8 @@ def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     means = [running_mean(line.values) for line in lines]
-    for line in lines:
+    # the raw values of many runs would hide each other
+    for line in lines if len(lines) <= _MAX_RAW else ():
         # an opaque tint, because transparent lines of several runs would blend
         tint = tuple(0.72 + 0.28 * channel for channel in to_rgb(styles[line.name]["color"]))
         axes.plot(line.steps, line.values, color=tint, linewidth=1)

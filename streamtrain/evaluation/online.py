@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards.format.files import write_whole
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import normalise
@@ -27,6 +30,7 @@ from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.model.vit import Features
 from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
+from streamtrain.run.directory import BASELINES_NAME
 
 logger = logging.getLogger(__name__)
 # images per rank for patch retrieval
@@ -149,7 +153,7 @@ EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": pat
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the evaluation measures before the first step, by tag.
+    """Results of the evaluation before the first step, by tag.
 
     Attributes:
         start: of the network at step 0.
@@ -161,6 +165,10 @@ class Baselines:
     pixels: dict[str, float]
     train_images: int
     test_images: int
+
+    def write(self, run_dir: Path) -> None:
+        """Write ``baselines.json``; raises OSError."""
+        write_whole(run_dir / BASELINES_NAME, json.dumps(asdict(self), indent=1).encode())
 
 
 class OnlineEvaluation:

@@ -96,7 +96,7 @@ def report_page(
         logger.warning("the plan is left out: %s", printable(str(error) or type(error).__name__)[:300])
     baselines, headline = read_baselines(run), headline_tag(records, config.evaluation.best if config else None)
     if len(evaluated := _evaluation_table(records, baselines)) > 1:
-        tables["Evaluation while training"] = evaluated
+        tables = {"Evaluation while training": evaluated, **tables}
     start_name = "initial" if config and config.init.weights is not None else "untrained"
     charts, more, note = _draw_curves(records, headline, baselines, start_name)
     page = Page(
@@ -263,9 +263,9 @@ def _summary(records: Records) -> dict[str, str]:
     if parts:
         numbers["Speed"] = ", ".join(parts)
     names = (("memory/gpu_bytes", "GPU"), ("memory/peak_rss_bytes", "host"))
-    peaks = [f"{values.max() / 2**30:.2f} GiB of {name} memory" for tag, name in names if len(values := rows(tag)[0])]
+    peaks = [f"{values.max() / 2**30:.2f} GiB {name} memory" for tag, name in names if len(values := rows(tag)[0])]
     if peaks:
-        numbers["Memory"] = f"peak of {' and '.join(peaks)} (rank 0)"
+        numbers["Memory"] = f"peak {' and '.join(peaks)}, rank 0"
     (loss,) = rows("loss/total")
     if len(loss):
         numbers["Loss"] = f"{loss[0]:.3f} → {loss[-1]:.3f} from the first to the last step"

@@ -31,7 +31,9 @@ h1 { font-size: 28px; line-height: 1.25; margin: 0; } h2 { font-size: 20px; marg
 p { margin: 8px 0 0; } .soft, figcaption { color: var(--soft); font-size: 14px; }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 20px; margin: 20px 0 0; }
 .facts dt { color: var(--soft); } .facts dd { margin: 0; }
-.verdict { list-style: none; margin: 28px 0 0; padding: 0; display: grid; gap: 12px; }
+.verdict { list-style: none; margin: 28px 0 0; padding: 0; display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
+.verdict li:not(.plain) { grid-column: 1 / -1; }
 .verdict li { background: var(--card); border-left: 4px solid var(--mark); border-radius: 4px 8px 8px 4px;
   padding: 12px 16px; }
 .verdict b { color: var(--mark); display: block; } .verdict li:first-child b { font-size: 20px; }
@@ -45,6 +47,7 @@ td, th { text-align: right; padding: 6px 14px; border-bottom: 1px solid var(--li
   white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 9em; }
 th { color: var(--soft); font-size: 13px; }
+.charts + details { margin-top: 24px; }
 details { border-top: 1px solid var(--line); padding: 12px 0; } summary { cursor: pointer; font-weight: 600; }
 summary span { color: var(--soft); font-weight: 400; } details[open] > summary { margin-bottom: 12px; }
 pre { overflow: auto; max-height: 480px; background: var(--card); border-radius: 8px; padding: 16px; margin: 0;

@@ -1,4 +1,4 @@
-"""What the numbers of a run say, in words: whether it learned, whether it was stable. Torch-free."""
+"""A verdict in words on the metrics of a run: whether it learned, whether it was stable. Torch-free."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Finding:
 
 
 def read_baselines(run: Path) -> KnownBaselines:
-    """Read a run's baselines; those of a missing or damaged file are unknown."""
+    """Read a run's baselines; without a sound file they are unknown."""
     try:
         content = read_json(run / BASELINES_NAME)
         start, pixels = (

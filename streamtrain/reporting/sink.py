@@ -119,8 +119,12 @@ class MetricsSink:
         if config.monitor.tensorboard:
             openers = {"TensorBoard": partial(EventWriter, run_dir / TENSORBOARD_NAME, start_step, config)} | openers
         self._outputs = [_Output(name, open_tracker) for name, open_tracker in openers.items()]
-        if config.monitor.progress:
-            self._progress = TrainingProgress(config.run.steps, start_step)
+        self._steps, self._start_step, self._has_progress = config.run.steps, start_step, config.monitor.progress
+
+    def start_progress(self) -> None:
+        """Show progress, with times from now on."""
+        if self._metrics is not None and self._has_progress:
+            self._progress = TrainingProgress(self._steps, self._start_step)
 
     @property
     def has_trackers(self) -> bool:

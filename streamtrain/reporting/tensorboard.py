@@ -144,7 +144,7 @@ class EventWriter:
 
 @dataclass(frozen=True)
 class Logged:
-    """What the event files of a run contain besides scalars.
+    """Pictures, warnings and times from the event files of a run.
 
     Attributes:
         images: step and PNG of the latest image by tag.

@@ -1,4 +1,4 @@
-"""What the scalars of ``metrics.jsonl`` and TensorBoard mean: title, unit and description by tag. Torch-free."""
+"""Title, unit and description of each scalar of ``metrics.jsonl`` and TensorBoard, by tag. Torch-free."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TAGS = {
     "loss/patch": Tag("Masked-patch loss", "Unweighted loss on masked patches.", "nats", True),
     "loss/koleo": Tag("KoLeo loss", "Unweighted KoLeo term: low where the features spread evenly."),
     "loss/gram": Tag("Gram loss", "Unweighted difference to the patch similarities of the Gram teacher.", "", True),
-    "eval/knn_10": Tag("kNN accuracy, k = 10", "Share of held-out images classified right by 10 neighbours.", "share"),
-    "eval/knn_20": Tag("kNN accuracy, k = 20", "Share of held-out images classified right by 20 neighbours.", "share"),
+    "eval/knn_10": Tag("kNN accuracy (k = 10)", "Share of held-out images classified right by 10 neighbours.", "share"),
+    "eval/knn_20": Tag("kNN accuracy (k = 20)", "Share of held-out images classified right by 20 neighbours.", "share"),
     "eval/linear": Tag(
         "Linear probe accuracy", "Share of held-out images classified right by a linear layer.", "share"
     ),
@@ -99,5 +99,5 @@ TAGS = {
 
 
 def describe_tag(tag: str) -> Tag:
-    """Return what a tag means; an unknown tag is its own title."""
+    """Return title, unit and description of a tag; the title of an unknown tag is the tag."""
     return TAGS.get(tag) or Tag(tag, "")

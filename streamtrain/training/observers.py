@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from shards.format.append_log import RETRY_SECONDS
-from shards.format.files import write_whole
 from shards.reading.mixture import AnySet
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.tree import Config
@@ -41,7 +39,7 @@ from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.profiler import Profiler
 from streamtrain.reporting.sink import BestEffort, MetricsSink
 from streamtrain.reporting.usage import StepClock, Work, memory_scalars
-from streamtrain.run.directory import BASELINES_NAME, describe_run
+from streamtrain.run.directory import describe_run
 from streamtrain.training.build import Networks
 from streamtrain.training.distill import frozen_teacher_config
 from streamtrain.training.step import StepResult, Wrap, is_due
@@ -124,11 +122,12 @@ def build_observers(
         logger.info("no evaluation while training: %s; set evaluation.train to a labelled set", why_not)
     student, teacher = networks.student, networks.teacher
     failure = SharedFailure(config.engine.collective_timeout_seconds)
+    speed = SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step)
     observers = ObserverList(
         [
             StartFiles(config, runtime, shard_set.num_samples),
             Diagnostics(config, non_finite, loader.describe_samples, sink),
-            SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
+            speed,
             Evaluation(config, runtime, teacher, images, sink, wrap, start_step, failure),
             CropPictures(config, sink),
             FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step, failure),
@@ -138,6 +137,9 @@ def build_observers(
         failure,
     )
     observers.start()
+    # the evaluation before training is no part of the first step
+    speed.clock.restart()
+    sink.start_progress()
     return observers
 
 
@@ -193,13 +195,13 @@ class SpeedMeter(Observer):
         teacher_config = frozen_teacher_config(config) if config.teacher.kind == "frozen" else None
         self._flops = lru_cache(lambda sizes: step_flops(config, runtime.world_size, sizes, teacher_config).model)
         self._global_batch, _ = config.batch_split(runtime.world_size)
-        self._clock = StepClock(None if peak is None else peak * runtime.world_size)
+        self.clock = StepClock(None if peak is None else peak * runtime.world_size)
 
     def communicates(self, result: StepResult) -> bool:
         return self._runtime.world_size > 1 and is_due(result.step, self._config.monitor.histogram_every)
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        metrics = self._clock.tick(self._work(result.batches[0]), self._loader.wait_seconds)
+        metrics = self.clock.tick(self._work(result.batches[0]), self._loader.wait_seconds)
         metrics |= memory_scalars(self._runtime.device)
         metrics["speed/monitor_share"] = self._sink.stopwatch.share
         if self.communicates(result):
@@ -232,7 +234,7 @@ class Evaluation(Observer):
         self._projector, self._before = BestEffort("the projector"), BestEffort("the evaluation before training")
         # a run that never evaluates needs no baselines
         self._has_baselines = start_step == 0 and 0 < self._every <= config.run.steps
-        self._baselines_path = Path(config.run.dir) / BASELINES_NAME if runtime.rank == 0 else None
+        self._run_dir = Path(config.run.dir) if runtime.rank == 0 else None
 
     def start(self) -> None:
         """Evaluate the network at step 0 and the pixels if the run is new; if that fails, the run has no baselines."""
@@ -241,12 +243,11 @@ class Evaluation(Observer):
 
     def _measure_baselines(self) -> None:
         baselines = self._evaluation.run_before_training(self._teacher.features, self._wrap)
-        if baselines is None or self._baselines_path is None:
-            return
-        self._sink.log_before_training(baselines.start)
-        if self._sink.has_trackers:
-            self._projector.run(self._show_features, 0)
-        write_whole(self._baselines_path, json.dumps(asdict(baselines), indent=1).encode())
+        if baselines and self._run_dir:
+            self._sink.log_before_training(baselines.start)
+            if self._sink.has_trackers:
+                self._projector.run(self._show_features, 0)
+            baselines.write(self._run_dir)
 
     def communicates(self, result: StepResult) -> bool:
         return is_due(result.step, self._every)
