@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from streamtrain.evaluation.verdict import (
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
-from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, saved_steps
+from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 from streamtrain.run.provenance import ENVIRONMENT_NAME
+from streamtrain.run.tags import pinned_cards_url
 
 logger = logging.getLogger(__name__)
 Records = Sequence[Mapping[str, Any]]
@@ -109,7 +111,7 @@ def report_page(
         note=note,
         pictures=_pictures(images),
         tables=tables,
-        texts=_texts(run, warnings or ()),
+        texts=_texts(run, warnings or (), headline),
     )
     return render(page)
 
@@ -131,13 +133,17 @@ def _draw_curves(
             widths = {step: half_width(value, count) for step, value in points if value is not None and 0 <= value <= 1}
         return svg_chart(tag, records, lines, start, widths, is_wide)
 
-    main = [tag for tag in (headline, *_MAIN_TAGS) if tag in tags][:_MAX_MAIN]
+    main = _main_tags(headline, tags)
     topics: dict[str, list[str]] = {}
     for tag in shown:
         if tag not in main:
             topics.setdefault(_TOPICS.get(tag.partition("/")[0], "Other"), []).append(draw(tag))
     note = f"and {len(tags) - len(shown):,} more tags in {METRICS_NAME}" if len(shown) < len(tags) else ""
     return [draw(tag, index == 0 and len(main) % 2 == 1) for index, tag in enumerate(main)], topics, note
+
+
+def _main_tags(headline: str | None, tags: Collection[str]) -> list[str]:
+    return [tag for tag in (headline, *_MAIN_TAGS) if tag is not None and tag in tags][:_MAX_MAIN]
 
 
 def _select_tags(tags: Sequence[str]) -> list[str]:
@@ -166,10 +172,14 @@ def _pictures(images: Mapping[str, tuple[int, bytes]]) -> list[Picture]:
     return usable
 
 
-def _texts(run: Path, warnings: Sequence[tuple[int, str]]) -> dict[str, str]:
+def _texts(run: Path, warnings: Sequence[tuple[int, str]], headline: str | None) -> dict[str, str]:
     texts = {}
     if warnings:
         texts["Warnings"] = "\n".join(printable(text)[:2000] for _, text in warnings[-MAX_ROWS:])
+    if (run / TENSORBOARD_NAME).is_dir():
+        url = pinned_cards_url(_main_tags(headline, (headline or "", *_MAIN_TAGS)))
+        command = f"tensorboard --logdir {shlex.quote(printable(run.resolve()))}"
+        texts["TensorBoard, with these curves pinned on top"] = f"{command}\n{url}"
     return texts | {
         name: _read_text(run / name) for name in (RESOLVED_NAME, ENVIRONMENT_NAME) if (run / name).is_file()
     }

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,13 +56,6 @@ LAYOUT = {
 OUTCOMES = ("loss/total", "eval/knn_20", "speed/images_per_second")
 # settings in that table for every run
 _ALWAYS = ("data.micro_batch", "data.shards", "model.depth", "model.dim", "run.seed", "run.steps", "schedules.lr.peak")
-# pictures and texts are described like scalars
-_DESCRIPTIONS = {
-    "data/crops": "Inputs of the network: global crops with masked patches shaded, and local crops; a row per image.",
-    "features/pca": "First three principal components of the patch features of held-out images, at several steps.",
-    "features/similarity": "Cosine similarity of the patch features to the marked patch, at several steps.",
-    "warnings": "Warnings, as on the terminal.",
-}
 # texts read back, the latest ones
 _MAX_TEXTS = 100
 # of the event files of this process
@@ -101,16 +94,16 @@ class EventWriter:
         self._described: set[str] = set()
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._add(step, *(self._describe(tag, self._summary.scalar(tag, value)) for tag, value in scalars.items()))
+        self._add(step, *(each for tag, value in scalars.items() for each in self._scalar_summaries(tag, value)))
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        self._add(step, self._describe(tag, self._summary.image(tag, image, dataformats="HWC")))
+        self._add(step, self._summary.image(tag, image, dataformats="HWC"))
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
         self._add(step, self._summary.histogram(tag, values, _HISTOGRAM_BINS))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        self._add(step, self._describe(tag, self._summary.text(tag, text)))
+        self._add(step, self._summary.text(tag, text))
 
     def embedding(self, step: int, features: np.ndarray, labels: Sequence[str], thumbnails: np.ndarray) -> None:
         write_features(self._folder, step, features, labels, thumbnails)
@@ -118,14 +111,18 @@ class EventWriter:
     def close(self) -> None:
         self._log.close()
 
-    def _describe(self, tag: str, summary: Any) -> Any:
-        """Add description and unit to the first summary of a tag, where TensorBoard reads them."""
+    def _scalar_summaries(self, tag: str, value: float) -> Iterator[Any]:
+        """Yield the summary of a value; at the first value of a tag, preceded by one with its description and unit.
+
+        TensorBoard's fast reader takes descriptions from values of the newer kind only, while programs that use
+        ``EventAccumulator.Scalars`` read only the older kind. Of two values of one step the page shows the later one.
+        """
         if tag not in self._described:
             self._described.add(tag)
-            text = _DESCRIPTIONS.get(tag) or describe_tag(tag).text
-            for value in summary.value:
-                value.metadata.summary_description = text
-        return summary
+            described = self._summary.scalar(tag, value, new_style=True)
+            described.value[0].metadata.summary_description = describe_tag(tag).text
+            yield described
+        yield self._summary.scalar(tag, value)
 
     def _add(self, step: int, *summaries: Any) -> None:
         now = time.time()

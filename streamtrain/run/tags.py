@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ TAGS = {
     "memory/peak_rss_bytes": Tag("Host memory, peak", "Peak resident memory of rank 0.", "bytes"),
     "memory/gpu_bytes": Tag("GPU memory, peak", "Peak memory of the CUDA allocator of rank 0.", "bytes"),
 }
+
+
+def pinned_cards_url(tags: Sequence[str]) -> str:
+    """Return the address of a local TensorBoard with the scalars ``tags`` on top of its first page."""
+    cards = [{"plugin": "scalars", "tag": tag} for tag in tags]
+    return f"http://localhost:6006/?pinnedCards={quote(json.dumps(cards, separators=(',', ':')), safe='')}#timeseries"
 
 
 def describe_tag(tag: str) -> Tag:
