@@ -64,7 +64,7 @@ MAX_CHARTS, MAX_CHARTS_OF_GROUP = 120, 60
 MAX_PICTURES, MAX_ROWS, MAX_CHANGES = 100, 100, 5
 # with more changed settings, a run has a recipe of its own
 _MAX_OF_RECIPE = 15
-_MAX_TEXT_BYTES = 1 << 20
+_MAX_TEXT_BYTES, _MAX_FACT = 1 << 20, 300
 
 
 def report_page(
@@ -212,16 +212,15 @@ def _facts(
         )
         facts["Network"] = model
         count = f"{images:,} images" if images else "images"
-        facts["Data"] = (
-            f"{count} from {config.data.shards_text}, views of {crops.global_size} and {crops.local_size} pixels"
-        )
+        views = f"views of {crops.global_size} and {crops.local_size} pixels"
+        facts["Data"] = f"{count} from {config.data.shards_text[:_MAX_FACT]}, {views}"
     if environment:
         ranks, device = environment["world_size"], str(environment.get("device", "cpu"))
         name = device if device != "cpu" else str(environment.get("processor") or environment.get("machine") or "CPU")
         cores = environment.get("cores")
-        parts = [name, f"{ranks:,} rank{'s' if ranks > 1 else ''}"]
+        parts = [name[:_MAX_FACT], f"{ranks:,} rank{'s' if ranks > 1 else ''}"]
         parts += [f"{cores:,} cores"] if type(cores) is int and device == "cpu" else []
-        facts["Hardware"] = ", ".join([*parts, str(environment.get("dtype", ""))]).rstrip(", ")
+        facts["Hardware"] = ", ".join([*parts, str(environment.get("dtype", ""))[:_MAX_FACT]]).rstrip(", ")
     began, ended = period
     if began is None:
         began = (run / RESOLVED_NAME).stat().st_mtime
@@ -247,7 +246,7 @@ def _recipe_text(config: Config) -> str:
         return f"own recipe{closest} ({len(changed)} settings differ)"
     if not changed:
         return recipe
-    first = [f"{key}={value}"[:200] for key, value in list(changed.items())[:MAX_CHANGES]]
+    first = [f"{key}={value}"[:_MAX_FACT] for key, value in list(changed.items())[:MAX_CHANGES]]
     more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
     return f"{recipe} with {', '.join(first)}{more}"
 
