@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -166,10 +167,6 @@ class Baselines:
     train_images: int
     test_images: int
 
-    def write(self, run_dir: Path) -> None:
-        """Write ``baselines.json``; raises OSError."""
-        write_whole(run_dir / BASELINES_NAME, json.dumps(asdict(self), indent=1).encode())
-
 
 class OnlineEvaluation:
     """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
@@ -178,6 +175,8 @@ class OnlineEvaluation:
         """``images``: None disables the evaluation."""
         self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
         self._began, self._seconds = time.monotonic(), 0.0
+        # waits for a full or failing disk
+        self._unwritten: Baselines | None = None
         self.study: Study | None = None
 
     @property
@@ -200,10 +199,14 @@ class OnlineEvaluation:
             self._seconds += seconds
             self._log_unusable()
         self.study = study
+        self._write_baselines()
         return _by_tag(study, results) | {"eval/seconds": seconds, "eval/time_share": self.share}
 
     def run_before_training(self, embed: Embed, wrap: Wrap) -> Baselines | None:
-        """Evaluate the network at step 0 and the pixels, and set ``study``; not counted as time of evaluation."""
+        """Evaluate the network at step 0 and the pixels, set ``study`` and write ``baselines.json``.
+
+        Not counted as time of evaluation.
+        """
         if self._images is None or not self._config.evaluation.evaluators:
             return None
         study, pixels = (
@@ -219,7 +222,17 @@ class OnlineEvaluation:
             self._log_unusable()
         self.study, self._began = study, time.monotonic()
         num_images = len(self._images.train), len(self._images.test)
-        return Baselines(_by_tag(study, start), _by_tag(pixels, by_pixels), *num_images)
+        baselines = self._unwritten = Baselines(_by_tag(study, start), _by_tag(pixels, by_pixels), *num_images)
+        self._write_baselines()
+        return baselines
+
+    def _write_baselines(self) -> None:
+        """Write ``baselines.json`` on rank 0 if it is due; if that fails, the next evaluation tries again."""
+        if self._unwritten is not None and self._runtime.rank == 0:
+            content = json.dumps(asdict(self._unwritten), indent=1).encode()
+            with suppress(OSError):
+                write_whole(Path(self._config.run.dir) / BASELINES_NAME, content)
+                self._unwritten = None
 
     def _log_unusable(self) -> None:
         """Log the images that this rank found unusable since the last evaluation."""

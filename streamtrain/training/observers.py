@@ -234,7 +234,6 @@ class Evaluation(Observer):
         self._projector, self._before = BestEffort("the projector"), BestEffort("the evaluation before training")
         # a run that never evaluates needs no baselines
         self._has_baselines = start_step == 0 and 0 < self._every <= config.run.steps
-        self._run_dir = Path(config.run.dir) if runtime.rank == 0 else None
 
     def start(self) -> None:
         """Evaluate the network at step 0 and the pixels if the run is new; if that fails, the run has no baselines."""
@@ -243,11 +242,10 @@ class Evaluation(Observer):
 
     def _measure_baselines(self) -> None:
         baselines = self._evaluation.run_before_training(self._teacher.features, self._wrap)
-        if baselines and self._run_dir:
+        if baselines:
             self._sink.log_before_training(baselines.start)
             if self._sink.has_trackers:
                 self._projector.run(self._show_features, 0)
-            baselines.write(self._run_dir)
 
     def communicates(self, result: StepResult) -> bool:
         return is_due(result.step, self._every)

@@ -82,7 +82,10 @@ def test_several_runs_share_a_legend_and_have_their_own_colours() -> None:
 
 def test_a_run_has_the_same_colour_in_every_chart_although_others_lack_a_tag() -> None:
     runs = {
-        name: [{"step": step, "a": index + step / 40, **({"b": 1.0 + index * step} if index else {})} for step in range(1, 40)]
+        name: [
+            {"step": step, "a": index + step / 40, **({"b": 1.0 + index * step} if index else {})}
+            for step in range(1, 40)
+        ]
         for index, name in enumerate(("x", "y", "z"))
     }
     page = draw_charts(runs, ["a", "b"], "Curves", "three runs")
