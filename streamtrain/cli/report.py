@@ -48,12 +48,15 @@ def render_run(run_dir: Path) -> str:
     if not records:
         return report_page(run_dir, [], {})
     # TensorBoard takes a second to load
-    from streamtrain.reporting.tensorboard import latest_images
+    from streamtrain.reporting.tensorboard import Logged, read_logged
 
-    images: dict[str, tuple[int, bytes]] = {}
+    folder, logged = run_dir / TENSORBOARD_NAME, Logged()
+    is_readable = folder.is_dir()
     try:
-        images = latest_images(run_dir / TENSORBOARD_NAME)
+        logged = read_logged(folder)
     # a damaged event file makes TensorBoard raise almost anything
     except Exception as error:
+        is_readable = False
         logger.warning("%s cannot be read (%s); its pictures are left out", TENSORBOARD_NAME, type(error).__name__)
-    return report_page(run_dir, records, images)
+    warnings = logged.warnings if is_readable else None
+    return report_page(run_dir, records, logged.images, warnings, (logged.began, logged.ended))

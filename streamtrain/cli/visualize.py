@@ -128,13 +128,16 @@ def parse_patch(text: str) -> tuple[int, int]:
 
 def draw_curves(arguments: argparse.Namespace) -> Image.Image:
     runs = {}
-    for run_dir in arguments.run:
+    # a run given twice is one run
+    folders = {run_dir.resolve(): run_dir for run_dir in arguments.run}
+    is_ambiguous = len({folder.name for folder in folders}) < len(folders)
+    for folder, run_dir in folders.items():
         path = run_dir / METRICS_NAME
         if not path.is_file():
             raise StreamtrainError(f"{run_dir} is not a run directory with results: {METRICS_NAME} is missing")
-        runs[str(run_dir)] = list(read_metrics(path))
+        runs[str(run_dir) if is_ambiguous else folder.name] = list(read_metrics(path))
     steps = max((record["step"] for records in runs.values() for record in records), default=0)
-    subtitle = f"{', '.join(run_dir.name for run_dir in arguments.run)} · {steps} steps"
+    subtitle = f"{next(iter(runs)) if len(runs) == 1 else f'{len(runs)} runs'} · {steps:,} steps"
     page = draw_charts(runs, arguments.tags, "Curves", subtitle)
     if page is None:
         raise StreamtrainError(f"none of the runs has logged any of {', '.join(arguments.tags)}"[:500])

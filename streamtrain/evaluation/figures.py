@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import printable
+from streamtrain.run.tags import describe_tag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +33,12 @@ MARGIN, GAP, CAPTION, TITLE_SIZE, TEXT_SIZE = 24, 14, 26, 24, 14
 CHART_SCALE = 2
 CHART_WIDTH, CHART_HEIGHT = 420, 240
 _MAX_SHOWN = 1e100
+# up to this number of runs, raw values are drawn below their running mean
+_MAX_RAW = 3
+# the smallest span of a value axis, as a share of the largest value
+_MIN_RELATIVE_SPAN = 0.02
+# from this ratio of the highest to the lowest value, a logarithmic axis shows more
+_LOG_RATIO = 50.0
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def draw_charts(
         name: {"color": PALETTE[index % len(PALETTE)], "linestyle": dashes[index // len(PALETTE) % len(dashes)]}
         for index, name in enumerate(runs)
     }
-    names = [shorten(name, width - 80, 11) for name in runs] if len(runs) > 1 else []
+    names = [shorten_middle(name, width - 80, 11) for name in runs] if len(runs) > 1 else []
     legend_columns = max(1, int((width - 40) / (max((_text_width(name, 11) for name in names), default=1) + 44)))
     legend_height = 8 + 16.8 * math.ceil(len(names) / legend_columns) if names else 0
     header = (64 if title else 0) + legend_height
@@ -192,7 +199,7 @@ def draw_charts(
     if names:
         legend = figure.legend(
             [Line2D([], [], linewidth=2.5, **style) for style in styles.values()], names, ncols=legend_columns,
-            loc="upper left", bbox_to_anchor=(12 / width, 1 - (header - legend_height - 2) / height),
+            loc="upper left", bbox_to_anchor=(14 / width, 1 - (header - legend_height - 2) / height),
             fontsize=11, frameon=False, borderaxespad=0, borderpad=0.4, handlelength=1.6, labelcolor=INK,
         )  # fmt: skip
         for text in legend.get_texts():
@@ -213,12 +220,15 @@ def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str
     """Draw the raw values faintly and their running mean on top, with a dot at its end.
 
     The value axis spans the running means and the middle 98 % of the values, so that a spike does not flatten the rest.
+    It is logarithmic where the running means span decades.
     """
     from matplotlib.colors import to_rgb
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
+    factor, unit = display_unit(tag, np.concatenate([line.values for line in lines]))
+    lines = [replace(line, values=line.values * factor) for line in lines]
     axes.set_title(
-        shorten(tag, CHART_WIDTH - 40, 12.5),
+        shorten(f"{tag} ({unit})" if unit else tag, CHART_WIDTH - 40, 12.5),
         loc="left",
         color=INK,
         fontsize=12.5,
@@ -242,15 +252,22 @@ def _draw_chart(axes: Axes, tag: str, lines: Sequence[Line], styles: Mapping[str
             transform=axes.transAxes,
         )  # fmt: skip
         return
+    is_log = is_log_scale(tag, [running_mean(line.values) for line in lines])
+    if is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     means = [running_mean(line.values) for line in lines]
-    for line in lines:
+    # the raw values of many runs would hide each other
+    for line in lines if len(lines) <= _MAX_RAW else ():
         # an opaque tint, because transparent lines of several runs would blend
         tint = tuple(0.72 + 0.28 * channel for channel in to_rgb(styles[line.name]["color"]))
         axes.plot(line.steps, line.values, color=tint, linewidth=1)
     for line, mean in zip(lines, means, strict=True):
         axes.plot(line.steps, mean, **styles[line.name], linewidth=2, solid_capstyle="round")
         axes.plot(line.steps[-1:], mean[-1:], "o", color=styles[line.name]["color"], markersize=5, clip_on=False)
-    low, high = _value_range([*means, *(np.quantile(line.values, [0.01, 0.99]) for line in lines)])
+    spans = means if is_log else [*means, *(np.quantile(line.values, [0.01, 0.99]) for line in lines)]
+    low, high = value_range(spans, is_log)
     axes.set_ylim(low, high)
     first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
     axes.set_xlim(first, last if last > first else first + 1)
@@ -282,13 +299,35 @@ def shorten(text: str, width: float, size: float) -> str:
     return text.rstrip() + "…"
 
 
-def _value_range(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Return limits a little wider than the values; never empty."""
+def value_range(values: Sequence[np.ndarray], is_log: bool = False) -> tuple[float, float]:
+    """Return limits a little wider than the values, and wide enough that a nearly constant curve looks flat."""
     low, high = min(float(part.min()) for part in values), max(float(part.max()) for part in values)
-    # a constant differs from its running mean by rounding
-    is_constant = high - low <= 1e-9 * max(abs(high), abs(low))
-    margin = max(abs(high) * 0.05, 1e-6) if is_constant else (high - low) * 0.06
+    if is_log:
+        margin = (high / low) ** 0.06
+        return low / margin, high * margin
+    missing = _MIN_RELATIVE_SPAN * max(abs(low), abs(high)) - (high - low)
+    if low == high == 0:
+        return -0.05, 1.0
+    margin = max((high - low) * 0.06, missing / 2)
     return low - margin, high + margin
+
+
+def is_log_scale(tag: str, values: Sequence[np.ndarray]) -> bool:
+    """Return whether a tag whose values may span decades does so here; all values must be positive."""
+    low, high = min(float(part.min()) for part in values), max(float(part.max()) for part in values)
+    return describe_tag(tag).is_logarithmic and low > 0 and high / low >= _LOG_RATIO
+
+
+def display_unit(tag: str, values: np.ndarray) -> tuple[float, str]:
+    """Return the factor from a tag's values to the numbers that are shown, and their unit or an empty string."""
+    unit, highest = describe_tag(tag).unit, values.max(initial=0.0)
+    if unit == "share":
+        return 100.0, "%"
+    if unit == "bytes":
+        return (2.0**-30, "GiB") if highest >= 2**30 else (2.0**-20, "MiB")
+    if unit == "seconds":
+        return (1e3, "ms") if highest < 0.5 else (1.0, "s")
+    return 1.0, unit
 
 
 def _new_figure(width: float, height: float, dpi: int) -> Figure:
@@ -307,6 +346,19 @@ def _render(figure: Figure) -> Image.Image:
         warnings.filterwarnings("ignore", message="Glyph")
         figure.canvas.draw()
     return Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+
+
+def shorten_middle(text: str, width: float, size: float) -> str:
+    """Return ``text`` like ``shorten``, but cut in the middle: names of runs often differ at the end."""
+    text = printable(text)
+    if len(text) > width:
+        text = f"{text[: int(width / 2)]}…{text[-int(width / 2) :]}"
+    kept = len(text) // 2
+    shown = text
+    while kept and _text_width(shown, size) > width:
+        kept -= 1
+        shown = f"{text[:kept]}…{text[-kept:]}"
+    return shown
 
 
 def _write(axes: Axes, x: float, y: float, text: str, colour: str, size: float) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards.format.files import write_whole
+from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
+from streamtrain.data.batch import normalise
 from streamtrain.engine.runtime import Runtime
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import crop_batches
@@ -24,12 +31,16 @@ from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.model.vit import Features
 from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
+from streamtrain.run.directory import BASELINES_NAME
 
 logger = logging.getLogger(__name__)
 # images per rank for patch retrieval
 RETRIEVED = 64
 # images per rank in the projector, and the side of their thumbnails in pixels
 SHOWN, THUMBNAIL = 400, 32
+
+# side in pixels to which images are reduced for the baseline of pixels
+PIXELS = 32
 
 # uint8 [images, side, side, 3] to features; a collective call of all ranks
 Embed = Callable[[Tensor], Features]
@@ -141,6 +152,22 @@ def patches(study: Study) -> dict[str, float]:
 EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": patches}
 
 
+@dataclass(frozen=True)
+class Baselines:
+    """Results of the evaluation before the first step, by tag.
+
+    Attributes:
+        start: of the network at step 0.
+        pixels: of the pixels as features; kNN only.
+        train_images, test_images: numbers of images.
+    """
+
+    start: dict[str, float]
+    pixels: dict[str, float]
+    train_images: int
+    test_images: int
+
+
 class OnlineEvaluation:
     """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
 
@@ -148,6 +175,8 @@ class OnlineEvaluation:
         """``images``: None disables the evaluation."""
         self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
         self._began, self._seconds = time.monotonic(), 0.0
+        # waits for a full or failing disk
+        self._unwritten: Baselines | None = None
         self.study: Study | None = None
 
     @property
@@ -170,10 +199,40 @@ class OnlineEvaluation:
             self._seconds += seconds
             self._log_unusable()
         self.study = study
-        figures = {f"eval/{name}": value for name, value in results.items()}
-        if study.num_unusable:
-            figures["eval/unusable_images"] = float(study.num_unusable)
-        return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
+        self._write_baselines()
+        return _by_tag(study, results) | {"eval/seconds": seconds, "eval/time_share": self.share}
+
+    def run_before_training(self, embed: Embed, wrap: Wrap) -> Baselines | None:
+        """Evaluate the network at step 0 and the pixels, set ``study`` and write ``baselines.json``.
+
+        Not counted as time of evaluation.
+        """
+        if self._images is None or not self._config.evaluation.evaluators:
+            return None
+        study, pixels = (
+            Study(each, self._images, self._config, self._runtime, wrap, self._failure)
+            for each in (embed, partial(_embed_pixels, self._config.crops))
+        )
+        try:
+            start: dict[str, float] = {}
+            for name in self._config.evaluation.evaluators:
+                start |= EVALUATORS[name](study)
+            by_pixels = knn(pixels) if "knn" in self._config.evaluation.evaluators else {}
+        finally:
+            self._log_unusable()
+        self.study, self._began = study, time.monotonic()
+        num_images = len(self._images.train), len(self._images.test)
+        baselines = self._unwritten = Baselines(_by_tag(study, start), _by_tag(pixels, by_pixels), *num_images)
+        self._write_baselines()
+        return baselines
+
+    def _write_baselines(self) -> None:
+        """Write ``baselines.json`` on rank 0 if it is due; if that fails, the next evaluation tries again."""
+        if self._unwritten is not None and self._runtime.rank == 0:
+            content = json.dumps(asdict(self._unwritten), indent=1).encode()
+            with suppress(OSError):
+                write_whole(Path(self._config.run.dir) / BASELINES_NAME, content)
+                self._unwritten = None
 
     def _log_unusable(self) -> None:
         """Log the images that this rank found unusable since the last evaluation."""
@@ -199,6 +258,20 @@ class OnlineEvaluation:
         is_over = self.share > self._config.evaluation.max_share and self._seconds > 0
         flag = torch.full((1,), float(is_over and self._runtime.rank == 0), device=self._runtime.device)
         return bool(sum_over_ranks(flag))
+
+
+def _by_tag(study: Study, results: Mapping[str, float]) -> dict[str, float]:
+    figures = {f"eval/{name}": value for name, value in results.items()}
+    return figures | ({"eval/unusable_images": float(study.num_unusable)} if study.num_unusable else {})
+
+
+def _embed_pixels(config: CropsConfig, crops: Tensor) -> Features:
+    """Return the normalised pixels, reduced to at most ``PIXELS`` a side, in place of CLS features."""
+    pixels = normalise(crops, config.mean, config.std, torch.float32)
+    if pixels.shape[-1] > PIXELS:
+        pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="area")
+    cls = pixels.flatten(1)
+    return Features(cls, cls[:, None, :0], cls[:, None, :0])
 
 
 def _gather(rows: Rows) -> tuple[Tensor, Tensor]:

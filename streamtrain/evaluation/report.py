@@ -1,4 +1,4 @@
-"""A self-contained HTML report of a run: numbers, curves, pictures and settings in one file.
+"""A self-contained HTML report of a run: its verdict, curves, pictures and settings in one file.
 
 The run directory is untrusted: all text is escaped, and a file that cannot be read is left out with a
 warning.
@@ -6,88 +6,81 @@ warning.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import logging
 import math
+import shlex
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from shards.errors import printable, printable_lines
 from shards.format.files import read_json
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
+from streamtrain.config.recipes import nearest_recipe
+from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.figures import draw_charts
+from streamtrain.evaluation.charts import Baseline, svg_chart
+from streamtrain.evaluation.report_html import Page, Picture, render
+from streamtrain.evaluation.verdict import (
+    KnownBaselines,
+    half_width,
+    headline_tag,
+    image_count,
+    judge_learning,
+    judge_stability,
+    read_baselines,
+)
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
-from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, saved_steps
+from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 from streamtrain.run.provenance import ENVIRONMENT_NAME
+from streamtrain.run.tags import pinned_cards_url
 
 logger = logging.getLogger(__name__)
 Records = Sequence[Mapping[str, Any]]
-_MAX_RANKS, _MAX_SECONDS = 1 << 20, 1e12
-# order of the charts: losses and evaluations first, the machine last
-_TAG_GROUPS = ("loss", "eval", "features", "teacher", "optim", "speed", "data", "memory")
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e26; --soft: #6e727e; --paper: #fff; --line: #e3e5ea; --card: #f6f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8ee; --soft: #9aa0ae; --paper: #14161b; --line: #2b2f38; --card: #1c1f26; }
+_MAX_RANKS, _MAX_SECONDS, _MAX_IMAGES = 1 << 20, 1e12, 1 << 50
+# curves that are always shown, after the evaluation; the first ones that the run logged
+_MAIN_TAGS = (
+    "loss/total", "features/rank", "optim/gradient_norm", "speed/images_per_second", "teacher/entropy", "optim/lr",
+)  # fmt: skip
+_MAX_MAIN = 5
+# titles of the folded curves by the tags' first part, in order
+_TOPICS = {
+    "eval": "Evaluation", "loss": "Losses", "features": "Features", "teacher": "Teacher", "optim": "Optimizer",
+    "watch": "Optimizer", "speed": "Speed", "data": "Data", "memory": "Memory",
+}  # fmt: skip
+_CAPTIONS = {
+    "features/pca": "First three principal components of the patch features, up to step {step:,}",
+    "features/similarity": "Cosine similarity to the marked patch, up to step {step:,}",
+    "data/crops": "Inputs of the network at step {step:,}",
 }
-body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 28px; margin: 0; } h2 { font-size: 20px; margin: 40px 0 12px; }
-p.soft, figcaption { color: var(--soft); margin: 4px 0 0; font-size: 14px; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 12px; margin-top: 24px; }
-.numbers div { background: var(--card); border-radius: 8px; padding: 12px 16px; }
-.numbers b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
-.numbers span { color: var(--soft); font-size: 13px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 16px; }
-.charts img { width: 100%; box-sizing: border-box; border: 1px solid var(--line); border-radius: 8px; }
-figure { margin: 0 0 24px; } figure img { max-width: 100%; border-radius: 4px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { text-align: right; padding: 6px 16px; border-bottom: 1px solid var(--line); font-weight: 400; }
-td:first-child, th:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-size: 13px; }
-details { border-top: 1px solid var(--line); padding: 12px 0; } summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; background: var(--card); border-radius: 8px; padding: 16px; font-size: 13px; }
-"""
-
-
-# charts on a page, in all and of one group: each takes about 60 ms to draw
+# charts on a page, in all and of one group
 MAX_CHARTS, MAX_CHARTS_OF_GROUP = 120, 60
-MAX_PICTURES, MAX_ROWS = 100, 100
-_MAX_TEXT_BYTES = 1 << 20
-# kinds of pictures that cannot contain scripts, by their first bytes
-_PICTURE_KINDS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
+MAX_PICTURES, MAX_ROWS, MAX_CHANGES = 100, 100, 5
+# with more changed settings, a run has a recipe of its own
+_MAX_OF_RECIPE = 15
+_MAX_TEXT_BYTES, _MAX_FACT = 1 << 20, 300
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image on the page, with a caption below it."""
-
-    content: bytes
-    caption: str
-
-    @property
-    def kind(self) -> str | None:
-        """``png``, ``jpeg``, or None for any other content, which is never shown."""
-        return next((kind for start, kind in _PICTURE_KINDS.items() if self.content.startswith(start)), None)
-
-
-def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, bytes]]) -> str:
+def report_page(
+    run: Path,
+    records: Records,
+    images: Mapping[str, tuple[int, bytes]],
+    warnings: Sequence[tuple[int, str]] | None = None,
+    period: tuple[float | None, float | None] = (None, None),
+) -> str:
     """Return the report of a run directory as HTML.
 
     Args:
         records: of its ``metrics.jsonl``.
         images: step and PNG or JPEG of the latest image by TensorBoard tag; other images are left out.
+        warnings: step and text of the run's warnings; None if they were not kept.
+        period: when the run began and last wrote, in seconds since 1970; None if unknown.
 
     Raises:
         StreamtrainError: if ``run`` is not a run directory, or has no completed step.
@@ -96,30 +89,61 @@ def report_page(run: Path, records: Records, images: Mapping[str, tuple[int, byt
         raise StreamtrainError(f"{run} is not a run directory: it has no {RESOLVED_NAME}")
     if not records:
         raise StreamtrainError(f"{run} has nothing to report yet: its {METRICS_NAME} has no step")
+    config, environment, tables = None, {}, {}
+    try:
+        environment, config = _read_environment(run), read_resolved(run)
+        tables["Plan and measurement"] = _plan_table(run, config, environment, records)
+    # planning with settings of an untrusted run can raise any exception
+    except Exception as error:
+        logger.warning("the plan is left out: %s", printable(str(error) or type(error).__name__)[:300])
+    baselines, headline = read_baselines(run), headline_tag(records, config.evaluation.best if config else None)
+    if len(evaluated := _evaluation_table(records, baselines)) > 1:
+        tables = {"Evaluation while training": evaluated, **tables}
+    start_name = "initial" if config and config.init.weights is not None else "untrained"
+    charts, more, note = _draw_curves(records, headline, baselines, start_name)
+    page = Page(
+        title=f"Run {run.resolve().name}",
+        facts=_facts(run, config, environment, records, period),
+        findings=[judge_learning(records, headline, baselines, start_name), judge_stability(records, warnings)],
+        numbers=_summary(records),
+        charts=charts,
+        more_charts=more,
+        note=note,
+        pictures=_pictures(images),
+        tables=tables,
+        texts=_texts(run, warnings or (), headline),
+    )
+    return render(page)
+
+
+def _draw_curves(
+    records: Records, headline: str | None, baselines: KnownBaselines, start_name: str
+) -> tuple[list[str], dict[str, list[str]], str]:
+    """Return the main charts, the others by topic, and a note about tags that are left out."""
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=_tag_order)
     shown = _select_tags(tags)
-    # one run per chart, so its name would add nothing
-    charts = (draw_charts({"": records}, [tag]) for tag in shown)
-    curves = [Picture(_to_png(chart), tag) for chart, tag in zip(charts, shown, strict=True) if chart is not None]
-    pictures = [Picture(content, f"{tag}, step {step}") for tag, (step, content) in images.items()]
-    usable = [picture for picture in pictures if picture.kind][:MAX_PICTURES]
-    if len(usable) < len(pictures):
-        logger.warning("%d pictures are left out: more than %d, or neither PNG nor JPEG", len(pictures) - len(usable),
-                       MAX_PICTURES)  # fmt: skip
-    texts = {name: _read_text(run / name) for name in (RESOLVED_NAME, ENVIRONMENT_NAME) if (run / name).is_file()}
-    steps = saved_steps(run)
-    saved = f"checkpoints at steps {', '.join(map(str, steps))}" if steps else "no checkpoint yet"
-    notes = {"Curves": f"and {len(tags) - len(shown):,} more tags in {METRICS_NAME}" if len(shown) < len(tags) else ""}
-    tables = {}
-    if (run / ENVIRONMENT_NAME).is_file():
-        try:
-            tables["Plan and measurement"] = _plan_table(run, records)
-        # planning with settings of an untrusted run can raise any exception
-        except Exception as error:
-            logger.warning("the plan is left out: %s", printable(str(error) or type(error).__name__)[:300])
-    if len(evaluated := _evaluation_table(records)) > 1:
-        tables["Evaluation while training"] = evaluated
-    return _render(f"Run {run.resolve().name}", saved, _summary(records), curves, usable, texts, tables, notes)
+
+    def draw(tag: str, is_wide: bool = False) -> str:
+        named = {start_name: baselines.start.get(tag), "pixels": baselines.pixels.get(tag)}
+        lines = [Baseline(name, value) for name, value in named.items() if value is not None]
+        count, start = image_count(tag, baselines), baselines.start.get(tag)
+        widths = None
+        if count and start is not None:
+            points = [(0, start), *((record["step"], record.get(tag)) for record in records)]
+            widths = {step: half_width(value, count) for step, value in points if value is not None and 0 <= value <= 1}
+        return svg_chart(tag, records, lines, start, widths, is_wide)
+
+    main = _main_tags(headline, tags)
+    topics: dict[str, list[str]] = {}
+    for tag in shown:
+        if tag not in main:
+            topics.setdefault(_TOPICS.get(tag.partition("/")[0], "Other"), []).append(draw(tag))
+    note = f"and {len(tags) - len(shown):,} more tags in {METRICS_NAME}" if len(shown) < len(tags) else ""
+    return [draw(tag, index == 0 and len(main) % 2 == 1) for index, tag in enumerate(main)], topics, note
+
+
+def _main_tags(headline: str | None, tags: Collection[str]) -> list[str]:
+    return [tag for tag in (headline, *_MAIN_TAGS) if tag is not None and tag in tags][:_MAX_MAIN]
 
 
 def _select_tags(tags: Sequence[str]) -> list[str]:
@@ -134,6 +158,33 @@ def _select_tags(tags: Sequence[str]) -> list[str]:
     return selected[:MAX_CHARTS]
 
 
+def _pictures(images: Mapping[str, tuple[int, bytes]]) -> list[Picture]:
+    """Return the usable pictures, feature maps first."""
+    order = {tag: index for index, tag in enumerate(_CAPTIONS)}
+    pictures = [
+        Picture(content, _CAPTIONS.get(tag, "").format(step=step) or f"{tag}, step {step}")
+        for tag, (step, content) in sorted(images.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    ]
+    usable = [picture for picture in pictures if picture.kind][:MAX_PICTURES]
+    if len(usable) < len(pictures):
+        logger.warning("%d pictures are left out: more than %d, or neither PNG nor JPEG", len(pictures) - len(usable),
+                       MAX_PICTURES)  # fmt: skip
+    return usable
+
+
+def _texts(run: Path, warnings: Sequence[tuple[int, str]], headline: str | None) -> dict[str, str]:
+    texts = {}
+    if warnings:
+        texts["Warnings"] = "\n".join(printable(text)[:2000] for _, text in warnings[-MAX_ROWS:])
+    if (run / TENSORBOARD_NAME).is_dir():
+        url = pinned_cards_url(_main_tags(headline, (headline or "", *_MAIN_TAGS)))
+        command = f"tensorboard --logdir {shlex.quote(printable(run.resolve()))}"
+        texts["TensorBoard, with these curves pinned on top"] = f"{command}\n{url}"
+    return texts | {
+        name: _read_text(run / name) for name in (RESOLVED_NAME, ENVIRONMENT_NAME) if (run / name).is_file()
+    }
+
+
 def _read_text(path: Path) -> str:
     """Return the beginning of a text file, with everything but its lines escaped."""
     try:
@@ -144,10 +195,66 @@ def _read_text(path: Path) -> str:
     return printable_lines(content.decode(errors="backslashreplace"))
 
 
+def _facts(
+    run: Path, config: Config | None, environment: Mapping[str, Any], records: Records,
+    period: tuple[float | None, float | None],
+) -> dict[str, str]:  # fmt: skip
+    """Return the lines at the top of the page by name."""
+    facts, last = {}, records[-1]
+    step, slot = last["step"], min(max(last.get("slot", 0), 0), _MAX_IMAGES)
+    images = environment.get("images")
+    images = images if type(images) is int and 0 < images < _MAX_IMAGES else None
+    if config is not None:
+        crops = config.crops
+        facts["Recipe"] = _recipe_text(config)
+        model = (
+            f"ViT with {config.model.depth} blocks of {config.model.dim}, patches of {config.model.patch_size} pixels"
+        )
+        facts["Network"] = model
+        count = f"{images:,} images" if images else "images"
+        views = f"views of {crops.global_size} and {crops.local_size} pixels"
+        facts["Data"] = f"{count} from {config.data.shards_text[:_MAX_FACT]}, {views}"
+    if environment:
+        ranks, device = environment["world_size"], str(environment.get("device", "cpu"))
+        name = device if device != "cpu" else str(environment.get("processor") or environment.get("machine") or "CPU")
+        cores = environment.get("cores")
+        parts = [name[:_MAX_FACT], f"{ranks:,} rank{'s' if ranks > 1 else ''}"]
+        parts += [f"{cores:,} cores"] if type(cores) is int and device == "cpu" else []
+        facts["Hardware"] = ", ".join([*parts, str(environment.get("dtype", ""))[:_MAX_FACT]]).rstrip(", ")
+    began, ended = period
+    if began is None:
+        began = (run / RESOLVED_NAME).stat().st_mtime
+    facts["Started"] = _date(began)
+    seconds = sum(record.get("speed/step_seconds") or 0.0 for record in records)
+    duration = _duration(min(seconds, _MAX_SECONDS)) if seconds > 0 else "unknown duration"
+    of_all = f" of {config.run.steps:,}" if config is not None else ""
+    epochs = f" = {slot / images:,.3g} epochs" if images else ""
+    facts["Training"] = f"{duration} for {step:,}{of_all} steps, {slot:,} images seen{epochs}"
+    if ended is not None and config is not None and step < config.run.steps:
+        facts["Last step"] = _date(ended)
+    steps = saved_steps(run)
+    listed = [f"{each:,}" for each in steps]
+    listed = [*listed[:2], "…", *listed[-2:]] if len(listed) > 6 else listed
+    facts["Checkpoints"] = f"steps {'; '.join(listed)}" if steps else "none yet"
+    return facts
+
+
+def _recipe_text(config: Config) -> str:
+    recipe, changed = nearest_recipe(config)
+    if not recipe or len(changed) > _MAX_OF_RECIPE:
+        closest = f"; the closest shipped one is {recipe}" if recipe else ""
+        return f"own recipe{closest} ({len(changed)} settings differ)"
+    if not changed:
+        return recipe
+    first = [f"{key}={value}"[:_MAX_FACT] for key, value in list(changed.items())[:MAX_CHANGES]]
+    more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
+    return f"{recipe} with {', '.join(first)}{more}"
+
+
 @np.errstate(all="ignore")
 def _summary(records: Records) -> dict[str, str]:
-    last = records[-1]
-    numbers = {"steps": f"{last['step']:,}", "images seen": f"{last.get('slot', 0):,}"}
+    """Return sentences about speed and memory by title."""
+    numbers = {}
 
     def rows(*tags: str) -> np.ndarray:
         """Return the values of records that have all ``tags``: float64 [tags, records]."""
@@ -155,42 +262,47 @@ def _summary(records: Records) -> dict[str, str]:
         return np.array([row for row in found if None not in row], np.float64).reshape(-1, len(tags)).T
 
     (seconds,), (speed,) = rows("speed/step_seconds"), rows("speed/images_per_second")
+    parts = [f"{np.median(speed):,.1f} images per second"] if len(speed) else []
     if len(seconds):
-        numbers["total time of steps"] = _duration(float(min(seconds.sum(), _MAX_SECONDS)))
         middle, slow = np.quantile(seconds, [0.5, 0.99])
-        numbers["step, median and 99th percentile"] = f"{middle:.2f} s, {slow:.2f} s"
-    if len(speed):
-        numbers["images per second, median"] = f"{np.median(speed):.1f}"
+        parts.append(f"{middle:.2f} s per step (median; 99th percentile {slow:.2f} s)")
     timed, wait = rows("speed/step_seconds", "data/wait_share")
     if timed.sum() > 0:
-        numbers["share of time waiting for data"] = f"{wait @ timed / timed.sum():.1%}"
-    for tag, name in (("loss/total", "loss, first to last"), ("eval/knn_20", "kNN (k = 20), first to last")):
-        (values,) = rows(tag)
-        if len(values):
-            numbers[name] = f"{values[0]:.3f} → {values[-1]:.3f}"
-    for tag, name in (("memory/gpu_bytes", "peak GPU memory"), ("memory/peak_rss_bytes", "peak host memory")):
-        (values,) = rows(tag)
-        if len(values):
-            numbers[name] = f"{values.max() / 2**30:.2f} GiB"
+        parts.append(f"{wait @ timed / timed.sum():.1%} of the time waiting for data")
+    if parts:
+        numbers["Speed"] = ", ".join(parts)
+    names = (("memory/gpu_bytes", "GPU"), ("memory/peak_rss_bytes", "host"))
+    peaks = [f"{values.max() / 2**30:.2f} GiB {name} memory" for tag, name in names if len(values := rows(tag)[0])]
+    if peaks:
+        numbers["Memory"] = f"peak {' and '.join(peaks)}, rank 0"
+    (loss,) = rows("loss/total")
+    if len(loss):
+        numbers["Loss"] = f"{loss[0]:.3f} → {loss[-1]:.3f} from the first to the last step"
     return numbers
 
 
-def _plan_table(run: Path, records: Records) -> list[list[str]]:
-    """Return planned and measured memory, FLOPs and disk space.
+def _read_environment(run: Path) -> dict[str, Any]:
+    """Return ``environment.json``.
 
     Raises:
-        ValueError: if the run's files do not describe it.
+        ValueError: if it is missing or does not describe a run.
     """
     try:
         environment = read_json(run / ENVIRONMENT_NAME)
+    except OSError as error:
+        raise ValueError(f"{ENVIRONMENT_NAME} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{ENVIRONMENT_NAME} cannot be read: {error}") from None
     if not isinstance(environment, dict) or type(world_size := environment.get("world_size")) is not int:
         raise ValueError(f"{ENVIRONMENT_NAME} is damaged")
     if not 0 < world_size <= _MAX_RANKS:
         raise ValueError(f"{ENVIRONMENT_NAME} states {world_size} ranks")
-    config = read_resolved(run)
-    device = str(environment.get("device", "cpu"))
+    return environment
+
+
+def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], records: Records) -> list[list[str]]:
+    """Return planned and measured memory, FLOPs and disk space; settings of an untrusted run raise any exception."""
+    world_size, device = environment["world_size"], str(environment.get("device", "cpu"))
     on_gpu = device != "cpu"
     planned = plan(config, world_size, on_gpu=on_gpu, bf16=environment.get("dtype") == "bf16")
     tag = "memory/gpu_bytes" if on_gpu else "memory/peak_rss_bytes"
@@ -210,81 +322,35 @@ def _plan_table(run: Path, records: Records) -> list[list[str]]:
     ]
 
 
-def _evaluation_table(records: Records) -> list[list[str]]:
-    """Return each metric at its first, best and latest evaluation; only the header row if there are none."""
-    rows = [["", "first", "highest", "last"]]
+def _evaluation_table(records: Records, baselines: KnownBaselines) -> list[list[str]]:
+    """Return the baselines and the first, highest and last value of each metric; without any, only the header row."""
+    has_start, has_pixels = bool(baselines.start), bool(baselines.pixels)
+    rows = [["", *(["pixels"] if has_pixels else []), *(["step 0"] if has_start else []), "first", "highest", "last"]]
     tags = dict.fromkeys(tag for record in records for tag in record if tag.startswith("eval/"))
     for tag in list(tags)[:MAX_ROWS]:
         values = [(record[tag], record["step"]) for record in records if record.get(tag) is not None]
-        if values and tag not in ("eval/seconds", "eval/time_share"):
+        if values and tag not in ("eval/seconds", "eval/time_share", "eval/unusable_images"):
+            known = [baselines.pixels.get(tag)] if has_pixels else []
+            known += [baselines.start.get(tag)] if has_start else []
+            cells = ["" if value is None else f"{value:.1%}" for value in known]
             shown = (values[0], max(values), values[-1])
-            rows.append([tag.removeprefix("eval/"), *(f"{value:.1%} (step {step})" for value, step in shown)])
+            rows.append([tag.removeprefix("eval/"), *cells, *(f"{value:.1%} (step {step})" for value, step in shown)])
     return rows
 
 
-def _render(
-    title: str,
-    subtitle: str,
-    numbers: Mapping[str, str],
-    charts: Sequence[Picture],
-    pictures: Sequence[Picture],
-    texts: Mapping[str, str],
-    tables: Mapping[str, list[list[str]]],
-    notes: Mapping[str, str],
-) -> str:
-    """Return the page as HTML; the first row of each table holds the column headers."""
-    cards = "".join(
-        f"<div><b>{_escape(value)}</b><span>{_escape(name)}</span></div>" for name, value in numbers.items()
-    )
-    parts = [f"<h1>{_escape(title)}</h1>", f'<p class="soft">{_escape(subtitle)}</p>']
-    parts.append(f'<div class="numbers">{cards}</div>')
-    if charts:
-        images = "".join(_image_tag(chart) for chart in charts)
-        parts.append(f'<h2>Curves</h2><div class="charts">{images}</div>')
-        parts += [f'<p class="soft">{_escape(note)}</p>'] if (note := notes.get("Curves")) else []
-    for name, (headers, *rows) in tables.items():
-        head = "".join(f"<th>{_escape(cell)}</th>" for cell in headers)
-        body = "".join(f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        parts.append(f"<h2>{_escape(name)}</h2><table><tr>{head}</tr>{body}</table>")
-    if pictures:
-        figures = (f"<figure>{_image_tag(p)}<figcaption>{_escape(p.caption)}</figcaption></figure>" for p in pictures)
-        parts.append(f"<h2>Pictures</h2>{''.join(figures)}")
-    if texts:
-        parts.append("<h2>Details</h2>")
-    for name, text in texts.items():
-        parts.append(f"<details><summary>{_escape(name)}</summary><pre>{html.escape(text)}</pre></details>")
-    body = "\n".join(parts)
-    # the empty icon keeps browsers from requesting one
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _image_tag(picture: Picture) -> str:
-    data = base64.b64encode(picture.content).decode()
-    return f'<img alt="{_escape(picture.caption)}" src="data:image/{picture.kind};base64,{data}">'
-
-
-def _escape(text: str) -> str:
-    """Return one line of text for HTML."""
-    return html.escape(printable(text))
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%-d %B %Y, %H:%M UTC", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "unknown"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _tag_order(tag: str) -> tuple[int, str]:
     group = tag.partition("/")[0]
-    return (_TAG_GROUPS.index(group) if group in _TAG_GROUPS else len(_TAG_GROUPS), tag)
-
-
-def _to_png(chart: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    # for lines and text a palette is enough, at a third of the bytes
-    chart.quantize(128).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return (list(_TOPICS).index(group) if group in _TOPICS else len(_TOPICS), tag)

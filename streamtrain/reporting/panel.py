@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from streamtrain.data.batch import Batch
@@ -12,6 +15,8 @@ GAP = 6  # pixels between crops; rows and margins have twice that
 BACKGROUND = 245  # grey
 MASK_COLOUR = np.array([28, 30, 46], np.float32)
 MASK_OPACITY = 0.82
+INK, SOFT_INK = (28, 30, 38), (100, 104, 116)
+LABEL_HEIGHT, LINE, TEXT_SIZE = 40, 16, 12  # pixels, of the labels above the first row
 MIN_SIDE = 128  # smaller global crops are magnified by an integer factor, up to this side
 
 
@@ -23,7 +28,7 @@ def batch_panel(batch: Batch, samples: int) -> np.ndarray:
 def crops_panel(
     global_crops: Tensor, local_crops: Tensor, grid_mask: Tensor, batch_size: int, samples: int
 ) -> np.ndarray:
-    """Draw the first ``samples`` samples of a micro-batch.
+    """Draw the first ``samples`` samples of a micro-batch, one per row, under a row of labels.
 
     Args:
         global_crops: uint8 [V * B, H, H, 3], view-major.
@@ -49,16 +54,32 @@ def crops_panel(
     columns = -(-len(local[0]) // column)
     width = len(global_views[0]) * (high + GAP) + columns * (small + GAP) + 3 * GAP
     row_height = max(high, column * (small + GAP) - GAP if columns else 0)
-    panel = np.full((rows * (row_height + 2 * GAP) + 2 * GAP, width, 3), BACKGROUND, np.uint8)
+    panel = np.full((LABEL_HEIGHT + rows * (row_height + 2 * GAP), width, 3), BACKGROUND, np.uint8)
     for row in range(rows):
-        top, left = 2 * GAP + row * (row_height + 2 * GAP), 2 * GAP
+        top, left = LABEL_HEIGHT + row * (row_height + 2 * GAP), 2 * GAP
         for crop in global_views[row]:
             panel[top : top + high, left : left + high] = crop
             left += high + GAP
         for index, crop in enumerate(local[row]):
             y, x = top + (index % column) * (small + GAP), left + (index // column) * (small + GAP)
             panel[y : y + small, x : x + small] = crop
+    labels = [(f"global view {view + 1}", "masked: dark") for view in range(len(global_views[0]))]
+    starts = [2 * GAP + view * (high + GAP) for view in range(len(labels) + bool(columns))]
+    if columns:
+        labels.append((f"{len(local[0])} local views", "never masked"))
+    _draw_labels(panel, labels, starts)
     return panel
+
+
+def _draw_labels(panel: np.ndarray, labels: Sequence[tuple[str, str]], starts: Sequence[int]) -> None:
+    """Write the two lines of each label at its start in pixels, without lines that would reach the next label."""
+    picture = Image.fromarray(panel[:LABEL_HEIGHT])
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE)
+    for label, left, right in zip(labels, starts, [*starts[1:], panel.shape[1]], strict=True):
+        for index, (line, colour) in enumerate(zip(label, (INK, SOFT_INK), strict=True)):
+            if left + draw.textlength(line, font) <= right:
+                draw.text((left, GAP + index * LINE), line, colour, font)
+    panel[:LABEL_HEIGHT] = np.asarray(picture)
 
 
 def _magnify(crop: np.ndarray, zoom: int) -> np.ndarray:

@@ -119,8 +119,12 @@ class MetricsSink:
         if config.monitor.tensorboard:
             openers = {"TensorBoard": partial(EventWriter, run_dir / TENSORBOARD_NAME, start_step, config)} | openers
         self._outputs = [_Output(name, open_tracker) for name, open_tracker in openers.items()]
-        if config.monitor.progress:
-            self._progress = TrainingProgress(config.run.steps, start_step)
+        self._steps, self._start_step, self._has_progress = config.run.steps, start_step, config.monitor.progress
+
+    def start_progress(self) -> None:
+        """Show progress, with times from now on."""
+        if self._metrics is not None and self._has_progress:
+            self._progress = TrainingProgress(self._steps, self._start_step)
 
     @property
     def has_trackers(self) -> bool:
@@ -136,6 +140,12 @@ class MetricsSink:
             self._call_trackers("scalars", step, finite)
             if self._progress is not None:
                 self._progress_guard.run(self._progress.update, step, scalars)
+
+    def log_before_training(self, scalars: Mapping[str, float]) -> None:
+        """Report metrics of step 0 to the trackers; ``metrics.jsonl`` begins with the first completed step."""
+        with self.stopwatch:
+            finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+            self._call_trackers("scalars", 0, finite)
 
     def image(self, step: int, image: np.ndarray, tag: str = "data/crops") -> None:
         """Show an image, uint8 [height, width, 3]."""

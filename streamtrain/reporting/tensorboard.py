@@ -12,18 +12,21 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
+from shards.credentials import strip_values
 from shards.errors import printable
 from shards.format.append_log import AppendLog
+from streamtrain.config.recipes import leaves, nearest_recipe
 from streamtrain.config.tree import Config
 from streamtrain.reporting.projector import write_features
+from streamtrain.run.tags import describe_tag
 
 # charts of the "custom scalars" page, each given by patterns of tags
 LAYOUT = {
@@ -51,6 +54,10 @@ LAYOUT = {
 }  # fmt: skip
 # metrics in the table that compares runs
 OUTCOMES = ("loss/total", "eval/knn_20", "speed/images_per_second")
+# settings in that table for every run
+_ALWAYS = ("data.micro_batch", "data.shards", "model.depth", "model.dim", "run.seed", "run.steps", "schedules.lr.peak")
+# texts read back, the latest ones
+_MAX_TEXTS = 100
 # of the event files of this process
 _NUMBERS = itertools.count()
 # the bins of SummaryWriter: 10 % wide, from 1e-12 to 1e20
@@ -74,7 +81,8 @@ class EventWriter:
         # TensorBoard reads the files of a folder in the order of their names
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
         self._log = AppendLog(folder / name, prepare=partial(folder.mkdir, exist_ok=True))
-        first = start_step + 1
+        # a new run hides step 0 of an earlier start, too
+        first = start_step + 1 if start_step else 0
         start = SessionLog(status=SessionLog.START)
         self._write(
             Event(wall_time=time.time(), file_version="brain.Event:2"),
@@ -83,9 +91,10 @@ class EventWriter:
         layout = summary.custom_scalars(LAYOUT)
         # SummaryWriter.add_hparams would write to a second folder
         self._add(0, layout, *summary.hparams(hyperparameters(config), dict.fromkeys(OUTCOMES)))
+        self._described: set[str] = set()
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._add(step, *(self._summary.scalar(tag, value) for tag, value in scalars.items()))
+        self._add(step, *(each for tag, value in scalars.items() for each in self._scalar_summaries(tag, value)))
 
     def image(self, tag: str, step: int, image: np.ndarray) -> None:
         self._add(step, self._summary.image(tag, image, dataformats="HWC"))
@@ -102,6 +111,19 @@ class EventWriter:
     def close(self) -> None:
         self._log.close()
 
+    def _scalar_summaries(self, tag: str, value: float) -> Iterator[Any]:
+        """Yield the summary of a value; at the first value of a tag, preceded by one with its description and unit.
+
+        TensorBoard's fast reader takes descriptions from values of the newer kind only, while programs that use
+        ``EventAccumulator.Scalars`` read only the older kind. Of two values of one step the page shows the later one.
+        """
+        if tag not in self._described:
+            self._described.add(tag)
+            described = self._summary.scalar(tag, value, new_style=True)
+            described.value[0].metadata.summary_description = describe_tag(tag).text
+            yield described
+        yield self._summary.scalar(tag, value)
+
     def _add(self, step: int, *summaries: Any) -> None:
         now = time.time()
         self._write(*(self._event(wall_time=now, step=step, summary=summary) for summary in summaries))
@@ -117,19 +139,48 @@ class EventWriter:
         self._log.append(content.getvalue())
 
 
-def latest_images(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Return step and PNG of the latest image by tag, from a folder of event files."""
+@dataclass(frozen=True)
+class Logged:
+    """Pictures, warnings and times from the event files of a run.
+
+    Attributes:
+        images: step and PNG of the latest image by tag.
+        warnings: step and text of the latest warnings, oldest first.
+        began, ended: time of the first and the last event, in seconds since 1970; None if there are none.
+    """
+
+    images: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)
+    warnings: Sequence[tuple[int, str]] = ()
+    began: float | None = None
+    ended: float | None = None
+
+
+def read_logged(folder: Path) -> Logged:
+    """Read a folder of event files; a missing folder is empty. TensorBoard raises almost anything for damaged files."""
     if not folder.is_dir():
-        return {}
+        return Logged()
     _use_tensorflow_stub()
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )
 
-    events = EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 1, "histograms": 1, "tensors": 1})
+    kept = {"images": 1, "scalars": 1, "histograms": 1, "tensors": _MAX_TEXTS}
+    events = EventAccumulator(str(folder), size_guidance=kept)
     events.Reload()
     images = {tag: events.Images(tag)[-1] for tag in events.Tags()["images"]}
-    return {tag: (image.step, image.encoded_image_string) for tag, image in images.items()}
+    tag = "warnings/text_summary"
+    texts = events.Tensors(tag) if tag in events.Tags()["tensors"] else []
+    latest = [event.wall_time for scalar in events.Tags()["scalars"] for event in events.Scalars(scalar)]
+    return Logged(
+        {tag: (image.step, image.encoded_image_string) for tag, image in images.items()},
+        [
+            (text.step, line.decode(errors="replace"))
+            for text in sorted(texts, key=lambda event: event.step)
+            for line in text.tensor_proto.string_val[:1]
+        ],
+        events.FirstEventTimestamp() if images or texts or latest else None,
+        max(latest, default=None),
+    )
 
 
 def _use_tensorflow_stub() -> None:
@@ -138,23 +189,22 @@ def _use_tensorflow_stub() -> None:
 
 
 def hyperparameters(config: Config) -> dict[str, bool | float | str]:
-    """Return the settings that differ from their defaults, and a few that are always listed."""
-    defaults = dict(_leaves(Config(), ""))
-    always = ("data.micro_batch", "model.depth", "model.dim", "run.seed", "run.steps", "schedules.lr.peak")
-    values: dict[str, bool | float | str] = {}
-    for key, value in _leaves(config, ""):
+    """Return the nearest recipe, the settings in which the run differs from it, and a few that are always listed."""
+    recipe, changed = nearest_recipe(config)
+    return {"recipe": recipe, **_plain({key: v for key, v in leaves(config) if key in _ALWAYS or key in changed})}
+
+
+def changed_hyperparameters(config: Config) -> dict[str, bool | float | str]:
+    """Return all settings that differ from their defaults, and a few that are always listed."""
+    defaults = dict(leaves(Config()))
+    return _plain({key: v for key, v in leaves(config) if key in _ALWAYS or v != defaults[key]})
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Return the settings that affect the result, as numbers and text."""
+    return {
+        key: value if isinstance(value, bool | int | float) else printable(value)
+        for key, value in strip_values(dict(settings)).items()
         # reporting and output paths do not affect the result
-        if key.startswith(("monitor.", "evaluation.", "run.dir")) or value is None:
-            continue
-        if key in always or value != defaults[key]:
-            values[key] = value if isinstance(value, bool | int | float) else printable(value)
-    return values
-
-
-def _leaves(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+        if value is not None and not key.startswith(("monitor.", "evaluation.", "run.dir"))
+    }

@@ -15,7 +15,7 @@ import numpy as np
 from streamtrain.config.monitor import MonitorConfig
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
-from streamtrain.reporting.tensorboard import hyperparameters
+from streamtrain.reporting.tensorboard import changed_hyperparameters
 
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 _BINS = 64  # of a histogram
@@ -58,7 +58,7 @@ class WandbTracker:
         self._wandb = importlib.import_module("wandb")
         name = run_dir.resolve()
         self._run = self._wandb.init(
-            project=config.monitor.project, name=name.name, dir=str(run_dir), config=hyperparameters(config),
+            project=config.monitor.project, name=name.name, dir=str(run_dir), config=changed_hyperparameters(config),
             id=hashlib.sha256(str(name).encode()).hexdigest()[:16], resume="allow",
         )  # fmt: skip
         # wandb's own step never decreases, and would drop the steps repeated after a crash
@@ -93,7 +93,7 @@ class MlflowTracker:
         else:
             run = self._mlflow.start_run(run_name=run_dir.resolve().name)
             run_id.write_text(f"{run.info.run_id}\n")
-            self._mlflow.log_params(hyperparameters(config))
+            self._mlflow.log_params(changed_hyperparameters(config))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(scalars), step=step)

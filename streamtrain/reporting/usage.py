@@ -64,6 +64,10 @@ class StepClock:
         self._peak_flops = peak_flops
         self._recent: deque[float] = deque(maxlen=RECENT)
 
+    def restart(self) -> None:
+        """Let the first step begin now."""
+        self._last = time.perf_counter()
+
     def tick(self, work: Work, wait_seconds: float) -> dict[str, float]:
         """Return the metrics of the step that ends now; ``wait_seconds``: the loader's total waiting time."""
         now = time.perf_counter()

@@ -28,6 +28,8 @@ METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
+# evaluation of the network at step 0 and of the pixels
+BASELINES_NAME = "baselines.json"
 # of failures that do not end the run
 TRACEBACKS_NAME = "tracebacks.log"
 # the two kinds of checkpoints, and their folders: the whole state of the run, or only the teacher
@@ -205,11 +207,11 @@ def check_weights(config: Config, source: Path | None) -> None:
         read_resolved(Path(config.teacher.weights))
 
 
-def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, str]) -> None:
+def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, Any]) -> None:
     """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it. Raises OSError.
 
     Args:
-        computed: ``device`` and ``dtype`` of the computation.
+        computed: ``device`` and ``dtype`` of the computation, and the number of ``images``.
     """
     document = json.dumps(describe_environment(world_size) | dict(computed), indent=1)
     for name, text in {RESOLVED_NAME: to_yaml(config), ENVIRONMENT_NAME: f"{document}\n"}.items():

@@ -35,9 +35,20 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor_name(),
         "cores": os.cpu_count(),
         "world_size": world_size,
     }
+
+
+def _processor_name() -> str:
+    """Return the model of the CPU, or the empty string if the system does not name it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = (line.partition(":") for line in file)
+            return next((value.strip() for key, _, value in lines if key.strip() == "model name"), "")
+    except OSError:
+        return platform.processor()
 
 
 def _code_digest() -> str:

@@ -122,12 +122,13 @@ def build_observers(
         logger.info("no evaluation while training: %s; set evaluation.train to a labelled set", why_not)
     student, teacher = networks.student, networks.teacher
     failure = SharedFailure(config.engine.collective_timeout_seconds)
+    speed = SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step)
     observers = ObserverList(
         [
-            StartFiles(config, runtime),
+            StartFiles(config, runtime, shard_set.num_samples),
             Diagnostics(config, non_finite, loader.describe_samples, sink),
-            SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step),
-            Evaluation(config, runtime, teacher, images, sink, wrap, failure),
+            speed,
+            Evaluation(config, runtime, teacher, images, sink, wrap, start_step, failure),
             CropPictures(config, sink),
             FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step, failure),
             Histograms(student, sink),
@@ -136,6 +137,9 @@ def build_observers(
         failure,
     )
     observers.start()
+    # the evaluation before training is no part of the first step
+    speed.clock.restart()
+    sink.start_progress()
     return observers
 
 
@@ -191,13 +195,13 @@ class SpeedMeter(Observer):
         teacher_config = frozen_teacher_config(config) if config.teacher.kind == "frozen" else None
         self._flops = lru_cache(lambda sizes: step_flops(config, runtime.world_size, sizes, teacher_config).model)
         self._global_batch, _ = config.batch_split(runtime.world_size)
-        self._clock = StepClock(None if peak is None else peak * runtime.world_size)
+        self.clock = StepClock(None if peak is None else peak * runtime.world_size)
 
     def communicates(self, result: StepResult) -> bool:
         return self._runtime.world_size > 1 and is_due(result.step, self._config.monitor.histogram_every)
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        metrics = self._clock.tick(self._work(result.batches[0]), self._loader.wait_seconds)
+        metrics = self.clock.tick(self._work(result.batches[0]), self._loader.wait_seconds)
         metrics |= memory_scalars(self._runtime.device)
         metrics["speed/monitor_share"] = self._sink.stopwatch.share
         if self.communicates(result):
@@ -222,12 +226,26 @@ class Evaluation(Observer):
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink,
-        wrap: Wrap, failure: SharedFailure,
+        wrap: Wrap, start_step: int, failure: SharedFailure,
     ) -> None:  # fmt: skip
         """``images``: None disables the evaluation."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
         self._evaluation = OnlineEvaluation(config, images, runtime, failure)
-        self._projector = BestEffort("the projector")
+        self._projector, self._before = BestEffort("the projector"), BestEffort("the evaluation before training")
+        # a run that never evaluates needs no baselines
+        self._has_baselines = start_step == 0 and 0 < self._every <= config.run.steps
+
+    def start(self) -> None:
+        """Evaluate the network at step 0 and the pixels if the run is new; if that fails, the run has no baselines."""
+        if self._has_baselines:
+            self._before.run(self._measure_baselines)
+
+    def _measure_baselines(self) -> None:
+        baselines = self._evaluation.run_before_training(self._teacher.features, self._wrap)
+        if baselines:
+            self._sink.log_before_training(baselines.start)
+            if self._sink.has_trackers:
+                self._projector.run(self._show_features, 0)
 
     def communicates(self, result: StepResult) -> bool:
         return is_due(result.step, self._every)
@@ -375,8 +393,9 @@ class Trace(Observer):
 class StartFiles(Observer):
     """Writes the files that describe the run; on a full or failing disk it tries again after later steps."""
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        self._config, self._runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime, num_images: int) -> None:
+        """``num_images``: of ``data.shards``."""
+        self._config, self._runtime, self._num_images = config, runtime, num_images
         self._is_written = runtime.rank > 0
         self._next_attempt = 0.0
 
@@ -401,7 +420,8 @@ class StartFiles(Observer):
         config, runtime = self._config, self._runtime
         try:
             if not self._is_written:
-                describe_run(Path(config.run.dir), config, runtime.world_size, runtime.description)
+                computed = {**runtime.description, "images": self._num_images}
+                describe_run(Path(config.run.dir), config, runtime.world_size, computed)
         except OSError as error:
             return error
         self._is_written = True

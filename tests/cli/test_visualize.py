@@ -116,6 +116,14 @@ def test_curves_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     # a format that Pillow writes, but not with these pixels
     assert exit_status(["visualize", "curves", "--run", "a", "--out", "c.blp"]) == 2
     assert "error: c.blp: this format cannot hold the page" in capsys.readouterr().err and not Path("c.blp").exists()
+    # two runs of the same name are named by their paths, and a run given twice is drawn once
+    (folder / "other" / "a").mkdir(parents=True)
+    (folder / "other" / "a" / "metrics.jsonl").write_text((folder / "a" / "metrics.jsonl").read_text())
+    sizes = []
+    for runs in (["a"], ["a", "./a", str(folder / "a")], ["a", "other/a"]):
+        assert exit_status(["visualize", "curves", "--run", *runs, "--out", "same.png"]) == 0
+        sizes.append(Image.open("same.png").height)
+    assert sizes[0] == sizes[1] < sizes[2]
     page = np.asarray(Image.open("c.png"))
     for colour in ((0, 114, 178), (213, 94, 0)):
         assert (page == colour).all(-1).sum() > 300

@@ -284,7 +284,7 @@ def traced(self, name):
     if name in type(self).model_fields:
         code = sys._getframe(1).f_code
         in_validator = "/streamtrain/config/" in code.co_filename and code.co_name.startswith("_")
-        in_table = code.co_filename.endswith("/streamtrain/reporting/tensorboard.py") and code.co_name == "_leaves"
+        in_table = code.co_filename.endswith("/streamtrain/config/recipes.py") and code.co_name == "leaves"
         if not in_validator and not in_table:
             read.add(f"{type(self).__name__}.{name}")
     return plain(self, name)

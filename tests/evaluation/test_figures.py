@@ -13,15 +13,19 @@ from streamtrain.evaluation.figures import (
     Tile,
     draw_charts,
     draw_page,
+    is_log_scale,
     photo,
     read_lines,
     running_mean,
     short_number,
     shorten,
+    shorten_middle,
+    value_range,
 )
 from streamtrain.evaluation.figures import _text_width as text_width
 
 RED = (230, 30, 40)
+COLOURS = (0, 114, 178), (213, 94, 0), (0, 158, 115)
 
 
 def test_importing_evaluation_imports_no_matplotlib() -> None:
@@ -74,6 +78,50 @@ def test_several_runs_share_a_legend_and_have_their_own_colours() -> None:
     for colour in ((0, 114, 178), (213, 94, 0)):
         assert (pixels == colour).all(-1).sum() > 300
     assert not (np.asarray(alone) == (213, 94, 0)).all(-1).any() and page.height > alone.height
+
+
+def test_a_run_has_the_same_colour_in_every_chart_although_others_lack_a_tag() -> None:
+    runs = {
+        name: [
+            {"step": step, "a": index + step / 40, **({"b": 1.0 + index * step} if index else {})}
+            for step in range(1, 40)
+        ]
+        for index, name in enumerate(("x", "y", "z"))
+    }
+    page = draw_charts(runs, ["a", "b"], "Curves", "three runs")
+    assert page is not None
+    left, right = np.split(np.asarray(page), 2, axis=1)
+    blue, orange, green = ((left == colour).all(-1)[200:].sum() for colour in COLOURS)
+    assert min(blue, orange, green) > 100
+    # run x has no tag b; the others keep their colours
+    blue, orange, green = ((right == colour).all(-1)[200:].sum() for colour in COLOURS)
+    assert blue == 0 and min(orange, green) > 100
+
+
+def test_many_runs_with_long_names_stay_distinguishable() -> None:
+    names = [f"experiments/a-long-folder-name/{'very-' * 30}long-run-name-{index}" for index in range(9)]
+    shown = [shorten_middle(name, 300, 11) for name in names]
+    assert len(set(shown)) == 9 and all(text_width(name, 11) <= 300 for name in shown)
+    assert (
+        shown[0].startswith("experiments") and shown[0].endswith("-0") and shorten_middle("short", 300, 11) == "short"
+    )
+    runs = {name: [{"step": step, "a": step + index} for step in (1, 2, 3)] for index, name in enumerate(names)}
+    page = draw_charts(runs, ["a", "b"], "Curves", "nine runs")
+    assert page is not None and page.width == 840
+
+
+def test_axes_of_flat_and_of_steep_curves() -> None:
+    low, high = value_range([np.array([2.0, 2.0 + 1e-9])])
+    assert 0.03 < high - low < 0.1 and low < 2.0 < high
+    assert value_range([np.zeros(3)]) == (-0.05, 1.0)
+    steep = [np.array([100.0, 0.1])]
+    assert is_log_scale("optim/gradient_norm", steep) and not is_log_scale("speed/images_per_second", steep)
+    assert not is_log_scale("loss/total", [np.array([100.0, -0.1])])
+    records = [{"step": step, "optim/gradient_norm": 10.0 ** (2 - step / 50)} for step in range(1, 200)]
+    chart = np.asarray(draw_charts({"": records}, ["optim/gradient_norm"]))
+    rows, columns = np.nonzero((chart == COLOURS[0]).all(-1))
+    # a straight line from corner to corner
+    assert abs(np.corrcoef(rows, columns)[0, 1]) > 0.99
 
 
 def test_a_spike_does_not_flatten_the_curve() -> None:

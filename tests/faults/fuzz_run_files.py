@@ -19,6 +19,7 @@ from tiny_backbone import tiny_backbone
 from shards.reading.quarantine import Quarantine
 from streamtrain.checkpoint.retention import best_value, read_best
 from streamtrain.evaluation import over_time
+from streamtrain.evaluation.verdict import judge_learning, read_baselines
 from streamtrain.interop.export import export_backbone
 from streamtrain.interop.load import load_weights
 from streamtrain.reporting.metrics import read_metrics, truncate_after
@@ -61,6 +62,15 @@ def read_best_file(content: bytes) -> None:
     best = read_best(HERE)
     assert best is None or isinstance(best["step"], int)
     best_value(HERE, "eval/knn", 9)
+
+
+BASELINES = {"start": {"eval/knn_20": 0.5}, "pixels": {"eval/knn_20": 0.4}, "train_images": 8, "test_images": 2}
+
+
+def read_baselines_file(content: bytes) -> None:
+    (HERE / "baselines.json").write_bytes(content)
+    known = read_baselines(HERE)
+    judge_learning([{"step": 1, "eval/knn_20": 0.6}], "eval/knn_20", known, "untrained")
 
 
 def make_maps() -> bytes:
@@ -123,6 +133,7 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "metrics": (lambda: json_lines(METRICS), read_metrics_file),
     "quarantine": (lambda: json_lines(QUARANTINE), read_quarantine),
     "best": (lambda: json_lines([{"step": 2, "metric": "eval/knn", "value": 0.5}]), read_best_file),
+    "baselines": (lambda: json_lines([BASELINES]), read_baselines_file),
     "maps": (map_files, read_maps),
     "weights": (weights, read_weights),
 }

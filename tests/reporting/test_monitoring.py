@@ -17,10 +17,11 @@ from tiny_run import command
 
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import read_resolved
-from streamtrain.evaluation.features import extract_features
+from streamtrain.evaluation.features import extract_features, pixel_features
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.evaluation.knn import knn_accuracy
 from streamtrain.evaluation.linear import linear_accuracy
+from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.interop.load import load_run
 
 STEPS = 30
@@ -94,6 +95,20 @@ def test_pictures_are_drawn_at_their_interval_and_feature_maps_before_the_first_
     ]  # fmt: skip
     labels = (run / "tensorboard" / "projector" / "latest-labels.tsv").read_text().split()
     assert set(labels) == set(CLASSES) and len(labels) == 4  # rank 0's half of a fifth of 40
+
+
+def test_the_network_at_step_0_and_the_pixels_are_evaluated(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    baselines = json.loads((run / "baselines.json").read_text())
+    for tag in ("eval/knn_10", "eval/knn_20", "eval/linear", "eval/patch_retrieval"):
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        assert list(values) == [0, 10, 20, 30] and values[0] == pytest.approx(baselines["start"][tag])
+    images, _ = held_out(read_resolved(run), ShardSet.open(run.parent / "set"))
+    assert images is not None and (baselines["train_images"], baselines["test_images"]) == (32, 8)
+    crops = {"size": 32, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    expected = knn_accuracy(*(row for each in (images.train, images.test) for row in pixel_features(each, **crops)))
+    assert {f"eval/knn_{count}": value for count, value in expected.items()} == pytest.approx(baselines["pixels"])
 
 
 def test_evaluation_on_two_ranks_agrees_with_the_checkpoint_on_one(run: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamtrain.reporting.panel import crops_panel, draw_mask
+from streamtrain.reporting.panel import GAP, LABEL_HEIGHT, crops_panel, draw_mask
 
 
 def test_mask_covers_its_patches_and_no_others() -> None:
@@ -31,7 +31,8 @@ def test_panel_holds_every_view_of_the_samples_it_shows(size: int, local: int, v
     )
     assert panel.dtype == np.uint8 and panel.ndim == 3 and panel.shape[2] == 3
     zoom = max(128 // size, 1)
-    values, counts = np.unique(panel[..., 0], return_counts=True)
+    # without the row of labels
+    values, counts = np.unique(panel[LABEL_HEIGHT:, :, 0], return_counts=True)
     area = dict(zip(values.tolist(), counts.tolist(), strict=True))
     shown = {view * batch + row for view in range(2) for row in range(rows)}
     assert {value for value in area if value < 100} == shown
@@ -39,6 +40,18 @@ def test_panel_holds_every_view_of_the_samples_it_shows(size: int, local: int, v
     locals_shown = {100 + view * batch + row for view in range(views) for row in range(rows)}
     assert {value for value in area if 100 <= value < 240} == locals_shown
     assert all(area[value] == (local * zoom) ** 2 for value in locals_shown)
+
+
+@pytest.mark.parametrize("size", [16, 128, 224])
+def test_each_column_has_a_label(size: int) -> None:
+    crops, masks = torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.zeros(2, 16, dtype=torch.bool)
+    local = torch.zeros(4, size // 2, size // 2, 3, dtype=torch.uint8)
+    plain = crops_panel(crops, local, masks, 1, 1)[:LABEL_HEIGHT]
+    columns = np.flatnonzero((plain < 128).any((0, 2)))
+    side = size * max(128 // size, 1)
+    for start in (2 * GAP, 2 * GAP + side + GAP, 2 * GAP + 2 * (side + GAP)):
+        # each label begins at the left edge of its column
+        assert ((start <= columns) & (columns < start + 8)).any() and start <= columns.max()
 
 
 def test_more_rows_than_samples_shows_all() -> None:

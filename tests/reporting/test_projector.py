@@ -8,7 +8,7 @@ from google.protobuf import text_format
 from PIL import Image
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-from streamtrain.reporting.projector import write_features
+from streamtrain.reporting.projector import frame_by_label, write_features
 
 
 def entries_in(folder: Path) -> list[Any]:
@@ -28,12 +28,32 @@ def test_first_and_latest_features_are_both_shown(tmp_path: Path) -> None:
         assert (tmp_path / entry.metadata_path).read_text().splitlines() == ["a", "b c", "a", "a", "a"]
         sprite = np.asarray(Image.open(tmp_path / entry.sprite.image_path))
         assert sprite.shape == (24, 24, 3) and list(entry.sprite.single_image_dim) == [8, 8]
-        assert np.array_equal(sprite[8:16, 8:16], thumbnails[4])
+        # the fifth thumbnail, inside its frame
+        assert np.array_equal(sprite[9:15, 9:15], thumbnails[4][1:7, 1:7])
     # a new run in the same folder replaces the first features
     write_features(tmp_path, 10, features[20], ["x"] * 5, thumbnails)
     assert np.allclose(np.loadtxt(tmp_path / shown[1].tensor_path), features[20], rtol=1e-4)
-    assert [entry.tensor_name for entry in entries_in(tmp_path)] == ["first, step 10"]
+    assert [entry.tensor_name for entry in entries_in(tmp_path)] == ["start, step 10"]
     # torn by a crash
     (tmp_path / "projector_config.pbtxt").write_text("")
     write_features(tmp_path, 40, features[30], ["x"] * 5, thumbnails)
-    assert [entry.tensor_name for entry in entries_in(tmp_path)] == ["first, step 40"]
+    assert [entry.tensor_name for entry in entries_in(tmp_path)] == ["start, step 40"]
+
+
+def test_the_projector_opens_the_latest_features(tmp_path: Path) -> None:
+    thumbnails = np.zeros((2, 8, 8, 3), np.uint8)
+    # written by an earlier version
+    (tmp_path / "projector_config.pbtxt").write_text('embeddings {\n  tensor_name: "first, step 10"\n}\n')
+    write_features(tmp_path, 20, np.zeros((2, 3)), ["a", "b"], thumbnails)
+    names = [entry.tensor_name for entry in entries_in(tmp_path)]
+    # the page sorts by name
+    assert names == ["latest, step 20", "start, step 10"] == sorted(names)
+
+
+def test_frames_have_the_colour_of_the_label() -> None:
+    labels = [str(index % 20) for index in range(40)]
+    framed = frame_by_label(np.full((40, 32, 32, 3), 7, np.uint8), labels)
+    corners = [tuple(each[0, 0].tolist()) for each in framed]
+    assert corners[:20] == corners[20:] and len(set(corners)) == 20
+    inner = framed[:, 3:-3, 3:-3]
+    assert (inner == 7).all() and all((each[0] == each[0, 0]).all() for each in framed)

@@ -21,11 +21,11 @@ if os.environ["RANK"] == "0":
     observers.MetricsSink.embedding = fail  # type: ignore[method-assign]
     observers.MetricsSink.histogram = fail  # type: ignore[method-assign]
     observers.Profiler = fail  # type: ignore[assignment, misc]
-    # the second evaluation fails in the probe, the third while it loads the images
+    # after the one before training, the second evaluation fails in the probe, the third while it loads the images
     probe, probes = online.linear_accuracy, iter(range(9))
-    online.linear_accuracy = lambda *rows: fail() if next(probes) == 1 else probe(*rows)
+    online.linear_accuracy = lambda *rows: fail() if next(probes) == 2 else probe(*rows)
     batches, evaluations = online.crop_batches, iter(range(99))
-    online.crop_batches = lambda *arguments: iter(fail, 0) if next(evaluations) == 7 else batches(*arguments)
+    online.crop_batches = lambda *arguments: iter(fail, 0) if next(evaluations) == 13 else batches(*arguments)
 status = main()
 sys.stdout.flush()
 sys.stderr.flush()

@@ -164,7 +164,7 @@ def test_files_that_describe_the_run_are_written_when_the_disk_recovers(
     monkeypatch.setattr("streamtrain.training.observers.RETRY_SECONDS", 0.0)
     run_dir = tmp_path / "run"
     runtime: Any = SimpleNamespace(rank=0, world_size=1, description={})
-    files = StartFiles(build({"run": {"dir": str(run_dir)}}), runtime)
+    files = StartFiles(build({"run": {"dir": str(run_dir)}}), runtime, 40)
     result: Any = None
     files.start()
     assert "cannot be written" in caplog.text

@@ -1,0 +1,130 @@
+"""A verdict in words on the metrics of a run: whether it learned, whether it was stable. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from shards.format.files import read_json
+from streamtrain.run.directory import BASELINES_NAME
+from streamtrain.run.tags import describe_tag
+
+Records = Sequence[Mapping[str, Any]]
+# metrics that a verdict may rest on, the best one first
+_HEADLINES = ("eval/knn_20", "eval/linear", "eval/knn_10", "eval/patch_retrieval")
+# of the normal distribution, for intervals of 95 %
+_Z = 1.96
+_COLLAPSE_WORDS = "may be collapsing"
+
+
+@dataclass(frozen=True)
+class KnownBaselines:
+    """Content of ``baselines.json``: values in 0..1 by tag, and the number of test images (0: unknown)."""
+
+    start: Mapping[str, float] = field(default_factory=dict)
+    pixels: Mapping[str, float] = field(default_factory=dict)
+    test_images: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two about a run; ``kind`` chooses the colour of its mark."""
+
+    kind: Literal["good", "bad", "open"]
+    title: str
+    text: str
+
+
+def read_baselines(run: Path) -> KnownBaselines:
+    """Read a run's baselines; without a sound file they are unknown."""
+    try:
+        content = read_json(run / BASELINES_NAME)
+        start, pixels = (
+            {str(tag): float(value) for tag, value in content[name].items() if 0 <= value <= 1}
+            for name in ("start", "pixels")
+        )
+        count = content["test_images"]
+        return KnownBaselines(start, pixels, count if type(count) is int and 0 < count < 2**40 else 0)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return KnownBaselines()
+
+
+def headline_tag(records: Records, best: str | None) -> str | None:
+    """Return the tag of the most telling evaluation that the run logged; ``best``: of ``evaluation.best``."""
+    candidates = ([f"eval/{best}"] if best else []) + list(_HEADLINES)
+    logged = {tag for record in records for tag in record if record[tag] is not None}
+    return next((tag for tag in candidates if tag in logged), None)
+
+
+def half_width(value: float, count: int) -> float:
+    """Return half of the 95 % interval of an accuracy on ``count`` images (Agresti and Coull 1998)."""
+    centre = (value * count + 2) / (count + 4)
+    return _Z * math.sqrt(max(centre * (1 - centre), 0.0) / (count + 4))
+
+
+def image_count(tag: str, baselines: KnownBaselines) -> int:
+    """Return the number of images whose share ``tag`` is; 0 if unknown, or if it counts patches."""
+    return 0 if tag == "eval/patch_retrieval" else baselines.test_images
+
+
+def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines, start_name: str) -> Finding:
+    """Compare the last evaluation with the network at step 0, named ``start_name``, and with the pixels."""
+    if tag is None:
+        return Finding(
+            "open", "Learning was not measured",
+            "The run has no evaluation, and a falling loss alone does not show that the features improve. Set "
+            "evaluation.train to a labelled set.",
+        )  # fmt: skip
+    values = [(record["step"], record[tag]) for record in records if record.get(tag) is not None]
+    step, last = values[-1]
+    start, pixels = baselines.start.get(tag), baselines.pixels.get(tag)
+    count, name = image_count(tag, baselines), describe_tag(tag).title
+    reached = f"{name} is {last:.1%}{f' ± {half_width(last, count):.1%}' if count else ''} at step {step:,}"
+    if start is None:
+        first_step, first = values[0]
+        since = f"; the first evaluation, at step {first_step:,}, gave {first:.1%}" if len(values) > 1 else ""
+        return Finding("open", "No baseline", f"{reached}{since}. The network at step 0 was not evaluated.")
+
+    def margin(other: float) -> float:
+        """Return the smallest difference that is significant at 95 %."""
+        return math.hypot(half_width(last, count), half_width(other, count)) if count else 0.0
+
+    others = [f"{start:.1%} for the {start_name} network"] + (
+        [f"{pixels:.1%} for pixels"] if pixels is not None else []
+    )
+    text = f"{reached}, against {' and '.join(others)}"
+    if count:
+        text += f" ({count:,} test images; differences below {margin(start):.1%} may be chance)"
+    if last < start - margin(start):
+        kind, title = "bad", f"Worse than the {start_name} network"
+    elif last <= start + margin(start):
+        kind, title = "open", f"No measurable difference to the {start_name} network"
+        text += ". More steps or more test images would tell"
+    elif pixels is not None and last <= pixels + margin(pixels):
+        kind, title = "open", f"Better than the {start_name} network, but not than pixels"
+    else:
+        kind, title = "good", "It learned"
+    return Finding(kind, title, f"{text}.")  # type: ignore[arg-type]
+
+
+def judge_stability(records: Records, warnings: Sequence[tuple[int, str]] | None) -> Finding:
+    """Say whether steps were skipped and whether the run warned; ``warnings``: None if they were not kept."""
+    skipped = max((record.get("optim/skipped_steps") or 0 for record in records), default=0)
+    collapse = [step for step, text in warnings or () if _COLLAPSE_WORDS in text]
+    if records[-1].get("loss/total", 0.0) is None:
+        return Finding("bad", "Diverged", "The loss of the last step is not finite.")
+    parts = [f"{skipped:,.0f} steps were skipped as non-finite" if skipped else "No step was skipped as non-finite"]
+    if collapse:
+        parts.append(f"the features may be collapsing since step {collapse[0]:,}")
+        return Finding("bad", "Signs of collapse", f"{'; '.join(parts)}. See the warnings below.")
+    if warnings is None:
+        parts.append("warnings are only in the run's log, because it has no TensorBoard files")
+    elif warnings:
+        parts.append(f"{len(warnings)} warnings, listed below; none of a collapse")
+    else:
+        parts.append("no warning of a collapse or of a sudden loss")
+    kind: Literal["good", "open"] = "open" if skipped or warnings else "good"
+    return Finding(kind, "Stable" if kind == "good" else "Completed with warnings", f"{'; '.join(parts)}.")
