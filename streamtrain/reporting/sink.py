@@ -23,7 +23,7 @@ from streamtrain.reporting.tensorboard import EventWriter
 from streamtrain.reporting.trackers import Tracker, tracker_openers
 from streamtrain.reporting.usage import Stopwatch
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
-from streamtrain.run.progress import TrainingProgress
+from streamtrain.run.progress import Evaluations, TrainingProgress
 
 # a failure that takes longer counts as slow
 SLOW_SECONDS = 0.5
@@ -120,7 +120,10 @@ class MetricsSink:
             openers = {"TensorBoard": partial(EventWriter, run_dir / TENSORBOARD_NAME, start_step, config)} | openers
         self._outputs = [_Output(name, open_tracker) for name, open_tracker in openers.items()]
         if config.monitor.progress:
-            self._progress = TrainingProgress(config.run.steps, start_step)
+            evaluations = Evaluations(config.evaluation.best)
+            if start_step:
+                evaluations.read(run_dir / METRICS_NAME, start_step)
+            self._progress = TrainingProgress(config.run.steps, start_step, evaluations=evaluations)
 
     @property
     def has_trackers(self) -> bool:
