@@ -6,6 +6,7 @@ torch is imported only where it is needed, so that configuration errors are repo
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
         torch.set_num_threads(config.cpu_threads or launch.cores)
     take_over(deepspeed.utils.logger)
     deepspeed_compat.disable_shared_memory_all_reduce()
+    # DeepSpeed calls two collectives by deprecated names, in every step
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
     timeout = timedelta(seconds=config.collective_timeout_seconds)
     if launch.rank > 0:

@@ -28,8 +28,24 @@ _QUIET = {
 }  # fmt: skip
 # with this variable of Python, libraries write their messages to the terminal as usual
 SHOW_VARIABLE = "PYTHONWARNINGS"
-# warnings that are remembered to show each of them once
+# messages that are remembered to show each of them once
 _MAX_REMEMBERED = 10_000
+
+
+class _Repeated:
+    """Recognises messages that have been shown before."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def has(self, text: str) -> bool:
+        """Return whether ``text`` was passed before, and remember it."""
+        key = hash(text)
+        if key in self._seen:
+            return True
+        if len(self._seen) < _MAX_REMEMBERED:
+            self._seen.add(key)
+        return False
 
 
 class TerminalHandler(logging.Handler):
@@ -44,7 +60,7 @@ class TerminalHandler(logging.Handler):
     def __init__(self, prefix: str = "") -> None:
         super().__init__(logging.INFO)
         self._prefix = prefix
-        self._warnings: set[int] = set()
+        self._warnings = _Repeated()
         self.tracebacks: Path | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -57,7 +73,7 @@ class TerminalHandler(logging.Handler):
             text = f"{self._prefix}{level}{printable_lines(record.getMessage())}"
             if record.exc_info is not None and (error := record.exc_info[1]) is not None:
                 text += self._exception_text(text, error)
-            if record.levelno == logging.WARNING and self._is_repeated(text):
+            if record.levelno == logging.WARNING and self._warnings.has(text):
                 return
             _write(text, sys.stderr if level else sys.stdout)
         except BrokenPipeError:
@@ -65,14 +81,6 @@ class TerminalHandler(logging.Handler):
         except Exception:
             # a message that cannot be shown must not end the run
             self.handleError(record)
-
-    def _is_repeated(self, warning: str) -> bool:
-        key = hash(warning)
-        if key in self._warnings:
-            return True
-        if len(self._warnings) < _MAX_REMEMBERED:
-            self._warnings.add(key)
-        return False
 
     def _exception_text(self, message: str, error: BaseException) -> str:
         """Return the exception as one line, if its traceback could be written to the file, else its traceback."""
@@ -106,7 +114,7 @@ class LibraryHandler(logging.Handler):
 
 
 class FileHandler(logging.Handler):
-    """Appends messages to a file, with the time, the rank and the library.
+    """Appends messages to a file, with the time, the rank and the library; the same message of a library only once.
 
     It keeps the file open, so that nothing is written to another directory that takes the place of the run's.
     """
@@ -115,6 +123,7 @@ class FileHandler(logging.Handler):
         """Open the file; raises OSError."""
         super().__init__()
         self._prefix = prefix
+        self._repeated = _Repeated()
         self._file = os.fdopen(open_to_append(path), "ab", buffering=0)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -123,11 +132,13 @@ class FileHandler(logging.Handler):
             level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             is_own = record.name.partition(".")[0] in PACKAGES
             library = "" if is_own else f" ({printable(record.name)})"
-            text = f"{_now()} {self._prefix}{level}{printable_lines(record.getMessage()).rstrip()}{library}\n"
+            text = f"{self._prefix}{level}{printable_lines(record.getMessage()).rstrip()}{library}\n"
             if record.exc_info is not None and (error := record.exc_info[1]) is not None and not is_own:
                 text += f"{_whole_traceback(error)}\n"
-            # one call, so that lines of several ranks do not interleave
-            self._file.write(text.encode("utf-8", "backslashreplace"))
+            # libraries repeat some warnings in every step
+            if is_own or not self._repeated.has(text):
+                # one call, so that lines of several ranks do not interleave
+                self._file.write(f"{_now()} {text}".encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         with suppress(OSError):
