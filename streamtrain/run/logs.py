@@ -23,8 +23,8 @@ PACKAGES = ("shards", "streamtrain")
 # Settings of libraries that leave out messages below an error and the bars of Hugging Face, which tear ours. A
 # variable that the user has set is kept.
 _QUIET = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_LOGS": "-all",
+    "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }  # fmt: skip
 # with this variable of Python, libraries write their messages to the terminal as usual
 SHOW_VARIABLE = "PYTHONWARNINGS"
