@@ -192,6 +192,12 @@ def keep_messages(path: Path, rank: int, world_size: int) -> None:
         logging.getLogger(name).addHandler(handler)
 
 
+def close_bars() -> None:
+    """Leave the progress bars as they are, with the cursor on a new line."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def keep_tracebacks(path: Path) -> None:
     """Write the tracebacks of logged exceptions to a file; the terminal then shows one line of each."""
     for name in PACKAGES:

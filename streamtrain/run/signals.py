@@ -50,8 +50,10 @@ class Requests:
         while True:
             for number in os.read(receiver, 64):
                 if number == signal.SIGINT and self._exit_code == EXIT_INTERRUPTED:
-                    self._show(f"stopped without saving a checkpoint; {self._lost_message()}")
-                    os._exit(EXIT_INTERRUPTED)
+                    try:
+                        self._show_end()
+                    finally:
+                        os._exit(EXIT_INTERRUPTED)
                 if not self._exit_code:
                     again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
                     self._show(f"stopping: saving a checkpoint{again}")
@@ -66,15 +68,22 @@ class Requests:
 
             logging.getLogger(__name__).info(text)
 
-    def _lost_message(self) -> str:
+    def _show_end(self) -> None:
+        """Show which steps are lost when the run ends without a checkpoint."""
+        if not self._is_shown:
+            return
         # loaded long before, as above
         from streamtrain.run.directory import saved_steps
+        from streamtrain.run.logs import close_bars
 
         try:
             steps = saved_steps(self._run_dir)
         except StreamtrainError:
             steps = []
-        return f"the steps since step {steps[-1]} are lost" if steps else "all steps are lost"
+        # otherwise the prompt of the shell would be in the line of the bar
+        close_bars()
+        lost = f"the steps since step {steps[-1]} are lost" if steps else "all steps are lost"
+        self._show(f"stopped without saving a checkpoint; {lost}")
 
     def stop_code(self) -> int:
         """Return the exit code 75 or 130 to stop, ``SAVE`` to save and continue, or 0."""
