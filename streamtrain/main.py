@@ -38,6 +38,7 @@ from streamtrain.planning.shapes import backbone_shapes
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.command_line import CommandParser, local_path, raise_descriptor_limit
 from streamtrain.run.directory import (
+    MESSAGES_NAME,
     check_weights,
     completion_message,
     make_run_dir,
@@ -45,7 +46,8 @@ from streamtrain.run.directory import (
     starting_checkpoint,
 )
 from streamtrain.run.lock import run_lock
-from streamtrain.run.logs import configure_logging, save_traceback
+from streamtrain.run.logs import configure_logging, hide_library_messages, keep_messages, save_traceback
+from streamtrain.run.messages import configuration_line
 from streamtrain.run.resume_policy import (
     accepted_keys,
     add_accept_options,
@@ -54,7 +56,7 @@ from streamtrain.run.resume_policy import (
     separate_overrides,
     version_changes,
 )
-from streamtrain.run.signals import EXIT_USAGE
+from streamtrain.run.signals import EXIT_USAGE, STOP_STATUSES
 
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
@@ -149,6 +151,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
     try:
         launch = Launch.from_environment()
     except StreamtrainError as error:
+        let_rank_0_report()
         logger.error(error)
         return EXIT_USAGE
     configure_logging(launch.rank, launch.world_size)
@@ -171,7 +174,10 @@ def train_rank(arguments: argparse.Namespace) -> int:
             check_master(launch)
         shard_set = check(config, launch, source, accepted)
         with run_lock(run_dir, launch.rank) as has_moved:
-            choose_accelerator(config.engine, launch)
+            keep_messages(run_dir / MESSAGES_NAME, launch.rank, launch.world_size)
+            device = choose_accelerator(config.engine, launch)
+            num_images = shard_set.num_samples
+            logger.info(configuration_line(config, arguments.config, num_images, launch.world_size, device))
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
@@ -180,22 +186,41 @@ def train_rank(arguments: argparse.Namespace) -> int:
     except (StreamtrainError, ShardError) as error:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             save_traceback(error)
-        # Most errors occur on all ranks: rank 0 reports them, and the launcher ends the others while they wait. A rank
-        # that is still running after the wait has an error of its own to report.
-        if launch.rank > 0:
-            time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        let_rank_0_report()
         logger.error(error)
         return EXIT_USAGE
 
 
-def run_process(arguments: argparse.Namespace) -> NoReturn:
-    """Run this process's rank and end the process.
+def let_rank_0_report() -> None:
+    """Wait on a rank other than 0 before it reports an error.
+
+    Most errors occur on all ranks: rank 0 reports them, and the launcher ends the others while they wait. A rank that
+    is still running after the wait has an error of its own to report.
+    """
+    if os.environ.get("RANK", "0").strip() not in ("", "0"):
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+
+
+class RankParser(CommandParser):
+    """A parser whose errors are reported once, not by every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with status 2."""
+        let_rank_0_report()
+        super().error(message)
+
+
+def run_process(arguments: argparse.Namespace, command: str | None = None) -> NoReturn:
+    """Run this process's rank and end the process; a run that was stopped logs the ``command`` that resumes it.
 
     A failed rank exits at once, because its threads and the process group would wait for the other ranks.
     """
     raise_descriptor_limit()
+    hide_library_messages()
     try:
         status = train_rank(arguments)
+        if status in STOP_STATUSES and command is not None:
+            logger.info("  %s", command)
     except Exception:
         traceback.print_exc()
         status = 1
@@ -208,7 +233,7 @@ def run_process(arguments: argparse.Namespace) -> NoReturn:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line of one rank."""
-    parser = CommandParser(
+    parser = RankParser(
         prog="main.py",
         description="Run one rank of a training run. A launcher (deepspeed, torchrun, srun) starts this script once "
         "per rank; without a launcher it is the only rank. `streamtrain train` starts the ranks itself.",

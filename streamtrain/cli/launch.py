@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamtrain.engine.rendezvous import AGENT_STORE
-from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE
+from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
 
 SCRIPT = Path(__file__).resolve().parents[1] / "main.py"
-STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
 # the ranks have already reported the reason
 _EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
 # from the failure of one rank until the others are killed
@@ -58,7 +57,8 @@ def reserved_port() -> Iterator[int]:
 
 def run_on_hosts(arguments: Sequence[str], hostfile: Path, ranks_per_host: int | None) -> int:
     """Run ``main.py ARGUMENTS`` on the hosts of ``hostfile`` through DeepSpeed's launcher."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    launcher += ["--hostfile", str(hostfile)]
     if ranks_per_host is not None:
         launcher += ["--num_gpus", str(ranks_per_host)]
     with reserved_port() as free:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # before the slow imports; a run that has started nothing yet ends at once
         undo = interrupts.exit_on_interrupt() if words[:1] == ["train"] else interrupts.raise_on_interrupt()
-        return _run_command(words)
+        return _run_command(words, owns_process=argv is None)
     except KeyboardInterrupt:
         interrupts.report()
         return EXIT_INTERRUPTED
@@ -54,20 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             undo()
 
 
-def _run_command(words: Sequence[str]) -> int:
+def _run_command(words: Sequence[str], owns_process: bool) -> int:
     # imported here, so that Ctrl-C during these imports is handled
     import logging
 
     from shards.errors import ShardError, printable
     from streamtrain.errors import StreamtrainError
     from streamtrain.run.command_line import raise_descriptor_limit
-    from streamtrain.run.logs import configure_logging
+    from streamtrain.run.logs import configure_logging, hide_library_messages
 
     # the module is __main__ under python -m
     logger = logging.getLogger("streamtrain.cli.main")
     try:
         arguments = parse_arguments(words)
         configure_logging()
+        if owns_process:
+            hide_library_messages()
         raise_descriptor_limit()
         command = importlib.import_module(f"streamtrain.cli.{arguments.command}")
         status: int = command.run(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
@@ -12,7 +13,11 @@ from streamtrain.config.load import load_config
 from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
 from streamtrain.run.command_line import local_path
+from streamtrain.run.messages import command_text
 from streamtrain.run.resume_policy import separate_overrides
+from streamtrain.run.signals import STOP_STATUSES
+
+logger = logging.getLogger(__name__)
 
 _SUMMARY = "Train a self-supervised vision transformer from a stream of image shards."
 _DETAILS = """\
@@ -63,9 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
     # report invalid settings once, before any rank loads a library
     device = load_config(arguments.config, arguments.overrides, arguments.ranks or 1).engine.device
     ranks = arguments.ranks or (1 if device == "cpu" else max(1, count_gpus()))
-    if ranks > 1:
-        return run_ranks(rank_arguments(arguments), ranks)
-    run_process(arguments)
+    words = [*rank_arguments(arguments), *(["--ranks", str(ranks)] if arguments.ranks is not None else [])]
+    command = command_text(["train", *words])
+    if ranks == 1:
+        run_process(arguments, command)
+    status = run_ranks(rank_arguments(arguments), ranks)
+    if status in STOP_STATUSES:
+        logger.info("  %s", command)
+    return status
 
 
 def rank_arguments(arguments: argparse.Namespace) -> list[str]:

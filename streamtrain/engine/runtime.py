@@ -18,13 +18,10 @@ from streamtrain.engine.rendezvous import Launch, meeting_error, wait_for_rank_0
 from streamtrain.errors import ConfigError
 from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
 from streamtrain.ops.cpu.features import multiplies_bf16
+from streamtrain.run.logs import take_over
 
 if TYPE_CHECKING:
     import torch
-
-# DeepSpeed warnings about intended choices: modules take dataclasses, which its hooks do not look into, and the
-# optimiser is not one of DeepSpeed's.
-EXPECTED_WARNINGS = ("unknown inputs or outputs type", "ZeRO with an untested optimizer")
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,9 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(config.cpu_threads or launch.cores)
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.utils.logger.addFilter(lambda record: not any(text in record.getMessage() for text in EXPECTED_WARNINGS))
+    take_over(deepspeed.utils.logger)
     deepspeed_compat.disable_shared_memory_all_reduce()
-    # DeepSpeed calls two collectives by deprecated names
+    # DeepSpeed calls two collectives by deprecated names, in every step
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
     timeout = timedelta(seconds=config.collective_timeout_seconds)

@@ -23,7 +23,7 @@ from streamtrain.reporting.tensorboard import EventWriter
 from streamtrain.reporting.trackers import Tracker, tracker_openers
 from streamtrain.reporting.usage import Stopwatch
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
-from streamtrain.run.progress import TrainingProgress
+from streamtrain.run.progress import Evaluations, TrainingProgress
 
 # a failure that takes longer counts as slow
 SLOW_SECONDS = 0.5
@@ -106,6 +106,7 @@ class MetricsSink:
 
     def __init__(self, run_dir: Path, config: Config, *, rank: int, start_step: int) -> None:
         """Remove steps after ``start_step`` from ``metrics.jsonl``, and hide them in TensorBoard."""
+        self._config, self._run_dir, self._start_step = config, run_dir, start_step
         self._metrics: MetricsLog | None = None
         self._progress: TrainingProgress | None = None
         self._progress_guard = BestEffort("the progress bar")
@@ -119,12 +120,15 @@ class MetricsSink:
         if config.monitor.tensorboard:
             openers = {"TensorBoard": partial(EventWriter, run_dir / TENSORBOARD_NAME, start_step, config)} | openers
         self._outputs = [_Output(name, open_tracker) for name, open_tracker in openers.items()]
-        self._steps, self._start_step, self._has_progress = config.run.steps, start_step, config.monitor.progress
 
     def start_progress(self) -> None:
         """Show progress, with times from now on."""
-        if self._metrics is not None and self._has_progress:
-            self._progress = TrainingProgress(self._steps, self._start_step)
+        if self._metrics is None or not self._config.monitor.progress:
+            return
+        evaluations = Evaluations(self._config.evaluation.best)
+        if self._start_step:
+            evaluations.read(self._run_dir / METRICS_NAME, self._start_step)
+        self._progress = TrainingProgress(self._config.run.steps, self._start_step, evaluations=evaluations)
 
     @property
     def has_trackers(self) -> bool:

@@ -30,6 +30,8 @@ QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
 # evaluation of the network at step 0 and of the pixels
 BASELINES_NAME = "baselines.json"
+# every message with its time, also those of libraries that the terminal does not show
+MESSAGES_NAME = "messages.log"
 # of failures that do not end the run
 TRACEBACKS_NAME = "tracebacks.log"
 # the two kinds of checkpoints, and their folders: the whole state of the run, or only the teacher
@@ -40,7 +42,9 @@ STATE_NAME = "state.json"
 _ALLOWED_NAMES = (STOP_NAME, SAVE_NAME, "lost+found")
 _LOG_SUFFIXES = (".log", ".out", ".err")
 # files and folders written under their final names, where a link would lead out of the directory
-_WRITTEN_NAMES = (METRICS_NAME, QUARANTINE_NAME, TENSORBOARD_NAME, TRACEBACKS_NAME, CHECKPOINTS, SNAPSHOTS)
+_WRITTEN_NAMES = (
+    METRICS_NAME, QUARANTINE_NAME, TENSORBOARD_NAME, MESSAGES_NAME, TRACEBACKS_NAME, CHECKPOINTS, SNAPSHOTS,
+)  # fmt: skip
 # errors of a disk that may pass
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _CHECKPOINT = re.compile(r"step-([0-9]{9})")
@@ -219,19 +223,9 @@ def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mappi
 
 
 def log_start_notes(config: Config, world_size: int) -> None:
-    """Log derived settings and warn of doubtful ones; rank 0 calls this."""
-    global_batch, accumulation = config.batch_split(world_size)
-    micro_batch, optim, koleo = config.data.micro_batch, config.optim, config.objective.koleo
-    logger.info(f"batch {global_batch} = {micro_batch} x {world_size} rank(s) x {accumulation} micro-batch(es)")
-    if len(config.data.shares) > 1:
-        logger.info(f"images: {config.data.shards_text}")
-    if optim.lr_reference_batch is not None:
-        factor, peak = optim.lr_factor(global_batch), config.schedules.lr.peak
-        logger.info(
-            f"lr peak {peak * factor:.3g} = {peak:.3g} x {factor:.3g} "
-            f"({optim.lr_scaling} of batch {global_batch} / {optim.lr_reference_batch})"
-        )
-    samples = koleo.samples(micro_batch, world_size)
+    """Warn of doubtful settings; rank 0 calls this."""
+    koleo = config.objective.koleo
+    samples = koleo.samples(config.data.micro_batch, world_size)
     if koleo.weight.is_ever_positive and samples < MIN_KOLEO_SAMPLES:
         logger.warning(
             f"KoLeo searches nearest neighbours among only {samples} sample(s), which says little about how features "

@@ -7,12 +7,15 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
+from streamtrain.errors import StreamtrainError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
+STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
 # save and continue; not an exit code. Of several requests the highest number wins.
 SAVE = 1
 
@@ -32,7 +35,7 @@ class Requests:
         """Only rank 0 checks for files, because checks by a thousand ranks would overload the file system."""
         self._stop_file = run_dir / STOP_NAME if rank == 0 else None
         self._save_file = run_dir / SAVE_NAME if rank == 0 else None
-        self._is_shown = rank == 0
+        self._run_dir, self._is_shown = run_dir, rank == 0
         self._exit_code = 0
         self._is_saving = self._is_stop_file_seen = False
         receiver, sender = os.pipe()
@@ -47,8 +50,10 @@ class Requests:
         while True:
             for number in os.read(receiver, 64):
                 if number == signal.SIGINT and self._exit_code == EXIT_INTERRUPTED:
-                    self._show("stopped without saving a checkpoint")
-                    os._exit(EXIT_INTERRUPTED)
+                    try:
+                        self._show_end()
+                    finally:
+                        os._exit(EXIT_INTERRUPTED)
                 if not self._exit_code:
                     again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
                     self._show(f"stopping: saving a checkpoint{again}")
@@ -62,6 +67,23 @@ class Requests:
             import logging
 
             logging.getLogger(__name__).info(text)
+
+    def _show_end(self) -> None:
+        """Show which steps are lost when the run ends without a checkpoint."""
+        if not self._is_shown:
+            return
+        # loaded long before, as above
+        from streamtrain.run.directory import saved_steps
+        from streamtrain.run.logs import close_bars
+
+        try:
+            steps = saved_steps(self._run_dir)
+        except StreamtrainError:
+            steps = []
+        # otherwise the prompt of the shell would be in the line of the bar
+        close_bars()
+        lost = f"the steps since step {steps[-1]} are lost" if steps else "all steps are lost"
+        self._show(f"stopped without saving a checkpoint; {lost}")
 
     def stop_code(self) -> int:
         """Return the exit code 75 or 130 to stop, ``SAVE`` to save and continue, or 0."""

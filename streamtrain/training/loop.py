@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +32,7 @@ from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import TRACEBACKS_NAME, log_start_notes, saved_state
 from streamtrain.run.lock import MOVED, moved_error
 from streamtrain.run.logs import keep_tracebacks
+from streamtrain.run.messages import completed_text, labelled_set
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
@@ -64,7 +66,7 @@ def train(
     Raises:
         ShardError, StreamtrainError: for errors that the user can fix.
     """
-    run_dir, exit_code = Path(config.run.dir), 0
+    run_dir, exit_code, began = Path(config.run.dir), 0, time.monotonic()
     keep_tracebacks(run_dir / TRACEBACKS_NAME)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime)
@@ -116,7 +118,9 @@ def train(
         elif writer.failure:
             status = writer.status_message()
             raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
-        logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+        else:
+            logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+            logger.info(completed_text(config, time.monotonic() - began, labelled_set(config, shard_set)))
     return exit_code
 
 

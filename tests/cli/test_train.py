@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import re
+import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +24,29 @@ from ranks import ROOT, free_port, run_ranks
 from tiny_run import command, logged
 
 from streamtrain.run.directory import saved_steps
+
+# all that a run may print; a line of a library fits none of these
+LINES = [
+    r"vits16\.yaml: ViT of width 32 and depth 2; 24 images in \S+; batch [^;]+; lr 0\.01; \d+ steps on \d CPU ranks?; "
+    r"run directory \S+",
+    r"compiling the CPU kernels: once, .*",
+    r"warning: KoLeo searches .*",
+    r"no evaluation while training: .*",
+    r"plan: .*",
+    r"resuming at step \d+ from \S+",
+    r"step \d+/\d+: loss \d+\.\d{4}(, \d+\.\d images/s)?(, \d\d:\d\d left)?",
+    r"memory: measured .*",
+    r"completed \d+ steps in \d\d:\d\d",
+    r"results in \S+: checkpoints/step-\d{9}, metrics\.jsonl, tensorboard/",
+    r"next:",
+    r"  streamtrain (evaluate knn|report|export|train) .*",
+    r"stopping: saving a checkpoint(; press Ctrl-C again to stop without saving)?",
+    r"stopped at step \d+, checkpoint saved; run the same command again to resume",
+]
+
+
+def unexpected(lines: list[str], *more: str) -> list[str]:
+    return [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in (*LINES, *more))]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +85,49 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_two_ranks_train_and_overrides_may_come_anywhere(shards: Path, tmp_path: Path) -> None:
-    words = train_words(shards, tmp_path / "run", "run.steps=2")
+    words = train_words(shards, tmp_path / "run", "run.steps=2", "monitor.progress=true", "engine.moments=8bit")
     ended = run_command("train", "run.seed=3", "--gpus", 2, *words)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = (ended.stdout + ended.stderr).splitlines()
+    assert not unexpected(lines) and len(lines) == len(set(lines)), lines
+    assert len(re.findall("^step ", ended.stderr, re.MULTILINE)) == 2 and "completed 2 steps" in ended.stdout
     assert len(logged(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "checkpoints" / "step-000000002" / "rank-00001-of-00002.safetensors").is_file()
     assert "seed: 3" in (tmp_path / "run" / "config.yaml").read_text()
     again = run_command("train", "run.seed=3", "--ranks", 2, *words)
     assert again.returncode == 0 and "run.steps" in again.stdout and again.stderr == ""
+
+
+def run_in_terminal(words: list[str], columns: int, **variables: str) -> tuple[int, str]:
+    """Run a command in a terminal of this width; returns its exit status and output."""
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    process = subprocess.Popen(
+        words, cwd=ROOT, env={**ENVIRONMENT, **variables}, stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while True:
+            try:
+                written += os.read(screen, 65536)
+            except OSError:  # all that had the terminal open have ended
+                break
+        return process.wait(60), written.decode()
+    finally:
+        process.kill()
+        os.close(screen)
+
+
+def test_a_narrow_terminal_without_utf_8_shows_one_bar(shards: Path, tmp_path: Path) -> None:
+    words = train_words(shards, tmp_path / "run", "run.steps=4", "monitor.progress=true", "monitor.tensorboard=true")
+    status, written = run_in_terminal([*COMMAND, "train", *words], 60, LC_ALL="C", PYTHONUTF8="0")
+    assert status == 0 and written.isascii() and "\x1b" not in written.replace("\x1b[K", ""), written
+    lines = [line.split("\r")[-1].removeprefix("\x1b[K").rstrip() for line in written.rstrip().split("\r\n")]
+    bar = r"step 4/4, loss \d+\.\d{4}, \d+\.\d images/s, 00:00 left[ #\d]*"
+    assert not unexpected(lines, bar), lines
+    assert len([line for line in lines if line.startswith("step ")]) == 1
+    assert all(len(part.rstrip("\n")) <= 60 for part in written.split("\r") if part.startswith("step "))
 
 
 def test_one_rank_needs_no_launcher(shards: Path, tmp_path: Path) -> None:
@@ -135,9 +199,13 @@ def test_a_signal_to_the_command_stops_all_ranks_after_a_checkpoint(
         wait_for_step(run_dir, process)
         ranks = children_of(process.pid)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=100)
     assert process.returncode == status, errors[-3000:]
-    assert "Traceback" not in errors and "error: rank" not in errors
+    lines = output.splitlines()
+    assert not unexpected(lines + errors.splitlines()), lines + errors.splitlines()
+    stopping, stopped, again = lines[-3:]
+    assert stopping.startswith("stopping: ") and stopped.startswith("stopped at step ")
+    assert shlex.split(again)[:2] == ["streamtrain", "train"] and set(words) <= set(shlex.split(again))
     assert saved_steps(run_dir)[-1] == len(logged(run_dir)) > 0
     assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 

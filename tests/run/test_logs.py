@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_without_a_file_the_traceback_is_shown(tmp_path: Path, capsys: pytest.Ca
         ):
             if path is not None:
                 keep_tracebacks(path)
-            logger.warning("failed", exc_info=ValueError("reason"))
+            logger.warning("failed with %s", path, exc_info=ValueError("reason"))
             shown = capsys.readouterr().err
             assert ("ValueError: reason" in shown) and (text in shown or "Traceback" not in shown)
         # a disk error says enough by itself
@@ -64,3 +65,60 @@ def test_without_a_file_the_traceback_is_shown(tmp_path: Path, capsys: pytest.Ca
         logger.warning("%d", "text")
     finally:
         logger.handlers, logger.level, logger.propagate = kept
+
+
+LIBRARIES = """
+import logging, sys, warnings
+from pathlib import Path
+from streamtrain.run import logs
+logs.hide_library_messages()
+logs.configure_logging(int(sys.argv[2]), 2)
+logs.keep_messages(Path(sys.argv[1]), int(sys.argv[2]), 2)
+own = logging.getLogger("DeepSpeed")
+own.propagate = False
+own.addHandler(logging.StreamHandler(sys.stdout))
+logs.take_over(own)
+for logger in (own, logging.getLogger("torchao"), logging.getLogger()):
+    for _ in range(3):
+        logger.warning("chatter of %s", logger.name)
+    logger.info("more chatter")
+warnings.warn("old name", FutureWarning)
+logging.getLogger("streamtrain.x").info("hello")
+for _ in range(3):
+    logging.getLogger("streamtrain.x").warning("twice")
+try:
+    raise ValueError("the reason")
+except ValueError:
+    own.exception("cannot \\x1b go on")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_messages_of_libraries_are_only_in_the_file_unless_they_are_errors(rank: int, tmp_path: Path) -> None:
+    log = tmp_path / "messages.log"
+    environment = {"LC_ALL": "C.UTF-8", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", LIBRARIES, log, str(rank)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    prefix = "[rank 1] " if rank else ""
+    assert done.stdout == ("" if rank else "hello\n")
+    first, second, *trace = done.stderr.splitlines()
+    assert first == f"{prefix}warning: twice" and second == f"{prefix}error: cannot \\x1b go on (DeepSpeed)"
+    assert trace[0].startswith("Traceback") and trace[-1] == "ValueError: the reason"
+    text = log.read_text()
+    for line in ("chatter of DeepSpeed (DeepSpeed)", "chatter of torchao (torchao)", "chatter of root (root)"):
+        pattern = rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d {re.escape(f'{prefix}warning: {line}')}$"
+        assert len(re.findall(pattern, text, re.MULTILINE)) == 1
+    assert "FutureWarning: old name" in text and "ValueError: the reason" in text and "more chatter" not in text
+    assert ("hello" in text) == (rank == 0) and text.count("twice") == 3
+
+    shown = subprocess.run(
+        words, env={**environment, "PYTHONWARNINGS": "default"}, capture_output=True, text=True, timeout=60
+    )
+    assert "chatter of DeepSpeed" in shown.stdout and "FutureWarning: old name" in shown.stderr
+
+
+def test_messages_are_shown_without_the_file(tmp_path: Path) -> None:
+    """As on a full or read-only disk."""
+    words = [sys.executable, "-c", LIBRARIES, tmp_path / "no folder" / "log", "0"]
+    done = subprocess.run(words, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "hello\n" and done.stderr.startswith("warning: twice\nerror: cannot")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
-from streamtrain.run.progress import TrainingProgress, progress_bar
+import pytest
+
+from streamtrain.run.progress import Evaluations, TrainingProgress, fitting, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -46,3 +50,44 @@ def test_training_progress_on_a_terminal_is_one_bar() -> None:
     progress.close()
     last = stream.getvalue().split("\r")[-1]
     assert "4/4" in last and "loss 2.5000" in last
+
+
+def test_an_evaluation_is_a_line_at_once_and_stays_in_the_progress() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        progress = TrainingProgress(200, 0, stream)
+        for step, knn in ((40, 0.5), (80, 0.75), (120, 0.625)):
+            progress.update(step, {"loss/total": 2.5, "eval/knn_10": knn, "eval/seconds": 1.0})
+        progress.update(121, {"loss/total": 2.5})
+        progress.update(200, {"loss/total": 2.5})
+        progress.close()
+        lines = [line.split("\r")[-1].strip() for line in stream.getvalue().rstrip().split("\n")]
+        for step, text in (
+            (40, "kNN 50.0% (best so far)"), (80, "kNN 75.0% (best so far)"),
+            (120, "kNN 62.5% (best 75.0% at step 80)"),
+        ):  # fmt: skip
+            assert any(line.startswith(f"step {step}") and line.endswith(text) for line in lines), lines
+        assert len(lines) == 4
+        assert "kNN 62.5%" in lines[-1] and lines[-1].startswith("step 200/200")
+
+
+def test_a_resumed_run_knows_its_evaluations(tmp_path: Path) -> None:
+    records = [{"step": 1}, {"step": 2, "eval/knn_20": 0.75, "eval/knn_10": 0.5}, {"step": 3, "eval/knn_20": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"eval/')
+    evaluations = Evaluations("knn_20")
+    evaluations.read(tmp_path / "missing", 3)
+    assert evaluations.texts() == []
+    evaluations.read(tmp_path / "metrics.jsonl", 3)
+    assert evaluations.texts()[0] == "kNN 25.0% at step 3 (best 75.0% at step 2)"
+    before = Evaluations()
+    before.read(tmp_path / "metrics.jsonl", 2)
+    assert before.texts()[0] == "kNN 50.0% at step 2 (best 50.0% at step 2)"
+
+
+@pytest.mark.parametrize("columns", [10, 20, 40, 60, 80, 120, 200])
+def test_the_progress_fits_the_terminal(columns: int) -> None:
+    parts = ["step 1200/2000", "loss 7.1234", "12.3 images/s", "03:12 left"]
+    evaluations = ["kNN 53.0% at step 40 (best 54.1% at step 20)", "kNN 53.0% at step 40", "kNN 53.0%"]
+    text = fitting(parts, evaluations, columns)
+    assert len(text) < columns or text == parts[0]
+    assert columns < 60 or text.startswith(", ".join(parts))
+    assert columns < 120 or text.endswith(evaluations[0])

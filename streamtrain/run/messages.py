@@ -1,0 +1,81 @@
+"""The configuration of a run in one line, and the lines at its end. Torch-free."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shards.reading.mixture import AnySet
+from shards.reading.shard_set import ShardSet
+from streamtrain.config.model import PRESETS, ModelConfig
+from streamtrain.config.tree import Config
+from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME, step_folder
+
+
+def configuration_line(config: Config, recipe: str, num_images: int, world_size: int, device: str) -> str:
+    """Return the configuration of a run in one line.
+
+    Args:
+        recipe: the ``--config`` of the command.
+        num_images: in ``data.shards``.
+        device: ``cuda`` or ``cpu``.
+    """
+    global_batch, accumulation = config.batch_split(world_size)
+    kind = "GPU" if device == "cuda" else "CPU rank"
+    ranks = f"{world_size} {kind}{'s' if world_size > 1 else ''}"
+    factors = [str(config.data.micro_batch)]
+    factors += [f"{world_size} ranks"] if world_size > 1 else []
+    factors += [f"{accumulation} micro-batches"] if accumulation > 1 else []
+    batch = f"batch {global_batch}" + (f" = {' x '.join(factors)}" if len(factors) > 1 else "")
+    factor, peak = config.optim.lr_factor(global_batch), config.schedules.lr.peak
+    lr = f"lr {peak * factor:.3g}" + (f" ({peak:.3g} scaled to the batch)" if factor != 1 else "")
+    return (
+        f"{recipe}: {network_name(config.model)}; {num_images:,} images in {config.data.shards_text}; {batch}; {lr}; "
+        f"{config.run.steps} steps on {ranks}; run directory {config.run.dir}"
+    )
+
+
+def network_name(model: ModelConfig) -> str:
+    """Return the preset, or the size of a network that no preset has."""
+    for name in [model.preset] if model.preset is not None else []:
+        if all(getattr(model, key) == value for key, value in PRESETS[name].items()):
+            return name
+    return f"ViT of width {model.dim} and depth {model.depth}"
+
+
+def labelled_set(config: Config, shard_set: AnySet) -> str | None:
+    """Return the path of labelled images to evaluate with: those of ``evaluation``, or the set itself; else None."""
+    if config.evaluation.train is not None:
+        return config.evaluation.train
+    is_labelled = isinstance(shard_set, ShardSet) and not shard_set.is_remote and len(shard_set.manifest.classes) > 1
+    return config.data.shards_text if is_labelled else None
+
+
+def completed_text(config: Config, seconds: float, labelled: str | None) -> str:
+    """Return where the results of a complete run are, and commands that use them.
+
+    Args:
+        seconds: duration of this start.
+        labelled: path of a set to evaluate with; None: there is no such set.
+    """
+    run_dir = Path(config.run.dir)
+    commands = [["evaluate", "knn", "--run", run_dir, "--train", labelled]] if labelled is not None else []
+    commands += [
+        ["report", "--run", run_dir],
+        ["export", "--run", run_dir, "--to", "hf", "--out", "exported"],
+    ]
+    lines = [
+        f"completed {config.run.steps} steps in {tqdm.format_interval(seconds)}",
+        f"results in {run_dir}: {step_folder('', config.run.steps)}, {METRICS_NAME}, {TENSORBOARD_NAME}/",
+        "next:",
+        *(f"  {command_text(words)}" for words in commands),
+    ]
+    return "\n".join(lines)
+
+
+def command_text(words: Sequence[object]) -> str:
+    """Return a ``streamtrain`` command that can be pasted into a shell."""
+    return shlex.join(["streamtrain", *map(str, words)])
