@@ -1,4 +1,4 @@
-"""The quick start's comparison: which differences of kNN accuracies it reports, with and without margins in the JSON."""
+"""The quick start's comparison of kNN accuracies: which differences it reports, with and without stated margins."""
 
 from __future__ import annotations
 
