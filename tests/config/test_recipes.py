@@ -1,6 +1,9 @@
-"""The Gram and high-resolution stages of the 7B recipe have the paper's values."""
+"""The later stages of the 7B recipe have the paper's values; the recipe for photographs suits a laptop and one GPU."""
 
 from __future__ import annotations
+
+import pytest
+from commands import exit_status
 
 from streamtrain.config.load import load_config
 from streamtrain.config.schedules import value_at
@@ -26,3 +29,24 @@ def test_the_high_resolution_stage_alternates_sizes_and_keeps_its_gram_teacher()
     assert [entry.share for entry in config.crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
     assert not any(config.objective.gram.refresh.is_due(step) for step in (1_010_000, 1_200_000, 1_210_000))
     assert config.objective.koleo.samples(config.data.micro_batch, 256) == 16
+
+
+def test_the_recipe_for_photographs_suits_a_laptop_and_one_gpu_without_further_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = load_config("photos.yaml")
+    # the CPU kernels need multiples of 32
+    assert config.model.dim // config.model.num_heads == 64
+    assert config.engine.dtype == "auto" and config.batch_split(1) == (32, 1)
+    given = ["plan", "--config", "photos.yaml", "--gpus", "1", "--gpu-memory", "4GB", "--host-memory", "4GB"]
+    assert exit_status(given) == 0
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_the_prototypes_of_the_recipe_for_photographs_keep_the_norm_that_its_temperatures_assume() -> None:
+    config = load_config("photos.yaml")
+    assert config.schedules.freeze_last_layer == config.run.steps
+    bottleneck = config.objective.global_loss.head.bottleneck
+    assert config.objective.patch_loss.head.bottleneck == bottleneck
+    # 0.1 times the norm of the prototypes: that of values drawn with a standard deviation of 0.02
+    assert abs(config.objective.student_temperature - 0.1 * 0.02 * bottleneck**0.5) < 1e-4
