@@ -1,20 +1,52 @@
+"""The later stages of the 7B recipe have the paper's values; the recipe for photographs suits a laptop and one GPU."""
+
 from __future__ import annotations
 
 import pytest
+from commands import exit_status
 
-from streamtrain.config.load import build, load_config, preset_folders
-from streamtrain.config.recipes import nearest_recipe
-from streamtrain.config.tree import Config
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in preset_folders()[0].glob("*.yaml")))
-def test_every_recipe_is_found_with_the_settings_changed(name: str) -> None:
-    assert nearest_recipe(load_config(name, ["run.dir=runs/x", "data.shards=sets/x"])) == (name, {})
-    changed = load_config(name, ["run.dir=runs/x", "optim.clip=7.5", "run.seed=41"])
-    assert nearest_recipe(changed) == (name, {"optim.clip": 7.5, "run.seed": 41})
+from streamtrain.config.load import load_config
+from streamtrain.config.schedules import value_at
 
 
-def test_without_recipes_settings_are_compared_with_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamtrain.config.recipes._recipes", dict)
-    assert nearest_recipe(Config()) == ("", {})
-    assert nearest_recipe(build({"run": {"seed": 3}})) == ("", {"run.seed": 3})
+def test_the_gram_stage_refreshes_three_times_and_ramps_its_weights() -> None:
+    config = load_config("giant_gram.yaml")
+    gram, steps = config.objective.gram, config.run.steps
+    due = [step for step in range(0, steps, 1000) if gram.refresh.is_due(step)]
+    assert due == [1_010_000, 1_020_000, 1_030_000] and not gram.refresh.is_due(1_010_001)
+    at = [value_at(gram.weight, step, steps) for step in (0, 1_000_000, 1_000_500, 1_001_000, steps)]
+    assert at == [0.0, 0.0, 1.0, 2.0, 2.0]
+    local = config.objective.global_loss.local_weight
+    assert [value_at(local, step, steps) for step in (0, 1_000_000, 1_001_000)] == [1.0, 1.0, 0.5]
+    assert [(s.global_size, s.local_size, s.gram_size) for s in config.crop_sizes] == [(256, 112, 512)]
+
+
+def test_the_high_resolution_stage_alternates_sizes_and_keeps_its_gram_teacher() -> None:
+    config = load_config("giant_highres.yaml")
+    sizes = [(s.global_size, s.local_size, s.gram_size) for s in config.crop_sizes]
+    large = [(768, side, 1152) for side in (112, 160, 224, 336)]
+    assert sizes == [(512, 112, 768), *large]
+    assert [entry.share for entry in config.crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
+    assert not any(config.objective.gram.refresh.is_due(step) for step in (1_010_000, 1_200_000, 1_210_000))
+    assert config.objective.koleo.samples(config.data.micro_batch, 256) == 16
+
+
+def test_the_recipe_for_photographs_suits_a_laptop_and_one_gpu_without_further_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = load_config("photos.yaml")
+    # the CPU kernels need multiples of 32
+    assert config.model.dim // config.model.num_heads == 64
+    assert config.engine.dtype == "auto" and config.batch_split(1) == (32, 1)
+    given = ["plan", "--config", "photos.yaml", "--gpus", "1", "--gpu-memory", "4GB", "--host-memory", "4GB"]
+    assert exit_status(given) == 0
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_the_prototypes_of_the_recipe_for_photographs_keep_the_norm_that_its_temperatures_assume() -> None:
+    config = load_config("photos.yaml")
+    assert config.schedules.freeze_last_layer == config.run.steps
+    bottleneck = config.objective.global_loss.head.bottleneck
+    assert config.objective.patch_loss.head.bottleneck == bottleneck
+    # 0.1 times the norm of the prototypes: that of values drawn with a standard deviation of 0.02
+    assert abs(config.objective.student_temperature - 0.1 * 0.02 * bottleneck**0.5) < 1e-4

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Writes every command to the log; packing leaves a set, everything else nothing.
 PYTHON = """#!/bin/sh
 echo "$*" >>"{log}"
-if [ "$1" = -c ]; then exec "{python}" "$@"; fi
+case "$1" in
+-c) exec "{python}" "$@" ;;
+tools/bench.py) echo '{{"step_seconds": 0.5}}' ;;
+esac
 """
 STREAMTRAIN = """#!/bin/sh
 echo "streamtrain $*" >>"{log}"
@@ -39,6 +42,7 @@ class Checkout:
             (folder / sub).mkdir(parents=True)
         shutil.copy(ROOT / "tools" / "quickstart.sh", folder / "tools")
         shutil.copy(ROOT / "configs" / "quickstart.yaml", folder / "configs")
+        shutil.copy(ROOT / "configs" / "photos.yaml", folder / "configs")
         (folder / "tools" / "make_demo_images.py").write_text("VERSION = 3\n")
         for name, text in (
             ("tools/setup_env.sh", "#!/bin/sh\n"),
@@ -85,6 +89,21 @@ def test_each_set_of_images_recipe_and_settings_has_its_own_run_directory(checko
     checkout.run("--ranks", "2")
     (two_ranks,) = checkout.trained_in()
     assert len({first, shorter, other_recipe, other_images, two_ranks}) == 5
+
+
+def test_own_images_train_with_the_recipe_for_photographs(checkout: Checkout) -> None:
+    (checkout.folder / "photos").mkdir()
+    done = checkout.run("--images", "photos", "run.steps=20")
+    assert done.returncode == 0, done.stderr
+    (own,) = checkout.trained_in()
+    assert own.startswith("quickstart/own/")
+    commands = checkout.log.read_text()
+    assert re.search(r"^streamtrain train .*--config photos\.yaml .*run\.steps=20$", commands, re.MULTILINE)
+    assert "quickstart.yaml" not in commands
+    # how long it takes is said before the training
+    assert "20 steps of 0.5 s on this machine: the training takes about 1 min" in done.stdout.split("== train")[0]
+    checkout.run()
+    assert "photos.yaml" not in checkout.log.read_text() and "bench.py" not in checkout.log.read_text()
 
 
 def test_a_stopped_training_resumes_in_its_run_directory(checkout: Checkout) -> None:
