@@ -23,8 +23,9 @@ from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
 from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.planning.memory import CPU_KERNELS, Plan, plan
+from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
+from streamtrain.planning.sizes import CPU_KERNELS
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
