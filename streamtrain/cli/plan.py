@@ -15,7 +15,7 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.ops.cpu.features import cpu_features, has_kernels, multiplies_bf16
 from streamtrain.planning.fitting import Remedy, fit, remedies
-from streamtrain.planning.images import configured_image_pixels
+from streamtrain.planning.images import configured_images
 from streamtrain.planning.machine import GPU_FLOPS, Machine, core_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import PHASES
@@ -62,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--host-memory", type=byte_size, metavar="SIZE",
-        help="of one host (default: not checked; with --device cpu, what this machine has available)",
+        help="of one host (default: the available memory of this machine with --device cpu, otherwise not checked)",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=_positive_float, metavar="X",
@@ -110,6 +110,8 @@ def print_plan(arguments: argparse.Namespace) -> int:
     is_fitting = machine.fits(planned)
 
     print(summary(planned, config, machine))
+    if arguments.device is None and machine.on_gpu:
+        print("--device cpu plans for the CPU of this machine instead")
     found: list[Remedy] = []
     if chosen:
         print("the fastest settings that fit:\n  " + " ".join(chosen))
@@ -133,23 +135,23 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
         StreamtrainError: for options that contradict each other.
     """
     engine = config.engine
-    pixels = configured_image_pixels(config)
+    images = configured_images(config)
     on_gpu = arguments.device == "gpu" if arguments.device else engine.device != "cpu"
     if on_gpu:
         flops = 1e12 * arguments.tflops if arguments.tflops else GPU_FLOPS
         return Machine(
             arguments.ranks, bf16=engine.dtype != "fp32", gpu_memory=arguments.gpu_memory,
-            host_memory=arguments.host_memory, flops=flops, image_pixels=pixels,
+            host_memory=arguments.host_memory, flops=flops, images=images,
         )  # fmt: skip
     if arguments.gpu_memory is not None:
         raise StreamtrainError("--gpu-memory has no effect with --device cpu; give --host-memory, or --device gpu")
     bf16 = multiplies_bf16() if engine.dtype == "auto" else engine.dtype == "bf16"
     cores = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
-    supported = CPU_KERNELS if has_kernels(bf16) else "reference"
+    with_kernels = engine.cpu_kernels and has_kernels(bf16)
     return Machine(
-        arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=supported,
-        host_memory=arguments.host_memory or available_bytes(), image_pixels=pixels,
-        flops=1e12 * arguments.tflops if arguments.tflops else cores * core_flops(bf16, cpu_features()),
+        arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=CPU_KERNELS if with_kernels else "reference",
+        host_memory=arguments.host_memory or available_bytes(), images=images,
+        flops=1e12 * arguments.tflops if arguments.tflops else cores * core_flops(bf16, cpu_features(), with_kernels),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from streamtrain.planning.parts import ALWAYS, BACKWARD, LOSS, TARGETS, TEACHER, Location, Part, part
+from streamtrain.planning.parts import ALWAYS, BACKWARD, EVALUATION, LOSS, TARGETS, TEACHER, Location, Part, part
 from streamtrain.planning.sizes import CPU_KERNELS, Sizes
 
 
@@ -20,7 +20,7 @@ def activations(s: Sizes) -> Iterator[Part]:
     # the teacher needs the residual stream, and one block's activations for one chunk of images
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
-    yield part("teacher's stream", "gpu", TEACHER, stream_tokens, (width, "values"), item)
+    yield part("teacher's stream", "gpu", (TEACHER, EVALUATION), stream_tokens, (width, "values"), item)
 
     crops = config.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
@@ -65,8 +65,7 @@ def _tiled_blocks(s: Sizes) -> Iterator[Part]:
     yield part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
     yield part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)
     yield part("a block's values laid out", "gpu", ALWAYS, (2, "directions"), values, item)
-    # by default the number of threads depends on the machine
-    threads = (engine.cpu_threads or 1, "threads")
+    threads = (engine.cpu_threads or s.cores, "threads")
     yield part("a block's gradient in fp32", "gpu", ALWAYS, threads, values, (4, "B"))
 
 
@@ -103,4 +102,4 @@ def _blocks(s: Sizes) -> Iterator[Part]:
         yield part("a factor in 8 bits", "gpu", through, kept, widest, size)
     peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
     chunk = (min(s.config.teacher.chunk or s.images[0], s.images[0]) * s.global_tokens, "tokens of a chunk")
-    yield part("teacher's block", "gpu", TEACHER, chunk, (peak, "values"), item)
+    yield part("teacher's block", "gpu", (TEACHER, EVALUATION), chunk, (peak, "values"), item)

@@ -1,4 +1,4 @@
-"""The size of the images of a set, which the memory of decoded images depends on."""
+"""The size of the images of a set, which the loader's memory depends on."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from shards.reading.mixture import AnySet, JoinedSet
 from shards.storage.store import is_url
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.tree import Config
+from streamtrain.planning.sizes import StoredImages
 
-# shards whose index is read, at most, and the quantile of their images that counts as large
-_SHARDS, _QUANTILE = 8, 0.99
+# shards of a set whose index is read, at most
+_SHARDS = 8
 
 
-def large_image_pixels(shard_set: AnySet) -> int | None:
-    """Return the pixels that only 1 % of the images exceed, from the index of some shards.
+def stored_images(shard_set: AnySet) -> StoredImages | None:
+    """Return the mean sizes of a set's images, from the index of some shards.
 
-    A decoder's buffers grow with each larger image and stay. None: the set is remote, or its index cannot be read.
+    None: the set is remote, or its index cannot be read.
     """
     if shard_set.is_remote:
         return None
-    pixels: list[np.ndarray] = []
+    found: list[np.ndarray] = []
     for member in shard_set.members if isinstance(shard_set, JoinedSet) else (shard_set,):
         chosen = np.unique(np.linspace(0, member.num_shards - 1, min(_SHARDS, member.num_shards)).astype(int))
         for shard in chosen.tolist():
@@ -29,17 +30,20 @@ def large_image_pixels(shard_set: AnySet) -> int | None:
                 records = member.records(shard)
             except ShardError:
                 continue
-            pixels.append(records["width"].astype(np.int64) * records["height"].astype(np.int64))
-    counts = np.concatenate(pixels) if pixels else np.zeros(0, np.int64)
-    counts = counts[counts > 0]
-    return int(np.quantile(counts, _QUANTILE)) if len(counts) else None
+            # 0 pixels: the packed image could not be read
+            found.append(records[records["width"] > 0])
+    if not any(map(len, found)):
+        return None
+    joined = np.concatenate(found)
+    pixels = joined["width"].astype(np.int64) * joined["height"]
+    return StoredImages(int(pixels.mean()), int(joined["length"].mean()))
 
 
-def configured_image_pixels(config: Config) -> int | None:
-    """Return ``large_image_pixels`` of ``data.shards``; None if it is not set, not on this machine or damaged."""
+def configured_images(config: Config) -> StoredImages | None:
+    """Return ``stored_images`` of ``data.shards``; None if it is not set, not on this machine or damaged."""
     if not config.data.shares or any(is_url(share.shards) for share in config.data.shares):
         return None
     try:
-        return large_image_pixels(open_shard_set(config))
+        return stored_images(open_shard_set(config))
     except ShardError:
         return None

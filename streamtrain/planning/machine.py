@@ -7,22 +7,29 @@ from dataclasses import dataclass
 
 from streamtrain.config.tree import Config
 from streamtrain.planning.memory import Plan, plan
-from streamtrain.planning.sizes import CPU_KERNELS, Implementation
+from streamtrain.planning.sizes import CPU_KERNELS, Implementation, StoredImages
 
 # rates per second of a recent GPU and its links, good enough to compare settings
 GPU_FLOPS, GATHERED_BYTES, HOST_BYTES, DISK_BYTES = 400e12, 200e9, 25e9, 3e9
 # kernel launches of one block, forward and backward, on a GPU
 BLOCK_SECONDS = 2e-3
-# FLOP/s of one core in the networks of the recipes, by the most capable of its features that the run uses
-CORE_FLOPS = {"amx_bf16": 0.45e12, "avx512_bf16": 0.2e12, "avx512": 0.14e12, "avx2": 0.06e12, "none": 0.02e12}
+# FLOP/s that one core attains in the recipes, by the most capable feature in use: with the CPU kernels, and without
+CORE_FLOPS = {
+    "amx_bf16": (0.55e12, 0.2e12),
+    "avx512_bf16": (0.25e12, 0.1e12),
+    "avx512": (0.15e12, 0.1e12),
+    "avx2": (0.05e12, 0.05e12),
+    "none": (0.02e12, 0.02e12),
+}
 # of one core: decoding and cropping an image, operations of one block, and bytes that an update reads and writes
 IMAGE_SECONDS, CPU_BLOCK_SECONDS, UPDATED_BYTES = 7e-3, 1e-3, 5e9
 
 
-def core_flops(bf16: bool, features: Collection[str]) -> float:
+def core_flops(bf16: bool, features: Collection[str], has_kernels: bool) -> float:
     """Return the FLOP/s to assume of one core with these ``features`` (``ops.cpu.features``)."""
-    usable = [name for name in CORE_FLOPS if name in features and (bf16 or not name.endswith("bf16"))]
-    return CORE_FLOPS[usable[0]] if usable else CORE_FLOPS["none"]
+    usable = (name for name in CORE_FLOPS if name in features and (bf16 or not name.endswith("bf16")))
+    with_kernels, without = CORE_FLOPS[next(usable, "none")]
+    return with_kernels if has_kernels else without
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,14 @@ class Machine:
     flops: float = GPU_FLOPS
     # cores of one rank
     cores: int = 1
-    # pixels of the images as stored; None: unknown
-    image_pixels: int | None = None
+    # the stored images; None: unknown
+    images: StoredImages | None = None
 
     def plan(self, config: Config) -> Plan:
         """Plan one rank; raises as ``planning.memory.plan``."""
         return plan(
             config, self.ranks, on_gpu=self.on_gpu, bf16=self.bf16, supported=self.supported,
-            image_pixels=self.image_pixels, cores=self.cores, host_memory=self.host_memory,
+            images=self.images, cores=self.cores, host_memory=self.host_memory,
         )  # fmt: skip
 
     def fits(self, planned: Plan) -> bool:

@@ -12,11 +12,19 @@ from dataclasses import dataclass, replace
 from streamtrain.config.tree import Config
 from streamtrain.planning.activations import activations
 from streamtrain.planning.flops import step_flops
-from streamtrain.planning.host import COPY_SHARE, checkpoint_copy, disk_space, host_buffers, kept_memory
+from streamtrain.planning.host import (
+    COPY_SHARE,
+    checkpoint_copy,
+    disk_space,
+    evaluation_buffers,
+    host_buffers,
+    kept_memory,
+)
 from streamtrain.planning.parts import (
     ALWAYS,
     AVERAGE,
     BACKWARD,
+    CHECKPOINT,
     LOSS,
     OPTIMISER,
     PHASES,
@@ -27,7 +35,7 @@ from streamtrain.planning.parts import (
     part,
 )
 from streamtrain.planning.shapes import parameter_shapes, partition
-from streamtrain.planning.sizes import CPU_KERNELS, Implementation, Sizes
+from streamtrain.planning.sizes import CPU_KERNELS, Implementation, Sizes, StoredImages
 
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
 CONTEXT_BYTES = 1_500_000_000
@@ -73,6 +81,11 @@ class Plan:
         return self.rank_bytes_at(self.peak_phase)
 
     @property
+    def step_bytes(self) -> int:
+        """Peak memory of one rank until its last step, as in its metrics; without the last checkpoint."""
+        return max(self.rank_bytes_at(phase) for phase in PHASES if phase != CHECKPOINT)
+
+    @property
     def gpu_bytes(self) -> int:
         """Peak memory of one GPU; 0 without GPUs."""
         return self.rank_bytes if self.on_gpu else 0
@@ -104,7 +117,7 @@ def plan(
     on_gpu: bool = True,
     bf16: bool = True,
     supported: Implementation = CPU_KERNELS,
-    image_pixels: int | None = None,
+    images: StoredImages | None = None,
     cores: int = 1,
     host_memory: int | None = None,
 ) -> Plan:
@@ -114,16 +127,16 @@ def plan(
         on_gpu: compute on GPUs; otherwise "gpu" means the network's share of host memory.
         bf16: compute in bf16; otherwise in fp32.
         supported: the block implementation that the CPUs support; the configuration may select the reference.
-        image_pixels: of the images as stored; None: an assumption.
+        images: the stored images; None: ``ASSUMED_IMAGES``.
         cores: of one rank, for the threads that ``engine.cpu_threads`` does not set.
         host_memory: bytes of one host, which decide whether checkpoints are written from a copy; None: enough.
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
     """
-    sizes = Sizes.of(config, world_size, on_gpu, bf16, supported, image_pixels, cores)
+    sizes = Sizes.of(config, world_size, on_gpu, bf16, supported, images, cores)
     parts = [*_states(sizes), *_gathers(sizes), *activations(sizes), *_prototypes(sizes), *_step(sizes)]
-    parts += [*host_buffers(sizes), *disk_space(sizes)]
+    parts += [*host_buffers(sizes), *evaluation_buffers(sizes), *disk_space(sizes)]
     parts += kept_memory(sizes, parts)
     planned = Plan(
         tuple(part for part in parts if part.num_bytes),

@@ -9,14 +9,35 @@ from streamtrain.config.tree import Config
 from streamtrain.planning.fitting import Remedy
 from streamtrain.planning.machine import Machine
 from streamtrain.planning.memory import Plan
-from streamtrain.planning.parts import ALWAYS, PHASES
+from streamtrain.planning.parts import (
+    ALWAYS,
+    AVERAGE,
+    BACKWARD,
+    CHECKPOINT,
+    EVALUATION,
+    LOSS,
+    OPTIMISER,
+    PHASES,
+    TARGETS,
+    TEACHER,
+)
 from streamtrain.planning.shapes import parameter_shapes
-from streamtrain.planning.sizes import IMAGE_PIXELS
+from streamtrain.planning.sizes import ASSUMED_IMAGES
 from streamtrain.planning.units import duration, significant, size
 
 _TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
 # buffers that the summary names
 LARGEST = 3
+_IN_PHASE = {
+    TEACHER: "in the teacher pass",
+    TARGETS: "while the targets are computed",
+    LOSS: "in the prototype loss",
+    BACKWARD: "in the backward pass",
+    OPTIMISER: "in the optimiser step",
+    AVERAGE: "in the update of the EMA",
+    EVALUATION: "in the evaluation",
+    CHECKPOINT: "while the last checkpoint is written",
+}
 # sizes of common GPUs
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 
@@ -29,31 +50,34 @@ def gigabytes(num_bytes: float) -> str:
 def summary(planned: Plan, config: Config, machine: Machine) -> str:
     """Return a few lines: whether the run fits, its peak with the largest buffers, its time and its disk space."""
     unit = "GPU" if machine.on_gpu else "process"
-    lines = [_fitting_line(planned, machine)]
-    _, largest = largest_buffers(planned)
+    phase, largest = largest_buffers(planned)
     names = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in largest)
-    lines.append(f"peak      {size(planned.rank_bytes)} per {unit} ({planned.peak_phase}); largest: {names}")
-    if machine.on_gpu:
-        lines.append(
-            f"host      {size(planned.host_bytes)} for {_count(planned.ranks_per_host, 'rank')} of one machine"
-        )
-    elif machine.ranks > 1:
-        lines.append(f"host      {size(planned.host_bytes)} for {_count(machine.ranks, 'rank')}")
     total, _ = config.batch_split(machine.ranks)
     seconds = machine.step_seconds(config, planned)
     run = seconds * config.run.steps
-    steps = f"{config.run.steps:,} steps"
-    lines.append(f"time      {duration(seconds)} per step of {_count(total, 'image')}, {duration(run)} for {steps}")
-    rate = f"{significant(machine.flops / 1e12)} TFLOP/s per {'GPU' if machine.on_gpu else 'rank'}"
-    lines.append(f"          assuming {rate}; --tflops sets another rate")
+    rate = f"{significant(machine.flops / 1e12)} TFLOP/s per {unit}"
+    dtype = "bf16" if machine.bf16 else "fp32"
+    of_each = "" if machine.on_gpu else f" of {_count(machine.cores, 'core')}"
+    units = _count(machine.ranks, unit, "es" if unit == "process" else "s")
+    lines = [
+        _fitting_line(planned, machine),
+        f"network   {significant(planned.num_parameters / 1e6)} M parameters in {dtype} on {units}{of_each}",
+        f"peak      {size(planned.rank_bytes)} per {unit} {_IN_PHASE[phase]}; largest: {names}",
+    ]
+    if machine.on_gpu or machine.ranks > 1:
+        lines.append(f"host      {size(planned.host_bytes)} for {_count(planned.ranks_per_host, 'rank')}")
+    lines += [
+        f"time      {duration(seconds)} per step of {_count(total, 'image')}, {duration(run)} for "
+        f"{_count(config.run.steps, 'step')}, assuming {rate} (--tflops)",
+    ]
     if machine.on_gpu:
         lines.append(f"cost      {significant(run * machine.ranks / 3600)} GPU-hours")
     lines.append(f"disk      {size(planned.disk_bytes)} for checkpoints")
-    if machine.image_pixels is None:
+    if machine.images is None:
         why = f"{config.data.shards_text} cannot be read here" if config.data.shards else "data.shards is not set"
-        lines.append(f"images    {significant(IMAGE_PIXELS / 1e6)} megapixels, assumed because {why}")
+        lines.append(f"images    {significant(ASSUMED_IMAGES.pixels / 1e6)} megapixels, assumed because {why}")
     else:
-        lines.append(f"images    99 % have at most {significant(machine.image_pixels / 1e6)} megapixels")
+        lines.append(f"images    {significant(machine.images.pixels / 1e6)} megapixels on average")
     return "\n".join(lines)
 
 
@@ -97,8 +121,8 @@ def advice(found: Sequence[Remedy], combined: Sequence[str] | None) -> str:
     return "\n".join(lines) or "no settings of this network fit; use a smaller model.preset or crops, or more memory"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def table(planned: Plan, world_size: int) -> str:
@@ -110,14 +134,14 @@ def table(planned: Plan, world_size: int) -> str:
             lines.append(f"\n{title}:")
         for part in parts:
             when = "" if ALWAYS in part.when else f"  [{', '.join(part.when)}]"
-            lines.append(f"  {part.name:28} {gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
+            lines.append(f"  {part.name:38} {gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
     lines.append(f"\n{'device memory' if planned.on_gpu else 'memory of the process'} per rank, by phase:")
     for phase in PHASES:
         peak = "  <- peak" if phase == planned.peak_phase else ""
-        lines.append(f"  {phase:28} {gigabytes(planned.rank_bytes_at(phase)):>9}{peak}")
+        lines.append(f"  {phase:38} {gigabytes(planned.rank_bytes_at(phase)):>9}{peak}")
     host = f"host memory of {planned.ranks_per_host} rank(s)"
-    lines.append(f"{host:30} {gigabytes(planned.host_bytes):>9}")
-    lines.append(f"{'disk':30} {gigabytes(planned.disk_bytes):>9}")
+    lines.append(f"{host:40} {gigabytes(planned.host_bytes):>9}")
+    lines.append(f"{'disk':40} {gigabytes(planned.disk_bytes):>9}")
     lines.append(
         f"per optimiser step: {significant(planned.flops_per_step / 1e12)} TFLOP on all ranks; each rank receives "
         f"{gigabytes(planned.all_gather_bytes_per_step)} GB of parameters and transfers "
@@ -148,8 +172,8 @@ def start_summary(planned: Plan, on_gpu: bool) -> str:
     phase, ((name, num_bytes), *_) = largest_buffers(planned)
     unit, peak = "GPU" if on_gpu else "rank", size(rank_peak_bytes(planned, on_gpu))
     return (
-        f"plan: {significant(planned.num_parameters / 1e6)} M parameters; peak {peak} per {unit} ({phase}; largest: "
-        f"{name}, {size(num_bytes)}); {size(planned.disk_bytes)} on disk"
+        f"plan: {significant(planned.num_parameters / 1e6)} M parameters; peak {peak} per {unit} {_IN_PHASE[phase]} "
+        f"(largest: {name}, {size(num_bytes)}); {size(planned.disk_bytes)} on disk"
     )
 
 

@@ -14,8 +14,19 @@ from streamtrain.planning.shapes import block_shapes, parameter_shapes, partitio
 # of a block's branches (``streamtrain/ops/branches.py``)
 Implementation = Literal["cpu_kernels", "reference"]
 CPU_KERNELS: Implementation = "cpu_kernels"
-# of a stored image, if the set is unknown
-IMAGE_PIXELS = 500_000
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Means over the images of a shard set."""
+
+    pixels: int
+    # encoded
+    num_bytes: int
+
+
+# assumed if the set is unknown
+ASSUMED_IMAGES = StoredImages(500_000, 100_000)
 
 
 @dataclass(frozen=True)
@@ -40,15 +51,14 @@ class Sizes:
     global_tokens: int
     local_tokens: int
     masked_rows: int
-    # pixels of an image as stored
-    image_pixels: int
+    stored: StoredImages
     # of one rank
     cores: int
 
     @classmethod
     def of(
         cls, config: Config, world_size: int, on_gpu: bool, bf16: bool, supported: Implementation,
-        image_pixels: int | None, cores: int,
+        stored: StoredImages | None, cores: int,
     ) -> Sizes:  # fmt: skip
         _, accumulation = config.batch_split(world_size)
         part = partition(parameter_shapes(config), config, world_size)
@@ -60,7 +70,7 @@ class Sizes:
         return cls(
             config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
             part.numel, part.shard_numel, part.flat_numels, part.largest_numel, block,
-            prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows, image_pixels or IMAGE_PIXELS, cores,
+            prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows, stored or ASSUMED_IMAGES, cores,
         )  # fmt: skip
 
     @property
