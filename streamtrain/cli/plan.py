@@ -138,6 +138,8 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
     images = configured_images(config)
     on_gpu = arguments.device == "gpu" if arguments.device else engine.device != "cpu"
     if on_gpu:
+        if arguments.fit and arguments.gpu_memory is None:
+            raise StreamtrainError("--fit needs --gpu-memory, the memory of one GPU, such as 80GB")
         flops = 1e12 * arguments.tflops if arguments.tflops else GPU_FLOPS
         return Machine(
             arguments.ranks, bf16=engine.dtype != "fp32", gpu_memory=arguments.gpu_memory,

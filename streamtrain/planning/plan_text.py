@@ -25,7 +25,12 @@ from streamtrain.planning.shapes import parameter_shapes
 from streamtrain.planning.sizes import ASSUMED_IMAGES
 from streamtrain.planning.units import duration, significant, size
 
-_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
+_GPU_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
+_CPU_TITLES = {
+    "gpu": "memory of the network, per process",
+    "host": "other memory, per process",
+    "disk": "disk, all ranks",
+}
 # buffers that the summary names
 LARGEST = 3
 _IN_PHASE = {
@@ -128,7 +133,7 @@ def _count(number: int, noun: str, ending: str = "s") -> str:
 def table(planned: Plan, world_size: int) -> str:
     """Format every buffer with its arithmetic, the memory of each phase, and the totals of an optimiser step."""
     lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); sizes in GB (1e9 bytes)"]
-    for location, title in _TITLES.items():
+    for location, title in (_GPU_TITLES if planned.on_gpu else _CPU_TITLES).items():
         parts = [part for part in planned.parts if part.location == location]
         if parts:
             lines.append(f"\n{title}:")

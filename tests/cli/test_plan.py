@@ -92,7 +92,11 @@ def test_ranks_on_a_cpu_are_compared_with_this_machine() -> None:
     document = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout
     assert document["gpu_bytes"] == 0 and 0.5e9 < document["rank_bytes"] == document["host_bytes"] < 3e9
-    assert "per process" in done.stdout and "GPU" not in done.stdout.split("{")[0].replace("--gpu", "") and "assuming" in done.stdout
+    assert (
+        "per process" in done.stdout
+        and "GPU" not in done.stdout.split("{")[0].replace("--gpu", "")
+        and "assuming" in done.stdout
+    )
     two = json.loads(run_plan(*words, "--ranks", "2", "--json").stdout.splitlines()[-1])
     assert two["host_bytes"] == 2 * two["rank_bytes"]
     small = run_plan(*words, "--host-memory", "500MB")
@@ -135,6 +139,7 @@ def test_large_photographs_of_the_set_are_counted(tmp_path: Path) -> None:
         ((*EIGHT, "data.micro_batch=7"), "not a multiple"),
         ((*EIGHT, "--device", "cpu"), "--gpu-memory has no effect"),
         ((*EIGHT, "--tflops", "fast"), "is not a number"),
+        ((*EIGHT[:4], "--fit"), "--fit needs --gpu-memory"),
     ],
 )
 def test_an_error_is_one_line(arguments: tuple[str, ...], message: str) -> None:
