@@ -13,7 +13,7 @@ from streamtrain.cli.arguments import add_command, byte_size, positive_int
 from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
-from streamtrain.ops.cpu.features import cpu_features, has_kernels, multiplies_bf16
+from streamtrain.ops.cpu.features import cpu_features, kernel_feature, multiplies_bf16
 from streamtrain.planning.fitting import Remedy, fit, remedies
 from streamtrain.planning.images import configured_images
 from streamtrain.planning.machine import GPU_FLOPS, Machine, core_flops
@@ -149,7 +149,7 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
         raise StreamtrainError("--gpu-memory has no effect with --device cpu; give --host-memory, or --device gpu")
     bf16 = multiplies_bf16() if engine.dtype == "auto" else engine.dtype == "bf16"
     cores = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
-    with_kernels = engine.cpu_kernels and has_kernels(bf16)
+    with_kernels = engine.cpu_kernels and kernel_feature(bf16) in cpu_features()
     return Machine(
         arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=CPU_KERNELS if with_kernels else "reference",
         host_memory=arguments.host_memory or available_bytes(), images=images,

@@ -21,7 +21,7 @@ import torch
 
 from shards.errors import ShardError
 from shards.storage.paths import expand_path
-from streamtrain.ops.cpu.features import has_kernels
+from streamtrain.ops.cpu.features import cpu_features, kernel_feature
 from streamtrain.ops.cpu.private_folder import NotPrivateError, open_or_make, open_private
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma",
 
 def is_supported(dtype: torch.dtype) -> bool:
     """Return whether there are kernels for ``dtype`` and this CPU has the instructions they use."""
-    return dtype in (torch.float32, torch.bfloat16) and has_kernels(dtype == torch.bfloat16)
+    return dtype in (torch.float32, torch.bfloat16) and kernel_feature(dtype == torch.bfloat16) in cpu_features()
 
 
 class _Selection:

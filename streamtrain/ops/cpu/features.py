@@ -43,9 +43,9 @@ def limit_features(flags: Iterable[str], environment: Mapping[str, str]) -> froz
     return frozenset(name for name, _ in _FEATURES[:count])
 
 
-def has_kernels(bf16: bool) -> bool:
-    """Return whether this CPU has the instructions of the kernels for bf16, or for fp32."""
-    return ("avx512_bf16" if bf16 else "avx512") in cpu_features()
+def kernel_feature(bf16: bool) -> str:
+    """Return the feature that the kernels for bf16, or for fp32, need."""
+    return "avx512_bf16" if bf16 else "avx512"
 
 
 def multiplies_bf16() -> bool:
