@@ -16,7 +16,7 @@ from shards.reading.mixture import AnyOrder, AnySet
 from shards.reading.quarantine import MAX_SUBSTITUTES, Quarantine
 
 _SAMPLES_PER_TASK = 8
-_BATCHES_AHEAD = 16
+BATCHES_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Source:
         bytes_ahead = 0
         try:
             while following is not None or pending:
-                while following is not None and len(pending) < _BATCHES_AHEAD:
+                while following is not None and len(pending) < BATCHES_AHEAD:
                     if pending and bytes_ahead + following.num_bytes > self.max_bytes_in_flight:
                         break
                     bytes_ahead += following.num_bytes

@@ -1,27 +1,43 @@
-"""``streamtrain plan``: estimate memory and time of a run, without a GPU."""
+"""``streamtrain plan``: estimate memory, time and disk space of a run, without starting it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 from typing import Any
 
+from shards.errors import ShardError
 from streamtrain.cli.arguments import add_command, byte_size, positive_int
 from streamtrain.config.load import load_config
+from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
-from streamtrain.planning.fitting import fit, fits, step_seconds
-from streamtrain.planning.memory import PHASES, Plan, plan
-from streamtrain.planning.plan_text import gigabytes, table
+from streamtrain.ops.cpu.features import cpu_features, kernel_feature, multiplies_bf16
+from streamtrain.planning.fitting import Remedy, fit, remedies
+from streamtrain.planning.images import configured_images
+from streamtrain.planning.machine import GPU_FLOPS, Machine, core_flops
+from streamtrain.planning.memory import Plan
+from streamtrain.planning.parts import PHASES
+from streamtrain.planning.plan_text import advice, summary, table
+from streamtrain.planning.sizes import CPU_KERNELS
+from streamtrain.run.host_memory import available_bytes
 
-_SUMMARY = "Estimate the memory and the time of a run, without a GPU."
+_SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
 _DETAILS = """\
-Prints every buffer of a rank with its arithmetic, the peak and the phase in which it occurs, and
-whether it fits; exit status 1 means that it does not fit. --fit searches for the fastest settings
-that fit and prints them as overrides. Sizes are decimal: 80GB is 80 000 000 000 bytes, slightly less
-than a card of that name has; GiB is binary.
+Prints whether the run fits, its peak memory, its time and its disk space; exit status 1 means that it
+does not fit, and the last lines then name changes with which it does. --verbose adds every buffer of a
+rank with its arithmetic. --fit searches for the fastest settings that fit and prints them as overrides.
+
+With --device cpu the ranks compute on CPUs like this machine's, and their processes are compared with
+the memory that this machine has available. Times are estimates: they assume the printed FLOP/s.
+
+Sizes are decimal: 80GB is 80 000 000 000 bytes, slightly less than a card of that name has; GiB is
+binary.
 """
 _EXAMPLES = """\
+  streamtrain plan --config vits16.yaml
+  streamtrain plan --config quickstart.yaml --device cpu data.shards=sets/photos
   streamtrain plan --config giant.yaml --gpus 8 --gpu-memory 80GB
   streamtrain plan --config giant.yaml --gpus 1 --gpu-memory 141GB --host-memory 128GB --fit
   streamtrain plan --config vitl16.yaml --gpus 4 --gpu-memory 24GB --json data.micro_batch=16
@@ -33,13 +49,31 @@ logger = logging.getLogger(__name__)
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "plan", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("--config", required=True, help="recipe, as for training")
-    parser.add_argument("--gpus", type=positive_int, required=True, help="number of ranks, one per GPU")
-    parser.add_argument("--gpu-memory", type=byte_size, required=True, metavar="SIZE", help="of one GPU, such as 80GB")
-    parser.add_argument("--host-memory", type=byte_size, metavar="SIZE", help="of one host (default: not checked)")
+    parser.add_argument(
+        "--device", choices=("gpu", "cpu"), help="where the ranks compute (default: engine.device, or gpu if auto)"
+    )
+    parser.add_argument(
+        "--gpus", "--ranks", dest="ranks", type=positive_int, default=1, metavar="N",
+        help="number of ranks: one per GPU, or of processes with --device cpu (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu-memory", type=byte_size, metavar="SIZE",
+        help="of one GPU, such as 80GB (default: print which common sizes are enough)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host-memory", type=byte_size, metavar="SIZE",
+        help="of one host (default: the available memory of this machine with --device cpu, otherwise not checked)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tflops", type=_positive_float, metavar="X",
+        help=f"TFLOP/s that a rank attains, for the time (default: {GPU_FLOPS / 1e12:.0f} for a GPU; for a CPU, a "
+        "value for its instructions and cores)",
+    )  # fmt: skip
     parser.add_argument(
         "--micro-batch", type=positive_int, metavar="N", help="samples per micro-batch: data.micro_batch"
     )
     parser.add_argument("--fit", action="store_true", help="search for the fastest settings that fit")
+    parser.add_argument("--verbose", action="store_true", help="print every buffer with its arithmetic")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")
 
@@ -48,10 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan of a run.
 
     Raises:
-        StreamtrainError: for a configuration that cannot be planned.
+        ShardError, StreamtrainError: for a configuration that cannot be planned.
     """
     try:
         return print_plan(arguments)
+    except ShardError:
+        raise
     except ValueError as error:
         raise StreamtrainError(str(error)) from None
 
@@ -60,59 +96,104 @@ def print_plan(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.micro_batch:
         overrides.append(f"data.micro_batch={arguments.micro_batch}")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, arguments.ranks)
     if config.model.factory is not None:
         print("model.factory: parameters of your network; activations and FLOPs as of the built-in one\n")
-    gpu_memory, host_memory = arguments.gpu_memory, arguments.host_memory
+    machine = machine_of(arguments, config)
     chosen: list[str] = []
     if arguments.fit:
-        fitted = fit(config, arguments.gpus, gpu_memory, host_memory, arguments.micro_batch)
+        fitted = fit(config, machine, arguments.micro_batch)
         if fitted is None:
             logger.error("no setting fits; use more GPUs, more memory or a smaller model")
             return 1
         config, planned, chosen = fitted
     else:
-        planned = plan(config, arguments.gpus)
-    is_fitting = fits(planned, gpu_memory, host_memory)
+        planned = machine.plan(config)
+    is_fitting = machine.fits(planned)
 
-    print(table(planned, arguments.gpus))
-    seconds = step_seconds(config, arguments.gpus, planned)
-    print(f"\na step takes roughly {seconds:,.1f} s on GPUs with 400 TFLOP/s")
+    print(summary(planned, config, machine))
+    if arguments.device is None and machine.on_gpu:
+        print("--device cpu plans for the CPU of this machine instead")
+    found: list[Remedy] = []
     if chosen:
         print("the fastest settings that fit:\n  " + " ".join(chosen))
-    else:
-        print(verdict("GPU", planned.gpu_bytes, gpu_memory))
-        if host_memory is not None:
-            print(verdict(f"host of {planned.ranks_per_host} rank(s)", planned.host_bytes, host_memory))
-        if not is_fitting:
-            print("--fit searches for settings that fit")
+    elif not is_fitting:
+        found = remedies(config, machine)
+        # more GPUs may be out of reach, so several changes are searched as well if no single setting is enough
+        is_enough = any(not remedy.change.startswith("--") for remedy in found)
+        together = None if is_enough else fit(config, machine, arguments.micro_batch)
+        print(advice(found, together and together[2]))
+    if arguments.verbose:
+        print("\n" + table(planned, machine.ranks))
     if arguments.json:
-        print(json.dumps(plan_document(planned, is_fitting, chosen)))
+        print(json.dumps(plan_document(planned, config, machine, chosen, found)))
     return 0 if is_fitting else 1
 
 
-def verdict(what: str, needed: int, available: int) -> str:
-    relation = "fits" if needed <= available else "does NOT fit"
-    spare = gigabytes(available - needed)
-    return f"{what}: {gigabytes(needed)} of {gigabytes(available)} GB, {relation} ({spare} GB to spare)"
+def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
+    """Return the machine that the options describe.
+
+    Raises:
+        StreamtrainError: for options that contradict each other.
+    """
+    engine = config.engine
+    images = configured_images(config)
+    on_gpu = arguments.device == "gpu" if arguments.device else engine.device != "cpu"
+    if on_gpu:
+        if arguments.fit and arguments.gpu_memory is None:
+            raise StreamtrainError("--fit needs --gpu-memory, the memory of one GPU, such as 80GB")
+        flops = 1e12 * arguments.tflops if arguments.tflops else GPU_FLOPS
+        return Machine(
+            arguments.ranks, bf16=engine.dtype != "fp32", gpu_memory=arguments.gpu_memory,
+            host_memory=arguments.host_memory, flops=flops, images=images,
+        )  # fmt: skip
+    if arguments.gpu_memory is not None:
+        raise StreamtrainError("--gpu-memory has no effect with --device cpu; give --host-memory, or --device gpu")
+    bf16 = multiplies_bf16() if engine.dtype == "auto" else engine.dtype == "bf16"
+    cores = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+    with_kernels = engine.cpu_kernels and kernel_feature(bf16) in cpu_features()
+    return Machine(
+        arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=CPU_KERNELS if with_kernels else "reference",
+        host_memory=arguments.host_memory or available_bytes(), images=images,
+        flops=1e12 * arguments.tflops if arguments.tflops else cores * core_flops(bf16, cpu_features(), with_kernels),
+    )  # fmt: skip
 
 
-def plan_document(planned: Plan, is_fitting: bool, chosen: list[str]) -> dict[str, Any]:
+def plan_document(
+    planned: Plan, config: Config, machine: Machine, chosen: list[str], found: list[Remedy]
+) -> dict[str, Any]:
+    seconds = machine.step_seconds(config, planned)
     return {
-        "fits": is_fitting,
+        "fits": machine.fits(planned),
         "gpu_bytes": planned.gpu_bytes,
         "host_bytes": planned.host_bytes,
         "disk_bytes": planned.disk_bytes,
+        "rank_bytes": planned.rank_bytes,
         "peak_phase": planned.peak_phase,
         "gpu_bytes_by_phase": {phase: planned.at(phase) for phase in PHASES},
         "state_bytes": planned.state_bytes,
         "num_parameters": planned.num_parameters,
         "flops_per_step": planned.flops_per_step,
+        "assumed_flops_per_second": machine.flops,
+        "step_seconds": seconds,
+        "run_seconds": seconds * config.run.steps,
+        "gpu_hours": seconds * config.run.steps * machine.ranks / 3600 if machine.on_gpu else 0.0,
         "all_gather_bytes_per_step": planned.all_gather_bytes_per_step,
         "transfer_bytes_per_step": planned.transfer_bytes_per_step,
         "overrides": chosen,
+        "changes": [remedy.change for remedy in found],
         "parts": [
             {"name": p.name, "place": p.location, "bytes": p.num_bytes, "when": list(p.when), "sum": p.arithmetic}
             for p in planned.parts
         ],
     }
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

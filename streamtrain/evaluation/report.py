@@ -35,8 +35,9 @@ from streamtrain.evaluation.verdict import (
     read_baselines,
 )
 from streamtrain.planning.flops import step_flops
+from streamtrain.planning.images import configured_images
 from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
+from streamtrain.planning.plan_text import gigabytes
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 from streamtrain.run.provenance import ENVIRONMENT_NAME
 from streamtrain.run.tags import pinned_cards_url
@@ -304,14 +305,15 @@ def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], recor
     """Return planned and measured memory, FLOPs and disk space; settings of an untrusted run raise any exception."""
     world_size, device = environment["world_size"], str(environment.get("device", "cpu"))
     on_gpu = device != "cpu"
-    planned = plan(config, world_size, on_gpu=on_gpu, bf16=environment.get("dtype") == "bf16")
+    bf16 = environment.get("dtype") == "bf16"
+    planned = plan(config, world_size, on_gpu=on_gpu, bf16=bf16, images=configured_images(config))
     tag = "memory/gpu_bytes" if on_gpu else "memory/peak_rss_bytes"
     peak = max((record[tag] for record in records if record.get(tag) is not None), default=math.nan)
     times = [record["speed/step_seconds"] for record in records if record.get("speed/step_seconds") is not None]
     seconds = float(np.median(times)) if times else math.nan
     rate = step_flops(config, world_size).executed / seconds if seconds else math.nan
     disk_bytes = sum(path.stat().st_size for path in (run / CHECKPOINTS).rglob("*") if path.is_file())
-    expected = gigabytes(rank_peak_bytes(planned, on_gpu))
+    expected = gigabytes(planned.step_bytes)
     return [
         ["", "planned", "measured"],
         [f"peak memory per rank, {device}", f"{expected} GB", f"{gigabytes(peak)} GB"],

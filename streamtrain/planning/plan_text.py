@@ -1,40 +1,154 @@
-"""The plan as text: the full table, and the lines that a run logs at its start and end."""
+"""The plan as text: the summary, the full table, and the lines that a run logs at its start and end."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from streamtrain.config.tree import Config
-from streamtrain.planning.memory import ALWAYS, PHASES, Plan
+from streamtrain.planning.fitting import Remedy
+from streamtrain.planning.machine import Machine
+from streamtrain.planning.memory import Plan
+from streamtrain.planning.parts import (
+    ALWAYS,
+    AVERAGE,
+    BACKWARD,
+    CHECKPOINT,
+    EVALUATION,
+    LOSS,
+    OPTIMISER,
+    PHASES,
+    TARGETS,
+    TEACHER,
+)
 from streamtrain.planning.shapes import parameter_shapes
+from streamtrain.planning.sizes import ASSUMED_IMAGES
+from streamtrain.planning.units import duration, significant, size
 
-_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
+_GPU_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
+_CPU_TITLES = {
+    "gpu": "memory of the network, per process",
+    "host": "other memory, per process",
+    "disk": "disk, all ranks",
+}
+# buffers that the summary names
+LARGEST = 3
+_IN_PHASE = {
+    TEACHER: "in the teacher pass",
+    TARGETS: "while the targets are computed",
+    LOSS: "in the prototype loss",
+    BACKWARD: "in the backward pass",
+    OPTIMISER: "in the optimiser step",
+    AVERAGE: "in the update of the EMA",
+    EVALUATION: "in the evaluation",
+    CHECKPOINT: "while the last checkpoint is written",
+}
+# sizes of common GPUs
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Format bytes as decimal gigabytes (1e9 bytes)."""
-    return f"{num_bytes / 1e9:,.2f}"
+    """Format bytes as decimal gigabytes (1e9 bytes), with three significant digits."""
+    return significant(num_bytes / 1e9)
+
+
+def summary(planned: Plan, config: Config, machine: Machine) -> str:
+    """Return a few lines: whether the run fits, its peak with the largest buffers, its time and its disk space."""
+    unit = "GPU" if machine.on_gpu else "process"
+    phase, largest = largest_buffers(planned)
+    names = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in largest)
+    total, _ = config.batch_split(machine.ranks)
+    seconds = machine.step_seconds(config, planned)
+    run = seconds * config.run.steps
+    rate = f"{significant(machine.flops / 1e12)} TFLOP/s per {unit}"
+    dtype = "bf16" if machine.bf16 else "fp32"
+    of_each = "" if machine.on_gpu else f" of {_count(machine.cores, 'core')}"
+    units = _count(machine.ranks, unit, "es" if unit == "process" else "s")
+    lines = [
+        _fitting_line(planned, machine),
+        f"network   {significant(planned.num_parameters / 1e6)} M parameters in {dtype} on {units}{of_each}",
+        f"peak      {size(planned.rank_bytes)} per {unit} {_IN_PHASE[phase]}; largest: {names}",
+    ]
+    if machine.on_gpu or machine.ranks > 1:
+        lines.append(f"host      {size(planned.host_bytes)} for {_count(planned.ranks_per_host, 'rank')}")
+    lines += [
+        f"time      {duration(seconds)} per step of {_count(total, 'image')}, {duration(run)} for "
+        f"{_count(config.run.steps, 'step')}, assuming {rate} (--tflops)",
+    ]
+    if machine.on_gpu:
+        lines.append(f"cost      {significant(run * machine.ranks / 3600)} GPU-hours")
+    lines.append(f"disk      {size(planned.disk_bytes)} for checkpoints")
+    if machine.images is None:
+        why = f"{config.data.shards_text} cannot be read here" if config.data.shards else "data.shards is not set"
+        lines.append(f"images    {significant(ASSUMED_IMAGES.pixels / 1e6)} megapixels, assumed because {why}")
+    else:
+        lines.append(f"images    {significant(machine.images.pixels / 1e6)} megapixels on average")
+    return "\n".join(lines)
+
+
+def largest_buffers(planned: Plan) -> tuple[str, list[tuple[str, int]]]:
+    """Return the phase of a rank's peak, and the names and bytes of its largest buffers then."""
+    phase = planned.peak_phase
+    places = ("gpu",) if planned.on_gpu else ("gpu", "host")
+    present = [p for p in planned.parts if p.location in places and {ALWAYS, phase} & set(p.when)]
+    largest = sorted(present, key=lambda p: -p.num_bytes)[:LARGEST]
+    return phase, [(p.name, p.num_bytes) for p in largest]
+
+
+def _fitting_line(planned: Plan, machine: Machine) -> str:
+    needs = [(planned.gpu_bytes, machine.gpu_memory, "GPU")] if machine.on_gpu else []
+    needs.append((planned.host_bytes, machine.host_memory, "host"))
+    checked = [(needed, there, what) for needed, there, what in needs if there is not None]
+    if not checked:
+        cards = [f"{card} GB" for card in CARDS if card * 1e9 >= planned.gpu_bytes]
+        enough = f"enough are GPUs of {', '.join(cards[:4])}" if cards else "more than any common GPU has"
+        return f"needs     {size(planned.gpu_bytes)} per GPU; {enough} (--gpu-memory checks one)"
+    texts = []
+    for needed, there, what in checked:
+        spare = f"{size(there - needed)} to spare" if needed <= there else f"{size(needed - there)} too much"
+        texts.append(f"{size(needed)} of {size(there)} per {what}, {spare}")
+    return f"{'fits      ' if machine.fits(planned) else 'does NOT fit: '}{'; '.join(texts)}"
+
+
+def advice(found: Sequence[Remedy], combined: Sequence[str] | None) -> str:
+    """Return what to change where a run does not fit.
+
+    Args:
+        found: single changes with which it fits.
+        combined: overrides with which it fits, if no single change is enough; None: there are none.
+    """
+    lines = ["it fits with one of these changes:"] if found else []
+    for remedy in found:
+        peak = size(remedy.planned.rank_bytes)
+        lines.append(f"  {remedy.change:44} peak {peak}, {duration(remedy.seconds)} per step")
+    if combined:
+        lines.append(f"{'or' if found else 'it fits'} with these changes together:\n  {' '.join(combined)}")
+    return "\n".join(lines) or "no settings of this network fit; use a smaller model.preset or crops, or more memory"
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def table(planned: Plan, world_size: int) -> str:
     """Format every buffer with its arithmetic, the memory of each phase, and the totals of an optimiser step."""
     lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); sizes in GB (1e9 bytes)"]
-    for location, title in _TITLES.items():
+    for location, title in (_GPU_TITLES if planned.on_gpu else _CPU_TITLES).items():
         parts = [part for part in planned.parts if part.location == location]
         if parts:
             lines.append(f"\n{title}:")
         for part in parts:
             when = "" if ALWAYS in part.when else f"  [{', '.join(part.when)}]"
-            lines.append(f"  {part.name:28} {gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
-    lines.append("\ndevice memory per rank, by phase:")
+            lines.append(f"  {part.name:38} {gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
+    lines.append(f"\n{'device memory' if planned.on_gpu else 'memory of the process'} per rank, by phase:")
     for phase in PHASES:
         peak = "  <- peak" if phase == planned.peak_phase else ""
-        lines.append(f"  {phase:28} {gigabytes(planned.at(phase)):>9}{peak}")
+        lines.append(f"  {phase:38} {gigabytes(planned.rank_bytes_at(phase)):>9}{peak}")
     host = f"host memory of {planned.ranks_per_host} rank(s)"
-    lines.append(f"{host:30} {gigabytes(planned.host_bytes):>9}")
-    lines.append(f"{'disk':30} {gigabytes(planned.disk_bytes):>9}")
+    lines.append(f"{host:40} {gigabytes(planned.host_bytes):>9}")
+    lines.append(f"{'disk':40} {gigabytes(planned.disk_bytes):>9}")
     lines.append(
-        f"per optimiser step: {planned.flops_per_step / 1e12:,.1f} TFLOP on all ranks; each rank receives "
+        f"per optimiser step: {significant(planned.flops_per_step / 1e12)} TFLOP on all ranks; each rank receives "
         f"{gigabytes(planned.all_gather_bytes_per_step)} GB of parameters and transfers "
         f"{gigabytes(planned.transfer_bytes_per_step)} GB to and from host memory or disk"
     )
@@ -60,24 +174,21 @@ def model_table(config: Config) -> str:
 
 
 def start_summary(planned: Plan, on_gpu: bool) -> str:
-    states, peak = gigabytes(planned.state_bytes), gigabytes(rank_peak_bytes(planned, on_gpu))
+    phase, ((name, num_bytes), *_) = largest_buffers(planned)
+    unit, peak = "GPU" if on_gpu else "rank", size(rank_peak_bytes(planned, on_gpu))
     return (
-        f"plan: {planned.num_parameters / 1e6:,.1f} M parameters; per {'GPU' if on_gpu else 'rank'} {states} GB of "
-        f"model states and a peak of {peak} GB ({planned.peak_phase}); {gigabytes(planned.disk_bytes)} GB on disk"
+        f"plan: {significant(planned.num_parameters / 1e6)} M parameters; peak {peak} per {unit} {_IN_PHASE[phase]} "
+        f"(largest: {name}, {size(num_bytes)}); {size(planned.disk_bytes)} on disk"
     )
 
 
 def end_summary(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
     """Return one line for the end of a run; ``measured_bytes`` is the highest peak of any rank."""
     expected = rank_peak_bytes(planned, on_gpu)
-    return (
-        f"memory: measured peak {gigabytes(measured_bytes)} GB, planned {gigabytes(expected)} GB "
-        f"({measured_bytes / expected:.0%})"
-    )
+    return f"memory: measured peak {size(measured_bytes)}, planned {size(expected)} ({measured_bytes / expected:.0%})"
 
 
 def rank_peak_bytes(planned: Plan, on_gpu: bool) -> int:
     """Return a rank's peak memory: on its GPU, or without a GPU in its process."""
-    if on_gpu:
-        return planned.gpu_bytes
-    return max(planned.at(phase) + planned.at(phase, "host") for phase in PHASES)
+    assert on_gpu == planned.on_gpu
+    return planned.rank_bytes

@@ -24,12 +24,15 @@ from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
 from streamtrain.ops.cpu.build import is_enabled
-from streamtrain.planning.memory import CPU_KERNELS, Plan, plan
+from streamtrain.planning.images import stored_images
+from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
+from streamtrain.planning.sizes import CPU_KERNELS
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import TRACEBACKS_NAME, log_start_notes, saved_state
+from streamtrain.run.host_memory import available_bytes
 from streamtrain.run.lock import MOVED, moved_error
 from streamtrain.run.logs import keep_tracebacks
 from streamtrain.run.messages import completed_text, labelled_set
@@ -69,7 +72,7 @@ def train(
     run_dir, exit_code, began = Path(config.run.dir), 0, time.monotonic()
     keep_tracebacks(run_dir / TRACEBACKS_NAME)
     with init_process_group(config.engine, launch) as runtime:
-        planned = _plan(config, runtime)
+        planned = _plan(config, runtime, shard_set)
         networks = Networks.build(config, runtime)
         _check_directory(run_dir, has_moved())
         start = restore(config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram)
@@ -130,13 +133,16 @@ def _check_directory(run_dir: Path, has_moved: bool) -> None:
         raise moved_error(run_dir)
 
 
-def _plan(config: Config, runtime: Runtime) -> Plan:
+def _plan(config: Config, runtime: Runtime, shard_set: AnySet) -> Plan:
     """Plan the memory; log it with derived settings and warnings."""
     if runtime.rank == 0:
         log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
     supported = CPU_KERNELS if not on_gpu and is_enabled(runtime.dtype) else "reference"
-    planned = plan(config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported)
+    planned = plan(
+        config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported, images=stored_images(shard_set),
+        cores=runtime.launch.cores, host_memory=available_bytes(),
+    )  # fmt: skip
     logger.info(start_summary(planned, on_gpu))
     return planned
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from ranks import run_ranks
 
 from streamtrain.config.load import build, load_config
 from streamtrain.config.tree import Config
-from streamtrain.planning.fitting import fit, fits
-from streamtrain.planning.memory import PHASES, plan
+from streamtrain.planning.fitting import fit, remedies
+from streamtrain.planning.host import COPY_SHARE
+from streamtrain.planning.machine import Machine
+from streamtrain.planning.memory import plan
+from streamtrain.planning.parts import PHASES
 
 SCRIPT = Path(__file__).with_name("state_bytes.py")
 
@@ -87,23 +91,81 @@ def test_flops_of_a_dense_step() -> None:
     assert plan(config, 1).all_gather_bytes_per_step == 0
 
 
+GB = 10**9
+
+
 def test_giant_recipes_fit_their_gpus() -> None:
-    assert fits(plan(giant(), 8), 80 * 10**9, None)
-    assert fits(plan(load_config("giant_8gpu.yaml"), 8), 80 * 10**9, None)
-    assert fits(plan(load_config("giant_1gpu.yaml"), 1), 141 * 10**9, 120 * 10**9)
-    assert not fits(plan(giant(), 1), 141 * 10**9, 128 * 10**9)
+    eight, one = Machine(8, gpu_memory=80 * GB), Machine(1, gpu_memory=141 * GB, host_memory=120 * GB)
+    for recipe, machine in (("giant.yaml", eight), ("giant_8gpu.yaml", eight), ("giant_1gpu.yaml", one)):
+        assert machine.fits(machine.plan(load_config(recipe))), recipe
+    assert not one.fits(one.plan(giant()))
 
 
 def test_fit_finds_settings_or_none() -> None:
-    result = fit(giant(), 1, 141 * 10**9, 128 * 10**9, None)
+    machine = Machine(1, gpu_memory=141 * GB, host_memory=128 * GB)
+    result = fit(giant(), machine, None)
     assert result is not None
     config, planned, overrides = result
-    assert fits(planned, 141 * 10**9, 128 * 10**9)
-    assert config == giant(*overrides) and planned == plan(giant(*overrides), 1)
+    assert machine.fits(planned)
+    assert config == giant(*overrides) and planned == machine.plan(giant(*overrides))
     # with little host memory only 8-bit moments or files fit
-    squeezed = fit(giant(), 1, 141 * 10**9, 40 * 10**9, 4)
+    squeezed = fit(giant(), replace(machine, host_memory=40 * GB), 4)
     assert squeezed is not None and squeezed[0].engine.moments in ("disk", "8bit") and squeezed[0].data.micro_batch == 4
-    assert fit(giant(), 1, 40 * 10**9, 128 * 10**9, None) is None
+    assert fit(giant(), replace(machine, gpu_memory=40 * GB), None) is None
+
+
+def test_fit_on_a_cpu_counts_one_memory() -> None:
+    config = load_config("vitb16.yaml", ("engine.checkpointing=none",))
+    roomy = Machine(1, on_gpu=False, supported="reference", host_memory=64 * GB)
+    needed = roomy.plan(config).host_bytes
+    assert roomy.fits(roomy.plan(config)) and roomy.plan(config).gpu_bytes == 0
+    result = fit(config, replace(roomy, host_memory=needed // 2), None)
+    assert result is not None and result[1].host_bytes <= needed // 2
+    assert "teacher.average=host" not in result[2] and "engine.moments=host" not in result[2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "machine", "expected"),
+    [
+        ("vitl16.yaml", ("data.micro_batch=64", "engine.checkpointing=none"), Machine(1, gpu_memory=24 * GB),
+         "engine.checkpointing=block"),
+        ("giant.yaml", (), Machine(4, gpu_memory=24 * GB), "--gpus 16"),
+        ("vits16.yaml", (), Machine(1, on_gpu=False, host_memory=3_100_000_000), "engine.moments=disk"),
+    ],
+)  # fmt: skip
+def test_each_remedy_is_one_change_with_which_the_run_fits(
+    recipe: str, settings: tuple[str, ...], machine: Machine, expected: str
+) -> None:
+    config = load_config(recipe, settings)
+    assert not machine.fits(machine.plan(config))
+    found = remedies(config, machine)
+    assert expected in [remedy.change for remedy in found]
+    for remedy in found:
+        changed, other = config, machine
+        if remedy.change.startswith("--gpus "):
+            other = replace(machine, ranks=int(remedy.change.split()[1]))
+        else:
+            changed = load_config(recipe, (*settings, *remedy.change.split()))
+        assert other.plan(changed) == remedy.planned and other.fits(remedy.planned), remedy.change
+    assert [remedy.seconds for remedy in found] == sorted(remedy.seconds for remedy in found)
+
+
+def test_the_copy_of_a_checkpoint_is_counted_where_the_writer_makes_one() -> None:
+    config = load_config("vits16.yaml")
+    for on_gpu in (True, False):
+        planned = plan(config, 1, on_gpu=on_gpu)
+        (copy,) = (part for part in planned.parts if part.name == "copy for a checkpoint")
+        assert copy.location == "host" and copy.num_bytes == 16 * planned.num_parameters
+        # during the next step, unless only the last step is saved
+        assert "backward" in copy.when
+        at_end = plan(load_config("vits16.yaml", ("run.checkpoint_every=0",)), 1, on_gpu=on_gpu)
+        assert {p.name: p.when for p in at_end.parts}["copy for a checkpoint"] == ("last checkpoint",)
+        without = plan(load_config("vits16.yaml", ("run.save_in_background=false",)), 1, on_gpu=on_gpu)
+        assert planned.host_bytes - without.host_bytes == copy.num_bytes
+        # as the writer decides: it needs a share of the memory that the steps leave
+        enough = without.host_bytes + int(copy.num_bytes / COPY_SHARE)
+        for memory, expected in ((enough + 10, planned), (enough - 10, without)):
+            assert plan(config, 1, on_gpu=on_gpu, host_memory=memory).host_bytes == expected.host_bytes
 
 
 def test_every_part_has_size_arithmetic_and_phases() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from shards.errors import ShardError
 from shards.storage.paths import expand_path
-from streamtrain.ops.cpu.features import cpu_features
+from streamtrain.ops.cpu.features import cpu_features, kernel_feature
 from streamtrain.ops.cpu.private_folder import NotPrivateError, open_or_make, open_private
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,11 @@ _NAME = "streamtrain"
 # the same on every machine, so that a cache in a shared home serves them all
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-mfma",
           "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]  # fmt: skip
-_FEATURE = {torch.float32: "avx512", torch.bfloat16: "avx512_bf16"}
 
 
 def is_supported(dtype: torch.dtype) -> bool:
     """Return whether there are kernels for ``dtype`` and this CPU has the instructions they use."""
-    return _FEATURE.get(dtype) in cpu_features()
+    return dtype in (torch.float32, torch.bfloat16) and kernel_feature(dtype == torch.bfloat16) in cpu_features()
 
 
 class _Selection:

@@ -43,6 +43,11 @@ def limit_features(flags: Iterable[str], environment: Mapping[str, str]) -> froz
     return frozenset(name for name, _ in _FEATURES[:count])
 
 
+def kernel_feature(bf16: bool) -> str:
+    """Return the feature that the kernels for bf16, or for fp32, need."""
+    return "avx512_bf16" if bf16 else "avx512"
+
+
 def multiplies_bf16() -> bool:
     """Return whether the CPU has bf16 matmul instructions; without them bf16 is slower than fp32."""
     return "avx512_bf16" in cpu_features()

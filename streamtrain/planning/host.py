@@ -1,0 +1,107 @@
+"""Host memory of a rank beside its network, and disk space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shards.reading.source import BATCHES_AHEAD
+from streamtrain.ops.configure import KEPT_BYTES, MAPPED_BYTES
+from streamtrain.planning.parts import (
+    ALWAYS,
+    BACKWARD,
+    CHECKPOINT,
+    EVALUATION,
+    LOSS,
+    STEP_PHASES,
+    TARGETS,
+    TEACHER,
+    Part,
+    part,
+)
+from streamtrain.planning.sizes import CPU_KERNELS, Sizes
+
+# Python with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
+PROCESS_BYTES = 1_150_000_000
+# the share of the available memory that the copies of checkpoints may use
+COPY_SHARE = 0.8
+# limit of the similarities of kNN in memory (``evaluation/knn.py``)
+SIMILARITY_BYTES = 2**28
+# bytes of a checkpoint per parameter: master, two moments and average in fp32
+SAVED_BYTES = 16
+
+
+def host_buffers(s: Sizes) -> Iterator[Part]:
+    data, crops = s.config.data, s.config.crops
+    yield part("process and libraries (allowance)", "host", ALWAYS, (PROCESS_BYTES, "B"))
+    encoded = min(data.read_ahead_bytes, BATCHES_AHEAD * data.micro_batch * s.stored.num_bytes)
+    yield part("encoded images ahead", "host", ALWAYS, (encoded, "B"))
+    pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
+    batch, decoded = (data.micro_batch, "images"), 3 * s.stored.pixels
+    if s.on_gpu:
+        sample = (3 * pixels + decoded, "B")
+        yield part("DALI and pinned crops", "host", ALWAYS, (data.prefetch + 2, "batches"), batch, sample)
+        yield part("DALI's buffers", "gpu", ALWAYS, (data.prefetch + 1, "batches"), batch, sample)
+    else:
+        yield part("crops ahead", "host", ALWAYS, (2, "batches"), batch, (3 * pixels, "B"))
+        yield part("decoded images", "host", ALWAYS, (data.prefetch + 1, "batches"), batch, (decoded, "B"))
+    # checkpoints are read and written one fragment at a time; initial values are drawn for a full parameter
+    yield part("one parameter in fp32", "host", ALWAYS, (s.largest_whole, "values"), (4, "B"))
+
+
+def evaluation_buffers(s: Sizes) -> Iterator[Part]:
+    """Yield the buffers of the evaluation while training, beside the teacher's activations."""
+    evaluation, crops = s.config.evaluation, s.config.crops
+    if not evaluation.every or not evaluation.evaluators:
+        return
+    train, test = evaluation.images, evaluation.images // 4
+    # fp32 features of each rank's images: of the batches, joined, and normalised
+    values = (s.config.model.dim, "values")
+    own = (-(-train // s.world_size) + -(-test // s.world_size), "images of this rank")
+    yield part("evaluation's features", "gpu", EVALUATION, own, values, (3 * 4, "B"))
+    similarities = min(4 * -(-train // s.world_size) * test, SIMILARITY_BYTES)
+    yield part("evaluation's similarities", "gpu", EVALUATION, (similarities, "B"))
+    # cropped ahead of the network, two batches and the current one, and one decoded image per thread
+    batch = (crops.global_count * s.config.data.micro_batch, "images")
+    yield part("evaluation's crops", "host", EVALUATION, (3, "batches"), batch, (3 * crops.global_size**2, "B"))
+    yield part("evaluation's decoded images", "host", EVALUATION, (s.cores, "threads"), (3 * s.stored.pixels, "B"))
+
+
+def kept_memory(s: Sizes, parts: list[Part]) -> Iterator[Part]:
+    """Yield the freed tensors of steps that a process on a CPU keeps while nothing else needs them.
+
+    The CPU kernels' allocator keeps a limited amount of large tensors; the C library keeps small ones
+    (``ops/configure.py``).
+    """
+    if s.on_gpu:
+        return
+    freed = max(sum(p.num_bytes for p in parts if p.location == "gpu" and phase in p.when) for phase in STEP_PHASES)
+    if s.implementation == CPU_KERNELS:
+        kept = min(freed, KEPT_BYTES)
+    else:
+        widths = (s.config.model.dim, s.config.model.hidden)
+        small = [s.kept_tokens * width * s.item < MAPPED_BYTES for width in widths]
+        kept = freed * sum(small) // len(small)
+    yield part("freed tensors kept for reuse", "gpu", (EVALUATION, CHECKPOINT), (kept, "B"))
+
+
+def checkpoint_copy(s: Sizes) -> Part:
+    """Return the copy of this rank's values that a checkpoint is written from while training continues."""
+    run = s.config.run
+    is_during_steps = any(0 < every < run.steps for every in (run.checkpoint_every, run.snapshot_every))
+    phases = (TEACHER, TARGETS, LOSS, BACKWARD, CHECKPOINT) if is_during_steps else (CHECKPOINT,)
+    return part("copy for a checkpoint", "host", phases, (s.shard, "values of this rank"), (SAVED_BYTES, "B"))
+
+
+def disk_space(s: Sizes) -> Iterator[Part]:
+    run = s.config.run
+    if not run.checkpoint_every:
+        # only the last step's
+        kept = 1
+    else:
+        kept = min((run.keep_last or run.steps), max(1, run.steps // run.checkpoint_every)) + 1
+        kept += run.steps // run.keep_every if run.keep_every else 0
+    kept += s.config.evaluation.best is not None
+    values = (s.shard * s.world_size, "values")
+    yield part("checkpoints", "disk", ALWAYS, (kept, "checkpoints"), values, (SAVED_BYTES, "B"))
+    snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
+    yield part("snapshots", "disk", ALWAYS, (snapshots, "snapshots"), values, (4, "B"))

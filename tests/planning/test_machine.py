@@ -1,0 +1,54 @@
+"""Times follow the assumed rates, and the images of a set follow its index."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from drawn_images import packed_set
+
+from streamtrain.config.load import load_config
+from streamtrain.planning.images import configured_images, stored_images
+from streamtrain.planning.machine import CORE_FLOPS, Machine, core_flops
+from streamtrain.planning.sizes import StoredImages
+
+
+def test_rates_follow_the_features_in_use() -> None:
+    amx = frozenset(CORE_FLOPS) - {"none"}
+    assert core_flops(True, amx, True) == CORE_FLOPS["amx_bf16"][0]
+    # fp32 uses no bf16 instructions
+    assert core_flops(False, amx, True) == CORE_FLOPS["avx512"][0]
+    assert core_flops(True, {"avx2"}, False) == CORE_FLOPS["avx2"][1]
+    assert core_flops(False, frozenset(), False) == CORE_FLOPS["none"][1]
+
+
+def test_a_step_takes_half_the_time_with_twice_the_cores_and_rate() -> None:
+    config = load_config("vits16.yaml")
+    slow = Machine(1, on_gpu=False, flops=1e11, cores=1)
+    fast = replace(slow, flops=2e11, cores=2)
+    times = [machine.step_seconds(config, machine.plan(config)) for machine in (slow, fast)]
+    assert times[0] == pytest.approx(2 * times[1], rel=0.02)
+    assert times[0] > slow.plan(config).flops_per_step / 1e11
+
+
+def test_images_of_a_set_are_measured(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, 20)
+    measured = stored_images(shard_set)
+    assert measured is not None
+    records = [record for shard in range(shard_set.num_shards) for record in shard_set.records(shard)]
+    assert measured.pixels == sum(int(r["width"]) * int(r["height"]) for r in records) // len(records)
+    config = load_config("vits16.yaml", (f"data.shards={shard_set.path}",))
+    assert configured_images(config) == measured
+    absent = load_config("vits16.yaml", (f"data.shards={tmp_path}/absent",))
+    assert configured_images(absent) is None
+
+
+def test_large_images_need_memory_to_decode() -> None:
+    config = load_config("vits16.yaml")
+    small, large = (
+        Machine(1, on_gpu=False, images=StoredImages(pixels, pixels // 4)).plan(config).rank_bytes
+        for pixels in (200_000, 12_000_000)
+    )
+    # three batches of decoded images, and the encoded ones up to their limit
+    assert large - small > 3 * 16 * 3 * 11_800_000
