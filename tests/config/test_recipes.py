@@ -1,20 +1,28 @@
+"""The Gram and high-resolution stages of the 7B recipe have the paper's values."""
+
 from __future__ import annotations
 
-import pytest
-
-from streamtrain.config.load import build, load_config, preset_folders
-from streamtrain.config.recipes import nearest_recipe
-from streamtrain.config.tree import Config
+from streamtrain.config.load import load_config
+from streamtrain.config.schedules import value_at
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in preset_folders()[0].glob("*.yaml")))
-def test_every_recipe_is_found_with_the_settings_changed(name: str) -> None:
-    assert nearest_recipe(load_config(name, ["run.dir=runs/x", "data.shards=sets/x"])) == (name, {})
-    changed = load_config(name, ["run.dir=runs/x", "optim.clip=7.5", "run.seed=41"])
-    assert nearest_recipe(changed) == (name, {"optim.clip": 7.5, "run.seed": 41})
+def test_the_gram_stage_refreshes_three_times_and_ramps_its_weights() -> None:
+    config = load_config("giant_gram.yaml")
+    gram, steps = config.objective.gram, config.run.steps
+    due = [step for step in range(0, steps, 1000) if gram.refresh.is_due(step)]
+    assert due == [1_010_000, 1_020_000, 1_030_000] and not gram.refresh.is_due(1_010_001)
+    at = [value_at(gram.weight, step, steps) for step in (0, 1_000_000, 1_000_500, 1_001_000, steps)]
+    assert at == [0.0, 0.0, 1.0, 2.0, 2.0]
+    local = config.objective.global_loss.local_weight
+    assert [value_at(local, step, steps) for step in (0, 1_000_000, 1_001_000)] == [1.0, 1.0, 0.5]
+    assert [(s.global_size, s.local_size, s.gram_size) for s in config.crop_sizes] == [(256, 112, 512)]
 
 
-def test_without_recipes_settings_are_compared_with_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamtrain.config.recipes._recipes", dict)
-    assert nearest_recipe(Config()) == ("", {})
-    assert nearest_recipe(build({"run": {"seed": 3}})) == ("", {"run.seed": 3})
+def test_the_high_resolution_stage_alternates_sizes_and_keeps_its_gram_teacher() -> None:
+    config = load_config("giant_highres.yaml")
+    sizes = [(s.global_size, s.local_size, s.gram_size) for s in config.crop_sizes]
+    large = [(768, side, 1152) for side in (112, 160, 224, 336)]
+    assert sizes == [(512, 112, 768), *large]
+    assert [entry.share for entry in config.crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
+    assert not any(config.objective.gram.refresh.is_due(step) for step in (1_010_000, 1_200_000, 1_210_000))
+    assert config.objective.koleo.samples(config.data.micro_batch, 256) == 16
