@@ -1,5 +1,3 @@
-"""The recipe that a configuration comes from."""
-
 from __future__ import annotations
 
 import pytest
