@@ -107,7 +107,8 @@ class LibraryHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record above a progress bar: ``[rank 1] error: message (DeepSpeed)``."""
         with suppress(Exception):
-            text = f"{self.prefix}error: {printable_lines(record.getMessage())} ({printable(record.name)})"
+            message = printable_lines(strip_from_text(record.getMessage()))
+            text = f"{self.prefix}error: {message} ({printable(record.name)})"
             if record.exc_info is not None and (error := record.exc_info[1]) is not None:
                 text += f"\n{printable_lines(_whole_traceback(error))}"
             _write(text, sys.stderr)
@@ -132,7 +133,8 @@ class FileHandler(logging.Handler):
             level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             is_own = record.name.partition(".")[0] in PACKAGES
             library = "" if is_own else f" ({printable(record.name)})"
-            text = f"{self._prefix}{level}{printable_lines(record.getMessage()).rstrip()}{library}\n"
+            message = printable_lines(strip_from_text(record.getMessage())).rstrip()
+            text = f"{self._prefix}{level}{message}{library}\n"
             if record.exc_info is not None and (error := record.exc_info[1]) is not None and not is_own:
                 text += f"{_whole_traceback(error)}\n"
             # libraries repeat some warnings in every step

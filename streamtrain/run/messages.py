@@ -40,9 +40,9 @@ def configuration_line(config: Config, recipe: str, num_images: int, world_size:
 
 def network_name(model: ModelConfig) -> str:
     """Return the preset, or the size of a network that no preset has."""
-    for name in [model.preset] if model.preset is not None else []:
-        if all(getattr(model, key) == value for key, value in PRESETS[name].items()):
-            return name
+    preset = model.preset
+    if preset is not None and all(getattr(model, key) == value for key, value in PRESETS[preset].items()):
+        return preset
     return f"ViT of width {model.dim} and depth {model.depth}"
 
 
