@@ -22,6 +22,7 @@ from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
+from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.model.vit import Features
 from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
 
@@ -148,6 +149,7 @@ class OnlineEvaluation:
         """``images``: None disables the evaluation."""
         self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
         self._began, self._seconds = time.monotonic(), 0.0
+        self._is_margin_logged = False
         self.study: Study | None = None
 
     @property
@@ -170,10 +172,23 @@ class OnlineEvaluation:
             self._seconds += seconds
             self._log_unusable()
         self.study = study
+        self._log_margin(results)
         figures = {f"eval/{name}": value for name, value in results.items()}
         if study.num_unusable:
             figures["eval/unusable_images"] = float(study.num_unusable)
         return figures | {"eval/seconds": seconds, "eval/time_share": self.share}
+
+    def _log_margin(self, results: dict[str, float]) -> None:
+        """Log once how far the accuracies are uncertain."""
+        accuracies = [value for name, value in results.items() if name == "linear" or name.startswith("knn_")]
+        if accuracies and not self._is_margin_logged:
+            assert self._images is not None
+            count = len(self._images.test)
+            margin = max(accuracy_margin(accuracy, count) for accuracy in accuracies)
+            logger.info(
+                "evaluation: accuracies on %d test images have a 95%% interval of ± %.1f points", count, 100 * margin
+            )
+            self._is_margin_logged = True
 
     def _log_unusable(self) -> None:
         """Log the images that this rank found unusable since the last evaluation."""
