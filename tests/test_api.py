@@ -81,13 +81,19 @@ def test_verify_and_evaluate_return_what_the_commands_print(tmp_path: Path) -> N
     assert streamtrain.verify(tmp_path / "set", workers=1) == []
     (tmp_path / "set" / "index" / "000000.idx").unlink()
     assert len(streamtrain.verify(tmp_path / "set", workers=1)) == 1
-    result = streamtrain.evaluate("knn", train=tmp_path / "images", pixels=True)
-    assert result["features"] == "pixels" and result["test_images"] == 4
+    result = streamtrain.evaluate("knn", train=tmp_path / "images", pixels=True, no_cache=True)
+    assert result["features"] == "pixels" and result["test_images"] == 4 and 0 < result["margin_knn_10"] < 1
     for options, message in (({"pixle": 1}, "pixle"), ({"size": "many"}, "--size"), ({}, "select the network")):
         with pytest.raises(streamtrain.StreamtrainError, match=message):
             streamtrain.evaluate("knn", train=tmp_path / "images", **options)
     with pytest.raises(streamtrain.StreamtrainError, match="task 'nearest' is not one of"):
         streamtrain.evaluate("nearest", train=tmp_path / "images")
+    weights = tiny_weights(tmp_path / "weights")
+    for task in ("knn", "linear", "logistic"):
+        if task == "logistic":
+            pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+        result = streamtrain.evaluate(task, train=tmp_path / "images", weights=weights, compare="pixels", no_cache=True)
+        assert result["features"] == "weights" and result["compared_with"] == "pixels"
 
 
 def test_a_failed_training_raises_its_error_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

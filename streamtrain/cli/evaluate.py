@@ -12,13 +12,26 @@ from streamtrain.run.command_line import local_path
 
 TASKS = ("knn", "linear", "logistic")
 
+# networks of --compare that have a name
+BASELINES = ("pixels", "untrained")
+# above these numbers of images only one split is tested: five take too long
+MAX_IMAGES_FOR_SPLITS = {"knn": 30_000, "linear": 5_000, "logistic": 1_000}
+
 _SUMMARY = "Measure the accuracy of kNN, a linear probe or logistic regression on frozen features."
 _DETAILS = """\
 SET is a shard set, or a folder with one subfolder per class. Without --test, a fixed fifth of --train is
-held out for testing; the split is the same for every network and every run.
+held out for testing; the split is the same for every network and every run. If the set is small enough, all
+five splits are tested as well, so that every image is tested once.
+
+Every accuracy is printed with its 95% interval (±), and with the difference to another network that is more
+than chance. --compare tests the difference itself, image by image, which needs fewer images.
+
+Features are kept in ~/.cache/streamtrain (XDG_CACHE_HOME; at most 4 GiB): another task on the same images
+with the same weights starts at once.
 """
 _EXAMPLES = """\
   streamtrain evaluate knn --run runs/photos --train sets/train --test sets/test --json
+  streamtrain evaluate knn --run runs/photos --train sets/train --compare untrained
   streamtrain evaluate linear --weights exported --train sets/train --test sets/test
   streamtrain evaluate logistic --run runs/photos --step best --train sets/train
   streamtrain evaluate knn --pixels --train sets/train
@@ -32,9 +45,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--pixels", action="store_true", help="use the pixels themselves as features, no network")
     parser.add_argument("--train", type=local_path, required=True, metavar="SET", help="labelled images to learn from")
     parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
+    parser.add_argument(
+        "--compare", metavar="NETWORK",
+        help="test the difference to: pixels, untrained (of --run or --config), another run, or other weights",
+    )  # fmt: skip
     parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
     parser.add_argument("--resize", type=positive_int, help="shorter side before the centre crop (default: --size)")
-    parser.add_argument("--batch", type=positive_int, default=64, help="images per forward (default: 64)")
+    parser.add_argument("--batch", type=positive_int, help="images per forward (default: 64, more if they are small)")
+    parser.add_argument("--no-cache", action="store_true", help="compute the features, and do not keep them")
     add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one flat JSON object as the last line")
 
@@ -50,17 +68,48 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def format_result(result: dict[str, str | int | float]) -> str:
+def format_result(result: dict[str, Any]) -> str:
+    """Return the lines to print: accuracy, mean of the splits, the difference beyond chance, and the comparison."""
     if result["task"] == "knn":
-        counts = [key.removeprefix("knn_") for key in result if key.startswith("knn_")]
-        scores = ", ".join(f"k={count} {result[f'knn_{count}']:.2%}" for count in counts)
-        scores = f"kNN accuracy {scores}"
+        names = {key: f"k={key.removeprefix('knn_')} " for key in result if key.startswith("knn_")}
+        title, chosen = "kNN", ""
     elif result["task"] == "logistic":
-        scores = f"logistic regression accuracy {result['logistic']:.2%} (C {result['penalty']:.3g})"
+        names, title, chosen = {"logistic": ""}, "logistic regression", f" (C {result['penalty']:.3g})"
     else:
-        scores = f"linear probe accuracy {result['linear']:.2%} (learning rate {result['learning_rate']:g})"
+        names, title, chosen = {"linear": ""}, "linear probe", f" (learning rate {result['learning_rate']:g})"
     step = f" at step {result['step']}" if "step" in result and result["features"] != "untrained" else ""
-    return (
-        f"{scores}: {result['features']}{step}, {result['size']} px, {result['train_images']} train and "
-        f"{result['test_images']} test images, {result['classes']} classes"
+    lines = [
+        f"{title} accuracy {_percentages(result, names)}{chosen}: {result['features']}{step}, {result['size']} px, "
+        f"{result['train_images']} train and {result['test_images']} test images, {result['classes']} classes"
+    ]
+    num_splits = result.get("splits")
+    if num_splits == 1:
+        most = MAX_IMAGES_FOR_SPLITS[result["task"]]
+        lines.append(f"one split was tested; with at most {most} images, {result['task']} tests all five")
+    elif num_splits:
+        spread = " and ".join(f"{100 * result[f'spread_{name}']:.1f}" for name in names)
+        lines.append(
+            f"over {num_splits} splits, which test every image once: {_percentages(result, names, 'mean_')}; "
+            f"the standard deviation between splits is {spread} points"
+        )
+    least = max(result[f"real_difference_{name}"] for name in names)
+    lines.append(
+        f"± is a 95% interval; two networks differ by more than chance if they are {100 * least:.1f} points apart"
+        f"{' over these splits' if (num_splits or 0) > 1 else ''} (--compare NETWORK often needs less)"
+    )
+    if "compared_with" in result:
+        over = {name: (result[f"over_{name}"], result[f"margin_over_{name}"]) for name in names}
+        texts = [
+            f"{names[name]}{100 * difference:+.1f} points ± {100 * margin:.1f} "
+            f"({'more than chance' if abs(difference) > margin else 'may be chance'})"
+            for name, (difference, margin) in over.items()
+        ]
+        lines.append(f"compared with {result['compared_with']} on the same images: {', '.join(texts)}")
+    return "\n".join(lines)
+
+
+def _percentages(result: dict[str, Any], names: dict[str, str], prefix: str = "") -> str:
+    return ", ".join(
+        f"{label}{result[prefix + name]:.1%} ± {100 * result[f'margin_{prefix}{name}']:.1f}"
+        for name, label in names.items()
     )

@@ -60,7 +60,6 @@ def crop_batches(
                     future.cancel()
 
 
-@torch.inference_mode()
 def extract_features(
     model: VisionTransformer,
     images: LabelledImages,
@@ -87,48 +86,73 @@ def extract_features(
     Raises:
         StreamtrainError: if too many images are unusable.
     """
-    parameter = next(model.parameters())
-    parts, usable = [], []
-    for crops, is_usable in _read_crops(images, resize or size, size, batch_size, workers, progress):
-        inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype)
-        parts.append(model.forward_features(inputs).cls.float().cpu())
-        usable.append(is_usable)
-    return _usable_rows(images, torch.cat(parts), torch.cat(usable))
+    features, is_usable = compute_features(
+        model, images, size=size, mean=mean, std=std, resize=resize, batch_size=batch_size, workers=workers,
+        progress=progress,
+    )  # fmt: skip
+    report_unusable(images, is_usable)
+    labels = torch.from_numpy(images.labels)
+    # selecting rows copies them
+    return (features, labels) if is_usable.all() else (features[is_usable], labels[is_usable])
 
 
-def pixel_features(
+# not inference_mode: autograd refuses to save its tensors, and a probe may need their products
+@torch.no_grad()
+def compute_features(
+    model: VisionTransformer,
     images: LabelledImages,
     *,
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
     resize: int | None = None,
-    batch_size: int = 256,
+    batch_size: int = 64,
+    workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the normalised pixels as features: fp32 [N, 3 * size * size], and labels int64 [N]; raises as above."""
+    """Compute the CLS features fp32 [N, D] of all images, and bool [N]: False where a grey crop replaces an image.
+
+    The arguments are those of ``extract_features``.
+    """
+    parameter = next(model.parameters())
+    parts, usable = [], []
+    for crops, is_usable in _read_crops(images, resize or size, size, batch_size, workers, progress):
+        inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype)
+        parts.append(model.forward_features(inputs).cls.float().cpu())
+        usable.append(is_usable)
+    return torch.cat(parts), torch.cat(usable)
+
+
+def read_pixels(
+    images: LabelledImages, *, size: int, resize: int | None = None, batch_size: int = 256, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the pixels of all images, uint8 [N, size * size * 3], and bool [N] as ``compute_features``."""
     parts, usable = [], []
     for crops, is_usable in _read_crops(images, resize or size, size, batch_size, None, progress):
-        parts.append(normalise(crops, mean, std, torch.float32).flatten(1))
+        parts.append(crops.flatten(1))
         usable.append(is_usable)
-    return _usable_rows(images, torch.cat(parts), torch.cat(usable))
+    return torch.cat(parts), torch.cat(usable)
 
 
-def _usable_rows(images: LabelledImages, features: Tensor, is_usable: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the features and labels of the usable images, and log the others.
+def pixel_features(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return what ``read_pixels`` returns as features: normalised, fp32 [N, 3 * size * size]."""
+    side = round((pixels.shape[1] / 3) ** 0.5)
+    return normalise(pixels.unflatten(1, (side, side, 3)), mean, std, torch.float32).flatten(1)
+
+
+def report_unusable(images: LabelledImages, is_usable: Tensor) -> None:
+    """Log which images are unusable, given bool [N].
 
     Raises:
         StreamtrainError: if too many images are unusable.
     """
-    labels, num_unusable = torch.from_numpy(images.labels), int((~is_usable).sum())
-    if not num_unusable:
-        return features, labels
+    if not (num_unusable := int((~is_usable).sum())):
+        return
     reasons = images.unusable.new_reasons()
     text = f"{num_unusable} of {len(images)} images of {images.name} could not be used: {reasons}"
     if num_unusable > MAX_UNUSABLE_SHARE * len(images):
         raise StreamtrainError(f"{text}; more than {MAX_UNUSABLE_SHARE:.0%} is too many to evaluate the others")
     logger.warning(text)
-    return features[is_usable], labels[is_usable]
 
 
 def _read_crops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,7 @@ class LabelledImages:
         read: returns the encoded bytes of image i, and its name for messages.
         unusable: the images that could not be decoded so far; shared by all subsets.
         background: colour behind transparent images; None drops their alpha channel.
+        identify: returns text that changes with the content or the order of the images; None for a subset.
     """
 
     name: str
@@ -65,6 +67,7 @@ class LabelledImages:
     read: Callable[[int], tuple[bytes, str]]
     unusable: UnusableImages = field(default_factory=UnusableImages)
     background: Color | None = WHITE
+    identify: Callable[[], str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,7 +97,9 @@ class LabelledImages:
             return None
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
-        return replace(self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])))
+        return replace(
+            self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])), identify=None
+        )  # fmt: skip
 
     def class_name(self, label: int) -> str:
         """Return the name of a label, or its number if it has none."""
@@ -135,12 +140,29 @@ def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages
     Raises:
         StreamtrainError: if there are too few images to split.
     """
-    num_test = int(len(images) * TEST_SHARE)
+    train, test = split_indices(images)[0]
+    return images.subset(train, f"4/5 of {images.name}"), images.subset(test, f"1/5 of {images.name}")
+
+
+def split_indices(images: LabelledImages) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return five splits into ascending indices of train and test, so that every image is tested once.
+
+    The first one is that of ``split_images``.
+
+    Raises:
+        StreamtrainError: if there are too few images to split.
+    """
+    num_test, num_splits = int(len(images) * TEST_SHARE), round(1 / TEST_SHARE)
     if num_test == 0:
         raise StreamtrainError(f"{images.name} has {len(images)} images, too few to split: give --test as well")
     order = permutation(0, "evaluation/split", len(images))
-    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
-    return images.subset(train, f"4/5 of {images.name}"), images.subset(test, f"1/5 of {images.name}")
+    # the first has the length that it always had; up to four images are left for the last
+    ends = [num_test * (number + 1) for number in range(num_splits - 1)] + [len(images)]
+    splits, start = [], 0
+    for end in ends:
+        splits.append((np.sort(np.concatenate([order[:start], order[end:]])), np.sort(order[start:end])))
+        start = end
+    return splits
 
 
 def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages:
@@ -189,7 +211,15 @@ def _open_folder(path: Path) -> LabelledImages:
         except ShardError as error:
             raise StreamtrainError(f"{name} cannot be read ({error})") from error
 
-    return LabelledImages(str(path), labels, classes, read)
+    def identify() -> str:
+        digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape"))
+        for item in inputs.items:
+            status = (path / item.name).stat()
+            text = f"\n{item.name}\t{status.st_size}\t{status.st_mtime_ns}\t{status.st_ctime_ns}"
+            digest.update(text.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    return LabelledImages(str(path), labels, classes, read, identify=identify)
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
@@ -214,4 +244,8 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
         shard, sample = int(shards[index]), int(samples[index])
         return shard_set.read(shard, sample), f"sample {sample} of {path}/shards/{shard_set.name(shard)}"
 
-    return LabelledImages(path, labels, shard_set.manifest.classes, read)
+    def identify() -> str:
+        where = np.stack([shards, samples]).astype(np.int64).tobytes()
+        return hashlib.sha256(shard_set.digest.encode() + where).hexdigest()
+
+    return LabelledImages(path, labels, shard_set.manifest.classes, read, identify=identify)

@@ -6,7 +6,7 @@ weight exp(cosine similarity / temperature).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,17 @@ NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07
 
 
-def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28,
+    report: Callable[[int], object] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Find the ``count`` rows of ``bank`` with the largest dot product with each query, best first.
 
     Args:
         queries: [M, D].
         bank: [N, D]; N >= ``count``.
         chunk_bytes: similarities in memory at a time.
+        report: called with the number of queries of each part that is done.
 
     Returns:
         similarities [M, count] and rows of the bank int64 [M, count].
@@ -44,6 +48,8 @@ def nearest(queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28)
             best_indices = torch.cat([best_indices, found + start], dim=1).gather(1, order)
         values.append(best_values)
         indices.append(best_indices)
+        if report is not None:
+            report(len(part))
     return torch.cat(values), torch.cat(indices)
 
 
@@ -64,13 +70,14 @@ def knn_predict(
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
     chunk_bytes: int = 2**28,
+    report: Callable[[int], object] | None = None,
 ) -> dict[int, Tensor]:
     """Predict the labels int64 [M] of ``test_features`` [M, D] for each number of neighbours.
 
-    Features need not be normalised. A number of neighbours above N counts as N.
+    Features need not be normalised. A number of neighbours above N counts as N. ``report`` is called as by ``nearest``.
     """
     bank, queries = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
-    similarities, rows = nearest(queries, bank, min(max(neighbours), len(bank)), chunk_bytes)
+    similarities, rows = nearest(queries, bank, min(max(neighbours), len(bank)), chunk_bytes, report)
     return _vote(similarities, train_labels[rows], int(train_labels.max()) + 1, neighbours, temperature)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ class LinearResult:
 
     accuracy: float
     learning_rate: float
+    # bool [M]: which test images are predicted correctly
+    is_right: Tensor = field(repr=False, compare=False)
 
 
 def linear_accuracy(
@@ -71,15 +73,12 @@ def linear_accuracy(
         if report is not None:
             report(epoch + 1)
 
-    scores = _accuracies(train[held], train_labels[held], weight, bias)
-    best = int(scores.argmax())
-    accuracy = float(_accuracies(test, test_labels, weight[best : best + 1], bias[best : best + 1])[0])
-    return LinearResult(accuracy, LEARNING_RATES[best])
+    best = int(_is_right(train[held], train_labels[held], weight, bias).double().mean(1).argmax())
+    is_right = _is_right(test, test_labels, weight[best : best + 1], bias[best : best + 1])[0]
+    return LinearResult(float(is_right.double().mean()), LEARNING_RATES[best], is_right)
 
 
-def _accuracies(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the accuracies [G] of the G classifiers."""
-    right = torch.zeros(len(weight), dtype=torch.float64, device=features.device)
-    for part, expected in zip(features.split(4096), labels.split(4096), strict=True):
-        right += ((part @ weight + bias).argmax(-1) == expected).double().sum(-1)
-    return right / len(features)
+def _is_right(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return bool [G, N]: which features each of the G classifiers predicts correctly."""
+    pairs = zip(features.split(4096), labels.split(4096), strict=True)
+    return torch.cat([(part @ weight + bias).argmax(-1) == expected for part, expected in pairs], dim=1)

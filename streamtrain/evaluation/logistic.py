@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,8 @@ class LogisticResult:
 
     accuracy: float
     penalty: float
+    # bool [M]: which test images are predicted correctly
+    is_right: np.ndarray = field(repr=False, compare=False)
 
 
 def logistic_accuracy(
@@ -74,4 +76,5 @@ def logistic_accuracy(
         regression = LogisticRegression(C=best, max_iter=1000).fit(train, labels)
     if report is not None:
         report(len(penalties) + 1)
-    return LogisticResult(float(regression.score(test, test_labels_array)), best)
+    is_right = regression.predict(test) == test_labels_array
+    return LogisticResult(float(is_right.mean()), best, is_right)

@@ -29,6 +29,7 @@ from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
+from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.model.vit import Features
 from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
 from streamtrain.run.directory import BASELINES_NAME
@@ -177,6 +178,7 @@ class OnlineEvaluation:
         self._began, self._seconds = time.monotonic(), 0.0
         # waits for a full or failing disk
         self._unwritten: Baselines | None = None
+        self._is_margin_logged = False
         self.study: Study | None = None
 
     @property
@@ -200,6 +202,7 @@ class OnlineEvaluation:
             self._log_unusable()
         self.study = study
         self._write_baselines()
+        self._log_margin(results)
         return _by_tag(study, results) | {"eval/seconds": seconds, "eval/time_share": self.share}
 
     def run_before_training(self, embed: Embed, wrap: Wrap) -> Baselines | None:
@@ -233,6 +236,18 @@ class OnlineEvaluation:
             with suppress(OSError):
                 write_whole(Path(self._config.run.dir) / BASELINES_NAME, content)
                 self._unwritten = None
+
+    def _log_margin(self, results: dict[str, float]) -> None:
+        """Log once how far the accuracies are uncertain."""
+        accuracies = [value for name, value in results.items() if name == "linear" or name.startswith("knn_")]
+        if accuracies and not self._is_margin_logged:
+            assert self._images is not None
+            count = len(self._images.test)
+            margin = max(accuracy_margin(accuracy, count) for accuracy in accuracies)
+            logger.info(
+                "evaluation: accuracies on %d test images have a 95%% interval of ± %.1f points", count, 100 * margin
+            )
+            self._is_margin_logged = True
 
     def _log_unusable(self) -> None:
         """Log the images that this rank found unusable since the last evaluation."""

@@ -25,9 +25,9 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.charts import Baseline, svg_chart
 from streamtrain.evaluation.report_html import Page, Picture, render
+from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.evaluation.verdict import (
     KnownBaselines,
-    half_width,
     headline_tag,
     image_count,
     judge_learning,
@@ -131,7 +131,7 @@ def _draw_curves(
         widths = None
         if count and start is not None:
             points = [(0, start), *((record["step"], record.get(tag)) for record in records)]
-            widths = {step: half_width(value, count) for step, value in points if value is not None and 0 <= value <= 1}
+            widths = {step: accuracy_margin(value, count) for step, value in points if value is not None and 0 <= value <= 1}
         return svg_chart(tag, records, lines, start, widths, is_wide)
 
     main = _main_tags(headline, tags)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shards.format.files import read_json
+from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.run.directory import BASELINES_NAME
 from streamtrain.run.tags import describe_tag
 
 Records = Sequence[Mapping[str, Any]]
 # metrics that a verdict may rest on, the best one first
 _HEADLINES = ("eval/knn_20", "eval/linear", "eval/knn_10", "eval/patch_retrieval")
-# of the normal distribution, for intervals of 95 %
-_Z = 1.96
 _COLLAPSE_WORDS = "may be collapsing"
 
 
@@ -59,12 +58,6 @@ def headline_tag(records: Records, best: str | None) -> str | None:
     return next((tag for tag in candidates if tag in logged), None)
 
 
-def half_width(value: float, count: int) -> float:
-    """Return half of the 95 % interval of an accuracy on ``count`` images (Agresti and Coull 1998)."""
-    centre = (value * count + 2) / (count + 4)
-    return _Z * math.sqrt(max(centre * (1 - centre), 0.0) / (count + 4))
-
-
 def image_count(tag: str, baselines: KnownBaselines) -> int:
     """Return the number of images whose share ``tag`` is; 0 if unknown, or if it counts patches."""
     return 0 if tag == "eval/patch_retrieval" else baselines.test_images
@@ -82,7 +75,7 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
     step, last = values[-1]
     start, pixels = baselines.start.get(tag), baselines.pixels.get(tag)
     count, name = image_count(tag, baselines), describe_tag(tag).title
-    reached = f"{name} is {last:.1%}{f' ± {half_width(last, count):.1%}' if count else ''} at step {step:,}"
+    reached = f"{name} is {last:.1%}{f' ± {accuracy_margin(last, count):.1%}' if count else ''} at step {step:,}"
     if start is None:
         first_step, first = values[0]
         since = f"; the first evaluation, at step {first_step:,}, gave {first:.1%}" if len(values) > 1 else ""
@@ -90,7 +83,7 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
 
     def margin(other: float) -> float:
         """Return the smallest difference that is significant at 95 %."""
-        return math.hypot(half_width(last, count), half_width(other, count)) if count else 0.0
+        return math.hypot(accuracy_margin(last, count), accuracy_margin(other, count)) if count else 0.0
 
     others = [f"{start:.1%} for the {start_name} network"] + (
         [f"{pixels:.1%} for pixels"] if pixels is not None else []

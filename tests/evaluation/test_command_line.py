@@ -63,12 +63,15 @@ def test_every_task_measures_the_same_with_and_without_kernels(task: str, folder
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     results = []
     for kernels in ("on", "off"):
-        stdout = run_tool(folder, "evaluate", kernels, task, "--train", "images", "--json")
+        stdout = run_tool(folder, "evaluate", kernels, task, "--train", "images", "--json", "--no-cache")
         results.append(json.loads(stdout.splitlines()[-1]))
     keys = {"knn": {"temperature", "knn_10", "knn_20"}, "linear": {"linear", "learning_rate"},
             "logistic": {"logistic", "penalty"}}[task]  # fmt: skip
     common = {"task", "features", "size", "step", "train", "test", "train_images", "test_images", "classes"}
-    assert results[0].keys() == keys | common | {"feature_dim", "feature_seconds"}
-    for key in keys & {"knn_10", "knn_20", "linear", "logistic"}:
+    scores = keys & {"knn_10", "knn_20", "linear", "logistic"}
+    uncertainty = ("margin", "mean", "margin_mean", "spread", "real_difference")
+    keys |= {f"{kind}_{score}" for kind in uncertainty for score in scores}
+    assert results[0].keys() == keys | common | {"feature_dim", "feature_seconds", "splits"}
+    for key in scores:
         # stripes in two directions: eight test images
         assert 0 <= results[0][key] <= 1 and abs(results[0][key] - results[1][key]) <= 1 / 8

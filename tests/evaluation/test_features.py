@@ -10,8 +10,8 @@ from tiny_backbone import class_folder, tiny_backbone
 
 from streamtrain.data.still_images import centre_crop
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.features import extract_features, pixel_features
-from streamtrain.evaluation.images import match_classes, open_images, split_images
+from streamtrain.evaluation.features import extract_features, pixel_features, read_pixels
+from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images, split_indices
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,9 +47,13 @@ def test_centre_crop_takes_the_middle_square() -> None:
 
 
 def test_pixels_as_features(folder: Path) -> None:
-    features, labels = pixel_features(open_images(folder), size=16, mean=MEAN, std=STD, batch_size=6)
-    assert features.shape == (20, 3 * 16 * 16) and len(labels) == 20
-    assert features.abs().max() < 3
+    pixels, is_usable = read_pixels(open_images(folder), size=16, batch_size=6)
+    assert pixels.shape == (20, 3 * 16 * 16) and is_usable.all() and len(is_usable) == 20
+    features = pixel_features(pixels, MEAN, STD)
+    assert features.shape == pixels.shape and features.abs().max() < 3
+    # planes of red, green and blue
+    assert torch.allclose(features[3, 0], (pixels[3, 0] / 255 - MEAN[0]) / STD[0])
+    assert torch.allclose(features[3, 256], (pixels[3, 1] / 255 - MEAN[1]) / STD[1])
 
 
 def test_split_is_fixed_disjoint_and_complete(folder: Path) -> None:
@@ -60,6 +64,26 @@ def test_split_is_fixed_disjoint_and_complete(folder: Path) -> None:
     assert len(test) == 4 and not names[0] & names[1] and names[0] | names[1] == names[2]
     assert names[3] == names[0]
     assert all(train.classes[train.labels[i]] in train.read(i)[1] for i in range(len(train)))
+
+
+@pytest.mark.parametrize("count", [5, 14, 20, 23])
+def test_five_splits_test_every_image_once(count: int) -> None:
+    images = LabelledImages("set", np.zeros(count, np.int64), (), lambda index: (b"", str(index)))
+    splits = split_indices(images)
+    assert len(splits) == 5
+    assert np.array_equal(np.sort(np.concatenate([test for _, test in splits])), np.arange(count))
+    for train, test in splits:
+        assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(count))
+    # the first split is that of every earlier result
+    assert [part.read(0)[1] for part in split_images(images)] == [str(splits[0][0][0]), str(splits[0][1][0])]
+    assert len(splits[0][1]) == count // 5
+
+
+def test_features_are_no_inference_tensors(folder: Path) -> None:
+    features, labels = extract_features(tiny_backbone().model, open_images(folder), size=32, mean=MEAN, std=STD)
+    weight = torch.zeros(32, 2, requires_grad=True)
+    torch.nn.functional.cross_entropy(features @ weight, labels).backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
 
 
 def test_classes_are_matched_by_name(folder: Path, tmp_path: Path) -> None:
@@ -83,6 +107,6 @@ def test_each_error_is_one_line(folder: Path, tmp_path: Path) -> None:
     (broken / "down" / "bad.jpg").write_bytes(b"no image")
     images = open_images(broken)
     with pytest.raises(StreamtrainError, match=r"bad\.jpg"):
-        pixel_features(images, size=8, mean=MEAN, std=STD)
+        extract_features(tiny_backbone().model, images, size=8, mean=MEAN, std=STD)
     with pytest.raises(StreamtrainError, match="too few to split"):
         split_images(images)

@@ -1,0 +1,45 @@
+"""Uncertainty of accuracies: 95 % intervals, and differences of two classifiers on the same images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+# of the normal distribution: 95 % lie within this many standard deviations
+Z = 1.959964
+
+
+def accuracy_margin(accuracy: float, count: int) -> float:
+    """Return the ± of an accuracy measured on ``count`` images: a 95 % interval for other images of the same kind.
+
+    It is the distance to the farther end of Wilson's interval, which is sound for few images and near 0 and 1.
+    """
+    centre = (accuracy + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(accuracy * (1 - accuracy) / count + Z**2 / (4 * count**2))
+    return abs(centre - accuracy) + half
+
+
+def difference_margin(accuracy: float, count: int) -> float:
+    """Return the smallest difference to another classifier, tested on as many images, that is not chance (95 %).
+
+    It assumes that the two fail independently. On the same images they mostly fail together, and a smaller difference
+    counts: see ``paired_difference``.
+    """
+    return math.sqrt(2) * accuracy_margin(accuracy, count)
+
+
+def paired_difference(is_right: np.ndarray, is_other_right: np.ndarray) -> tuple[float, float]:
+    """Return the difference of two accuracies on the same images, and its ± (95 %).
+
+    Only images on which the classifiers disagree count. Each of the four counts of right and wrong is raised by a half
+    (Agresti and Min 2005), so that the ± is never 0.
+
+    Args:
+        is_right, is_other_right: bool [N], image by image.
+    """
+    gained = int((is_right & ~is_other_right).sum())
+    lost = int((is_other_right & ~is_right).sum())
+    count, disagree = len(is_right) + 2, gained + lost + 1
+    variance = (disagree - (gained - lost) ** 2 / count) / count**2
+    return (gained - lost) / len(is_right), Z * math.sqrt(variance)
