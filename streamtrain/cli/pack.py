@@ -10,7 +10,7 @@ from shards.errors import ShardError, printable
 from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
-from streamtrain.cli.arguments import add_command, byte_size, jpeg_quality, positive_int
+from streamtrain.cli.arguments import add_command, byte_size, jpeg_quality, max_pixels, max_side, positive_int
 from streamtrain.run import interrupts
 from streamtrain.run.command_line import local_path, path_or_url
 from streamtrain.run.signals import EXIT_INTERRUPTED
@@ -56,10 +56,10 @@ def add_parser(subparsers: Any) -> None:
         "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N",
         help="decoding processes (default: all cores)",
     )  # fmt: skip
-    add("--max-side", type=positive_int, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
+    add("--max-side", type=max_side, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
     add("--quality", type=jpeg_quality, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
     add(
-        "--max-pixels", type=positive_int, default=DEFAULT_MAX_PIXELS,
+        "--max-pixels", type=max_pixels, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
     )  # fmt: skip
     add(
