@@ -95,6 +95,7 @@ def train(
                     before_update=writer.wait_until_copied,
                     stop_request=lambda: MOVED if has_moved() else requests.stop_code(),
                 )  # fmt: skip
+                requests.mark_step_completed()
                 _check_directory(run_dir, result.stop_request == MOVED)
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
