@@ -41,11 +41,11 @@ from streamtrain.run.directory import (
     saved_steps,
     step_folder,
 )
+from streamtrain.run.machine import host_memory
 from streamtrain.run.step_manifest import CheckpointManifest
 
 # the share of the available memory that copies may use
 _MEMORY_SHARE = 0.8
-_CGROUP = Path("/sys/fs/cgroup")
 _Result = TypeVar("_Result")
 
 
@@ -211,7 +211,8 @@ class CheckpointWriter:
     def _has_room(self, payloads: Mapping[str, CheckpointPayload]) -> bool:
         """Return whether this host has memory for a copy of its ranks' shards."""
         needed = self._local_world_size * max(payload.num_bytes for payload in payloads.values())
-        return needed < _MEMORY_SHARE * _available_bytes()
+        memory = host_memory()
+        return memory is not None and needed < _MEMORY_SHARE * memory.free
 
     def _run_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -402,29 +403,3 @@ def _copy(payloads: Mapping[str, CheckpointPayload]) -> dict[str, CheckpointPayl
         )
         for kind, payload in payloads.items()
     }
-
-
-def _available_bytes() -> int:
-    """Return the available memory of this host or container; 0 if unknown."""
-    limits = [limit for limit in (_machine_limit(), _container_limit()) if limit is not None]
-    return max(0, min(limits, default=0))
-
-
-def _machine_limit() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _container_limit() -> int | None:
-    """Return the available memory within the container's limit; None without a readable limit."""
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # the kernel frees inactive file cache on demand
-        return limit - used + int(statistics["inactive_file"])
-    except (OSError, KeyError, ValueError):
-        return None
