@@ -31,7 +31,7 @@ from streamtrain.config.load import describe_shape, load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.rendezvous import Launch, check_master
-from streamtrain.engine.runtime import choose_accelerator
+from streamtrain.engine.runtime import choose_accelerator, uses_gpu
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.reporting.trackers import check_trackers
@@ -104,8 +104,7 @@ def check(
         changes = check_resume(config, source, saved, launch.world_size, accepted)
         changes += check_state(saved["data"], stream_identity(shard_set, order), accepted)
         versions = version_changes(config, source, saved)
-    on_gpu = choose_accelerator(config.engine, launch) == "cuda"
-    notes = check_resources(config, launch, accepted, on_gpu=on_gpu)
+    notes = check_resources(config, launch, accepted, on_gpu=uses_gpu(config.engine, launch))
     make_run_dir(Path(config.run.dir), launch.rank)
     check_cache_folder(config)
     if changes:
@@ -178,6 +177,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
             check_master(launch)
         shard_set = check(config, launch, source, accepted, reshaped)
         with run_lock(run_dir, launch.rank) as has_moved:
+            choose_accelerator(config.engine, launch)
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:

@@ -63,6 +63,13 @@ def choose_accelerator(config: EngineConfig, launch: Launch) -> str:
     Raises:
         ConfigError: if the requested device is not available.
     """
+    chosen = "cuda" if uses_gpu(config, launch) else "cpu"
+    os.environ["DS_ACCELERATOR"] = chosen
+    return chosen
+
+
+def uses_gpu(config: EngineConfig, launch: Launch) -> bool:
+    """Return whether this rank computes on a GPU; errors as in ``choose_accelerator``."""
     count = count_gpus() if config.device != "cpu" else 0
     cuda = count > 0 if config.device == "auto" else config.device == "cuda"
     if cuda and count < launch.local_world_size:
@@ -70,9 +77,7 @@ def choose_accelerator(config: EngineConfig, launch: Launch) -> str:
             f"engine.device is {config.device}, but this machine has {count} GPU(s) for {launch.local_world_size} "
             "rank(s); start fewer ranks or set engine.device=cpu"
         )
-    chosen = "cuda" if cuda else "cpu"
-    os.environ["DS_ACCELERATOR"] = chosen
-    return chosen
+    return cuda
 
 
 def count_gpus() -> int:

@@ -157,7 +157,8 @@ def recorded_constants(config: Config, saved: Mapping[str, Any], reshaped: Itera
     overrides = []
     for key in sorted(reshaped):
         constant = Schedule(peak=current[f"{key}.peak"]).model_dump()
-        if all(recorded.get(f"{key}.{name}", _MISSING) == value for name, value in constant.items()):
+        shape = {name: value for name, value in constant.items() if name != "peak"}
+        if all(recorded.get(f"{key}.{name}", _MISSING) == value for name, value in shape.items()):
             overrides += [f"{key}.{name}={'null' if value is None else value}" for name, value in constant.items()]
     return overrides
 

@@ -73,6 +73,17 @@ def test_too_little_disk_for_the_planned_checkpoints(tmp_path: Path, monkeypatch
     assert check(config_of(tmp_path / "new"), monkeypatch, disk=Space(planned, 0), accepted=("disk",)) != []
 
 
+def test_a_gpu_is_compared_with_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, launch = config_of(tmp_path / "run"), Launch(0, 2, 0, 2)
+    needed = plan_of_start(config, 2, on_gpu=True).gpu_bytes
+    monkeypatch.setattr(start_checks, "host_memory", lambda: AMPLE)
+    monkeypatch.setattr(start_checks, "_gpu_memory", lambda index: Space(needed, needed))
+    assert check_resources(config, launch, (), on_gpu=True) == []
+    monkeypatch.setattr(start_checks, "_gpu_memory", lambda index: Space(needed // 2, needed // 2))
+    with pytest.raises(StreamtrainError, match=f"needs about {needed / 1e9:.2f} GB of GPU memory, but"):
+        check_resources(config, launch, (), on_gpu=True)
+
+
 def test_more_ranks_than_cores_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = check(config_of(tmp_path / "run", "data.micro_batch=1"), monkeypatch, ranks=65)
     assert line.startswith("65 ranks share 64 core(s)")
