@@ -26,14 +26,16 @@ from typing import Any, NoReturn
 from shards.errors import ShardError
 from shards.reading.mixture import AnySet
 from streamtrain.checkpoint.retention import remove_leftovers
-from streamtrain.config.load import load_config, open_shard_set
+from streamtrain.config.ineffective import ineffective_settings
+from streamtrain.config.load import describe_shape, load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.rendezvous import Launch, check_master
-from streamtrain.engine.runtime import choose_accelerator
+from streamtrain.engine.runtime import choose_accelerator, uses_gpu
 from streamtrain.errors import StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
+from streamtrain.planning.images import stored_images
 from streamtrain.planning.shapes import backbone_shapes
 from streamtrain.reporting.trackers import check_trackers
 from streamtrain.run.command_line import CommandParser, local_path, raise_descriptor_limit
@@ -49,14 +51,18 @@ from streamtrain.run.lock import run_lock
 from streamtrain.run.logs import configure_logging, hide_library_messages, keep_messages, save_traceback
 from streamtrain.run.messages import configuration_line
 from streamtrain.run.resume_policy import (
+    DISK_KEY,
+    MEMORY_KEY,
     accepted_keys,
     add_accept_options,
     check_resume,
     has_same_shards,
+    recorded_constants,
     separate_overrides,
     version_changes,
 )
 from streamtrain.run.signals import EXIT_USAGE, STOP_STATUSES
+from streamtrain.training.start_checks import check_folders, check_resources
 
 OTHER_RANKS_WAIT_SECONDS = 10.0
 
@@ -80,8 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
-def check(config: Config, launch: Launch, source: Path | None, accepted: Collection[str]) -> AnySet:
-    """Check everything that needs neither torch nor another rank, and return the shard set.
+def check(
+    config: Config, launch: Launch, source: Path | None, accepted: Collection[str], reshaped: Collection[str] = ()
+) -> AnySet:
+    """Check everything that needs no other rank, and return the shard set; torch is loaded only to find a GPU.
 
     The run directory is created last, so that a failed check leaves none behind.
     """
@@ -90,6 +98,7 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
     check_weights(config, source)
     check_trackers(config.monitor)
     shard_set = open_shard_set(config)
+    check_folders(config)
     if config.evaluation.every:
         held_out(config, shard_set)
     saved = saved_state(source) if source is not None else None
@@ -101,12 +110,20 @@ def check(config: Config, launch: Launch, source: Path | None, accepted: Collect
         changes += check_state(saved["data"], stream_identity(shard_set, order), accepted)
         versions = version_changes(config, source, saved)
     load_user_functions(config)
+    notes = check_resources(
+        config, launch, accepted, on_gpu=uses_gpu(config.engine, launch), images=stored_images(shard_set)
+    )
     make_run_dir(Path(config.run.dir), launch.rank)
     check_cache_folder(config)
     if changes:
         logger.info("resuming with accepted changes: %s", "; ".join(changes))
-    if versions and launch.rank == 0:
-        logger.warning("resuming with other versions: %s; results may differ", "; ".join(versions))
+    if launch.rank == 0:
+        if versions:
+            logger.warning("resuming with other versions: %s; results may differ", "; ".join(versions))
+        for line in filter(None, (describe_shape(key, config) for key in sorted(reshaped))):
+            logger.info(line)
+        for line in (*notes, *ineffective_settings(config, launch.world_size, shard_set.num_samples)):
+            logger.warning(line)
     return shard_set
 
 
@@ -156,11 +173,18 @@ def train_rank(arguments: argparse.Namespace) -> int:
         return EXIT_USAGE
     configure_logging(launch.rank, launch.world_size)
     try:
-        config = load_config(arguments.config, arguments.overrides, launch.world_size)
+        reshaped: set[str] = set()
+        config = load_config(arguments.config, arguments.overrides, launch.world_size, reshaped)
         run_dir = Path(config.run.dir)
         source = starting_checkpoint(run_dir, arguments.resume)
         accepted = accepted_keys(arguments, launch.rank)
+        if arguments.dry_run:
+            # a run may be checked on a smaller machine than the one that trains
+            accepted |= {MEMORY_KEY, DISK_KEY}
         saved = saved_state(source) if source is not None else None
+        is_own = source is not None and source.parent.parent == run_dir
+        if is_own and saved is not None and (constants := recorded_constants(config, saved, reshaped)):
+            config = load_config(arguments.config, [*arguments.overrides, *constants], launch.world_size)
         complete = completion_message(config, source)
         if complete and source is not None and saved is not None and not arguments.dry_run:
             check_complete(config, launch, source, saved, accepted)
@@ -172,7 +196,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
             return 0
         if launch.world_size > 1:
             check_master(launch)
-        shard_set = check(config, launch, source, accepted)
+        shard_set = check(config, launch, source, accepted, reshaped)
         with run_lock(run_dir, launch.rank) as has_moved:
             keep_messages(run_dir / MESSAGES_NAME, launch.rank, launch.world_size)
             device = choose_accelerator(config.engine, launch)

@@ -21,7 +21,7 @@ def command(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
         f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}", "data.micro_batch=4",
         "engine.cpu_threads=1", "engine.device=cpu", "engine.dtype=fp32", "data.decode_threads=1",
         "monitor.progress=false", "monitor.tensorboard=false", "data.lanes=2", "run.checkpoint_every=1",
-        "schedules.lr=1e-2", "run.keep_last=0", *overrides,
+        "schedules.lr={kind: constant, peak: 1e-2, end: null, warmup: 0}", "run.keep_last=0", *overrides,
     ]  # fmt: skip
 
 

@@ -198,4 +198,7 @@ def _explain_missing(set_dir: Path) -> str:
         return f"{set_dir} is not a finished shard set; re-run the same streamtrain pack command to resume"
     if next(set_dir.glob("*.tar"), None) is not None:
         return f"{set_dir} has tars but no {FILE_NAME}; index them: streamtrain index --src {set_dir} --out SET"
-    return f"{set_dir} is not a shard set: it has no {FILE_NAME}; make one with streamtrain pack"
+    return (
+        f"{set_dir} is not a shard set: it has no {FILE_NAME}; if it has images, pack them first: "
+        f"streamtrain pack --src {set_dir} --out SET"
+    )

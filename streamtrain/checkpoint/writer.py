@@ -42,7 +42,7 @@ from streamtrain.run.directory import (
     saved_steps,
     step_folder,
 )
-from streamtrain.run.host_memory import available_bytes
+from streamtrain.run.machine import host_memory
 from streamtrain.run.step_manifest import CheckpointManifest
 
 _Result = TypeVar("_Result")
@@ -210,7 +210,8 @@ class CheckpointWriter:
     def _has_room(self, payloads: Mapping[str, CheckpointPayload]) -> bool:
         """Return whether this host has memory for a copy of its ranks' shards."""
         needed = self._local_world_size * max(payload.num_bytes for payload in payloads.values())
-        return needed < COPY_SHARE * (available_bytes() or 0)
+        memory = host_memory()
+        return memory is not None and needed < COPY_SHARE * memory.free
 
     def _run_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:

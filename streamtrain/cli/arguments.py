@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from streamtrain.config.data import MIN_PIXELS
 from streamtrain.config.section import parse_bytes
 from streamtrain.errors import StreamtrainError
+
+_MIN_SIDE = 16
 
 
 def add_command(subparsers: Any, name: str, summary: str, details: str, examples: str) -> argparse.ArgumentParser:
@@ -38,15 +41,31 @@ def jpeg_quality(text: str) -> int:
 
 
 def byte_size(text: str) -> int:
-    """Parse a size such as ``64MB``, ``1GiB`` or ``256M``; a bare number is bytes."""
+    """Parse a size such as ``64MB``, ``1GiB`` or ``256M``; a bare number is bytes, of at least a megabyte."""
     for candidate in (text, f"{text.strip()}B"):
         try:
-            size = parse_bytes(candidate)
-        except ValueError:
+            size = parse_bytes(candidate, min_bare=10**6)
+        except ValueError as error:
+            if "without a unit" in str(error):
+                raise argparse.ArgumentTypeError(str(error)) from None
             continue
         if size >= 1:
             return size
     raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MB or 1GiB")
+
+
+def max_side(text: str) -> int:
+    """Parse the longer side of stored images in pixels."""
+    if (side := positive_int(text)) < _MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"{side} pixels are less than one patch of a network; use {_MIN_SIDE} or more")
+    return side
+
+
+def max_pixels(text: str) -> int:
+    """Parse the largest number of pixels of an image: width x height."""
+    if (pixels := positive_int(text)) < MIN_PIXELS:
+        raise argparse.ArgumentTypeError(f"{pixels} pixels is a tiny image; for megapixels, write {pixels}000000")
+    return pixels
 
 
 @contextmanager

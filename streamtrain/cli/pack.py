@@ -19,7 +19,15 @@ from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
 from shards.packing.summary import contact_sheet, describe_classes, describe_images, split_warning
 from shards.reading.shard_set import ShardSet
-from streamtrain.cli.arguments import add_command, byte_size, jpeg_quality, positive_int, writing
+from streamtrain.cli.arguments import (
+    add_command,
+    byte_size,
+    jpeg_quality,
+    max_pixels,
+    max_side,
+    positive_int,
+    writing,
+)
 from streamtrain.run import interrupts
 from streamtrain.run.command_line import local_path, path_or_url
 from streamtrain.run.signals import EXIT_INTERRUPTED
@@ -72,10 +80,10 @@ def add_parser(subparsers: Any) -> None:
         "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N",
         help="decoding processes (default: all cores)",
     )  # fmt: skip
-    add("--max-side", type=positive_int, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
+    add("--max-side", type=max_side, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
     add("--quality", type=jpeg_quality, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
     add(
-        "--max-pixels", type=positive_int, default=DEFAULT_MAX_PIXELS,
+        "--max-pixels", type=max_pixels, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
     )  # fmt: skip
     add(

@@ -12,8 +12,9 @@ from shards.errors import ShardError
 from streamtrain.cli.arguments import add_command, byte_size, positive_int
 from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
+from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import StreamtrainError
-from streamtrain.ops.cpu.features import cpu_features, kernel_feature, multiplies_bf16
+from streamtrain.ops.cpu.features import cpu_features, kernel_feature
 from streamtrain.planning.fitting import Remedy, fit, remedies
 from streamtrain.planning.images import configured_images
 from streamtrain.planning.machine import GPU_FLOPS, Machine, core_flops
@@ -21,7 +22,7 @@ from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import PHASES
 from streamtrain.planning.plan_text import advice, summary, table
 from streamtrain.planning.sizes import CPU_KERNELS
-from streamtrain.run.host_memory import available_bytes
+from streamtrain.run.machine import host_memory
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
 _DETAILS = """\
@@ -149,12 +150,13 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
         )  # fmt: skip
     if arguments.gpu_memory is not None:
         raise StreamtrainError("--gpu-memory has no effect with --device cpu; give --host-memory, or --device gpu")
-    bf16 = multiplies_bf16() if engine.dtype == "auto" else engine.dtype == "bf16"
+    bf16 = uses_bf16(engine, cuda=False)
+    memory = host_memory()
     cores = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
     with_kernels = engine.cpu_kernels and kernel_feature(bf16) in cpu_features()
     return Machine(
         arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=CPU_KERNELS if with_kernels else "reference",
-        host_memory=arguments.host_memory or available_bytes(), images=images,
+        host_memory=arguments.host_memory or (memory and memory.free), images=images,
         flops=1e12 * arguments.tflops if arguments.tflops else cores * core_flops(bf16, cpu_features(), with_kernels),
     )  # fmt: skip
 

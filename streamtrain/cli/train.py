@@ -10,6 +10,7 @@ from typing import Any
 from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.cli.launch import run_on_hosts, run_ranks
 from streamtrain.config.load import load_config
+from streamtrain.engine.runtime import count_gpus
 from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
 from streamtrain.run.command_line import local_path
@@ -33,8 +34,6 @@ _EXAMPLES = """\
   streamtrain train --config my.yaml run.dir=runs/next --resume runs/first
   streamtrain train --hostfile hosts --config vitl16.yaml data.shards=s3://bucket/set run.dir=/shared/run
 """
-# present where a driver is installed: NVIDIA, AMD, Windows Subsystem for Linux
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -90,12 +89,3 @@ def rank_arguments(arguments: argparse.Namespace) -> list[str]:
     if arguments.accept_changes:
         words.append("--accept-changes")
     return words
-
-
-def count_gpus() -> int:
-    """Return the number of visible GPUs; torch is not loaded if there is no driver."""
-    if not any(os.path.exists(device) for device in _GPU_DEVICES):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()

@@ -25,6 +25,9 @@ from streamtrain.config.section import (
 )
 from streamtrain.config.user_code import UserCode
 
+# a smaller limit of width x height is meant in megapixels
+MIN_PIXELS = 784
+
 
 class SetShare(Section):
     """One of several shard sets that a run mixes."""
@@ -107,8 +110,10 @@ class DataConfig(Section):
     reader_threads: Positive = free(2, "Threads per rank that read images.")
     decode_threads: NonNegative = free(0, "Decoding threads per rank; 0: cores of the machine / ranks on it.")
     prefetch: Positive = free(2, "Batches prepared ahead of the step.")
-    read_ahead_bytes: Positive = free(256 * 2**20, "Maximum bytes of encoded images that a rank reads ahead.")
-    max_pixels: Positive = accept(178_956_970, "Images with more pixels are replaced without decoding them.")
+    read_ahead_bytes: Size = free(256 * 2**20, "Maximum bytes of encoded images that a rank reads ahead.")
+    max_pixels: int = accept(
+        178_956_970, "Images with more pixels (width x height) are replaced without decoding them.", ge=MIN_PIXELS
+    )
     background: str | tuple[int, int, int] | None = accept(
         "white", "Colour behind transparent images, in training, evaluation and pictures: a name, '#rrggbb' (in "
         "quotes) or [red, green, blue]; null: drop the alpha channel.",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from streamtrain.config.section import NonNegative, PathText, Positive, Section, accept, free
+from streamtrain.config.section import NonNegative, PathText, Positive, Section, Size, accept, free
 
 
 class TeacherConfig(Section):
@@ -95,7 +95,7 @@ class EngineConfig(Section):
     )
     moments_dir: PathText | None = free(None, "Folder of the files (moments: disk); null: run.dir/moments.")
     live_blocks: Positive = free(3, "Maximum gathered ZeRO-3 parameters, in backbone blocks.")
-    reduce_bucket_bytes: int = free(
+    reduce_bucket_bytes: Size = free(
         64 * 2**20, "Bytes of gradients that are reduced together (more than one rank).", ge=2**16
     )
     cpu_threads: NonNegative = free(0, "Torch threads per rank on a CPU; 0: cores of the machine / ranks on it.")

@@ -7,7 +7,7 @@ import itertools
 import os
 import reprlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from shards.credentials import strip_values
 from shards.reading.mixture import AnySet, open_sets
 from shards.storage.paths import expand_path
 from streamtrain.config.data import DataConfig
+from streamtrain.config.schedules import Schedule
 from streamtrain.config.section import STEPS_PER_EPOCH
-from streamtrain.config.tree import Config
+from streamtrain.config.tree import Config, walk_settings
 from streamtrain.errors import ConfigError
 
 RESOLVED_NAME = "config.yaml"
@@ -29,7 +30,8 @@ _MAX_YAML_BYTES, _MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_FILES = 1 << 20, 20_000
 _MAX_DIGITS = 1000
 _MAX_FAULTS = 20  # in one message
 # required kind of value, by the beginning of pydantic's error type
-_TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text"}
+_TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text",
+          "tuple_type": "a list, such as [0.5, 1]"}  # fmt: skip
 # bounds of a number: pydantic's name in the error's context, and the wording of the message
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -54,12 +56,20 @@ def find_config(name: str, beside: Path | None = None) -> Path:
             # unlike Path.is_file, this returns False for names that the system rejects
             if os.path.isfile(candidate):
                 return candidate
+    if os.path.isdir(name):
+        raise ConfigError(f"config {name!r} is a folder; give a YAML file, or a recipe such as vits16.yaml")
     recipes = sorted({path.name for folder in preset_folders() for path in folder.glob("*.yaml")})
     raise ConfigError(f"no config {name!r}; give a path, or one of the recipes {', '.join(recipes)}")
 
 
-def read_raw(path: Path, seen: tuple[Path, ...] = (), counter: Iterator[int] | None = None) -> dict[str, Any]:
-    """Return the mapping of a YAML file, merged over the files it ``extends``; ``counter`` counts the files.
+def read_raw(
+    path: Path, seen: tuple[Path, ...] = (), counter: Iterator[int] | None = None, reshaped: set[str] | None = None
+) -> dict[str, Any]:
+    """Return the mapping of a YAML file, merged over the files it ``extends``.
+
+    Args:
+        counter: counts the files.
+        reshaped: see ``override``.
 
     Raises:
         ConfigError: the file is not YAML, not a mapping, extends itself, or extends too many files.
@@ -83,8 +93,8 @@ def read_raw(path: Path, seen: tuple[Path, ...] = (), counter: Iterator[int] | N
         raise ConfigError(f"{path}: extends must be a file name or a list of file names, not {reprlib.repr(parents)}")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, read_raw(find_config(parent, path.parent), (*seen, path.resolve()), counter))
-    return merge(merged, raw)
+        merged = merge(merged, read_raw(find_config(parent, path.parent), (*seen, path.resolve()), counter, reshaped))
+    return override(merged, raw, reshaped) if parents else raw
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -153,6 +163,65 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def override(
+    base: dict[str, Any], over: dict[str, Any], reshaped: set[str] | None = None, prefix: str = ""
+) -> dict[str, Any]:
+    """Return ``merge`` of a recipe and settings that override it, but let a number keep the shape of a schedule.
+
+    ``schedules.lr=1e-3`` replaces the peak of the recipe's schedule, or of the default one if the recipe has none. Zero
+    stays a constant, which disables a weight.
+
+    Args:
+        reshaped: receives the keys of the schedules with a new peak.
+        prefix: of the keys in ``base`` and ``over``.
+    """
+    result = dict(base)
+    for name, value in over.items():
+        key, before = f"{prefix}{name}", result.get(name)
+        if key in default_schedules() and (shaped := _replace_peak(key, before, value)):
+            result[name] = shaped
+            if reshaped is not None:
+                reshaped.add(key)
+        elif key not in default_schedules() and isinstance(value, dict) and isinstance(before or {}, dict):
+            result[name] = override(before or {}, value, reshaped, f"{key}.")
+        else:
+            result = merge(result, {name: value})
+    return result
+
+
+@cache
+def default_schedules() -> dict[str, Schedule]:
+    """Return the default of every schedule, by key."""
+    return {key: field.default for key, field in walk_settings() if field.annotation is Schedule}
+
+
+def _replace_peak(key: str, before: Any, value: Any) -> dict[str, Any] | None:
+    """Return the schedule ``before`` with the number ``value`` as its peak; None if it has no shape to keep."""
+    try:
+        is_zero = not float(value)
+    except (TypeError, ValueError):
+        return None
+    raw = default_schedules()[key].model_dump(exclude_defaults=True) if before is None else before
+    return {**raw, "peak": value} if isinstance(raw, dict) and raw.keys() - {"peak"} and not is_zero else None
+
+
+def describe_shape(key: str, config: Config) -> str | None:
+    """Return a line on a schedule whose peak was given as a number; None if it is a constant after all."""
+    schedule: Any = config
+    for name in key.split("."):
+        schedule = getattr(schedule, name)
+    shape = schedule.model_dump(exclude_defaults=True, exclude={"peak"})
+    if not shape:
+        return None
+    words = ", ".join(f"{name} {value:g}" for name, value in shape.items() if name != "kind")
+    constant = {"peak": schedule.peak} | {name: Schedule.model_fields[name].default for name in shape}
+    flow = yaml.safe_dump(constant, default_flow_style=True, sort_keys=False, width=1000).strip()
+    return (
+        f"{key}: peak {schedule.peak:g}; the recipe's shape is kept ({schedule.kind}, {words}); for a constant, set "
+        f"'{key}={flow}'"
+    )
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """Return ``a.b=value`` as a nested mapping; the value is parsed as YAML, but may begin with #.
 
@@ -174,18 +243,21 @@ def parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
-def load_config(name: str, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+def load_config(
+    name: str, overrides: Sequence[str] = (), world_size: int = 1, reshaped: set[str] | None = None
+) -> Config:
     """Return the configuration of recipe ``name`` with ``overrides``; all values are merged before validation.
 
-    Lengths in epochs become steps, based on the size of ``data.shards`` and the batch of ``world_size`` ranks.
+    Lengths in epochs become steps, based on the size of ``data.shards`` and the batch of ``world_size`` ranks. For
+    ``reshaped`` see ``override``.
 
     Raises:
         ConfigError: one line that names each invalid key.
         ShardError: a length is in epochs and the shard set cannot be read.
     """
-    raw = read_raw(find_config(name))
-    for override in overrides:
-        raw = merge(raw, parse_override(override))
+    raw = read_raw(find_config(name), reshaped=reshaped)
+    for text in overrides:
+        raw = override(raw, parse_override(text), reshaped)
     has_shards = isinstance(raw.get("data"), dict) and raw["data"].get("shards")
     return build(raw, partial(_steps_per_epoch, raw, world_size) if has_shards else None)
 

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import NonNegative, PathText, Positive, Section, Steps, accept, fixed, free
+from streamtrain.config.section import NonNegative, PathText, Positive, Section, Size, Steps, accept, fixed, free
 from streamtrain.errors import ConfigError
 
 
@@ -123,7 +123,7 @@ class ObjectiveConfig(Section):
     patch_loss: PatchLossConfig = PatchLossConfig()
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
-    chunk_bytes: int = free(
+    chunk_bytes: Size = free(
         8 * 2**20, "Bytes of logits in memory at a time, per chunk of prototypes; the CPU kernels use chunks of 64 "
         "prototypes instead.", ge=2**16,
     )  # fmt: skip

@@ -47,6 +47,12 @@ class Schedule(Section):
         return self
 
     @property
+    def values(self) -> tuple[float, ...]:
+        """The values between which it moves."""
+        start = [self.start or 0.0] if self.delay + self.warmup else []
+        return (*start, self.peak, *([] if self.end is None else [self.end]))
+
+    @property
     def is_ever_positive(self) -> bool:
         return max(self.peak, self.end or 0.0, self.start or 0.0) > 0.0
 
@@ -85,3 +91,14 @@ class SchedulesConfig(Section):
         Schedule(start=0.04, peak=0.07, warmup=300), "Temperature of the teacher's targets."
     )
     freeze_last_layer: Steps = accept(0, "First steps of the run in which the prototypes have learning rate 0.")
+
+    @model_validator(mode="after")
+    def _check_values(self) -> SchedulesConfig:
+        bounds = {"lr": (0.0, math.inf), "weight_decay": (0.0, math.inf), "momentum": (0.0, 1.0)}
+        for name, (low, high) in bounds.items():
+            if wrong := [value for value in getattr(self, name).values if not low <= value <= high]:
+                limit = f"within [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+                raise ValueError(f"{name} has the value {wrong[0]:g}; it must be {limit}")
+        if wrong := [value for value in self.teacher_temperature.values if value <= 0.0]:
+            raise ValueError(f"teacher_temperature has the value {wrong[0]:g}; it must be above 0")
+        return self

@@ -108,8 +108,12 @@ _UNITS = {"B": 1} | {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*")
 
 
-def parse_bytes(text: str) -> int:
-    """Return the bytes of ``80GB``, ``139 GiB`` or a bare number.
+# a smaller number without a unit is meant in another unit than bytes
+MIN_BARE_BYTES = 1000
+
+
+def parse_bytes(text: str, min_bare: int = MIN_BARE_BYTES) -> int:
+    """Return the bytes of ``80GB``, ``139 GiB`` or a bare number of at least ``min_bare``.
 
     Raises:
         ValueError: the text is not such a size.
@@ -118,13 +122,18 @@ def parse_bytes(text: str) -> int:
     unit = _UNITS.get((match[2] or "B").upper()) if match else None
     if match is None or unit is None:
         raise ValueError("must be a size such as 80GB or 139GiB, or a number of bytes")
+    if not match[2] and 0 < float(match[1]) < min_bare:
+        raise ValueError(f"{match[1]} without a unit is {match[1]} bytes; write {match[1]}MB or {match[1]}GB")
     return round(float(match[1]) * unit)
 
 
+def _parse_size(value: Any) -> Any:
+    is_small = type(value) in (int, float) and 0 < value < MIN_BARE_BYTES
+    return parse_bytes(f"{value:g}" if is_small else value) if is_small or isinstance(value, str) else value
+
+
 Size = Annotated[
-    int,
-    BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
-    Field(ge=1, json_schema_extra={VALUE_TYPE: "bytes (such as 200GB)"}),
+    int, BeforeValidator(_parse_size), Field(ge=1, json_schema_extra={VALUE_TYPE: "bytes (such as 200GB)"})
 ]
 
 

@@ -19,6 +19,7 @@ from streamtrain.errors import ConfigError
 from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
 from streamtrain.ops.cpu.features import multiplies_bf16
 from streamtrain.run.logs import take_over
+from streamtrain.run.machine import has_gpu_driver
 
 if TYPE_CHECKING:
     import torch
@@ -59,17 +60,30 @@ def choose_accelerator(config: EngineConfig, launch: Launch) -> str:
     Raises:
         ConfigError: if the requested device is not available.
     """
-    import torch
-
-    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-    if cuda and torch.cuda.device_count() < launch.local_world_size:
-        raise ConfigError(
-            f"engine.device is cuda, but this machine has {torch.cuda.device_count()} GPU(s) for "
-            f"{launch.local_world_size} rank(s); start fewer ranks or set engine.device=cpu"
-        )
-    chosen = "cuda" if cuda else "cpu"
+    chosen = "cuda" if uses_gpu(config, launch) else "cpu"
     os.environ["DS_ACCELERATOR"] = chosen
     return chosen
+
+
+def uses_gpu(config: EngineConfig, launch: Launch) -> bool:
+    """Return whether this rank computes on a GPU; errors as in ``choose_accelerator``."""
+    count = count_gpus() if config.device != "cpu" else 0
+    cuda = count > 0 if config.device == "auto" else config.device == "cuda"
+    if cuda and count < launch.local_world_size:
+        raise ConfigError(
+            f"engine.device is {config.device}, but this machine has {count} GPU(s) for {launch.local_world_size} "
+            "rank(s); start fewer ranks or set engine.device=cpu"
+        )
+    return cuda
+
+
+def count_gpus() -> int:
+    """Return the number of visible GPUs; torch is not loaded if there is no driver."""
+    if not has_gpu_driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 @contextmanager

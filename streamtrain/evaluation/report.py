@@ -131,7 +131,8 @@ def _draw_curves(
         widths = None
         if count and start is not None:
             points = [(0, start), *((record["step"], record.get(tag)) for record in records)]
-            widths = {step: accuracy_margin(value, count) for step, value in points if value is not None and 0 <= value <= 1}
+            shares = {step: value for step, value in points if value is not None and 0 <= value <= 1}
+            widths = {step: accuracy_margin(value, count) for step, value in shares.items()}
         return svg_chart(tag, records, lines, start, widths, is_wide)
 
     main = _main_tags(headline, tags)

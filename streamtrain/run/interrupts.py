@@ -142,7 +142,7 @@ def _watch(receiver: int, statuses: Mapping[signal.Signals, int], grace_seconds:
 
 def _end(status: int) -> None:
     """End the process and its worker processes at once; rank 0 writes a line for all ranks."""
-    rank = os.environ.get("RANK", "")
+    rank = "" if os.environ.get("WORLD_SIZE", "1") == "1" else os.environ.get("RANK", "")
     # a launcher sends SIGTERM to the other ranks of a failed one, whose error is already shown
     if rank == "" or (rank == "0" and status == EXIT_INTERRUPTED):
         report("interrupted" if status == EXIT_INTERRUPTED else "stopped before the first step")

@@ -21,6 +21,7 @@ from shards.credentials import strip_values
 from shards.errors import ShardError
 from shards.storage.paths import expand_path
 from streamtrain.config.load import known_keys, merge, parse_yaml, to_yaml, unknown_key_message
+from streamtrain.config.schedules import Schedule
 from streamtrain.config.section import ACCEPT_ALL, is_accepted
 from streamtrain.config.tree import Config, path_settings, resume_rules, setting_key
 from streamtrain.config.user_code import code_digest
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # key that accepts a checkpoint without recorded settings
 CONFIG_KEY = "config"
+# keys that accept a start for which this machine has too little memory or disk space
+MEMORY_KEY, DISK_KEY = "memory", "disk"
 # settings compared by their effect: the digest of the images, the batch, the data type in use
 _COMPARED_BY_EFFECT = ("data.shards", "data.global_batch", "engine.dtype")
 _MISSING = "missing"
@@ -59,7 +62,8 @@ def add_accept_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that accept changed settings."""
     parser.add_argument(
         "--accept", nargs="+", action="extend", default=[], metavar="KEY",
-        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip",
+        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip; "
+        f"{MEMORY_KEY} and {DISK_KEY}: start although this machine has too little",
     )  # fmt: skip
     # deprecated: accepts every setting that is not fixed
     parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)
@@ -91,7 +95,7 @@ def parse_accepted(values: Iterable[str]) -> frozenset[str]:
         ConfigError: a key is unknown, a whole section, or fixed.
     """
     keys = frozenset(key for value in values for key in value.split(",") if key)
-    for key in sorted(keys - {CONFIG_KEY}):
+    for key in sorted(keys - {CONFIG_KEY, MEMORY_KEY, DISK_KEY}):
         setting = setting_key(key)
         if key not in known_keys():
             raise ConfigError(f"--accept: {unknown_key_message(key)}")
@@ -141,6 +145,23 @@ def check_resume(
             f"or add --accept {' '.join(keys)}"
         )
     return [change.text for change in changes]
+
+
+def recorded_constants(config: Config, saved: Mapping[str, Any], reshaped: Iterable[str]) -> list[str]:
+    """Return overrides that keep the constants of a run that was started when a number did not keep a recipe's shape.
+
+    Args:
+        saved: the ``state.json`` of the run's checkpoint.
+        reshaped: schedules whose peak was given as a number.
+    """
+    recorded, current = dict(_flatten(saved.get("config"))), dict(_flatten(_to_plain(config)))
+    overrides = []
+    for key in sorted(reshaped):
+        constant = Schedule(peak=current[f"{key}.peak"]).model_dump()
+        shape = {name: value for name, value in constant.items() if name != "peak"}
+        if all(recorded.get(f"{key}.{name}", _MISSING) == value for name, value in shape.items()):
+            overrides += [f"{key}.{name}={'null' if value is None else value}" for name, value in constant.items()]
+    return overrides
 
 
 def has_same_shards(config: Config, saved: Mapping[str, Any]) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from streamtrain.errors import StreamtrainError
@@ -18,6 +20,8 @@ EXIT_INTERRUPTED = 130
 STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
 # save and continue; not an exit code. Of several requests the highest number wins.
 SAVE = 1
+# from a stop signal in the first step until the process ends without a checkpoint
+FIRST_STEP_SECONDS = 5.0
 
 STOP_NAME = "STOP"
 SAVE_NAME = "SAVE"
@@ -29,6 +33,9 @@ class Requests:
     SIGTERM, SIGUSR1 and the ``STOP`` file stop the run with exit code 75, Ctrl-C with 130, and the ``SAVE`` file saves
     a checkpoint. A second Ctrl-C ends the process at once, even while it waits in a collective: a thread receives the
     signals, because Python runs signal handlers only between instructions of the main thread.
+
+    The thread also ends a process whose first step takes longer than ``FIRST_STEP_SECONDS`` after a signal: no step is
+    complete, so there is nothing to save.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
@@ -37,7 +44,7 @@ class Requests:
         self._save_file = run_dir / SAVE_NAME if rank == 0 else None
         self._run_dir, self._is_shown = run_dir, rank == 0
         self._exit_code = 0
-        self._is_saving = self._is_stop_file_seen = False
+        self._is_saving = self._is_stop_file_seen = self._has_step = False
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         signal.set_wakeup_fd(sender)
@@ -47,7 +54,17 @@ class Requests:
             signal.signal(number, lambda number, frame: None)
 
     def _receive(self, receiver: int) -> None:
+        poll, deadline = select.poll(), float("inf")
+        poll.register(receiver, select.POLLIN)
         while True:
+            if self._has_step:
+                deadline = float("inf")
+            is_endless = deadline == float("inf")
+            if not poll.poll(None if is_endless else max(0.0, deadline - time.monotonic()) * 1000):
+                if not self._has_step:
+                    self._show("stopped in the first step: there is nothing to save")
+                    os._exit(self._exit_code)
+                continue
             for number in os.read(receiver, 64):
                 if number == signal.SIGINT and self._exit_code == EXIT_INTERRUPTED:
                     try:
@@ -56,7 +73,9 @@ class Requests:
                         os._exit(EXIT_INTERRUPTED)
                 if not self._exit_code:
                     again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
-                    self._show(f"stopping: saving a checkpoint{again}")
+                    late = "" if self._has_step else f" if the first step ends within {FIRST_STEP_SECONDS:g} s"
+                    self._show(f"stopping: saving a checkpoint{late}{again}")
+                    deadline = time.monotonic() + FIRST_STEP_SECONDS
                 # an interrupted launcher sends SIGTERM after the terminal has sent SIGINT
                 exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
                 self._exit_code = max(self._exit_code, exit_code)
@@ -95,6 +114,10 @@ class Requests:
             self._is_stop_file_seen = True
             return EXIT_PREEMPTED
         return SAVE if not self._is_saving and _exists(self._save_file) else 0
+
+    def mark_step_completed(self) -> None:
+        """Record that a step is complete, after which a stop waits for the current step and saves a checkpoint."""
+        self._has_step = True
 
     def mark_save_started(self) -> None:
         """Record the start of a checkpoint, which fulfils the request of an existing ``SAVE`` file."""

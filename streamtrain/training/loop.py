@@ -32,9 +32,9 @@ from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import TRACEBACKS_NAME, log_start_notes, saved_state
-from streamtrain.run.host_memory import available_bytes
 from streamtrain.run.lock import MOVED, moved_error
 from streamtrain.run.logs import keep_tracebacks
+from streamtrain.run.machine import host_memory
 from streamtrain.run.messages import completed_text, labelled_set
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
@@ -100,6 +100,7 @@ def train(
                     before_update=writer.wait_until_copied,
                     stop_request=lambda: MOVED if has_moved() else requests.stop_code(),
                 )  # fmt: skip
+                requests.mark_step_completed()
                 _check_directory(run_dir, result.stop_request == MOVED)
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
@@ -138,10 +139,11 @@ def _plan(config: Config, runtime: Runtime, shard_set: AnySet) -> Plan:
     if runtime.rank == 0:
         log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
+    memory = host_memory()
     supported = CPU_KERNELS if not on_gpu and is_enabled(runtime.dtype) else "reference"
     planned = plan(
         config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported, images=stored_images(shard_set),
-        cores=runtime.launch.cores, host_memory=available_bytes(),
+        cores=runtime.launch.cores, host_memory=memory and memory.free,
     )  # fmt: skip
     logger.info(start_summary(planned, on_gpu))
     return planned

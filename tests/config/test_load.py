@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shards.packing.pack import PackOptions, pack
 from streamtrain.config.load import (
     build,
+    describe_shape,
     load_config,
     merge,
     parse_override,
@@ -38,8 +39,44 @@ def test_every_recipe_loads_and_equals_its_resolved_form(name: str, tmp_path: Pa
 
 def test_overrides_are_parsed_as_yaml_and_1e_4_is_a_number() -> None:
     config = load_config("vits16.yaml", ["schedules.lr=1e-4", "crops.global_scale=[0.5, 1]", "data.global_batch=null"])
-    assert config.schedules.lr.peak == 1e-4 and config.schedules.lr.kind == "constant"
+    assert config.schedules.lr.peak == 1e-4
     assert config.crops.global_scale == (0.5, 1.0) and config.data.global_batch is None
+
+
+@pytest.mark.parametrize("form", ["command line", "file", "mapping"])
+def test_a_number_replaces_the_peak_and_keeps_the_shape_of_the_recipe(form: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: vits16\nschedules: {lr: 5.0e-4, weight_decay: 0.1}\n")
+    name, overrides = {
+        "command line": ("vits16", ["schedules.lr=5e-4", "schedules.weight_decay=0.1"]),
+        "mapping": ("vits16", ['schedules={"lr": 0.0005, "weight_decay": 0.1}']),
+        "file": (str(tmp_path / "mine.yaml"), []),
+    }[form]
+    reshaped: set[str] = set()
+    config = load_config(name, overrides, reshaped=reshaped)
+    before, lr = load_config("vits16").schedules.lr, config.schedules.lr
+    assert lr == before.model_copy(update={"peak": 5e-4}) and lr.kind == "cosine" and lr.warmup == 1000
+    assert reshaped == {"schedules.lr", "schedules.weight_decay"}
+    line = describe_shape("schedules.lr", config)
+    assert line is not None and "peak 0.0005; the recipe's shape is kept (cosine, end 1e-06, warmup 1000)" in line
+    # the override that the line proposes makes a constant
+    constant = re.search(r"'(schedules\.lr=.*)'", line)
+    assert constant is not None
+    again = load_config(name, [*overrides, constant[1]])
+    assert again.schedules.lr == build({"schedules": {"lr": 5e-4}}).schedules.lr
+    assert describe_shape("schedules.lr", again) is None
+
+
+def test_a_number_is_a_constant_over_a_constant_in_a_recipe_and_for_zero(tmp_path: Path) -> None:
+    (tmp_path / "root.yaml").write_text("schedules: {lr: 5.0e-4, teacher_temperature: 0.05}\n")
+    reshaped: set[str] = set()
+    config = load_config(str(tmp_path / "root.yaml"), ["schedules.teacher_temperature=0.06"], reshaped=reshaped)
+    assert config == build({"schedules": {"lr": 5e-4, "teacher_temperature": 0.06}})
+    config = load_config("vits16", ["schedules.lr=0", "objective.koleo.weight=0.2"], reshaped=reshaped)
+    assert config.schedules.lr == build({"schedules": {"lr": 0}}).schedules.lr and not reshaped
+    # a recipe without the key has the default's shape
+    config = load_config(str(tmp_path / "root.yaml"), ["schedules.momentum=0.9"], reshaped=reshaped)
+    assert (config.schedules.momentum.kind, config.schedules.momentum.end) == ("cosine", 1.0)
+    assert reshaped == {"schedules.momentum"}
 
 
 def test_recipes_are_found_with_and_without_suffix_and_by_path(tmp_path: Path) -> None:
@@ -68,6 +105,11 @@ def test_recipes_are_found_with_and_without_suffix_and_by_path(tmp_path: Path) -
         ("monitor.progress=7", "monitor.progress: must be true or false (got 7)"),
         ("run.dir=7", "run.dir: must be text (got 7)"),
         ("engine.dtype=fp16", "engine.dtype: must be 'auto', 'bf16' or 'fp32' (got 'fp16')"),
+        ("crops.global_scale=0.5", "crops.global_scale: must be a list, such as [0.5, 1] (got 0.5)"),
+        ("schedules.lr=-1", "lr has the value -1; it must be at least 0"),
+        ("schedules.momentum=1.5", "momentum has the value 1.5; it must be within [0, 1]"),
+        ("schedules.teacher_temperature=0", "teacher_temperature has the value 0; it must be above 0"),
+        ("data.max_pixels=12", "data.max_pixels: must be at least 784 (got 12)"),
         ("data.micro_batch", "does not have the form section.key=value"),
         ("run.dir=[", "is not YAML"),
     ],
@@ -90,6 +132,11 @@ def test_an_invalid_file_raises_a_one_line_error(text: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError) as caught:
         load_config(str(tmp_path / "self.yaml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; give a YAML file"):
+        load_config(str(tmp_path))
 
 
 def test_a_missing_recipe_raises_an_error_that_lists_the_recipes() -> None:
@@ -224,6 +271,8 @@ def test_sizes_are_parsed_with_units() -> None:
         assert config.data.cache.limit == limit
     for value, message in (
         ("{dir: copies, limit: much}", "data.cache.limit: must be a size such as 80GB"),
+        ("{dir: copies, limit: 80}", "80 without a unit is 80 bytes; write 80MB or 80GB"),
+        ("{dir: copies, limit: 2.5}", "2.5 without a unit is 2.5 bytes; write 2.5MB or 2.5GB"),
         ("{dir: copies, limit: 0B}", "data.cache.limit: must be at least 1"),
         ("{dir: copies}", "data.cache: dir and limit must be set together"),
         ("{limit: 1GB}", "data.cache: dir and limit must be set together"),
@@ -231,6 +280,13 @@ def test_sizes_are_parsed_with_units() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             load_config("vits16.yaml", [f"data.cache={value}"])
+
+
+@pytest.mark.parametrize("key", ["data.read_ahead_bytes", "engine.reduce_bucket_bytes", "objective.chunk_bytes"])
+def test_every_size_in_bytes_may_have_a_unit_and_needs_one_if_it_is_small(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: 64 without a unit is 64 bytes; write 64MB or 64GB"):
+        load_config("vits16", [f"{key}=64"])
+    assert load_config("vits16", [f"{key}=64MB"]) == load_config("vits16", [f"{key}=64000000"])
 
 
 HOSTILE = {

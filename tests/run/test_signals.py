@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT
 
-from streamtrain.run.signals import SAVE_NAME, STOP_NAME
+from streamtrain.run.signals import FIRST_STEP_SECONDS, SAVE_NAME, STOP_NAME
 
 PROGRAM = """
 import hashlib, sys, time
@@ -24,7 +24,10 @@ print("ready", flush=True)
 for line in sys.stdin:
     if line == "stop_code\\n":
         print(requests.stop_code(), flush=True)
+    elif line == "first step\\n":
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     elif line == "busy\\n":
+        requests.mark_step_completed()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     else:
         getattr(requests, line.strip())()
@@ -82,6 +85,29 @@ def test_a_second_interrupt_ends_a_busy_process(tmp_path: Path) -> None:
             process.wait(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_a_long_first_step_ends_the_process(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    """Without a checkpoint, because no step is complete; a later step is not interrupted."""
+    with listening(tmp_path) as process, listening(tmp_path) as later:
+        for each, word in ((process, "first step"), (later, "busy")):
+            assert each.stdin is not None
+            each.stdin.write(f"{word}\n")
+        time.sleep(0.3)
+        for each in (process, later):
+            each.send_signal(number)
+        assert process.wait(FIRST_STEP_SECONDS + 4) == status
+        assert later.poll() is None
+
+
+def test_a_first_step_that_ends_soon_is_saved(tmp_path: Path) -> None:
+    with listening(tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        wait_for_code(process, 75)
+        assert ask(process, "mark_step_completed") == "done"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(FIRST_STEP_SECONDS + 1)
 
 
 def test_rank_0_checks_for_request_files_and_removes_them(tmp_path: Path) -> None:

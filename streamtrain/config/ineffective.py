@@ -1,0 +1,99 @@
+"""Settings that have no effect in a run, because the run is too short or the image set too small for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from streamtrain.config.masks import group_counts
+from streamtrain.config.schedules import Schedule
+from streamtrain.config.section import Section
+from streamtrain.config.tree import Config, walk_settings
+
+# fewer images teach a network only these images
+MIN_IMAGES = 32
+
+
+def ineffective_settings(config: Config, world_size: int, num_samples: int) -> Iterator[str]:
+    """Yield one line per group of settings without an effect; ``num_samples`` is the size of the image set."""
+    global_batch, _ = config.batch_split(world_size)
+    if global_batch > num_samples:
+        given = "data.global_batch" if config.data.global_batch else "data.micro_batch"
+        yield (
+            f"a batch of {global_batch} images contains each of the {num_samples} images of the set more than once, "
+            f"and copies are no negatives of each other; lower {given}, or use more images"
+        )
+    elif num_samples < MIN_IMAGES:
+        yield f"the set has {num_samples} image(s), which is too few to learn features from; use at least hundreds"
+    steps = config.run.steps
+    if unreached := list(_unreached_peaks(config)):
+        yield f"run.steps {steps} ends before {', '.join(unreached)}; shorten these, or train longer"
+    if (
+        config.teacher.kind == "ema"
+        and not any(_masked_counts(config))
+        and (config.objective.patch_loss.weight.is_ever_positive)
+    ):
+        yield "masks.probability and masks.ratio mask no patch, so objective.patch_loss has no effect"
+    if not_due := list(_never_due(config)):
+        yield f"never due within run.steps {steps}: {', '.join(not_due)}"
+
+
+def _unreached_peaks(config: Config) -> Iterator[str]:
+    """Yield the schedules that do not reach their peak, and the modules that stay frozen against the recipe."""
+    steps = config.run.steps
+    for key, schedule in _schedules(config):
+        ramp = schedule.delay + schedule.warmup
+        # a schedule that begins at its peak has none to reach
+        if ramp + schedule.tail > steps and schedule.peak != (schedule.start or 0.0):
+            parts = {"delay": schedule.delay, "warm-up": schedule.warmup, "tail": schedule.tail if ramp <= steps else 0}
+            lengths = " and ".join(f"{name} {length}" for name, length in parts.items() if length)
+            yield f"{key} ({lengths})"
+    # as many steps as the run: frozen on purpose
+    if config.schedules.freeze_last_layer > steps:
+        yield f"schedules.freeze_last_layer ({config.schedules.freeze_last_layer})"
+    if config.init.freeze_backbone_steps >= steps:
+        yield f"init.freeze_backbone_steps ({config.init.freeze_backbone_steps}), so the backbone never learns"
+
+
+def _never_due(config: Config) -> Iterator[str]:
+    """Yield the intervals and first steps beyond the end of the run; a default is meant for no run in particular."""
+    run, steps = config.run, config.run.steps
+    gram = config.objective.gram
+    # a checkpoint is kept where both intervals meet; the last step is always saved
+    kept = math.lcm(run.keep_every, run.checkpoint_every) if run.keep_every and run.checkpoint_every else 0
+    candidates: list[tuple[str, Section, str, int | None]] = [
+        ("run.checkpoint_every", run, "checkpoint_every", run.checkpoint_every),
+        ("run.keep_every", run, "keep_every", kept),
+        ("run.snapshot_every", run, "snapshot_every", run.snapshot_every),
+        ("evaluation.every", config.evaluation, "every", config.evaluation.every),
+        ("monitor.panel_every", config.monitor, "panel_every", config.monitor.panel_every),
+        ("monitor.histogram_every", config.monitor, "histogram_every", config.monitor.histogram_every),
+        ("monitor.collapse.every", config.monitor.collapse, "every", config.monitor.collapse.every),
+        ("monitor.profile.start", config.monitor.profile, "start", config.monitor.profile.start),
+        ("objective.gram.refresh.first", gram.refresh, "first", gram.refresh.first if gram.is_active else None),
+    ]
+    for key, section, name, first in candidates:
+        value = getattr(section, name)
+        if first and first > steps and value != type(section).model_fields[name].default:
+            hint = " (only the last step is saved)" if name == "checkpoint_every" else ""
+            hint = f" with run.checkpoint_every {run.checkpoint_every}" if name == "keep_every" else hint
+            yield f"{key} {value}{hint}"
+    if config.evaluation.best is not None and not 0 < config.evaluation.every <= steps:
+        yield f"evaluation.best {config.evaluation.best} (evaluation.every is {config.evaluation.every})"
+
+
+def _masked_counts(config: Config) -> list[int]:
+    return group_counts(
+        config.masks, config.crops.global_count, (config.crops.global_size // config.model.patch_size) ** 2
+    )
+
+
+def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
+    """Yield the key and the value of every schedule."""
+    for key, field in walk_settings():
+        if field.annotation is Schedule:
+            value: object = config
+            for name in key.split("."):
+                value = getattr(value, name)
+            assert isinstance(value, Schedule)
+            yield key, value

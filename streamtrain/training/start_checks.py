@@ -1,0 +1,154 @@
+"""Checks of a run's needs and settings before it starts: memory, disk, and settings without an effect. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from shards.storage.store import is_url
+from streamtrain.config.tree import Config
+from streamtrain.engine.rendezvous import Launch
+from streamtrain.engine.runtime import uses_bf16
+from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.ops.cpu.features import cpu_features, kernel_feature
+from streamtrain.planning.images import StoredImages
+from streamtrain.planning.memory import CPU_KERNELS, PHASES, Plan, plan
+from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
+from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps
+from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
+from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
+
+# a plan is accurate within about 10 %
+_PLAN_MARGIN = 1.1
+_COMPILER = "c++"
+
+
+def check_resources(
+    config: Config, launch: Launch, accepted: Collection[str], *, on_gpu: bool, images: StoredImages | None = None
+) -> list[str]:
+    """Compare the planned memory and disk space with this machine's, and return warnings; every rank calls this.
+
+    Args:
+        images: the stored images, if known.
+        accepted: keys of ``--accept``; ``memory`` and ``disk`` turn a refusal into a warning.
+
+    Raises:
+        StreamtrainError: the machine has clearly less memory than planned, or no space for a single checkpoint.
+    """
+    planned, ranks = plan_of_start(config, launch, on_gpu=on_gpu, images=images), launch.local_world_size
+    needs = [_Need("GPU memory", rank_peak_bytes(planned, on_gpu), 1, _gpu_memory(launch.local_rank))] if on_gpu else []
+    host_bytes = max(planned.at(phase, "host") for phase in PHASES) if on_gpu else rank_peak_bytes(planned, on_gpu)
+    needs.append(_Need("memory", host_bytes, ranks, host_memory()))
+    warnings = [line for need in needs if (line := need.check(config, accepted))]
+    if launch.rank == 0:
+        warnings += _check_disk(config, launch.world_size, planned, accepted)
+        cores = len(os.sched_getaffinity(0))
+        if not on_gpu and ranks > cores:
+            warnings.append(f"{ranks} ranks share {cores} core(s), which makes a step slower; start at most {cores}")
+    return warnings
+
+
+def check_folders(config: Config) -> None:
+    """Check that folders with different purposes differ.
+
+    Raises:
+        ConfigError: a new run directory is inside a shard set, or an evaluation would test on its training images.
+    """
+    run_dir, evaluation = Path(config.run.dir).resolve(), config.evaluation
+    train, test = (None if path is None else Path(path).resolve() for path in (evaluation.train, evaluation.test))
+    if train is not None and train == test:
+        raise ConfigError(
+            f"evaluation.test is evaluation.train ({train}), so each image would find itself; leave out "
+            "evaluation.test to hold out a fifth of the images"
+        )
+    for share in config.data.shares:
+        shards = share.shards
+        if not is_url(shards) and run_dir.is_relative_to(Path(shards).resolve()) and not saved_steps(run_dir):
+            raise ConfigError(f"run.dir {config.run.dir} is inside the shard set {shards}; set it to another folder")
+
+
+def plan_of_start(config: Config, launch: Launch, *, on_gpu: bool, images: StoredImages | None = None) -> Plan:
+    """Plan a run on this machine as ``training.loop`` does, but without torch."""
+    bf16 = uses_bf16(config.engine, on_gpu)
+    memory = host_memory()
+    has_kernels = kernel_feature(bf16) in cpu_features() and shutil.which(_COMPILER) is not None
+    supported = CPU_KERNELS if has_kernels and not on_gpu else "reference"
+    return plan(
+        config, launch.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported, images=images,
+        cores=launch.cores, host_memory=memory and memory.free,
+    )  # fmt: skip
+
+
+def _gpu_memory(index: int) -> Space:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return Space(total, free)
+
+
+class _Need(NamedTuple):
+    """Planned memory of ranks that share it."""
+
+    name: str
+    rank_bytes: int
+    ranks: int
+    available: Space | None
+
+    def check(self, config: Config, accepted: Collection[str]) -> str | None:
+        """Return a warning if less is free, None if it fits; raise StreamtrainError if the total is too small."""
+        needed, available = self.rank_bytes * self.ranks, self.available
+        if available is None or needed <= available.free:
+            return None
+        total = gigabytes(available.total)
+        is_refused = needed > _PLAN_MARGIN * available.total
+        each = f" ({self.ranks} ranks x {gigabytes(self.rank_bytes)} GB)" if self.ranks > 1 else ""
+        held = total if is_refused else f"{gigabytes(available.free)} free of {total}"
+        fewer = ", start fewer ranks" if self.ranks > 1 else ""
+        line = (
+            f"the run needs about {gigabytes(needed)} GB of {self.name}{each}, but this machine has {held} GB; lower "
+            f"data.micro_batch (now {config.data.micro_batch}){fewer} or use settings that `streamtrain plan --fit` "
+            "finds"
+        )
+        if is_refused and MEMORY_KEY not in accepted:
+            raise StreamtrainError(f"{line}; to start anyway, add --accept {MEMORY_KEY}")
+        return line
+
+
+def _check_disk(config: Config, world_size: int, planned: Plan, accepted: Collection[str]) -> list[str]:
+    """Return a warning if the disk of ``run.dir`` has less space than the planned checkpoints take, or refuse."""
+    run_dir, run = Path(config.run.dir), config.run
+    space = disk_space(run_dir)
+    if space is None:
+        return []
+    present = sum(folder_bytes(run_dir / kind) for kind in (CHECKPOINTS, SNAPSHOTS))
+    needed = _saved_bytes(planned) - present
+    if needed <= space.free:
+        return []
+    one, free = _saved_bytes(plan(_with_one_checkpoint(config), world_size)), gigabytes(space.free)
+    remedy = f"free some space or set run.dir (now {run_dir}) to another disk"
+    # a run with a checkpoint may resume without space, because it may come back
+    if one > space.free and not saved_steps(run_dir):
+        line = f"a checkpoint takes {gigabytes(one)} GB, but the disk of run.dir has {free} GB free; {remedy}"
+        if DISK_KEY not in accepted:
+            raise StreamtrainError(f"{line}; to start anyway, add --accept {DISK_KEY}")
+        return [line]
+    keys = [f"run.keep_last (now {run.keep_last})", f"run.keep_every (now {run.keep_every})"]
+    keys += [f"run.snapshot_every (now {run.snapshot_every})"] if run.snapshot_every else []
+    return [
+        f"the checkpoints will take up to {gigabytes(needed)} GB, but the disk of run.dir has {free} GB free; change "
+        f"{', '.join(keys)} or run.checkpoint_every (now {run.checkpoint_every}), or {remedy}"
+    ]
+
+
+def _saved_bytes(planned: Plan) -> int:
+    """Return the planned bytes of checkpoints and snapshots; moments in files may be on another disk."""
+    return sum(part.num_bytes for part in planned.parts if part.location == "disk" and part.name != "moments")
+
+
+def _with_one_checkpoint(config: Config) -> Config:
+    """Return the settings of a run that saves only its last step."""
+    run = config.run.model_copy(update={"checkpoint_every": 0, "keep_every": 0, "snapshot_every": 0})
+    return config.model_copy(update={"run": run, "evaluation": config.evaluation.model_copy(update={"best": None})})

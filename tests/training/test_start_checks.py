@@ -1,0 +1,105 @@
+"""Refusals and warnings of a start that this machine has too little memory or disk space for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamtrain.config.load import load_config
+from streamtrain.config.tree import Config
+from streamtrain.engine.rendezvous import Launch
+from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.planning.plan_text import rank_peak_bytes
+from streamtrain.run.directory import step_folder
+from streamtrain.run.machine import Space
+from streamtrain.training import start_checks
+from streamtrain.training.start_checks import check_folders, check_resources, plan_of_start
+
+AMPLE = Space(10**15, 10**15)
+
+
+def config_of(run_dir: Path, *overrides: str) -> Config:
+    return load_config("vits16", ["engine.device=cpu", f"run.dir={run_dir}", *overrides])
+
+
+def check(
+    config: Config, monkeypatch: pytest.MonkeyPatch, memory: Space | None = AMPLE, disk: Space | None = AMPLE,
+    accepted: tuple[str, ...] = (), ranks: int = 1,
+) -> list[str]:  # fmt: skip
+    monkeypatch.setattr(start_checks, "host_memory", lambda: memory)
+    monkeypatch.setattr(start_checks, "disk_space", lambda folder: disk)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    return check_resources(config, Launch(0, ranks, 0, ranks), accepted, on_gpu=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_above_the_total_is_refused_and_above_the_free_part_a_warning(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run")
+    needed = ranks * rank_peak_bytes(plan_of_start(config, Launch(0, ranks, 0, ranks), on_gpu=False), on_gpu=False)
+    assert check(config, monkeypatch, Space(needed, needed), ranks=ranks) == []
+    assert check(config, monkeypatch, None, ranks=ranks) == []
+    (line,) = check(config, monkeypatch, Space(needed, needed // 2), ranks=ranks)
+    assert f"needs about {needed / 1e9:.2f} GB" in line and f"{needed // 2 / 1e9:.2f} free of" in line
+    # within the accuracy of the plan
+    assert len(check(config, monkeypatch, Space(int(needed / 1.09), 0), ranks=ranks)) == 1
+    with pytest.raises(StreamtrainError) as caught:
+        check(config, monkeypatch, Space(int(needed / 1.2), 0), ranks=ranks)
+    for word in (f"{needed / 1e9:.2f} GB", f"{needed / 1.2e9:.2f} GB", "data.micro_batch (now 16)", "plan --fit"):
+        assert word in str(caught.value)
+    assert ("fewer ranks" in str(caught.value)) == (ranks > 1)
+    assert str(caught.value).endswith("to start anyway, add --accept memory")
+    assert len(check(config, monkeypatch, Space(int(needed / 1.2), 0), accepted=("memory",), ranks=ranks)) == 1
+
+
+def test_too_little_disk_for_the_planned_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    config = config_of(run_dir, "run.keep_last=4", "run.keep_every=2000")
+    parts = plan_of_start(config, Launch(0, 1, 0, 1), on_gpu=False).parts
+    planned = sum(part.num_bytes for part in parts if part.location == "disk")
+    assert check(config, monkeypatch, disk=Space(planned, planned)) == []
+    (line,) = check(config, monkeypatch, disk=Space(planned, planned - 1))
+    assert "run.keep_last (now 4), run.keep_every (now 2000) or run.checkpoint_every (now 1000)" in line
+    # the present checkpoints of a resumed run count
+    folder = step_folder(run_dir, 1000)
+    folder.mkdir(parents=True)
+    (folder / "values").write_bytes(b"1")
+    assert check(config, monkeypatch, disk=Space(planned, planned - 1)) == []
+    # a run with a checkpoint starts even on a full disk
+    assert len(check(config, monkeypatch, disk=Space(planned, 0))) == 1
+    with pytest.raises(StreamtrainError, match=r"a checkpoint takes 1\.\d\d GB, .* 0\.50 GB free; .* --accept disk"):
+        check(config_of(tmp_path / "new"), monkeypatch, disk=Space(planned, 5 * 10**8))
+    assert check(config_of(tmp_path / "new"), monkeypatch, disk=Space(planned, 0), accepted=("disk",)) != []
+
+
+def test_a_gpu_is_compared_with_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, launch = config_of(tmp_path / "run"), Launch(0, 2, 0, 2)
+    needed = plan_of_start(config, Launch(0, 2, 0, 2), on_gpu=True).gpu_bytes
+    monkeypatch.setattr(start_checks, "host_memory", lambda: AMPLE)
+    monkeypatch.setattr(start_checks, "_gpu_memory", lambda index: Space(needed, needed))
+    assert check_resources(config, launch, (), on_gpu=True) == []
+    monkeypatch.setattr(start_checks, "_gpu_memory", lambda index: Space(needed // 2, needed // 2))
+    with pytest.raises(StreamtrainError, match=f"needs about {needed / 1e9:.2f} GB of GPU memory, but"):
+        check_resources(config, launch, (), on_gpu=True)
+
+
+def test_more_ranks_than_cores_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = check(config_of(tmp_path / "run", "data.micro_batch=1"), monkeypatch, ranks=65)
+    assert line.startswith("65 ranks share 64 core(s)")
+
+
+def test_a_run_directory_inside_a_set_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "set" / "run", f"data.shards={tmp_path / 'set'}")
+    with pytest.raises(ConfigError, match="is inside the shard set"):
+        check_folders(config)
+    step_folder(tmp_path / "set" / "run", 1).mkdir(parents=True)
+    check_folders(config)  # an earlier run may resume
+
+
+def test_an_evaluation_does_not_test_on_its_training_images(tmp_path: Path) -> None:
+    same = [f"evaluation.train={tmp_path / 'a'}", f"evaluation.test={tmp_path / 'b' / '..' / 'a'}"]
+    with pytest.raises(ConfigError, match="each image would find itself"):
+        check_folders(config_of(tmp_path / "run", *same))
+    check_folders(config_of(tmp_path / "run", same[0], f"evaluation.test={tmp_path / 'b'}"))
