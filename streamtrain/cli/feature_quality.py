@@ -86,7 +86,7 @@ def features_of(
     both = [
         extract_features(
             model, replace(images, background=config.background), size=size, mean=config.mean, std=config.std,
-            resize=resize, batch_size=arguments.batch, progress=True,
+            resize=resize or config.resize_for(size), batch_size=arguments.batch, progress=True,
         )
         for images in (train, test)
     ]  # fmt: skip
