@@ -83,8 +83,7 @@ def test_transformers_gives_our_features_of_photographs(
     path.write_text(json.dumps(json.loads(path.read_text()) | squash))
     _, squashed = cosines(tmp_path, backbone, photographs)
     print(f"{size} of {resize}: plain {plain.tolist()}, centred {centred.tolist()}, squashed {squashed.tolist()}")
-    # their crop is of whole pixels and so up to half a pixel off, which is most in a small input
-    assert plain.min() > 0.999 and centred.min() > 0.95
+    assert plain.min() > 0.999 and centred.min() > 0.999
     assert squashed.min() < 0.8
 
 
@@ -226,10 +225,14 @@ def test_the_settings_of_timm_give_our_pixels(
     theirs = torch.stack([pixels_of_timm(settings, image) for image in photographs])
     features = [backbone.forward_features(pixels).cls for pixels in (ours, theirs)]
     cosine = torch.cosine_similarity(*features)
-    print(f"timm, {size} of {resize}: mean {cosine.mean():.6f}, min {cosine.min():.6f}")
+    print(f"timm, {size} of {resize}: {cosine.tolist()}")
+    # timm rounds half a pixel to even, not down, so the crop of some photographs is one pixel off
     assert cosine.min() > 0.999
-    # a square is cropped at the same pixels
-    torch.testing.assert_close(theirs[5], ours[5], rtol=0, atol=1e-5)
+    is_off = [(int(resize * max(image.size) / min(image.size)) - size) % 4 == 3 for image in photographs]
+    assert any(is_off) and not all(is_off)
+    for off, (their, our) in zip(is_off, zip(theirs, ours, strict=True), strict=True):
+        # one of the 256 levels is 0.02
+        assert (their - our).abs().mean() < 0.02 or off
 
 
 def test_the_share_of_timm_survives_truncation() -> None:
