@@ -198,7 +198,8 @@ def embed(
     features, _ = extract_features(
         backbone.to(chosen).model,
         replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background),
-        size=config.image_size, mean=config.mean, std=config.std, batch_size=batch_size, progress=True,
+        size=config.image_size, resize=config.resize, mean=config.mean, std=config.std, batch_size=batch_size,
+        progress=True,
     )  # fmt: skip
     keys = [
         shard_set.key(shard, sample) for shard, size in enumerate(shard_set.sizes.tolist()) for sample in range(size)

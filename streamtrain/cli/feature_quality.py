@@ -138,12 +138,13 @@ def features_of(arguments: argparse.Namespace, sets: Sequence[LabelledImages]) -
     device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
-    size, resize = arguments.size or config.image_size, arguments.resize
+    size = arguments.size or config.image_size
+    resize = arguments.resize or config.resize_for(size)
     check_sizes(size, resize, config.model.patch_size)
     model = backbone.model.to(device)
     settings = config.model_dump(mode="json", exclude={"origin", "image_size"}) | {
         "size": size,
-        "resize": resize or size,
+        "resize": resize,
     }
 
     def compute(images: LabelledImages) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,16 @@ def _read(path: Path) -> bytes:
 
 
 def centre_crop(image: Image.Image, resize: int, size: int) -> np.ndarray:
-    """Resize the shorter side to ``resize`` pixels (bicubic) and return the central square: uint8 [size, size, 3]."""
-    side = size / resize * min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
+    """Resize the shorter side to ``resize`` pixels (bicubic) and return the central square: uint8 [size, size, 3].
+
+    The longer side and the margin before the crop are rounded down to whole pixels, as transformers does, so that an
+    exported image processor gives the same pixels, but for rounding.
+    """
+    spans = []
+    for edge in image.size:
+        scaled = int(resize * edge / min(image.size))
+        start = (scaled - size) // 2
+        spans.append((start * edge / scaled, (start + size) * edge / scaled))
+    (left, right), (top, bottom) = spans
     # resample the square only; its margin is never computed
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,17 +31,38 @@ Origin = dict[str, str | int | float | None]
 class BackboneConfig(Section):
     """Description of a backbone: everything needed to use its weights.
 
-    ``image_size`` is the side in pixels of the global crops in training; any multiple of the patch size works.
+    The shorter side of an image is resized to ``resize`` pixels, and the central square of ``image_size`` pixels is the
+    input: by default the side of the global crops in training for both. Any multiple of the patch size works.
     ``mean`` and ``std`` are per channel, for pixels in 0..1. ``background`` is the colour behind transparent images
     (None: their alpha channel is dropped). ``origin`` is the provenance of the weights.
     """
 
     model: ModelConfig
     image_size: int = Field(ge=1, le=1 << 14)
+    resize: int = Field(ge=1, le=1 << 15)
+    interpolation: Literal["bicubic"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
     background: tuple[Byte, Byte, Byte] | None = (255, 255, 255)
     origin: Origin = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_to_image_size_by_default(cls, values: Any) -> Any:
+        """Add ``resize``, which earlier exports lack."""
+        if isinstance(values, dict) and "resize" not in values and "image_size" in values:
+            return {**values, "resize": values["image_size"]}
+        return values
+
+    @model_validator(mode="after")
+    def _check_margin(self) -> BackboneConfig:
+        if self.resize < self.image_size:
+            raise ValueError(f"resize {self.resize} is smaller than the crop, image_size {self.image_size}")
+        return self
+
+    def resize_for(self, size: int) -> int:
+        """Return the shorter side in pixels before a crop of ``size`` pixels, with the margin of the default crop."""
+        return max(size, round(size * self.resize / self.image_size))
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -69,8 +90,9 @@ def parse_config(document: object, source: str) -> BackboneConfig:
         return BackboneConfig.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise StreamtrainError(f"{source} does not describe a streamtrain backbone: {where}: {first['msg']}") from None
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        fault = f"{where}: {reason}" if where else reason
+        raise StreamtrainError(f"{source} does not describe a streamtrain backbone: {fault}") from None
 
 
 def export_safetensors(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import (
     CONFIG_NAME,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     RECIPE_NAME,
     BackboneConfig,
     check_one_norm,
@@ -26,6 +25,9 @@ from streamtrain.model.vit import VisionTransformer
 MODEL_TYPE = "dinov3_vit"
 PREPROCESSOR_NAME, CARD_NAME = "preprocessor_config.json", "README.md"
 BICUBIC = 3  # Pillow's constant
+# works with and without torchvision, and from transformers 4.56 on
+IMAGE_PROCESSOR = "BitImageProcessor"
+BACKGROUND = "background"
 # keys of DINOv3ViTConfig and the fields of ModelConfig with the same values
 _FIELDS = {
     "patch_size": "patch_size", "hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
@@ -67,9 +69,24 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
         state[name] = torch.from_numpy(value.detach().numpy())
     assert not saved, f"unexpected {sorted(saved)}"
     hf_model.load_state_dict(state, assign=True)
-    hf_model.save_pretrained(out)
+    with _without_progress_bar():
+        hf_model.save_pretrained(out)
     (out / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
     (out / CARD_NAME).write_text(model_card(config), encoding="utf-8")
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Hide transformers' progress bar for the files of a model, which has only one."""
+    from transformers.utils import logging
+
+    is_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_shown:
+            logging.enable_progress_bar()
 
 
 def hf_config(config: BackboneConfig) -> dict[str, Any]:
@@ -118,13 +135,11 @@ def backbone_config_from_hf(
         "mlp_hidden": values["intermediate_size"],
         **{field: values[key] for key, field in _FIELDS.items()},
     }
-    colours = preprocessor or {}
     return parse_config(
         {
             "model": model,
             "image_size": values["image_size"],
-            "mean": colours.get("image_mean", IMAGENET_MEAN),
-            "std": colours.get("image_std", IMAGENET_STD),
+            **preprocessing_from_hf(preprocessor or {}, source),
             "origin": {"source": "transformers"},
         },
         source,
@@ -132,18 +147,64 @@ def backbone_config_from_hf(
 
 
 def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
-    """Return the ``AutoImageProcessor`` settings for preprocessing as in training."""
+    """Return the settings of an image processor of transformers that preprocesses as ``Backbone.preprocess`` does.
+
+    The class is not that of Meta's DINOv3 folders, which needs torchvision and is used to squash images to a square.
+    """
     return {
-        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "image_processor_type": IMAGE_PROCESSOR,
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": config.image_size, "width": config.image_size},
+        "size": {"shortest_edge": config.resize},
         "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(config.mean),
         "image_std": list(config.std),
+        # only read by streamtrain
+        BACKGROUND: config.background,
     }
+
+
+def preprocessing_from_hf(preprocessor: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the fields of ``BackboneConfig`` that a ``preprocessor_config.json`` states.
+
+    A processor that squashes images to a square gives a central crop of that size.
+
+    Raises:
+        StreamtrainError: for a crop that is not square, or pixels that are not scaled to 0..1.
+    """
+    fields: dict[str, Any] = {}
+    scale = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1
+    if not (isinstance(scale, int | float) and abs(255 * scale - 1) < 1e-3):
+        raise StreamtrainError(f"{source}: rescale_factor {reprlib.repr(scale)} is not supported, only 1/255")
+    side = _shorter_side(preprocessor.get("size")) if preprocessor.get("do_resize", True) else None
+    crop = preprocessor.get("crop_size") if preprocessor.get("do_center_crop", False) else None
+    if isinstance(crop, dict) and crop.get("height") != crop.get("width"):
+        raise StreamtrainError(f"{source}: a crop_size that is not square is not supported: {reprlib.repr(crop)}")
+    crop = _shorter_side(crop)
+    if side is not None or crop is not None:
+        fields["image_size"] = side if crop is None else crop
+        fields["resize"] = crop if side is None else side
+    if preprocessor.get("do_normalize", True):
+        stated = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
+        fields |= {name: value for name, value in stated.items() if value is not None}
+    else:
+        fields |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return fields | ({"background": preprocessor[BACKGROUND]} if BACKGROUND in preprocessor else {})
+
+
+def _shorter_side(size: object) -> object:
+    """Return the shorter side in pixels that a ``size`` or ``crop_size`` states; None if it states none."""
+    if not isinstance(size, dict):
+        return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    sides = [side for side in (size.get("height"), size.get("width")) if isinstance(side, int)]
+    return min(sides, default=None)
 
 
 def model_card(config: BackboneConfig) -> str:
@@ -164,12 +225,27 @@ patches of {model.patch_size} px, {model.num_heads} heads, {model.num_registers}
 axial RoPE; global crops of {config.image_size} px.
 
 ```python
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
+from transformers.image_utils import load_image
+
+processor = AutoImageProcessor.from_pretrained("PATH")
 model = AutoModel.from_pretrained("PATH")
-output = model(pixel_values)         # [N, 3, H, W], normalised by the mean and std of preprocessor_config.json
-output.pooler_output                 # [N, {model.dim}], one vector per image
-output.last_hidden_state[:, {1 + model.num_registers}:]   # [N, patches, {model.dim}], row by row
+inputs = processor(load_image("photo.jpg"), return_tensors="pt")    # [1, 3, {config.image_size}, {config.image_size}]
+output = model(**inputs)
+output.pooler_output                 # [1, {model.dim}], one vector per image
+output.last_hidden_state[:, {1 + model.num_registers}:]   # [1, patches, {model.dim}], row by row
 ```
+
+The processor resizes the shorter side to {config.resize} pixels (bicubic), crops the central square of
+{config.image_size} pixels and normalises with the mean and deviation of training. {_describe_alpha(config)}
 
 {origin}
 """
+
+
+def _describe_alpha(config: BackboneConfig) -> str:
+    """Return a sentence about transparent images."""
+    if config.background is None:
+        return "The alpha channel of transparent images is dropped, as in training."
+    colour = ", ".join(map(str, config.background))
+    return f"Composite transparent images on RGB ({colour}), as in training: the processor drops their alpha channel."

@@ -47,7 +47,7 @@ class Backbone(nn.Module):
 
     Attributes:
         model: the network.
-        config: its shape, input size, channel mean and deviation, and the provenance of the weights.
+        config: its shape, the preprocessing, and the provenance of the weights.
     """
 
     def __init__(self, model: VisionTransformer, config: BackboneConfig) -> None:
@@ -59,11 +59,12 @@ class Backbone(nn.Module):
     def preprocess(self, images: ImageSource | Sequence[ImageSource], size: int | None = None) -> Tensor:
         """Return images as the network's input.
 
-        The shorter side is resized to ``size`` (bicubic), the centre is cropped and the channels are normalised.
+        The shorter side is resized (bicubic), the central square is cropped, and the channels are normalised.
 
         Args:
             images: one image or a sequence: path, PIL image, or array uint8 [height, width, 3].
-            size: side in pixels, a multiple of the patch size; default: the size of the training crops.
+            size: side in pixels, a multiple of the patch size; default: the size of the training crops. The margin
+                outside the crop, by default none, scales with it.
 
         Returns:
             [N, 3, size, size] on the device and in the dtype of the parameters.
@@ -78,7 +79,8 @@ class Backbone(nn.Module):
         is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
         sources: Any = [images] if is_one else images
         opened = (_open_image(source, self.config.background) for source in sources)
-        crops = torch.from_numpy(np.stack([centre_crop(image, size, size) for image in opened]))
+        resize = self.config.resize_for(size)
+        crops = torch.from_numpy(np.stack([centre_crop(image, resize, size) for image in opened]))
         parameter = next(self.parameters())
         return normalise(crops.to(parameter.device), self.config.mean, self.config.std, parameter.dtype)
 
@@ -177,8 +179,8 @@ def load_weights(path: Path, factory: str | None = None) -> Backbone:
             config = backbone_config_from_timm(document, file.shapes(file.preferred()), str(path))
         elif is_foreign:
             preprocessor = path / PREPROCESSOR_NAME
-            colours = read_document(preprocessor) if preprocessor.is_file() else None
-            config = backbone_config_from_hf(document, colours, str(path))
+            stated = read_document(preprocessor) if preprocessor.is_file() else None
+            config = backbone_config_from_hf(document, stated, str(path))
         else:
             config = parse_config(document, str(path))
         config = _permit_factory(config, factory, path)
@@ -254,7 +256,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
     crops = config.crops
     return BackboneConfig(
-        model=config.model, image_size=crops.global_size, mean=crops.mean, std=crops.std,
+        model=config.model, image_size=crops.global_size, resize=crops.global_size, mean=crops.mean, std=crops.std,
         background=config.data.background_color, origin=origin,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
@@ -50,6 +51,8 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
         "architecture": ARCHITECTURE,
         "num_classes": 0,
         "num_features": model.dim,
+        # only read by streamtrain; timm rejects unknown keys in pretrained_cfg
+        "background": config.background,
         "model_args": {
             "img_size": size,
             "patch_size": model.patch_size,
@@ -67,7 +70,7 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
             "input_size": [3, size, size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": crop_share(size, config.resize),
             "crop_mode": "center",
             "mean": list(config.mean),
             "std": list(config.std),
@@ -84,6 +87,12 @@ def is_own_config(document: Mapping[str, Any]) -> bool:
     pretrained = document.get("pretrained_cfg")
     is_own = document.get("architecture") == ARCHITECTURE and "model_args" in document
     return is_own and isinstance(pretrained, dict) and "tag" not in pretrained
+
+
+def crop_share(size: int, resize: int) -> float:
+    """Return the share ``crop_pct`` from which timm computes the side before the crop: size over share, truncated."""
+    share = size / resize
+    return share if int(size / share) == resize else size / (resize + 0.5)
 
 
 def mlp_ratio(model: ModelConfig) -> float:
@@ -112,6 +121,7 @@ def backbone_config_from_timm(
         raise StreamtrainError(f"{source} is timm's {architecture}; only its DINOv3 ViTs are supported")
     arguments, pretrained = (read_mapping(document, key, source) for key in ("model_args", "pretrained_cfg"))
     input_size = pretrained.get("input_size", (3, 256, 256))
+    size = input_size[-1] if isinstance(input_size, list | tuple) and input_size else input_size
     dim = shapes["embedding.cls_token"][1]
     registers, bias = shapes.get("embedding.register_tokens"), shapes.get("blocks.0.attention.qkv.bias")
     # all published models have heads of width 64, except the 7B model
@@ -133,10 +143,27 @@ def backbone_config_from_timm(
     return parse_config(
         {
             "model": model,
-            "image_size": input_size[-1] if isinstance(input_size, list | tuple) and input_size else input_size,
+            "image_size": size,
+            **read_margin(pretrained, size, source),
             "mean": pretrained.get("mean", IMAGENET_MEAN),
             "std": pretrained.get("std", IMAGENET_STD),
+            **({"background": document["background"]} if "background" in document else {}),
             "origin": {"source": "timm"},
         },
         source,
     )
+
+
+def read_margin(pretrained: Mapping[str, Any], size: object, source: str) -> dict[str, int]:
+    """Return ``resize`` of ``BackboneConfig`` if a ``pretrained_cfg`` states its ``crop_pct``.
+
+    Raises:
+        StreamtrainError: if that is not in 0.01..1.
+    """
+    share = pretrained.get("crop_pct")
+    if share is None or not isinstance(size, int):
+        return {}
+    if not (isinstance(share, int | float) and 0.01 <= share <= 1):
+        raise StreamtrainError(f"{source}: crop_pct {reprlib.repr(share)} is not in 0.01..1")
+    # as timm computes it
+    return {"resize": int(size / share)}

@@ -72,7 +72,7 @@ def test_preprocessing_and_model_card_describe_the_model(tmp_path: Path) -> None
     backbone = tiny_backbone()
     export_hf(backbone.model, backbone.config, tmp_path)
     preprocessor = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert preprocessor["size"] == {"height": 32, "width": 32}
+    assert preprocessor["size"] == {"shortest_edge": 32} and preprocessor["crop_size"] == {"height": 32, "width": 32}
     assert preprocessor["image_mean"] == list(backbone.config.mean)
     card = (tmp_path / "README.md").read_text()
     assert "from_pretrained" in card and "last_hidden_state[:, 5:]" in card and "step: 0" in card
