@@ -13,7 +13,8 @@ from streamtrain.planning.sizes import CPU_KERNELS, Implementation, StoredImages
 GPU_FLOPS, GATHERED_BYTES, HOST_BYTES, DISK_BYTES = 400e12, 200e9, 25e9, 3e9
 # kernel launches of one block, forward and backward, on a GPU
 BLOCK_SECONDS = 2e-3
-# FLOP/s that one core attains in the recipes, by the most capable feature in use: with the CPU kernels, and without
+# Assumed FLOP/s of one core by the most capable feature in use: with the CPU kernels, and without. AMX and AVX-512 with
+# kernels follow from docs/performance.md; the others are guesses.
 CORE_FLOPS = {
     "amx_bf16": (0.55e12, 0.2e12),
     "avx512_bf16": (0.25e12, 0.1e12),
