@@ -158,7 +158,7 @@ cat <<EOF
 
 Results
    pictures      $out/pictures/pca.png, $out/pictures/similarity.png
-   report        $out/report.html (curves, feature maps before and after training, settings)
+   report        $out/report.html (verdict, curves with baselines, feature maps, settings)
    run           $run (metrics.jsonl, checkpoints/, tensorboard/)
    backbone      $out/export/hf (for transformers), $out/export/safetensors
 

@@ -39,7 +39,7 @@ def ineffective_settings(config: Config, world_size: int, num_samples: int) -> I
 
 
 def _unreached_peaks(config: Config) -> Iterator[str]:
-    """Yield the schedules that do not reach their peak, and the modules that stay frozen against the recipe."""
+    """Yield the schedules that do not reach their peak, and a backbone that stays frozen."""
     steps = config.run.steps
     for key, schedule in _schedules(config):
         ramp = schedule.delay + schedule.warmup
@@ -48,9 +48,7 @@ def _unreached_peaks(config: Config) -> Iterator[str]:
             parts = {"delay": schedule.delay, "warm-up": schedule.warmup, "tail": schedule.tail if ramp <= steps else 0}
             lengths = " and ".join(f"{name} {length}" for name, length in parts.items() if length)
             yield f"{key} ({lengths})"
-    # as many steps as the run: frozen on purpose
-    if config.schedules.freeze_last_layer > steps:
-        yield f"schedules.freeze_last_layer ({config.schedules.freeze_last_layer})"
+    # schedules.freeze_last_layer may be longer: some recipes freeze the prototypes for the whole run
     if config.init.freeze_backbone_steps >= steps:
         yield f"init.freeze_backbone_steps ({config.init.freeze_backbone_steps}), so the backbone never learns"
 

@@ -12,7 +12,7 @@ def lines(*overrides: str, recipe: str = "vits16", num_samples: int = 10_000, ra
     return list(ineffective_settings(load_config(recipe, overrides), ranks, num_samples))
 
 
-@pytest.mark.parametrize("recipe", ["vits16", "vitl16", "quickstart", "cifar10", "giant"])
+@pytest.mark.parametrize("recipe", ["vits16", "vitl16", "quickstart", "photos", "cifar10", "giant"])
 def test_recipes_have_no_such_setting(recipe: str) -> None:
     assert lines(recipe=recipe) == []
 
@@ -20,8 +20,8 @@ def test_recipes_have_no_such_setting(recipe: str) -> None:
 def test_a_short_run_is_one_line_for_all_schedules_and_one_for_all_intervals() -> None:
     schedules, intervals = lines("run.steps=5", "run.keep_every=10", "monitor.panel_every=7")
     assert schedules == (
-        "run.steps 5 ends before schedules.lr (warm-up 1000), schedules.teacher_temperature (warm-up 3000), "
-        "schedules.freeze_last_layer (100); shorten these, or train longer"
+        "run.steps 5 ends before schedules.lr (warm-up 1000), schedules.teacher_temperature (warm-up 3000); "
+        "shorten these, or train longer"
     )
     assert intervals.startswith("never due within run.steps 5: run.checkpoint_every 1000 (only the last step is saved)")
     assert "run.keep_every 10 with run.checkpoint_every 1000" in intervals and "monitor.panel_every 7" in intervals
@@ -47,8 +47,9 @@ def test_a_setting_beyond_the_run_is_named(overrides: list[str], text: str) -> N
 @pytest.mark.parametrize(
     "override",
     [
+        # prototypes that are never trained
+        "schedules.freeze_last_layer=200000",
         # on purpose: as long as the run
-        "schedules.freeze_last_layer=100000",
         "schedules.lr.warmup=100000",
         # a constant from its first step
         "schedules.weight_decay={kind: constant, start: 0.04, peak: 0.04, end: null, delay: 200000}",
