@@ -102,8 +102,14 @@ def evaluate(arguments: argparse.Namespace) -> Values:
 
 
 def open_sets(train: Path, test: Path | None) -> list[LabelledImages]:
-    """Open the train and the test set; without a test set, only the one that will be split."""
+    """Open the train and the test set; without a test set, only the one that will be split.
+
+    Raises:
+        StreamtrainError: they cannot be used, or all images have the same label.
+    """
     opened = open_images(train)
+    if len(np.unique(opened.labels)) < 2:
+        raise StreamtrainError(f"all images of {printable(train)} have the same label; give images of several classes")
     if test is not None:
         return [opened, match_classes(opened, open_images(test))]
     # refuse too few images before the features of any are computed

@@ -11,6 +11,7 @@ import commands
 import numpy as np
 import pytest
 from commands import exit_status, run_command
+from drawn_images import draw_folder
 from PIL import Image
 from tiny_backbone import CROPS, TINY, class_folder, tiny_weights
 
@@ -174,6 +175,16 @@ def test_errors_name_the_option(
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and words in printed.err
     assert printed.out == ""
+
+
+def test_images_of_a_single_class_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_folder(tmp_path / "images", 20, ("cat",))
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(["evaluate", "knn", "--pixels", "--train", "images"]) == 2
+    line = "error: all images of images have the same label; give images of several classes\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(("num_damaged", "status"), [(2, 0), (8, 2)])
