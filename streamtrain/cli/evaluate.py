@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--train", type=local_path, required=True, metavar="SET", help="labelled images to learn from")
     parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
     parser.add_argument(
-        "--compare", metavar="NETWORK",
+        "--compare", type=parse_network, metavar="NETWORK",
         help="test the difference to: pixels, untrained (of --run or --config), another run, or other weights",
     )  # fmt: skip
     parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
@@ -55,6 +55,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-cache", action="store_true", help="compute the features, and do not keep them")
     add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one flat JSON object as the last line")
+
+
+def parse_network(text: str) -> str:
+    """Return one of ``BASELINES``, or the path of a run or weights."""
+    return text if text in BASELINES else str(local_path(text))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -127,7 +127,7 @@ def select_baseline(arguments: argparse.Namespace, name: str) -> argparse.Namesp
             raise StreamtrainError("--compare untrained needs the settings of a network: give --run, or --config")
         changed |= {"untrained": True, "weights": None}
     else:
-        path = Path(name).expanduser()
+        path = Path(name)
         if not path.exists():
             raise StreamtrainError(
                 f"--compare {name} is neither {', '.join(BASELINES)}, nor a run directory or weights"

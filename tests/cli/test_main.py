@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,22 @@ def test_an_interrupt_has_exit_status_130_and_no_traceback(tmp_path: Path) -> No
         [*COMMAND, "verify", str(tmp_path / "set"), "--workers", "1"],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(1.5)
+    # the signal must not arrive before the command handles it: wait until it reads the set
+    while process.poll() is None and not _has_open(process.pid, tmp_path / "set"):
+        time.sleep(0.01)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("this machine verifies faster than it can be interrupted")
     assert process.returncode == 130 and "Traceback" not in errors and errors.splitlines()[-1] == "interrupted"
+
+
+def _has_open(pid: int, folder: Path) -> bool:
+    """Return whether a process has a file of a folder open."""
+    with suppress(OSError):
+        return any(os.readlink(link).startswith(str(folder)) for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def test_completion_lists_commands_and_options() -> None:

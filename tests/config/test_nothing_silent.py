@@ -317,9 +317,9 @@ def test_a_run_reads_the_settings_without_effect_on_results(folder: Path, tmp_pa
         return read_by_run(words, MLFLOW_TRACKING_URI=(tmp_path / "mlflow").as_uri(), MLFLOW_ALLOW_FILE_STORE="true")
 
     backbone = tiny_weights(tmp_path / "weights")
-    labelled = class_folder(tmp_path / "labelled")
+    labelled, tested = class_folder(tmp_path / "labelled"), class_folder(tmp_path / "tested")
     monitored = ("monitor.profile.start=1", "monitor.trackers=[mlflow]", "evaluation.every=1",
-                 "evaluation.best=knn_20", f"evaluation.train={labelled}", f"evaluation.test={labelled}")  # fmt: skip
+                 "evaluation.best=knn_20", f"evaluation.train={labelled}", f"evaluation.test={tested}")  # fmt: skip
     pretrained = (f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
     read = run("first", *pretrained, *monitored)
     with faulty_server(folder) as server:

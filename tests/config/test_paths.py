@@ -25,14 +25,16 @@ from streamtrain.run.directory import saved_steps
 from streamtrain.run.resume_policy import build_provenance, check_resume
 
 # settings with text that is no path
-TEXTS = {"model.preset", "monitor.project", "evaluation.best", "data.background"}
+TEXTS = {"model.preset", "model.factory", "data.augmentations", "monitor.project", "evaluation.best", "data.background"}
 # other settings that a path needs
 NEEDED: dict[str, dict[str, Any]] = {
     "data.cache.dir": {"data": {"cache": {"limit": "1GB"}}}, "engine.moments_dir": {"engine": {"moments": "disk"}},
     "teacher.weights": {"teacher": {"kind": "frozen"}}, "evaluation.test": {"evaluation": {"train": "x"}},
 }  # fmt: skip
-# options with text that is no path: names, columns, devices, and --config, which is looked up as a recipe too
-OPTIONS = {"config", "device", "overrides", "accept", "tags", "explain", "image_column", "label_column"}
+# options with text that is no path: names, columns, devices, code, and --config, which is looked up as a recipe too
+OPTIONS = {
+    "config", "device", "overrides", "accept", "tags", "explain", "image_column", "label_column", "factory",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
