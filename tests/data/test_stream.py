@@ -110,7 +110,7 @@ def test_batches_through_a_cache_match_local_ones_and_the_cache_closes(
         return crops
 
     scalars: dict[str, float] = {}
-    plain = build({**config_of("x", tmp_path, 1).model_dump(), "data": {
+    plain = build({**config_of("x", tmp_path, "1MB").model_dump(), "data": {
         "shards": str(origin.path), "micro_batch": 4, "window": 2, "lanes": 4, "decode_threads": 1,
     }})  # fmt: skip
     expected = load_crops(plain)
