@@ -183,4 +183,6 @@ def test_a_rank_alone_ends_with_one_line(rank: int, tmp_path: Path) -> None:
     words = [sys.executable, *command(packed_set(tmp_path, 8).path, tmp_path / "run", *overrides)]
     variables = {**TWO, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(free_port())}
     ended = subprocess.run(words, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "could not meet" in ended.stderr, ended.stderr
+    # eight images and one step are warned of
+    errors = [line for line in ended.stderr.splitlines() if not line.startswith("warning: ")]
+    assert ended.returncode == 2 and len(errors) == 1 and "could not meet" in errors[0], ended.stderr
