@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from shards.format.set_manifest import counted
 from streamtrain.config.masks import group_counts
 from streamtrain.config.schedules import Schedule
 from streamtrain.config.section import Section
@@ -24,7 +25,7 @@ def ineffective_settings(config: Config, world_size: int, num_samples: int) -> I
             f"and copies are no negatives of each other; lower {given}, or use more images"
         )
     elif num_samples < MIN_IMAGES:
-        yield f"the set has {num_samples} image(s), which is too few to learn features from; use at least hundreds"
+        yield f"the set has {counted(num_samples, 'image')}, which is too few to learn features from; use at least hundreds"
     steps = config.run.steps
     if unreached := list(_unreached_peaks(config)):
         yield f"run.steps {steps} ends before {', '.join(unreached)}; shorten these, or train longer"
