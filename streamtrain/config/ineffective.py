@@ -25,7 +25,8 @@ def ineffective_settings(config: Config, world_size: int, num_samples: int) -> I
             f"and copies are no negatives of each other; lower {given}, or use more images"
         )
     elif num_samples < MIN_IMAGES:
-        yield f"the set has {counted(num_samples, 'image')}, which is too few to learn features from; use at least hundreds"
+        number = counted(num_samples, "image")
+        yield f"the set has {number}, which is too few to learn features from; use at least hundreds"
     steps = config.run.steps
     if unreached := list(_unreached_peaks(config)):
         yield f"run.steps {steps} ends before {', '.join(unreached)}; shorten these, or train longer"
