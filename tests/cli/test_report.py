@@ -84,10 +84,9 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     for words in (
         "Run run <1>",
         "Inputs of the network at step 5",
-        "10 s",
+        "10.0 s",
         "25.0%",
         "9.000 → 1.800",
-        "1.00 GiB",
         "<script>",
         "40",
         "1.07 GB",
