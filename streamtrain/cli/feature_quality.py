@@ -263,7 +263,7 @@ def describe_accuracies(measured: Sequence[Measurement]) -> Values:
             accuracy, count = float(every.mean()), len(every)
             values |= {f"mean_{name}": accuracy, f"margin_mean_{name}": accuracy_margin(accuracy, count)}
             values[f"spread_{name}"] = float(np.std([one.is_right[name].mean() for one in measured], ddof=1))
-        values[f"real_difference_{name}"] = difference_margin(accuracy, count)
+        values[f"real_difference_{name}"] = difference_margin(accuracy, accuracy, count)
     return values
 
 
