@@ -119,7 +119,8 @@ def select_baseline(arguments: argparse.Namespace, name: str) -> argparse.Namesp
     elif name == "untrained":
         if arguments.run is None and arguments.config is None:
             raise StreamtrainError("--compare untrained needs the settings of a network: give --run, or --config")
-        changed |= {"untrained": True, "weights": None}
+        # a recipe names its own factory
+        changed |= {"untrained": True, "weights": None, "factory": arguments.factory if arguments.run else None}
     else:
         path = Path(name).expanduser()
         if not path.exists():
