@@ -303,6 +303,9 @@ def _read_environment(run: Path) -> dict[str, Any]:
 
 def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], records: Records) -> list[list[str]]:
     """Return planned and measured memory, FLOPs and disk space; settings of an untrusted run raise any exception."""
+    if config.model.factory is not None:
+        # planning would import the code that the run names
+        raise ValueError(f"its network is code of the run's author, {config.model.factory}")
     world_size, device = environment["world_size"], str(environment.get("device", "cpu"))
     on_gpu = device != "cpu"
     bf16 = environment.get("dtype") == "bf16"
