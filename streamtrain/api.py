@@ -175,11 +175,12 @@ def embed(
         device: default: a GPU if there is one.
 
     Returns:
-        float32 [images, dim], and the key of each image.
+        float32 [images, dim], and the key of each image, without unusable images, which are logged.
 
     Raises:
-        ShardError: if ``source`` is not a shard set, or one of its images is damaged.
-        StreamtrainError: if ``batch_size`` is below 1, or this machine does not have ``device``.
+        ShardError: if ``source`` is not a shard set.
+        StreamtrainError: if ``batch_size`` is below 1, this machine does not have ``device``, or too many images are
+            unusable.
     """
     from dataclasses import replace
 
@@ -187,7 +188,7 @@ def embed(
 
     from shards.reading.shard_set import ShardSet
     from streamtrain.cli.backbone import choose_device
-    from streamtrain.evaluation.features import extract_features
+    from streamtrain.evaluation.features import compute_features, report_unusable
     from streamtrain.evaluation.images import images_of_set
 
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -195,16 +196,16 @@ def embed(
     chosen = choose_device(str(device or "auto"))
     shard_set = ShardSet.open(_expand(source))
     config = backbone.config
-    features, _ = extract_features(
-        backbone.to(chosen).model,
-        replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background),
-        size=config.image_size, resize=config.resize, mean=config.mean, std=config.std, batch_size=batch_size,
-        progress=True,
+    images = replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background)
+    features, is_usable = compute_features(
+        backbone.to(chosen).model, images, size=config.image_size, resize=config.resize, mean=config.mean,
+        std=config.std, batch_size=batch_size, progress=True,
     )  # fmt: skip
+    report_unusable(images, is_usable)
     keys = [
         shard_set.key(shard, sample) for shard, size in enumerate(shard_set.sizes.tolist()) for sample in range(size)
     ]
-    return features.numpy(), keys
+    return features[is_usable].numpy(), [key for key, usable in zip(keys, is_usable.tolist(), strict=True) if usable]
 
 
 def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **options: Any) -> dict[str, Any]:

@@ -75,6 +75,17 @@ def test_embed_keeps_the_order_of_the_set(tmp_path: Path) -> None:
     assert keys == [shard_set.key(*place) for place in places]
 
 
+def test_embed_leaves_out_unusable_images_with_their_keys(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, 12)
+    offset = int(shard_set.records(0)["offset"][3])
+    with open(shard_set.path / "shards" / "000000.tar", "r+b") as tar:
+        tar.seek(offset)
+        tar.write(bytes(8))
+    backbone = streamtrain.load_backbone(tiny_weights(tmp_path / "weights"))
+    features, keys = streamtrain.embed(backbone, shard_set.path)
+    assert features.shape == (11, 32) and keys == [shard_set.key(0, sample) for sample in range(12) if sample != 3]
+
+
 def test_verify_and_evaluate_return_what_the_commands_print(tmp_path: Path) -> None:
     class_folder(tmp_path / "images", each=10)
     streamtrain.pack(tmp_path / "images", tmp_path / "set", workers=1)

@@ -105,7 +105,7 @@ knn() {
     if [ -n "$no_labels" ]; then
         printf '\n== %s: skipped: %s\n' "$name" "$no_labels"
     else
-        stage "$name" "$key" streamtrain evaluate knn "$@" --train "$set_dir" --json
+        stage "$name" "$key" streamtrain evaluate knn "$@" --train "$set_dir"
     fi
 }
 
@@ -142,7 +142,9 @@ knn knn-untrained --untrained --config "$recipe"
 if [ "$recipe" = photos.yaml ]; then stage duration "$key" duration; fi
 stage train "$key" streamtrain train --ranks "$ranks" --config "$recipe" \
     "data.shards=$set_dir" "run.dir=$run" "${overrides[@]}"
-knn knn-trained --run "$run"
+# the second comparison takes the features of the first from the cache
+knn knn-trained --run "$run" --compare untrained
+knn knn-trained-pixels --run "$run" --compare pixels
 stage pictures "$key" pictures
 stage report "$key" streamtrain report --run "$run" --out "$out/report.html"
 stage export "$key" export_backbone
@@ -151,8 +153,10 @@ printf '\n== done\n'
 for i in "${!names[@]}"; do printf '   %-16s %8s\n' "${names[i]}" "${times[i]}"; done
 printf '   %-16s %8s   (without set-up: %s s)\n' total "$((SECONDS - started)) s" "$((SECONDS - work_started))"
 if [ -z "$no_labels" ]; then
-    printf '\nkNN accuracy (k = 10) on images held out as queries, with the other images as neighbours\n'
-    python tools/compare_accuracies.py "$out"/logs/knn-{pixels,untrained,trained}.log
+    printf '\nAccuracy on held-out images; ± is a 95%% interval\n'
+    sed -n 's/^kNN accuracy/   &/p' "$out"/logs/knn-{pixels,untrained,trained}.log
+    printf 'The trained network, image by image\n'
+    sed -n 's/^compared with/   &/p' "$out"/logs/knn-trained{,-pixels}.log
 fi
 cat <<EOF
 

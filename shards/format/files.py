@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardError
+from shards.storage.paths import expand_path
 
 _PIECE_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20  # parsing can take a few dozen times as much memory
@@ -85,6 +86,13 @@ def remove_partials(folder: Path) -> None:
     """Delete the temporary files that a killed process left in a folder."""
     for partial in folder.glob(".*.partial"):
         partial.unlink()
+
+
+def cache_folder(option: str) -> Path:
+    """Return streamtrain's folder in the user's own cache, created if missing; raises ShardError."""
+    folder = Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "streamtrain"
+    make_private_folder(folder, option)
+    return folder
 
 
 def make_private_folder(folder: Path, option: str) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from shards.errors import ShardError, explain_os_error
 from shards.format import images
-from shards.format.files import make_private_folder, partial_path, remove_partials, write_whole
+from shards.format.files import cache_folder, make_private_folder, partial_path, remove_partials, write_whole
 from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
 from shards.format.tally import Tally
@@ -154,12 +154,7 @@ def scratch_folder(url: str) -> Path:
     It is in the user's own cache folder, because other users could create a folder of a predictable name in a
     shared one.
     """
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:
-        raise ShardError("this user has no home folder; give a local folder of its own with --scratch") from error
-    make_private_folder(cache / "streamtrain", "--scratch")
-    return cache / "streamtrain" / f"pack-{blake2b(url.encode(), digest_size=8).hexdigest()}"
+    return cache_folder("--scratch") / f"pack-{blake2b(url.encode(), digest_size=8).hexdigest()}"
 
 
 @contextmanager

@@ -125,7 +125,8 @@ def select_baseline(arguments: argparse.Namespace, name: str) -> argparse.Namesp
     elif name == "untrained":
         if arguments.run is None and arguments.config is None:
             raise StreamtrainError("--compare untrained needs the settings of a network: give --run, or --config")
-        changed |= {"untrained": True, "weights": None}
+        # a recipe names its own factory
+        changed |= {"untrained": True, "weights": None, "factory": arguments.factory if arguments.run else None}
     else:
         path = Path(name)
         if not path.exists():
@@ -269,7 +270,7 @@ def describe_accuracies(measured: Sequence[Measurement]) -> Values:
             accuracy, count = float(every.mean()), len(every)
             values |= {f"mean_{name}": accuracy, f"margin_mean_{name}": accuracy_margin(accuracy, count)}
             values[f"spread_{name}"] = float(np.std([one.is_right[name].mean() for one in measured], ddof=1))
-        values[f"real_difference_{name}"] = difference_margin(accuracy, count)
+        values[f"real_difference_{name}"] = difference_margin(accuracy, accuracy, count)
     return values
 
 

@@ -14,7 +14,7 @@ from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
 from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import StreamtrainError
-from streamtrain.ops.cpu.features import cpu_features, kernel_feature
+from streamtrain.ops.cpu.features import cpu_features, has_kernels
 from streamtrain.planning.fitting import Remedy, fit, remedies
 from streamtrain.planning.images import configured_images
 from streamtrain.planning.machine import GPU_FLOPS, Machine, core_flops
@@ -153,7 +153,7 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
     bf16 = uses_bf16(engine, cuda=False)
     memory = host_memory()
     cores = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
-    with_kernels = engine.cpu_kernels and kernel_feature(bf16) in cpu_features()
+    with_kernels = engine.cpu_kernels and has_kernels(bf16)
     return Machine(
         arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=CPU_KERNELS if with_kernels else "reference",
         host_memory=arguments.host_memory or (memory and memory.free), images=images,

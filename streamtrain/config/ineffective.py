@@ -21,8 +21,8 @@ def ineffective_settings(config: Config, world_size: int, num_samples: int) -> I
     if global_batch > num_samples:
         given = "data.global_batch" if config.data.global_batch else "data.micro_batch"
         yield (
-            f"a batch of {global_batch} images contains each of the {num_samples} images of the set more than once, "
-            f"and copies are no negatives of each other; lower {given}, or use more images"
+            f"a batch of {global_batch} images repeats images, because the set has only {num_samples}, and the losses "
+            f"treat copies as different images; lower {given}, or use more images"
         )
     elif num_samples < MIN_IMAGES:
         number = counted(num_samples, "image")

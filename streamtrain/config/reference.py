@@ -144,7 +144,9 @@ def _show_type(schema: dict[str, Any]) -> str:
 
 def _show_bounds(schema: dict[str, Any]) -> str:
     bounds = {">=": ("minimum", "ge"), ">": ("exclusiveMinimum",), "<=": ("maximum",), "<": ("exclusiveMaximum",)}
-    shown = [f"{sign} {schema[name]:g}" for sign, names in bounds.items() for name in names if name in schema]
+    # a field and its type may both have a minimum
+    limits = {sign: [schema[name] for name in names if name in schema] for sign, names in bounds.items()}
+    shown = [f"{sign} {max(values):g}" for sign, values in limits.items() if values]
     return " " + " and ".join(shown) if shown else ""
 
 

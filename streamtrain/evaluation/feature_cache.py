@@ -24,8 +24,7 @@ from torch import Tensor
 
 import shards
 from shards.errors import ShardError
-from shards.format.files import make_private_folder, write_whole
-from shards.storage.paths import expand_path
+from shards.format.files import cache_folder, make_private_folder, write_whole
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
 from streamtrain.ops.cpu.features import cpu_features
@@ -58,21 +57,20 @@ def feature_key(images: LabelledImages, model: VisionTransformer | None, setting
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def cache_folder() -> Path | None:
+def features_folder() -> Path | None:
     """Return the folder of cached features, or None if this user cannot have one."""
     try:
-        folder = Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "streamtrain"
-        for private in (folder, folder / _NAME):
-            make_private_folder(private, "the cache")
-    except (OSError, RuntimeError, ShardError) as error:
+        folder = cache_folder("the cache") / _NAME
+        make_private_folder(folder, "the cache")
+    except ShardError as error:
         logger.debug("features are not cached: %s", error)
         return None
-    return folder / _NAME
+    return folder
 
 
 def load_features(key: str, rows: int) -> Tensor | None:
     """Return the cached features [rows, dim]; None if they are missing or damaged."""
-    if (folder := cache_folder()) is None:
+    if (folder := features_folder()) is None:
         return None
     path = folder / f"{key}.safetensors"
     try:
@@ -89,7 +87,7 @@ def load_features(key: str, rows: int) -> Tensor | None:
 
 def store_features(key: str, features: Tensor) -> None:
     """Store features [rows, dim], and remove the oldest ones beyond the limit; a failure is no error."""
-    if (folder := cache_folder()) is None:
+    if (folder := features_folder()) is None:
         return
     try:
         files = {path: path.stat() for path in folder.iterdir()}

@@ -60,42 +60,6 @@ def crop_batches(
                     future.cancel()
 
 
-def extract_features(
-    model: VisionTransformer,
-    images: LabelledImages,
-    *,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    resize: int | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    progress: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Compute the CLS features of every usable image, on the model's device and in its precision.
-
-    Args:
-        model: the backbone, in eval mode.
-        size: side of the input in pixels.
-        mean, std: per channel, as in training.
-        resize: shorter side in pixels before the centre crop; default: ``size``.
-
-    Returns:
-        features fp32 [N, D] and labels int64 [N], on the CPU.
-
-    Raises:
-        StreamtrainError: if too many images are unusable.
-    """
-    features, is_usable = compute_features(
-        model, images, size=size, mean=mean, std=std, resize=resize, batch_size=batch_size, workers=workers,
-        progress=progress,
-    )  # fmt: skip
-    report_unusable(images, is_usable)
-    labels = torch.from_numpy(images.labels)
-    # selecting rows copies them
-    return (features, labels) if is_usable.all() else (features[is_usable], labels[is_usable])
-
-
 # not inference_mode: autograd refuses to save its tensors, and a probe may need their products
 @torch.no_grad()
 def compute_features(
@@ -110,9 +74,16 @@ def compute_features(
     workers: int | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the CLS features fp32 [N, D] of all images, and bool [N]: False where a grey crop replaces an image.
+    """Compute the CLS features of all images, on the model's device and in its precision.
 
-    The arguments are those of ``extract_features``.
+    Args:
+        model: the backbone, in eval mode.
+        size: side of the input in pixels.
+        mean, std: per channel, as in training.
+        resize: shorter side in pixels before the centre crop; default: ``size``.
+
+    Returns:
+        features fp32 [N, D], and bool [N]: False where a grey crop replaces an unusable image; both on the CPU.
     """
     parameter = next(model.parameters())
     parts, usable = [], []
@@ -135,7 +106,7 @@ def read_pixels(
 
 
 def pixel_features(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return what ``read_pixels`` returns as features: normalised, fp32 [N, 3 * size * size]."""
+    """Return pixels, uint8 as from ``read_pixels``, as features: normalised, fp32 [N, 3 * size * size]."""
     side = round((pixels.shape[1] / 3) ** 0.5)
     return normalise(pixels.unflatten(1, (side, side, 3)), mean, std, torch.float32).flatten(1)
 

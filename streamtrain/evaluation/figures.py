@@ -324,7 +324,7 @@ def display_unit(tag: str, values: np.ndarray) -> tuple[float, str]:
     if unit == "share":
         return 100.0, "%"
     if unit == "bytes":
-        return (2.0**-30, "GiB") if highest >= 2**30 else (2.0**-20, "MiB")
+        return (1e-9, "GB") if highest >= 1e9 else (1e-6, "MB")
     if unit == "seconds":
         return (1e3, "ms") if highest < 0.5 else (1.0, "s")
     return 1.0, unit

@@ -176,7 +176,7 @@ class OnlineEvaluation:
         """``images``: None disables the evaluation."""
         self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
         self._began, self._seconds = time.monotonic(), 0.0
-        # waits for a full or failing disk
+        # not written yet: a full or failing disk delays it
         self._unwritten: Baselines | None = None
         self._is_margin_logged = False
         self.study: Study | None = None
@@ -238,7 +238,7 @@ class OnlineEvaluation:
                 self._unwritten = None
 
     def _log_margin(self, results: dict[str, float]) -> None:
-        """Log once how far the accuracies are uncertain."""
+        """Log the 95 % interval of the accuracies once."""
         accuracies = [value for name, value in results.items() if name == "linear" or name.startswith("knn_")]
         if accuracies and not self._is_margin_logged:
             assert self._images is not None

@@ -7,7 +7,6 @@ warning.
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import time
 from collections import Counter
@@ -34,11 +33,11 @@ from streamtrain.evaluation.verdict import (
     judge_stability,
     read_baselines,
 )
-from streamtrain.planning.flops import step_flops
 from streamtrain.planning.images import configured_images
 from streamtrain.planning.memory import plan
-from streamtrain.planning.plan_text import gigabytes
+from streamtrain.planning.units import duration, significant, size
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
+from streamtrain.run.machine import folder_bytes
 from streamtrain.run.provenance import ENVIRONMENT_NAME
 from streamtrain.run.tags import pinned_cards_url
 
@@ -228,10 +227,10 @@ def _facts(
         began = (run / RESOLVED_NAME).stat().st_mtime
     facts["Started"] = _date(began)
     seconds = sum(record.get("speed/step_seconds") or 0.0 for record in records)
-    duration = _duration(min(seconds, _MAX_SECONDS)) if seconds > 0 else "unknown duration"
+    took = duration(min(seconds, _MAX_SECONDS)) if seconds > 0 else "unknown duration"
     of_all = f" of {config.run.steps:,}" if config is not None else ""
     epochs = f" = {slot / images:,.3g} epochs" if images else ""
-    facts["Training"] = f"{duration} for {step:,}{of_all} steps, {slot:,} images seen{epochs}"
+    facts["Training"] = f"{took} for {step:,}{of_all} steps, {slot:,} images seen{epochs}"
     if ended is not None and config is not None and step < config.run.steps:
         facts["Last step"] = _date(ended)
     steps = saved_steps(run)
@@ -274,7 +273,7 @@ def _summary(records: Records) -> dict[str, str]:
     if parts:
         numbers["Speed"] = ", ".join(parts)
     names = (("memory/gpu_bytes", "GPU"), ("memory/peak_rss_bytes", "host"))
-    peaks = [f"{values.max() / 2**30:.2f} GiB {name} memory" for tag, name in names if len(values := rows(tag)[0])]
+    peaks = [f"{size(values.max())} {name} memory" for tag, name in names if len(values := rows(tag)[0])]
     if peaks:
         numbers["Memory"] = f"peak {' and '.join(peaks)}, rank 0"
     (loss,) = rows("loss/total")
@@ -304,24 +303,25 @@ def _read_environment(run: Path) -> dict[str, Any]:
 
 def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], records: Records) -> list[list[str]]:
     """Return planned and measured memory, FLOPs and disk space; settings of an untrusted run raise any exception."""
+    if config.model.factory is not None:
+        # planning would import the code that the run names
+        raise ValueError(f"its network is code of the run's author, {config.model.factory}")
     world_size, device = environment["world_size"], str(environment.get("device", "cpu"))
     on_gpu = device != "cpu"
     bf16 = environment.get("dtype") == "bf16"
     planned = plan(config, world_size, on_gpu=on_gpu, bf16=bf16, images=configured_images(config))
     tag = "memory/gpu_bytes" if on_gpu else "memory/peak_rss_bytes"
-    peak = max((record[tag] for record in records if record.get(tag) is not None), default=math.nan)
+    peaks = [record[tag] for record in records if record.get(tag) is not None]
     times = [record["speed/step_seconds"] for record in records if record.get("speed/step_seconds") is not None]
-    seconds = float(np.median(times)) if times else math.nan
-    rate = step_flops(config, world_size).executed / seconds if seconds else math.nan
-    disk_bytes = sum(path.stat().st_size for path in (run / CHECKPOINTS).rglob("*") if path.is_file())
-    expected = gigabytes(planned.step_bytes)
+    seconds = float(np.median(times)) if times else 0.0
+    rate = f"{significant(planned.flops_per_step / seconds / 1e12)} TFLOP/s" if seconds else ""
     return [
         ["", "planned", "measured"],
-        [f"peak memory per rank, {device}", f"{expected} GB", f"{gigabytes(peak)} GB"],
+        [f"peak memory per rank, {device}", size(planned.step_bytes), size(max(peaks)) if peaks else ""],
         ["parameters", f"{planned.num_parameters / 1e6:,.1f} M", ""],
-        ["FLOPs of a step, all ranks", f"{planned.flops_per_step / 1e12:,.3g} TFLOP", f"{rate / 1e12:,.3g} TFLOP/s"],
-        ["step time, median", "", f"{seconds:.3g} s"],
-        ["disk space of all checkpoints", f"{gigabytes(planned.disk_bytes)} GB", f"{gigabytes(disk_bytes)} GB"],
+        ["FLOPs of a step, all ranks", f"{significant(planned.flops_per_step / 1e12)} TFLOP", rate],
+        ["step time, median", "", duration(seconds) if seconds else ""],
+        ["disk space of all checkpoints", size(planned.disk_bytes), size(folder_bytes(run / CHECKPOINTS))],
     ]
 
 
@@ -346,12 +346,6 @@ def _date(seconds: float) -> str:
         return time.strftime("%-d %B %Y, %H:%M UTC", time.gmtime(seconds))
     except (OverflowError, ValueError, OSError):
         return "unknown"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _tag_order(tag: str) -> tuple[int, str]:

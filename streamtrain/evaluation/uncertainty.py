@@ -20,13 +20,13 @@ def accuracy_margin(accuracy: float, count: int) -> float:
     return abs(centre - accuracy) + half
 
 
-def difference_margin(accuracy: float, count: int) -> float:
-    """Return the smallest difference to another classifier, tested on as many images, that is not chance (95 %).
+def difference_margin(accuracy: float, other: float, count: int) -> float:
+    """Return the smallest difference of two accuracies, each measured on ``count`` images, that is not chance (95 %).
 
-    It assumes that the two fail independently. On the same images they mostly fail together, and a smaller difference
-    counts: see ``paired_difference``.
+    It assumes that the two classifiers fail independently. On the same images they mostly fail together, and a smaller
+    difference counts: see ``paired_difference``.
     """
-    return math.sqrt(2) * accuracy_margin(accuracy, count)
+    return math.hypot(accuracy_margin(accuracy, count), accuracy_margin(other, count))
 
 
 def paired_difference(is_right: np.ndarray, is_other_right: np.ndarray) -> tuple[float, float]:

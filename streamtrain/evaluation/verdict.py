@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shards.format.files import read_json
-from streamtrain.evaluation.uncertainty import accuracy_margin
+from streamtrain.evaluation.uncertainty import accuracy_margin, difference_margin
 from streamtrain.run.directory import BASELINES_NAME
-from streamtrain.run.tags import describe_tag
+from streamtrain.run.tags import HEADLINES, describe_tag
 
 Records = Sequence[Mapping[str, Any]]
-# metrics that a verdict may rest on, the best one first
-_HEADLINES = ("eval/knn_20", "eval/linear", "eval/knn_10", "eval/patch_retrieval")
 _COLLAPSE_WORDS = "may be collapsing"
 
 
@@ -53,7 +50,7 @@ def read_baselines(run: Path) -> KnownBaselines:
 
 def headline_tag(records: Records, best: str | None) -> str | None:
     """Return the tag of the most telling evaluation that the run logged; ``best``: of ``evaluation.best``."""
-    candidates = ([f"eval/{best}"] if best else []) + list(_HEADLINES)
+    candidates = ([f"eval/{best}"] if best else []) + list(HEADLINES)
     logged = {tag for record in records for tag in record if record[tag] is not None}
     return next((tag for tag in candidates if tag in logged), None)
 
@@ -82,8 +79,7 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
         return Finding("open", "No baseline", f"{reached}{since}. The network at step 0 was not evaluated.")
 
     def margin(other: float) -> float:
-        """Return the smallest difference that is significant at 95 %."""
-        return math.hypot(accuracy_margin(last, count), accuracy_margin(other, count)) if count else 0.0
+        return difference_margin(last, other, count) if count else 0.0
 
     others = [f"{start:.1%} for the {start_name} network"] + (
         [f"{pixels:.1%} for pixels"] if pixels is not None else []

@@ -73,7 +73,7 @@ class Group:
         return len({name.split(".")[1] for name in self.sources if name.startswith("blocks.")})
 
     def own_names(self, expected: Collection[str], names: Collection[str]) -> dict[str, list[str]]:
-        """Return further tensors of an export of streamtrain: those that only a network of ``model.factory`` has."""
+        """Return the tensors of an export of streamtrain that only a network of ``model.factory`` has."""
         if self.naming is not OWN:
             return {}
         own = {name: f"{self.prefix}{name}" for name in expected if name not in self.sources}

@@ -91,10 +91,14 @@ class Plan:
         return self.rank_bytes if self.on_gpu else 0
 
     @property
+    def rank_host_bytes(self) -> int:
+        """Peak host memory of one rank."""
+        return max(self.at(phase, "host") for phase in PHASES) if self.on_gpu else self.rank_bytes
+
+    @property
     def host_bytes(self) -> int:
         """Peak memory of one host with all its ranks."""
-        of_rank = max(self.at(phase, "host") for phase in PHASES) if self.on_gpu else self.rank_bytes
-        return self.ranks_per_host * of_rank
+        return self.ranks_per_host * self.rank_host_bytes
 
     @property
     def disk_bytes(self) -> int:

@@ -47,7 +47,7 @@ _IN_PHASE = {
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 
 
-def gigabytes(num_bytes: float) -> str:
+def _gigabytes(num_bytes: float) -> str:
     """Format bytes as decimal gigabytes (1e9 bytes), with three significant digits."""
     return significant(num_bytes / 1e9)
 
@@ -139,18 +139,18 @@ def table(planned: Plan, world_size: int) -> str:
             lines.append(f"\n{title}:")
         for part in parts:
             when = "" if ALWAYS in part.when else f"  [{', '.join(part.when)}]"
-            lines.append(f"  {part.name:38} {gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
+            lines.append(f"  {part.name:38} {_gigabytes(part.num_bytes):>9}  = {part.arithmetic}{when}")
     lines.append(f"\n{'device memory' if planned.on_gpu else 'memory of the process'} per rank, by phase:")
     for phase in PHASES:
         peak = "  <- peak" if phase == planned.peak_phase else ""
-        lines.append(f"  {phase:38} {gigabytes(planned.rank_bytes_at(phase)):>9}{peak}")
+        lines.append(f"  {phase:38} {_gigabytes(planned.rank_bytes_at(phase)):>9}{peak}")
     host = f"host memory of {planned.ranks_per_host} rank(s)"
-    lines.append(f"{host:40} {gigabytes(planned.host_bytes):>9}")
-    lines.append(f"{'disk':40} {gigabytes(planned.disk_bytes):>9}")
+    lines.append(f"{host:40} {_gigabytes(planned.host_bytes):>9}")
+    lines.append(f"{'disk':40} {_gigabytes(planned.disk_bytes):>9}")
     lines.append(
         f"per optimiser step: {significant(planned.flops_per_step / 1e12)} TFLOP on all ranks; each rank receives "
-        f"{gigabytes(planned.all_gather_bytes_per_step)} GB of parameters and transfers "
-        f"{gigabytes(planned.transfer_bytes_per_step)} GB to and from host memory or disk"
+        f"{_gigabytes(planned.all_gather_bytes_per_step)} GB of parameters and transfers "
+        f"{_gigabytes(planned.transfer_bytes_per_step)} GB to and from host memory or disk"
     )
     return "\n".join(lines)
 
@@ -173,22 +173,17 @@ def model_table(config: Config) -> str:
     return "\n".join(lines)
 
 
-def start_summary(planned: Plan, on_gpu: bool) -> str:
+def start_summary(planned: Plan) -> str:
+    """Return one line for the start of a run."""
     phase, ((name, num_bytes), *_) = largest_buffers(planned)
-    unit, peak = "GPU" if on_gpu else "rank", size(rank_peak_bytes(planned, on_gpu))
+    unit, peak = "GPU" if planned.on_gpu else "rank", size(planned.rank_bytes)
     return (
         f"plan: {significant(planned.num_parameters / 1e6)} M parameters; peak {peak} per {unit} {_IN_PHASE[phase]} "
         f"(largest: {name}, {size(num_bytes)}); {size(planned.disk_bytes)} on disk"
     )
 
 
-def end_summary(planned: Plan, on_gpu: bool, measured_bytes: float) -> str:
+def end_summary(planned: Plan, measured_bytes: float) -> str:
     """Return one line for the end of a run; ``measured_bytes`` is the highest peak of any rank."""
-    expected = rank_peak_bytes(planned, on_gpu)
+    expected = planned.rank_bytes
     return f"memory: measured peak {size(measured_bytes)}, planned {size(expected)} ({measured_bytes / expected:.0%})"
-
-
-def rank_peak_bytes(planned: Plan, on_gpu: bool) -> int:
-    """Return a rank's peak memory: on its GPU, or without a GPU in its process."""
-    assert on_gpu == planned.on_gpu
-    return planned.rank_bytes

@@ -55,7 +55,7 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
-    """Return the shapes of a block's parameters; of a network of ``model.factory``, those of the first block."""
+    """Return the shapes of a block's parameters: the first block's if the network is of ``model.factory``."""
     if model.factory is not None:
         first = "blocks.0."
         return {

@@ -12,11 +12,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from streamtrain.run.tags import HEADLINES
+
 LINE_SECONDS = 10.0  # between two lines of a log file
-# metrics of an evaluation that the progress shows, the most telling first, and their names
-_EVALUATIONS = {
-    "eval/knn_10": "kNN", "eval/knn_20": "kNN", "eval/linear": "linear probe", "eval/patch_retrieval": "patches",
-}  # fmt: skip
 _EVALUATION_MARK = b'"eval/'
 DEFAULT_COLUMNS = 80
 # of a bar beside the text; a narrower terminal shows only the text
@@ -52,14 +50,14 @@ def progress_bar(label: str, total: int, unit: str, *, shown: bool = True, strea
 
 
 class Evaluations:
-    """The last and the best evaluation of a run, as text such as ``kNN 53.0 % at step 40``.
+    """The last and the best evaluation of a run, as text such as ``kNN 53.0% at step 40``.
 
     Args:
-        metric: to show, such as ``knn_20``; None: the first of ``_EVALUATIONS`` that is measured.
+        metric: to show, such as ``knn_20``; None: the first of ``HEADLINES`` that is measured.
     """
 
     def __init__(self, metric: str | None = None) -> None:
-        self._tags = ([f"eval/{metric}"] if metric is not None else []) + list(_EVALUATIONS)
+        self._tags = ([f"eval/{metric}"] if metric is not None else []) + list(HEADLINES)
         self._last: tuple[str, int, float] | None = None
         self._best: tuple[str, int, float] | None = None
 
@@ -93,14 +91,14 @@ class Evaluations:
         assert self._last is not None and self._best is not None
         (tag, step, value), (_, best_step, best) = self._last, self._best
         best_text = "best so far" if best_step == step else f"best {best:.1%} at step {best_step}"
-        return f"{_EVALUATIONS.get(tag, tag)} {value:.1%} ({best_text})"
+        return f"{HEADLINES.get(tag, tag)} {value:.1%} ({best_text})"
 
     def texts(self) -> list[str]:
         """Return the evaluations as text, the most detailed first; empty without an evaluation."""
         if self._last is None or self._best is None:
             return []
         (tag, step, value), (_, best_step, best) = self._last, self._best
-        short = f"{_EVALUATIONS.get(tag, tag)} {value:.1%}"
+        short = f"{HEADLINES.get(tag, tag)} {value:.1%}"
         long = f"{short} at step {step}"
         return [f"{long} (best {best:.1%} at step {best_step})", long, short]
 

@@ -101,6 +101,12 @@ TAGS = {
 }
 
 
+# metrics of evaluations, the most telling first, with short names for the progress
+HEADLINES = {
+    "eval/knn_20": "kNN", "eval/knn_10": "kNN", "eval/linear": "linear probe", "eval/patch_retrieval": "patches",
+}  # fmt: skip
+
+
 def pinned_cards_url(tags: Sequence[str]) -> str:
     """Return the address of a local TensorBoard with the scalars ``tags`` on top of its first page."""
     cards = [{"plugin": "scalars", "tag": tag} for tag in tags]

@@ -25,22 +25,21 @@ from streamtrain.engine.runtime import Launch, Runtime, init_process_group
 from streamtrain.errors import CheckpointError
 from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.images import stored_images
-from streamtrain.planning.memory import Plan, plan
+from streamtrain.planning.memory import Plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
-from streamtrain.planning.sizes import CPU_KERNELS
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
 from streamtrain.run.directory import TRACEBACKS_NAME, log_start_notes, saved_state
 from streamtrain.run.lock import MOVED, moved_error
 from streamtrain.run.logs import keep_tracebacks
-from streamtrain.run.machine import host_memory
 from streamtrain.run.messages import completed_text, labelled_set
 from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
 from streamtrain.training.checkpoints import CheckpointPolicy
 from streamtrain.training.observers import build_observers
+from streamtrain.training.start_checks import plan_of_start
 from streamtrain.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ def train(
             status = writer.status_message()
             raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
         else:
-            logger.info(end_summary(planned, runtime.on_gpu, peak_bytes(runtime.device)))
+            logger.info(end_summary(planned, peak_bytes(runtime.device)))
             logger.info(completed_text(config, time.monotonic() - began, labelled_set(config, shard_set)))
     return exit_code
 
@@ -139,13 +138,11 @@ def _plan(config: Config, runtime: Runtime, shard_set: AnySet) -> Plan:
     if runtime.rank == 0:
         log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
-    memory = host_memory()
-    supported = CPU_KERNELS if not on_gpu and is_enabled(runtime.dtype) else "reference"
-    planned = plan(
-        config, runtime.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported, images=stored_images(shard_set),
-        cores=runtime.launch.cores, host_memory=memory and memory.free,
-    )  # fmt: skip
-    logger.info(start_summary(planned, on_gpu))
+    kernels = not on_gpu and is_enabled(runtime.dtype)
+    planned = plan_of_start(
+        config, runtime.launch, on_gpu=on_gpu, bf16=bf16, kernels=kernels, images=stored_images(shard_set)
+    )
+    logger.info(start_summary(planned))
     return planned
 
 

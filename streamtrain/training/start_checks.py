@@ -1,9 +1,8 @@
-"""Checks of a run's needs and settings before it starts: memory, disk, and settings without an effect. Torch-free."""
+"""Checks before a run starts: memory, disk space and folders. Torch-free."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -13,17 +12,16 @@ from streamtrain.config.tree import Config
 from streamtrain.engine.rendezvous import Launch
 from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import ConfigError, StreamtrainError
-from streamtrain.ops.cpu.features import cpu_features, kernel_feature
-from streamtrain.planning.images import StoredImages
-from streamtrain.planning.memory import CPU_KERNELS, PHASES, Plan, plan
-from streamtrain.planning.plan_text import gigabytes, rank_peak_bytes
+from streamtrain.ops.cpu.features import has_kernels
+from streamtrain.planning.memory import Plan, plan
+from streamtrain.planning.sizes import CPU_KERNELS, StoredImages
+from streamtrain.planning.units import size
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps
 from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
 from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
 # a plan is accurate within about 10 %
 _PLAN_MARGIN = 1.1
-_COMPILER = "c++"
 
 
 def check_resources(
@@ -39,9 +37,8 @@ def check_resources(
         StreamtrainError: the machine has clearly less memory than planned, or no space for a single checkpoint.
     """
     planned, ranks = plan_of_start(config, launch, on_gpu=on_gpu, images=images), launch.local_world_size
-    needs = [_Need("GPU memory", rank_peak_bytes(planned, on_gpu), 1, _gpu_memory(launch.local_rank))] if on_gpu else []
-    host_bytes = max(planned.at(phase, "host") for phase in PHASES) if on_gpu else rank_peak_bytes(planned, on_gpu)
-    needs.append(_Need("memory", host_bytes, ranks, host_memory()))
+    needs = [_Need("GPU memory", planned.gpu_bytes, 1, _gpu_memory(launch.local_rank))] if on_gpu else []
+    needs.append(_Need("memory", planned.rank_host_bytes, ranks, host_memory()))
     warnings = [line for need in needs if (line := need.check(config, accepted))]
     if launch.rank == 0:
         warnings += _check_disk(config, launch.world_size, planned, accepted)
@@ -61,8 +58,8 @@ def check_folders(config: Config) -> None:
     train, test = (None if path is None else Path(path).resolve() for path in (evaluation.train, evaluation.test))
     if train is not None and train == test:
         raise ConfigError(
-            f"evaluation.test is evaluation.train ({train}), so each image would find itself; leave out "
-            "evaluation.test to hold out a fifth of the images"
+            f"evaluation.test is evaluation.train ({train}), so every test image would be its own nearest neighbour; "
+            "leave out evaluation.test to hold out a fifth of the images"
         )
     for share in config.data.shares:
         shards = share.shards
@@ -70,15 +67,23 @@ def check_folders(config: Config) -> None:
             raise ConfigError(f"run.dir {config.run.dir} is inside the shard set {shards}; set it to another folder")
 
 
-def plan_of_start(config: Config, launch: Launch, *, on_gpu: bool, images: StoredImages | None = None) -> Plan:
-    """Plan a run on this machine as ``training.loop`` does, but without torch."""
-    bf16 = uses_bf16(config.engine, on_gpu)
+def plan_of_start(
+    config: Config, launch: Launch, *, on_gpu: bool, bf16: bool | None = None, kernels: bool | None = None,
+    images: StoredImages | None = None,
+) -> Plan:  # fmt: skip
+    """Plan a run on this machine.
+
+    Args:
+        bf16: compute in bf16; None: as this machine is expected to choose, without loading torch.
+        kernels: use the CPU kernels; None: as for ``bf16``.
+        images: the stored images, if known.
+    """
+    bf16 = uses_bf16(config.engine, on_gpu) if bf16 is None else bf16
+    kernels = has_kernels(bf16) if kernels is None else kernels
     memory = host_memory()
-    has_kernels = kernel_feature(bf16) in cpu_features() and shutil.which(_COMPILER) is not None
-    supported = CPU_KERNELS if has_kernels and not on_gpu else "reference"
     return plan(
-        config, launch.world_size, on_gpu=on_gpu, bf16=bf16, supported=supported, images=images,
-        cores=launch.cores, host_memory=memory and memory.free,
+        config, launch.world_size, on_gpu=on_gpu, bf16=bf16, supported=CPU_KERNELS if kernels else "reference",
+        images=images, cores=launch.cores, host_memory=memory and memory.free,
     )  # fmt: skip
 
 
@@ -102,13 +107,13 @@ class _Need(NamedTuple):
         needed, available = self.rank_bytes * self.ranks, self.available
         if available is None or needed <= available.free:
             return None
-        total = gigabytes(available.total)
+        total = size(available.total)
         is_refused = needed > _PLAN_MARGIN * available.total
-        each = f" ({self.ranks} ranks x {gigabytes(self.rank_bytes)} GB)" if self.ranks > 1 else ""
-        held = total if is_refused else f"{gigabytes(available.free)} free of {total}"
+        each = f" ({self.ranks} ranks x {size(self.rank_bytes)})" if self.ranks > 1 else ""
+        held = total if is_refused else f"{size(available.free)} free of {total}"
         fewer = ", start fewer ranks" if self.ranks > 1 else ""
         line = (
-            f"the run needs about {gigabytes(needed)} GB of {self.name}{each}, but this machine has {held} GB; lower "
+            f"the run needs about {size(needed)} of {self.name}{each}, but this machine has {held}; lower "
             f"data.micro_batch (now {config.data.micro_batch}){fewer} or use settings that `streamtrain plan --fit` "
             "finds"
         )
@@ -127,18 +132,18 @@ def _check_disk(config: Config, world_size: int, planned: Plan, accepted: Collec
     needed = _saved_bytes(planned) - present
     if needed <= space.free:
         return []
-    one, free = _saved_bytes(plan(_with_one_checkpoint(config), world_size)), gigabytes(space.free)
+    one, free = _saved_bytes(plan(_with_one_checkpoint(config), world_size)), size(space.free)
     remedy = f"free some space or set run.dir (now {run_dir}) to another disk"
     # a run with a checkpoint may resume without space, because it may come back
     if one > space.free and not saved_steps(run_dir):
-        line = f"a checkpoint takes {gigabytes(one)} GB, but the disk of run.dir has {free} GB free; {remedy}"
+        line = f"a checkpoint takes {size(one)}, but the disk of run.dir has {free} free; {remedy}"
         if DISK_KEY not in accepted:
             raise StreamtrainError(f"{line}; to start anyway, add --accept {DISK_KEY}")
         return [line]
     keys = [f"run.keep_last (now {run.keep_last})", f"run.keep_every (now {run.keep_every})"]
     keys += [f"run.snapshot_every (now {run.snapshot_every})"] if run.snapshot_every else []
     return [
-        f"the checkpoints will take up to {gigabytes(needed)} GB, but the disk of run.dir has {free} GB free; change "
+        f"the checkpoints will take up to {size(needed)}, but the disk of run.dir has {free} free; change "
         f"{', '.join(keys)} or run.checkpoint_every (now {run.checkpoint_every}), or {remedy}"
     ]
 

@@ -84,10 +84,9 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     for words in (
         "Run run <1>",
         "Inputs of the network at step 5",
-        "10 s",
+        "10.0 s",
         "25.0%",
         "9.000 → 1.800",
-        "1.00 GiB",
         "<script>",
         "40",
         "1.07 GB",
@@ -118,6 +117,21 @@ def hostile_run(folder: Path, name: str, metrics: dict[str, float] | None = None
     for path, content in files.items():
         (run / path.replace("__", ".")).write_bytes(content)
     return run
+
+
+def test_code_that_a_run_names_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("planted.py").write_text("open('executed', 'w')\n")
+    settings = to_yaml(tiny_config()) + "\n"
+    named = settings.replace("factory: null", "factory: planted:Backbone")
+    named = named.replace("augmentations: null", "augmentations: planted:augment")
+    assert named.count("planted") == 2
+    run = hostile_run(tmp_path, "run", config__yaml=named.encode())
+    assert exit_status(["report", "--run", str(run)]) == 0
+    assert "the plan is left out: its network is code of the run's author, planted:Backbone" in capsys.readouterr().err
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize(

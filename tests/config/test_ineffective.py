@@ -63,6 +63,9 @@ def test_a_setting_with_an_effect_is_not_named(override: str) -> None:
 def test_a_batch_larger_than_the_set_and_a_tiny_set_are_named() -> None:
     assert lines(num_samples=16) != [] and lines(num_samples=32) == []
     (line,) = lines(num_samples=31, ranks=2)
-    assert line.startswith("a batch of 32 images contains each of the 31 images") and "data.micro_batch" in line
+    assert (
+        line.startswith("a batch of 32 images repeats images, because the set has only 31")
+        and "data.micro_batch" in line
+    )
     (line,) = lines("data.micro_batch=1", num_samples=1)
     assert "the set has 1 image," in line

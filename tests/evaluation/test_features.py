@@ -10,7 +10,7 @@ from tiny_backbone import class_folder, tiny_backbone
 
 from streamtrain.data.still_images import centre_crop
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.features import extract_features, pixel_features, read_pixels
+from streamtrain.evaluation.features import compute_features, pixel_features, read_pixels, report_unusable
 from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_images, split_indices
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,9 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_batches_do_not_change_the_features(folder: Path) -> None:
     images = open_images(folder)
     backbone = tiny_backbone()
-    features, labels = extract_features(backbone.model, images, size=32, mean=MEAN, std=STD, batch_size=7, workers=3)
-    assert features.shape == (20, 32) and features.dtype == torch.float32
-    assert labels.tolist() == [0] * 10 + [1] * 10
+    features, is_usable = compute_features(backbone.model, images, size=32, mean=MEAN, std=STD, batch_size=7, workers=3)
+    assert features.shape == (20, 32) and features.dtype == torch.float32 and is_usable.all()
+    assert images.labels.tolist() == [0] * 10 + [1] * 10
     for index in (0, 6, 7, 19):
         crop = torch.from_numpy(centre_crop(images.decode(index), 32, 32).copy()).permute(2, 0, 1)
         normalised = (crop / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
@@ -80,7 +80,9 @@ def test_five_splits_test_every_image_once(count: int) -> None:
 
 
 def test_features_are_no_inference_tensors(folder: Path) -> None:
-    features, labels = extract_features(tiny_backbone().model, open_images(folder), size=32, mean=MEAN, std=STD)
+    images = open_images(folder)
+    features, _ = compute_features(tiny_backbone().model, images, size=32, mean=MEAN, std=STD)
+    labels = torch.from_numpy(images.labels)
     weight = torch.zeros(32, 2, requires_grad=True)
     torch.nn.functional.cross_entropy(features @ weight, labels).backward()
     assert weight.grad is not None and weight.grad.abs().sum() > 0
@@ -106,7 +108,8 @@ def test_each_error_is_one_line(folder: Path, tmp_path: Path) -> None:
     broken = class_folder(tmp_path / "broken", each=1)
     (broken / "down" / "bad.jpg").write_bytes(b"no image")
     images = open_images(broken)
+    _, is_usable = compute_features(tiny_backbone().model, images, size=8, mean=MEAN, std=STD)
     with pytest.raises(StreamtrainError, match=r"bad\.jpg"):
-        extract_features(tiny_backbone().model, images, size=8, mean=MEAN, std=STD)
+        report_unusable(images, is_usable)
     with pytest.raises(StreamtrainError, match="too few to split"):
         split_images(images)

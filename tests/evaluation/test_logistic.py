@@ -22,7 +22,7 @@ def test_accuracy_is_that_of_the_chosen_penalty() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     (train, labels), (test, test_labels) = features(1, 1000), features(2, 1000)
     steps: list[int] = []
-    # features arrive as inference tensors from ``extract_features``
+    # features may be inference tensors
     with torch.inference_mode():
         train, test = train.clone(), test.clone()
     result = logistic_accuracy(train, labels, test, test_labels, report=steps.append)

@@ -21,7 +21,7 @@ def test_the_margin_covers_the_true_accuracy(truth: float, count: int) -> None:
 def test_margins_are_those_of_a_binomial_and_never_zero() -> None:
     # 1.96 * sqrt(p (1 - p) / n)
     assert accuracy_margin(0.5, 1000) == pytest.approx(0.031, abs=2e-4)
-    assert difference_margin(0.5, 1000) == pytest.approx(0.0438, abs=3e-4)
+    assert difference_margin(0.5, 0.5, 1000) == pytest.approx(0.0438, abs=3e-4)
     assert accuracy_margin(1.0, 8) == accuracy_margin(0.0, 8) == pytest.approx(0.324, abs=1e-3)
 
 
@@ -39,7 +39,7 @@ def test_the_paired_margin_covers_the_true_difference_and_is_narrower(gain: floa
         covered.append(abs(difference - gain) <= margin)
         margins.append(margin)
     assert 0.93 <= np.mean(covered) <= 0.99
-    assert np.mean(margins) < 0.6 * difference_margin(0.6, count)
+    assert np.mean(margins) < 0.6 * difference_margin(0.6, 0.6, count)
 
 
 def test_equal_predictions_still_have_a_margin() -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from drawn_images import packed_set
 from faulty_server import faulty_server
 from ranks import ROOT, run_ranks
@@ -17,7 +18,7 @@ from tiny_run import command
 
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import read_resolved
-from streamtrain.evaluation.features import extract_features, pixel_features
+from streamtrain.evaluation.features import compute_features, pixel_features, read_pixels
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.evaluation.knn import knn_accuracy
 from streamtrain.evaluation.linear import linear_accuracy
@@ -106,8 +107,11 @@ def test_the_network_at_step_0_and_the_pixels_are_evaluated(run: Path) -> None:
         assert list(values) == [0, 10, 20, 30] and values[0] == pytest.approx(baselines["start"][tag])
     images, _ = held_out(read_resolved(run), ShardSet.open(run.parent / "set"))
     assert images is not None and (baselines["train_images"], baselines["test_images"]) == (32, 8)
-    crops = {"size": 32, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    expected = knn_accuracy(*(row for each in (images.train, images.test) for row in pixel_features(each, **crops)))
+    sets = [
+        (pixel_features(read_pixels(each, size=32)[0], IMAGENET_MEAN, IMAGENET_STD), torch.from_numpy(each.labels))
+        for each in (images.train, images.test)
+    ]
+    expected = knn_accuracy(*sets[0], *sets[1])
     assert {f"eval/knn_{count}": value for count, value in expected.items()} == pytest.approx(baselines["pixels"])
 
 
@@ -118,7 +122,10 @@ def test_evaluation_on_two_ranks_agrees_with_the_checkpoint_on_one(run: Path) ->
     images, _ = held_out(config, ShardSet.open(run.parent / "set"))
     assert images is not None and backbone.config.origin["step"] == STEPS
     crops = {"size": config.crops.global_size, "mean": config.crops.mean, "std": config.crops.std}
-    train, test = (extract_features(backbone.model, each, **crops) for each in (images.train, images.test))
+    train, test = (
+        (compute_features(backbone.model, each, **crops)[0], torch.from_numpy(each.labels))
+        for each in (images.train, images.test)
+    )
     expected = knn_accuracy(*train, *test)
     assert {count: records[-1][f"eval/knn_{count}"] for count in (10, 20)} == pytest.approx(expected)
     assert records[-1]["eval/linear"] == pytest.approx(linear_accuracy(*train, *test).accuracy, abs=0.13)

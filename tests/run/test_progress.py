@@ -80,7 +80,7 @@ def test_a_resumed_run_knows_its_evaluations(tmp_path: Path) -> None:
     assert evaluations.texts()[0] == "kNN 25.0% at step 3 (best 75.0% at step 2)"
     before = Evaluations()
     before.read(tmp_path / "metrics.jsonl", 2)
-    assert before.texts()[0] == "kNN 50.0% at step 2 (best 50.0% at step 2)"
+    assert before.texts()[0] == "kNN 75.0% at step 2 (best 75.0% at step 2)"
 
 
 @pytest.mark.parametrize("columns", [10, 20, 40, 60, 80, 120, 200])

@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Writes every command to the log; packing leaves a set, everything else nothing.
+# Writes every command to the log. Packing leaves a set; it has labels if LABELLED is set.
 PYTHON = """#!/bin/sh
 echo "$*" >>"{log}"
 case "$1" in
--c) exec "{python}" "$@" ;;
+-c) if [ -z "$LABELLED" ]; then exec "{python}" "$@"; fi ;;
 tools/bench.py) echo '{{"step_seconds": 0.5}}' ;;
 esac
 """
@@ -29,6 +29,10 @@ pack)
     echo '"digest": "of '"$3"'"' >"$5/manifest.json"
     ;;
 train) exit "${{TRAINING_STATUS:-0}}" ;;
+evaluate)
+    echo "kNN accuracy 50.0% of $*"
+    case "$*" in *--compare*) echo "compared with ${{*##*--compare }}" ;; esac
+    ;;
 esac
 """
 
@@ -104,6 +108,16 @@ def test_own_images_train_with_the_recipe_for_photographs(checkout: Checkout) ->
     assert "20 steps of 0.5 s on this machine: the training takes about 1 min" in done.stdout.split("== train")[0]
     checkout.run()
     assert "photos.yaml" not in checkout.log.read_text() and "bench.py" not in checkout.log.read_text()
+
+
+def test_the_accuracies_and_both_comparisons_are_printed_at_the_end(checkout: Checkout) -> None:
+    done = checkout.run(LABELLED="1")
+    assert done.returncode == 0, done.stderr
+    end = done.stdout.split("== done")[1]
+    (run,) = checkout.trained_in()
+    networks = re.findall(r"^   kNN accuracy 50.0% of evaluate knn (.*) --train", end, re.MULTILINE)
+    assert networks == ["--pixels", "--untrained --config quickstart.yaml", f"--run {run} --compare untrained"]
+    assert re.findall(r"^   compared with (\w+)", end, re.MULTILINE) == ["untrained", "pixels"]
 
 
 def test_a_stopped_training_resumes_in_its_run_directory(checkout: Checkout) -> None:

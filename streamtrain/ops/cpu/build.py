@@ -21,7 +21,7 @@ import torch
 
 from shards.errors import ShardError
 from shards.storage.paths import expand_path
-from streamtrain.ops.cpu.features import cpu_features, kernel_feature
+from streamtrain.ops.cpu.features import compiler, cpu_features, kernel_feature
 from streamtrain.ops.cpu.private_folder import NotPrivateError, open_or_make, open_private
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load(dtype: torch.dtype) -> bool:
 
 def library_name() -> str:
     """Return the file name of the library of exactly these sources, flags and torch version."""
-    parts = [_compiler(), *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
+    parts = [compiler(), *_FLAGS, torch.__version__, *(path.read_text() for path in sorted(_FOLDER.glob("*.[ch]*")))]
     return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
@@ -121,10 +121,6 @@ def _open_cache() -> Iterator[int]:
         yield folder
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
-
-
 def _compile(library: Path) -> None:
     logger.info("compiling the CPU kernels: once, about half a minute")
     sources = sorted(_FOLDER.glob("*.cpp"))
@@ -132,7 +128,7 @@ def _compile(library: Path) -> None:
     objects = [library.with_name(f"{source.stem}.o") for source in sources]
 
     def run(*arguments: str | Path) -> None:
-        subprocess.run([_compiler(), *_FLAGS, *arguments], check=True, capture_output=True, text=True)
+        subprocess.run([compiler(), *_FLAGS, *arguments], check=True, capture_output=True, text=True)
 
     def compile_one(source: Path, to: Path) -> None:
         run(f"-I{installed / 'include'}", "-c", source, "-o", to)

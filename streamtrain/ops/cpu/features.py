@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,16 @@ def limit_features(flags: Iterable[str], environment: Mapping[str, str]) -> froz
 def kernel_feature(bf16: bool) -> str:
     """Return the feature that the kernels for bf16, or for fp32, need."""
     return "avx512_bf16" if bf16 else "avx512"
+
+
+def compiler() -> str:
+    """Return the C++ compiler of the kernels."""
+    return os.environ.get("CXX", "c++")
+
+
+def has_kernels(bf16: bool) -> bool:
+    """Return whether the CPU supports the kernels for bf16, or for fp32, and there is a compiler for them."""
+    return kernel_feature(bf16) in cpu_features() and shutil.which(compiler()) is not None
 
 
 def multiplies_bf16() -> bool:
