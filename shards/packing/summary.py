@@ -19,6 +19,8 @@ from shards.reading.shard_set import ShardSet
 _SHOWN_CLASSES = 12
 # images whose headers are read for the formats; a read from a store takes much longer
 _SAMPLED, _SAMPLED_REMOTE = 2000, 50
+# shards whose index is read for the sizes, since a set may have more images than fit into memory
+_MAX_SHARDS = 256
 # folder names of the parts of a data set
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "evaluation"}
 # names of Pillow's modes
@@ -71,7 +73,8 @@ def split_warning(classes: Sequence[str]) -> str | None:
 
 def describe_images(shard_set: ShardSet) -> list[str]:
     """Return lines about the sizes, formats and channels of a set's images. Raises ShardError or OSError."""
-    records = np.concatenate([shard_set.records(shard) for shard in range(len(shard_set.sizes))])
+    chosen = np.unique(np.linspace(0, shard_set.num_shards - 1, min(_MAX_SHARDS, shard_set.num_shards)).astype(int))
+    records = np.concatenate([shard_set.records(shard) for shard in chosen.tolist()])
     sides = np.stack([records["width"], records["height"]], axis=1).astype(np.int64)
     sides = sides[sides.min(axis=1) > 0]
     if not len(sides):
@@ -80,12 +83,12 @@ def describe_images(shard_set: ShardSet) -> list[str]:
     middle = np.median(sides, axis=0).astype(int)
     smallest, largest = sides[pixels.argmin()], sides[pixels.argmax()]
     sizes = f"median {_size(middle)}, smallest {_size(smallest)}, largest {_size(largest)} pixels"
-    lines = [f"sizes: {sizes if pixels.min() < pixels.max() else f'all {_size(middle)} pixels'}"]
+    sizes = sizes if pixels.min() < pixels.max() else f"all {_size(middle)} pixels"
+    lines = [f"sizes{_share_text(len(records), shard_set)}: {sizes}"]
     picked = _spread(shard_set, _SAMPLED_REMOTE if shard_set.is_remote else _SAMPLED)
     kinds = Counter(_kind_of(shard_set, *place) for place in picked)
     ranked = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
-    of = "" if len(picked) == len(records) else f" of {len(picked)} images looked at"
-    lines.append(f"formats{of}: {ranked}")
+    lines.append(f"formats{_share_text(len(picked), shard_set)}: {ranked}")
     if np.median(pixels) > _LARGE_PIXELS:
         lines.append(
             "large images: decoding them can take longer than training on them; --max-side 512 packs them at a size "
@@ -122,6 +125,10 @@ def contact_sheet(shard_set: ShardSet, classes: Sequence[str], count: int = 48) 
     content = io.BytesIO()
     page.save(content, "PNG")
     return content.getvalue()
+
+
+def _share_text(count: int, shard_set: ShardSet) -> str:
+    return "" if count == shard_set.num_samples else f" of {count} images, spread over the set"
 
 
 def _spread(shard_set: ShardSet, count: int) -> list[tuple[int, int]]:

@@ -50,7 +50,9 @@ def add_parser(subparsers: Any) -> None:
         help="test the difference to: pixels, untrained (of --run or --config), another run, or other weights",
     )  # fmt: skip
     parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
-    parser.add_argument("--resize", type=positive_int, help="shorter side before the centre crop (default: --size)")
+    parser.add_argument(
+        "--resize", type=positive_int, help="shorter side before the centre crop (default: as in training)"
+    )
     parser.add_argument("--batch", type=positive_int, help="images per forward (default: 64, more if they are small)")
     parser.add_argument("--no-cache", action="store_true", help="compute the features, and do not keep them")
     add_device_argument(parser)

@@ -99,7 +99,7 @@ def print_plan(arguments: argparse.Namespace) -> int:
         overrides.append(f"data.micro_batch={arguments.micro_batch}")
     config = load_config(arguments.config, overrides, arguments.ranks)
     if config.model.factory is not None:
-        print("model.factory: parameters of your network; activations and FLOPs as of the built-in one\n")
+        print("model.factory: counts the parameters of your network, but activations and FLOPs of the built-in one\n")
     machine = machine_of(arguments, config)
     chosen: list[str] = []
     if arguments.fit:

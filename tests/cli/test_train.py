@@ -13,12 +13,10 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, ENVIRONMENT, run_command
+from commands import COMMAND, ENVIRONMENT, run_command, started
 from drawn_images import packed_set
 from ranks import ROOT, free_port, run_ranks
 from tiny_run import command, logged
@@ -57,19 +55,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_words(shards: Path | str, run_dir: Path, *overrides: str) -> list[str]:
     """The options and overrides of a tiny run, without the script."""
     return command(shards, run_dir, *overrides)[1:]
-
-
-@contextmanager
-def started(*words: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [*COMMAND, "train", *words], cwd=ROOT, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def wait_for_step(run_dir: Path, process: subprocess.Popen[str]) -> None:
@@ -132,7 +117,7 @@ def test_a_narrow_terminal_without_utf_8_shows_one_bar(shards: Path, tmp_path: P
 
 def test_one_rank_needs_no_launcher(shards: Path, tmp_path: Path) -> None:
     """Without --gpus and without a GPU there is one rank, in the process of the command."""
-    with started(*train_words(shards, tmp_path / "run", "run.steps=10000")) as process:
+    with started("train", *train_words(shards, tmp_path / "run", "run.steps=10000")) as process:
         wait_for_step(tmp_path / "run", process)
         assert not any("main.py" in Path(f"/proc/{child}/cmdline").read_text() for child in children_of(process.pid))
         process.send_signal(signal.SIGTERM)
@@ -195,7 +180,7 @@ def test_a_signal_to_the_command_stops_all_ranks_after_a_checkpoint(
 ) -> None:
     run_dir = tmp_path / "run"
     words = train_words(shards, run_dir, "run.steps=10000", "run.checkpoint_every=0")
-    with started("--ranks", "2", *words) as process:
+    with started("train", "--ranks", "2", *words) as process:
         wait_for_step(run_dir, process)
         ranks = children_of(process.pid)
         process.send_signal(number)
@@ -213,7 +198,7 @@ def test_a_signal_to_the_command_stops_all_ranks_after_a_checkpoint(
 def test_ranks_stop_after_a_checkpoint_when_the_command_is_killed(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words = train_words(shards, run_dir, "run.steps=10000", "run.checkpoint_every=0")
-    with started("--ranks", "2", *words) as process:
+    with started("train", "--ranks", "2", *words) as process:
         wait_for_step(run_dir, process)
         ranks = children_of(process.pid)
         process.kill()
@@ -225,7 +210,7 @@ def test_ranks_stop_after_a_checkpoint_when_the_command_is_killed(shards: Path, 
 
 
 def test_a_killed_rank_ends_the_others_and_sets_the_exit_status(shards: Path, tmp_path: Path) -> None:
-    with started("--ranks", "2", *train_words(shards, tmp_path / "run", "run.steps=10000")) as process:
+    with started("train", "--ranks", "2", *train_words(shards, tmp_path / "run", "run.steps=10000")) as process:
         wait_for_step(tmp_path / "run", process)
         os.kill(children_of(process.pid)[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=100)

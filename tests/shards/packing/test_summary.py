@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_images import draw_folder
+from drawn_images import draw_folder, packed_set
 from PIL import Image
 
 from shards.format.tar_members import NO_LABEL
@@ -54,6 +54,14 @@ def test_sizes_formats_and_channels(tmp_path: Path) -> None:
     assert sorted(formats.removeprefix("formats: ").split(", ")) == [
         "JPEG colour 1", "JPEG grey 1", "PNG colour 1", "PNG colour with alpha 1",
     ]  # fmt: skip
+
+
+def test_the_index_of_some_shards_of_a_large_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.packing.summary._MAX_SHARDS", 2)
+    shard_set = packed_set(tmp_path, 60)
+    ends = [len(shard_set.records(shard)) for shard in (0, shard_set.num_shards - 1)]
+    assert shard_set.num_shards > 2
+    assert describe_images(shard_set)[0].startswith(f"sizes of {sum(ends)} images, spread over the set: ")
 
 
 def test_large_images_are_advised_to_be_shrunk(tmp_path: Path) -> None:
