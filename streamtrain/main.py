@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import signal
 import time
 import traceback
 from collections.abc import Collection, Mapping
@@ -252,6 +253,9 @@ def run_process(arguments: argparse.Namespace, command: str | None = None) -> No
     sys.stderr.flush()
     if status:
         os._exit(status)
+    # the run is complete: a signal that arrives while the process ends changes nothing
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(0)
 
 

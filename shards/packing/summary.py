@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.errors import ShardError, printable
 from shards.format.decode import decode
@@ -110,7 +110,7 @@ def contact_sheet(shard_set: ShardSet, classes: Sequence[str], count: int = 48) 
             image = Image.fromarray(decode(shard_set.read(shard, sample)))
         except ShardError:
             continue
-        image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+        image = ImageOps.contain(image, (_TILE, _TILE), Image.Resampling.LANCZOS)
         named = 0 <= label < len(classes)
         tiles.append((image, classes[label] if named else "" if label == NO_LABEL else f"label {label}"))
     columns = min(_COLUMNS, max(len(tiles), 1))

@@ -28,6 +28,7 @@ _EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
 # from the failure of one rank until the others are killed
 GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
+_KILLED = ": it was killed, usually because the memory was full; run the same command again to resume"
 _PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> 
             deadline = time.monotonic() + GRACE_SECONDS
             if failure not in STOP_STATUSES:
                 if failure not in _EXPLAINED_STATUSES:
-                    logger.error("rank %d ended with exit status %d", rank, failure)
+                    reason = _KILLED if returncode == -signal.SIGKILL else ""
+                    logger.error("rank %d ended with exit status %d%s", rank, failure, reason)
                 _send(processes, signal.SIGTERM)
         if not is_running:
             return failure or 0

@@ -46,7 +46,7 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     """Return the path of recipe ``name``: a path, a file beside the one that extends it, or a shipped recipe.
 
     Raises:
-        ConfigError: there is no such file; the message lists the shipped recipes.
+        ConfigError: there is no such file; the message names the closest recipe, or all of them.
         ShardError: the path has an unset variable.
     """
     name = expand_path(name)
@@ -59,6 +59,9 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     if os.path.isdir(name):
         raise ConfigError(f"config {name!r} is a folder; give a YAML file, or a recipe such as vits16.yaml")
     recipes = sorted({path.name for folder in preset_folders() for path in folder.glob("*.yaml")})
+    stems = [recipe.removesuffix(".yaml") for recipe in recipes]
+    if close := difflib.get_close_matches(name.removesuffix(".yaml"), stems, 1):
+        raise ConfigError(f"no config {name!r}; did you mean {close[0]}.yaml?")
     raise ConfigError(f"no config {name!r}; give a path, or one of the recipes {', '.join(recipes)}")
 
 
@@ -305,7 +308,8 @@ def read_resolved(run_dir: str | Path) -> Config:
     """
     path = Path(run_dir) / RESOLVED_NAME
     if not path.is_file():
-        raise ConfigError(f"{run_dir} is not a run directory: it has no {RESOLVED_NAME}")
+        reason = f"it has no {RESOLVED_NAME}" if path.parent.is_dir() else "it does not exist"
+        raise ConfigError(f"{run_dir} is not a run directory: {reason}")
     return build(read_raw(path))
 
 

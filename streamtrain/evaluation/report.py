@@ -86,7 +86,8 @@ def report_page(
         StreamtrainError: if ``run`` is not a run directory, or has no completed step.
     """
     if not (run / RESOLVED_NAME).is_file():
-        raise StreamtrainError(f"{run} is not a run directory: it has no {RESOLVED_NAME}")
+        reason = f"it has no {RESOLVED_NAME}" if run.is_dir() else "it does not exist"
+        raise StreamtrainError(f"{run} is not a run directory: {reason}")
     if not records:
         raise StreamtrainError(f"{run} has nothing to report yet: its {METRICS_NAME} has no step")
     config, environment, tables = None, {}, {}

@@ -215,7 +215,7 @@ def test_a_killed_rank_ends_the_others_and_sets_the_exit_status(shards: Path, tm
         os.kill(children_of(process.pid)[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGKILL
-    assert "error: rank 1 ended with exit status 137" in errors.splitlines(), errors
+    assert "error: rank 1 ended with exit status 137: it was killed" in errors, errors
 
 
 @pytest.mark.parametrize(

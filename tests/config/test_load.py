@@ -140,6 +140,9 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 
 
 def test_a_missing_recipe_raises_an_error_that_lists_the_recipes() -> None:
+    for name in ("foto", "foto.yaml"):
+        with pytest.raises(ConfigError, match=r"^no config 'foto.*did you mean photos\.yaml\?$"):
+            load_config(name)
     with pytest.raises(ConfigError, match=r"no config 'absent'.*vits16\.yaml"):
         load_config("absent")
 
