@@ -140,9 +140,9 @@ def select_baseline(arguments: argparse.Namespace, name: str) -> argparse.Namesp
 
 def features_of(arguments: argparse.Namespace, sets: Sequence[LabelledImages]) -> tuple[Values, list[Embedded]]:
     """Return a description of the features, and the features of all images of each set."""
+    device = choose_device(arguments.device)
     if arguments.pixels:
         return pixels_of(arguments, sets)
-    device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
     size = arguments.size or config.image_size
