@@ -151,17 +151,21 @@ def test_each_remedy_is_one_change_with_which_the_run_fits(
 
 
 def test_the_copy_of_a_checkpoint_is_counted_where_the_writer_makes_one() -> None:
-    config = load_config("vits16.yaml")
+    # the evaluation needs host memory at another time
+    config = load_config("vits16.yaml", ("evaluation.every=0",))
     for on_gpu in (True, False):
         planned = plan(config, 1, on_gpu=on_gpu)
         (copy,) = (part for part in planned.parts if part.name == "copy for a checkpoint")
         assert copy.location == "host" and copy.num_bytes == 16 * planned.num_parameters
         # during the next step, unless only the last step is saved
         assert "backward" in copy.when
-        at_end = plan(load_config("vits16.yaml", ("run.checkpoint_every=0",)), 1, on_gpu=on_gpu)
+        at_end = plan(load_config("vits16.yaml", ("evaluation.every=0", "run.checkpoint_every=0")), 1, on_gpu=on_gpu)
         assert {p.name: p.when for p in at_end.parts}["copy for a checkpoint"] == ("last checkpoint",)
-        without = plan(load_config("vits16.yaml", ("run.save_in_background=false",)), 1, on_gpu=on_gpu)
-        assert planned.host_bytes - without.host_bytes == copy.num_bytes
+        without = plan(
+            load_config("vits16.yaml", ("evaluation.every=0", "run.save_in_background=false")), 1, on_gpu=on_gpu
+        )
+        # less than its bytes if the peak is in another phase without it
+        assert 0.95 * copy.num_bytes < planned.host_bytes - without.host_bytes <= copy.num_bytes
         # as the writer decides: it needs a share of the memory that the steps leave
         enough = without.host_bytes + int(copy.num_bytes / COPY_SHARE)
         for memory, expected in ((enough + 10, planned), (enough - 10, without)):
