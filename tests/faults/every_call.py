@@ -6,7 +6,7 @@ call and an error are drawn; 0 tries each error at the first, the middle and the
 path. After each failure, the same command runs again undisturbed; the results must equal the first ones.
 
 Each run is a fork of this process, which has imported everything, so that a run takes a second. Start this process with
-``fs_shim.c`` preloaded. Prints one line of JSON per violation, and the counts at the end.
+``fs_shim.c`` preloaded. Prints one line of JSON per violation, and the counts at the end. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def main() -> None:
     pairs = draw_pairs(calls)
     statuses: Counter[str] = Counter()
     violations = 0
-    for number, name in pairs:
+    for done, (number, name) in enumerate(pairs):
+        print(f"{done} of {len(pairs)}", time.strftime("%H:%M:%S"), number, name, file=sys.stderr, flush=True)
         status, violation = check(JOB, number, " ".join(calls[number]), name, expected)
         statuses[str(status)] += 1
         if violation:
