@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamtrain.ops.collectives import gather_rows, max_over_ranks, world_size
+from streamtrain.planning.host import SIMILARITY_BYTES
 
 NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07
 
 
 def nearest(
-    queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = 2**28,
+    queries: Tensor, bank: Tensor, count: int, chunk_bytes: int = SIMILARITY_BYTES,
     report: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Find the ``count`` rows of ``bank`` with the largest dot product with each query, best first.
@@ -69,7 +70,7 @@ def knn_predict(
     test_features: Tensor,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-    chunk_bytes: int = 2**28,
+    chunk_bytes: int = SIMILARITY_BYTES,
     report: Callable[[int], object] | None = None,
 ) -> dict[int, Tensor]:
     """Predict the labels int64 [M] of ``test_features`` [M, D] for each number of neighbours.
@@ -84,7 +85,7 @@ def knn_predict(
 def knn_predict_over_ranks(
     train: Rows,
     test: Rows,
-    chunk_bytes: int = 2**28,
+    chunk_bytes: int = SIMILARITY_BYTES,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Predict like ``knn_predict`` from features spread over ranks; all ranks get all predictions and labels.
 

@@ -20,11 +20,11 @@ from streamtrain.planning.parts import (
 )
 from streamtrain.planning.sizes import CPU_KERNELS, Sizes
 
-# Python with torch, DeepSpeed and DALI, measured by `tools/bench.py memory`
-PROCESS_BYTES = 1_150_000_000
+# Python with torch, DeepSpeed and DALI, in the middle of what runs measured (docs/measurements.md)
+PROCESS_BYTES = 870_000_000
 # the share of the available memory that the copies of checkpoints may use
 COPY_SHARE = 0.8
-# limit of the similarities of kNN in memory (``evaluation/knn.py``)
+# limit of the similarities of kNN in memory; ``evaluation/knn.py`` uses it
 SIMILARITY_BYTES = 2**28
 # bytes of a checkpoint per parameter: master, two moments and average in fp32
 SAVED_BYTES = 16
