@@ -43,7 +43,8 @@ def cpu_seconds() -> float:
 
 
 def peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the highest resident memory of this process alone (Linux only)."""
+    return _read_status("VmHWM")
 
 
 def process_age_seconds() -> float:
