@@ -31,6 +31,7 @@ from shards.packing.parallel import ordered_map
 from shards.packing.parquet import Columns
 from shards.packing.shard_writer import ShardWriter
 from shards.packing.upload import MARKER_NAME, REJECTED_NAME, Upload
+from shards.progress import bar_size
 from shards.storage.store import is_url
 
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
@@ -263,7 +264,7 @@ class _Packing:
         outcomes = _outcomes([items[number] for number in remaining], options, self.workers)
         bar = tqdm(
             outcomes, desc="packing", unit=" images", total=len(order), initial=done.next_position,
-            disable=None if self.progress else True, smoothing=0.05,
+            disable=None if self.progress else True, smoothing=0.05, **bar_size(),
         )  # fmt: skip
         try:
             for position, (number, outcome) in enumerate(zip(remaining, bar, strict=True), start=done.next_position):
