@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+from typing import TextIO, TypedDict
 
 # of a terminal that does not report its size, such as one of a container or of `ssh -tt`
 USUAL_COLUMNS, USUAL_ROWS = 80, 24
 
 
-def bar_size(stream: TextIO | None = None) -> dict[str, int]:
+class BarSize(TypedDict):
+    """Arguments of tqdm."""
+
+    ncols: int
+    nrows: int
+
+
+def bar_size(stream: TextIO | None = None) -> BarSize:
     """Return the ``ncols`` and ``nrows`` of a tqdm bar on ``stream`` (default: stderr).
 
     tqdm takes a size of 0 literally, and then draws no bar.

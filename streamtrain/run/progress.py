@@ -11,7 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from shards.progress import bar_size
+from shards.progress import BarSize, bar_size
 from streamtrain.run.tags import HEADLINES
 
 LINE_SECONDS = 10.0  # between two lines of a log file
@@ -161,10 +161,10 @@ class TrainingProgress:
             parts.append(f"{tqdm.format_interval((self._steps - step) * (now - since) / (step - from_step))} left")
         return parts
 
-    def _bar_size(self) -> dict[str, int]:
+    def _bar_size(self) -> BarSize:
         """Return the size of the bar in characters, which follows the size of the window."""
         size = bar_size(self._stream)
-        return size | {"ncols": max(size["ncols"] - _FREE, _MIN_BAR)}
+        return {**size, "ncols": max(size["ncols"] - _FREE, _MIN_BAR)}
 
 
 def fitting(parts: list[str], evaluations: list[str], columns: int) -> str:
