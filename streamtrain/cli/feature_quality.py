@@ -142,7 +142,7 @@ def select_baseline(arguments: argparse.Namespace, name: str) -> argparse.Namesp
 
 
 def share_factory(one: argparse.Namespace, two: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """Return the arguments of two networks, with ``--factory`` only for those that were trained with one.
+    """Return the arguments of two networks, with ``--factory`` only if the network was trained with one.
 
     If neither was, both keep it, and loading them reports that.
     """

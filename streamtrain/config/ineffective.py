@@ -57,7 +57,7 @@ def _unreached_peaks(config: Config) -> Iterator[str]:
 
 
 def _never_due(config: Config) -> Iterator[str]:
-    """Yield the intervals and first steps beyond the end of the run, unless they are those of the shipped recipe.
+    """Yield the intervals and first steps beyond the end of the run, unless the shipped recipe has the same.
 
     Its user shortened the run, and has chosen none of them.
     """

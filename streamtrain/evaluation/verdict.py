@@ -14,7 +14,7 @@ from streamtrain.run.directory import BASELINES_NAME
 from streamtrain.run.tags import HEADLINES, describe_tag
 
 Records = Sequence[Mapping[str, Any]]
-# collapse metrics out of bounds, of which the run warned
+# number of collapse metrics out of bounds
 _COLLAPSE_TAG = "watch/collapse"
 
 

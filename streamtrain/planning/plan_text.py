@@ -87,7 +87,7 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
 
 
 def _parameters(planned: Plan) -> str:
-    """Return the size of the network, of which an export has only the backbone."""
+    """Return the size of the backbone, which exports contain, and of the whole network."""
     backbone, whole = (significant(n / 1e6) for n in (planned.num_backbone_parameters, planned.num_parameters))
     return f"backbone of {backbone} M parameters, with heads {whole} M"
 

@@ -23,7 +23,7 @@ _FREE = 3
 
 
 class _Lines:
-    """A text stream that writes each redraw of a bar as its own line, unless its count is that of the line before."""
+    """A text stream that writes each redraw of a bar as its own line, unless the line before has the same count."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
