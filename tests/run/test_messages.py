@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamtrain.config.load import build
-from streamtrain.run.messages import command_text, completed_text, configuration_line
+from streamtrain.run.messages import command_text, completed_text, configuration_line, typed_command
 
 
 def line(world_size: int, keys: dict[str, Any], device: str = "cpu") -> str:
@@ -49,3 +49,5 @@ def test_the_end_names_results_and_commands_for_a_shell() -> None:
     assert all("my runs/a" in command for command in words)
     assert "evaluate" not in completed_text(config, 3, "2.50 s", "1.10 min", None)
     assert command_text(["train", "a.b=c d"]) == "streamtrain train 'a.b=c d'"
+    typed = ["train", "--gpus", "2", "data.shards=https://me:secret@host/set", "run.dir=a"]
+    assert typed_command(typed) == "streamtrain train --gpus 2 data.shards=https://host/set run.dir=a"
