@@ -62,7 +62,7 @@ from streamtrain.run.resume_policy import (
     separate_overrides,
     version_changes,
 )
-from streamtrain.run.signals import EXIT_USAGE, STOP_STATUSES
+from streamtrain.run.signals import EXIT_USAGE, STOP_STATUSES, has_stop_file, remove_old_stop_file
 from streamtrain.training.start_checks import check_folders, check_resources
 
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -177,6 +177,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
         reshaped: set[str] = set()
         config = load_config(arguments.config, arguments.overrides, launch.world_size, reshaped)
         run_dir = Path(config.run.dir)
+        is_stop_file_old = launch.rank == 0 and has_stop_file(run_dir)
         source = starting_checkpoint(run_dir, arguments.resume)
         accepted = accepted_keys(arguments, launch.rank)
         if arguments.dry_run:
@@ -202,11 +203,15 @@ def train_rank(arguments: argparse.Namespace) -> int:
             keep_messages(run_dir / MESSAGES_NAME, launch.rank, launch.world_size)
             device = choose_accelerator(config.engine, launch)
             num_images = shard_set.num_samples
+            if "dir" not in config.run.model_fields_set:
+                logger.info("run.dir is not given, so the run is in %s", run_dir)
             logger.info(configuration_line(config, arguments.config, num_images, launch.world_size, device))
             from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0
+            if is_stop_file_old:
+                remove_old_stop_file(run_dir)
             return train(config, launch, shard_set, arguments.resume, accepted, has_moved)
     except (StreamtrainError, ShardError) as error:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:

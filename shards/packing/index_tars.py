@@ -25,6 +25,7 @@ from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry, count
 from shards.format.tally import Tally
 from shards.packing.inputs import is_compressed_tar, refuse_zstd
 from shards.packing.parallel import ordered_map
+from shards.progress import bar_size
 from shards.storage.store import Store, is_url
 
 
@@ -105,7 +106,8 @@ def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool
     # tars of different folders may have the same name, so a number is prepended
     tasks = [(location, f"{number:06d}-{location.rpartition('/')[2]}") for number, location in enumerate(locations)]
     work = ordered_map(partial(_index_one, out), tasks, workers)
-    done = list(tqdm(work, desc="indexing", unit=" tars", total=len(tasks), disable=None if progress else True))
+    shown = None if progress else True
+    done = list(tqdm(work, desc="indexing", unit=" tars", total=len(tasks), disable=shown, **bar_size()))
     manifest = SetManifest(tuple(one.entry for one in done if one.entry.samples))
     passed_over = Tally()
     for one in done:

@@ -54,6 +54,7 @@ from shards.packing.items import (
 )
 from shards.packing.parquet import SUFFIX as PARQUET_SUFFIX
 from shards.packing.parquet import Columns, list_parquet
+from shards.storage.paths import expand_path
 from shards.storage.store import BULK_POLICY, Store, is_url
 
 # Files with other suffixes are passed over and counted; a file with one of these that fails to decode is rejected.
@@ -388,9 +389,15 @@ def _list_file(src: Path) -> Inputs:
     items = []
     for name, label in zip(names, labels, strict=True):
         folder, _, file_name = name.rpartition("/")
-        location = RemoteObject(folder, file_name) if is_url(name) else FileSpan(src.parent / name)
+        location = RemoteObject(folder, file_name) if is_url(name) else FileSpan(_listed_path(src, name))
         items.append(Item(strip_credentials(name), label, location))
     return Inputs(tuple(items), classes)
+
+
+def _listed_path(src: Path, name: str) -> Path:
+    """Return the path of an image in a list, relative to the list; ``~`` is the home folder unless a file has it."""
+    path = src.parent / name
+    return Path(expand_path(name)) if name.startswith("~") and not os.path.lexists(path) else path
 
 
 def _parse_labels(stated: Sequence[str], names: Sequence[str], src: Path) -> tuple[tuple[str, ...], list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,9 @@ from shards.packing.items import Inputs, Item, SourceUnreachable, sample_key
 from shards.packing.parallel import ordered_map
 from shards.packing.parquet import Columns
 from shards.packing.shard_writer import ShardWriter
+from shards.packing.summary import count_reasons
 from shards.packing.upload import MARKER_NAME, REJECTED_NAME, Upload
+from shards.progress import bar_size
 from shards.storage.store import is_url
 
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
@@ -58,15 +61,20 @@ class PackReport:
     """Result of a packing.
 
     Attributes:
-        num_rejected: images listed in ``rejected.jsonl``; None if that file was deleted from a finished set.
+        rejected: counts of the images in ``rejected.jsonl`` by reason; None if that file was deleted from a finished
+            set.
         passed_over: counts of the files and labels that are not used, by kind.
         is_new: False if the set was already complete.
     """
 
     manifest: SetManifest
-    num_rejected: int | None
+    rejected: Counter[str] | None
     passed_over: Tally
     is_new: bool = True
+
+    @property
+    def num_rejected(self) -> int | None:
+        return None if self.rejected is None else self.rejected.total()
 
     @property
     def num_ignored(self) -> int:
@@ -243,8 +251,8 @@ class _Packing:
             first = done.rejected[0]
             count, reason = len(inputs.items), f"{first['path']}: {first['reason']}"
             raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}")
-        lines = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected)
-        write_whole(out / REJECTED_NAME, lines.encode())
+        listed = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected).encode()
+        write_whole(out / REJECTED_NAME, listed)
         manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint)
         if upload:
             upload.finish(manifest)
@@ -252,7 +260,7 @@ class _Packing:
         else:
             manifest.save(out)
             (out / JOURNAL_NAME).unlink()
-        return PackReport(manifest, len(done.rejected), inputs.passed_over)
+        return PackReport(manifest, count_reasons(listed), inputs.passed_over)
 
     def _write_shards(self, inputs: Inputs) -> None:
         items, options, done = inputs.items, self.options, self.done
@@ -263,7 +271,7 @@ class _Packing:
         outcomes = _outcomes([items[number] for number in remaining], options, self.workers)
         bar = tqdm(
             outcomes, desc="packing", unit=" images", total=len(order), initial=done.next_position,
-            disable=None if self.progress else True, smoothing=0.05,
+            disable=None if self.progress else True, smoothing=0.05, **bar_size(),
         )  # fmt: skip
         try:
             for position, (number, outcome) in enumerate(zip(remaining, bar, strict=True), start=done.next_position):
@@ -323,8 +331,8 @@ def _identify(src: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _find_finished(out: Path, fingerprint: str) -> tuple[SetManifest, int | None] | None:
-    """Return the finished set in a folder and its number of rejected images, or None; refuse another set."""
+def _find_finished(out: Path, fingerprint: str) -> tuple[SetManifest, Counter[str] | None] | None:
+    """Return the finished set in a folder and its rejected images by reason, or None; refuse another set."""
     if not (out / FILE_NAME).exists():
         return None
     manifest = SetManifest.load(out)
@@ -332,7 +340,7 @@ def _find_finished(out: Path, fingerprint: str) -> tuple[SetManifest, int | None
         reason = "already contains another shard set, of other images or options"
         raise ShardError(f"--out {out} {reason}; choose a new folder, or delete it")
     log = out / REJECTED_NAME
-    return manifest, len(log.read_bytes().splitlines()) if log.exists() else None
+    return manifest, count_reasons(log.read_bytes()) if log.exists() else None
 
 
 def _open_journal(out: Path, fingerprint: str, check_shards: bool) -> _Progress:

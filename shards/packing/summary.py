@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +19,7 @@ from shards.format.tar_members import NO_LABEL
 from shards.reading.shard_set import ShardSet
 
 _SHOWN_CLASSES = 12
+_SHOWN_REASONS = 5
 # images whose headers are read for the formats; a read from a store takes much longer
 _SAMPLED, _SAMPLED_REMOTE = 2000, 50
 # shards whose index is read for the sizes, since a set may have more images than fit into memory
@@ -94,6 +97,30 @@ def describe_images(shard_set: ShardSet) -> list[str]:
             "large images: decoding them can take longer than training on them; --max-side 512 packs them at a size "
             "that suits crops of 224 pixels"
         )
+    return lines
+
+
+def count_reasons(rejected: bytes) -> Counter[str]:
+    """Return how many images of a ``rejected.jsonl`` have each reason, without sizes and advice."""
+    counts: Counter[str] = Counter()
+    for line in rejected.splitlines():
+        try:
+            reason = str(json.loads(line)["reason"])
+        except (ValueError, TypeError, KeyError):
+            reason = "unknown reason"
+        counts[re.sub(r"[0-9]+", "N", reason.partition("; ")[0])] += 1
+    return counts
+
+
+def describe_rejected(reasons: Counter[str], log: str) -> list[str]:
+    """Return lines about rejected images: the most frequent reasons, and the path ``log`` of the list of images."""
+    if not reasons:
+        return []
+    shown = reasons.most_common(_SHOWN_REASONS)
+    lines = [f"rejected {counted(reasons.total(), 'image')}, listed in {log}:"]
+    lines += [f"  {count} x {reason}" for reason, count in shown]
+    if others := reasons.total() - sum(count for _, count in shown):
+        lines.append(f"  {others} x other reasons")
     return lines
 
 

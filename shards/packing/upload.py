@@ -7,10 +7,12 @@ right length were sent by an earlier attempt of the same packing and are not sen
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from shards.errors import ShardError
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
+from shards.packing.summary import count_reasons
 from shards.storage.store import BULK_POLICY, Store
 
 REJECTED_NAME = "rejected.jsonl"
@@ -35,8 +37,8 @@ class Upload:
         self._present: dict[str, int | None] = {}
         self._fingerprint = ""
 
-    def find_finished(self, fingerprint: str) -> tuple[SetManifest, int | None] | None:
-        """Return the finished set at the URL and its number of rejected images, or None if there is no set.
+    def find_finished(self, fingerprint: str) -> tuple[SetManifest, Counter[str] | None] | None:
+        """Return the finished set at the URL and its rejected images by reason, or None if there is no set.
 
         Raises:
             ShardError: there is another set, or other files.
@@ -55,7 +57,7 @@ class Upload:
             self._store.remove(JOURNAL_NAME)
         if REJECTED_NAME not in self._present:
             return manifest, None
-        return manifest, self._store.load(REJECTED_NAME, lambda content: content.count(b"\n"), _MAX_REJECTED_BYTES)
+        return manifest, self._store.load(REJECTED_NAME, count_reasons, _MAX_REJECTED_BYTES)
 
     def begin(self, fingerprint: str, packed: list[ShardEntry]) -> None:
         """Check that the URL is empty or contains an earlier attempt of the same packing.

@@ -19,6 +19,7 @@ from shards.format.records import UNREADABLE, load_index
 from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.format.tar_members import Sample, read_samples
 from shards.packing.parallel import ordered_map
+from shards.progress import bar_size
 from shards.reading.shard_set import ShardSet
 from shards.storage.store import Store, is_url
 
@@ -76,8 +77,9 @@ def verify(
     faults = [Fault(FILE_NAME, reason) for reason in manifest.faults] + _unlisted_files(location, manifest)
     tasks = list(_tasks(location, manifest))
     bar = tqdm(
-        desc="verifying", unit=" images", total=manifest.num_samples, disable=None if progress else True, smoothing=0.05
-    )
+        desc="verifying", unit=" images", total=manifest.num_samples, disable=None if progress else True,
+        smoothing=0.05, **bar_size(),
+    )  # fmt: skip
     with bar:
         results = ordered_map(partial(_check, location, max_pixels), tasks, workers)
         for task, task_faults in zip(tasks, results, strict=True):

@@ -28,7 +28,7 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="with --untrained: a recipe, as for training")
     parser.add_argument(
         "--factory", metavar="MODULE:CLASS",
-        help="for a network trained with model.factory: the class to build it with, whose code is executed",
+        help="for each network that was trained with model.factory: the class to build it with, whose code is executed",
     )  # fmt: skip
 
 

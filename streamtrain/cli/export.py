@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     path, num_parameters = export_selected(arguments)
-    print(f"wrote {path} ({num_parameters / 1e6:.1f} M parameters, {arguments.to})")
+    print(f"wrote {path} (backbone of {num_parameters / 1e6:.1f} M parameters, {arguments.to})")
     return 0
 
 

@@ -27,6 +27,7 @@ from streamtrain.evaluation.linear import EPOCHS, linear_accuracy
 from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
 from streamtrain.evaluation.uncertainty import accuracy_margin, difference_margin, paired_difference
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
+from streamtrain.interop.load import needs_factory
 from streamtrain.run.progress import progress_bar
 
 # default input size of the pixel baseline
@@ -67,6 +68,8 @@ class Measurement:
 def evaluate(arguments: argparse.Namespace) -> Values:
     sets = open_sets(arguments.train, arguments.test)
     other = select_baseline(arguments, arguments.compare) if arguments.compare is not None else None
+    if other is not None:
+        arguments, other = share_factory(arguments, other)
     if arguments.compare == "untrained" and not arguments.untrained:
         # it describes only that network
         arguments = argparse.Namespace(**{**vars(arguments), "config": None})
@@ -136,6 +139,22 @@ def select_baseline(arguments: argparse.Namespace, name: str) -> argparse.Namesp
         is_run = (path / RESOLVED_NAME).is_file()
         changed |= {"run": path if is_run else None, "weights": None if is_run else path, "config": None}
     return argparse.Namespace(**changed)
+
+
+def share_factory(one: argparse.Namespace, two: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Return the arguments of two networks, with ``--factory`` only if the network was trained with one.
+
+    If neither was, both keep it, and loading them reports that.
+    """
+    paths = [each.run or each.weights for each in (one, two)]
+    need = [one.factory is not None and path is not None and needs_factory(path) for path in paths]
+    if not any(need):
+        return one, two
+    first, second = (
+        argparse.Namespace(**{**vars(one_of), "factory": one.factory if needed else None})
+        for one_of, needed in zip((one, two), need, strict=True)
+    )
+    return first, second
 
 
 def features_of(arguments: argparse.Namespace, sets: Sequence[LabelledImages]) -> tuple[Values, list[Embedded]]:

@@ -100,6 +100,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
         argcomplete.autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
+    arguments.words = list(argv)
     if hasattr(arguments, "overrides"):
         # argparse parses only the first group of positional arguments, and returns the others here
         arguments.overrides += [word for word in rest if not word.startswith("-")]

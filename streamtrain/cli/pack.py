@@ -17,7 +17,13 @@ from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from shards.packing.items import Inputs
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
-from shards.packing.summary import contact_sheet, describe_classes, describe_images, split_warning
+from shards.packing.summary import (
+    contact_sheet,
+    describe_classes,
+    describe_images,
+    describe_rejected,
+    split_warning,
+)
 from shards.reading.shard_set import ShardSet
 from streamtrain.cli.arguments import (
     add_command,
@@ -48,7 +54,7 @@ from there once it is uploaded, and the manifest is uploaded last.
 --src is one of
   a folder    searched recursively; class subfolders become labels (sorted by name, from 0), a flat
               folder has no labels
-  a list      a text file with one path or URL per line, relative to the file; an optional label
+  a list      a text file with one path (relative to the file, or ~/...) or URL per line; an optional label
               follows a tab: numbers (-1 for none) or names
   an archive  .tar, .tar.gz, .tar.xz, .tar.bz2 or .zip; labels from .cls members (a.b.cls for a.b.jpg),
               otherwise from class folders
@@ -135,10 +141,11 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     manifest = report.manifest
     log = f"{arguments.out.rstrip('/')}/rejected.jsonl"
-    if report.num_rejected is None:
+    if report.rejected is None:
         rejected = f"number of rejected images unknown, because {log} is missing"
     else:
-        rejected = f"{report.num_rejected} rejected" + (f" (see {log})" if report.num_rejected else "")
+        rejected = f"{report.num_rejected} rejected"
+        print_lines(describe_rejected(report.rejected, log))
     print_lines(report.passed_over.lines())
     shard_set = ShardSet.open(arguments.out)
     print_lines(describe_images(shard_set))

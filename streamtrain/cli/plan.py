@@ -22,7 +22,7 @@ from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import PHASES
 from streamtrain.planning.plan_text import advice, summary, table
 from streamtrain.planning.sizes import CPU_KERNELS
-from streamtrain.run.machine import host_memory
+from streamtrain.run.machine import has_gpu_driver, host_memory
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
 _DETAILS = """\
@@ -113,8 +113,8 @@ def print_plan(arguments: argparse.Namespace) -> int:
     is_fitting = machine.fits(planned)
 
     print(summary(planned, config, machine))
-    if arguments.device is None and machine.on_gpu:
-        print("--device cpu plans for the CPU of this machine instead")
+    if arguments.device is None and arguments.gpu_memory is None and machine.on_gpu and not has_gpu_driver():
+        print("this machine has no GPU; --device cpu plans for its CPU instead")
     found: list[Remedy] = []
     if chosen:
         print("the fastest settings that fit:\n  " + " ".join(chosen))
@@ -174,6 +174,7 @@ def plan_document(
         "peak_phase": planned.peak_phase,
         "gpu_bytes_by_phase": {phase: planned.at(phase) for phase in PHASES},
         "state_bytes": planned.state_bytes,
+        "num_backbone_parameters": planned.num_backbone_parameters,
         "num_parameters": planned.num_parameters,
         "flops_per_step": planned.flops_per_step,
         "assumed_flops_per_second": machine.flops,

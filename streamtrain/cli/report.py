@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shards.errors import printable
 from shards.format.files import write_whole
 from streamtrain.cli.arguments import add_command, writing
+from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.report import report_page
 from streamtrain.reporting.metrics import read_metrics
 from streamtrain.run.command_line import local_path
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME
 
 logger = logging.getLogger(__name__)
+
+# of a file that is looked at to find out whether it is a page
+_START_BYTES = 1000
 
 _SUMMARY = "Write a page about a run: curves, pictures, numbers and configuration."
 _DETAILS = "The page is one HTML file that needs no network."
@@ -33,12 +38,24 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out or arguments.run / "report.html"
+    check_output(out)
     page = render_run(arguments.run).encode(errors="backslashreplace")
     with writing(out):
         # a link of that name in the run directory is replaced, not followed
         write_whole(out, page)
     print(f"wrote {printable(out)} ({len(page) / 2**20:.1f} MiB)")
     return 0
+
+
+def check_output(out: Path) -> None:
+    """Raise StreamtrainError if the page would replace a file that is not an HTML page; a link is only replaced."""
+    with suppress(OSError):
+        if out.is_symlink() or not out.is_file():
+            return
+        with open(out, "rb") as file:
+            start = file.read(_START_BYTES).lstrip().lower()
+        if start and not start.startswith((b"<!doctype html", b"<html")):
+            raise StreamtrainError(f"{out} exists and is not an HTML page; choose another --out, or delete it")
 
 
 def render_run(run_dir: Path) -> str:

@@ -14,7 +14,7 @@ from streamtrain.engine.runtime import count_gpus
 from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
 from streamtrain.run.command_line import local_path
-from streamtrain.run.messages import command_text
+from streamtrain.run.messages import typed_command
 from streamtrain.run.resume_policy import separate_overrides
 from streamtrain.run.signals import STOP_STATUSES
 
@@ -67,8 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     # report invalid settings once, before any rank loads a library
     device = load_config(arguments.config, arguments.overrides, arguments.ranks or 1).engine.device
     ranks = arguments.ranks or (1 if device == "cpu" else max(1, count_gpus()))
-    words = [*rank_arguments(arguments), *(["--ranks", str(ranks)] if arguments.ranks is not None else [])]
-    command = command_text(["train", *words])
+    command = typed_command(arguments.words)
     if ranks == 1:
         run_process(arguments, command)
     status = run_ranks(rank_arguments(arguments), ranks)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from shards.format.set_manifest import counted
 from streamtrain.config.masks import group_counts
+from streamtrain.config.recipes import nearest_recipe
 from streamtrain.config.schedules import Schedule
 from streamtrain.config.section import Section
 from streamtrain.config.tree import Config, walk_settings
@@ -56,8 +57,12 @@ def _unreached_peaks(config: Config) -> Iterator[str]:
 
 
 def _never_due(config: Config) -> Iterator[str]:
-    """Yield the intervals and first steps beyond the end of the run; a default is meant for no run in particular."""
+    """Yield the intervals and first steps beyond the end of the run, unless the shipped recipe has the same.
+
+    Its user shortened the run, and has chosen none of them.
+    """
     run, steps = config.run, config.run.steps
+    _, changed = nearest_recipe(config)
     gram = config.objective.gram
     # a checkpoint is kept where both intervals meet; the last step is always saved
     kept = math.lcm(run.keep_every, run.checkpoint_every) if run.keep_every and run.checkpoint_every else 0
@@ -66,7 +71,6 @@ def _never_due(config: Config) -> Iterator[str]:
         ("run.keep_every", run, "keep_every", kept),
         ("run.snapshot_every", run, "snapshot_every", run.snapshot_every),
         ("evaluation.every", config.evaluation, "every", config.evaluation.every),
-        ("monitor.panel_every", config.monitor, "panel_every", config.monitor.panel_every),
         ("monitor.histogram_every", config.monitor, "histogram_every", config.monitor.histogram_every),
         ("monitor.collapse.every", config.monitor.collapse, "every", config.monitor.collapse.every),
         ("monitor.profile.start", config.monitor.profile, "start", config.monitor.profile.start),
@@ -74,11 +78,13 @@ def _never_due(config: Config) -> Iterator[str]:
     ]
     for key, section, name, first in candidates:
         value = getattr(section, name)
-        if first and first > steps and value != type(section).model_fields[name].default:
+        is_chosen = key in changed and value != type(section).model_fields[name].default
+        if first and first > steps and is_chosen:
             hint = " (only the last step is saved)" if name == "checkpoint_every" else ""
             hint = f" with run.checkpoint_every {run.checkpoint_every}" if name == "keep_every" else hint
             yield f"{key} {value}{hint}"
-    if config.evaluation.best is not None and not 0 < config.evaluation.every <= steps:
+    is_chosen = not changed.keys().isdisjoint(("evaluation.best", "evaluation.every"))
+    if config.evaluation.best is not None and not 0 < config.evaluation.every <= steps and is_chosen:
         yield f"evaluation.best {config.evaluation.best} (evaluation.every is {config.evaluation.every})"
 
 

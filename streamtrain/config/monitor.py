@@ -51,8 +51,9 @@ class MonitorConfig(Section):
     )
     project: str = free("streamtrain", "Name of the project (wandb) or the experiment (mlflow).")
     panel_every: NonNegative = free(
-        500, "Steps between panels of crops and masks, and between feature maps of held-out images; 0: never."
-    )
+        500, "Steps between panels of crops and masks, and between feature maps of held-out images; both are drawn at "
+        "the start and at the last step, too; 0: never."
+    )  # fmt: skip
     panel_samples: NonNegative = free(4, "Number of images in a panel, and of held-out images with feature maps.")
     histogram_every: NonNegative = free(1000, "Steps between histograms of weights and gradients; 0: never.")
     peak_flops: float | None = free(

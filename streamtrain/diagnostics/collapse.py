@@ -100,6 +100,11 @@ class CollapseDetector:
         self._bad: Counter[str] = Counter()
         self._was_good: set[str] = set()
 
+    @property
+    def num_out_of_bounds(self) -> int:
+        """Number of tags that were out of bounds in their latest ``IN_A_ROW`` measurements or more."""
+        return sum(count >= IN_A_ROW for count in self._bad.values())
+
     def warnings(self, step: int, metrics: CollapseMetrics) -> Iterator[str]:
         """Yield a warning for each tag that is out of bounds for the third time in a row.
 

@@ -232,6 +232,8 @@ def _facts(
     of_all = f" of {config.run.steps:,}" if config is not None else ""
     epochs = f" = {slot / images:,.3g} epochs" if images else ""
     facts["Training"] = f"{took} for {step:,}{of_all} steps, {slot:,} images seen{epochs}"
+    # the terminal states both at the end of each start
+    facts["Training"] += "; the preparation of each start is not counted"
     if ended is not None and config is not None and step < config.run.steps:
         facts["Last step"] = _date(ended)
     steps = saved_steps(run)
@@ -319,7 +321,8 @@ def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], recor
     return [
         ["", "planned", "measured"],
         [f"peak memory per rank, {device}", size(planned.step_bytes), size(max(peaks)) if peaks else ""],
-        ["parameters", f"{planned.num_parameters / 1e6:,.1f} M", ""],
+        ["parameters of the backbone", f"{significant(planned.num_backbone_parameters / 1e6)} M", ""],
+        ["parameters with heads", f"{significant(planned.num_parameters / 1e6)} M", ""],
         ["FLOPs of a step, all ranks", f"{significant(planned.flops_per_step / 1e12)} TFLOP", rate],
         ["step time, median", "", duration(seconds) if seconds else ""],
         ["disk space of all checkpoints", size(planned.disk_bytes), size(folder_bytes(run / CHECKPOINTS))],

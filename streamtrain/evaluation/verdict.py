@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shards.format.files import read_json
+from shards.format.set_manifest import counted
 from streamtrain.evaluation.uncertainty import accuracy_margin, difference_margin
 from streamtrain.run.directory import BASELINES_NAME
 from streamtrain.run.tags import HEADLINES, describe_tag
 
 Records = Sequence[Mapping[str, Any]]
-_COLLAPSE_WORDS = "may be collapsing"
+# number of collapse metrics out of bounds
+_COLLAPSE_TAG = "watch/collapse"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
         return Finding(
             "open", "Learning was not measured",
             "The run has no evaluation, and a falling loss alone does not show that the features improve. Set "
-            "evaluation.train to a labelled set.",
+            "evaluation.train to a labelled set, and evaluation.every to fewer steps than the run has.",
         )  # fmt: skip
     values = [(record["step"], record[tag]) for record in records if record.get(tag) is not None]
     step, last = values[-1]
@@ -102,17 +104,21 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
 def judge_stability(records: Records, warnings: Sequence[tuple[int, str]] | None) -> Finding:
     """Say whether steps were skipped and whether the run warned; ``warnings``: None if they were not kept."""
     skipped = max((record.get("optim/skipped_steps") or 0 for record in records), default=0)
-    collapse = [step for step, text in warnings or () if _COLLAPSE_WORDS in text]
+    measured = [(record["step"], record[_COLLAPSE_TAG]) for record in records if record.get(_COLLAPSE_TAG) is not None]
+    collapse = [step for step, count in measured if count > 0]
     if records[-1].get("loss/total", 0.0) is None:
         return Finding("bad", "Diverged", "The loss of the last step is not finite.")
     parts = [f"{skipped:,.0f} steps were skipped as non-finite" if skipped else "No step was skipped as non-finite"]
     if collapse:
         parts.append(f"the features may be collapsing since step {collapse[0]:,}")
-        return Finding("bad", "Signs of collapse", f"{'; '.join(parts)}. See the warnings below.")
+        below = " See the warnings below." if warnings else ""
+        return Finding("bad", "Signs of collapse", f"{'; '.join(parts)}.{below}")
     if warnings is None:
         parts.append("warnings are only in the run's log, because it has no TensorBoard files")
     elif warnings:
-        parts.append(f"{len(warnings)} warnings, listed below; none of a collapse")
+        listed = f"{counted(len(warnings), 'warning')}, listed below"
+        # runs of earlier versions did not record it
+        parts.append(f"{listed}; none of a collapse" if measured else listed)
     else:
         parts.append("no warning of a collapse or of a sudden loss")
     kind: Literal["good", "open"] = "open" if skipped or warnings else "good"

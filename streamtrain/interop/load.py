@@ -163,17 +163,7 @@ def load_weights(path: Path, factory: str | None = None) -> Backbone:
     Raises:
         StreamtrainError: if it is none of these, or its weights and its config do not match.
     """
-    if path.is_file():
-        document, is_timm, is_foreign = _read_header(path), False, False
-    elif (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
-        document = read_document(path / CONFIG_NAME)
-        is_timm = "architecture" in document
-        is_foreign = is_timm or document.get("model_type") == MODEL_TYPE
-    else:
-        raise StreamtrainError(
-            f"{path} is neither a run directory, nor a .safetensors file, nor a folder with {CONFIG_NAME} and "
-            f"{WEIGHTS_NAME}"
-        )
+    document, is_timm, is_foreign = _read_description(path)
     with open_backbone(path) as file:
         if is_timm:
             config = backbone_config_from_timm(document, file.shapes(file.preferred()), str(path))
@@ -185,6 +175,28 @@ def load_weights(path: Path, factory: str | None = None) -> Backbone:
             config = parse_config(document, str(path))
         config = _permit_factory(config, factory, path)
         return Backbone(_read_model(file, config.model, is_timm, is_foreign), config)
+
+
+def needs_factory(path: Path) -> bool:
+    """Return whether a run or weights have a network of ``model.factory``; errors as in ``load_weights``."""
+    if (path / RESOLVED_NAME).is_file():
+        return read_resolved(path).model.factory is not None
+    document, _, is_foreign = _read_description(path)
+    return not is_foreign and parse_config(document, str(path)).model.factory is not None
+
+
+def _read_description(path: Path) -> tuple[Any, bool, bool]:
+    """Return the config of weights, and whether it is of timm, and of any other library; as in ``load_weights``."""
+    if path.is_file():
+        return _read_header(path), False, False
+    if (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        document = read_document(path / CONFIG_NAME)
+        is_timm = "architecture" in document
+        return document, is_timm, is_timm or document.get("model_type") == MODEL_TYPE
+    raise StreamtrainError(
+        f"{path} is neither a run directory, nor a .safetensors file, nor a folder with {CONFIG_NAME} and "
+        f"{WEIGHTS_NAME}"
+    )
 
 
 def _read_model(file: BackboneFile, config: ModelConfig, is_timm: bool, is_foreign: bool) -> VisionTransformer:

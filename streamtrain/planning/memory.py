@@ -6,6 +6,7 @@ saves. The libraries' own memory (contexts, communicators, decoders) is an estim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,7 @@ from streamtrain.planning.parts import (
     Part,
     part,
 )
-from streamtrain.planning.shapes import parameter_shapes, partition
+from streamtrain.planning.shapes import backbone_shapes, parameter_shapes, partition
 from streamtrain.planning.sizes import CPU_KERNELS, Implementation, Sizes, StoredImages
 
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
@@ -60,6 +61,8 @@ class Plan:
     all_gather_bytes_per_step: int
     # transferred by one rank between the device and the host or disk
     transfer_bytes_per_step: int
+    # of the student: its backbone, and the backbone with the heads
+    num_backbone_parameters: int
     num_parameters: int
 
     def at(self, phase: str, location: Location = "gpu") -> int:
@@ -149,6 +152,7 @@ def plan(
         step_flops(config, world_size).executed,
         _all_gather_bytes(sizes),
         _transfer_bytes(sizes),
+        sum(math.prod(shape) for shape in backbone_shapes(config.model).values()),
         sizes.numel,
     )
     copy = checkpoint_copy(sizes)

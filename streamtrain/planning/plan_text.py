@@ -66,7 +66,7 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
     units = _count(machine.ranks, unit, "es" if unit == "process" else "s")
     lines = [
         _fitting_line(planned, machine),
-        f"network   {significant(planned.num_parameters / 1e6)} M parameters in {dtype} on {units}{of_each}",
+        f"network   {_parameters(planned)}, in {dtype} on {units}{of_each}",
         f"peak      {size(planned.rank_bytes)} per {unit} {_IN_PHASE[phase]}; largest: {names}",
     ]
     if machine.on_gpu or machine.ranks > 1:
@@ -84,6 +84,12 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
     else:
         lines.append(f"images    {significant(machine.images.pixels / 1e6)} megapixels on average")
     return "\n".join(lines)
+
+
+def _parameters(planned: Plan) -> str:
+    """Return the size of the backbone, which exports contain, and of the whole network."""
+    backbone, whole = (significant(n / 1e6) for n in (planned.num_backbone_parameters, planned.num_parameters))
+    return f"backbone of {backbone} M parameters, with heads {whole} M"
 
 
 def largest_buffers(planned: Plan) -> tuple[str, list[tuple[str, int]]]:
@@ -132,7 +138,10 @@ def _count(number: int, noun: str, ending: str = "s") -> str:
 
 def table(planned: Plan, world_size: int) -> str:
     """Format every buffer with its arithmetic, the memory of each phase, and the totals of an optimiser step."""
-    lines = [f"{planned.num_parameters:,} parameters on {world_size} rank(s); sizes in GB (1e9 bytes)"]
+    lines = [
+        f"{planned.num_parameters:,} parameters with heads, {planned.num_backbone_parameters:,} in the backbone, on "
+        f"{world_size} rank(s); sizes in GB (1e9 bytes)"
+    ]
     for location, title in (_GPU_TITLES if planned.on_gpu else _CPU_TITLES).items():
         parts = [part for part in planned.parts if part.location == location]
         if parts:
@@ -163,7 +172,9 @@ def model_table(config: Config) -> str:
         depth = 2 if pieces[0] == "blocks" else 1
         parts.setdefault(".".join(pieces[:depth]), []).append((".".join(pieces[depth:]), shape))
     numels = {part: sum(math.prod(shape) for _, shape in members) for part, members in parts.items()}
-    lines = [f"{'all parameters':34} {sum(numels.values()):>14,}"]
+    heads = sum(numel for part, numel in numels.items() if part in ("global_head", "patch_head"))
+    total = sum(numels.values())
+    lines = [f"{name:34} {numel:>14,}" for name, numel in (("backbone", total - heads), ("with heads", total))]
     for part, members in parts.items():
         if part.startswith("blocks.") and part != "blocks.0":
             continue
@@ -178,7 +189,7 @@ def start_summary(planned: Plan) -> str:
     phase, ((name, num_bytes), *_) = largest_buffers(planned)
     unit, peak = "GPU" if planned.on_gpu else "rank", size(planned.rank_bytes)
     return (
-        f"plan: {significant(planned.num_parameters / 1e6)} M parameters; peak {peak} per {unit} {_IN_PHASE[phase]} "
+        f"plan: {_parameters(planned)}; peak {peak} per {unit} {_IN_PHASE[phase]} "
         f"(largest: {name}, {size(num_bytes)}); {size(planned.disk_bytes)} on disk"
     )
 

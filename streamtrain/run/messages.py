@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from shards.credentials import strip_from_text
+from shards.format.set_manifest import counted
 from shards.reading.mixture import AnySet
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.model import PRESETS, ModelConfig
@@ -54,11 +54,13 @@ def labelled_set(config: Config, shard_set: AnySet) -> str | None:
     return config.data.shards_text if is_labelled else None
 
 
-def completed_text(config: Config, seconds: float, labelled: str | None) -> str:
+def completed_text(config: Config, steps: int, step_time: str, total_time: str, labelled: str | None) -> str:
     """Return where the results of a complete run are, and commands that use them.
 
     Args:
-        seconds: duration of this start.
+        steps: completed since this start.
+        step_time: sum of their durations, which the report shows for all starts together.
+        total_time: duration of this start.
         labelled: path of a set to evaluate with; None: there is no such set.
     """
     run_dir = Path(config.run.dir)
@@ -68,7 +70,7 @@ def completed_text(config: Config, seconds: float, labelled: str | None) -> str:
         ["export", "--run", run_dir, "--to", "hf", "--out", "exported"],
     ]
     lines = [
-        f"completed {config.run.steps} steps in {tqdm.format_interval(seconds)}",
+        f"completed {counted(config.run.steps, 'step')}; this start: {steps:,} in {step_time}, {total_time} in all",
         f"results in {run_dir}: {step_folder('', config.run.steps)}, {METRICS_NAME}, {TENSORBOARD_NAME}/",
         "next:",
         *(f"  {command_text(words)}" for words in commands),
@@ -79,3 +81,8 @@ def completed_text(config: Config, seconds: float, labelled: str | None) -> str:
 def command_text(words: Sequence[object]) -> str:
     """Return a ``streamtrain`` command that can be pasted into a shell."""
     return shlex.join(["streamtrain", *map(str, words)])
+
+
+def typed_command(words: Sequence[str]) -> str:
+    """Return the command line that the user typed, without the credentials of URLs."""
+    return command_text([strip_from_text(word) for word in words])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,11 +11,11 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from shards.progress import BarSize, bar_size
 from streamtrain.run.tags import HEADLINES
 
 LINE_SECONDS = 10.0  # between two lines of a log file
 _EVALUATION_MARK = b'"eval/'
-DEFAULT_COLUMNS = 80
 # of a bar beside the text; a narrower terminal shows only the text
 _MIN_BAR = 8
 # columns after the bar, for the ^C that a terminal shows
@@ -24,14 +23,17 @@ _FREE = 3
 
 
 class _Lines:
-    """A text stream that writes each redraw of a bar as its own line."""
+    """A text stream that writes each redraw of a bar as its own line, unless the line before has the same count."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._count = ""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        # tqdm draws the last count again when it closes
+        if (line := text.strip()) and (count := line.rsplit(", ", 2)[0]) != self._count:
             self._stream.write(f"{line}\n")
+            self._count = count
 
     def flush(self) -> None:
         self._stream.flush()
@@ -41,7 +43,7 @@ def progress_bar(label: str, total: int, unit: str, *, shown: bool = True, strea
     """Return a bar of ``total`` units on ``stream`` (default: stderr); it shows nothing if not ``shown``."""
     stream = stream or sys.stderr
     if stream.isatty():
-        return tqdm(total=total, desc=label, unit=unit, file=stream, disable=not shown)
+        return tqdm(total=total, desc=label, unit=unit, file=stream, disable=not shown, **bar_size(stream))
     return tqdm(
         total=total, desc=label, unit=unit, file=_Lines(stream), disable=not shown,
         mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS,
@@ -118,7 +120,7 @@ class TrainingProgress:
         self._bar = (
             tqdm(
                 total=steps, initial=start_step, desc=f"step {start_step}/{steps}", file=self._stream,
-                ncols=self._columns(), bar_format="{desc} {bar}",
+                bar_format="{desc} {bar}", **self._bar_size(),
             )
             if self._stream.isatty()
             else None
@@ -130,7 +132,7 @@ class TrainingProgress:
         is_evaluated = self._evaluations.add(step, scalars)
         if self._bar is not None:
             parts = [f"step {step}/{self._steps}", *self._parts(step, scalars, now)]
-            self._bar.ncols = self._columns()
+            self._bar.ncols = self._bar_size()["ncols"]
             self._bar.set_description_str(fitting(parts, self._evaluations.texts(), self._bar.ncols), refresh=False)
             self._bar.update(step - self._bar.n)
             if is_evaluated:
@@ -159,13 +161,10 @@ class TrainingProgress:
             parts.append(f"{tqdm.format_interval((self._steps - step) * (now - since) / (step - from_step))} left")
         return parts
 
-    def _columns(self) -> int:
-        """Return the width of the bar in characters, which follows the size of the window."""
-        try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns or DEFAULT_COLUMNS
-        except (OSError, ValueError):
-            columns = DEFAULT_COLUMNS
-        return max(columns - _FREE, _MIN_BAR)
+    def _bar_size(self) -> BarSize:
+        """Return the size of the bar in characters, which follows the size of the window."""
+        size = bar_size(self._stream)
+        return {**size, "ncols": max(size["ncols"] - _FREE, _MIN_BAR)}
 
 
 def fitting(parts: list[str], evaluations: list[str], columns: int) -> str:

@@ -133,6 +133,19 @@ class Requests:
         _remove(self._stop_file)
 
 
+def has_stop_file(run_dir: Path) -> bool:
+    """Return whether a stop of the run is requested by a file."""
+    return _exists(run_dir / STOP_NAME)
+
+
+def remove_old_stop_file(run_dir: Path) -> None:
+    """Remove a ``STOP`` file that is older than this start: the run that it was meant for has ended."""
+    if _remove(run_dir / STOP_NAME):
+        import logging
+
+        logging.getLogger(__name__).info("removed %s, which is older than this start", run_dir / STOP_NAME)
+
+
 def _exists(path: Path | None) -> bool:
     """Return whether the file exists, False if the disk fails; ``Path.exists`` would raise."""
     return path is not None and os.path.exists(path)

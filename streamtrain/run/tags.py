@@ -73,6 +73,7 @@ TAGS = {
     "optim/skipped_steps": Tag(
         "Skipped steps", "Total steps skipped because a loss or gradient was not finite.", "steps"
     ),
+    "watch/collapse": Tag("Signs of collapse", "Collapse metrics outside their bounds for a while.", "metrics"),
     "watch/loss_z": Tag("Loss outlier score", "Robust z-score of the loss among recent steps.", "standard deviations"),
     "speed/images_per_second": Tag("Speed", "Images trained on per second, over all ranks.", "images/s"),
     "speed/tokens_per_second": Tag("Tokens per second", "Tokens of the student, over all ranks.", "tokens/s"),

@@ -27,6 +27,7 @@ from streamtrain.ops.cpu.build import is_enabled
 from streamtrain.planning.images import stored_images
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.plan_text import end_summary, model_table, start_summary, table
+from streamtrain.planning.units import duration
 from streamtrain.reporting.panel import batch_panel
 from streamtrain.reporting.sink import MetricsSink
 from streamtrain.reporting.usage import peak_bytes
@@ -68,7 +69,7 @@ def train(
     Raises:
         ShardError, StreamtrainError: for errors that the user can fix.
     """
-    run_dir, exit_code, began = Path(config.run.dir), 0, time.monotonic()
+    run_dir, exit_code, began, step_seconds = Path(config.run.dir), 0, time.monotonic(), 0.0
     keep_tracebacks(run_dir / TRACEBACKS_NAME)
     with init_process_group(config.engine, launch) as runtime:
         planned = _plan(config, runtime, shard_set)
@@ -103,6 +104,7 @@ def train(
                 _check_directory(run_dir, result.stop_request == MOVED)
                 non_finite.count(step, result.applied)
                 metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
+                step_seconds += metrics.get("speed/step_seconds", 0.0)
                 sink.log(step, result.next_slot, metrics)
                 policy.after_step(result, metrics)
                 # a request to save does not stop the run
@@ -123,7 +125,8 @@ def train(
             raise CheckpointError(f"all steps are complete, but {status}; fix that and run the same command again")
         else:
             logger.info(end_summary(planned, peak_bytes(runtime.device)))
-            logger.info(completed_text(config, time.monotonic() - began, labelled_set(config, shard_set)))
+            times = duration(step_seconds), duration(time.monotonic() - began)
+            logger.info(completed_text(config, step - start.step, *times, labelled_set(config, shard_set)))
     return exit_code
 
 

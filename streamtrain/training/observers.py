@@ -42,7 +42,7 @@ from streamtrain.reporting.usage import StepClock, Work, memory_scalars
 from streamtrain.run.directory import describe_run
 from streamtrain.training.build import Networks
 from streamtrain.training.distill import frozen_teacher_config
-from streamtrain.training.step import StepResult, Wrap, is_due
+from streamtrain.training.step import StepResult, Wrap, draws_panels, is_due
 
 MAPS_NAME = "maps.npz"
 logger = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ class Diagnostics(Observer):
             metrics |= result.collapse.values
             for line in self._collapse.warnings(result.step, result.collapse):
                 self._sink.warn(result.step, line)
+            metrics["watch/collapse"] = float(self._collapse.num_out_of_bounds)
         return metrics
 
 
@@ -272,7 +273,7 @@ class CropPictures(Observer):
     sink: MetricsSink
 
     def after_step(self, result: StepResult) -> dict[str, float]:
-        if self.sink.has_trackers and (result.step == 1 or is_due(result.step, self.config.monitor.panel_every)):
+        if self.sink.has_trackers and draws_panels(result.step, self.config):
             with self.sink.stopwatch:
                 picture = batch_panel(result.batches[0], self.config.monitor.panel_samples)
                 self.sink.image(result.step, picture)
@@ -303,7 +304,7 @@ class FeatureMaps(Observer):
             self._embed_and_draw(0)
 
     def communicates(self, result: StepResult) -> bool:
-        return bool(self._images) and result.step > 1 and is_due(result.step, self._config.monitor.panel_every)
+        return bool(self._images) and result.step > 1 and draws_panels(result.step, self._config)
 
     def after_step(self, result: StepResult) -> dict[str, float]:
         if self.communicates(result):

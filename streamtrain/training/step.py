@@ -181,6 +181,12 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def draws_panels(step: int, config: Config) -> bool:
+    """Return whether crops and feature maps are drawn: at the first, the due and the last step of the run."""
+    every = config.monitor.panel_every
+    return every > 0 and (step in (1, config.run.steps) or is_due(step, every))
+
+
 def draws_histograms(step: int, config: Config) -> bool:
     return is_due(step, config.monitor.histogram_every) and bool(config.monitor.tensorboard or config.monitor.trackers)
 

@@ -28,10 +28,11 @@ def test_pack_verify_damage_verify(tmp_path: Path) -> None:
     assert packed.returncode == 0, packed.stderr
     lines = packed.stdout.splitlines()
     assert lines[0] == "found 21 images in 2 classes: cat 11, dog 10"
-    assert [line.partition(":")[0] for line in lines[1:-1]] == ["sizes", "formats"]
+    assert lines[1:3] == ["rejected 1 image, listed in a/set/rejected.jsonl:", "  1 x not an image: an unknown format"]
+    assert [line.partition(":")[0] for line in lines[3:-1]] == ["sizes", "formats"]
     shard_set = ShardSet.open(tmp_path / "a" / "set")
     assert f"packed 20 images in {len(shard_set.sizes)} shards" in packed.stdout
-    assert "1 rejected (see a/set/rejected.jsonl)" in packed.stdout
+    assert "; 1 rejected, " in lines[-1]
     assert shard_set.digest in packed.stdout
 
     again = run_command("pack", "--src", "images", "--out", "a/set", *options, "--preview", "sheet.png", cwd=tmp_path)

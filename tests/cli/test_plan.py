@@ -14,6 +14,7 @@ from PIL import Image
 from ranks import ROOT
 
 from streamtrain import pack
+from streamtrain.cli.main import main
 
 
 def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +32,7 @@ def test_giant_recipe_fits_and_its_arithmetic_is_printed(arguments: tuple[str, .
     *text, last = done.stdout.splitlines()
     document = json.loads(last)
     assert document["fits"] is True and document["num_parameters"] == 7_028_020_096
+    assert document["num_backbone_parameters"] == 6_716_043_264
     for key in ("gpu_bytes", "host_bytes", "disk_bytes", "flops_per_step", "step_seconds"):
         assert document[key] > 0
     shown = "\n".join(text)
@@ -74,6 +76,21 @@ def test_the_recipe_alone_is_enough() -> None:
     assert done.returncode == 0, done.stderr
     assert "--gpu-memory" in done.stdout and " 8 GB" in done.stdout and "per step of 16 images" in done.stdout
     assert len(done.stdout.splitlines()) <= 10 and max(map(len, done.stdout.splitlines())) <= 160
+
+
+@pytest.mark.parametrize(
+    ("words", "has_gpu", "is_shown"),
+    [
+        ([], False, True), ([], True, False), (["--gpu-memory", "80GB"], False, False),
+        (["--device", "gpu"], False, False), (["--device", "cpu"], False, False),
+    ],
+)  # fmt: skip
+def test_only_a_plan_for_missing_gpus_names_the_cpu(
+    words: list[str], has_gpu: bool, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("streamtrain.cli.plan.has_gpu_driver", lambda: has_gpu)
+    assert main(["plan", "--config", "vits16.yaml", *words]) in (0, 1)
+    assert ("--device cpu plans" in capsys.readouterr().out) == is_shown
 
 
 def test_a_change_that_makes_it_fit_is_named() -> None:

@@ -250,9 +250,19 @@ def test_warnings_of_the_run_are_listed_and_a_collapse_is_the_verdict(tmp_path: 
     sink.warn(120, "step 120: the features are nearly equal; training may be collapsing <b>")
     sink.close()
     (run / "x" / "tensorboard").rename(run / "tensorboard")
-    assert exit_status(["report", "--run", run]) == 0
-    page = Page((run / "report.html").read_text())
-    assert "Signs of collapse" in page.words and "since step 120" in page.words and "collapsing <b>" in page.words
+
+    def words_of_report(collapse: dict[int, float]) -> str:
+        lines = [json.dumps({"step": step, "slot": step, "watch/collapse": collapse.get(step)}) for step in (119, 120)]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        assert exit_status(["report", "--run", run]) == 0
+        return Page((run / "report.html").read_text()).words
+
+    words = words_of_report({119: 0.0, 120: 2.0})
+    assert "Signs of collapse" in words and "since step 120" in words and "collapsing <b>" in words
+    assert "1 warning, listed below; none of a collapse" in words_of_report({119: 0.0, 120: 0.0})
+    # a run of an earlier version recorded no number: its warnings are listed without a judgement
+    words = words_of_report({})
+    assert "1 warning, listed below." in words and "collapsing <b>" in words
 
 
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
@@ -276,3 +286,15 @@ def test_a_link_named_report_is_replaced(tmp_path: Path) -> None:
     (run / "report.html").symlink_to(tmp_path / "precious")
     assert exit_status(["report", "--run", run]) == 0
     assert (tmp_path / "precious").read_text() == "precious" and not (run / "report.html").is_symlink()
+
+
+def test_only_pages_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = hostile_run(tmp_path, "run")
+    for name in ("metrics.jsonl", "config.yaml"):
+        before = (run / name).read_bytes()
+        assert exit_status(["report", "--run", run, "--out", run / name]) == 2
+        assert (run / name).read_bytes() == before
+        assert f"{name} exists and is not an HTML page; choose another --out" in capsys.readouterr().err
+    (tmp_path / "empty.html").touch()
+    for _ in range(2):
+        assert exit_status(["report", "--run", run, "--out", tmp_path / "empty.html"]) == 0

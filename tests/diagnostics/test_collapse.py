@@ -116,6 +116,7 @@ def test_collapse_is_reported_once(images: tuple[Tensor, Tensor], keys: list[str
     warnings: list[str] = []
     for step in range(1, 40):
         warnings += detect.warnings(step, bad if 10 <= step < 20 or step >= 30 else sound)
+        assert detect.num_out_of_bounds == (len(keys) if 12 <= step < 20 or step >= 32 else 0)
     for key in keys:
         lines = [line for line in warnings if f"monitor.collapse.{key})" in line]
         assert [line.partition(":")[0] for line in lines] == ["step 12", "step 32"], warnings

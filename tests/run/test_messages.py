@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamtrain.config.load import build
-from streamtrain.run.messages import command_text, completed_text, configuration_line
+from streamtrain.run.messages import command_text, completed_text, configuration_line, typed_command
 
 
 def line(world_size: int, keys: dict[str, Any], device: str = "cpu") -> str:
@@ -39,10 +39,15 @@ def test_the_configuration_has_the_scaled_learning_rate(scaling: str, lr: str) -
 
 def test_the_end_names_results_and_commands_for_a_shell() -> None:
     config = build({"run": {"dir": "my runs/a", "steps": 7}, "data": {"shards": "sets/y"}})
-    first, second, _, *commands = completed_text(config, 65.0, "sets/y").splitlines()
-    assert first == "completed 7 steps in 01:05" and "my runs/a: checkpoints/step-000000007" in second
+    first, second, _, *commands = completed_text(config, 3, "2.50 s", "1.10 min", "sets/y").splitlines()
+    assert (
+        first == "completed 7 steps; this start: 3 in 2.50 s, 1.10 min in all"
+        and "my runs/a: checkpoints/step-000000007" in second
+    )
     words = [shlex.split(command) for command in commands]
     assert [command[:2] for command in words] == [["streamtrain", name] for name in ("evaluate", "report", "export")]
     assert all("my runs/a" in command for command in words)
-    assert "evaluate" not in completed_text(config, 65.0, None)
+    assert "evaluate" not in completed_text(config, 3, "2.50 s", "1.10 min", None)
     assert command_text(["train", "a.b=c d"]) == "streamtrain train 'a.b=c d'"
+    typed = ["train", "--gpus", "2", "data.shards=https://me:secret@host/set", "run.dir=a"]
+    assert typed_command(typed) == "streamtrain train --gpus 2 data.shards=https://host/set run.dir=a"

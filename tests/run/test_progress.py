@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import select
+import struct
+import termios
 from pathlib import Path
 
 import pytest
 
+from streamtrain.run import progress as progress_module
 from streamtrain.run.progress import Evaluations, TrainingProgress, fitting, progress_bar
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def read_terminal(leader: int) -> str:
+    """Return everything that was written to a terminal so far."""
+    content = b""
+    while select.select([leader], [], [], 0.2)[0]:
+        content += os.read(leader, 1 << 16)
+    return content.decode()
 
 
 def bar_output(stream: io.StringIO, shown: bool = True) -> str:
@@ -29,6 +44,32 @@ def test_log_file_gets_few_lines_and_terminal_a_bar() -> None:
     assert "\r" not in first + last
     assert "\rreading: 100%" in bar_output(Terminal())
     assert bar_output(io.StringIO(), shown=False) == bar_output(Terminal(), shown=False) == ""
+
+
+def test_no_line_of_a_log_file_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
+    stream = io.StringIO()
+    with progress_bar("reading a, b", 3, "images", stream=stream) as bar:
+        for _ in range(3):
+            bar.update(1)
+    counts = [line.split(" images")[0] for line in stream.getvalue().splitlines()]
+    assert counts == [f"reading a, b: {count}/3" for count in range(4)]
+
+
+@pytest.mark.parametrize("size", [(0, 0), (24, 0), (0, 80)])
+def test_a_terminal_without_a_size_shows_bars(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    with open(follower, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)  # tqdm reads the size of stderr and stdout only
+        training = TrainingProgress(2, 0)
+        training.update(2, {"loss/total": 2.5})
+        training.close()
+        assert "step 2/2, loss 2.5000" in read_terminal(leader)
+        with progress_bar("reading", 2, "images") as bar:
+            bar.update(2)
+        assert "2/2 [00:00<00:00" in read_terminal(leader)
+    os.close(leader)
 
 
 def test_training_progress_in_a_log_file_is_a_line_every_few_seconds() -> None:

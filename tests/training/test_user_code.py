@@ -180,6 +180,17 @@ def test_the_network_is_loaded_with_permission_only(
     with pytest.raises(StreamtrainError, match="must be MODULE:NAME"):
         streamtrain.load_backbone(trained, factory="my_model.py")
 
+    # of two compared networks, the factory is for the one that was trained with it
+    built_in = tiny_weights(folder / "built_in")
+    both = (["--run", trained], built_in), (["--weights", built_in], trained)
+    for source, other in both:
+        knn = ["evaluate", "knn", "--train", folder / "labelled", "--size", "32", *source, "--compare", other]
+        assert exit_status([*knn, *factory]) == 0, capsys.readouterr().err
+        assert f"compared with {other} on the same images" in capsys.readouterr().out
+        assert exit_status(knn) == 2 and "--factory my_model:Backbone" in capsys.readouterr().err
+    knn = ["evaluate", "knn", "--train", folder / "labelled", "--weights", built_in, "--compare", "pixels"]
+    assert exit_status([*knn, *factory]) == 2 and "has a built-in network" in capsys.readouterr().err
+
 
 def test_a_built_in_network_needs_no_factory(tmp_path: Path) -> None:
     weights = tiny_weights(tmp_path / "weights")

@@ -12,14 +12,16 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from shards.errors import ShardError
+from shards.progress import bar_size
 from shards.storage.paths import expand_path
 from streamtrain.ops.cpu.features import compiler, cpu_features, kernel_feature
 from streamtrain.ops.cpu.private_folder import NotPrivateError, open_or_make, open_private
@@ -27,6 +29,7 @@ from streamtrain.ops.cpu.private_folder import NotPrivateError, open_or_make, op
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
+_REDRAW_SECONDS = 1.0
 # below the folder of compiled extensions
 _NAME = "streamtrain"
 # the same on every machine, so that a cache in a shared home serves them all
@@ -122,7 +125,7 @@ def _open_cache() -> Iterator[int]:
 
 
 def _compile(library: Path) -> None:
-    logger.info("compiling the CPU kernels: once, about half a minute")
+    logger.info("compiling the CPU kernels: once per machine, usually half a minute")
     sources = sorted(_FOLDER.glob("*.cpp"))
     installed = Path(torch.__file__).parent
     objects = [library.with_name(f"{source.stem}.o") for source in sources]
@@ -134,6 +137,16 @@ def _compile(library: Path) -> None:
         run(f"-I{installed / 'include'}", "-c", source, "-o", to)
 
     # one process per source; each takes most of a gigabyte
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, sources, objects))
+    with (
+        tqdm(total=len(sources), desc="compiling", unit="file", leave=False, disable=None, **bar_size()) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        pending = {pool.submit(compile_one, *each) for each in zip(sources, objects, strict=True)}
+        while pending:
+            done, pending = wait(pending, timeout=_REDRAW_SECONDS)
+            for compiled in done:
+                compiled.result()
+            bar.update(len(done))
+            # shows that time passes
+            bar.refresh()
     run("-shared", *objects, "-o", library, f"-L{installed / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch")

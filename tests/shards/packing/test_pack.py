@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from drawn_images import add_to_tar, all_labels, all_payloads, draw_folder, draw
 from shards.errors import ShardError
 from shards.packing.items import sample_key
 from shards.packing.pack import PackOptions, PackReport, pack
+from shards.packing.summary import describe_rejected
 from shards.packing.verify import verify
 from shards.reading.shard_set import ShardSet
 
@@ -77,6 +79,15 @@ def test_list_file_with_byte_order_mark_and_label_minus_one(tmp_path: Path) -> N
     pack(tmp_path / "list.txt", tmp_path / "set", _SMALL)
     shard_set = ShardSet.open(tmp_path / "set")
     assert (shard_set.manifest.classes, all_labels(shard_set)) == ((), [2, -1, 3])
+
+
+def test_list_file_with_paths_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    draw_folder(tmp_path / "home", 2)
+    draw_folder(tmp_path / "~odd", 1)
+    paths = [f"~/{path.name}" for path in (tmp_path / "home").iterdir()] + ["~odd/" + os.listdir(tmp_path / "~odd")[0]]
+    (tmp_path / "list.txt").write_text("\n".join(paths))
+    assert pack(tmp_path / "list.txt", tmp_path / "set", _SMALL).manifest.num_samples == 3
 
 
 @pytest.mark.parametrize(
@@ -176,6 +187,22 @@ def test_undecodable_images_are_listed_with_a_reason(tmp_path: Path) -> None:
     assert (report.manifest.num_samples, report.num_rejected, report.num_ignored) == (5, 5, 1)
 
 
+def test_rejected_images_are_counted_by_reason(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 2)
+    whole = encoded(drawn_image(9, 150, 100))
+    for number in range(3):
+        (images / f"cut{number}.jpg").write_bytes(whole[: len(whole) // 2 - 40 * number])
+    (images / "text.jpg").write_bytes(b"hello")
+    report = pack(images, tmp_path / "set", _SMALL)
+    assert report.rejected is not None and sorted(report.rejected.values()) == [1, 3]
+    assert pack(images, tmp_path / "set", _SMALL).rejected == report.rejected
+    first, second, third = describe_rejected(report.rejected, "set/rejected.jsonl")
+    assert first == "rejected 4 images, listed in set/rejected.jsonl:"
+    assert second.startswith("  3 x ") and "truncated" in second and third == "  1 x not an image: an unknown format"
+    many = Counter({f"reason {number}": 9 - number for number in range(9)})
+    assert describe_rejected(many, "log")[-1] == "  10 x other reasons" and describe_rejected(Counter(), "log") == []
+
+
 def test_pipes_and_sockets_are_rejected_without_blocking(tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", 2)
     os.mkfifo(images / "pipe.jpg")
@@ -215,7 +242,7 @@ def test_folder_accepts_only_the_same_packing_again(tmp_path: Path) -> None:
     assert pack(images, tmp_path / "set", _SMALL) == again  # packing again changes nothing
     assert file_contents(tmp_path / "set") == before
     (tmp_path / "set" / "rejected.jsonl").rename(tmp_path / "aside")
-    assert pack(images, tmp_path / "set", _SMALL) == replace(again, num_rejected=None)
+    assert pack(images, tmp_path / "set", _SMALL) == replace(again, rejected=None)
     (tmp_path / "aside").rename(tmp_path / "set" / "rejected.jsonl")
     with pytest.raises(ShardError, match="already contains another shard set"):
         pack(images, tmp_path / "set", PackOptions(max_side=10))
