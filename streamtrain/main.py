@@ -220,7 +220,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
 def report_error(error: Exception, launch: Launch) -> None:
     """Log why the run ends: once on each machine, as every rank knows it; otherwise by rank 0 if it has the same error.
 
-    The launcher of one machine ends the other ranks. Those of other machines are told, as far as they can be reached.
+    A launcher ends the other ranks on its own machine. Ranks on other machines are told, if they can be reached.
     """
     if isinstance(error, FailedStart):
         if launch.local_rank == 0:

@@ -40,7 +40,7 @@ class FailedStart(StreamtrainError):
 
 @dataclass(frozen=True)
 class StartFacts:
-    """What must be the same on all ranks.
+    """Facts that must be equal on all ranks.
 
     Attributes:
         values: by the name that a message uses.
@@ -53,7 +53,7 @@ class StartFacts:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells rank 0; ``address`` is that of rank 0's machine, as this rank reaches it."""
+    """The state of a rank before the start; ``address`` is that of rank 0's machine, as this rank reaches it."""
 
     rank: int
     host: str
@@ -71,7 +71,7 @@ def meet(launch: Launch, timeout: timedelta, facts: StartFacts | None = None, er
 
     Args:
         timeout: until all ranks have come.
-        facts: what must be the same on all ranks.
+        facts: must be equal on all ranks.
         error: why this rank cannot start, for the other ones.
 
     Raises:
@@ -201,7 +201,7 @@ def _short(value: str) -> str:
 
 @contextmanager
 def _marked(folder: Path | None, name: str) -> Iterator[None]:
-    """Keep an empty file in ``folder`` by which other ranks recognise it during the ``with`` block."""
+    """Keep an empty file in ``folder`` during the ``with`` block; other ranks recognise the folder by it."""
     if folder is None:
         yield
         return
@@ -221,7 +221,7 @@ def _sees(store: Store, folder: Path, name: str) -> bool:
     """Return whether rank 0's file appears in ``folder``, or rank 0 ends the start anyway."""
     deadline = time.monotonic() + FOLDER_SECONDS
     while time.monotonic() < deadline:
-        # listing a folder renews what a network file system remembers of it
+        # a network file system may have cached that the file is missing; listing the folder renews that
         if _mark(folder, name).name in os.listdir(folder) or store.check([f"{name}/verdict"]):
             return True
         time.sleep(_POLL_SECONDS)

@@ -94,7 +94,7 @@ def init_process_group(
     """Initialise the process group, and destroy it when the ``with`` block ends without an error.
 
     Args:
-        facts: what must be the same on all ranks.
+        facts: must be equal on all ranks.
 
     Raises:
         ConfigError: if the requested device is not available, this DeepSpeed is not supported, or the ranks cannot

@@ -1,4 +1,4 @@
-"""A rank of torchrun: ``dying_rank.py RANK ATTEMPTS``. RANK is killed in the first ATTEMPTS attempts, after the meeting."""
+"""A rank of torchrun: ``dying_rank.py RANK ATTEMPTS``. RANK is killed in the first ATTEMPTS, after the meeting."""
 
 from __future__ import annotations
 

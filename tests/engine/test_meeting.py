@@ -39,7 +39,7 @@ def own_variables() -> Iterator[None]:
 
 
 def outcomes(facts: list[StartFacts], errors: list[str | None] | None = None, pause: float = 0.0) -> list[str]:
-    """Let one thread per rank meet, rank 0 first; return by rank what it read from all others, or its error."""
+    """Let one thread per rank meet, rank 0 first; return for each rank its error, or the values of all others."""
     world = len(facts)
     everybody = Barrier(world)
 
