@@ -215,6 +215,13 @@ def train_rank(arguments: argparse.Namespace) -> int:
             save_traceback(error)
         report_error(error, launch)
         return EXIT_USAGE
+    except OSError as error:
+        # of a file that the run cannot do without; what it can do without has warnings of its own
+        save_traceback(error)
+        reason = error.strerror or str(error) or type(error).__name__
+        path = f"{error.filename}: " if error.filename is not None else ""
+        report_error(StreamtrainError(f"{path}{reason}; mend that and run the same command again"), launch)
+        return EXIT_USAGE
 
 
 def report_error(error: Exception, launch: Launch) -> None:
