@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,9 +33,10 @@ from streamtrain.config.load import describe_shape, load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
+from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
 from streamtrain.engine.rendezvous import Launch, check_master
 from streamtrain.engine.runtime import choose_accelerator, uses_gpu
-from streamtrain.errors import StreamtrainError, UserCodeError
+from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.planning.images import stored_images
 from streamtrain.planning.shapes import backbone_shapes
@@ -216,9 +218,50 @@ def train_rank(arguments: argparse.Namespace) -> int:
     except (StreamtrainError, ShardError) as error:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             save_traceback(error)
-        let_rank_0_report()
-        logger.error(error)
+        report_error(error, launch)
         return EXIT_USAGE
+    except OSError as error:
+        # of a file that the run cannot do without; what it can do without has warnings of its own
+        save_traceback(error)
+        reason = error.strerror or str(error) or type(error).__name__
+        path = f"{error.filename}: " if error.filename is not None else ""
+        report_error(StreamtrainError(f"{path}{reason}; mend that and run the same command again"), launch)
+        return EXIT_USAGE
+
+
+def report_error(error: Exception, launch: Launch) -> None:
+    """Log why the run ends: once on each machine, as every rank knows it; otherwise by rank 0 if it has the same error.
+
+    A launcher ends the other ranks on its own machine. Ranks on other machines are told, if they can be reached.
+    """
+    if isinstance(error, FailedStart):
+        if launch.local_rank == 0:
+            logger.error(error)
+        return
+    if launch.spans_machines and not has_met():
+        if launch.rank == 0:
+            # at once: this may also be a mistake that all ranks see
+            logger.error(error)
+        try:
+            meet(launch, timedelta(seconds=TELL_SECONDS), error=str(error))
+        except FailedStart as told:
+            if launch.rank != 0 and launch.local_rank == 0:
+                logger.error(told)
+        except ConfigError:
+            if launch.rank != 0:
+                logger.error(error)
+        return
+    let_rank_0_report()
+    logger.error(error)
+
+
+def has_met() -> bool:
+    """Return whether this process is in a process group."""
+    if "torch" not in sys.modules:
+        return False
+    from torch import distributed
+
+    return bool(distributed.is_available() and distributed.is_initialized())
 
 
 def let_rank_0_report() -> None:

@@ -17,8 +17,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 # an upper bound for the world size that a state.json may claim
 _MAX_RANKS = 1 << 20
+# of one reader at a time
+_MAX_OPEN_FILES = 32
 SHARED_NAME = "shared.safetensors"
 _KINDS = {"teacher": "ema", "student": "master"}
 
@@ -75,6 +76,8 @@ class _FragmentFile:
 
     def read_into(self, values: torch.Tensor, key: str, offset: int) -> None:
         """Fill fp32 ``values [count]`` with the values of ``key`` that begin at ``offset``."""
+        if key not in self._offsets or offset + len(values) > self.numels[key]:
+            raise CheckpointError(f"checkpoint file {self._path} lacks values of {key}")
         memory, done = values.numpy().data.cast("B"), 0
         while done < len(memory):
             count = os.preadv(self._file.fileno(), [memory[done:]], self._offsets[key] + 4 * offset + done)
@@ -86,14 +89,40 @@ class _FragmentFile:
         self._file.close()
 
 
-@dataclass
 class CheckpointReader:
-    """An open checkpoint: reads any fragment of any parameter, whatever the number of ranks that wrote it."""
+    """An open checkpoint: reads any fragment of any parameter, whatever the number of ranks that wrote it.
 
-    folder: Path
-    state: dict[str, Any]
-    _files: list[_FragmentFile]
-    _shard_numel: dict[str, int]
+    Files are opened when they are needed, because each of many ranks needs only some.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        """``state``: a valid ``state.json``. Raises CheckpointError if the first file is missing or damaged."""
+        self.folder, self.state = folder, state
+        # the most recently used ones come last
+        self._files: dict[int, _FragmentFile] = {}
+        self._shard_numel = self._file(0).numels
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _file(self, rank: int) -> _FragmentFile:
+        """Return the open file of a rank.
+
+        Raises:
+            CheckpointError: if it is missing or damaged.
+        """
+        file = self._files.pop(rank, None)
+        if file is None:
+            while len(self._files) >= _MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            try:
+                file = _FragmentFile(self.folder / rank_name(rank, self.state["world_size"]))
+            except (OSError, ValueError) as error:
+                raise damage_error(self.folder, error) from None
+        self._files[rank] = file
+        return file
 
     @property
     def step(self) -> int:
@@ -113,7 +142,7 @@ class CheckpointReader:
         if key not in self._shard_numel:
             raise CheckpointError(f"{self.folder} does not contain {key}; it is from a different model or optimiser")
         numel = self._shard_numel[key]
-        if fragment.stop > numel * len(self._files):
+        if fragment.stop > numel * self.state["world_size"]:
             raise CheckpointError(f"{self.folder} contains fewer values of {key} than its {STATE_NAME} states")
         values = torch.zeros(fragment.numel)
         position = fragment.start
@@ -121,7 +150,7 @@ class CheckpointReader:
             file, offset = divmod(position, numel)
             count = min(numel - offset, fragment.stop - position)
             first = position - fragment.start
-            self._files[file].read_into(values[first : first + count], key, offset)
+            self._file(file).read_into(values[first : first + count], key, offset)
             position += count
         return values
 
@@ -182,26 +211,25 @@ def find_newest_intact(run_dir: Path, resume_from: Path | None) -> Path | None:
 
 
 @contextmanager
-def open_checkpoint(folder: Path) -> Iterator[CheckpointReader]:
+def open_checkpoint(folder: Path, is_verified: bool = False) -> Iterator[CheckpointReader]:
     """Open a checkpoint directory for a ``with`` block; sizes are checked, checksums are not.
+
+    ``is_verified``: ``find_newest_intact`` has checked its files, which each of many ranks need not repeat.
 
     Raises:
         CheckpointError: if it is missing, damaged or has a different format.
     """
-    with ExitStack() as stack:
-        try:
-            if fault := find_fault(folder, contents=False):
-                raise ValueError(fault)
-            state = _validate(read_json(folder / STATE_NAME))
-            check_step(folder, state)
-            world_size = state["world_size"]
-            paths = [folder / rank_name(rank, world_size) for rank in range(world_size)]
-            files = [stack.enter_context(closing(_FragmentFile(path))) for path in paths]
-        except CheckpointError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damage_error(folder, error) from None
-        yield CheckpointReader(folder, state, files, files[0].numels)
+    try:
+        if not is_verified and (fault := find_fault(folder, contents=False)):
+            raise ValueError(fault)
+        state = _validate(read_json(folder / STATE_NAME))
+        check_step(folder, state)
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damage_error(folder, error) from None
+    with closing(CheckpointReader(folder, state)) as reader:
+        yield reader
 
 
 def _validate(state: Any) -> dict[str, Any]:

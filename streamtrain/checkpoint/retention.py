@@ -87,10 +87,11 @@ def partial_of(folder: Path) -> Path:
 def remove_leftovers(run_dir: Path) -> None:
     """Remove the remains of a save or removal that was killed; call it while no save is running."""
     for kind in (CHECKPOINTS, SNAPSHOTS):
-        for leftover in (*(run_dir / kind).glob(".step-*"), *(run_dir / kind).glob(".latest.*")):
-            # if this fails, so does the next save, which reports it
-            with suppress(OSError):
-                remove_tree(leftover)
+        # if this fails, so does the next save, which reports it
+        with suppress(OSError):
+            for leftover in (*(run_dir / kind).glob(".step-*"), *(run_dir / kind).glob(".latest.*")):
+                with suppress(OSError):
+                    remove_tree(leftover)
 
 
 def set_aside(folder: Path) -> Path:

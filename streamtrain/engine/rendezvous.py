@@ -17,6 +17,10 @@ from streamtrain.errors import ConfigError
 RESOLVE_SECONDS = 10.0
 # whether torchrun, and not rank 0, serves the port
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+MEETING_ADVICE = (
+    "check that all ranks are started with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE and can reach that port, "
+    "or raise engine.collective_timeout_seconds"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Launch:
         numbers = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank}
         os.environ.update({name: str(number) for name, number in numbers.items()})
         return cls(rank, world_size, local_rank, local_world_size)
+
+    @property
+    def spans_machines(self) -> bool:
+        return self.world_size > self.local_world_size
 
     @property
     def cores(self) -> int:
@@ -120,8 +128,10 @@ def check_master(launch: Launch, wait_seconds: float = RESOLVE_SECONDS) -> None:
         raise ConfigError(_port_message(text))
 
 
-def wait_for_rank_0(launch: Launch, timeout: timedelta) -> None:
-    """Wait until rank 0 listens on its port. torch also waits, but prints pages for each failed attempt.
+def wait_for_rank_0(launch: Launch, timeout: timedelta) -> str:
+    """Wait until rank 0 listens on its port, and return its IP address.
+
+    torch also waits, but prints pages for each failed attempt.
 
     Raises:
         ConfigError: rank 0 does not listen within ``timeout``.
@@ -129,8 +139,9 @@ def wait_for_rank_0(launch: Launch, timeout: timedelta) -> None:
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 10.0).close()
-            return
+            address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            with socket.create_connection(address, 10.0) as connection:
+                return str(connection.getpeername()[0])
         except OSError as error:
             if time.monotonic() > deadline:
                 raise meeting_error(error, launch, timeout) from None
@@ -170,6 +181,5 @@ def meeting_error(error: Exception, launch: Launch, timeout: timedelta) -> Confi
     reason = text.partition(" Exception raised from")[0][:300]
     return ConfigError(
         f"rank {launch.rank} of {launch.world_size} could not meet the others at {address}:{port} within "
-        f"{timeout.total_seconds():g} s ({reason}); check that all ranks are started with the same MASTER_ADDR, "
-        "MASTER_PORT and WORLD_SIZE and can reach that port, or raise engine.collective_timeout_seconds"
+        f"{timeout.total_seconds():g} s ({reason}); {MEETING_ADVICE}"
     )

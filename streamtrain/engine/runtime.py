@@ -14,7 +14,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from streamtrain.config.engine import EngineConfig
-from streamtrain.engine.rendezvous import Launch, meeting_error, wait_for_rank_0
+from streamtrain.engine.meeting import StartFacts, meet
+from streamtrain.engine.rendezvous import Launch, meeting_error
 from streamtrain.errors import ConfigError
 from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
 from streamtrain.ops.cpu.features import multiplies_bf16
@@ -87,12 +88,18 @@ def count_gpus() -> int:
 
 
 @contextmanager
-def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime]:
+def init_process_group(
+    config: EngineConfig, launch: Launch, facts: StartFacts | None = None
+) -> Iterator[Runtime]:  # fmt: skip
     """Initialise the process group, and destroy it when the ``with`` block ends without an error.
+
+    Args:
+        facts: must be equal on all ranks.
 
     Raises:
         ConfigError: if the requested device is not available, this DeepSpeed is not supported, or the ranks cannot
             meet.
+        FailedStart: the ranks have met, and one of them has an error or differs from rank 0.
     """
     cuda = choose_accelerator(config, launch) == "cuda"
     if not cuda:
@@ -101,7 +108,7 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     import torch
 
     from streamtrain.engine import deepspeed_compat
-    from streamtrain.ops.cpu.build import set_enabled
+    from streamtrain.ops.cpu.build import load, set_enabled
 
     deepspeed_compat.check_version()
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
@@ -115,14 +122,20 @@ def init_process_group(config: EngineConfig, launch: Launch) -> Iterator[Runtime
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"
     timeout = timedelta(seconds=config.collective_timeout_seconds)
-    if launch.rank > 0:
-        wait_for_rank_0(launch, timeout)
+    dtype = torch.bfloat16 if uses_bf16(config, cuda) else torch.float32
+    if not cuda and config.cpu_kernels:
+        # compiling takes half a minute, in which no other rank should wait
+        load(dtype)
+    store = meet(launch, timeout, facts)
     try:
+        # DeepSpeed uses a group that exists
+        torch.distributed.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
         deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise meeting_error(error, launch, timeout) from None
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, deepspeed_compat.cloned_world_group())
-    dtype = torch.bfloat16 if uses_bf16(config, cuda) else torch.float32
     if not cuda:
         select_cpu_kernels(config.cpu_kernels, dtype)
     try:

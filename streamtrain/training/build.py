@@ -162,7 +162,7 @@ def restore(
         if gram is not None:
             gram.start(None)
         return StartState(0, 0, None, None)
-    with checkpoint.open_checkpoint(source) as reader:
+    with checkpoint.open_checkpoint(source, is_verified=True) as reader:
         for name, fragment in student.fragments.items():
             saved_shape = reader.state["shapes"].get(name)
             if saved_shape != list(fragment.shape):

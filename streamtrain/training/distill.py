@@ -59,5 +59,5 @@ def fill_frozen_teacher(config: Config, network: FrozenNetwork) -> None:
     source = checkpoint.step_folder(folder, steps[-1])
     if fault := checkpoint.find_fault_on_any_rank(source):
         raise checkpoint.damage_error(source, fault)
-    with checkpoint.open_checkpoint(source) as reader:
+    with checkpoint.open_checkpoint(source, is_verified=True) as reader:
         network.write(lambda name, fragment: reader.read(f"ema/{name}", fragment))

@@ -40,7 +40,7 @@ from streamtrain.run.signals import SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
 from streamtrain.training.checkpoints import CheckpointPolicy
 from streamtrain.training.observers import build_observers
-from streamtrain.training.start_checks import plan_of_start
+from streamtrain.training.start_checks import plan_of_start, start_facts
 from streamtrain.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def train(
     """
     run_dir, exit_code, began, step_seconds = Path(config.run.dir), 0, time.monotonic(), 0.0
     keep_tracebacks(run_dir / TRACEBACKS_NAME)
-    with init_process_group(config.engine, launch) as runtime:
+    with init_process_group(config.engine, launch, start_facts(config, shard_set)) as runtime:
         planned = _plan(config, runtime, shard_set)
         networks = Networks.build(config, runtime)
         _check_directory(run_dir, has_moved())

@@ -7,8 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from shards.reading.mixture import AnySet
 from shards.storage.store import is_url
+from streamtrain.config.recipes import leaves
 from streamtrain.config.tree import Config
+from streamtrain.engine.meeting import StartFacts
 from streamtrain.engine.rendezvous import Launch
 from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import ConfigError, StreamtrainError
@@ -18,10 +21,13 @@ from streamtrain.planning.sizes import CPU_KERNELS, StoredImages
 from streamtrain.planning.units import size
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps
 from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
+from streamtrain.run.provenance import program_versions
 from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
-# plans of some gigabytes were accurate within about 10 %; small ones can be a quarter too high
+# plans were accurate within about 10 % (docs/measurements.md)
 _PLAN_MARGIN = 1.1
+# settings that machines may differ in: paths are compared by what is there
+_OWN_SETTINGS = ("run.dir", "data.shards", "data.cache.dir", "engine.moments_dir", "engine.cpu_threads")
 
 
 def check_resources(
@@ -46,6 +52,13 @@ def check_resources(
         if not on_gpu and ranks > cores:
             warnings.append(f"{ranks} ranks share {cores} core(s), which makes a step slower; start at most {cores}")
     return warnings
+
+
+def start_facts(config: Config, shard_set: AnySet) -> StartFacts:
+    """Return what must be the same on all ranks: settings, images, versions, and the run directory."""
+    values = {key: repr(value) for key, value in leaves(config) if key not in _OWN_SETTINGS}
+    values |= {f"the version of {name}": version for name, version in program_versions().items()}
+    return StartFacts({**values, "the digest of the images": shard_set.digest}, Path(config.run.dir))
 
 
 def check_folders(config: Config) -> None:

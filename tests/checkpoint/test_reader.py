@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,29 @@ def test_shape_larger_than_the_file_is_an_error_before_allocation(sides: tuple[i
     seal(folder)
     with pytest.raises(CheckpointError, match=r"fewer values of ema/backbone\.a than its state\.json states"):
         checkpoint.read_weights(tmp_path)
+
+
+def test_a_rank_opens_only_the_files_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint.step_folder(tmp_path, 7)
+    monkeypatch.setitem(SHAPES, "backbone.large", (200,))
+    world_size = 200
+    write(folder, world_size)
+    # all but those of two ranks
+    for rank in set(range(world_size)) - {0, 150}:
+        (folder / checkpoint.rank_name(rank, world_size)).write_bytes(b"")
+    with checkpoint.open_checkpoint(folder, is_verified=True) as reader:
+        part = reader.read("ema/backbone.large", Fragment((200,), 150, 151, 1))
+        assert torch.equal(part, value("backbone.large")[150:151])
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            reader.read("ema/backbone.large", Fragment((200,), 151, 152, 1))
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "backbone.large", (100,))
+    folder = checkpoint.step_folder(tmp_path, 7)
+    write(folder, 100)
+    with checkpoint.open_checkpoint(folder) as reader:
+        for _ in range(2):
+            assert torch.equal(reader.read_full("ema/backbone.large"), value("backbone.large"))
+        names = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        assert sum(name.startswith(str(folder)) for name in names) == checkpoint._MAX_OPEN_FILES

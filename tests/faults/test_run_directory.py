@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import sys
 import time
@@ -20,8 +22,9 @@ from ranks import ROOT, run_ranks, start_ranks
 from tiny_run import command
 
 import streamtrain.main
+from streamtrain import main
 from streamtrain.checkpoint.reader import open_checkpoint
-from streamtrain.checkpoint.retention import best_value
+from streamtrain.checkpoint.retention import best_value, remove_leftovers
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError
 from streamtrain.run.directory import describe_run, step_folder
@@ -231,3 +234,29 @@ def test_a_run_whose_directory_is_replaced_stops_without_writing_there(tmp_path:
     assert processes[0].returncode == 2, ended
     assert "was moved, replaced or deleted" in ended[0][1] and "Traceback" not in ended[0][1]
     assert not list(run.iterdir())
+
+
+def test_an_unforeseen_error_of_a_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> Path:
+        raise OSError(errno.EIO, "Input/output error", "/some/file")
+
+    monkeypatch.setattr(main, "starting_checkpoint", fail)
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "set", tmp_path / "run"))
+    assert main.train_rank(main.parse_arguments()) == 2
+    output = capsys.readouterr()
+    lines = (output.out + output.err).splitlines()
+    assert lines == ["error: /some/file: Input/output error; mend that and run the same command again"]
+
+
+def test_leftovers_that_cannot_be_listed_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints" / ".step-1.partial").mkdir(parents=True)
+
+    def fail(*_: object, **__: object) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", fail)
+        remove_leftovers(tmp_path)
+    assert (tmp_path / "checkpoints" / ".step-1.partial").is_dir()
