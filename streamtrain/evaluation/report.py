@@ -38,7 +38,7 @@ from streamtrain.planning.memory import plan
 from streamtrain.planning.units import duration, significant, size
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 from streamtrain.run.machine import folder_bytes
-from streamtrain.run.provenance import ENVIRONMENT_NAME
+from streamtrain.run.provenance import ENVIRONMENT_NAME, PLANNED_PEAK
 from streamtrain.run.tags import pinned_cards_url
 
 logger = logging.getLogger(__name__)
@@ -313,6 +313,10 @@ def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], recor
     on_gpu = device != "cpu"
     bf16 = environment.get("dtype") == "bf16"
     planned = plan(config, world_size, on_gpu=on_gpu, bf16=bf16, images=configured_images(config))
+    peak = environment.get(PLANNED_PEAK)
+    if type(peak) is not int or not 0 < peak < 2**60:
+        # of an older version, or damaged
+        peak = planned.step_bytes
     tag = "memory/gpu_bytes" if on_gpu else "memory/peak_rss_bytes"
     peaks = [record[tag] for record in records if record.get(tag) is not None]
     times = [record["speed/step_seconds"] for record in records if record.get("speed/step_seconds") is not None]
@@ -320,7 +324,7 @@ def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], recor
     rate = f"{significant(planned.flops_per_step / seconds / 1e12)} TFLOP/s" if seconds else ""
     return [
         ["", "planned", "measured"],
-        [f"peak memory per rank, {device}", size(planned.step_bytes), size(max(peaks)) if peaks else ""],
+        [f"peak memory per rank, {device}", size(peak), size(max(peaks)) if peaks else ""],
         ["parameters of the backbone", f"{significant(planned.num_backbone_parameters / 1e6)} M", ""],
         ["parameters with heads", f"{significant(planned.num_parameters / 1e6)} M", ""],
         ["FLOPs of a step, all ranks", f"{significant(planned.flops_per_step / 1e12)} TFLOP", rate],

@@ -215,7 +215,7 @@ def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mappi
     """Write ``config.yaml`` (resolved) and ``environment.json``; one rank calls it. Raises OSError.
 
     Args:
-        computed: ``device`` and ``dtype`` of the computation, and the number of ``images``.
+        computed: ``device``, ``dtype``, number of ``images`` and planned memory of the run.
     """
     document = json.dumps(describe_environment(world_size) | dict(computed), indent=1)
     for name, text in {RESOLVED_NAME: to_yaml(config), ENVIRONMENT_NAME: f"{document}\n"}.items():

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT_NAME = "environment.json"
+# key of the planned peak of a rank's memory, which depends on the machine
+PLANNED_PEAK = "planned_peak_bytes"
 _LIBRARIES = ("torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchao")
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("shards", "streamtrain")

@@ -40,6 +40,7 @@ from streamtrain.reporting.profiler import Profiler
 from streamtrain.reporting.sink import BestEffort, MetricsSink
 from streamtrain.reporting.usage import StepClock, Work, memory_scalars
 from streamtrain.run.directory import describe_run
+from streamtrain.run.provenance import PLANNED_PEAK
 from streamtrain.training.build import Networks
 from streamtrain.training.distill import frozen_teacher_config
 from streamtrain.training.step import StepResult, Wrap, draws_panels, is_due
@@ -125,7 +126,7 @@ def build_observers(
     speed = SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step)
     observers = ObserverList(
         [
-            StartFiles(config, runtime, shard_set.num_samples),
+            StartFiles(config, runtime, shard_set.num_samples, plan),
             Diagnostics(config, non_finite, loader.describe_samples, sink),
             speed,
             Evaluation(config, runtime, teacher, images, sink, wrap, start_step, failure),
@@ -394,9 +395,10 @@ class Trace(Observer):
 class StartFiles(Observer):
     """Writes the files that describe the run; on a full or failing disk it tries again after later steps."""
 
-    def __init__(self, config: Config, runtime: Runtime, num_images: int) -> None:
+    def __init__(self, config: Config, runtime: Runtime, num_images: int, planned: Plan) -> None:
         """``num_images``: of ``data.shards``."""
-        self._config, self._runtime, self._num_images = config, runtime, num_images
+        self._config, self._runtime = config, runtime
+        self._computed = {**runtime.description, "images": num_images, PLANNED_PEAK: planned.step_bytes}
         self._is_written = runtime.rank > 0
         self._next_attempt = 0.0
 
@@ -421,8 +423,7 @@ class StartFiles(Observer):
         config, runtime = self._config, self._runtime
         try:
             if not self._is_written:
-                computed = {**runtime.description, "images": self._num_images}
-                describe_run(Path(config.run.dir), config, runtime.world_size, computed)
+                describe_run(Path(config.run.dir), config, runtime.world_size, self._computed)
         except OSError as error:
             return error
         self._is_written = True

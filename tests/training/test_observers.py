@@ -164,10 +164,12 @@ def test_files_that_describe_the_run_are_written_when_the_disk_recovers(
     monkeypatch.setattr("streamtrain.training.observers.RETRY_SECONDS", 0.0)
     run_dir = tmp_path / "run"
     runtime: Any = SimpleNamespace(rank=0, world_size=1, description={})
-    files = StartFiles(build({"run": {"dir": str(run_dir)}}), runtime, 40)
+    planned: Any = SimpleNamespace(step_bytes=10**9)
+    files = StartFiles(build({"run": {"dir": str(run_dir)}}), runtime, 40, planned)
     result: Any = None
     files.start()
     assert "cannot be written" in caplog.text
     run_dir.mkdir()
     files.after_step(result)
     assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "environment.json"}
+    assert json.loads((run_dir / "environment.json").read_text())["planned_peak_bytes"] == 10**9
