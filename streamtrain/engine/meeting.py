@@ -32,6 +32,8 @@ FOLDER_SECONDS = 5.0
 # of a value in a message
 _MAX_CHARACTERS = 80
 _POLL_SECONDS = 0.05
+# beyond this number of ranks each asks less often, so that the store has time to answer
+_QUICK_RANKS = 50
 
 
 class FailedStart(StreamtrainError):
@@ -94,25 +96,29 @@ def meet(launch: Launch, timeout: timedelta, facts: StartFacts | None = None, er
         if launch.rank == 0:
             name, address = _receive(store, own, launch.world_size, timeout, folder)
         else:
-            name, address = _come(store, own, timeout, folder)
+            pause = _POLL_SECONDS * max(1.0, launch.world_size / _QUICK_RANKS)
+            name, address = _come(store, own, timeout, folder, pause)
     except (RuntimeError, OSError) as failure:
         raise meeting_error(failure, launch, timeout) from None
     choose_interface(address)
     return PrefixStore(name, store)
 
 
-def _come(store: Store, own: _Report, timeout: timedelta, folder: Path | None) -> tuple[str, str]:
-    """Report to rank 0; return the name of the meeting and the address of rank 0's machine."""
+def _come(store: Store, own: _Report, timeout: timedelta, folder: Path | None, pause: float) -> tuple[str, str]:
+    """Report to rank 0; return the name of the meeting and the address of rank 0's machine.
+
+    ``pause``: between two questions to the store, in seconds.
+    """
     deadline = time.monotonic() + timeout.total_seconds()
     word = secrets.token_hex(8)
     store.set(f"hello/{own.rank}", word)
     # only a rank 0 that is alive can have read this word
-    name = _wait(store, f"welcome/{own.rank}/{word}", deadline)
+    name = _wait(store, f"welcome/{own.rank}/{word}", deadline, pause)
     error = own.error
-    if error is None and folder is not None and not _sees(store, folder, name):
+    if error is None and folder is not None and not _sees(store, folder, name, pause):
         error = f"{folder} is not the folder of rank 0; run.dir must be on storage that all machines share"
     store.set(f"{name}/report/{own.rank}", json.dumps({**asdict(own), "error": error}))
-    verdict = json.loads(_wait(store, f"{name}/verdict", deadline))
+    verdict = json.loads(_wait(store, f"{name}/verdict", deadline, pause))
     store.add(f"{name}/told", 1)
     if verdict["fault"]:
         raise FailedStart(verdict["fault"])
@@ -167,12 +173,12 @@ def _answer(store: Store, name: str, rank: int, words: dict[int, str], reports: 
         words[rank] = word
 
 
-def _wait(store: Store, key: str, deadline: float) -> str:
+def _wait(store: Store, key: str, deadline: float, pause: float) -> str:
     """Return the value of a key when it is set; raises TimeoutError."""
     while not store.check([key]):
         if time.monotonic() > deadline:
             raise TimeoutError("rank 0 does not answer")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
     return store.get(key).decode()
 
 
@@ -217,14 +223,14 @@ def _mark(folder: Path, name: str) -> Path:
     return folder / f".meeting-{name}"
 
 
-def _sees(store: Store, folder: Path, name: str) -> bool:
+def _sees(store: Store, folder: Path, name: str, pause: float) -> bool:
     """Return whether rank 0's file appears in ``folder``, or rank 0 ends the start anyway."""
     deadline = time.monotonic() + FOLDER_SECONDS
     while time.monotonic() < deadline:
         # a network file system may have cached that the file is missing; listing the folder renews that
         if _mark(folder, name).name in os.listdir(folder) or store.check([f"{name}/verdict"]):
             return True
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
     return False
 
 

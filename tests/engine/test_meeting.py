@@ -139,6 +139,12 @@ def test_folders_that_are_not_shared_are_named(tmp_path: Path, monkeypatch: pyte
     assert not any(os.listdir(folder) for folder in folders)
 
 
+def test_many_ranks() -> None:
+    facts = [*[StartFacts({"run.seed": "0"})] * 63, StartFacts({"run.seed": "1"})]
+    (found,) = set(outcomes(facts))
+    assert "(rank 63)" in found
+
+
 def test_ranks_that_do_not_come_are_counted() -> None:
     with pytest.raises(FailedStart, match=r"could not meet ranks 1, 2 within 0\.3 s"):
         meet(Launch(0, 3, 0, 3), timedelta(seconds=0.3))
