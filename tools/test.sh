@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: ruff (lint and format), mypy, import-linter, pytest.
 #
-#   tools/test.sh                 all tests except slow ones and those for a GPU
+#   tools/test.sh                 all tests except slow ones and those for a GPU or a cluster
 #   tools/test.sh -k order        arguments are passed to pytest
 #   tools/test.sh -m slow         the tests that take minutes; -m gpu: the tests that need a GPU
+#   tools/test.sh -m cluster      two machines as network namespaces; needs root
 #
 # tools/setup_env.sh --help lists the variables of the installation.
 set -euo pipefail
