@@ -71,7 +71,7 @@ def train(
     """
     run_dir, exit_code, began, step_seconds = Path(config.run.dir), 0, time.monotonic(), 0.0
     keep_tracebacks(run_dir / TRACEBACKS_NAME)
-    with init_process_group(config.engine, launch, start_facts(config, shard_set)) as runtime:
+    with init_process_group(config.engine, launch, start_facts(config, shard_set, launch)) as runtime:
         planned = _plan(config, runtime, shard_set)
         networks = Networks.build(config, runtime)
         _check_directory(run_dir, has_moved())

@@ -13,7 +13,7 @@ from streamtrain.config.recipes import leaves
 from streamtrain.config.tree import Config
 from streamtrain.engine.meeting import StartFacts
 from streamtrain.engine.rendezvous import Launch
-from streamtrain.engine.runtime import uses_bf16
+from streamtrain.engine.runtime import uses_bf16, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError
 from streamtrain.ops.cpu.features import has_kernels
 from streamtrain.planning.memory import Plan, plan
@@ -54,10 +54,12 @@ def check_resources(
     return warnings
 
 
-def start_facts(config: Config, shard_set: AnySet) -> StartFacts:
-    """Return what must be the same on all ranks: settings, images, versions, and the run directory."""
+def start_facts(config: Config, shard_set: AnySet, launch: Launch) -> StartFacts:
+    """Return what must be equal on all ranks: settings, images, versions, precision, and the run directory."""
     values = {key: repr(value) for key, value in leaves(config) if key not in _OWN_SETTINGS}
     values |= {f"the version of {name}": version for name, version in program_versions().items()}
+    bf16 = uses_bf16(config.engine, uses_gpu(config.engine, launch))
+    values["the precision of engine.dtype"] = "bf16" if bf16 else "fp32"
     return StartFacts({**values, "the digest of the images": shard_set.digest}, Path(config.run.dir))
 
 

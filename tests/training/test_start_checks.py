@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from drawn_images import packed_set
 
 from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
@@ -14,7 +15,7 @@ from streamtrain.planning.units import size
 from streamtrain.run.directory import step_folder
 from streamtrain.run.machine import Space
 from streamtrain.training import start_checks
-from streamtrain.training.start_checks import check_folders, check_resources, plan_of_start
+from streamtrain.training.start_checks import check_folders, check_resources, plan_of_start, start_facts
 
 AMPLE = Space(10**15, 10**15)
 
@@ -109,3 +110,16 @@ def test_an_evaluation_does_not_test_on_its_training_images(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="its own nearest neighbour"):
         check_folders(config_of(tmp_path / "run", *same))
     check_folders(config_of(tmp_path / "run", same[0], f"evaluation.test={tmp_path / 'b'}"))
+
+
+def test_ranks_compare_settings_and_images_but_not_paths(tmp_path: Path) -> None:
+    one_set, launch = packed_set(tmp_path, 8), Launch(0, 2, 0, 1)
+    paths = ("data.cache.dir=/cache", "engine.cpu_threads=3", f"data.shards={tmp_path}")
+    first, same, other = (
+        start_facts(config_of(tmp_path / name, *overrides), one_set, launch)
+        for name, overrides in (("a", ()), ("b", paths), ("a", ("run.seed=1", "engine.dtype=fp32")))
+    )
+    assert first.values == same.values and first.folder == tmp_path / "a"
+    differing = {key for key in first.values if first.values[key] != other.values[key]}
+    assert {"run.seed", "engine.dtype"} <= differing <= {"run.seed", "engine.dtype", "the precision of engine.dtype"}
+    assert first.values["the digest of the images"] == one_set.digest and "the version of torch" in first.values
