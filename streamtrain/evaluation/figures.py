@@ -345,7 +345,11 @@ def _render(figure: Figure) -> Image.Image:
         # a character that no font has is drawn as a box
         warnings.filterwarnings("ignore", message="Glyph")
         figure.canvas.draw()
-    return Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+    image = Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+    # a figure is in reference cycles, which a training process collects rarely; release its pixels and images now
+    figure.clear()
+    figure.canvas.renderer = None  # type: ignore[attr-defined]
+    return image
 
 
 def shorten_middle(text: str, width: float, size: float) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -38,6 +39,25 @@ def test_drawing_does_not_use_pyplot() -> None:
     draw_charts({"run": [{"step": 1, "a": 1.0}]}, ["a"])
     draw_page("title", "", [[photo(Image.new("RGB", (8, 8)))]])
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_pixels_and_images_of_a_page_are_released_without_a_garbage_collection() -> None:
+    def drawing_memory() -> int:
+        names = [type(each).__name__ for each in gc.get_objects()]
+        return names.count("RendererAgg") + names.count("AxesImage")
+
+    def page() -> Image.Image:
+        return draw_page("page", "", [[Tile(np.zeros((4, 4)), (32, 32), "map")]], "value")
+
+    page()  # makes the renderer that measures texts
+    gc.collect()
+    before = drawing_memory()
+    gc.disable()
+    try:
+        page()
+        assert drawing_memory() == before
+    finally:
+        gc.enable()
 
 
 def test_running_mean_keeps_length_and_follows_straight_lines() -> None:
