@@ -25,8 +25,8 @@ from streamtrain.errors import StreamtrainError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# how long rank 0 stays after a failed start, to tell the reason to ranks that come later
-TELL_SECONDS = 10.0
+# how long rank 0 stays after a failed start, unless all ranks know: others may still import from a slow disk
+TELL_SECONDS = 60.0
 # how long a new file in a network folder may take to appear on another machine
 FOLDER_SECONDS = 5.0
 # of a value in a message
@@ -159,7 +159,8 @@ def _receive(
     if not fault:
         return name, json.loads(store.get(f"{name}/verdict"))["address"]
     # the store may end with this process
-    while store.add(f"{name}/told", 0) < len(reports) - 1 and time.monotonic() < deadline + TELL_SECONDS:
+    deadline = time.monotonic() + TELL_SECONDS
+    while store.add(f"{name}/told", 0) < len(reports) - 1 and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
     raise FailedStart(fault)
 
