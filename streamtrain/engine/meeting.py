@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -139,7 +139,9 @@ def _receive(
         verdict = {"fault": text, "address": next(iter(addresses), own.address)}
         store.set(f"{name}/verdict", json.dumps(verdict))
 
-    with _marked(folder if own.error is None else None, name):
+    with _marked(folder if own.error is None else None, name) as is_marked:
+        if not is_marked:
+            store.set(f"{name}/unmarked", "")
         while True:
             for rank in words:
                 if rank not in reports:
@@ -207,17 +209,23 @@ def _short(value: str) -> str:
 
 
 @contextmanager
-def _marked(folder: Path | None, name: str) -> Iterator[None]:
-    """Keep an empty file in ``folder`` during the ``with`` block; other ranks recognise the folder by it."""
-    if folder is None:
-        yield
-        return
-    mark = _mark(folder, name)
-    mark.touch()
+def _marked(folder: Path | None, name: str) -> Iterator[bool]:
+    """Keep an empty file in ``folder`` during the ``with`` block, by which other ranks recognise the folder.
+
+    Yields whether it is there: a full disk does not keep a run from training.
+    """
+    mark = None if folder is None else _mark(folder, name)
     try:
-        yield
+        if mark is not None:
+            mark.touch()
+    except OSError:
+        mark = None
+    try:
+        yield mark is not None
     finally:
-        mark.unlink(missing_ok=True)
+        if mark is not None:
+            with suppress(OSError):
+                mark.unlink()
 
 
 def _mark(folder: Path, name: str) -> Path:
@@ -225,12 +233,15 @@ def _mark(folder: Path, name: str) -> Path:
 
 
 def _sees(store: Store, folder: Path, name: str, pause: float) -> bool:
-    """Return whether rank 0's file appears in ``folder``, or rank 0 ends the start anyway."""
+    """Return whether rank 0's file appears in ``folder``; also if rank 0 made none, or ends the start anyway."""
     deadline = time.monotonic() + FOLDER_SECONDS
     while time.monotonic() < deadline:
-        # a network file system may have cached that the file is missing; listing the folder renews that
-        if _mark(folder, name).name in os.listdir(folder) or store.check([f"{name}/verdict"]):
+        if any(store.check([f"{name}/{key}"]) for key in ("unmarked", "verdict")):
             return True
+        # a network file system may have cached that the file is missing; listing the folder renews that
+        with suppress(OSError):
+            if _mark(folder, name).name in os.listdir(folder):
+                return True
         time.sleep(pause)
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -130,13 +131,22 @@ def test_torchrun_restarts_a_killed_rank(rendezvous: str, dies: int) -> None:
 def test_folders_that_are_not_shared_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "FOLDER_SECONDS", 0.2)
     folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
+    folders[0].mkdir()
     found = outcomes([StartFacts(folder=folder) for folder in (folders[0], *folders)])
     assert len(set(found)) == 1 and f"(rank 2): {folders[1]} is not the folder of rank 0" in found[0]
     os.environ["MASTER_PORT"] = str(free_port())
     assert outcomes([StartFacts(folder=folders[0])] * 3) == ["0 1 2"] * 3
-    assert not any(os.listdir(folder) for folder in folders)
+    assert not os.listdir(folders[0])
+
+
+def test_a_folder_without_space_for_the_mark_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", fail)
+    assert outcomes([StartFacts(folder=tmp_path)] * 2) == ["0 1"] * 2
 
 
 def test_many_ranks() -> None:
