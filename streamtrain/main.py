@@ -221,18 +221,18 @@ def train_rank(arguments: argparse.Namespace) -> int:
         report_error(error, launch)
         return EXIT_USAGE
     except OSError as error:
-        # of a file that the run cannot do without; what it can do without has warnings of its own
+        # the run needs this file; errors of other files are only warnings
         save_traceback(error)
         reason = error.strerror or str(error) or type(error).__name__
         path = f"{error.filename}: " if error.filename is not None else ""
-        report_error(StreamtrainError(f"{path}{reason}; mend that and run the same command again"), launch)
+        report_error(StreamtrainError(f"{path}{reason}; correct that and run the same command again"), launch)
         return EXIT_USAGE
 
 
 def report_error(error: Exception, launch: Launch) -> None:
     """Log why the run ends: once on each machine, as every rank knows it; otherwise by rank 0 if it has the same error.
 
-    A launcher ends the other ranks on its own machine. Ranks on other machines are told, if they can be reached.
+    A launcher ends the other ranks on its own machine. Ranks on other machines receive the error if they are reachable.
     """
     if isinstance(error, FailedStart):
         if launch.local_rank == 0:

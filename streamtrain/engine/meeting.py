@@ -210,9 +210,9 @@ def _short(value: str) -> str:
 
 @contextmanager
 def _marked(folder: Path | None, name: str) -> Iterator[bool]:
-    """Keep an empty file in ``folder`` during the ``with`` block, by which other ranks recognise the folder.
+    """Keep an empty file in ``folder`` during the ``with`` block; other ranks recognise the folder by it.
 
-    Yields whether it is there: a full disk does not keep a run from training.
+    Yields whether the file exists: training continues on a full disk.
     """
     mark = None if folder is None else _mark(folder, name)
     try:

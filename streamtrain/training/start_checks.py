@@ -26,7 +26,7 @@ from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
 # plans were accurate within about 10 % (docs/measurements.md)
 _PLAN_MARGIN = 1.1
-# settings that machines may differ in: paths are compared by what is there
+# may differ between machines: contents are compared, not paths
 _OWN_SETTINGS = ("run.dir", "data.shards", "data.cache.dir", "engine.moments_dir", "engine.cpu_threads")
 
 
@@ -55,7 +55,7 @@ def check_resources(
 
 
 def start_facts(config: Config, shard_set: AnySet, launch: Launch) -> StartFacts:
-    """Return what must be equal on all ranks: settings, images, versions, precision, and the run directory."""
+    """Return settings, images, versions, precision and run directory, which must be equal on all ranks."""
     values = {key: repr(value) for key, value in leaves(config) if key not in _OWN_SETTINGS}
     values |= {f"the version of {name}": version for name, version in program_versions().items()}
     bf16 = uses_bf16(config.engine, uses_gpu(config.engine, launch))

@@ -1,4 +1,4 @@
-"""Two machines train as one does, and what is wrong on one of them ends both within seconds."""
+"""Two machines train as one does, and a mistake on one of them ends both within seconds."""
 
 from __future__ import annotations
 

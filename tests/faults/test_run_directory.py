@@ -247,7 +247,7 @@ def test_an_unforeseen_error_of_a_file_is_one_line(
     assert main.train_rank(main.parse_arguments()) == 2
     output = capsys.readouterr()
     lines = (output.out + output.err).splitlines()
-    assert lines == ["error: /some/file: Input/output error; mend that and run the same command again"]
+    assert lines == ["error: /some/file: Input/output error; correct that and run the same command again"]
 
 
 def test_leftovers_that_cannot_be_listed_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
