@@ -113,3 +113,4 @@ for extra in "${extras[@]}"; do
         break
     fi
 done
+if [ -t 1 ]; then printf '.venv is ready; use it with: source .venv/bin/activate\n'; fi
