@@ -169,6 +169,8 @@ def draw_pairs(calls: list[list[str]]) -> list[tuple[int, str]]:
     """Return the pairs of a call's number and an error's name to try; each call is a name and a path."""
     alike: dict[tuple[str, str], list[int]] = {}
     for number, (name, path) in enumerate(calls):
+        if JOB == "cached" and not path.startswith(f"{WORK}/cache"):
+            continue  # the same calls as of ``train``
         alike.setdefault((name, re.sub(r"[0-9]+", "0", path)), []).append(number)
     chosen = {number for same in alike.values() for number in (same[0], same[len(same) // 2], same[-1])}
     pairs = [(n, error) for error, kinds in ERRORS.items() for n in sorted(chosen) if not kinds or calls[n][0] in kinds]
