@@ -38,7 +38,8 @@ class UnusableImages:
 
     def new_reasons(self) -> str:
         """Return the reasons added since the last call: the first few and a count of the others; empty if none."""
-        new = list(self._reasons)[self._num_reported :]
+        # sorted, because threads add them in any order
+        new = sorted(list(self._reasons)[self._num_reported :])
         self._num_reported += len(new)
         more = f"; and {len(new) - _NUM_SHOWN} more" if len(new) > _NUM_SHOWN else ""
         return "; ".join(new[:_NUM_SHOWN]) + more

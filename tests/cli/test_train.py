@@ -170,7 +170,11 @@ def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -
             id="deepspeed",
             marks=pytest.mark.slow,
         ),
-        ["torchrun", "--nproc_per_node", "1", "--master_port", "{port}", "-m"],
+        pytest.param(
+            ["torchrun", "--nproc_per_node", "1", "--master_port", "{port}", "-m"],
+            id="torchrun",
+            marks=pytest.mark.slow,
+        ),
         ["python", "-m"],
     ],
     ids=lambda words: words[0],

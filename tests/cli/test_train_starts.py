@@ -53,7 +53,7 @@ def test_a_short_try_out_starts_with_warnings(shards: Path, tmp_path: Path) -> N
     assert saved_steps(tmp_path / "run") == [1]
 
 
-@pytest.mark.parametrize("recorded", ["constant", "shape"])
+@pytest.mark.parametrize("recorded", [pytest.param("constant", marks=pytest.mark.slow), "shape"])
 def test_a_resumed_run_keeps_the_schedule_that_it_started_with(recorded: str, shards: Path, tmp_path: Path) -> None:
     """Also if it was started when a number was a constant, which the checkpoint records."""
     run_dir, number = tmp_path / "run", "schedules.weight_decay=0.1"

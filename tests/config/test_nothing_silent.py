@@ -333,6 +333,7 @@ def test_a_run_reads_the_settings_without_effect_on_results(folder: Path, tmp_pa
     assert expected <= read, expected - read
 
 
+@pytest.mark.slow
 def test_the_trace_finds_settings_that_nothing_uses(folder: Path, tmp_path: Path) -> None:
     """The copy of the sources has a setting that nothing reads, and one that only a validator reads."""
     root = tmp_path / "checkout"

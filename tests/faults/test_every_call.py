@@ -41,7 +41,9 @@ def fail_calls(shim: Path, job: str, folder: Path, injections: int) -> dict[str,
     return dict(json.loads(last))
 
 
-@pytest.mark.parametrize(("job", "injections"), [("pack", 15), ("train", 2), ("cached", 1)])
+@pytest.mark.parametrize(
+    ("job", "injections"), [("pack", 15), ("train", 2), pytest.param("cached", 1, marks=pytest.mark.slow)]
+)
 def test_some_failing_calls(shim: Path, job: str, injections: int, tmp_path: Path) -> None:
     assert fail_calls(shim, job, tmp_path / "job", injections)["injections"] == injections
 

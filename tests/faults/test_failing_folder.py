@@ -51,7 +51,7 @@ def quarantined(run_dir: Path) -> set[tuple[int, str, int]]:
 @pytest.mark.parametrize(
     ("error", "first"),
     [
-        ("ENOSPC", 0),
+        pytest.param("ENOSPC", 0, marks=pytest.mark.slow),
         pytest.param("ENOSPC", 3, marks=pytest.mark.slow),
         pytest.param("EIO", 0, marks=pytest.mark.slow),
         ("EIO", 3),
