@@ -228,8 +228,9 @@ axial RoPE; global crops of {config.image_size} px.
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import load_image
 
-processor = AutoImageProcessor.from_pretrained("PATH")
-model = AutoModel.from_pretrained("PATH")
+folder = "."    # run this in the folder of this file, or name that folder
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder)
 inputs = processor(load_image("photo.jpg"), return_tensors="pt")    # [1, 3, {config.image_size}, {config.image_size}]
 output = model(**inputs)
 output.pooler_output                 # [1, {model.dim}], one vector per image

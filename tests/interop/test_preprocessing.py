@@ -188,7 +188,7 @@ def test_the_code_of_the_model_card_runs(tmp_path: Path) -> None:
     card = (tmp_path / "exported" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names: dict[str, Any] = {}
-    code = code.replace('"PATH"', repr(str(tmp_path / "exported")))
+    code = code.replace('folder = "."', f"folder = {str(tmp_path / 'exported')!r}")
     exec(code.replace('"photo.jpg"', repr(str(tmp_path / "photo.png"))), names)
     assert names["inputs"]["pixel_values"].shape == (1, 3, 64, 64)
     features = backbone.forward_features(backbone.preprocess(tmp_path / "photo.png"))
