@@ -34,7 +34,7 @@ from streamtrain.config.tree import Config
 from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
-from streamtrain.engine.rendezvous import Launch, check_master
+from streamtrain.engine.rendezvous import AddressError, Launch, check_master
 from streamtrain.engine.runtime import choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
@@ -234,7 +234,7 @@ def report_error(error: Exception, launch: Launch) -> None:
 
     A launcher ends the other ranks on its own machine. Ranks on other machines receive the error if they are reachable.
     """
-    if isinstance(error, FailedStart):
+    if isinstance(error, FailedStart) or (launch.spans_machines and isinstance(error, AddressError)):
         if launch.local_rank == 0:
             logger.error(error)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from streamtrain.evaluation.features import compute_features, pixel_features, re
 from streamtrain.evaluation.images import LabelledImages, match_classes, open_images, split_indices
 from streamtrain.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_predict
 from streamtrain.evaluation.linear import EPOCHS, linear_accuracy
-from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy
+from streamtrain.evaluation.logistic import PENALTIES, logistic_accuracy, require_scikit_learn
 from streamtrain.evaluation.uncertainty import accuracy_margin, difference_margin, paired_difference
 from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 from streamtrain.interop.load import needs_factory
@@ -34,6 +35,7 @@ from streamtrain.run.progress import progress_bar
 PIXELS_SIZE = 32
 
 Values = dict[str, str | int | float]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Measurement:
 
 
 def evaluate(arguments: argparse.Namespace) -> Values:
+    if arguments.task == "logistic":
+        # before the features of many images are computed
+        require_scikit_learn()
     sets = open_sets(arguments.train, arguments.test)
     other = select_baseline(arguments, arguments.compare) if arguments.compare is not None else None
     if other is not None:
@@ -113,6 +118,11 @@ def open_sets(train: Path, test: Path | None) -> list[LabelledImages]:
     opened = open_images(train)
     if len(np.unique(opened.labels)) < 2:
         raise StreamtrainError(f"all images of {printable(train)} have the same label; give images of several classes")
+    if test is not None and test.resolve() == train.resolve():
+        logger.warning(
+            "--test is --train, so the labels of the test images are known; leave out --test to hold out "
+            "a fifth of the images"
+        )
     if test is not None:
         return [opened, match_classes(opened, open_images(test))]
     # refuse too few images before the features of any are computed

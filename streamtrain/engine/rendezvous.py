@@ -23,6 +23,10 @@ MEETING_ADVICE = (
 )
 
 
+class AddressError(ConfigError):
+    """The address of rank 0 cannot be used, so the ranks cannot tell each other."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """The rank of this process, as set by ``deepspeed``, ``torchrun``, ``srun`` with variables, or no launcher."""
@@ -105,11 +109,11 @@ def check_master(launch: Launch, wait_seconds: float = RESOLVE_SECONDS) -> None:
     """Check that the address of rank 0 can be resolved and, on rank 0, that its port is free.
 
     Raises:
-        ConfigError: the host is unknown, or the port is invalid or in use.
+        AddressError: the host is unknown, or the port is invalid or in use.
     """
     address, text = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:6]) < 2**16):
-        raise ConfigError(f"MASTER_PORT is {text!r}, which is not a port from 1 to 65535; correct it")
+        raise AddressError(f"MASTER_PORT is {text!r}, which is not a port from 1 to 65535; correct it")
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
@@ -119,13 +123,13 @@ def check_master(launch: Launch, wait_seconds: float = RESOLVE_SECONDS) -> None:
             # the name of a host that is starting may take a moment to appear
             if time.monotonic() > deadline:
                 reason = getattr(error, "strerror", None) or "not a host name"
-                raise ConfigError(
+                raise AddressError(
                     f"MASTER_ADDR {address!r} is not a known host ({reason}); set it to the name or the IP address of "
                     "rank 0's machine, or to 127.0.0.1 if all ranks are on one machine"
                 ) from None
             time.sleep(0.5)
     if launch.rank == 0 and os.environ.get(AGENT_STORE) != "True" and not _is_free(int(text)):
-        raise ConfigError(_port_message(text))
+        raise AddressError(_port_message(text))
 
 
 def wait_for_rank_0(launch: Launch, timeout: timedelta) -> str:

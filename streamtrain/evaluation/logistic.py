@@ -28,6 +28,14 @@ class LogisticResult:
     is_right: np.ndarray = field(repr=False, compare=False)
 
 
+def require_scikit_learn() -> None:
+    """Raise StreamtrainError if scikit-learn is not installed."""
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError:
+        raise StreamtrainError('evaluate logistic needs scikit-learn: pip install "streamtrain[eval]"') from None
+
+
 def logistic_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -49,11 +57,10 @@ def logistic_accuracy(
     Raises:
         StreamtrainError: if scikit-learn is not installed, or the training data has a single class.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise StreamtrainError('evaluate logistic needs scikit-learn: pip install "streamtrain[eval]"') from None
+    require_scikit_learn()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
     train, test = (((part - mean) / deviation).double().cpu().numpy() for part in (train_features, test_features))
     labels, test_labels_array = train_labels.cpu().numpy(), test_labels.cpu().numpy()

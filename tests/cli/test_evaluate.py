@@ -200,3 +200,9 @@ def test_unusable_images_are_named_and_left_out_up_to_a_share(folder: Path, num_
     if not status:
         result = json.loads(done.stdout.splitlines()[-1])
         assert (result["train_images"], result["test_images"]) == (38, 40)
+
+
+def test_a_set_that_tests_itself_is_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = folder / "weights" / ".." / "images"
+    assert exit_status(["evaluate", "knn", "--pixels", "--train", folder / "images", "--test", same]) == 0
+    assert "leave out --test to hold out a fifth" in capsys.readouterr().err
