@@ -258,7 +258,9 @@ def _expand(path: Path | str) -> str:
 
 def _check_workers(workers: int | None) -> int:
     if workers is None:
-        return os.cpu_count() or 1
+        from streamtrain.run.machine import available_cores
+
+        return available_cores()
     if not isinstance(workers, int) or workers < 1:
         raise StreamtrainError(f"workers {workers!r} is not a whole number above 0")
     return workers

@@ -34,7 +34,7 @@ from streamtrain.config.tree import Config
 from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
-from streamtrain.engine.rendezvous import AddressError, Launch, check_master
+from streamtrain.engine.rendezvous import AddressError, Launch, check_master, lost_rank_message
 from streamtrain.engine.runtime import choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
@@ -64,7 +64,7 @@ from streamtrain.run.resume_policy import (
     separate_overrides,
     version_changes,
 )
-from streamtrain.run.signals import EXIT_USAGE, STOP_STATUSES, has_stop_file, remove_old_stop_file
+from streamtrain.run.signals import EXIT_FAILED, EXIT_USAGE, STOP_STATUSES, has_stop_file, remove_old_stop_file
 from streamtrain.training.start_checks import check_folders, check_resources
 
 OTHER_RANKS_WAIT_SECONDS = 10.0
@@ -165,7 +165,7 @@ def check_complete(
 def train_rank(arguments: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status.
 
-    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix.
+    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix; 1: another rank ended.
     """
     configure_logging()
     try:
@@ -220,6 +220,13 @@ def train_rank(arguments: argparse.Namespace) -> int:
             save_traceback(error)
         report_error(error, launch)
         return EXIT_USAGE
+    except RuntimeError as error:
+        message = lost_rank_message(error, launch.rank)
+        if message is None:
+            raise
+        save_traceback(error)
+        logger.error(message)
+        return EXIT_FAILED
     except OSError as error:
         # the run needs this file; errors of other files are only warnings
         save_traceback(error)
@@ -296,7 +303,7 @@ def run_process(arguments: argparse.Namespace, command: str | None = None) -> No
             logger.info("  %s", command)
     except Exception:
         traceback.print_exc()
-        status = 1
+        status = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

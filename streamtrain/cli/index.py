@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from shards.reading.shard_set import ShardSet
 from shards.storage.store import is_url
 from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.run.command_line import path_or_url
+from streamtrain.run.machine import available_cores
 
 _SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
 _DETAILS = """\
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--src", type=path_or_url, nargs="+", required=True, metavar="TAR|DIR|URL", help="the tars")
     parser.add_argument("--out", type=path_or_url, required=True, metavar="SET", help="folder of the set; new or empty")
     parser.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+        "--workers", type=positive_int, default=available_cores(), metavar="N", help="processes (default: all cores)"
     )
 
 

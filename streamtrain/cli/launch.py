@@ -1,8 +1,7 @@
-"""Start the ranks of a training run and forward stop signals to them.
+"""Start the ranks of a training run on this machine and forward stop signals to them.
 
 The launchers of PyTorch and DeepSpeed kill the ranks 30 s after a signal and exit with status 1. But a stop takes one
-step and one checkpoint, and schedulers need the run's own exit status (75 or 130), so this module starts the ranks of
-one machine itself. Several machines need DeepSpeed's launcher.
+step and one checkpoint, and schedulers need the run's own exit status (75 or 130).
 """
 
 from __future__ import annotations
@@ -15,18 +14,27 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamtrain.engine.rendezvous import AGENT_STORE
-from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
+from streamtrain.run.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
+
+if TYPE_CHECKING:
+    from streamtrain.cli.hosts import Host
 
 SCRIPT = Path(__file__).resolve().parents[1] / "main.py"
 # the ranks have already reported the reason
 _EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
 # from the failure of one rank until the others are killed
 GRACE_SECONDS = 30.0
+# the same, if a whole machine is lost: the others wait for it in a collective operation and cannot save
+LOST_GRACE_SECONDS = 5.0
+# exit status of a machine that no longer answers, as that of ssh
+EXIT_LOST = 255
 _POLL_SECONDS = 0.1
 _KILLED = ": it was killed, usually because the memory was full; run the same command again to resume"
 _PR_SET_PDEATHSIG = 1
@@ -34,16 +42,21 @@ _PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The ranks of one machine, ``first_rank`` and the ``ranks - 1`` after it, and where all ranks meet."""
+
+    first_rank: int
+    ranks: int
+    world_size: int
+    address: str
+    port: str
+
+
 def run_ranks(arguments: Sequence[str], world_size: int) -> int:
     """Run ``main.py ARGUMENTS`` on ``world_size`` ranks of this machine and return the exit status of the run."""
-    with reserved_port() as port:
-        shared = {
-            "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            # torchrun sets it for its own ranks, and this process may be one of them
-            AGENT_STORE: False,
-        }  # fmt: skip
-        environments = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
-        return _run([sys.executable, str(SCRIPT), *arguments], environments, _prepare_rank)
+    with reserved_port() as port, received_signals() as received:
+        return run_share(arguments, Share(0, world_size, world_size, "127.0.0.1", str(port)), received)
 
 
 @contextmanager
@@ -56,71 +69,70 @@ def reserved_port() -> Iterator[int]:
         yield reserved.getsockname()[1]
 
 
-def run_on_hosts(arguments: Sequence[str], hostfile: Path, ranks_per_host: int | None) -> int:
-    """Run ``main.py ARGUMENTS`` on the hosts of ``hostfile`` through DeepSpeed's launcher."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    launcher += ["--hostfile", str(hostfile)]
-    if ranks_per_host is not None:
-        launcher += ["--num_gpus", str(ranks_per_host)]
-    with reserved_port() as free:
-        # a fixed port, such as DeepSpeed's default, fails for the second run on a host
-        launcher += ["--master_port", os.environ.get("MASTER_PORT") or str(free)]
-        return _run([*launcher, str(SCRIPT), *arguments], [{}], stop_with_parent)
+def run_share(arguments: Sequence[str], share: Share, received: list[int]) -> int:
+    """Run ``main.py ARGUMENTS`` on this machine's ranks; return the exit status of the first that failed, or 0.
+
+    ``received``: signals to forward; other threads may append to it.
+    """
+    shared = {
+        "WORLD_SIZE": share.world_size, "LOCAL_WORLD_SIZE": share.ranks, "MASTER_ADDR": share.address,
+        "MASTER_PORT": share.port,
+        # torchrun sets it for its own ranks, and this process may be one of them
+        AGENT_STORE: False,
+    }  # fmt: skip
+    processes: dict[str, subprocess.Popen[bytes] | Host] = {}
+    try:
+        for local_rank in range(share.ranks):
+            rank = share.first_rank + local_rank
+            variables = {**shared, "RANK": rank, "LOCAL_RANK": local_rank}
+            processes[f"rank {rank}"] = subprocess.Popen(
+                [sys.executable, str(SCRIPT), *arguments], stdin=subprocess.DEVNULL,
+                env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+                # in its own session, so that Ctrl-C in the terminal arrives only once, forwarded from here
+                start_new_session=True, preexec_fn=_prepare_rank,
+            )  # fmt: skip
+        return wait_for_all(processes, received)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
 
 
-def _run(command: Sequence[str], environments: Sequence[dict[str, object]], prepare: Callable[[], None]) -> int:
-    """Run ``command`` once for each set of variables, and return the exit status of the first process that failed."""
-    processes: list[subprocess.Popen[bytes]] = []
-    with _received_signals() as received:
-        try:
-            for variables in environments:
-                environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-                processes.append(
-                    subprocess.Popen(
-                        command, env=environment, stdin=subprocess.DEVNULL,
-                        # in its own session, so that Ctrl-C in the terminal arrives only once, forwarded from here
-                        start_new_session=True, preexec_fn=prepare,
-                    )
-                )  # fmt: skip
-            return _wait(processes, received)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+def wait_for_all(processes: Mapping[str, subprocess.Popen[bytes] | Host], received: list[int]) -> int:
+    """Wait for all processes, forward each received signal, and end the others when one fails.
 
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Wait for all processes, forward each received signal, and end the others when one fails."""
+    Returns the exit status of the first that failed, or 0. ``processes``: by the names that messages use.
+    """
     failure: int | None = None
     deadline = float("inf")
     stops: list[int] = []
     while True:
-        for process in processes:
+        for process in processes.values():
             process.poll()
-        is_running = any(process.returncode is None for process in processes)
+        is_running = any(process.returncode is None for process in processes.values())
         while received:
             stops.append(received.pop(0))
             _send(processes, stops[-1])
-        failed = [(process.returncode, rank) for rank, process in enumerate(processes) if process.returncode]
+        failed = [(process.returncode, name) for name, process in processes.items() if process.returncode]
         if failed and failure is None:
             # a killed rank, with a negative code, causes the errors of the others
-            returncode, rank = min(failed)
+            returncode, name = min(failed)
             failure = _exit_status(returncode, stops)
-            deadline = time.monotonic() + GRACE_SECONDS
+            deadline = time.monotonic() + (LOST_GRACE_SECONDS if failure == EXIT_LOST else GRACE_SECONDS)
             if failure not in STOP_STATUSES:
-                if failure not in _EXPLAINED_STATUSES:
+                if failure not in _EXPLAINED_STATUSES and isinstance(processes[name], subprocess.Popen):
                     reason = _KILLED if returncode == -signal.SIGKILL else ""
-                    logger.error("rank %d ended with exit status %d%s", rank, failure, reason)
+                    logger.error("%s ended with exit status %d%s", name, failure, reason)
                 _send(processes, signal.SIGTERM)
         if not is_running:
-            return failure or 0
+            return EXIT_FAILED if failure == EXIT_LOST else failure or 0
         if time.monotonic() > deadline:
             _send(processes, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
 
 
-def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    for process in processes:
+def _send(processes: Mapping[str, subprocess.Popen[bytes] | Host], number: int) -> None:
+    for process in processes.values():
         process.send_signal(number)
 
 
@@ -134,7 +146,7 @@ def _exit_status(returncode: int, stops: Sequence[int]) -> int:
 
 
 @contextmanager
-def _received_signals() -> Iterator[list[int]]:
+def received_signals() -> Iterator[list[int]]:
     """Collect the stop signals that arrive during a ``with`` block instead of acting on them."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -36,6 +35,7 @@ from streamtrain.cli.arguments import (
 )
 from streamtrain.run import interrupts
 from streamtrain.run.command_line import local_path, path_or_url
+from streamtrain.run.machine import available_cores
 from streamtrain.run.signals import EXIT_INTERRUPTED
 
 _SUMMARY = "Pack images into a shard set: WebDataset tars, an index of every image, and a manifest."
@@ -83,7 +83,7 @@ def add_parser(subparsers: Any) -> None:
     add("--out", type=path_or_url, required=True, metavar="SET", help="folder or URL of the set; new or empty")
     add("--shard-size", type=byte_size, default="256MB", metavar="SIZE", help="largest tar (default: 256MB)")
     add(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N",
+        "--workers", type=positive_int, default=available_cores(), metavar="N",
         help="decoding processes (default: all cores)",
     )  # fmt: skip
     add("--max-side", type=max_side, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from typing import Any
 
 from shards.errors import ShardError
@@ -22,7 +21,7 @@ from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import PHASES
 from streamtrain.planning.plan_text import advice, summary, table
 from streamtrain.planning.sizes import CPU_KERNELS
-from streamtrain.run.machine import has_gpu_driver, host_memory
+from streamtrain.run.machine import available_cores, has_gpu_driver, host_memory
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
 _DETAILS = """\
@@ -152,7 +151,7 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
         raise StreamtrainError("--gpu-memory has no effect with --device cpu; give --host-memory, or --device gpu")
     bf16 = uses_bf16(engine, cuda=False)
     memory = host_memory()
-    cores = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+    cores = max(1, available_cores() // arguments.ranks)
     with_kernels = engine.cpu_kernels and has_kernels(bf16)
     return Machine(
         arguments.ranks, on_gpu=False, bf16=bf16, cores=cores, supported=CPU_KERNELS if with_kernels else "reference",

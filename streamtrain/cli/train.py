@@ -8,10 +8,10 @@ import os
 from typing import Any
 
 from streamtrain.cli.arguments import add_command, positive_int
-from streamtrain.cli.launch import run_on_hosts, run_ranks
+from streamtrain.cli.hosts import read_hostfile, run_on_hosts
+from streamtrain.cli.launch import run_ranks
 from streamtrain.config.load import load_config
 from streamtrain.engine.runtime import count_gpus
-from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
 from streamtrain.run.command_line import local_path
 from streamtrain.run.messages import typed_command
@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--hostfile", type=local_path, metavar="F",
-        help="train on several machines with DeepSpeed's launcher: lines such as `node1 slots=8`; needs passwordless "
-        "ssh and the same paths on each",
+        help="train on several machines: a file with lines such as `node1 slots=8`; needs passwordless ssh and the "
+        "same paths on each",
     )  # fmt: skip
 
 
@@ -60,17 +60,20 @@ def run(arguments: argparse.Namespace) -> int:
     separate_overrides(arguments)
     if "RANK" in os.environ:
         run_process(arguments)
+    hosts, ranks = {}, arguments.ranks
     if arguments.hostfile is not None:
-        if not arguments.hostfile.is_file():
-            raise StreamtrainError(f"--hostfile {arguments.hostfile} does not exist")
-        return run_on_hosts(rank_arguments(arguments), arguments.hostfile, arguments.ranks)
+        hosts = read_hostfile(arguments.hostfile, arguments.ranks)
+        ranks = sum(hosts.values())
     # report invalid settings once, before any rank loads a library
-    device = load_config(arguments.config, arguments.overrides, arguments.ranks or 1).engine.device
-    ranks = arguments.ranks or (1 if device == "cpu" else max(1, count_gpus()))
+    engine = load_config(arguments.config, arguments.overrides, ranks or 1).engine
     command = typed_command(arguments.words)
-    if ranks == 1:
-        run_process(arguments, command)
-    status = run_ranks(rank_arguments(arguments), ranks)
+    if hosts:
+        status = run_on_hosts(rank_arguments(arguments), hosts, engine.environment)
+    else:
+        ranks = ranks or (1 if engine.device == "cpu" else max(1, count_gpus()))
+        if ranks == 1:
+            run_process(arguments, command)
+        status = run_ranks(rank_arguments(arguments), ranks)
     if status in STOP_STATUSES:
         logger.info("  %s", command)
     return status

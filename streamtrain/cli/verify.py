@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from shards.format.images import DEFAULT_MAX_PIXELS
@@ -11,6 +10,7 @@ from shards.format.set_manifest import SetManifest, counted
 from shards.packing.verify import verify
 from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.run.command_line import path_or_url
+from streamtrain.run.machine import available_cores
 
 _SUMMARY = "Check a shard set: every tar, both indexes, the manifest, every checksum, a decode of every image."
 _DETAILS = """\
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "verify", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("set", type=path_or_url, metavar="SET", help="folder or URL of the set")
     parser.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+        "--workers", type=positive_int, default=available_cores(), metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument(
         "--max-pixels",

@@ -103,6 +103,10 @@ class EngineConfig(Section):
         True, "Use streamtrain's CPU kernels for blocks and prototypes if the processor and the sizes allow it and "
         "every rank has a compiler. Affects speed, memory and rounding.",
     )  # fmt: skip
+    environment: list[str] = free(
+        [], "Names of environment variables that train --hostfile also sends to the other machines; * matches all "
+        "characters.",
+    )  # fmt: skip
     collective_timeout_seconds: float = free(
         1800.0, "Seconds after which a rank that waits in a collective operation exits with an error.", gt=0.0
     )

@@ -65,7 +65,7 @@ class Loader:
         start_slot: int = 0,
         end_slot: int | None = None,
         lane_block: int | None = None,
-        local_world_size: int = 1,
+        cores: int | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         """Start reading at ``start_slot``.
@@ -74,7 +74,7 @@ class Loader:
             end_slot: end of the run, after which no shard is copied to the cache; None for an endless stream.
             quarantine: log of unusable images, which are replaced; without one, the first unusable image raises.
             lane_block: value from the saved state of a resumed stream; None derives it from the global batch.
-            local_world_size: number of ranks that share this machine's cores.
+            cores: number of CPU cores for this rank; None: all that are available.
 
         Raises:
             ShardError: a set has no samples, or its weight in a mixture is too small.
@@ -96,7 +96,7 @@ class Loader:
         self._failure: BaseException | None = None
         self._ready: queue.Queue[PendingBatch | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
-        threads = config.data.decode_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+        threads = config.data.decode_threads or cores or len(os.sched_getaffinity(0))
         self._cache = open_cache(
             config, shard_set, order, rank=rank, world_size=world_size, start_slot=start_slot, end_slot=end_slot
         )

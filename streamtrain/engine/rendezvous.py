@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 from streamtrain.errors import ConfigError
+from streamtrain.run.machine import available_cores
 
 RESOLVE_SECONDS = 10.0
 # whether torchrun, and not rank 0, serves the port
@@ -77,8 +79,27 @@ class Launch:
 
     @property
     def cores(self) -> int:
-        """Number of CPU cores for this process: the available ones, divided among the node's ranks."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        """Number of CPU cores for this rank."""
+        cores = min(available_cores(), _slurm_cores() or sys.maxsize)
+        return cores if self.has_own_cores else max(1, cores // self.local_world_size)
+
+    @property
+    def has_own_cores(self) -> bool:
+        """Whether Slurm has bound each rank to cores of its own; otherwise the ranks of a machine share its cores.
+
+        ``torchrun`` in a Slurm task starts ranks that share the task's cores.
+        """
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        is_task = [os.environ.get(name) for name in names] == [
+            str(number) for number in (self.rank, self.local_rank, self.world_size)
+        ]
+        return is_task and available_cores() < (_slurm_cores() or 0)
+
+
+def _slurm_cores() -> int | None:
+    """Return the number of CPU cores of this machine that belong to the Slurm job; None outside of a job."""
+    text = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return max(1, int(text)) if text.isascii() and text.isdecimal() else None
 
 
 def _read_number(name: str, default: int) -> int:
@@ -173,6 +194,23 @@ def _port_message(port: str) -> str:
         "another one with --master_port N (deepspeed), --master-port N (torchrun) or MASTER_PORT=N, or start the "
         "ranks with streamtrain train, which finds a free port"
     )
+
+
+def lost_rank_message(error: RuntimeError, rank: int) -> str | None:
+    """Return what to say of an error of a collective operation whose other ranks have ended or do not answer.
+
+    None: it is another error.
+    """
+    # an error of a collective operation has loaded torch
+    distributed = sys.modules.get("torch.distributed")
+    is_known = distributed is not None and isinstance(error, getattr(distributed, "DistError", ()))
+    text = " ".join(str(error).split())
+    if not is_known and "/gloo/" not in text:
+        return None
+    # after the place in the source of gloo or NCCL; advice and the C++ stack follow
+    reason = text.partition("] ")[2] if text.startswith("[") else text
+    reason = reason.partition(". ")[0].partition(" Exception raised from")[0][:150].rstrip(".")
+    return f"rank {rank} cannot reach another rank ({reason}), which has ended or is stuck; run the same command again"
 
 
 def meeting_error(error: Exception, launch: Launch, timeout: timedelta) -> ConfigError:

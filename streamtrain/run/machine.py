@@ -1,4 +1,4 @@
-"""Memory of this machine, within the limits of its control groups, its disk space and GPU driver. Torch-free."""
+"""CPU cores and memory of this machine, within the limits of its control groups, disk space, GPU driver. Torch-free."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def host_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Space | None:
         spaces = [Space(numbers["MemTotal:"], numbers["MemAvailable:"])]
     except (OSError, KeyError, ValueError):
         return None
-    for version, group in _control_groups(proc, cgroup):
+    for version, group in _control_groups("memory", proc, cgroup):
         limit_name, use_name, cache_name = _FILES[version]
         try:
             limit, use = (int((group / name).read_text()) for name in (limit_name, use_name))
@@ -47,8 +47,24 @@ def host_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Space | None:
     return Space(min(space.total for space in spaces), max(0, min(space.free for space in spaces)))
 
 
-def _control_groups(proc: Path, cgroup: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the version and the folder of each control group that may limit this process's memory."""
+def available_cores(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+    """Return the number of CPU cores that this process may use: by its affinity and its control groups' quotas."""
+    cores = len(os.sched_getaffinity(0))
+    for version, group in _control_groups("cpu", proc, cgroup):
+        try:
+            if version == 2:
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            # more threads than this would use up the quota early in each period, and then wait
+            cores = min(cores, int(quota) // int(period)) if int(quota) > 0 else cores
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # no limit ("max"), or the root group
+    return max(1, cores)
+
+
+def _control_groups(controller: str, proc: Path, cgroup: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the version and the folder of each control group that may limit this process."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -56,9 +72,9 @@ def _control_groups(proc: Path, cgroup: Path) -> Iterator[tuple[int, Path]]:
     paths = {1: "/", 2: "/"}
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers or "memory" in controllers.split(","):
+        if not controllers or controller in controllers.split(","):
             paths[1 if controllers else 2] = path
-    for version, root in ((2, cgroup), (1, cgroup / "memory")):
+    for version, root in ((2, cgroup), (1, cgroup / controller)):
         # the path may be a path of the host, and a container sees only the last folder of it, as the root
         folder = root / paths[version].strip("/")
         for group in (folder, *folder.parents):

@@ -14,6 +14,7 @@ from streamtrain.errors import StreamtrainError
 if TYPE_CHECKING:
     from pathlib import Path
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130

@@ -213,6 +213,6 @@ def build_loader(config: Config, runtime: Runtime, shard_set: AnySet, start: Sta
     return Loader(
         shard_set, config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
         start_slot=start.slot, end_slot=start.slot + (config.run.steps - start.step) * global_batch,
-        lane_block=start.lane_block, local_world_size=runtime.launch.local_world_size,
+        lane_block=start.lane_block, cores=runtime.launch.cores,
         quarantine=Quarantine(Path(config.run.dir) / QUARANTINE_NAME, config.data.max_unusable_share),
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.sizes import CPU_KERNELS, StoredImages
 from streamtrain.planning.units import size
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps
-from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
+from streamtrain.run.machine import Space, available_cores, disk_space, folder_bytes, host_memory
 from streamtrain.run.provenance import program_versions
 from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
@@ -48,8 +47,8 @@ def check_resources(
     warnings = [line for need in needs if (line := need.check(config, accepted))]
     if launch.rank == 0:
         warnings += _check_disk(config, launch.world_size, planned, accepted)
-        cores = len(os.sched_getaffinity(0))
-        if not on_gpu and ranks > cores:
+        cores = available_cores()
+        if not on_gpu and ranks > cores and not launch.has_own_cores:
             warnings.append(f"{ranks} ranks share {cores} core(s), which makes a step slower; start at most {cores}")
     return warnings
 

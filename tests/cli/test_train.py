@@ -139,18 +139,53 @@ def test_one_rank_needs_no_launcher(shards: Path, tmp_path: Path) -> None:
     assert process.returncode == 75 and "Traceback" not in errors
 
 
-def test_ranks_of_a_hostfile_start_through_deepspeed(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a stand-in for ssh, which prints the address of the host."""
-    (tmp_path / "ssh").write_text("#!/bin/sh\necho 127.0.0.1\n")
-    (tmp_path / "ssh").chmod(0o755)
-    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}")
-    (tmp_path / "hosts").write_text("localhost slots=2\n")
+def test_ranks_of_a_hostfile_train(shards: Path, tmp_path: Path) -> None:
+    """On this machine, which needs no ssh; two machines are in tests/cluster."""
+    (tmp_path / "hosts").write_text("# a comment\nlocalhost slots=2\n")
     words = train_words(shards, tmp_path / "run", "run.steps=1")
     ended = run_command("train", "--hostfile", tmp_path / "hosts", *words)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = (ended.stdout + ended.stderr).splitlines()
+    assert not unexpected(lines) and len(lines) == len(set(lines)), lines
     assert (tmp_path / "run" / "checkpoints" / "step-000000001" / "rank-00001-of-00002.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("# only a comment\n", "names no host"),
+        ("node1 slots=2\nnode1 slots=1\n", "line 2: node1 is there twice"),
+        ("node1\n", "line 1: write the number of ranks, as in 'node1 slots=8'"),
+        ("node1 slots=0\n", "line 1: write the number of ranks"),
+        ("node1 slots=many\n", "line 1: 'node1 slots=many' is not such as 'node1 slots=8'"),
+        ("-oProxyCommand=ls slots=1\n", "is not such as"),
+        ("node1 slots=1\n", "--hostfile needs ssh, which is not installed"),
+        ("\xff", "cannot be read"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_used_is_one_line(
+    text: str, message: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # without ssh
+    monkeypatch.setitem(ENVIRONMENT, "PATH", str(tmp_path))
+    hosts = tmp_path / "hosts"
+    hosts.write_bytes(text.encode("latin-1"))
+    ended = run_command("train", "--hostfile", hosts, *train_words(shards, tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stdout == "", ended.stdout
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and message in ended.stderr
+
+
+def test_a_host_that_does_not_answer_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for ssh that prints what a login script may, and fails."""
+    (tmp_path / "ssh").write_text("#!/bin/sh\necho welcome\nprintf 'no \\033[31mroute\\n\\n' >&2\nexit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}")
+    (tmp_path / "hosts").write_text("node1 slots=1\nlocalhost slots=1\n")
+    ended = run_command("train", "--hostfile", tmp_path / "hosts", *train_words(shards, tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: cannot start on node1: no [31mroute; each machine needs passwordless ssh")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -> None:
@@ -164,7 +199,6 @@ def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "launcher",
     [
-        # two ranks of a host file start through it too
         pytest.param(
             ["deepspeed", "--num_gpus", "1", "--master_port", "{port}", "--module"],
             id="deepspeed",
@@ -234,7 +268,9 @@ def test_a_killed_rank_ends_the_others_and_sets_the_exit_status(shards: Path, tm
         os.kill(children_of(process.pid)[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGKILL
-    assert "error: rank 1 ended with exit status 137: it was killed" in errors, errors
+    lines = errors.splitlines()
+    assert not unexpected(lines[:-2]) and "error: rank 0 cannot reach another rank (" in lines[-2], errors
+    assert lines[-1].startswith("error: rank 1 ended with exit status 137: it was killed"), errors
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,26 @@ class Machine:
             [PROGRAMS / "python", *words], MASTER_ADDR=master, MASTER_PORT="29511", **numbers, **variables
         )
 
+    def serve_ssh(self, folder: Path) -> None:
+        """Let the programs of ``ssh_folder`` connect to this machine; its environment is then that of a login."""
+        words = f"$(command -v sshd) -f /dev/null -h {folder}/key -o AuthorizedKeysFile={folder}/key.pub"
+        self.run(
+            f"mount -t tmpfs none /run && mkdir /run/sshd && {words} -o StrictModes=no -o UsePAM=no -o PidFile=none"
+        )
+
     def close(self) -> None:
         os.kill(self.process, signal.SIGKILL)
         self._outer.wait()
+
+
+def ssh_folder(folder: Path) -> Path:
+    """Return a folder with a key, and a program ``ssh`` that uses it and no settings of the user."""
+    folder.mkdir()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
+    options = f"-F none -i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    (folder / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
+    (folder / "ssh").chmod(0o755)
+    return folder
 
 
 @contextmanager

@@ -243,6 +243,8 @@ READ = {
     "objective.gram.teacher", "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps",
     "run.save_in_background", "run.snapshot_every", "teacher.average", "teacher.chunk", "teacher.weights",
 }  # fmt: skip
+# a launcher reads it, which tests/cluster/test_hostfile.py shows
+LAUNCHER = {"engine.environment"}
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +257,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_setting_is_tested() -> None:
     tested = [key for key, *_ in EFFECTS]
     assert len(set(tested)) == len(tested) and not READ & set(tested)
-    assert {*tested, *READ} == {key for key, _ in walk_settings()}
+    assert {*tested, *READ, *LAUNCHER} == {key for key, _ in walk_settings()}
 
 
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect[0])

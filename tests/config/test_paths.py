@@ -25,7 +25,15 @@ from streamtrain.run.directory import saved_steps
 from streamtrain.run.resume_policy import build_provenance, check_resume
 
 # settings with text that is no path
-TEXTS = {"model.preset", "model.factory", "data.augmentations", "monitor.project", "evaluation.best", "data.background"}
+TEXTS = {
+    "engine.environment",
+    "model.preset",
+    "model.factory",
+    "data.augmentations",
+    "monitor.project",
+    "evaluation.best",
+    "data.background",
+}
 # other settings that a path needs
 NEEDED: dict[str, dict[str, Any]] = {
     "data.cache.dir": {"data": {"cache": {"limit": "1GB"}}}, "engine.moments_dir": {"engine": {"moments": "disk"}},

@@ -117,6 +117,32 @@ def test_any_variables_give_a_possible_launch_or_one_line(variables: dict[str, s
     assert launch.cores >= 1 and os.environ["LOCAL_RANK"] == str(launch.local_rank)
 
 
+# SLURM_CPUS_ON_NODE, cores that the process may use, ranks of the machine, and the cores of a rank
+@pytest.mark.parametrize(
+    ("on_node", "available", "is_task", "cores"),
+    [
+        ("8", 2, True, 2),  # each task is bound to its own
+        ("8", 8, True, 2),  # the tasks share those of the job
+        ("8", 64, True, 2),  # no limits: the job has a part of the machine
+        ("8", 8, False, 2),  # torchrun in one task
+        ("8", 4, False, 1),  # torchrun in a bound task
+        (None, 8, False, 2),  # no Slurm
+        ("", 2, True, 1),
+    ],
+)
+def test_cores_are_divided_once(
+    on_node: str | None, available: int, is_task: bool, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "available_cores", lambda: available)
+    if on_node is not None:
+        numbers = ("5", "1", "8") if is_task else ("1", "0", "2")
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        os.environ.update({"SLURM_CPUS_ON_NODE": on_node, **dict(zip(names, numbers, strict=True))})
+    launch = Launch(5, 8, 1, 4)
+    assert launch.cores == cores
+    assert launch.has_own_cores == (cores == available)
+
+
 def test_a_port_in_use_names_the_options_of_the_launchers(used_port: int) -> None:
     os.environ.update({**TWO, "MASTER_PORT": str(used_port)})
     with pytest.raises(ConfigError, match=rf"port {used_port}.*in use.*--master_port N \(deepspeed\)"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
+from streamtrain.run.machine import Space, available_cores, disk_space, folder_bytes, host_memory
 
 GB = 10**9
 
@@ -29,6 +29,33 @@ def write_v2(group: Path, limit: str) -> None:
         "memory.stat": f"anon 1\ninactive_file {GB}",
     }.items():
         (group / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "text", "cores"),
+    [
+        ("0::/a/b\n", "a/cpu.max", "350000 100000", 3),
+        ("0::/a/b\n", "a/b/cpu.max", "50000 100000", 1),
+        ("0::/a/b\n", "cpu.max", "max 100000", 16),
+        ("0::/a/b\n", "cpu.max", "6400000 100000", 16),
+        ("0::/a/b\n", "cpu.max", "", 16),
+        # a container sees its group as the root
+        ("0::/docker/1\n", "cpu.max", "400000 100000", 4),
+        ("9:cpu,cpuacct:/x\n0::/\n", "cpu/x/cpu.cfs_quota_us", "250000", 2),
+        ("9:cpu,cpuacct:/x\n0::/\n", "cpu/x/cpu.cfs_quota_us", "-1", 16),
+    ],
+)
+def test_a_quota_limits_the_cores(
+    groups: str, file: str, text: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    proc, cgroup = machine(tmp_path, groups)
+    assert available_cores(proc, cgroup) == available_cores(tmp_path / "absent", cgroup) == 16
+    path = cgroup / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    (path.parent / "cpu.cfs_period_us").write_text("100000\n")
+    assert available_cores(proc, cgroup) == cores
 
 
 def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def _open_stream(config: Config, runtime: Runtime) -> Iterator[Iterator[Batch]]:
         return
     loader = Loader(
         open_shard_set(config), config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
-        local_world_size=runtime.launch.local_world_size,
+        cores=runtime.launch.cores,
     )  # fmt: skip
     with closing(loader):
         yield loader
