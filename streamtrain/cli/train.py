@@ -9,9 +9,10 @@ from typing import Any
 
 from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.cli.hosts import read_hostfile, run_on_hosts
-from streamtrain.cli.launch import run_ranks
+from streamtrain.cli.launch import Share, received_signals, run_ranks, run_share
 from streamtrain.config.load import load_config
 from streamtrain.engine.runtime import count_gpus
+from streamtrain.errors import StreamtrainError
 from streamtrain.main import add_arguments, run_process
 from streamtrain.run.command_line import local_path
 from streamtrain.run.messages import typed_command
@@ -33,6 +34,8 @@ _EXAMPLES = """\
   streamtrain train --gpus 2 --config vits16.yaml data.shards=sets/photos run.dir=runs/photos run.steps=20000
   streamtrain train --config my.yaml run.dir=runs/next --resume runs/first
   streamtrain train --hostfile hosts --config vitl16.yaml data.shards=s3://bucket/set run.dir=/shared/run
+
+Several machines: docs/clusters.md, and examples/ for Slurm and Kubernetes.
 """
 
 
@@ -50,33 +53,65 @@ def add_parser(subparsers: Any) -> None:
         "same paths on each",
     )  # fmt: skip
 
+    parser.add_argument(
+        "--nodes", type=positive_int, metavar="N",
+        help="run this command on N machines, each with its --node-rank, the same --gpus, and the address and a free "
+        "port of the first in MASTER_ADDR and MASTER_PORT; for systems that start a process on each machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node-rank", type=int, metavar="K", help="number of this machine from 0 to N - 1, with --nodes"
+    )
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the ranks, or run the only rank in this process.
 
     Raises:
-        StreamtrainError: for a configuration or a hostfile that cannot be used.
+        StreamtrainError: for a configuration, a hostfile or options that cannot be used.
     """
     separate_overrides(arguments)
     if "RANK" in os.environ:
         run_process(arguments)
-    hosts, ranks = {}, arguments.ranks
+    hosts, ranks, nodes = {}, arguments.ranks, arguments.nodes or 1
+    _check_node_options(arguments)
     if arguments.hostfile is not None:
         hosts = read_hostfile(arguments.hostfile, arguments.ranks)
         ranks = sum(hosts.values())
     # report invalid settings once, before any rank loads a library
-    engine = load_config(arguments.config, arguments.overrides, ranks or 1).engine
-    command = typed_command(arguments.words)
+    engine = load_config(arguments.config, arguments.overrides, (ranks or 1) * nodes).engine
+    words, command = rank_arguments(arguments), typed_command(arguments.words)
     if hosts:
-        status = run_on_hosts(rank_arguments(arguments), hosts, engine.environment)
+        status = run_on_hosts(words, hosts, engine.environment)
     else:
         ranks = ranks or (1 if engine.device == "cpu" else max(1, count_gpus()))
-        if ranks == 1:
+        if nodes > 1:
+            address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            share = Share(arguments.node_rank * ranks, ranks, nodes * ranks, address, port)
+            with received_signals() as received:
+                status = run_share(words, share, received)
+        elif ranks == 1:
             run_process(arguments, command)
-        status = run_ranks(rank_arguments(arguments), ranks)
+        else:
+            status = run_ranks(words, ranks)
     if status in STOP_STATUSES:
         logger.info("  %s", command)
     return status
+
+
+def _check_node_options(arguments: argparse.Namespace) -> None:
+    if arguments.nodes is None and arguments.node_rank is None:
+        return
+    if arguments.hostfile is not None:
+        raise StreamtrainError("give --hostfile, which starts all machines, or --nodes and --node-rank, not both")
+    if arguments.nodes is None or arguments.node_rank is None:
+        raise StreamtrainError("give both --nodes, the number of machines, and --node-rank, the number of this one")
+    if not 0 <= arguments.node_rank < arguments.nodes:
+        raise StreamtrainError(f"--node-rank {arguments.node_rank} is not from 0 to {arguments.nodes - 1}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if arguments.nodes > 1 and missing:
+        raise StreamtrainError(
+            f"--nodes needs {' and '.join(missing)}: the address of the first machine, and a free port of it"
+        )
 
 
 def rank_arguments(arguments: argparse.Namespace) -> list[str]:

@@ -176,6 +176,25 @@ def test_a_hostfile_that_cannot_be_used_is_one_line(
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and message in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "2"], "give both --nodes"),
+        (["--node-rank", "0"], "give both --nodes"),
+        (["--nodes", "2", "--node-rank", "2"], "--node-rank 2 is not from 0 to 1"),
+        (["--nodes", "2", "--node-rank", "-1"], "--node-rank -1 is not from 0 to 1"),
+        (["--nodes", "2", "--node-rank", "0"], "--nodes needs MASTER_ADDR and MASTER_PORT"),
+        (["--nodes", "2", "--node-rank", "0", "--hostfile", "hosts"], "not both"),
+    ],
+)
+def test_options_of_a_machine_that_cannot_be_used_are_one_line(
+    options: list[str], message: str, shards: Path, tmp_path: Path
+) -> None:
+    ended = run_command("train", *options, *train_words(shards, tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and message in ended.stderr
+
+
 def test_a_host_that_does_not_answer_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for ssh that prints what a login script may, and fails."""
     (tmp_path / "ssh").write_text("#!/bin/sh\necho welcome\nprintf 'no \\033[31mroute\\n\\n' >&2\nexit 255\n")
