@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamtrain.ops.collectives import gather_rows, world_size
+from streamtrain.ops.collectives import consecutive_ranks, gather_rows, world_size
 
 # smooths the logarithm at distance 0, where the gradient then is 0
 EPSILON = 1e-8
@@ -40,14 +40,18 @@ def koleo_loss(features: Tensor, neighbours: int = 1) -> Tensor:
     return _spread(unit, unit, 0, neighbours)
 
 
-def distributed_koleo_loss(features: Tensor, neighbours: int = 1, group_size: int = 0) -> Tensor:
+def distributed_koleo_loss(
+    features: Tensor, neighbours: int = 1, group_size: int = 0, timeout_seconds: float = 1800.0
+) -> Tensor:
     """Return KoLeo with neighbours from groups of ``group_size`` consecutive samples over all ranks.
 
     The gradient, averaged over ranks as in data-parallel training, is the gradient of the mean over all samples.
 
     Args:
         features: ``[B, dim]``, the same B on every rank.
-        group_size: samples per group; 0: ``B * ranks``. It divides B, or is a multiple of it.
+        group_size: samples per group; 0: ``B * ranks``. It divides B, or is a multiple of it. Only the ranks of a group
+            exchange features.
+        timeout_seconds: how long a rank waits for the others of its group.
 
     Raises:
         ValueError: if the samples cannot be divided into such groups.
@@ -64,7 +68,7 @@ def distributed_koleo_loss(features: Tensor, neighbours: int = 1, group_size: in
         return torch.stack([_spread(part, part, 0, neighbours) for part in unit.split(size)]).mean()
     start = dist.get_rank() * batch
     first = start // size * size
-    candidates = gather_rows(unit)[first : first + size]
+    candidates = gather_rows(unit, consecutive_ranks(size // batch, timeout_seconds))
     return _spread(unit, candidates, start - first, neighbours)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,41 @@ def max_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate ``rows [n, dim]`` (the same n) of all ranks in rank order, differentiably."""
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Concatenate ``rows [n, dim]`` (the same n) of all ranks of a group in rank order, differentiably.
+
+    Args:
+        group: None: all ranks.
+    """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows)
+    gathered: Tensor = _GatherRows.apply(rows, group)
     return gathered
+
+
+# by the group of all ranks and the number of ranks
+_consecutive: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def consecutive_ranks(count: int, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """Return the group of this rank when all ranks are divided into groups of ``count`` consecutive ones.
+
+    Its ranks must call this at the same time; it is made once. None: all ranks.
+    """
+    if count == world_size():
+        return None
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    groups = _consecutive.setdefault(everyone, {})
+    if count not in groups:
+        first = dist.get_rank() // count * count
+        groups[count] = dist.new_group(
+            range(first, first + count),
+            timeout=timedelta(seconds=timeout_seconds),
+            # ranks of other groups need not take part
+            use_local_synchronization=True,
+        )
+    return groups[count]
 
 
 class FailedOnOtherRank(Exception):
@@ -78,15 +108,16 @@ class SharedFailure:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.num_rows = rows.shape[0]
-        pieces = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(pieces, rows.contiguous())
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.num_rows, ctx.group = rows.shape[0], group
+        pieces = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(pieces, rows.contiguous(), group)
         return torch.cat(pieces)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        # the losses of all ranks contribute to the gradient of this rank's rows
-        gradient = sum_over_ranks(grad_outputs[0].contiguous())
-        start = dist.get_rank() * ctx.num_rows
-        return gradient[start : start + ctx.num_rows]
+        # the losses of all ranks of the group contribute to the gradient of this rank's rows
+        gradient = grad_outputs[0].contiguous()
+        dist.all_reduce(gradient, dist.ReduceOp.SUM, ctx.group)
+        start = dist.get_rank(ctx.group) * ctx.num_rows
+        return gradient[start : start + ctx.num_rows], None

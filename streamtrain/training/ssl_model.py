@@ -193,7 +193,8 @@ class SSLModel(nn.Module):
     def _koleo(self, view: Tensor) -> Tensor:
         koleo = self.config.objective.koleo
         if koleo.distributed:
-            return distributed_koleo_loss(view, koleo.neighbours, koleo.group_size)
+            timeout = self.config.engine.collective_timeout_seconds
+            return distributed_koleo_loss(view, koleo.neighbours, koleo.group_size, timeout)
         return koleo_loss(view, koleo.neighbours)
 
     def _patch_loss(self, patches: Tensor, batch: Batch, targets: Targets) -> Tensor:

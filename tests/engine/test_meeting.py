@@ -110,22 +110,23 @@ def test_what_dead_peers_left_in_the_store_is_not_used() -> None:
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 @pytest.mark.parametrize("dies", [0, 1])
 def test_torchrun_restarts_a_killed_rank(rendezvous: str, dies: int) -> None:
-    start = ["torchrun", "--max-restarts", "3", "--nproc_per_node", "2"]
+    """Five times in a row, with each of two launchers and each of two ranks."""
+    start = ["torchrun", "--max-restarts", "5", "--nproc_per_node", "2"]
     if rendezvous == "c10d":
         start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     else:
         start += ["--master_port", str(free_port())]
-    # attempts 0 and 1 lose a rank
+    # all attempts but the last lose a rank
     words = [
         Path(sys.executable).with_name(start[0]),
         *start[1:],
         Path(__file__).with_name("dying_rank.py"),
         str(dies),
-        "2",
+        "5",
     ]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("attempt 2 has 2 ranks") == 2
+    assert done.stdout.count("attempt 5 has 2 ranks") == 2
 
 
 def test_folders_that_are_not_shared_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

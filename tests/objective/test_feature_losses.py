@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,22 +65,32 @@ def test_groups_that_do_not_divide_the_samples_raise(group_size: int) -> None:
 
 
 def test_neighbours_over_ranks(tmp_path: Path) -> None:
-    run_on_ranks(_neighbours_over_ranks, tmp_path)
+    run_on_ranks(_neighbours_over_ranks, tmp_path, ranks=4)
 
 
 def _neighbours_over_ranks(rank: int) -> None:
     """Check that loss and gradient, averaged over ranks, equal one process with all samples."""
-    for group_size in (0, 8, 4, 2):
+    sent: list[int] = []
+    all_gather = dist.all_gather
+
+    def counted(pieces: list[Tensor], *rest: Any) -> None:
+        sent.append(len(pieces))
+        all_gather(pieces, *rest)
+
+    dist.all_gather = counted
+    for group_size in (0, 8, 4, 2, 4):
         everything = _features().requires_grad_()
         expected = torch.stack([reference(part, 2) for part in everything.split(group_size or 8)]).mean()
-        expected_gradient = torch.autograd.grad(expected, everything)[0].chunk(2)[rank]
-        mine = _features().chunk(2)[rank].clone().requires_grad_()
+        expected_gradient = torch.autograd.grad(expected, everything)[0].chunk(4)[rank]
+        mine = _features().chunk(4)[rank].clone().requires_grad_()
         loss = distributed_koleo_loss(mine, 2, group_size)
         (gradient,) = torch.autograd.grad(loss, mine)
-        torch.testing.assert_close(gradient / 2, expected_gradient)
+        torch.testing.assert_close(gradient / 4, expected_gradient)
         total = loss.detach().clone()
         dist.all_reduce(total)
-        torch.testing.assert_close(total / 2, expected.detach())
+        torch.testing.assert_close(total / 4, expected.detach())
+    # two samples on each rank: only the ranks of a group exchange them
+    assert sent == [4, 4, 2, 2]
 
 
 def _features() -> Tensor:
