@@ -45,7 +45,7 @@ def test_the_parts_of_the_kubernetes_job_fit_together(documents: list[Any]) -> N
     places = [mount["mountPath"] for mount in container["volumeMounts"]]
     paths = [word.partition("=")[2] for word in container["args"] if "=" in word]
     assert len(paths) == 2 and all(any(path.startswith(f"{place}/") for place in places) for path in paths)
-    # codes that the policy names are those of the command
+    # exit statuses of the command
     rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]}
     assert rules == {"FailJob": [2], "Ignore": [75]}
     assert {rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][:2]} == {

@@ -87,7 +87,8 @@ def format_result(result: dict[str, Any]) -> str:
     step = f" at step {result['step']}" if "step" in result and result["features"] != "untrained" else ""
     lines = [
         f"{title} accuracy {_percentages(result, names)}{chosen}: {result['features']}{step}, {result['size']} px, "
-        f"{result['train_images']} train and {result['test_images']} test images, {result['classes']} classes"
+        f"{result['train_images']} train and {result['test_images']} test images, {result['classes']} classes (the "
+        f"largest has {result['largest_class']:.0%})"
     ]
     num_splits = result.get("splits")
     if num_splits == 1:
@@ -108,7 +109,7 @@ def format_result(result: dict[str, Any]) -> str:
         over = {name: (result[f"over_{name}"], result[f"margin_over_{name}"]) for name in names}
         texts = [
             f"{names[name]}{100 * difference:+.1f} points ± {100 * margin:.1f} "
-            f"({'more than chance' if abs(difference) > margin else 'may be chance'})"
+            f"({'may be chance' if abs(difference) <= margin else 'better' if difference > 0 else 'worse'})"
             for name, (difference, margin) in over.items()
         ]
         lines.append(f"compared with {result['compared_with']} on the same images: {', '.join(texts)}")

@@ -40,7 +40,7 @@ from streamtrain.cli.launch import (
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE
 
-# sent to all machines, with those that engine.environment names
+# Sent to all machines; engine.environment names others.
 ENVIRONMENT = (
     "AWS_*", "AZURE_*", "CC", "CUDA_HOME", "CXX", "DS_*", "FI_*", "GLOO_*", "GOOGLE_*", "HF_*", "*_proxy", "*_PROXY",
     "LD_LIBRARY_PATH", "MKL_*", "NCCL_*", "OMP_*", "PATH", "PYTHON*", "PYTORCH_*", "SSL_CERT_*", "TORCH_*", "UCX_*",
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What a machine runs."""
+    """The ranks of a machine and their arguments and variables."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]

@@ -88,11 +88,11 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
     )
     text = f"{reached}, against {' and '.join(others)}"
     if count:
-        text += f" ({count:,} test images; differences below {margin(start):.1%} may be chance)"
+        text += f" ({count:,} test images; differences below {100 * margin(start):.1f} points may be chance)"
     if last < start - margin(start):
         kind, title = "bad", f"Worse than the {start_name} network"
     elif last <= start + margin(start):
-        kind, title = "open", f"No measurable difference to the {start_name} network"
+        kind, title = "open", f"No measurable difference from the {start_name} network"
         text += ". More steps or more test images would tell"
     elif pixels is not None and last <= pixels + margin(pixels):
         kind, title = "open", f"Better than the {start_name} network, but not than pixels"

@@ -194,7 +194,7 @@ def known(start: float, pixels: float, images: int = 200) -> dict[str, object]:
     ("last", "baselines", "words"),
     [
         (0.9, known(0.5, 0.4), "It learned"),
-        (0.6, known(0.56, 0.46), "No measurable difference to the untrained network"),
+        (0.6, known(0.56, 0.46), "No measurable difference from the untrained network"),
         # the same values on many images
         (0.6, known(0.56, 0.46, 20_000), "It learned"),
         (0.9, known(0.5, 0.92), "Better than the untrained network, but not than pixels"),

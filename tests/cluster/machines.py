@@ -73,7 +73,7 @@ class Machine:
         )
 
     def serve_ssh(self, folder: Path) -> None:
-        """Let the programs of ``ssh_folder`` connect to this machine; its environment is then that of a login."""
+        """Let the programs of ``ssh_folder`` connect to this machine; programs then have the environment of a login."""
         words = f"$(command -v sshd) -f /dev/null -h {folder}/key -o AuthorizedKeysFile={folder}/key.pub"
         self.run(
             f"mount -t tmpfs none /run && mkdir /run/sshd && {words} -o StrictModes=no -o UsePAM=no -o PidFile=none"

@@ -56,7 +56,7 @@ class Slurm:
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *words: object) -> str:
-        """Run a command of Slurm on the first machine and return what it prints."""
+        """Run a command of Slurm on the first machine and return its output."""
         process = self.machines[0].start(words, **self.environment)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
@@ -75,7 +75,7 @@ class Slurm:
         return number.strip()
 
     def facts(self, job: str) -> dict[str, str]:
-        """Return what Slurm knows of a job, such as its ``JobState``."""
+        """Return the fields of a job, such as ``JobState``."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -92,7 +92,7 @@ class Slurm:
             time.sleep(0.5)
 
     def output(self, job: str) -> str:
-        """Return what a job has printed."""
+        """Return the output of a job."""
         path = self.folder / f"{job}.out"
         return path.read_text() if path.exists() else ""
 
