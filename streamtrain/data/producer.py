@@ -84,6 +84,9 @@ class Producer:
     def batches(self) -> Generator[PendingBatch, None, None]:
         """Yield the batches in slot order."""
         on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            # a new thread starts on GPU 0, and would make a context of about 0.5 GB there
+            torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream(self._device) if on_gpu else None
         view_maker = None if on_gpu else CpuViewMaker(self._config.crops, self._threads)
         reader = self._source.batches(self._slots)

@@ -114,6 +114,13 @@ def release_parameters(engine: Any) -> None:
     engine.optimizer.partition_all_parameters()
 
 
+def gather_stream(engine: Any) -> torch.cuda.Stream | None:
+    """Return the stream on which an engine without optimiser gathers parameters; None on a CPU."""
+    name = "_DeepSpeedZeRoOffload__allgather_stream"
+    _require("parameter_offload", engine.optimizer, name)
+    return getattr(engine.optimizer, name)
+
+
 class Stage3Optimizer:
     """The ZeRO-3 optimiser that ``deepspeed.initialize`` returns for the student."""
 

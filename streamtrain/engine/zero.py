@@ -43,13 +43,15 @@ class ShardedWeight:
     @contextmanager
     def gathered(self) -> Iterator[Tensor]:
         """Yield the full tensor, read-only and without gradient; the end of the block releases it."""
-        if dist.get_world_size() == 1:
-            # the shard is the full tensor, and DeepSpeed would copy it
-            shard = deepspeed_compat.shard_of(self._parameter)
-            yield shard.detach().view(deepspeed_compat.full_shape(self._parameter))
-            return
-        with deepspeed.zero.GatheredParameters([self._parameter]):
-            yield self._parameter.detach()
+        shard = deepspeed_compat.shard_of(self._parameter).detach()
+        ranks = dist.get_world_size()
+        # of one rank, the shard is the full tensor
+        whole = shard if ranks == 1 else shard.new_empty(ranks * shard.numel())
+        if ranks > 1:
+            # deepspeed.zero.GatheredParameters would let the host wait for the whole GPU
+            dist.all_gather_into_tensor(whole, shard)
+        # the last shard is padded
+        yield whole[: deepspeed_compat.full_numel(self._parameter)].view(deepspeed_compat.full_shape(self._parameter))
 
 
 def engine_config(config: Config, runtime: Runtime, accumulation: int, block_numel: int) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
     ``block_numel`` (parameters of one backbone block) limits the gathered parameters: DeepSpeed's defaults would keep
     the entire model gathered.
     """
-    on_gpu, several = runtime.device.type == "cuda", runtime.world_size > 1
+    on_gpu, several = runtime.on_gpu, runtime.world_size > 1
     zero = {
         "stage": 3,
         "overlap_comm": on_gpu,
@@ -79,6 +81,8 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
         "gradient_clipping": config.optim.clip if config.optim.clip_per == "global" else 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        # it would wait for the GPU twice in each micro-batch
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
     if runtime.dtype == torch.bfloat16:

@@ -150,12 +150,6 @@ def test_a_folder_without_space_for_the_mark_is_not_compared(
     assert outcomes([StartFacts(folder=tmp_path)] * 2) == ["0 1"] * 2
 
 
-def test_many_ranks() -> None:
-    facts = [*[StartFacts({"run.seed": "0"})] * 63, StartFacts({"run.seed": "1"})]
-    (found,) = set(outcomes(facts))
-    assert "(rank 63)" in found
-
-
 def test_ranks_that_do_not_come_are_counted() -> None:
     with pytest.raises(FailedStart, match=r"could not meet ranks 1, 2 within 0\.3 s"):
         meet(Launch(0, 3, 0, 3), timedelta(seconds=0.3))
