@@ -24,7 +24,7 @@ _STAGE3_NAMES = (
     "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer",
     "averaged_gradients", "clip_grad", "grad_position", "get_param_id", "partition_grads", "_get_norm_groups",
     "_prepare_fp32_grad_for_sub_group", "unscale_and_clip_grads",
-    "reduce_independent_p_g_buckets_and_remove_grads",
+    "reduce_independent_p_g_buckets_and_remove_grads", "reduce_and_partition_stream",
 )  # fmt: skip
 _PARAMETER_NAMES = ("ds_shape", "ds_numel", "ds_tensor", "ds_status", "ds_persist", "partition_numel")
 
@@ -128,6 +128,9 @@ class Stage3Optimizer:
         """Check its attributes; raises ConfigError."""
         _require("stage3", optimizer, *_STAGE3_NAMES)
         self._stage3 = optimizer
+        if (stream := optimizer.reduce_and_partition_stream) is not None:
+            # DeepSpeed's host waits here for the reductions of each micro-batch; the GPU's order suffices
+            stream.synchronize = lambda: torch.cuda.current_stream().wait_stream(stream)
 
     @property
     def groups(self) -> list[list[Parameter]]:

@@ -1,0 +1,79 @@
+"""A rank that takes training steps on the streams of ``streams``; rank 0 prints JSON.
+
+``ordered_steps.py DTYPE [MUTANT]``: with the settings of a GPU (overlap, prefetch), and reads by the host ignored as an
+order, because they hide races. MUTANT takes away one wait: of gathers for writes, for gathers, or for reductions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import streams
+from deepspeed.accelerator import get_accelerator
+from sharded_step import ACCUMULATION, batch_of, config_of
+
+from streamtrain.config.load import build, merge
+from streamtrain.engine import teacher as teacher_module
+from streamtrain.engine.runtime import Launch, init_process_group
+from streamtrain.training import build as build_module
+from streamtrain.training.build import Networks, restore
+from streamtrain.training.step import train_step
+
+STEPS = 2
+
+
+def main(dtype: str, mutant: str = "") -> None:
+    launch = Launch.from_environment()
+    small = config_of(dtype, "block", "1", "off", "off").model_dump()
+    batch = small["data"]["micro_batch"] * ACCUMULATION * launch.world_size
+    config = build(merge(small, {"data": {"global_batch": batch}, "run": {"steps": STEPS}}))
+    checked = streams.Streams(ordered_by_reads=False)
+    settings = build_module.engine_config
+
+    def of_a_gpu(*arguments: Any) -> dict[str, Any]:
+        found = settings(*arguments)
+        found["zero_optimization"] |= {"overlap_comm": True, "stage3_prefetch_bucket_size": arguments[-1]}
+        return found
+
+    remove_wait(mutant)
+    build_module.engine_config = of_a_gpu
+    with init_process_group(config.engine, launch) as runtime, checked.installed(type(get_accelerator())):
+        networks = Networks.build(config, runtime)
+        restore(config, None, networks.student, networks.teacher, networks.target_maker)
+        losses, waits = [], []
+        for step in range(1, STEPS + 1):
+            loader = iter([batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)])
+            checked.host_waits.clear()
+            result = train_step(
+                step, config, runtime, networks, loader,
+                wrap=lambda items: items, before_update=lambda: None, stop_request=lambda: 0,
+            )  # fmt: skip
+            waits.append(dict(checked.host_waits))
+            losses.append(result.mean_losses["total"])
+        if runtime.rank == 0:
+            print(json.dumps({"faults": checked.faults, "waits": waits, "losses": losses}), flush=True)
+
+
+def remove_wait(mutant: str) -> None:
+    """Take away one kind of wait."""
+    if mutant == "gathers for writes":
+        teacher_module.ShardedNetwork.let_gathers_wait = lambda self: None  # type: ignore[method-assign]
+    files = {"for gathers": "partitioned_param_coordinator.py", "for reductions": "stage3.py"}
+    if mutant in files:
+        wait = streams._Stream.wait_stream
+
+        def wait_stream(self: streams._Stream, other: streams._Stream) -> None:
+            if not sys._getframe(1).f_code.co_filename.endswith(files[mutant]):
+                wait(self, other)
+
+        streams._Stream.wait_stream = wait_stream  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
