@@ -34,7 +34,7 @@ from streamtrain.config.tree import Config
 from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
-from streamtrain.engine.rendezvous import AddressError, Launch, check_master, lost_rank_message
+from streamtrain.engine.rendezvous import AddressError, Launch, MeetingError, check_master, lost_rank_message
 from streamtrain.engine.runtime import choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
@@ -165,7 +165,7 @@ def check_complete(
 def train_rank(arguments: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status.
 
-    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix; 1: another rank ended.
+    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix; 1: another failure.
     """
     configure_logging()
     try:
@@ -219,7 +219,8 @@ def train_rank(arguments: argparse.Namespace) -> int:
         if isinstance(error, UserCodeError) and error.__cause__ is not None:
             save_traceback(error)
         report_error(error, launch)
-        return EXIT_USAGE
+        is_temporary = isinstance(error, MeetingError) or (isinstance(error, FailedStart) and error.is_temporary)
+        return EXIT_FAILED if is_temporary else EXIT_USAGE
     except RuntimeError as error:
         message = lost_rank_message(error, launch.rank)
         if message is None:

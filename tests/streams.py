@@ -3,7 +3,7 @@
 Operations run at once, on the CPU. Streams, events and waits are only recorded, and so is the last writer and the
 readers of each range of memory. Two accesses on different streams, at least one of them a write, are a fault if no
 event or wait orders them; so is memory that is freed while another stream may still use it (no ``record_stream``).
-The check sees neither the numbers inside a kernel nor what a library reads through a raw pointer.
+Accesses through raw pointers, by other libraries, are not seen.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Streams:
 
     @contextmanager
     def installed(self, accelerator: type | None = None) -> Iterator[None]:
-        """Replace CUDA's streams by these, and those of a DeepSpeed ``accelerator``, and record this thread.
+        """Replace CUDA's streams by these, also in a DeepSpeed ``accelerator``, and record this thread.
 
         Other threads enter ``recording`` themselves.
         """
@@ -124,7 +124,8 @@ class Streams:
             (torch.cuda, "Stream", self.stream), (torch.cuda, "Event", self.event), (torch.cuda, "stream", self.on),
             (torch.cuda, "current_stream", self.current), (torch.cuda, "synchronize", self.synchronize),
             (torch.cuda, "default_stream", lambda device=None: self.default),
-            (torch.Tensor, "record_stream", lambda tensor, stream: self._record_stream(tensor, stream)), (dist.Work, "wait", self._waiting(dist.Work.wait)),
+            (torch.Tensor, "record_stream", lambda tensor, stream: self._record_stream(tensor, stream)),
+            (dist.Work, "wait", self._waiting(dist.Work.wait)),
         ]  # fmt: skip
         # they read no CPU tensor through an operation
         replaced += [(torch.Tensor, name, self._reading(getattr(torch.Tensor, name))) for name in ("tolist", "cpu")]

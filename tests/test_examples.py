@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import subprocess
 from typing import Any
@@ -24,10 +23,6 @@ def documents() -> list[Any]:
 def test_kubernetes_knows_every_field(version: str, documents: list[Any]) -> None:
     for document in documents:
         kubernetes_validate.validate(document, version, strict=True)
-        wrong = copy.deepcopy(document)
-        wrong["spec"]["no such field"] = 1
-        with pytest.raises(kubernetes_validate.ValidationError):
-            kubernetes_validate.validate(wrong, version, strict=True)
 
 
 def test_the_parts_of_the_kubernetes_job_fit_together(documents: list[Any]) -> None:
@@ -37,6 +32,8 @@ def test_the_parts_of_the_kubernetes_job_fit_together(documents: list[Any]) -> N
     (container,) = pod["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment["NODES"] == str(spec["completions"]) == str(spec["parallelism"])
+    # as the comments say
+    assert spec["backoffLimit"] == 5 * spec["completions"]
     # the name that an indexed job gives its first pod
     assert environment["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"]

@@ -2,7 +2,7 @@
 
 The program at the other end, ``serve``, starts the ranks of its machine. It receives lines on its standard input: first
 a ``Job`` as JSON, then the numbers of signals for its ranks. Environment variables are a part of the job, so passwords
-do not appear in lists of processes. Each end writes to the other regularly, and takes silence for a lost connection.
+do not appear in lists of processes. ssh notices that a machine is lost; the other end, that it hears nothing more.
 """
 
 from __future__ import annotations
@@ -38,25 +38,33 @@ from streamtrain.cli.launch import (
     wait_for_all,
 )
 from streamtrain.errors import StreamtrainError
-from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE
+from streamtrain.run.logs import configure_logging
+from streamtrain.run.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 # Sent to all machines; engine.environment names others.
 ENVIRONMENT = (
-    "AWS_*", "AZURE_*", "CC", "CUDA_HOME", "CXX", "DS_*", "FI_*", "GLOO_*", "GOOGLE_*", "HF_*", "*_proxy", "*_PROXY",
-    "LD_LIBRARY_PATH", "MKL_*", "NCCL_*", "OMP_*", "PATH", "PYTHON*", "PYTORCH_*", "SSL_CERT_*", "TORCH_*", "UCX_*",
-    "WANDB_*", "XDG_CACHE_HOME",
+    "AWS_*", "AZURE_*", "CC", "CUDA_*", "CXX", "DS_*", "FI_*", "GLOO_*", "GOOGLE_*", "HF_*", "*_proxy", "*_PROXY",
+    "LD_LIBRARY_PATH", "MKL_*", "NCCL_*", "OMP_*", "PATH", "PYTHON*", "PYTORCH_*", "SSL_CERT_*", "TORCH*", "TRITON_*",
+    "UCX_*", "WANDB_*", "XDG_CACHE_HOME",
 )  # fmt: skip
-# a machine that is silent for so long is lost; a short failure of the network does not end a run
-SILENCE_SECONDS = 48.0
+# numbers of GPUs, which may differ between machines
+_OF_ONE_MACHINE = ("CUDA_VISIBLE_DEVICES",)
+# A machine that sends nothing for this long is lost; shorter failures of the network do not end a run.
+SILENCE_SECONDS = 40.0
+# ssh asks this often whether the other end is there
+_ALIVE_SECONDS = 10
 # until ssh has connected, and until Python runs at the other end
 CONNECT_SECONDS = 10
 START_SECONDS = 60.0
 _BEAT_SECONDS = 4.0
-# from the signal that kills the ranks of a machine until its connection is closed
+# from SIGKILL to the ranks of a machine until its ssh is killed
 _KILL_SECONDS = 5.0
 _ADVICE = "each machine needs passwordless ssh, and the same paths of Python and of this folder"
-# lines on the standard output of a machine that are not of its ranks
-_READY, _BEAT = b"\0ready ", b"\0alive\n"
+# a machine writes this line before its ranks write any
+_READY = b"\0ready "
+_ERROR = re.compile(rb"(?:\[rank \d+\] )?error: (?P<message>.*)", re.DOTALL)
+# the same error of other machines in this time is not shown again
+_REPEATED_SECONDS = 5.0
 _SLOTS = re.compile(r"(?P<name>[^\s=]+)(?:\s+slots\s*=\s*(?P<slots>\d+))?")
 
 logger = logging.getLogger(__name__)
@@ -94,7 +102,7 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> dict[str, int]:
         match = _SLOTS.fullmatch(text)
         # a name that begins with a hyphen would be an option of ssh
         if match is None or text.startswith("-"):
-            raise StreamtrainError(f"--hostfile {path}, line {number}: {text[:80]!r} is not such as 'node1 slots=8'")
+            raise StreamtrainError(f"--hostfile {path}, line {number}: expected 'NAME slots=N', got {text[:80]!r}")
         slots = ranks_per_host or int(match["slots"] or 0)
         if slots < 1:
             raise StreamtrainError(
@@ -102,10 +110,10 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> dict[str, int]:
                 "give it for all hosts with --gpus N"
             )
         if match["name"] in hosts:
-            raise StreamtrainError(f"--hostfile {path}, line {number}: {match['name']} is there twice")
+            raise StreamtrainError(f"--hostfile {path}, line {number}: {match['name']} is listed twice; keep one line")
         hosts[match["name"]] = slots
     if not hosts:
-        raise StreamtrainError(f"--hostfile {path} names no host; write a line such as 'node1 slots=8' for each")
+        raise StreamtrainError(f"--hostfile {path} lists no host; write a line such as 'node1 slots=8' for each")
     return hosts
 
 
@@ -123,8 +131,9 @@ def run_on_hosts(arguments: Sequence[str], hosts: Mapping[str, int], variables: 
     if not all(map(_is_here, hosts)) and shutil.which("ssh") is None:
         raise StreamtrainError("--hostfile needs ssh, which is not installed (Debian: apt install openssh-client)")
     address = _master_address(next(iter(hosts)), len(hosts))
-    patterns = (*ENVIRONMENT, *variables)
-    environment = {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in patterns)}
+    names = {name for name in os.environ if _matches(name, ENVIRONMENT) and name not in _OF_ONE_MACHINE}
+    names |= {name for name in os.environ if _matches(name, variables)}
+    environment = {name: os.environ[name] for name in names}
     machines: dict[str, Host] = {}
     shown = _Shown()
     with received_signals() as received:
@@ -139,11 +148,16 @@ def run_on_hosts(arguments: Sequence[str], hosts: Mapping[str, int], variables: 
                 share = Share(first_rank, ranks, world_size, address, os.environ.get("MASTER_PORT") or str(port))
                 machine.send(json.dumps(asdict(Job(arguments, environment, share))))
                 first_rank += ranks
-            return wait_for_all(machines, received)
+            status = wait_for_all(machines, received, of_machines=True)
+            return EXIT_FAILED if status == EXIT_LOST else status
         finally:
             for machine in machines.values():
                 machine.kill()
                 machine.wait()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_here(name: str) -> bool:
@@ -176,19 +190,23 @@ def _wait_until_ready(machines: Sequence[Host], received: Sequence[int]) -> int:
 
 
 class _Shown:
-    """The output of all machines, in which an error that several of them report appears once."""
+    """The output of all machines, in which an error that several of them report at the same time appears once."""
 
     def __init__(self) -> None:
-        self._lock, self._errors = threading.Lock(), set[bytes]()
+        self._lock = threading.Lock()
+        # errors, with the time of each
+        self._errors: dict[bytes, float] = {}
 
     def write(self, line: bytes, stream: IO[bytes]) -> None:
+        now = time.monotonic()
         with self._lock, suppress(OSError):
-            # "[rank 1] error: " on ranks other than 0, which also name the machine of an error that is not theirs
-            _, is_error, message = line.partition(b"error: ")
-            if is_error:
-                if any(message.endswith(seen) or seen.endswith(message) for seen in self._errors):
-                    return
-                self._errors.add(message)
+            if match := _ERROR.match(line):
+                message = match["message"]
+                for seen, when in self._errors.items():
+                    # other machines name the one with the error first
+                    if now - when < _REPEATED_SECONDS and (message.endswith(seen) or seen.endswith(message)):
+                        return
+                self._errors[message] = now
             stream.write(line)
             stream.flush()
 
@@ -210,13 +228,20 @@ class Host:
         words = [sys.executable, "-c", program]
         if not _is_here(name):
             remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
-            words = ["ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", name, remote]
+            options = {
+                "BatchMode": "yes", "ConnectTimeout": CONNECT_SECONDS, "ServerAliveInterval": _ALIVE_SECONDS,
+                "ServerAliveCountMax": round(SILENCE_SECONDS / _ALIVE_SECONDS) - 1,
+                # a shared connection has other limits
+                "ControlPath": "none",
+            }  # fmt: skip
+            words = ["ssh", "-T", *(f"-o{key}={value}" for key, value in options.items()), name, remote]
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             preexec_fn=stop_with_parent,
         )  # fmt: skip
         self._shown, self._is_ready, self._early = shown, threading.Event(), list[bytes]()
-        self._heard = self._sent = time.monotonic()
+        # when the last line was sent, after the job
+        self._sent: float | None = None
         self._killed: float | None = None
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._relay, self._relay_errors)]
         for thread in self._threads:
@@ -225,17 +250,14 @@ class Host:
     def _relay(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._heard = time.monotonic()
-            if not self._is_ready.is_set():
-                # a login script of the user may print something before
-                _, found, number = line.partition(_READY)
-                if found:
-                    self.port = int(number)
-                    self._is_ready.set()
+            if self._is_ready.is_set():
+                self._shown.write(line, sys.stdout.buffer)
                 continue
-            text = line.replace(_BEAT, b"")
-            if text:
-                self._shown.write(text, sys.stdout.buffer)
+            # a login script of the user may print something before
+            _, found, number = line.partition(_READY)
+            if found:
+                self.port = int(number)
+                self._is_ready.set()
 
     def _relay_errors(self) -> None:
         assert self._process.stderr is not None
@@ -250,9 +272,7 @@ class Host:
         for thread in self._threads:
             thread.join(1.0)
         lines = [line.decode(errors="replace").strip() for line in self._early]
-        # control characters of another machine do not belong into this terminal
-        text = "".join(c for c in next(filter(None, reversed(lines)), "") if c.isprintable())
-        return text[:200] or f"exit status {self._process.returncode}"
+        return next(filter(None, reversed(lines)), "")[:200] or f"exit status {self._process.returncode}"
 
     def send(self, line: str) -> None:
         """Send a line; a lost connection is noticed by ``poll``."""
@@ -272,14 +292,9 @@ class Host:
             self.returncode = EXIT_LOST if status < 0 else status
             if self.returncode == EXIT_LOST and self._is_ready.is_set() and self._killed is None:
                 logger.error("lost the connection to %s; run the same command again to resume", self.name)
-        elif self._is_ready.is_set() and now - self._heard > SILENCE_SECONDS:
-            again = "run the same command again to resume"
-            logger.error("%s has not answered for %g s; %s", self.name, SILENCE_SECONDS, again)
-            self._process.kill()
-            self.returncode = EXIT_LOST
         elif self._killed is not None and now - self._killed > _KILL_SECONDS:
             self._process.kill()
-        elif now - self._sent > _BEAT_SECONDS:
+        elif self._sent is not None and now - self._sent > _BEAT_SECONDS:
             self.send("0")
         return self.returncode
 
@@ -295,22 +310,26 @@ class Host:
 
     def wait(self) -> None:
         self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with suppress(OSError, AttributeError):
+                stream.close()  # type: ignore[union-attr]
 
 
 def serve() -> None:
     """Run the ranks of this machine for ``run_on_hosts``, which writes to the standard input; ends the process."""
+    configure_logging()
     sys.stdout.buffer.write(_READY)
     with reserved_port() as port, received_signals() as received:
         sys.stdout.buffer.write(b"%d\n" % port)
         sys.stdout.buffer.flush()
         lines = _Lines(sys.stdin.fileno())
-        first = lines.read(None)
+        # until all others are ready, or the connection is lost
+        first = lines.read(START_SECONDS + SILENCE_SECONDS)
         if first is None:
-            os._exit(EXIT_USAGE)
+            os._exit(EXIT_FAILED)
         job = json.loads(first)
         os.environ.update(job["environment"])
-        for target in (_receive, _beat):
-            threading.Thread(target=target, args=(lines, received), daemon=True).start()
+        threading.Thread(target=_receive, args=(lines, received), daemon=True).start()
         status = run_share(job["arguments"], Share(**job["share"]), received)
     sys.stderr.flush()
     # not sys.exit: a thread waits for input
@@ -323,7 +342,7 @@ class _Lines:
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._data = descriptor, b""
 
-    def read(self, seconds: float | None) -> str | None:
+    def read(self, seconds: float) -> str | None:
         """Return the next line; None at the end, or if nothing arrives for ``seconds``."""
         while b"\n" not in self._data:
             if not select.select([self._descriptor], [], [], seconds)[0]:
@@ -337,18 +356,10 @@ class _Lines:
 
 
 def _receive(lines: _Lines, received: list[int]) -> None:
-    """Append the signals that arrive; without a connection, stop the ranks after a checkpoint, or kill them."""
+    """Forward the signals that arrive. Without a connection, stop the ranks, and kill them ``GRACE_SECONDS`` later."""
     while (line := lines.read(SILENCE_SECONDS)) is not None:
         if number := int(line):
             received.append(number)
     received.append(signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     received.append(signal.SIGKILL)
-
-
-def _beat(lines: _Lines, received: list[int]) -> None:
-    """Show the other end that this one is alive."""
-    with suppress(OSError):
-        while True:
-            os.write(1, _BEAT)
-            time.sleep(_BEAT_SECONDS)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.engine.rendezvous import AGENT_STORE
-from streamtrain.run.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
+from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
 
 if TYPE_CHECKING:
     from streamtrain.cli.hosts import Host
@@ -33,7 +33,7 @@ _EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
 GRACE_SECONDS = 30.0
 # the same, if a whole machine is lost: the others wait for it in a collective operation and cannot save
 LOST_GRACE_SECONDS = 5.0
-# exit status of a machine that no longer answers, as that of ssh
+# Exit status of a lost machine; ssh returns the same.
 EXIT_LOST = 255
 _POLL_SECONDS = 0.1
 _KILLED = ": it was killed, usually because the memory was full; run the same command again to resume"
@@ -98,10 +98,17 @@ def run_share(arguments: Sequence[str], share: Share, received: list[int]) -> in
             process.wait()
 
 
-def wait_for_all(processes: Mapping[str, subprocess.Popen[bytes] | Host], received: list[int]) -> int:
+def wait_for_all(
+    processes: Mapping[str, subprocess.Popen[bytes] | Host], received: list[int], of_machines: bool = False
+) -> int:
     """Wait for all processes, forward each received signal, and end the others when one fails.
 
-    Returns the exit status of the first that failed, or 0. ``processes``: by the names that messages use.
+    Returns the exit status of the first that failed, or 0.
+
+    Args:
+        processes: by the names that messages use.
+        received: signals to forward.
+        of_machines: the processes are ranks of whole machines, which report the failures of their ranks themselves.
     """
     failure: int | None = None
     deadline = float("inf")
@@ -118,14 +125,15 @@ def wait_for_all(processes: Mapping[str, subprocess.Popen[bytes] | Host], receiv
             # a killed rank, with a negative code, causes the errors of the others
             returncode, name = min(failed)
             failure = _exit_status(returncode, stops)
-            deadline = time.monotonic() + (LOST_GRACE_SECONDS if failure == EXIT_LOST else GRACE_SECONDS)
+            is_lost = of_machines and failure == EXIT_LOST
+            deadline = time.monotonic() + (LOST_GRACE_SECONDS if is_lost else GRACE_SECONDS)
             if failure not in STOP_STATUSES:
-                if failure not in _EXPLAINED_STATUSES and isinstance(processes[name], subprocess.Popen):
+                if failure not in _EXPLAINED_STATUSES and not of_machines:
                     reason = _KILLED if returncode == -signal.SIGKILL else ""
                     logger.error("%s ended with exit status %d%s", name, failure, reason)
                 _send(processes, signal.SIGTERM)
         if not is_running:
-            return EXIT_FAILED if failure == EXIT_LOST else failure or 0
+            return failure or 0
         if time.monotonic() > deadline:
             _send(processes, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)

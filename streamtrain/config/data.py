@@ -108,7 +108,7 @@ class DataConfig(Section):
         0.01, "Stop the run when more than this share of the images had to be replaced (unreadable or undecodable)."
     )
     reader_threads: Positive = free(2, "Threads per rank that read images.")
-    decode_threads: NonNegative = free(0, "Decoding threads per rank; 0: cores of the machine / ranks on it.")
+    decode_threads: NonNegative = free(0, "Decoding threads per rank; 0: the rank's share of the available cores.")
     prefetch: Positive = free(2, "Batches prepared ahead of the step.")
     read_ahead_bytes: Size = free(256 * 2**20, "Maximum bytes of encoded images that a rank reads ahead.")
     max_pixels: int = accept(

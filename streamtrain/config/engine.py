@@ -98,13 +98,13 @@ class EngineConfig(Section):
     reduce_bucket_bytes: Size = free(
         64 * 2**20, "Bytes of gradients that are reduced together (more than one rank).", ge=2**16
     )
-    cpu_threads: NonNegative = free(0, "Torch threads per rank on a CPU; 0: cores of the machine / ranks on it.")
+    cpu_threads: NonNegative = free(0, "Torch threads per rank on a CPU; 0: the rank's share of the available cores.")
     cpu_kernels: bool = free(
         True, "Use streamtrain's CPU kernels for blocks and prototypes if the processor and the sizes allow it and "
         "every rank has a compiler. Affects speed, memory and rounding.",
     )  # fmt: skip
     environment: list[str] = free(
-        [], "Names of environment variables that train --hostfile also sends to the other machines; * matches all "
+        [], "Additional environment variables to send to the other machines with train --hostfile; * matches any "
         "characters.",
     )  # fmt: skip
     collective_timeout_seconds: float = free(

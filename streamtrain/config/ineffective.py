@@ -12,7 +12,7 @@ from streamtrain.config.schedules import Schedule
 from streamtrain.config.section import Section
 from streamtrain.config.tree import Config, walk_settings
 
-# On 500 images of CIFAR-10 no network was better than their pixels.
+# Trained on 500 CIFAR-10 images, no network beat raw pixels in kNN.
 MIN_IMAGES = 1000
 
 
@@ -27,7 +27,7 @@ def ineffective_settings(config: Config, world_size: int, num_samples: int) -> I
         )
     elif num_samples < MIN_IMAGES:
         number = counted(num_samples, "image")
-        yield f"the set has {number}, which is too few to learn features from; use thousands"
+        yield f"the set has {number}, which is too few to learn features from; use at least 1000"
     steps = config.run.steps
     if unreached := list(_unreached_peaks(config)):
         yield f"run.steps {steps} ends before {', '.join(unreached)}; shorten these, or train longer"

@@ -37,7 +37,15 @@ _QUICK_RANKS = 50
 
 
 class FailedStart(StreamtrainError):
-    """The run does not start; every rank raises this with the same message."""
+    """The run does not start; every rank raises this with the same message.
+
+    Attributes:
+        is_temporary: another start may succeed.
+    """
+
+    def __init__(self, message: str, is_temporary: bool = False) -> None:
+        super().__init__(message)
+        self.is_temporary = is_temporary
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def meet(launch: Launch, timeout: timedelta, facts: StartFacts | None = None, er
 
     Raises:
         FailedStart: a rank has an error, does not agree with rank 0, or has not come in time.
-        ConfigError: the ranks cannot reach each other.
+        MeetingError: the ranks cannot reach each other.
     """
     from torch.distributed import HashStore, PrefixStore, TCPStore
 
@@ -121,7 +129,7 @@ def _come(store: Store, own: _Report, timeout: timedelta, folder: Path | None, p
     verdict = json.loads(_wait(store, f"{name}/verdict", deadline, pause))
     store.add(f"{name}/told", 1)
     if verdict["fault"]:
-        raise FailedStart(verdict["fault"])
+        raise FailedStart(verdict["fault"], verdict["is_temporary"])
     return name, verdict["address"]
 
 
@@ -132,11 +140,11 @@ def _receive(
     deadline = time.monotonic() + timeout.total_seconds()
     name = secrets.token_hex(8)
     reports, words = {0: own}, dict.fromkeys(range(1, world_size), "")
-    fault = ""
+    fault, is_temporary = "", False
 
     def tell(text: str) -> None:
         addresses = [report.address for _, report in sorted(reports.items()) if not _is_loopback(report.address)]
-        verdict = {"fault": text, "address": next(iter(addresses), own.address)}
+        verdict = {"fault": text, "is_temporary": is_temporary, "address": next(iter(addresses), own.address)}
         store.set(f"{name}/verdict", json.dumps(verdict))
 
     with _marked(folder if own.error is None else None, name) as is_marked:
@@ -156,6 +164,7 @@ def _receive(
             time.sleep(_POLL_SECONDS)
     if not fault:
         missing = [str(rank) for rank in words if rank not in reports]
+        is_temporary = bool(missing)
         fault = _absence(missing, timeout.total_seconds()) if missing else _difference(list(reports.values()))
         tell(fault)
     if not fault:
@@ -164,7 +173,7 @@ def _receive(
     deadline = time.monotonic() + TELL_SECONDS
     while store.add(f"{name}/told", 0) < len(reports) - 1 and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-    raise FailedStart(fault)
+    raise FailedStart(fault, is_temporary)
 
 
 def _answer(store: Store, name: str, rank: int, words: dict[int, str], reports: dict[int, _Report]) -> None:

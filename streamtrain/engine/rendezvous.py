@@ -29,6 +29,10 @@ class AddressError(ConfigError):
     """The address of rank 0 cannot be used, so the ranks cannot tell each other."""
 
 
+class MeetingError(ConfigError):
+    """The ranks could not meet; another start may succeed."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """The rank of this process, as set by ``deepspeed``, ``torchrun``, ``srun`` with variables, or no launcher."""
@@ -80,8 +84,12 @@ class Launch:
     @property
     def cores(self) -> int:
         """Number of CPU cores for this rank."""
-        cores = min(available_cores(), _slurm_cores() or sys.maxsize)
-        return cores if self.has_own_cores else max(1, cores // self.local_world_size)
+        return self.shared_cores if self.has_own_cores else max(1, self.shared_cores // self.local_world_size)
+
+    @property
+    def shared_cores(self) -> int:
+        """Number of CPU cores that this process may use, with the machine's other ranks unless they have their own."""
+        return min(available_cores(), _slurm_cores() or sys.maxsize)
 
     @property
     def has_own_cores(self) -> bool:
@@ -159,7 +167,7 @@ def wait_for_rank_0(launch: Launch, timeout: timedelta) -> str:
     torch also waits, but prints pages for each failed attempt.
 
     Raises:
-        ConfigError: rank 0 does not listen within ``timeout``.
+        MeetingError: rank 0 does not listen within ``timeout``.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
@@ -197,10 +205,7 @@ def _port_message(port: str) -> str:
 
 
 def lost_rank_message(error: RuntimeError, rank: int) -> str | None:
-    """Return what to say of an error of a collective operation whose other ranks have ended or do not answer.
-
-    None: it is another error.
-    """
+    """Return a one-line message for a collective operation that failed, usually with a rank; None: another error."""
     # an error of a collective operation has loaded torch
     distributed = sys.modules.get("torch.distributed")
     is_known = distributed is not None and isinstance(error, getattr(distributed, "DistError", ()))
@@ -209,19 +214,23 @@ def lost_rank_message(error: RuntimeError, rank: int) -> str | None:
         return None
     # after the place in the source of gloo or NCCL; advice and the C++ stack follow
     reason = text.partition("] ")[2] if text.startswith("[") else text
-    reason = reason.partition(". ")[0].partition(" Exception raised from")[0][:150].rstrip(".")
-    return f"rank {rank} cannot reach another rank ({reason}), which has ended or is stuck; run the same command again"
+    cause = text.partition("Last error:")[2].strip()[:150]
+    reason = cause or reason.partition(". ")[0].partition(" Exception raised from")[0][:150].rstrip(".")
+    return (
+        f"rank {rank}: a collective operation failed ({reason}), usually because another rank has ended or is stuck; "
+        "run the same command again"
+    )
 
 
-def meeting_error(error: Exception, launch: Launch, timeout: timedelta) -> ConfigError:
+def meeting_error(error: Exception, launch: Launch, timeout: timedelta) -> MeetingError:
     """Return the error of ranks that could not form a process group, in one line."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     text = " ".join(str(error).split())
     if "EADDRINUSE" in text or "address already in use" in text.lower():
-        return ConfigError(_port_message(port))
+        return MeetingError(_port_message(port))
     # torch appends the C++ stack
     reason = text.partition(" Exception raised from")[0][:300]
-    return ConfigError(
-        f"rank {launch.rank} of {launch.world_size} could not meet the others at {address}:{port} within "
-        f"{timeout.total_seconds():g} s ({reason}); {MEETING_ADVICE}"
+    return MeetingError(
+        f"rank {launch.rank} of {launch.world_size} could not meet the others at {address}:{port} (limit "
+        f"{timeout.total_seconds():g} s: {reason}); {MEETING_ADVICE}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from streamtrain.data.still_images import centre_crop
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.model.vit import VisionTransformer
+from streamtrain.run.machine import available_cores
 from streamtrain.run.progress import progress_bar
 
 GREY = 128
@@ -130,7 +130,7 @@ def _read_crops(
     images: LabelledImages, resize: int, size: int, batch_size: int, workers: int | None, progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     assert resize >= size, (resize, size)
-    threads = workers or min(os.cpu_count() or 1, 16)
+    threads = workers or min(available_cores(), 16)
     with progress_bar(f"reading {images.name}", len(images), "images", shown=progress) as bar:
         for crops, is_usable in crop_batches(images, resize, size, batch_size, threads):
             yield crops, is_usable

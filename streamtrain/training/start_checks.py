@@ -19,7 +19,7 @@ from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.sizes import CPU_KERNELS, StoredImages
 from streamtrain.planning.units import size
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS, saved_steps
-from streamtrain.run.machine import Space, available_cores, disk_space, folder_bytes, host_memory
+from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
 from streamtrain.run.provenance import program_versions
 from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
@@ -47,7 +47,7 @@ def check_resources(
     warnings = [line for need in needs if (line := need.check(config, accepted))]
     if launch.rank == 0:
         warnings += _check_disk(config, launch.world_size, planned, accepted)
-        cores = available_cores()
+        cores = launch.shared_cores
         if not on_gpu and ranks > cores and not launch.has_own_cores:
             warnings.append(f"{ranks} ranks share {cores} core(s), which makes a step slower; start at most {cores}")
     return warnings

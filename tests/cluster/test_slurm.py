@@ -76,7 +76,7 @@ def test_a_frozen_rank_ends_and_failures_are_bounded(lab: Slurm, shards: Path, t
     wait_for_steps(lab, job, run, 3)
     signal_rank(lab, "STOP")
     facts = lab.wait_for(job, "FAILED")
-    assert facts["Restarts"] == "0" and "error: the ranks have failed 1 times" in lab.output(job)
+    assert facts["Restarts"] == "0" and "error: the ranks have failed, failures: 1" in lab.output(job)
 
 
 def test_a_wrong_setting_fails_the_job(lab: Slurm, shards: Path, tmp_path: Path) -> None:

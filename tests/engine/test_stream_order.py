@@ -1,6 +1,6 @@
 """Training steps on recorded streams: no race on one or two ranks, and few waits of the host.
 
-What a GPU needs and a CPU does not, checked on a CPU (``streams``); nothing here has run on a GPU.
+It runs on a CPU (``streams``); none of it has run on a GPU.
 """
 
 from __future__ import annotations
