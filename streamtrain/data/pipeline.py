@@ -131,15 +131,19 @@ def _exchange_flipped_sides(views: ViewParameters) -> tuple[npt.NDArray[np.float
 @pipeline_def(enable_conditionals=True)
 def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[CropSizes, ...]) -> tuple[Any, ...]:
     payload = fn.external_source(name="payload", dtype=types.UINT8, ndim=1)
-    decoder = "mixed" if device == "gpu" else "cpu"
+    options: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
+    if device == "gpu":
+        # As the decoder of a CPU interpolates colours. By default the hardware would decode a part of each batch, to
+        # other pixels.
+        options |= {"device": "mixed", "jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
     if not cropping:
-        return (fn.decoders.image(payload, device=decoder, output_type=types.RGB),)
+        return (fn.decoders.image(payload, **options),)
     is_decoded = fn.external_source(name="is_decoded", dtype=types.BOOL, ndim=0)
     pixels = fn.external_source(name="decoded", dtype=types.UINT8, layout="HWC")
     if is_decoded:  # DALI splits the batch
         image = pixels.gpu() if device == "gpu" else pixels
     else:
-        image = fn.decoders.image(payload, device=decoder, output_type=types.RGB)
+        image = fn.decoders.image(payload, **options)
     roi_start = fn.external_source(name="roi_start", dtype=types.FLOAT, ndim=2)
     roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=2)
     size_inputs = {
@@ -163,18 +167,3 @@ def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tupl
         )
         for view, size in (*global_views, *local_views, *gram_views)
     )
-
-
-def find_decode_error(payload: npt.NDArray[np.uint8]) -> str | None:
-    """Return why DALI cannot decode an image (uint8 [num_bytes]), or None if it can; slow, for failed batches only."""
-    # the dynamic mode survives a failure, unlike a pipeline
-    from nvidia.dali.experimental import dynamic
-
-    if len(payload) == 0:
-        return "is empty"
-    try:
-        dynamic.decoders.image(dynamic.tensor(payload), device="cpu", output_type=types.RGB).evaluate()
-    except RuntimeError:
-        # DALI's exception names no cause; the decoder prints its own message to stderr
-        return "cannot be decoded; it is damaged or of an unknown format"
-    return None

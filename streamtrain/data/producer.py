@@ -22,7 +22,7 @@ from streamtrain.data.augment import SizeSchedule, ViewParameters, draw_views
 from streamtrain.data.augmentations import UserAugmentation
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.masking import MaskParameters, draw_masks, rasterise, select_every_patch
-from streamtrain.data.pipeline import CropPipeline, find_decode_error
+from streamtrain.data.pipeline import CropPipeline
 from streamtrain.data.views import CpuViewMaker, CropError, recolor_views
 
 
@@ -122,17 +122,18 @@ class Producer:
             self._decoders.shutdown(cancel_futures=True)
             self._source.close()
 
-    def _build_pipeline(self) -> CropPipeline:
+    def _build_pipeline(self, of_one_image: bool = False) -> CropPipeline:
+        """``of_one_image``: only decode, an image at a time."""
         on_gpu = self._device.type == "cuda"
         return CropPipeline(
             self._config.crops,
-            self._config.data.micro_batch,
+            1 if of_one_image else self._config.data.micro_batch,
             self._config.crop_sizes,
             device="gpu" if on_gpu else "cpu",
             device_id=(self._device.index or 0) if on_gpu else None,
             threads=self._threads,
-            prefetch=self._config.data.prefetch,
-            cropping=on_gpu,
+            prefetch=1 if of_one_image else self._config.data.prefetch,
+            cropping=on_gpu and not of_one_image,
         )
 
     def _rebuild_pipeline(self, queue: Iterable[_QueuedBatch]) -> CropPipeline:
@@ -250,15 +251,25 @@ class Producer:
         """
         samples = item.samples
         positions = list(zip(samples.shards.tolist(), samples.samples.tolist(), strict=True))
-        failed = {
-            positions[row]
-            for row, payload in enumerate(samples.payloads)
-            if row not in item.decoded and find_decode_error(payload) is not None
-        }
+        failed = {positions[row] for row in range(len(positions)) if self._fails_alone(item, row)}
         if not failed:
             raise error
         self._failed_in_dali |= failed
         return self._draw_parameters(samples)
+
+    def _fails_alone(self, item: _QueuedBatch, row: int) -> bool:
+        """Return whether DALI, with the decoder of this device, fails on one image of a batch; slow."""
+        payload = item.samples.payloads[row]
+        if row in item.decoded or not len(payload):
+            return row not in item.decoded
+        pipeline = self._build_pipeline(of_one_image=True)
+        pipeline.feed([payload], item.views, item.sizes)
+        try:
+            pipeline.take()
+        except RuntimeError:
+            # DALI's exception names no cause; the decoder prints its own message to stderr
+            return True
+        return False
 
 
 def _as_bytes(payload: npt.NDArray[np.uint8]) -> bytes:

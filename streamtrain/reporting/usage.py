@@ -39,15 +39,23 @@ def peak_rss_bytes() -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: of the CUDA allocator on a GPU, else of the process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+    """Return the peak memory of this rank: of its GPU if it has one, else of the process.
+
+    On a GPU it includes what the plan calls allowances: unused parts of torch's memory, and the memory of contexts and
+    libraries, such as DALI, at the time of the call. Other programs on the same GPU count too.
+    """
+    if device.type != "cuda":
+        return peak_rss_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return torch.cuda.max_memory_reserved(device) + max(0, outside)
 
 
 def memory_scalars(device: torch.device) -> dict[str, float]:
-    """Return the current and peak resident bytes, and on CUDA the peak of its allocator, under ``memory/``."""
+    """Return the current and peak resident bytes, and on a GPU its peak, under ``memory/``."""
     scalars = {"memory/rss_bytes": float(rss_bytes()), "memory/peak_rss_bytes": float(peak_rss_bytes())}
     if device.type == "cuda":
-        scalars["memory/gpu_bytes"] = float(torch.cuda.max_memory_allocated(device))
+        scalars["memory/gpu_bytes"] = float(peak_bytes(device))
     return scalars
 
 

@@ -98,7 +98,7 @@ TAGS = {
     "data/cache_hit_share": Tag("Cache hits", "Share of shard opens served by the cache.", "share"),
     "memory/rss_bytes": Tag("Host memory", "Resident memory of rank 0.", "bytes"),
     "memory/peak_rss_bytes": Tag("Host memory, peak", "Peak resident memory of rank 0.", "bytes"),
-    "memory/gpu_bytes": Tag("GPU memory, peak", "Peak memory of the CUDA allocator of rank 0.", "bytes"),
+    "memory/gpu_bytes": Tag("GPU memory, peak", "Peak memory of the GPU of rank 0.", "bytes"),
 }
 
 

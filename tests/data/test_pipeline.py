@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from drawn_images import encoded
 from PIL import Image
+from ranks import ROOT
 
 from streamtrain.config.crops import CropsConfig, CropSizes
+from streamtrain.config.load import load_config
 from streamtrain.data.augment import ViewParameters, draw_views
-from streamtrain.data.pipeline import CropPipeline, find_decode_error
+from streamtrain.data.pipeline import CropPipeline, _build_graph
 from streamtrain.data.views import CpuViewMaker, recolor_views
 
 CROPS = CropsConfig(global_size=48, local_size=32, local_count=2)
@@ -110,9 +113,16 @@ def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
     assert torch.equal(torch.from_dlpack(single.take()[0].as_tensor()), crops[4])
 
 
-def test_find_decode_error() -> None:
-    valid = payload(picture(), "JPEG")
-    assert find_decode_error(valid) is None
-    assert find_decode_error(np.frombuffer(b"this is a text file, not a photograph", np.uint8)) is not None
-    assert find_decode_error(valid[: len(valid) // 2]) is not None
-    assert find_decode_error(valid[:0]) is not None
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_graph_of_a_gpu_is_built_up_to_its_driver(path: Path) -> None:
+    """Arguments, devices and edges of the graph for every recipe; nothing is decoded."""
+    config = load_config(str(path), [])
+    for cropping in (True, False):
+        graph = _build_graph(
+            config.crops, "gpu", cropping, tuple(config.crop_sizes), batch_size=4, num_threads=1, device_id=0,
+            prefetch_queue_depth=2,
+        )  # fmt: skip
+        graph._build_graph()
+        gram = config.crops.global_count if config.crop_sizes[0].gram_size else 0
+        views = config.crops.global_count + config.crops.local_count + gram if cropping else 1
+        assert [output.device for output in graph._graph_outputs] == ["gpu"] * views
