@@ -20,7 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -31,21 +32,23 @@ from streamtrain.cli.launch import (
     EXIT_LOST,
     GRACE_SECONDS,
     Share,
+    check_ranks,
     received_signals,
     reserved_port,
     run_share,
+    stop_status,
     stop_with_parent,
     wait_for_all,
 )
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.logs import configure_logging
-from streamtrain.run.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from streamtrain.run.signals import EXIT_FAILED
 
 # Sent to all machines; engine.environment names others.
 ENVIRONMENT = (
     "AWS_*", "AZURE_*", "CC", "CUDA_*", "CXX", "DS_*", "FI_*", "GLOO_*", "GOOGLE_*", "HF_*", "*_proxy", "*_PROXY",
-    "LD_LIBRARY_PATH", "MKL_*", "NCCL_*", "OMP_*", "PATH", "PYTHON*", "PYTORCH_*", "SSL_CERT_*", "TORCH*", "TRITON_*",
-    "UCX_*", "WANDB_*", "XDG_CACHE_HOME",
+    "LD_LIBRARY_PATH", "MKL_*", "NCCL_*", "NETRC", "OMP_*", "PATH", "PYTHON*", "PYTORCH_*", "SSL_CERT_*", "TORCH*",
+    "TRITON_*", "UCX_*", "WANDB_*", "XDG_CACHE_HOME",
 )  # fmt: skip
 # numbers of GPUs, which may differ between machines
 _OF_ONE_MACHINE = ("CUDA_VISIBLE_DEVICES",)
@@ -65,7 +68,8 @@ _READY = b"\0ready "
 _ERROR = re.compile(rb"(?:\[rank \d+\] )?error: (?P<message>.*)", re.DOTALL)
 # the same error of other machines in this time is not shown again
 _REPEATED_SECONDS = 5.0
-_SLOTS = re.compile(r"(?P<name>[^\s=]+)(?:\s+slots\s*=\s*(?P<slots>\d+))?")
+# a name or an address, with a user if needed
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.:@%/\[\]-]*)(?:\s+slots\s*=\s*(?P<slots>[0-9]{1,9}))?")
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +94,7 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> dict[str, int]:
         StreamtrainError: the file cannot be read, or a line is not as above.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise StreamtrainError(f"--hostfile {path} {reason}") from None
@@ -99,9 +103,8 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> dict[str, int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = _SLOTS.fullmatch(text)
-        # a name that begins with a hyphen would be an option of ssh
-        if match is None or text.startswith("-"):
+        match = _LINE.fullmatch(text)
+        if match is None:
             raise StreamtrainError(f"--hostfile {path}, line {number}: expected 'NAME slots=N', got {text[:80]!r}")
         slots = ranks_per_host or int(match["slots"] or 0)
         if slots < 1:
@@ -109,6 +112,7 @@ def read_hostfile(path: Path, ranks_per_host: int | None) -> dict[str, int]:
                 f"--hostfile {path}, line {number}: write the number of ranks, as in '{match['name']} slots=8', or "
                 "give it for all hosts with --gpus N"
             )
+        check_ranks(slots)
         if match["name"] in hosts:
             raise StreamtrainError(f"--hostfile {path}, line {number}: {match['name']} is listed twice; keep one line")
         hosts[match["name"]] = slots
@@ -141,8 +145,10 @@ def run_on_hosts(arguments: Sequence[str], hosts: Mapping[str, int], variables: 
             for name in hosts:
                 machines[name] = Host(name, shown)
             port = _wait_until_ready(list(machines.values()), received)
+            _check_names(machines.values())
             if received:
-                return EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_PREEMPTED
+                logger.info("stopped before the start")
+                return stop_status(received)
             first_rank, world_size = 0, sum(hosts.values())
             for machine, ranks in zip(machines.values(), hosts.values(), strict=True):
                 share = Share(first_rank, ranks, world_size, address, os.environ.get("MASTER_PORT") or str(port))
@@ -173,7 +179,13 @@ def _master_address(name: str, count: int) -> str:
     # the name may be an alias in ~/.ssh/config
     lines = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, check=False).stdout.splitlines()
     found = [line.split(None, 1)[1] for line in lines if line.startswith("hostname ")]
-    return found[0] if found else name.rpartition("@")[2]
+    address = found[0] if found else name.rpartition("@")[2]
+    if count > 1 and (address == "::1" or address.startswith("127.")):
+        raise StreamtrainError(
+            f"other machines cannot reach {address}; write the name of the first machine in the host file, or set "
+            "MASTER_ADDR"
+        )
+    return address
 
 
 def _wait_until_ready(machines: Sequence[Host], received: Sequence[int]) -> int:
@@ -189,26 +201,43 @@ def _wait_until_ready(machines: Sequence[Host], received: Sequence[int]) -> int:
     return machines[0].port
 
 
+def _check_names(machines: Collection[Host]) -> None:
+    """Raise StreamtrainError if two lines of the host file are the same machine."""
+    names: dict[str, str] = {}
+    for machine in machines:
+        other = names.setdefault(machine.hostname, machine.name)
+        if machine.hostname and other != machine.name:
+            raise StreamtrainError(
+                f"{other} and {machine.name} are the same machine, {machine.hostname}; keep one line, or give them "
+                "names of their own"
+            )
+
+
 class _Shown:
     """The output of all machines, in which an error that several of them report at the same time appears once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # errors, with the time of each
-        self._errors: dict[bytes, float] = {}
+        # errors, with the time and the machine of each
+        self._errors: dict[bytes, tuple[float, str]] = {}
 
-    def write(self, line: bytes, stream: IO[bytes]) -> None:
-        now = time.monotonic()
+    def write(self, line: bytes, stream: IO[bytes], machine: str) -> None:
         with self._lock, suppress(OSError):
-            if match := _ERROR.match(line):
-                message = match["message"]
-                for seen, when in self._errors.items():
-                    # other machines name the one with the error first
-                    if now - when < _REPEATED_SECONDS and (message.endswith(seen) or seen.endswith(message)):
-                        return
-                self._errors[message] = now
+            if (match := _ERROR.match(line.rstrip())) and self._is_repeated(match["message"], machine):
+                return
             stream.write(line)
             stream.flush()
+
+    def _is_repeated(self, message: bytes, machine: str) -> bool:
+        now = time.monotonic()
+        self._errors = {each: seen for each, seen in self._errors.items() if now - seen[0] < _REPEATED_SECONDS}
+        for other, (_, where) in self._errors.items():
+            short, long = sorted((message, other), key=len)
+            # other machines name the one with the error first
+            if where != machine and short and (short == long or long.endswith(b": " + short)):
+                return True
+        self._errors[message] = now, machine
+        return False
 
 
 class Host:
@@ -216,11 +245,12 @@ class Host:
 
     Attributes:
         port: free on that machine; 0 until it is ready.
+        hostname: its own name; empty until it is ready.
         returncode: the exit status of its ranks; None while they run; ``EXIT_LOST`` without a connection.
     """
 
     def __init__(self, name: str, shown: _Shown) -> None:
-        self.name, self.port = name, 0
+        self.name, self.hostname, self.port = name, "", 0
         self.returncode: int | None = None
         root = Path(__file__).resolve().parents[2]
         # the package need not be installed, and files in this folder must not replace modules
@@ -239,7 +269,7 @@ class Host:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             preexec_fn=stop_with_parent,
         )  # fmt: skip
-        self._shown, self._is_ready, self._early = shown, threading.Event(), list[bytes]()
+        self._shown, self._is_ready, self._early = shown, threading.Event(), deque[bytes](maxlen=20)
         # when the last line was sent, after the job
         self._sent: float | None = None
         self._killed: float | None = None
@@ -251,11 +281,12 @@ class Host:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if self._is_ready.is_set():
-                self._shown.write(line, sys.stdout.buffer)
+                self._shown.write(line, sys.stdout.buffer, self.name)
                 continue
             # a login script of the user may print something before
-            _, found, number = line.partition(_READY)
+            _, found, words = line.partition(_READY)
             if found:
+                number, self.hostname = words.decode().split()
                 self.port = int(number)
                 self._is_ready.set()
 
@@ -263,7 +294,7 @@ class Host:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             if self._is_ready.is_set():
-                self._shown.write(line, sys.stderr.buffer)
+                self._shown.write(line, sys.stderr.buffer, self.name)
             else:
                 self._early.append(line)
 
@@ -320,7 +351,7 @@ def serve() -> None:
     configure_logging()
     sys.stdout.buffer.write(_READY)
     with reserved_port() as port, received_signals() as received:
-        sys.stdout.buffer.write(b"%d\n" % port)
+        sys.stdout.buffer.write(f"{port} {socket.gethostname()}\n".encode())
         sys.stdout.buffer.flush()
         lines = _Lines(sys.stdin.fileno())
         # until all others are ready, or the connection is lost

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamtrain.engine.rendezvous import AGENT_STORE
+from streamtrain.errors import StreamtrainError
 from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ _KILLED = ": it was killed, usually because the memory was full; run the same co
 _PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
+
+
+# more on a machine are a slip of the finger, and starting them would stop the machine
+MAX_RANKS = 1024
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise StreamtrainError if a machine should start too many ranks."""
+    if ranks > MAX_RANKS:
+        raise StreamtrainError(f"{ranks} ranks on a machine are too many; start at most {MAX_RANKS}, one per GPU")
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ def run_share(arguments: Sequence[str], share: Share, received: list[int]) -> in
     processes: dict[str, subprocess.Popen[bytes] | Host] = {}
     try:
         for local_rank in range(share.ranks):
+            if received or any(process.poll() is not None for process in processes.values()):
+                # a signal, or a rank that has ended already
+                break
             rank = share.first_rank + local_rank
             variables = {**shared, "RANK": rank, "LOCAL_RANK": local_rank}
             processes[f"rank {rank}"] = subprocess.Popen(
@@ -91,6 +105,8 @@ def run_share(arguments: Sequence[str], share: Share, received: list[int]) -> in
                 # in its own session, so that Ctrl-C in the terminal arrives only once, forwarded from here
                 start_new_session=True, preexec_fn=_prepare_rank,
             )  # fmt: skip
+        if not processes:
+            return stop_status(received)
         return wait_for_all(processes, received)
     finally:
         for process in processes.values():
@@ -122,8 +138,8 @@ def wait_for_all(
             _send(processes, stops[-1])
         failed = [(process.returncode, name) for name, process in processes.items() if process.returncode]
         if failed and failure is None:
-            # a killed rank, with a negative code, causes the errors of the others
-            returncode, name = min(failed)
+            # a killed rank, with a negative code or one above 128, causes the errors of the others
+            returncode, name = min(failed, key=lambda each: (each[0] > 0 and each[0] <= 128, each))
             failure = _exit_status(returncode, stops)
             is_lost = of_machines and failure == EXIT_LOST
             deadline = time.monotonic() + (LOST_GRACE_SECONDS if is_lost else GRACE_SECONDS)
@@ -142,6 +158,11 @@ def wait_for_all(
 def _send(processes: Mapping[str, subprocess.Popen[bytes] | Host], number: int) -> None:
     for process in processes.values():
         process.send_signal(number)
+
+
+def stop_status(received: Sequence[int]) -> int:
+    """Return the exit status of a run that signals have stopped."""
+    return EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_PREEMPTED
 
 
 def _exit_status(returncode: int, stops: Sequence[int]) -> int:

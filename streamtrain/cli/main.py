@@ -65,6 +65,7 @@ def _run_command(words: Sequence[str], owns_process: bool) -> int:
 
     # the module is __main__ under python -m
     logger = logging.getLogger("streamtrain.cli.main")
+    status = 0
     try:
         arguments = parse_arguments(words)
         configure_logging()
@@ -72,13 +73,13 @@ def _run_command(words: Sequence[str], owns_process: bool) -> int:
             hide_library_messages()
         raise_descriptor_limit()
         command = importlib.import_module(f"streamtrain.cli.{arguments.command}")
-        status: int = command.run(arguments)
+        status = command.run(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
         # the reader of the output has gone, such as `head`; Python would fail again when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return status
     except Exception as error:
         if interrupts.was_interrupted():
             raise KeyboardInterrupt from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.cli.hosts import read_hostfile, run_on_hosts
-from streamtrain.cli.launch import Share, received_signals, run_ranks, run_share
+from streamtrain.cli.launch import Share, check_ranks, received_signals, run_ranks, run_share
 from streamtrain.config.load import load_config
 from streamtrain.engine.runtime import count_gpus
 from streamtrain.errors import StreamtrainError
@@ -28,14 +28,13 @@ from the latest checkpoint of the run directory. `touch RUN/STOP` or SIGTERM sto
 a checkpoint with exit status 75; Ctrl-C does the same with 130, and a second Ctrl-C ends it at once.
 
 A rank that another launcher has started (deepspeed, torchrun, srun; RANK is set) runs as that rank.
+For several machines read docs/clusters.md; examples/ has jobs for Slurm and Kubernetes.
 """
 _EXAMPLES = """\
   streamtrain train --config vits16.yaml data.shards=sets/photos run.dir=runs/photos
   streamtrain train --gpus 2 --config vits16.yaml data.shards=sets/photos run.dir=runs/photos run.steps=20000
   streamtrain train --config my.yaml run.dir=runs/next --resume runs/first
   streamtrain train --hostfile hosts --config vitl16.yaml data.shards=s3://bucket/set run.dir=/shared/run
-
-Several machines: docs/clusters.md, and examples/ for Slurm and Kubernetes.
 """
 
 
@@ -73,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "RANK" in os.environ:
         run_process(arguments)
     hosts, ranks, nodes = {}, arguments.ranks, arguments.nodes or 1
+    check_ranks(ranks or 1)
     _check_node_options(arguments)
     if arguments.hostfile is not None:
         hosts = read_hostfile(arguments.hostfile, arguments.ranks)

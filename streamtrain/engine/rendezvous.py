@@ -199,8 +199,8 @@ def _is_free(port: int) -> bool:
 def _port_message(port: str) -> str:
     return (
         f"port {port}, on which the ranks of the run meet, is in use by another program, such as another run; choose "
-        "another one with --master_port N (deepspeed), --master-port N (torchrun) or MASTER_PORT=N, or start the "
-        "ranks with streamtrain train, which finds a free port"
+        "another one with --master_port N (deepspeed), --master-port N (torchrun) or MASTER_PORT=N, or unset "
+        "MASTER_PORT and start the ranks with streamtrain train, which finds a free port"
     )
 
 
@@ -210,7 +210,7 @@ def lost_rank_message(error: RuntimeError, rank: int) -> str | None:
     distributed = sys.modules.get("torch.distributed")
     is_known = distributed is not None and isinstance(error, getattr(distributed, "DistError", ()))
     text = " ".join(str(error).split())
-    if not is_known and "/gloo/" not in text:
+    if not is_known and not (text.startswith("[") and "/gloo/" in text):
         return None
     # after the place in the source of gloo or NCCL; advice and the C++ stack follow
     reason = text.partition("] ")[2] if text.startswith("[") else text

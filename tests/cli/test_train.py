@@ -162,6 +162,12 @@ def test_ranks_of_a_hostfile_train(shards: Path, tmp_path: Path) -> None:
         ("-oProxyCommand=ls slots=1\n", "expected 'NAME slots=N'"),
         ("node1 slots=1\n", "--hostfile needs ssh, which is not installed"),
         ("\xff", "cannot be read"),
+        ("node1 slots=1025\n", "1025 ranks on a machine are too many"),
+        (f"node1 slots={10**20}\n", "expected 'NAME slots=N'"),
+        (
+            "\ufeffnode1,node2 slots=1\n".encode().decode("latin-1"),
+            "expected 'NAME slots=N', got 'node1,node2 slots=1'",
+        ),
     ],
 )
 def test_a_hostfile_that_cannot_be_used_is_one_line(
@@ -209,6 +215,9 @@ def test_a_host_that_cannot_be_reached_is_one_line(
         "error: cannot start on node1: no \\x1b[31mroute; each machine needs passwordless ssh"
     )
     assert not (tmp_path / "run").exists()
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nnode2 slots=1\n")
+    ended = run_command("train", "--hostfile", tmp_path / "hosts", *train_words(shards, tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stderr.startswith("error: other machines cannot reach 127.0.0.1; ")
 
 
 def test_a_host_that_starts_slowly_trains_and_saves_when_the_command_is_killed(
@@ -219,7 +228,7 @@ def test_a_host_that_starts_slowly_trains_and_saves_when_the_command_is_killed(
     (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}")
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}")
-    (tmp_path / "hosts").write_text("user@node1 slots=1\nlocalhost slots=1\n")
+    (tmp_path / "hosts").write_text("user@node1 slots=2\n")
     run_dir = tmp_path / "run"
     words = train_words(shards, run_dir, "run.steps=10000", "run.checkpoint_every=0")
     with started("train", "--hostfile", str(tmp_path / "hosts"), *words) as process:

@@ -82,11 +82,15 @@ class Slurm:
     def wait_for(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
         """Wait until a job is in one of the states; a queued one begins at once, and not after two minutes."""
         deadline = time.monotonic() + seconds
+        queued: float | None = None
         while True:
             facts = self.facts(job)
             if facts["JobState"] in states:
                 return facts
-            if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            is_queued_again = facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime"
+            queued = (queued or time.monotonic()) if is_queued_again else None
+            # not before the daemons have removed what is left of the last start; Slurm waits two minutes for that
+            if queued is not None and time.monotonic() > queued + 5:
                 self.run("scontrol", "update", f"jobid={job}", "starttime=now")
             assert time.monotonic() < deadline, (facts, self.output(job))
             time.sleep(0.5)
