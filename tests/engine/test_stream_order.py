@@ -38,15 +38,14 @@ def test_steps_have_no_race_and_few_host_waits(ranks: int, dtype: str) -> None:
     assert not any("epilogue" in place for place in waits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutant", "fault"),
     [
         # the teacher's shards are gathered while they are written
-        ("gathers for writes", " update "),
-        pytest.param("for gathers", "read by addmm", marks=pytest.mark.slow),
-        pytest.param("for reductions", "stage3.py", marks=pytest.mark.slow),
+        ("gathers for writes", " update "), ("for gathers", "read by addmm"), ("for reductions", "stage3.py"),
     ],
-)
+)  # fmt: skip
 def test_a_missing_wait_is_found(mutant: str, fault: str) -> None:
     faults = steps_of(2, "bf16", mutant)["faults"]
     assert any(fault in each for each in faults), faults

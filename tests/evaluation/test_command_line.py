@@ -67,7 +67,9 @@ def test_every_task_measures_the_same_with_and_without_kernels(task: str, folder
         results.append(json.loads(stdout.splitlines()[-1]))
     keys = {"knn": {"temperature", "knn_10", "knn_20"}, "linear": {"linear", "learning_rate"},
             "logistic": {"logistic", "penalty"}}[task]  # fmt: skip
-    common = {"task", "features", "size", "step", "train", "test", "train_images", "test_images", "classes"}
+    common = {"task", "features", "size", "step", "train", "test", "train_images", "test_images", "classes"} | {
+        "largest_class"
+    }
     scores = keys & {"knn_10", "knn_20", "linear", "logistic"}
     uncertainty = ("margin", "mean", "margin_mean", "spread", "real_difference")
     keys |= {f"{kind}_{score}" for kind in uncertainty for score in scores}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 
 import numpy as np
@@ -59,7 +60,8 @@ def test_any_bytes_give_pixels_of_the_size_in_the_header_or_a_shard_error(name: 
         header = read_header(bytes(payload))
         pixels = decode(bytes(payload), max_pixels=1 << 20)
     except ShardError as error:
-        assert "\n" not in str(error) and "0x" not in str(error)
+        # no address of an object
+        assert "\n" not in str(error) and not re.search(r"\b0x", str(error))
         return
     assert pixels.shape == (header.height, header.width, 3) and pixels.dtype == np.uint8
 
