@@ -54,7 +54,7 @@ def test_no_command_line_loads_torch_before_it_is_parsed() -> None:
 
 
 def test_no_import_changes_the_path_of_modules() -> None:
-    """Only what is run as a script sets ``sys.path``, and the import of the user's own code."""
+    """Only scripts set ``sys.path``, and the import of the user's own code."""
     names = [name for name in SOURCES if name.partition(".")[0] in ("shards", "streamtrain")]
     code = f"import sys; before = list(sys.path)\nimport {', '.join(names)}\nassert sys.path == before"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -205,12 +205,9 @@ def _check_names(machines: Collection[Host]) -> None:
     """Raise StreamtrainError if two lines of the host file are the same machine."""
     names: dict[str, str] = {}
     for machine in machines:
-        other = names.setdefault(machine.hostname, machine.name)
-        if machine.hostname and other != machine.name:
-            raise StreamtrainError(
-                f"{other} and {machine.name} are the same machine, {machine.hostname}; keep one line, or give them "
-                "names of their own"
-            )
+        other = names.setdefault(machine.identity, machine.name)
+        if machine.identity and other != machine.name:
+            raise StreamtrainError(f"{other} and {machine.name} are the same machine; keep one line of the host file")
 
 
 class _Shown:
@@ -245,12 +242,13 @@ class Host:
 
     Attributes:
         port: free on that machine; 0 until it is ready.
-        hostname: its own name; empty until it is ready.
+        identity: its own name, and the id of its last boot, as machines made from one image have one name; empty until it
+            is ready.
         returncode: the exit status of its ranks; None while they run; ``EXIT_LOST`` without a connection.
     """
 
     def __init__(self, name: str, shown: _Shown) -> None:
-        self.name, self.hostname, self.port = name, "", 0
+        self.name, self.identity, self.port = name, "", 0
         self.returncode: int | None = None
         root = Path(__file__).resolve().parents[2]
         # the package need not be installed, and files in this folder must not replace modules
@@ -286,7 +284,7 @@ class Host:
             # a login script of the user may print something before
             _, found, words = line.partition(_READY)
             if found:
-                number, self.hostname = words.decode().split()
+                number, _, self.identity = words.decode().strip().partition(" ")
                 self.port = int(number)
                 self._is_ready.set()
 
@@ -346,12 +344,20 @@ class Host:
                 stream.close()  # type: ignore[union-attr]
 
 
+def _identity() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
 def serve() -> None:
     """Run the ranks of this machine for ``run_on_hosts``, which writes to the standard input; ends the process."""
     configure_logging()
     sys.stdout.buffer.write(_READY)
     with reserved_port() as port, received_signals() as received:
-        sys.stdout.buffer.write(f"{port} {socket.gethostname()}\n".encode())
+        sys.stdout.buffer.write(f"{port} {_identity()}\n".encode())
         sys.stdout.buffer.flush()
         lines = _Lines(sys.stdin.fileno())
         # until all others are ready, or the connection is lost

@@ -89,7 +89,7 @@ class Slurm:
                 return facts
             is_queued_again = facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime"
             queued = (queued or time.monotonic()) if is_queued_again else None
-            # not before the daemons have removed what is left of the last start; Slurm waits two minutes for that
+            # the daemons need time to remove the last start; Slurm itself waits two minutes
             if queued is not None and time.monotonic() > queued + 5:
                 self.run("scontrol", "update", f"jobid={job}", "starttime=now")
             assert time.monotonic() < deadline, (facts, self.output(job))

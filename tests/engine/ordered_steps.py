@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import streams
-import torch._dynamo  # noqa: F401 - before the streams replace what it inspects
+import torch._dynamo  # noqa: F401 - it inspects functions that the streams replace
 from deepspeed.accelerator import get_accelerator
 from sharded_step import ACCUMULATION, batch_of, config_of
 
