@@ -242,8 +242,8 @@ class Host:
 
     Attributes:
         port: free on that machine; 0 until it is ready.
-        identity: its own name, and the id of its last boot, as machines made from one image have one name; empty until it
-            is ready.
+        identity: its own name and the id of its last boot, since machines made from one image have the same name; empty
+            until it is ready.
         returncode: the exit status of its ranks; None while they run; ``EXIT_LOST`` without a connection.
     """
 

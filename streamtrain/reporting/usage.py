@@ -41,8 +41,8 @@ def peak_rss_bytes() -> int:
 def peak_bytes(device: torch.device) -> int:
     """Return the peak memory of this rank: of its GPU if it has one, else of the process.
 
-    On a GPU it includes the plan's allowances: unused parts of torch's memory, and the memory of contexts and libraries,
-    such as DALI, at the time of the call. Other programs on the same GPU count too.
+    On a GPU it includes the plan's allowances: unused parts of torch's memory, and the memory of contexts and
+    libraries, such as DALI, at the time of the call. Other programs on the same GPU count too.
     """
     if device.type != "cuda":
         return peak_rss_bytes()

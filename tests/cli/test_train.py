@@ -243,6 +243,17 @@ def test_a_host_that_starts_slowly_trains_and_saves_when_the_command_is_killed(
     assert saved_steps(run_dir)[-1] == len(logged(run_dir))
 
 
+def test_a_machine_under_two_names_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ssh").write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}")
+    (tmp_path / "hosts").write_text("localhost slots=1\nuser@node1 slots=1\n")
+    ended = run_command("train", "--hostfile", tmp_path / "hosts", *train_words(shards, tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == "error: localhost and user@node1 are the same machine; keep one line of the host file\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -> None:
     """As in ``srun streamtrain train ...``, with RANK and the other variables set."""
     words = ["-m", "streamtrain.cli.main", "train", *train_words(shards, tmp_path / "run", "run.steps=1")]
