@@ -62,6 +62,8 @@ class _Memory:
     accesses: list[Access] = field(default_factory=list)
     # streams whose use the allocator waits for
     recorded: set[int] = field(default_factory=set)
+    # bytes, if allocated in the watched file
+    watched: int = 0
 
 
 class Streams:
@@ -70,12 +72,18 @@ class Streams:
     Attributes:
         faults: number of times by description.
         host_waits: number of times that the host waited for the device, by kind and place.
+        late_bytes: freed memory that the allocator could reuse only once the device had got there, because of another
+            stream; a host that is far ahead would need as much again.
+        watched_file: name of a Python file whose allocations are counted from now on.
+        watched_peak: most of their bytes at a time.
     """
 
     def __init__(self, *, ordered_by_reads: bool = True) -> None:
         """``ordered_by_reads``: False ignores that a value read by the host waits for its stream, which hides races."""
         self.faults: Counter[str] = Counter()
         self.host_waits: Counter[str] = Counter()
+        self.late_bytes = self.watched_peak = self._watched_bytes = 0
+        self.watched_file = ""
         self._ordered_by_reads = ordered_by_reads
         self._lock = threading.RLock()
         self._order = StreamSynchronizations()
@@ -190,19 +198,30 @@ class Streams:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._memory:
-            self._memory[key] = _Memory(owner)
-            weakref.finalize(storage, self._free, key).atexit = False
+            self._memory[key] = memory = _Memory(owner)
+            if owner is not None and self.watched_file and _is_within(self.watched_file):
+                memory.watched = storage.nbytes()
+                self._watched_bytes += memory.watched
+                self.watched_peak = max(self.watched_peak, self._watched_bytes)
+            weakref.finalize(storage, self._free, key, storage.nbytes()).atexit = False
         return self._memory[key]
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, num_bytes: int) -> None:
         with self._lock:
             memory = self._memory.pop(key, None)
             if memory is None or memory.owner is None:
                 return
-            for access in memory.accesses:
-                if access.stream not in (memory.owner, *memory.recorded) and not self._order.is_ordered_after(
-                    memory.owner, access.time, access.stream
-                ):
+            self._watched_bytes -= memory.watched
+            unordered = [
+                access
+                for access in memory.accesses
+                if access.stream != memory.owner
+                and not self._order.is_ordered_after(memory.owner, access.time, access.stream)
+            ]
+            if any(access.stream in memory.recorded for access in unordered):
+                self.late_bytes += num_bytes
+            for access in unordered:
+                if access.stream not in memory.recorded:
                     self.faults[f"freed by stream {memory.owner} before the end of the {access}"] += 1
 
     def _access(self, tensor: torch.Tensor, writes: bool, operation: str, stream: int, is_new: bool = False) -> None:
@@ -335,6 +354,16 @@ class _Recorder(TorchDispatchMode):
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _is_within(file: str) -> bool:
+    """Return whether a function of ``file`` is running in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(file):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 _is_shown: dict[CodeType, bool] = {}

@@ -8,6 +8,7 @@ DeepSpeed is imported where it is used, because it chooses its accelerator at im
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ SUPPORTED = ">=0.19,<0.20"
 # attributes of the student's ZeRO-3 optimiser that ``Stage3Optimizer`` reads or replaces
 _STAGE3_NAMES = (
     "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer",
-    "averaged_gradients", "clip_grad", "grad_position", "get_param_id", "partition_grads", "_get_norm_groups",
-    "_prepare_fp32_grad_for_sub_group", "unscale_and_clip_grads",
+    "averaged_gradients", "clip_grad", "grad_position", "get_param_id", "_get_norm_groups",
+    "_prepare_fp32_grad_for_sub_group", "unscale_and_clip_grads", "parameter_offload",
     "reduce_independent_p_g_buckets_and_remove_grads", "reduce_and_partition_stream",
 )  # fmt: skip
 _PARAMETER_NAMES = ("ds_shape", "ds_numel", "ds_tensor", "ds_status", "ds_persist", "partition_numel")
@@ -114,11 +115,49 @@ def release_parameters(engine: Any) -> None:
     engine.optimizer.partition_all_parameters()
 
 
-def gather_stream(engine: Any) -> torch.cuda.Stream | None:
-    """Return the stream on which an engine without optimiser gathers parameters; None on a CPU."""
-    name = "_DeepSpeedZeRoOffload__allgather_stream"
-    _require("parameter_offload", engine.optimizer, name)
-    return getattr(engine.optimizer, name)
+def let_host_run_ahead(parameter_offload: Any) -> None:
+    """Let the host start gathers without waiting for earlier ones.
+
+    DeepSpeed waits to limit gathered memory. Here gathers start on the compute stream, which frees and reuses memory in
+    its own order, so the limit holds however far the host is ahead.
+    """
+    coordinator = parameter_offload.get_param_coordinator()
+    name = "_PartitionedParameterCoordinator__ongoing_fetch_events"
+    _require("param_coordinator", coordinator, name)
+    # the events it would wait for; this queue stays empty
+    setattr(coordinator, name, deque(maxlen=0))
+
+
+def replace_gather_handles() -> None:
+    """Keep the host from waiting for the GPU on a single rank, and free the buffer of a gather once it is read.
+
+    DeepSpeed keeps the buffer until the last of its parameters is needed, often a block later.
+    """
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    names = ("NoGatherHandle", "NoGatherCoalescedHandle", "AllGatherCoalescedHandle", "ZeroParamStatus")
+    _require("partition_parameters", zero, *names)
+
+    def wait_for_nothing(handle: Any, **_: Any) -> None:
+        # an attribute of "class X" named "__y" is "_X__y"
+        prefix, values = f"_{type(handle).__name__}__", vars(handle)
+        if values[f"{prefix}complete"]:
+            return
+        values[f"{prefix}complete"] = True
+        for parameter in values.get(f"{prefix}params") or [values[f"{prefix}param"]]:
+            parameter.ds_status = zero.ZeroParamStatus.AVAILABLE
+
+    if zero.NoGatherHandle.wait.__module__ == __name__:
+        return  # in an earlier run of this process
+    zero.NoGatherHandle.wait = zero.NoGatherCoalescedHandle.wait = wait_for_nothing
+    wait = zero.AllGatherCoalescedHandle.wait
+
+    def wait_and_free(handle: Any, **options: Any) -> None:
+        wait(handle, **options)
+        # both refer to the buffer
+        handle.partitions, handle.allgather_handle = [], None
+
+    zero.AllGatherCoalescedHandle.wait = wait_and_free
 
 
 class Stage3Optimizer:
@@ -127,10 +166,11 @@ class Stage3Optimizer:
     def __init__(self, optimizer: Any) -> None:
         """Check its attributes; raises ConfigError."""
         _require("stage3", optimizer, *_STAGE3_NAMES)
+        let_host_run_ahead(optimizer.parameter_offload)
         self._stage3 = optimizer
         if (stream := optimizer.reduce_and_partition_stream) is not None:
-            # DeepSpeed's host waits here for the reductions of each micro-batch; the GPU's order suffices
-            stream.synchronize = lambda: torch.cuda.current_stream().wait_stream(stream)
+            # DeepSpeed's host waits here for the reductions of each micro-batch, but gradients.py replaces them
+            stream.synchronize = lambda: None
 
     @property
     def groups(self) -> list[list[Parameter]]:
@@ -175,8 +215,7 @@ class Stage3Optimizer:
     def replace_gradient_path(
         self,
         *,
-        store_partitions: Callable[..., None],
-        store_whole: Callable[..., None] | None,
+        store: Callable[[Parameter], None],
         norms: Callable[[], list[Tensor]],
         prepare: Callable[[int], None],
         clip: Callable[[int, Tensor], None],
@@ -184,16 +223,13 @@ class Stage3Optimizer:
         """Replace the methods that handle gradients between the backward pass and the update.
 
         Args:
-            store_partitions: ``(parameters, partitions)``, called with reduced gradients.
-            store_whole: ``(parameter)``, called once its ``grad`` is complete, instead of reducing it; None: reduce it.
+            store: ``(parameter)``, called once its ``grad`` is complete, instead of reducing it.
             norms: returns the norm of the gradient over all ranks, in a list.
             prepare: ``(group)``, called before a flat tensor is updated.
             clip: ``(group, norm)``, called after ``prepare``.
         """
         # DeepSpeed has no hooks here
-        self._stage3.partition_grads = store_partitions
+        self._stage3.reduce_independent_p_g_buckets_and_remove_grads = store
         self._stage3._get_norm_groups = norms
         self._stage3._prepare_fp32_grad_for_sub_group = prepare
         self._stage3.unscale_and_clip_grads = clip
-        if store_whole is not None:
-            self._stage3.reduce_independent_p_g_buckets_and_remove_grads = store_whole

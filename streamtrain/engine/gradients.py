@@ -1,37 +1,54 @@
-"""Gradients between the backward pass and the update: accumulation, norms and clipping, in place on this rank's shards.
+"""Gradients between the backward pass and the update: reduction, accumulation, norms and clipping, on shards.
 
 DeepSpeed 0.19 keeps a rank's gradients in one flat fp32 tensor but reads or writes all of them about ten times a step:
 two bucket copies, division by the number of ranks, reduction, conversion to fp32 and a copy; for the update another
-conversion, the norm, flattening into new memory and scaling. Here each gradient is written to its final position, then
-read once for the norm and once for the update.
+conversion, the norm, flattening into new memory and scaling. Here each gradient is laid out once for the reduction and
+written to its final position, then read once for the norm and once for the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from streamtrain.engine.deepspeed_compat import Stage3Optimizer, shard_numel, unsupported
+from streamtrain.engine.deepspeed_compat import Stage3Optimizer, cloned_world_group, shard_numel, unsupported
 from streamtrain.engine.optim import AdamW
 
 # squares are summed in fp32 within rows of this many values, and the row sums in fp64
 ROW = 2**14
 
 
-class FlatGradients:
-    """This rank's gradient shards, fp32, summed over the micro-batches of a step.
+@dataclass(frozen=True)
+class _Reduction:
+    """A reduction in progress; once finished, ``sums`` holds this rank's shards of the parameters' gradients."""
 
-    Replaces the methods of DeepSpeed's optimiser that store gradients, compute their norm, and prepare and clip an
-    update.
+    parameters: Sequence[Parameter]
+    # its input; if it were freed earlier, the allocator could reuse it only once the GPU has got there
+    bucket: Tensor
+    # one after another
+    sums: Tensor
+    work: dist.Work
+
+
+class FlatGradients:
+    """This rank's gradient shards, fp32, averaged over the ranks and summed over the micro-batches of a step.
+
+    Replaces the methods of DeepSpeed's optimiser that reduce and store gradients, compute their norm, and prepare and
+    clip an update. Gradients are reduced in buckets, one at a time, while the backward pass goes on. The GPU's compute
+    stream waits for a bucket before it starts the next, so memory is freed and reused in its order: without a wait of
+    the host, however far that is ahead.
     """
 
-    def __init__(self, stage3: Stage3Optimizer, adamw: AdamW) -> None:
-        """``adamw`` applies the clipping factor while it reads the gradient."""
-        self._stage3, self._adamw = stage3, adamw
+    def __init__(self, stage3: Stage3Optimizer, adamw: AdamW, bucket_bytes: int) -> None:
+        """``adamw`` applies the clipping factor while it reads the gradient; ``bucket_bytes`` are reduced together."""
+        self._stage3, self._adamw, self._bucket_bytes = stage3, adamw, bucket_bytes
+        self._ranks = dist.get_world_size()
         flat = stage3.flat_gradients
         assert flat.dtype == torch.float32
         sizes = {id(p): shard_numel(p) for group in stage3.groups for p in group}
@@ -39,19 +56,24 @@ class FlatGradients:
         self._groups = flat.split([sum(sizes[id(p)] for p in group) for group in stage3.groups])
         # ids of the parameters that have a gradient in this step
         self._present: set[int] = set()
+        # complete gradients for the next reduction
+        self._waiting: list[tuple[Parameter, Tensor]] = []
+        self._reduction: _Reduction | None = None
+        # of the last step, before clipping
+        self.norm = flat.new_zeros(())
         stage3.replace_gradient_path(
-            store_partitions=self._store_partitions,
-            store_whole=self._store_whole if dist.get_world_size() == 1 else None,
+            store=self._store,
             norms=self._norms,
             prepare=lambda group: stage3.use_gradient(group, self._groups[group]),
             clip=self._clip,
         )
 
     def finish_accumulation(self) -> None:
-        """Zero the gradients of parameters without a gradient in any micro-batch of the step."""
+        """Finish the reductions, and zero the gradients of parameters without one in any micro-batch of the step."""
+        self._finish_reduction()
         if not self._present:
             # otherwise training would continue with zero gradients
-            raise unsupported("it does not call the methods that store gradients")
+            raise unsupported("it does not call the method that reduces gradients")
         for key, shard in self._shards.items():
             if key not in self._present:
                 shard.zero_()
@@ -67,26 +89,45 @@ class FlatGradients:
                 yield parameter, self._shards[id(parameter)]
 
     @torch.no_grad()
-    def _store_whole(self, parameter: Parameter) -> None:
-        """Store a complete gradient, which needs no reduction on a single rank."""
+    def _store(self, parameter: Parameter) -> None:
+        """Take a parameter's complete gradient of this micro-batch."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        self._add(parameter, self._shards[id(parameter)].view_as(gradient), gradient)
+        if self._ranks == 1:
+            self._add(parameter, gradient)
+            return
+        waiting = sum(each.nbytes for _, each in self._waiting)
+        if waiting and waiting + gradient.nbytes > self._bucket_bytes:
+            self.start_reduction()
+        self._waiting.append((parameter, gradient))
 
     @torch.no_grad()
-    def _store_partitions(self, parameters: Iterable[Parameter], partitions: Iterable[Tensor]) -> None:
-        """Store this rank's partitions of the averaged gradients."""
-        for parameter, partition in zip(parameters, partitions, strict=True):
-            whole, parameter.grad = parameter.grad, None
-            if whole is not None and whole.is_cuda:
-                # the reduce stream, which is current here, may still read memory that another stream would reuse
-                whole.record_stream(torch.cuda.current_stream())
-            shard = self._shards[id(parameter)]
-            # zero the padding, which may be non-finite after a skipped step
-            shard[len(partition) :].zero_()
-            self._add(parameter, shard[: len(partition)], partition)
+    def start_reduction(self) -> None:
+        """Start to average the gradients that wait; call it after the backward pass of each micro-batch."""
+        self._finish_reduction()
+        if not self._waiting:
+            return
+        # row r: the shards of rank r
+        rows = [_by_rank(gradient, self._ranks) for _, gradient in self._waiting]
+        bucket = (torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]).div_(self._ranks)
+        sums = bucket.new_empty(bucket.shape[1])
+        # DeepSpeed's gathers use the same group, so NCCL keeps the order in which the host starts them
+        work = dist.reduce_scatter_tensor(sums, bucket.flatten(), group=cloned_world_group(), async_op=True)
+        assert work is not None
+        self._reduction = _Reduction([parameter for parameter, _ in self._waiting], bucket, sums, work)
+        self._waiting.clear()
 
-    def _add(self, parameter: Parameter, shard: Tensor, gradient: Tensor) -> None:
+    def _finish_reduction(self) -> None:
+        reduction, self._reduction = self._reduction, None
+        if reduction is None:
+            return
+        reduction.work.wait()
+        sizes = [shard_numel(parameter) for parameter in reduction.parameters]
+        for parameter, shard in zip(reduction.parameters, reduction.sums.split(sizes), strict=True):
+            self._add(parameter, shard)
+
+    def _add(self, parameter: Parameter, gradient: Tensor) -> None:
+        shard = self._shards[id(parameter)].view(gradient.shape)
         if id(parameter) in self._present:
             shard.add_(gradient)
         else:
@@ -97,7 +138,8 @@ class FlatGradients:
         """Return the L2 norm of the gradient over all ranks; -1, DeepSpeed's convention, if it is non-finite."""
         square = squared_norm(self._groups)
         dist.all_reduce(square)
-        return [torch.where(square.isfinite(), square.sqrt(), -1.0).float()]
+        self.norm = square.sqrt().float()
+        return [torch.where(square.isfinite(), self.norm, -1.0)]
 
     def _clip(self, group: int, norm: Tensor) -> None:
         # as torch.nn.utils.clip_grad_norm_
@@ -117,7 +159,8 @@ class ModuleClipping:
         self._modules = sorted({name.partition(".")[0] for name in parameters})
         self._module_of = {id(p): self._modules.index(name.partition(".")[0]) for name, p in parameters.items()}
         self._limit = limit
-        self._norms: Tensor | None = None
+        # of the last step, before clipping
+        self.norms: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def apply(self, gradients: Iterable[tuple[Parameter, Tensor]]) -> Tensor:
@@ -130,21 +173,21 @@ class ModuleClipping:
             shards[self._module_of[id(parameter)]].append(gradient)
         squares = torch.stack([squared_norm(of_module) for of_module in shards])
         dist.all_reduce(squares)
-        self._norms = squares.sqrt().float()
+        norms = squares.sqrt().float()
+        self.norms = dict(zip(self._modules, norms, strict=True))
         # as torch.nn.utils.clip_grad_norm_
-        factors = (self._limit / (self._norms + 1e-6)).clamp_max(1.0)
+        factors = (self._limit / (norms + 1e-6)).clamp_max(1.0)
         for of_module, factor in zip(shards, factors, strict=True):
             for gradient in of_module:
                 gradient.mul_(factor)
-        return self._norms.sum()
+        return norms.sum()
 
-    def scalars(self) -> dict[str, float]:
-        """Return the norms before the last clipping, by TensorBoard tag."""
-        assert self._norms is not None, "no step yet"
-        tag = "optim/gradient_norm"
-        norms = dict(zip(self._modules, self._norms.tolist(), strict=True))
-        total = float(self._norms.square().sum().sqrt())
-        return {tag: total, **{f"{tag}/{name}": norm for name, norm in norms.items()}}
+
+def _by_rank(gradient: Tensor, ranks: int) -> Tensor:
+    """Return ``[ranks, shard_numel]``, each rank's part of a gradient; the last ones are padded with zeros."""
+    flat = gradient.flatten()
+    missing = -len(flat) % ranks
+    return (F.pad(flat, (0, missing)) if missing else flat).view(ranks, -1)
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -118,6 +118,7 @@ def init_process_group(
         torch.set_num_threads(config.cpu_threads or launch.cores)
     take_over(deepspeed.utils.logger)
     deepspeed_compat.disable_shared_memory_all_reduce()
+    deepspeed_compat.replace_gather_handles()
     # DeepSpeed calls two collectives by deprecated names, in every step
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if cuda else "gloo"

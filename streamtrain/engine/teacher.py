@@ -27,6 +27,8 @@ class ShardedNetwork:
         module.requires_grad_(False)
         self._engine, *_ = deepspeed.initialize(model=module, config=settings)
         self._engine.eval()
+        # the attribute ``optimizer`` of an engine without one is DeepSpeed's parameter offload
+        deepspeed_compat.let_host_run_ahead(self._engine.optimizer)
         self.parameters = dict(module.named_parameters())
         for name, parameter in self.parameters.items():
             # a replicated parameter would not follow writes to its shard
@@ -64,12 +66,6 @@ class ShardedNetwork:
         """Release gathered parameters; call it before writing a shard, or the old values would still be used."""
         deepspeed_compat.release_parameters(self._engine)
 
-    def let_gathers_wait(self) -> None:
-        """Order later gathers after the writes to shards that the current stream has queued; call it after writing."""
-        stream = deepspeed_compat.gather_stream(self._engine)
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-
 
 def _synchronise(device: torch.device) -> None:
     """Wait for all ranks and their devices."""
@@ -93,7 +89,6 @@ class FrozenNetwork(ShardedNetwork):
         self.release()
         for name, parameter in self.parameters.items():
             shard_of(parameter).copy_(read(name, self.fragments[name]))
-        self.let_gathers_wait()
 
     def shards(self) -> Iterator[tuple[str, Shard]]:
         """Iterate over the parameters' names with this rank's shards."""
@@ -152,7 +147,6 @@ class Teacher(ShardedNetwork):
                     ema.copy_(updated, non_blocking=True)
                 if value.data_ptr() != ema.data_ptr():
                     value.copy_(updated)
-        self.let_gathers_wait()
 
     def ema_shard(self, name: str) -> torch.Tensor:
         """Return a ``[numel]`` fp32 view of this rank's EMA fragment of parameter ``name``."""

@@ -60,17 +60,18 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
     ``block_numel`` (parameters of one backbone block) limits the gathered parameters: DeepSpeed's defaults would keep
     the entire model gathered.
     """
-    on_gpu, several = runtime.on_gpu, runtime.world_size > 1
     zero = {
         "stage": 3,
-        "overlap_comm": on_gpu,
+        # Gathers start on the compute stream, so that memory is freed and reused in its order; NCCL's own stream runs
+        # them beside later blocks. The setting would start them on another stream, whose memory only the host can free.
+        "overlap_comm": False,
         "contiguous_gradients": True,
-        # one rank has nothing to reduce
-        "reduce_bucket_size": config.engine.reduce_bucket_bytes // runtime.dtype.itemsize if several else 1,
+        # engine/gradients.py reduces in its own buckets
+        "reduce_bucket_size": 1,
         "sub_group_size": SUB_GROUP_NUMEL,
         "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": block_numel if on_gpu else 0,
+        "stage3_prefetch_bucket_size": block_numel if runtime.on_gpu else 0,
         # Replicated small parameters would go stale in the teacher; sharding them costs nothing, since a block is
         # gathered in one piece.
         "stage3_param_persistence_threshold": 0,
@@ -119,7 +120,7 @@ class Student:
             # Share memory between masters and values. DeepSpeed intends to, but compares a device with a string.
             for master, value in zip(self.master_groups, self._stage3.flat_values, strict=True):
                 master.data = value
-        self._gradients = FlatGradients(self._stage3, self._adamw)
+        self._gradients = FlatGradients(self._stage3, self._adamw, config.engine.reduce_bucket_bytes)
         self.module = module
         self.parameters = dict(module.named_parameters())
         self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
@@ -137,6 +138,7 @@ class Student:
         """Run ``student_losses`` and its backward on one micro-batch; returns the detached losses."""
         losses = self._engine("student_losses", *inputs)
         self._engine.backward(losses["total"])
+        self._gradients.start_reduction()
         if self._engine.is_gradient_accumulation_boundary():
             self._gradients.finish_accumulation()
         self._must_be_finite.append(losses["total"].detach())
@@ -173,11 +175,14 @@ class Student:
         """Set the learning rate and weight decay of the next optimiser step."""
         set_rates(self._stage3.param_groups, lr, weight_decay, last_layer_frozen, backbone_frozen)
 
-    def gradient_norms(self) -> dict[str, float]:
+    def gradient_norms(self) -> dict[str, Tensor]:
         """Return the last step's gradient norm before clipping, and each module's if clipped per module, by tag."""
-        if self._clipping is not None:
-            return self._clipping.scalars()
-        return {"optim/gradient_norm": float(self._engine.get_global_grad_norm() or 0.0)}
+        tag = "optim/gradient_norm"
+        if self._clipping is None:
+            return {tag: self._gradients.norm}
+        norms = self._clipping.norms
+        total = torch.stack(list(norms.values())).square().sum().sqrt()
+        return {tag: total, **{f"{tag}/{module}": norm for module, norm in norms.items()}}
 
     def master(self, name: str) -> Tensor:
         """Return a ``[numel]`` fp32 view of this rank's master fragment of parameter ``name``."""

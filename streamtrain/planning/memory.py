@@ -203,15 +203,15 @@ def _gathers(s: Sizes) -> Iterator[Part]:
     if s.world_size == 1:
         # a single rank neither gathers parameters nor reduces gradients
         return
-    yield part("reduce bucket", "gpu", ALWAYS, (engine.reduce_bucket_bytes, "B"))
-    copies = (engine.live_blocks if s.on_gpu else 1, "blocks")
+    # and the buffer of the gather that is being split into parameters
+    copies = (engine.live_blocks + 1 if s.on_gpu else 1, "blocks")
     yield part("gathered blocks", "gpu", (TEACHER, BACKWARD), copies, values, (s.item, "B"))
-    # The bucket is reduced when the next gradient does not fit; a gradient larger than the bucket is reduced alone.
-    # Reduce-scatter copies the bucket to interleave it, and its result is converted to fp32.
+    # gradients wait until the next one would exceed the bucket, while an earlier bucket is reduced; a gradient larger
+    # than the bucket is reduced alone
     full = min(max(engine.reduce_bucket_bytes // s.item, s.largest_whole), s.numel)
-    yield part("reduce-scatter", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
-    own = (full / s.world_size, "values")
-    yield part("reduced gradients in fp32", "gpu", BACKWARD, own, (4 if s.item == 2 else 0, "B"))
+    yield part("gradients to reduce", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
+    yield part("gradients being reduced", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
+    yield part("reduced gradients", "gpu", BACKWARD, (full / s.world_size, "values"), (s.item, "B"))
 
 
 def _prototypes(s: Sizes) -> Iterator[Part]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def train_step(
     else:
         networks.target_maker.revert()
 
-    mean_losses, stop_code = reduce_losses_and_stop_code(losses, stop_request(), runtime)
+    mean_losses, stop_code, gradient_norms = read_results(losses, stop_request(), student.gradient_norms(), runtime)
     # the slots of a step are contiguous, in equal parts by rank
     slots_per_rank = global_batch // runtime.world_size
     return StepResult(
@@ -150,7 +151,7 @@ def train_step(
         losses=losses,
         mean_losses=mean_losses,
         applied=student.applied,
-        gradient_norms=student.gradient_norms(),
+        gradient_norms=gradient_norms,
         stop_request=stop_code,
         collapse=collapse,
         prototype_mass=mass,
@@ -158,13 +159,13 @@ def train_step(
     )
 
 
-def reduce_losses_and_stop_code(
-    losses: Sequence[dict[str, Tensor]], exit_code: int, runtime: Runtime
-) -> tuple[dict[str, float], int]:
-    """Return the losses averaged over micro-batches and ranks, and the highest exit code of any rank.
+def read_results(
+    losses: Sequence[dict[str, Tensor]], exit_code: int, gradient_norms: dict[str, Tensor], runtime: Runtime
+) -> tuple[dict[str, float], int, dict[str, float]]:
+    """Return the losses averaged over micro-batches and ranks, the highest exit code of any rank, and the norms.
 
-    One all-reduce carries both, and all ranks get the same code: they must stop at the same step, because a
-    collective waits for every rank.
+    One all-reduce carries losses and codes, and all ranks get the same code: they must stop at the same step, because a
+    collective waits for every rank. The host reads everything at once, because each read waits for the device.
     """
     names = sorted(losses[0])
     mean = torch.stack([torch.stack([loss[name].float() for name in names]) for loss in losses]).mean(0)
@@ -172,8 +173,11 @@ def reduce_losses_and_stop_code(
     codes[runtime.rank] = exit_code
     message = torch.cat([mean / runtime.world_size, codes])
     dist.all_reduce(message)
-    values = message.tolist()
-    return dict(zip(names, values, strict=False)), int(max(values[len(names) :]))
+    sizes = [len(names), len(codes), len(gradient_norms)]
+    values = iter(torch.cat([message, torch.stack(list(gradient_norms.values()))]).tolist())
+    means, exit_codes, norms = (list(islice(values, size)) for size in sizes)
+    stop_code = int(max(exit_codes))
+    return dict(zip(names, means, strict=True)), stop_code, dict(zip(gradient_norms, norms, strict=True))
 
 
 def is_due(step: int, every: int) -> bool:

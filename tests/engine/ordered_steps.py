@@ -1,7 +1,7 @@
 """A rank that takes training steps on the streams of ``streams``; rank 0 prints JSON.
 
-``ordered_steps.py DTYPE [MUTANT]``: with the settings of a GPU (overlap, prefetch), and reads by the host ignored as an
-order, because they hide races. MUTANT takes away one wait: of gathers for writes, for gathers, or for reductions.
+``ordered_steps.py DTYPE [MUTANT]``: with the settings of a GPU (prefetch), and reads by the host ignored as an order,
+because they hide races. MUTANT takes away one wait, for gathers or for reductions, or gathers on another stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from deepspeed.accelerator import get_accelerator
 from sharded_step import ACCUMULATION, batch_of, config_of
 
 from streamtrain.config.load import build, merge
-from streamtrain.engine import teacher as teacher_module
 from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.training import build as build_module
 from streamtrain.training.build import Networks, restore
@@ -39,15 +38,19 @@ def main(dtype: str, mutant: str = "") -> None:
 
     def of_a_gpu(*arguments: Any) -> dict[str, Any]:
         found = settings(*arguments)
-        found["zero_optimization"] |= {"overlap_comm": True, "stage3_prefetch_bucket_size": arguments[-1]}
+        overlap = mutant == "gathers on another stream"
+        found["zero_optimization"] |= {"overlap_comm": overlap, "stage3_prefetch_bucket_size": arguments[-1]}
+        block_bytes.append(arguments[-1] * (2 if dtype == "bf16" else 4))
         return found
 
+    block_bytes: list[int] = []
     remove_wait(mutant)
     build_module.engine_config = of_a_gpu
     with init_process_group(config.engine, launch) as runtime, checked.installed(type(get_accelerator())):
         networks = Networks.build(config, runtime)
         restore(config, None, networks.student, networks.teacher, networks.target_maker)
         losses, waits = [], []
+        checked.watched_file = "partition_parameters.py"
         for step in range(1, STEPS + 1):
             loader = iter([batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)])
             checked.host_waits.clear()
@@ -58,22 +61,32 @@ def main(dtype: str, mutant: str = "") -> None:
             waits.append(dict(checked.host_waits))
             losses.append(result.mean_losses["total"])
         if runtime.rank == 0:
-            print(json.dumps({"faults": checked.faults, "waits": waits, "losses": losses}), flush=True)
+            found = {
+                "faults": checked.faults, "waits": waits, "losses": losses, "late_bytes": checked.late_bytes,
+                "gathered_blocks": checked.watched_peak / block_bytes[0], "live_blocks": config.engine.live_blocks,
+            }  # fmt: skip
+            print(json.dumps(found), flush=True)
 
 
 def remove_wait(mutant: str) -> None:
-    """Take away one kind of wait."""
-    if mutant == "gathers for writes":
-        teacher_module.ShardedNetwork.let_gathers_wait = lambda self: None  # type: ignore[method-assign]
-    files = {"for gathers": "partitioned_param_coordinator.py", "for reductions": "stage3.py"}
-    if mutant in files:
-        wait = streams._Stream.wait_stream
+    """Take away one kind of wait: a collective is complete, but the current stream does not wait for it."""
+    files = {"no wait for gathers": "partition_parameters.py", "no wait for reductions": "gradients.py"}
+    if mutant not in files:
+        return
 
-        def wait_stream(self: streams._Stream, other: streams._Stream) -> None:
-            if not sys._getframe(1).f_code.co_filename.endswith(files[mutant]):
-                wait(self, other)
+    def waiting(self: streams.Streams, wait: Any) -> Any:
+        waiting = original(self, wait)
 
-        streams._Stream.wait_stream = wait_stream  # type: ignore[method-assign]
+        def wait_elsewhere(*arguments: Any, **more: Any) -> Any:
+            if not streams._is_within(files[mutant]):
+                return waiting(*arguments, **more)
+            with self.on(self.stream()):
+                return waiting(*arguments, **more)
+
+        return wait_elsewhere
+
+    original = streams.Streams._waiting
+    streams.Streams._waiting = waiting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def clipping_errors(config: Config, student: Any, expected: dict[str, torch.Tens
     for name, gradient in gradients.items():
         moment = whole(shards[f"exp_avg/{name}"].read(), student.fragments[name].shape)
         error = max(error, float((moment - share * gradient).norm() / (share * gradient).norm().clamp_min(1e-12)))
-    return {"moment": error, "norm": abs(student.gradient_norms()["optim/gradient_norm"] / norm - 1)}
+    return {"moment": error, "norm": abs(float(student.gradient_norms()["optim/gradient_norm"]) / norm - 1)}
 
 
 def head_gradient(

@@ -14,7 +14,7 @@ from streamtrain.config.run import RunConfig
 from streamtrain.run.directory import CHECKPOINTS, SNAPSHOTS
 from streamtrain.run.signals import EXIT_PREEMPTED, SAVE
 from streamtrain.training.checkpoints import kinds_to_save
-from streamtrain.training.step import reduce_losses_and_stop_code
+from streamtrain.training.step import read_results
 
 CONFIG = RunConfig(steps=100, checkpoint_every=10, snapshot_every=4)
 
@@ -45,7 +45,9 @@ def reduce_on_a_rank(rank: int) -> None:
     losses = [{"total": torch.tensor(4.0 * rank + micro), "koleo": torch.tensor(1.0)} for micro in (1, 3)]
     runtime: Any = SimpleNamespace(rank=rank, world_size=2)
     code = (SAVE, EXIT_PREEMPTED)[rank]
-    assert reduce_losses_and_stop_code(losses, code, runtime) == ({"koleo": 1.0, "total": 4.0}, EXIT_PREEMPTED)
+    norms = {"optim/gradient_norm": torch.tensor(3.0)}
+    expected = {"koleo": 1.0, "total": 4.0}, EXIT_PREEMPTED, {"optim/gradient_norm": 3.0}
+    assert read_results(losses, code, norms, runtime) == expected
 
 
 def test_all_ranks_get_the_mean_losses_and_the_highest_stop_code(tmp_path: Path) -> None:
