@@ -40,7 +40,7 @@ class FlatGradients:
     """This rank's gradient shards, fp32, averaged over the ranks and summed over the micro-batches of a step.
 
     Replaces the methods of DeepSpeed's optimiser that reduce and store gradients, compute their norm, and prepare and
-    clip an update. Gradients are reduced in buckets, one at a time, while the backward pass goes on. The GPU's compute
+    clip an update. Gradients are reduced in buckets, one at a time, during the backward pass. The GPU's compute
     stream waits for a bucket before it starts the next, so memory is freed and reused in its order: without a wait of
     the host, however far that is ahead.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -88,6 +88,35 @@ def count_gpus() -> int:
 
 
 @contextmanager
+def deterministic_operations() -> Iterator[None]:
+    """Let torch choose only deterministic operations on a GPU, and raise where it has none.
+
+    The backward pass of attention and scattered sums otherwise add in the order in which threads happen to run. NCCL
+    sums in a fixed order for the same GPUs and version.
+    """
+    import torch
+
+    # cuBLAS reads it when it is initialised; otherwise its workspaces depend on timing
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    backends, fill = torch.backends.cuda, torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    attention = backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled()
+    torch.use_deterministic_algorithms(True)
+    # nothing reads memory before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # leaves flash attention, whose backward can add in order, and in fp32 plain matmuls
+    backends.enable_mem_efficient_sdp(False)
+    backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        backends.enable_mem_efficient_sdp(attention[0])
+        backends.enable_cudnn_sdp(attention[1])
+
+
+@contextmanager
 def init_process_group(
     config: EngineConfig, launch: Launch, facts: StartFacts | None = None
 ) -> Iterator[Runtime]:  # fmt: skip
@@ -140,7 +169,8 @@ def init_process_group(
     if not cuda:
         select_cpu_kernels(config.cpu_kernels, dtype)
     try:
-        yield Runtime(launch, device, dtype)
+        with deterministic_operations() if config.deterministic and cuda else nullcontext():
+            yield Runtime(launch, device, dtype)
     finally:
         set_enabled(True)
     # not after an error: the other ranks would not get here, and the launcher ends all of them

@@ -24,7 +24,9 @@ def activations(s: Sizes) -> Iterator[Part]:
 
     crops = config.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
-    batches, samples = (s.accumulation + 2, "micro-batches"), (config.data.micro_batch, "samples")
+    # of the step, ready for the next one (on a GPU for all of it), and being prepared
+    ready = s.accumulation if s.on_gpu else 1
+    batches, samples = (s.accumulation + ready + 1, "micro-batches"), (config.data.micro_batch, "samples")
     if config.objective.gram.is_active and config.objective.gram.size:
         pixels += crops.global_count * config.objective.gram.size**2
     yield part("crops of the step", "gpu", ALWAYS, batches, samples, (3 * pixels, "B"))

@@ -123,9 +123,12 @@ def train_step(
     student.set_rates(values.lr, values.weight_decay, values.last_layer_frozen, values.backbone_frozen)
     student.sample_gradients = draws_histograms(step, config) and runtime.rank == 0
 
-    batches = [next(loader) for _ in wrap(range(accumulation))]
     gram.refresh(step - 1, values.weights.gram, teacher, before_update)
-    features = [networks.target_teacher.teacher_features(batch, values.weights) for batch in wrap(batches)]
+    batches, features = [], []
+    for _ in wrap(range(accumulation)):
+        batches.append(next(loader))
+        # while the next micro-batch is prepared
+        features.append(networks.target_teacher.teacher_features(batches[-1], values.weights))
     targets = networks.target_maker.make(features, networks.teacher_prototypes, values.teacher_temperature)
     collapse, mass = _measure_teacher(step, config, targets)
 
