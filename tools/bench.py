@@ -163,7 +163,7 @@ def run_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_prototypes(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import prototype_loss
 
-    chunk_bytes = _build_config(arguments.overrides).objective.chunk_bytes
+    chunk_bytes = _build_config(arguments.overrides).objective.chunk_size(on_gpu=False)
     return prototype_loss.run(arguments.rows, arguments.prototypes, arguments.dim, chunk_bytes, arguments.rounds)
 
 

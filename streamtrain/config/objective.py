@@ -123,7 +123,11 @@ class ObjectiveConfig(Section):
     patch_loss: PatchLossConfig = PatchLossConfig()
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
-    chunk_bytes: Size = free(
-        8 * 2**20, "Bytes of logits in memory at a time, per chunk of prototypes; the CPU kernels use chunks of 64 "
-        "prototypes instead.", ge=2**16,
+    chunk_bytes: Size | None = free(
+        None, "Bytes of logits in memory at a time, per chunk of prototypes; null: 128 MiB on a GPU, where each chunk "
+        "costs some 30 kernels, and 8 MiB on a CPU, whose own kernels use chunks of 64 prototypes instead.", ge=2**16,
     )  # fmt: skip
+
+    def chunk_size(self, *, on_gpu: bool) -> int:
+        """Return the bytes of a chunk on a GPU or on a CPU."""
+        return self.chunk_bytes or (128 if on_gpu else 8) * 2**20

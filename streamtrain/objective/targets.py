@@ -90,7 +90,7 @@ class TargetMaker:
         rows = torch.cat(present)
         with handle.gathered() as weight:
             # equal on all ranks, since every rank has the same number of rows
-            chunk = chunk_rows(self.config.chunk_bytes, rows.shape[0], weight.shape[0])
+            chunk = chunk_rows(self.config.chunk_size(on_gpu=rows.is_cuda), rows.shape[0], weight.shape[0])
             if self.config.centering == "sinkhorn":
                 iterations = self.config.sinkhorn_iterations
                 whole = sinkhorn(rows, weight, temperature, iterations, chunk, valid)

@@ -216,7 +216,9 @@ def _gathers(s: Sizes) -> Iterator[Part]:
 
 def _prototypes(s: Sizes) -> Iterator[Part]:
     # a chunk has at least 64 prototypes, which with many rows may exceed chunk_bytes
-    chunk = max(s.config.objective.chunk_bytes, *(64 * 4 * s.accumulation * rows for _, _, _, rows in s.heads))
+    chunk = max(
+        s.config.objective.chunk_size(on_gpu=s.on_gpu), *(64 * 4 * s.accumulation * rows for _, _, _, rows in s.heads)
+    )
     largest = max(head.prototypes * head.bottleneck for _, head, _, _ in s.heads)
     # a single rank uses its shard
     gathered = (largest if s.world_size > 1 else 0, "values")

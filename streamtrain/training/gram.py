@@ -62,7 +62,8 @@ class GramAnchor:
         grid = (batch.global_crops.shape[1] // patch, batch.global_crops.shape[2] // patch)
         crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
         features = self._network(crops, grid)
-        return GramTargets(features, gram.level, gram.negatives, gram.tokens, self._config.objective.chunk_bytes)
+        chunk_bytes = self._config.objective.chunk_size(on_gpu=features.is_cuda)
+        return GramTargets(features, gram.level, gram.negatives, gram.tokens, chunk_bytes)
 
     def shards(self) -> dict[str, Shard]:
         """Return this rank's shards for a checkpoint by ``gram/name``; none before the network is filled."""

@@ -186,7 +186,7 @@ class SSLModel(nn.Module):
             view_weights(*views, local_weight)[: len(rows)],
             self.config.objective.student_temperature,
             targets.teacher_temperature,
-            self.config.objective.chunk_bytes,
+            self.config.objective.chunk_size(on_gpu=rows.is_cuda),
         )
         return self.global_head.prototypes(self.global_head(rows), loss)
 
@@ -218,7 +218,7 @@ class SSLModel(nn.Module):
             weight,
             objective.student_temperature,
             targets.teacher_temperature,
-            objective.chunk_bytes,
+            objective.chunk_size(on_gpu=patches.is_cuda),
         )
         return self.patch_head.prototypes(self.patch_head(patches), loss)
 

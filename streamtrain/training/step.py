@@ -202,7 +202,8 @@ def _measure_teacher(
     step: int, config: Config, targets: Sequence[Targets]
 ) -> tuple[CollapseMetrics | None, Tensor | None]:
     """Return the collapse metrics and prototype mass of the teacher that computed ``targets``; None if not due."""
-    every, chunk_bytes = config.monitor.collapse.every, config.objective.chunk_bytes
+    every = config.monitor.collapse.every
+    chunk_bytes = config.objective.chunk_size(on_gpu=targets[0].features.patch_weight.is_cuda)
     collapse = mass = None
     if every and (step == 1 or is_due(step, every)):
         collapse = measure_collapse(targets, config.crops.global_count, config.monitor.collapse.images, chunk_bytes)
