@@ -18,10 +18,11 @@ from torch import Tensor
 
 from streamtrain.config.engine import EngineConfig
 from streamtrain.errors import ConfigError
+from streamtrain.ops.host_memory import staged_chunks
 
 KEYS = ("exp_avg", "exp_avg_sq")
-# values loaded at a time
-CHUNK = 16 * 2**20
+# values of a file loaded at a time, and of host memory, where several chunks are under way
+CHUNK, HOST_CHUNK = 16 * 2**20, 8 * 2**20
 # smaller, because the nearest-code search needs several 64-bit temporaries per value
 EIGHT_BIT_CHUNK = 4 * 2**20
 # values that share one scale
@@ -31,7 +32,7 @@ BLOCK = 256
 class Moments(ABC):
     """Both moments of one flat parameter of ``numel`` values, initially zero."""
 
-    # values loaded at a time; 0: all
+    # values loaded at a time
     chunk: int = CHUNK
 
     def __init__(self, numel: int, device: torch.device) -> None:
@@ -39,8 +40,8 @@ class Moments(ABC):
 
     def staged(self) -> Iterator[tuple[slice, list[Tensor]]]:
         """Iterate over chunks as fp32 tensors on the device; the caller's in-place changes are stored."""
-        for start in range(0, self.numel, self.chunk or self.numel):
-            stop = min(start + (self.chunk or self.numel), self.numel)
+        for start in range(0, self.numel, self.chunk):
+            stop = min(start + self.chunk, self.numel)
             values = [self.load(key, start, stop) for key in KEYS]
             yield slice(start, stop), values
             for key, value in zip(KEYS, values, strict=True):
@@ -80,7 +81,10 @@ class TensorMoments(Moments):
         super().__init__(numel, device)
         pinned = device.type == "cuda" and home.type == "cpu"
         self.tensors = {key: torch.zeros(numel, device=home, pin_memory=pinned) for key in KEYS}
-        self.chunk = CHUNK if home != device else 0
+
+    def staged(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        home = [self.tensors[key] for key in KEYS]
+        yield from staged_chunks(home, self.device, self.numel if home[0].device == self.device else HOST_CHUNK)
 
     def load(self, key: str, start: int, stop: int) -> Tensor:
         return self.tensors[key][start:stop].to(self.device, non_blocking=True)

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from streamtrain.engine import deepspeed_compat
 from streamtrain.engine.deepspeed_compat import shard_of
 from streamtrain.engine.fragments import Fragment, Shard
-from streamtrain.engine.moments import CHUNK
+from streamtrain.engine.moments import HOST_CHUNK
 from streamtrain.engine.zero import ShardedWeight, Student
+from streamtrain.ops.host_memory import staged_chunks
 
 
 class ShardedNetwork:
@@ -138,15 +139,10 @@ class Teacher(ShardedNetwork):
         for ema_group, value_group, master_group in zip(
             self._ema, self._values, self._student.master_groups, strict=True
         ):
-            for ema, value, master in zip(
-                ema_group.split(CHUNK), value_group.split(CHUNK), master_group.split(CHUNK), strict=True
-            ):
-                # with the EMA on the host, the copies in both directions are asynchronous
-                updated = ema.to(master.device, non_blocking=True).lerp_(master.detach(), 1.0 - momentum)
-                if updated.data_ptr() != ema.data_ptr():
-                    ema.copy_(updated, non_blocking=True)
-                if value.data_ptr() != ema.data_ptr():
-                    value.copy_(updated)
+            for part, (ema,) in staged_chunks([ema_group], master_group.device, HOST_CHUNK):
+                ema.lerp_(master_group[part].detach(), 1.0 - momentum)
+                if value_group is not ema_group:
+                    value_group[part].copy_(ema)
 
     def ema_shard(self, name: str) -> torch.Tensor:
         """Return a ``[numel]`` fp32 view of this rank's EMA fragment of parameter ``name``."""

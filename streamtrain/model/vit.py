@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from streamtrain.config.model import ModelConfig
 from streamtrain.model.layers import Block, LayerNorm, Linear
 from streamtrain.model.layout import DropPath, Group, Layout, OutputRows, draw_drop_path
 from streamtrain.model.rope import Rope
+from streamtrain.ops.host_memory import KeptOnHost
 
 
 class Features(NamedTuple):
@@ -129,13 +129,14 @@ class VisionTransformer(nn.Module):
             drops = [*draw_drop_path(layout, len(self.blocks), self.drop_rate, generator, tokens.device)]
         kept = []
         recompute = self.checkpointing == "block" and torch.is_grad_enabled()
+        on_host = KeptOnHost() if recompute and self.offload else None
         for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             assert isinstance(block, Block)
             is_last = index == len(self.blocks) - 1
             output = OutputRows.create(rows, drop, tokens) if is_last and rows is not None else None
             if recompute and not block.is_tiled(tokens):
                 # nothing random happens inside a block, so no random state needs saving
-                with save_on_cpu(pin_memory=tokens.is_cuda) if self.offload else nullcontext():
+                with on_host or nullcontext():
                     tokens = checkpoint(
                         block, tokens, layout, tables, drop, 0, output, use_reentrant=False, preserve_rng_state=False
                     )
@@ -143,6 +144,8 @@ class VisionTransformer(nn.Module):
                 tokens = block(tokens, layout, tables, drop, chunk, output)
             if index in keep:
                 kept.append(tokens.clone() if chunk else tokens)
+        if on_host is not None:
+            on_host.finish()
         return tokens, kept
 
     def forward(
