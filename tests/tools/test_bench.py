@@ -181,6 +181,23 @@ def test_plain_step_has_the_same_losses_and_gradients() -> None:
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_step_times_and_phases_are_measured_separately() -> None:
+    sys.path.insert(0, str(BENCH.parent))
+    from benchmarks.training_step import PHASES, PhaseTimer, StepTimer
+
+    phases, timer = PhaseTimer(on_gpu=False, is_enabled=False), StepTimer(on_gpu=False)
+    phases.begin()
+    phases.end("forward")
+    assert not phases.seconds
+    phases.is_enabled = True
+    for _ in range(3):
+        timer.mark()
+        phases.begin()
+        phases.end("forward")
+    assert [list(each) for each in phases.seconds] == [list(PHASES)] * 3
+    assert len(timer.seconds()) == 2 and min(timer.seconds()) >= phases.seconds[0]["forward"] >= 0
+
+
 @pytest.mark.slow
 def test_step_ratios_and_shares() -> None:
     options = ("--batch", "4", "--steps", "1", "--compare", "plain", "--json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -37,19 +37,23 @@ PHASES = ("data_wait", "teacher", "targets", "forward", "backward", "optimiser",
 
 @dataclass
 class PhaseTimer:
-    """Seconds of each step's phases; on a GPU, each phase ends with a device sync."""
+    """Seconds of each step's phases; on a GPU, each phase ends with a device sync, so phases do not overlap."""
 
     on_gpu: bool
+    is_enabled: bool = True
     seconds: list[dict[str, float]] = field(default_factory=list)
     _last: float = 0.0
 
     def begin(self) -> None:
         """Start a step."""
-        self.seconds.append(dict.fromkeys(PHASES, 0.0))
-        self._last = self._now()
+        if self.is_enabled:
+            self.seconds.append(dict.fromkeys(PHASES, 0.0))
+            self._last = self._now()
 
     def end(self, phase: str) -> None:
         """Add the time since the last call to ``phase``."""
+        if not self.is_enabled:
+            return
         now = self._now()
         self.seconds[-1][phase] += now - self._last
         self._last = now
@@ -58,6 +62,31 @@ class PhaseTimer:
         if self.on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class StepTimer:
+    """Seconds of each step; on a GPU by events of its stream, without a device sync between the steps."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._times: list[Any] = []
+
+    def mark(self) -> None:
+        """End a step, and begin the next one."""
+        if not self._on_gpu:
+            self._times.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._times.append(event)
+
+    def seconds(self) -> list[float]:
+        """Return the time between each two marks."""
+        pairs = zip(self._times, self._times[1:], strict=False)
+        if not self._on_gpu:
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 class StartTimer:
@@ -112,23 +141,40 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     traffic = Traffic()
     with init_process_group(config.engine, launch) as runtime:
         start.end("process_group")
-        phases = PhaseTimer(runtime.on_gpu)
-        step_seconds = []
-        for seconds in _run_steps(config, runtime, phases, WARM_UP + steps, start):
-            step_seconds.append(seconds)
+        # a device sync after each phase slows a step on a GPU, so there the phases are measured in steps of their own
+        phases = PhaseTimer(runtime.on_gpu, is_enabled=not runtime.on_gpu)
+        timer = StepTimer(runtime.on_gpu)
+        stepping = run_steps(config, runtime, phases, start)
+        for _ in range(WARM_UP):
+            next(stepping)
+            if runtime.on_gpu:
+                torch.cuda.synchronize()
             start.end("first_step")
-            if len(step_seconds) == WARM_UP:
-                traffic.reset()
+        phases.seconds.clear()
+        traffic.reset()
+        timer.mark()
+        for _ in range(steps):
+            next(stepping)
+            timer.mark()
+        step_seconds = timer.seconds()
+        gathered_bytes, communication_seconds = traffic.gathered_bytes // steps, traffic.seconds
+        if runtime.on_gpu:
+            phases.is_enabled = True
+            for _ in range(steps):
+                next(stepping)
+        stepping.close()
         return _collect_result(step_seconds, phases, runtime) | {
             **start.seconds,
             "start_to_first_step_seconds": sum(start.seconds.values()),
-            "all_gather_bytes": traffic.gathered_bytes // steps,
-            "communication_share": traffic.seconds / sum(step_seconds[WARM_UP:]),
+            "all_gather_bytes": gathered_bytes,
+            "communication_share": communication_seconds / sum(step_seconds),
         }
 
 
-def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int, start: StartTimer) -> Iterator[float]:
-    """Run the steps and yield the seconds of each."""
+def run_steps(
+    config: Config, runtime: Runtime, phases: PhaseTimer, start: StartTimer
+) -> Generator[None, None, None]:  # fmt: skip
+    """Run one step each time, after the networks have been built."""
     from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
     from streamtrain.training.build import build_networks, restore
     from streamtrain.training.ssl_model import LossWeights
@@ -143,8 +189,7 @@ def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int,
     student.module.register_forward_hook(lambda *_: phases.end("forward"))
     weights = LossWeights()
     with _open_stream(config, runtime) as stream:
-        for _ in range(steps):
-            started = time.perf_counter()
+        while True:
             phases.begin()
             student.set_rates(1e-4, 0.04, last_layer_frozen=False)
             batches = [next(stream) for _ in range(accumulation)]
@@ -161,7 +206,7 @@ def _run_steps(config: Config, runtime: Runtime, phases: PhaseTimer, steps: int,
                 phases.end("optimiser")
             teacher.update(0.99)
             phases.end("average")
-            yield time.perf_counter() - started
+            yield
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:
@@ -181,7 +226,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
             if cuda:
                 torch.cuda.synchronize()
             step_seconds.append(time.perf_counter() - started)
-    return _collect_result(step_seconds, None, runtime)
+    return _collect_result(step_seconds[WARM_UP:], None, runtime)
 
 
 @contextmanager
@@ -238,10 +283,10 @@ def _run_as_rank(rank: int, ranks: int, port: int, work: Any, *arguments: object
 
 
 def _collect_result(step_seconds: list[float], phases: PhaseTimer | None, runtime: Runtime) -> dict[str, Any]:
-    measured = phases.seconds[WARM_UP:] if phases else []
+    measured = phases.seconds if phases else []
     return {
-        "seconds": step_seconds[WARM_UP:],
-        "shares": {phase: [each[phase] for each in measured] for phase in PHASES} if phases else {},
+        "seconds": step_seconds,
+        "phases": {phase: sum(each[phase] for each in measured) for phase in PHASES} if phases else {},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if runtime.on_gpu else 0,
         "peak_flops": peak_device_flops(runtime),
@@ -266,11 +311,11 @@ def peak_device_flops(runtime: Runtime) -> float:
 
 def _merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = [each for one in runs for each in one["seconds"]]
-    total = sum(seconds)
+    total = sum(sum(one["phases"].values()) for one in runs)
     merged = {
         "step_seconds": float(np.median(seconds)),
         "step_seconds_p90": float(np.quantile(seconds, 0.9)),
-        **{f"{phase}_share": sum(sum(one["shares"][phase]) for one in runs) / total for phase in runs[0]["shares"]},
+        **{f"{phase}_share": sum(one["phases"][phase] for one in runs) / total for phase in runs[0]["phases"]},
         **{key: max(one[key] for one in runs) for key in ("peak_rss_bytes", "peak_gpu_bytes", "peak_flops")},
     }
     for key in ("all_gather_bytes", "communication_share"):
