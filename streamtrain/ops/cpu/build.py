@@ -139,7 +139,7 @@ def _compile(library: Path) -> None:
     # one process per source; each takes most of a gigabyte
     with (
         tqdm(total=len(sources), desc="compiling", unit="file", leave=False, disable=None, **bar_size()) as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         pending = {pool.submit(compile_one, *each) for each in zip(sources, objects, strict=True)}
         while pending:
