@@ -2,7 +2,9 @@
 """Developers' benchmarks: print a table and, with --json, one flat JSON object as the last line.
 
 python tools/bench.py loader --set SET [--batch 32] [--batches 40] [--compare webdataset] [a.b=value ...]
+python tools/bench.py decoder [--device cuda]
 python tools/bench.py step --config vits16.yaml [--batch 16] [--steps 6] [--data SET] [--compile] [--compare plain]
+python tools/bench.py profile --config vitl16.yaml [--batch 32] [--steps 2] [--data SET]
 python tools/bench.py memory --config vits16.yaml --ranks 2 [--steps 3] engine.dtype=bf16 data.shards=SET
 python tools/bench.py checkpoint --config vitl16.yaml --ranks 2 [--steps 4] [--scratch DIR] data.shards=SET
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256
@@ -61,7 +63,7 @@ def main() -> int:
         save_result(arguments.save, arguments.benchmark, sys.argv[1:], runs)
     if arguments.json:
         print(json.dumps(result))
-    return 0
+    return 1 if result.get("failures") else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,6 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--step-seconds", type=float, default=0.0, help="time the consumer spends on each batch")
     add_option("--device", default="cpu", help="device of the batches: cpu or cuda")
 
+    add_option = add("decoder", run_decoder, "odd and corrupt images: pixels of a device against the CPU, quarantine")
+    add_option("--device", default="cpu", help="device of the loader: cpu or cuda")
+
     add_option = add("step", run_step, "throughput, memory and phases of the whole training step")
     add_option("--config", required=True, help="recipe, as for training")
     add_option("--batch", type=int, help="samples per micro-batch; each step then has one micro-batch")
@@ -94,6 +99,12 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--ranks", type=int, default=1, help="ranks on this machine")
     add_option("--compile", action="store_true", help="compile blocks on a CPU too: engine.compile=on")
     add_option("--compare", choices=("plain",), help="also measure the same step in plain PyTorch, one process")
+
+    add_option = add("profile", run_profile, "the kernels of the training step that take most time")
+    add_option("--config", required=True, help="recipe, as for training")
+    add_option("--batch", type=int, help="samples per micro-batch; each step then has one micro-batch")
+    add_option("--steps", type=int, default=2, help="profiled optimiser steps")
+    add_option("--data", default="synthetic", help="a shard set, or synthetic: a fixed batch of noise")
 
     add_option = add("memory", run_memory, "planned and measured peak memory of a rank over a few steps")
     add_option("--config", required=True, help="recipe, as for training")
@@ -136,15 +147,31 @@ def run_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def run_decoder(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import decoder_agreement
+
+    return decoder_agreement.run(arguments.device)
+
+
 def run_step(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import training_step
 
+    config = _step_config(arguments, ["engine.compile=on"] if arguments.compile else [])
+    return training_step.run(config, arguments.steps, arguments.ranks, bool(arguments.compare))
+
+
+def run_profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import step_profile
+
+    return step_profile.run(_step_config(arguments, []), arguments.steps)
+
+
+def _step_config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     shards = "''" if arguments.data == "synthetic" else arguments.data
-    overrides = [f"data.shards={shards}", *(["engine.compile=on"] if arguments.compile else []), *arguments.overrides]
+    overrides = [f"data.shards={shards}", *overrides, *arguments.overrides]
     if arguments.batch:
         overrides = [f"data.micro_batch={arguments.batch}", "data.global_batch=null", *overrides]
-    config = load_config(arguments.config, overrides)
-    return training_step.run(config, arguments.steps, arguments.ranks, bool(arguments.compare))
+    return load_config(arguments.config, overrides)
 
 
 def run_memory(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,21 +1,48 @@
 #!/usr/bin/env python3
-"""Test and measure streamtrain on this machine's GPU: the GPU tests, loader, steps, memory, a profile, the 7B network.
+"""Test and measure streamtrain on one GPU: its tests, decoder, loader, steps, memory, a profile, the 7B network.
 
-python tools/gpu_acceptance.py                  # all parts, about 25 minutes on one GPU
+python tools/gpu_acceptance.py                  # parts for about 25 minutes; run it again for the rest
 python tools/gpu_acceptance.py --minutes 8      # stop before a part that may take longer; run it again to continue
-python tools/gpu_acceptance.py --cpu            # the same parts with tiny networks on a CPU, about 2 minutes
+python tools/gpu_acceptance.py --cpu            # the same parts with tiny networks on a CPU, about 3 minutes
+python tools/gpu_acceptance.py --list           # the parts and their commands
+python tools/gpu_acceptance.py --predict FILE   # predicted / measured time and memory of the steps in a result
 
 The result is benchmarks/results/gpu_CARD_DATE.json: for each part its command, exit status, seconds, and the JSON
 object or the last lines that it printed. A part that fails does not stop the others; a part that has a result is not
-run again. Not run on a GPU yet.
+run again. Steps that do not fit into the memory of the GPU, by the plan, are skipped. Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+# without these, no part runs; without the others, some parts fail
+REQUIRED = (
+    "numpy", "PIL", "torch", "deepspeed", "nvidia.dali", "pydantic", "yaml", "webdataset", "fsspec", "filelock",
+    "tenacity", "tqdm", "tensorboard", "safetensors", "matplotlib", "packaging",
+)  # fmt: skip
+OTHERS = ("pytest", "hypothesis", "torchao")
+
+
+def missing_packages(names: tuple[str, ...]) -> list[str]:
+    """Return the packages that this Python lacks."""
+
+    def is_missing(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is None
+        except ModuleNotFoundError:
+            return True
+
+    return [name for name in names if is_missing(name)]
+
+
+if __name__ == "__main__" and (absent := missing_packages(REQUIRED)):
+    # before imports that need them
+    sys.exit(f"error: missing packages: {', '.join(absent)}")
 
 from streamtrain.run import interrupts
 
@@ -25,30 +52,39 @@ if __name__ == "__main__":
     interrupts.raise_on_interrupt()
 
 import json
+import re
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from streamtrain.run.atomic_io import write_file
 from streamtrain.run.command_line import CommandParser, local_path
+from streamtrain.run.machine import host_memory
 from streamtrain.run.signals import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 # shown of a part that printed no JSON
 LAST_LINES = 15
-# memory that a 7B network needs with its moments and averages in host memory
-GIANT_BYTES = 130e9
+# of the memory of the GPU and of the host, for the settings of the 7B network
+USABLE = 0.95
 TINY = (
     "model.dim=64", "model.depth=2", "model.num_heads=1", "crops.global_size=64", "crops.local_size=32",
     "objective.global_loss.head={prototypes: 64, hidden: 32, bottleneck: 16}",
-    "objective.patch_loss.head={prototypes: 64, hidden: 32, bottleneck: 16}", "engine.device=cpu",
+    "objective.patch_loss.head={prototypes: 64, hidden: 32, bottleneck: 16}", "engine.device=cpu", "engine.dtype=fp32",
 )  # fmt: skip
+# an installed command may be missing, and belong to another checkout
+STREAMTRAIN = (sys.executable, "-m", "streamtrain.cli.main")
+BENCH = (sys.executable, "tools/bench.py")
+# micro-batches, the middle one also without compilation, in FP8 and with the loader
+BATCHES = {"vits16": (32, 128, 256), "vitb16": (32, 64, 128), "vitl16": (16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -58,54 +94,142 @@ class Part:
     name: str
     words: Sequence[str]
     seconds: float
+    # arguments of `streamtrain plan` for the settings of this part, if it runs steps
+    planned: Sequence[str] = ()
 
 
-def parts(work: Path, cpu: bool, gpu_bytes: float) -> Iterator[Part]:
+def parts(work: Path, cpu: bool, gpu_bytes: int, result: Path) -> Iterator[Part]:
     """Yield the parts in order; the first makes the images that others read, in ``work``."""
-    python, bench = sys.executable, [sys.executable, "tools/bench.py"]
-    streamtrain = str(Path(python).with_name("streamtrain"))
-    train = [streamtrain, "train"]
     images, shards = work / "images", work / "set"
-    small: Sequence[str] = (*TINY, "engine.dtype=fp32") if cpu else ()
+    small: Sequence[str] = TINY if cpu else ()
     count, side, device = (200, 96, "cpu") if cpu else (4000, 448, "cuda")
-    draw = f"{python} tools/make_demo_images.py --out {shlex.quote(str(images))} --count {count} --size {side}"
-    pack = f"{streamtrain} pack --src {shlex.quote(str(images))} --out {shlex.quote(str(shards))}"
-    yield Part("images", ["sh", "-c", f"{draw} && {pack}"], 240)
+    draw = [sys.executable, "tools/make_demo_images.py", "--out", images, "--count", count, "--size", side]
+    pack = [*STREAMTRAIN, "pack", "--src", images, "--out", shards]
+    yield Part("images", ["sh", "-c", f"{shlex.join(map(str, draw))} && {shlex.join(map(str, pack))}"], 240)
     # without a GPU, the tests of its streams
-    chosen = ["tests/test_streams.py"] if cpu else ["-m", "gpu", "tests"]
-    yield Part("tests", [python, "-m", "pytest", "-q", *chosen], 420)
+    chosen = ["tests/test_streams.py"] if cpu else ["-m", "gpu", *files_of_gpu_tests()]
+    yield Part("tests", [sys.executable, "-m", "pytest", "-q", *chosen], 420)
+    yield Part("decoder", [*BENCH, "decoder", "--device", device, "--json"], 180)
     for batch in (16,) if cpu else (32, 128):
         words = ["loader", "--set", str(shards), "--batch", str(batch), "--device", device, "--json"]
-        yield Part(f"loader, batch {batch}", [*bench, *words], 120)
-    for model, batches in (("vits16", (32, 128, 256)), ("vitb16", (16, 64, 128)), ("vitl16", (16, 32, 64))):
-        # the loader belongs to the step; with noise it does not limit it
-        for batch in (2,) if cpu else batches:
-            words = ["step", "--config", f"{model}.yaml", "--batch", str(batch), "--steps", "6", "--json", *small]
-            yield Part(f"step, {model}, batch {batch}", [*bench, *words], 180)
-    variants = {"eager": "engine.compile=off", "fp8": "engine.fp8=true"}
-    if cpu:
-        del variants["fp8"]  # it needs bf16
-    for name, override in variants.items():
-        words = ["step", "--config", "vitl16.yaml", "--batch", "2" if cpu else "32", "--steps", "6", "--json", override]
-        yield Part(f"step, vitl16, {name}", [*bench, *words, *small], 180)
-    micro_batch = [f"data.micro_batch={2 if cpu else 32}", "data.global_batch=null"]
-    words = ["memory", "--config", "vitl16.yaml", "--steps", "3", "--json", f"data.shards={shards}"]
-    dtype = () if cpu else ("engine.dtype=bf16",)
-    yield Part("memory against plan", [*bench, *words, *micro_batch, *small, *dtype], 180)
-    options = [f"data.shards={shards}", *micro_batch, "run.steps=12", "run.checkpoint_every=0", *small]
-    profile = ["monitor.profile={start: 8, steps: 2}", f"run.dir={work / 'profile'}"]
-    yield Part("profile of vitl16", [*train, "--config", "vitl16.yaml", *options, *profile], 180)
-    options = [*micro_batch, *small, *(["--device", "cpu"] if cpu else [])]
-    yield Part("plan of vitl16", [streamtrain, "plan", "--config", "vitl16.yaml", "--json", *options], 60)
-    if cpu or gpu_bytes >= GIANT_BYTES:
-        giant = [f"data.shards={shards}", f"run.dir={work / 'giant'}", "run.steps=3", "run.checkpoint_every=0", *small]
-        limit = ["data.micro_batch=2", "data.global_batch=null"] if cpu else ["data.global_batch=16"]
-        yield Part("7B, three steps", [*train, "--config", "giant_1gpu.yaml", *giant, *limit, "--accept", "disk"], 480)
+        yield Part(f"loader, batch {batch}", [*BENCH, *words], 120)
+
+    # with noise, the loader does not limit the steps
+    for model in ("vitl16",) if cpu else BATCHES:
+        for batch in (2,) if cpu else BATCHES[model]:
+            yield _steps(f"step, {model}, batch {batch}", model, batch, small)
+    yield from _memory(shards, "vitl16", 2 if cpu else 32, small, cpu)
+    profile = ["profile", "--config", "vitl16.yaml", "--batch", "2" if cpu else "32", "--json", *small]
+    yield Part("profile of vitl16", [*BENCH, *profile], 180)
+    giant = TINY_GIANT if cpu else giant_settings(gpu_bytes)
+    if giant is not None:
+        words = ["step", "--config", "giant.yaml", "--data", str(shards), "--steps", "3", "--json", *giant]
+        yield Part("7B, three steps", [*BENCH, *words], 480, ["--config", "giant.yaml", *giant])
+
+    # FP8 needs bf16
+    variants = {"eager": "engine.compile=off"} if cpu else {"eager": "engine.compile=off", "fp8": "engine.fp8=true"}
+    for model in ("vitl16",) if cpu else reversed(BATCHES):
+        for name, setting in variants.items():
+            yield _steps(f"step, {model}, {name}", model, 2 if cpu else BATCHES[model][1], [*small, setting])
+    for model in () if cpu else ("vits16", "vitb16"):
+        yield from _memory(shards, model, BATCHES[model][1], small, cpu)
+    yield Part("prediction", [sys.executable, "tools/gpu_acceptance.py", "--predict", str(result)], 120)
 
 
-def run_part(part: Part) -> dict[str, Any]:
-    """Run a part and return its record."""
+# two micro-batches a step
+TINY_GIANT = (*TINY, "data.micro_batch=2", "data.global_batch=4")
+
+
+def _steps(name: str, model: str, batch: int, settings: Sequence[str]) -> Part:
+    """Return the part that times the step of a model, in one micro-batch."""
+    words = ["step", "--config", f"{model}.yaml", "--batch", str(batch), "--steps", "6", "--json", *settings]
+    return Part(name, [*BENCH, *words], 180, ["--config", f"{model}.yaml", *_one_micro_batch(batch), *settings])
+
+
+def _memory(shards: Path, model: str, batch: int, settings: Sequence[str], cpu: bool) -> Iterator[Part]:
+    """Yield the part that trains with the loader: peak memory against the plan, and the wait for data."""
+    chosen = [*_one_micro_batch(batch), *settings, *(() if cpu else ("engine.dtype=bf16",)), f"data.shards={shards}"]
+    words = ["memory", "--config", f"{model}.yaml", "--steps", "3" if cpu else "10", "--json", *chosen]
+    yield Part(f"training, {model}", [*BENCH, *words], 240, ["--config", f"{model}.yaml", *chosen])
+
+
+def _one_micro_batch(batch: int) -> tuple[str, ...]:
+    return (f"data.micro_batch={batch}", "data.global_batch=null")
+
+
+def files_of_gpu_tests() -> list[str]:
+    """Return the test files with tests for a GPU: the others need more packages than a GPU machine may have."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text("utf-8")]
+
+
+def giant_settings(gpu_bytes: int) -> list[str] | None:
+    """Return the fastest settings with which the 7B network fits this GPU and host; None if there are none."""
+    memory = host_memory()
+    words = ["--config", "giant.yaml", "--fit", "--gpu-memory", str(int(USABLE * gpu_bytes)), "data.global_batch=16"]
+    if memory is not None:
+        words += ["--host-memory", str(int(USABLE * memory.free))]
+    return planned["overrides"] if (planned := plan(words)) else None
+
+
+def plan(words: Sequence[str], card: str = "") -> dict[str, Any] | None:
+    """Return the document of ``streamtrain plan --json``; None if it could not be made, or ``--fit`` found nothing.
+
+    ``card``: name of the GPU, for a plan that knows its speed.
+    """
+    # without the maker, too; an unknown card is planned with the default speed
+    names = [*dict.fromkeys((card, card.removeprefix("NVIDIA ")))] if card and _plan_knows_cards() else []
+    for extra in (*(["--gpu", name] for name in names), []):
+        done = subprocess.run(
+            [*STREAMTRAIN, "plan", *words, "--json", *extra], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        # status 1: it does not fit
+        if done.returncode in (0, 1):
+            with suppress(IndexError, ValueError):
+                return dict(json.loads(done.stdout.splitlines()[-1]))
+    return None
+
+
+@cache
+def _plan_knows_cards() -> bool:
+    done = subprocess.run([*STREAMTRAIN, "plan", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return re.search(r"--gpu [A-Z]", done.stdout) is not None
+
+
+def predict(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return predicted and measured seconds and peak bytes of each part that ran steps, by its name."""
+    on_gpu = document["gpu_bytes"] > 0
+    compared = {}
+    for name, record in document["parts"].items():
+        result = record.get("result", {})
+        words = record.get("planned")
+        if not words or "step_seconds" not in result:
+            continue
+        planned = plan([*words, "--device", "gpu" if on_gpu else "cpu"], document["card"] if on_gpu else "")
+        if planned is None:
+            continue
+        row = {"predicted_seconds": planned.get("step_seconds"), "measured_seconds": result["step_seconds"]}
+        if row["predicted_seconds"]:
+            row["seconds_ratio"] = row["predicted_seconds"] / row["measured_seconds"]
+        # a training run measures all memory of the GPU, a bare step only torch's
+        if "measured_peak_bytes" in result:
+            row |= {"predicted_bytes": result["planned_peak_bytes"], "measured_bytes": result["measured_peak_bytes"]}
+            row["bytes_ratio"] = row["predicted_bytes"] / row["measured_bytes"]
+        compared[name] = row
+    return compared
+
+
+def run_part(part: Part, gpu_bytes: int = 0) -> dict[str, Any]:
+    """Run a part and return its record; a part that does not fit into the memory of the GPU is skipped."""
     print(f"== {part.name}", flush=True)
+    record: dict[str, Any] = {"command": shlex.join(part.words)}
+    if part.planned:
+        record["planned"] = [*part.planned]
+    if part.planned and gpu_bytes:
+        planned = plan(part.planned)
+        if planned is not None and planned["gpu_bytes"] > gpu_bytes:
+            print("   skipped, more memory than the GPU has", flush=True)
+            return record | {"status": 0, "seconds": 0.0, "skipped": f"needs {planned['gpu_bytes'] / 1e9:.3g} GB"}
     began = time.monotonic()
     with subprocess.Popen(
         part.words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -121,9 +245,7 @@ def run_part(part: Part) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     lines = output.strip().splitlines()
-    record = {
-        "command": shlex.join(part.words), "status": process.returncode, "seconds": round(time.monotonic() - began, 1)
-    }  # fmt: skip
+    record |= {"status": process.returncode, "seconds": round(time.monotonic() - began, 1)}
     try:
         found = json.loads(lines[-1])
         record |= {"result": found if isinstance(found, dict) else {"last": found}}
@@ -131,6 +253,8 @@ def run_part(part: Part) -> dict[str, Any]:
         record |= {"lines": lines[-LAST_LINES:]}
     shown = "passed" if process.returncode == 0 else f"failed, exit status {process.returncode}"
     print(f"   {shown}, {record['seconds']:g} s", flush=True)
+    for line in record.get("lines", []) if process.returncode else []:
+        print(f"   {line}", flush=True)
     return record
 
 
@@ -144,7 +268,7 @@ def run_all(chosen: Sequence[Part], path: Path, facts: dict[str, Any], minutes: 
         if time.monotonic() + part.seconds > deadline:
             print(f"{part.name} may take {part.seconds:g} s, which is more than is left; run the same command again")
             break
-        document["parts"][part.name] = run_part(part)
+        document["parts"][part.name] = run_part(part, document.get("gpu_bytes", 0))
         write_file(path, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
@@ -160,27 +284,47 @@ def describe(cpu: bool) -> dict[str, Any]:
         "card": properties.name if properties else "cpu",
         "gpu_bytes": properties.total_memory if properties else 0,
         "torch": torch.__version__,
+        "missing_packages": missing_packages(OTHERS),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
         ).stdout.strip(),
     }
 
 
+def print_prediction(path: Path) -> int:
+    """Print the comparison with the plan as a table, and as JSON in the last line."""
+    compared = predict(json.loads(path.read_text()))
+    for name, row in compared.items():
+        print(f"{name:32} {' '.join(f'{key} {value:.4g}' for key, value in row.items() if value is not None)}")
+    print(json.dumps(compared))
+    return 0
+
+
 def main() -> int:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="tiny networks on a CPU, to test this script")
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop before a part that may end later")
+    parser.add_argument("--minutes", type=float, default=25.0, help="stop before a part that may end later")
+    parser.add_argument("--list", action="store_true", help="print the parts and their commands")
+    parser.add_argument("--predict", type=local_path, metavar="FILE", help="plan the steps of a result, and compare")
     parser.add_argument("--out", type=local_path, help="result file (default: benchmarks/results/gpu_CARD_DATE.json)")
     parser.add_argument("--work", type=local_path, help="folder of images and runs (default: build/acceptance)")
     arguments = parser.parse_args()
+    if arguments.predict is not None:
+        return print_prediction(arguments.predict)
     facts = describe(arguments.cpu)
     card = "".join(letter if letter.isalnum() else "_" for letter in facts["card"].lower())
     day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     path = arguments.out or ROOT / "benchmarks" / "results" / f"gpu_{card}_{day}.json"
     work = arguments.work or ROOT / "build" / f"acceptance_{card}"
+    chosen = list(parts(work, arguments.cpu, facts["gpu_bytes"], path))
+    if arguments.list:
+        for part in chosen:
+            print(f"{part.name}: {shlex.join(part.words)}")
+        return 0
+    if facts["missing_packages"]:
+        print(f"missing packages: {', '.join(facts['missing_packages'])}; parts that need them will fail")
     for folder in (path.parent, work):
         folder.mkdir(parents=True, exist_ok=True)
-    chosen = list(parts(work, arguments.cpu, facts["gpu_bytes"]))
     try:
         document = run_all(chosen, path, facts, arguments.minutes)
     except KeyboardInterrupt:

@@ -71,6 +71,18 @@ def test_save_writes_medians_of_the_repeats_with_provenance(tmp_path: Path) -> N
     assert [file.name for file in path.parent.iterdir()] == ["order.json"]
 
 
+def test_decoder_uses_every_odd_image_and_quarantines_every_corrupt_one() -> None:
+    sys.path.insert(0, str(BENCH.parent))
+    from benchmarks.decoder_agreement import NUM_GOOD, run
+
+    result = run("cpu")
+    assert result["failures"] == [] and result["odd_images"] + result["corrupt_images"] >= 40
+    assert result["used_images"] == NUM_GOOD + result["odd_images"]
+    assert result["quarantined_images"] == result["corrupt_images"] == len(result["quarantine_reasons"])
+    # the CPU's decoder against itself
+    assert result["pixel_difference_max"] == result["crop_difference_max"] == 0
+
+
 def test_median_result_keeps_integers_and_text() -> None:
     sys.path.insert(0, str(BENCH.parent))
     from benchmarks.results import median_result

@@ -11,7 +11,7 @@ import pytest
 from commands import ENVIRONMENT
 from ranks import ROOT
 
-from tools.gpu_acceptance import GIANT_BYTES, Part, parts, run_all
+from tools.gpu_acceptance import Part, files_of_gpu_tests, giant_settings, parts, plan, predict, run_all, run_part
 
 
 def python(code: str, seconds: float = 30, name: str = "part") -> Part:
@@ -43,11 +43,60 @@ def test_a_part_that_may_take_too_long_is_left_for_the_next_call(tmp_path: Path)
     assert list(run_all(chosen, tmp_path / "result.json", {}, 9)["parts"]) == ["short", "long"]
 
 
+H200_BYTES = 150_000_000_000
+
+
 @pytest.mark.parametrize("cpu", [True, False])
 def test_parts_fit_into_calls_of_a_few_minutes(cpu: bool, tmp_path: Path) -> None:
-    chosen = list(parts(tmp_path, cpu, GIANT_BYTES))
-    assert len({part.name for part in chosen}) == len(chosen) > 8
+    chosen = list(parts(tmp_path, cpu, H200_BYTES, tmp_path / "result.json"))
+    assert len({part.name for part in chosen}) == len(chosen) >= 10
     assert all(0 < part.seconds <= 8 * 60 for part in chosen)
+    for part in chosen:
+        # files of this checkout, whatever is installed
+        assert all(Path(ROOT, word).exists() for word in part.words if word.startswith(("tools/", "tests/")))
+
+
+def test_gpu_tests_are_found_without_importing_all_tests() -> None:
+    files = files_of_gpu_tests()
+    assert "tests/data/test_pipeline.py" in files and len(files) < 15
+
+
+def test_the_7b_network_runs_where_the_plan_finds_settings() -> None:
+    settings = giant_settings(H200_BYTES)
+    # the host memory of this machine decides which
+    if settings is not None:
+        planned = plan(["--config", "giant.yaml", *settings])
+        assert planned is not None and planned["gpu_bytes"] < H200_BYTES
+    assert giant_settings(20_000_000_000) is None
+
+
+def test_steps_that_do_not_fit_the_gpu_are_skipped() -> None:
+    part = Part("step", [sys.executable, "-c", "raise SystemExit(1)"], 30, ["--config", "vits16.yaml"])
+    record = run_part(part, 1_000_000_000)
+    assert record["status"] == 0 and record["skipped"].startswith("needs 3.")
+    assert run_part(part, H200_BYTES)["status"] == 1
+
+
+def test_prediction_compares_steps_with_the_plan_of_their_settings() -> None:
+    settings = ["--config", "vits16.yaml", "data.micro_batch=32", "data.global_batch=null"]
+    document = {
+        "card": "NVIDIA H200", "gpu_bytes": H200_BYTES,
+        "parts": {
+            "step": {"planned": settings, "result": {"step_seconds": 0.1}},
+            "training": {
+                "planned": settings,
+                "result": {"step_seconds": 0.2, "planned_peak_bytes": 30, "measured_peak_bytes": 20},
+            },
+            "failed": {"planned": settings, "lines": ["error"]},
+            "loader": {"result": {"images_per_second": 3.0}},
+        },
+    }  # fmt: skip
+    compared = predict(document)
+    assert list(compared) == ["step", "training"]
+    planned = plan([*settings, "--device", "gpu"], "NVIDIA H200")
+    assert planned is not None
+    assert compared["step"]["seconds_ratio"] == pytest.approx(planned["step_seconds"] / 0.1)
+    assert compared["training"]["bytes_ratio"] == 1.5 and "bytes_ratio" not in compared["step"]
 
 
 @pytest.mark.slow
@@ -56,5 +105,8 @@ def test_the_parts_run_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     records = json.loads((tmp_path / "result.json").read_text())["parts"]
-    assert records["memory against plan"]["result"]["ratio"] > 0
+    assert records["training, vitl16"]["result"]["ratio"] > 0
+    assert records["decoder"]["result"]["failures"] == []
+    assert records["profile of vitl16"]["result"]["largest"][0]["seconds"] > 0
+    assert records["prediction"]["result"]["step, vitl16, batch 2"]["seconds_ratio"] > 0
     assert records["step, vitl16, batch 2"]["result"]["images_per_second"] > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from benchmarks.short_runs import run_training
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
@@ -34,5 +36,7 @@ def run(config: Config, ranks: int, steps: int) -> dict[str, Any]:
         "ratio": measured / expected,
         "peak_phase": max(STEP_PHASES, key=planned.rank_bytes_at),
         "step_seconds": records[-1]["speed/step_seconds"],
+        # of the steps after the first, which fills the queues
+        "wait_share": float(np.mean([record["data/wait_share"] for record in records[1:] or records])),
         **parts,
     }
