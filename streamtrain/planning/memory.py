@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from streamtrain.config.tree import Config
 from streamtrain.planning.activations import activations
 from streamtrain.planning.flops import step_flops
+from streamtrain.planning.gpu_buffers import gpu_buffers, offloaded_numels
 from streamtrain.planning.host import (
     COPY_SHARE,
     checkpoint_copy,
@@ -143,7 +144,7 @@ def plan(
     """
     sizes = Sizes.of(config, world_size, on_gpu, bf16, supported, images, cores)
     parts = [*_states(sizes), *_gathers(sizes), *activations(sizes), *_prototypes(sizes), *_step(sizes)]
-    parts += [*host_buffers(sizes), *evaluation_buffers(sizes), *disk_space(sizes)]
+    parts += [*host_buffers(sizes), *evaluation_buffers(sizes), *gpu_buffers(sizes), *disk_space(sizes)]
     parts += kept_memory(sizes, parts)
     planned = Plan(
         tuple(part for part in parts if part.num_bytes),
@@ -182,9 +183,7 @@ def _states(s: Sizes) -> Iterator[Part]:
     else:
         in_memory: Location = "host" if s.on_gpu and engine.moments == "host" else "gpu"
         location: Location = "disk" if engine.moments == "disk" else in_memory
-        # with a ratio below 1 the device keeps the moments of some whole blocks of each flat tensor
-        kept = sum(int((1.0 - engine.moments_ratio) * numel) // 256 * 256 for numel in s.flats)
-        offloaded = 0 if engine.moments == "device" else s.shard - kept
+        offloaded = 0 if engine.moments == "device" else sum(offloaded_numels(s))
         yield part("moments", "gpu", ALWAYS, (s.shard - offloaded, "values of this rank"), (8, "B"))
         ranks = s.world_size if location == "disk" else 1
         yield part("moments", location, ALWAYS, (offloaded, "values"), (8 * ranks, "B"))
