@@ -50,6 +50,7 @@ from streamtrain.run.directory import (
     saved_state,
     starting_checkpoint,
 )
+from streamtrain.run.gpu_allocator import set_allocator_defaults
 from streamtrain.run.lock import run_lock
 from streamtrain.run.logs import configure_logging, hide_library_messages, keep_messages, save_traceback
 from streamtrain.run.messages import configuration_line
@@ -297,6 +298,7 @@ def run_process(arguments: argparse.Namespace, command: str | None = None) -> No
     A failed rank exits at once, because its threads and the process group would wait for the other ranks.
     """
     raise_descriptor_limit()
+    set_allocator_defaults()
     hide_library_messages()
     try:
         status = train_rank(arguments)

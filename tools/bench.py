@@ -41,6 +41,7 @@ from streamtrain.config.load import build, load_config, merge, parse_override
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.command_line import CommandParser, local_path
+from streamtrain.run.gpu_allocator import set_allocator_defaults
 from streamtrain.run.signals import EXIT_INTERRUPTED
 
 MIN_BATCHES = 40
@@ -48,6 +49,8 @@ MIN_BATCHES = 40
 
 def main() -> int:
     arguments = parse_arguments()
+    # as for training
+    set_allocator_defaults()
     try:
         runs = [arguments.run(arguments) for _ in range(arguments.repeats)]
     except KeyboardInterrupt:

@@ -61,6 +61,7 @@ def _run_command(words: Sequence[str], owns_process: bool) -> int:
     from shards.errors import ShardError, printable
     from streamtrain.errors import StreamtrainError
     from streamtrain.run.command_line import raise_descriptor_limit
+    from streamtrain.run.gpu_allocator import set_allocator_defaults
     from streamtrain.run.logs import configure_logging, hide_library_messages
 
     # the module is __main__ under python -m
@@ -70,6 +71,8 @@ def _run_command(words: Sequence[str], owns_process: bool) -> int:
         arguments = parse_arguments(words)
         configure_logging()
         if owns_process:
+            # `train` imports torch to count GPUs
+            set_allocator_defaults()
             hide_library_messages()
         raise_descriptor_limit()
         command = importlib.import_module(f"streamtrain.cli.{arguments.command}")

@@ -1,8 +1,8 @@
 """Memory that only a rank with a GPU has: decoder buffers, memory of other streams, rounding of pinned tensors.
 
 torch's allocator of GPU memory keeps freed memory for the stream that allocated it. No other stream uses it again, so
-temporaries of the loader and the saver are counted beside those of the step. The allocator of pinned memory rounds
-every tensor up to a power of two.
+the loader and the saver, which have streams of their own, add their temporaries to the memory of the step. The
+allocator of pinned memory rounds every tensor up to a power of two.
 """
 
 from __future__ import annotations
