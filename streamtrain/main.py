@@ -35,7 +35,7 @@ from streamtrain.config.user_code import AUGMENTATION_ARGUMENTS, load_user_code
 from streamtrain.data.stream import build_stream_order, check_cache, check_cache_folder, check_state, stream_identity
 from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
 from streamtrain.engine.rendezvous import AddressError, Launch, MeetingError, check_master, lost_rank_message
-from streamtrain.engine.runtime import choose_accelerator, uses_gpu
+from streamtrain.engine.runtime import BUILDER_WARNING, choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
 from streamtrain.planning.images import stored_images
@@ -52,7 +52,13 @@ from streamtrain.run.directory import (
 )
 from streamtrain.run.gpu_allocator import set_allocator_defaults
 from streamtrain.run.lock import run_lock
-from streamtrain.run.logs import configure_logging, hide_library_messages, keep_messages, save_traceback
+from streamtrain.run.logs import (
+    configure_logging,
+    hide_library_messages,
+    keep_messages,
+    log_printed_lines,
+    save_traceback,
+)
 from streamtrain.run.messages import configuration_line
 from streamtrain.run.resume_policy import (
     DISK_KEY,
@@ -209,7 +215,8 @@ def train_rank(arguments: argparse.Namespace) -> int:
             if "dir" not in config.run.model_fields_set:
                 logger.info("run.dir is not given, so the run is in %s", run_dir)
             logger.info(configuration_line(config, arguments.config, num_images, launch.world_size, device))
-            from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
+            with log_printed_lines(BUILDER_WARNING, "deepspeed"):
+                from streamtrain.training.loop import dry_run, train  # torch and DeepSpeed take seconds to load
 
             if arguments.dry_run:
                 return dry_run(config, shard_set) if launch.rank == 0 else 0

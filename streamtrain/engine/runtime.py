@@ -19,11 +19,14 @@ from streamtrain.engine.rendezvous import Launch, meeting_error
 from streamtrain.errors import ConfigError
 from streamtrain.ops.configure import select_cpu_kernels, tune_cpu_allocator
 from streamtrain.ops.cpu.features import multiplies_bf16
-from streamtrain.run.logs import take_over
+from streamtrain.run.logs import log_printed_lines, take_over
 from streamtrain.run.machine import has_gpu_driver
 
 if TYPE_CHECKING:
     import torch
+
+# the start of lines that DeepSpeed's builders of operations print, in yellow
+BUILDER_WARNING = "\x1b[93m [WARNING] \x1b[0m"
 
 
 @dataclass(frozen=True)
@@ -133,20 +136,22 @@ def init_process_group(
     cuda = choose_accelerator(config, launch) == "cuda"
     if not cuda:
         tune_cpu_allocator()
-    import deepspeed
-    import torch
+    # without nvcc, DeepSpeed prints 7 lines about operations that are not used here
+    with log_printed_lines(BUILDER_WARNING, "deepspeed"):
+        import deepspeed
+        import torch
 
-    from streamtrain.engine import deepspeed_compat
-    from streamtrain.ops.cpu.build import load, set_enabled
+        from streamtrain.engine import deepspeed_compat
+        from streamtrain.ops.cpu.build import load, set_enabled
 
-    deepspeed_compat.check_version()
+        deepspeed_compat.check_version()
+        deepspeed_compat.disable_shared_memory_all_reduce()
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(config.cpu_threads or launch.cores)
     take_over(deepspeed.utils.logger)
-    deepspeed_compat.disable_shared_memory_all_reduce()
     deepspeed_compat.replace_gather_handles()
     # DeepSpeed calls two collectives by deprecated names, in every step
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")

@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -182,6 +183,41 @@ def take_over(logger: logging.Logger) -> None:
     """Let the handlers of the root logger receive the messages of a library that has its own handler."""
     if _library_handler() is not None:
         logger.handlers, logger.propagate = [], True
+
+
+@contextmanager
+def log_printed_lines(start: str, name: str) -> Iterator[None]:
+    """Log lines that a library prints to stdout as warnings of logger ``name``, if they begin with ``start``."""
+    if _library_handler() is None:
+        yield
+        return
+    stream = _LineFilter(sys.stdout, start, logging.getLogger(name))
+    with redirect_stdout(stream):
+        yield
+    stream.write_rest()
+
+
+class _LineFilter(io.TextIOBase):
+    """A stream that logs some lines and passes the others to another stream."""
+
+    def __init__(self, stream: TextIO, start: str, logger: logging.Logger) -> None:
+        self._stream, self._start, self._logger, self._line = stream, start, logger, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if line.startswith(self._start):
+                self._logger.warning("%s", line.removeprefix(self._start).strip())
+            else:
+                self._stream.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def write_rest(self) -> None:
+        """Write the text after the last line."""
+        self._stream.write(self._line)
 
 
 def keep_messages(path: Path, rank: int, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -122,3 +123,47 @@ def test_messages_are_shown_without_the_file(tmp_path: Path) -> None:
     words = [sys.executable, "-c", LIBRARIES, tmp_path / "no folder" / "log", "0"]
     done = subprocess.run(words, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.stdout == "hello\n" and done.stderr.startswith("warning: twice\nerror: cannot")
+
+
+PRINTING = """
+import sys, types
+import torch
+torch.version.cuda = "13.0"
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0)
+import torch.utils.cpp_extension
+torch.utils.cpp_extension.CUDA_HOME = None
+from pathlib import Path
+from streamtrain.engine.runtime import BUILDER_WARNING
+from streamtrain.run.logs import hide_library_messages, keep_messages, log_printed_lines
+if sys.argv[2] == "hide":
+    hide_library_messages()
+keep_messages(Path(sys.argv[1]), 0, 1)
+with log_printed_lines(BUILDER_WARNING, "deepspeed"):
+    import deepspeed
+    from streamtrain.engine import deepspeed_compat
+    deepspeed_compat.check_version()
+    print("another line")
+    print("the rest", end="")
+"""
+
+
+@pytest.mark.parametrize("mode", ["hide", pytest.param("show", marks=pytest.mark.slow)])
+def test_lines_of_builders_without_nvcc_are_kept_in_the_log(tmp_path: Path, mode: str) -> None:
+    """As on a GPU without nvcc, as far as DeepSpeed can be imported on a CPU."""
+    log = tmp_path / "messages.log"
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cuda"}
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTING, log, mode], env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert (lines[-1], last) == ("another line", "the rest")
+    if mode == "hide":
+        assert len(lines) == 1
+        kept = [line for line in log.read_text().splitlines() if "treating the op as not compatible" in line]
+        assert len(kept) == 7 and all("warning: " in line and line.endswith("(deepspeed)") for line in kept)
+    else:
+        assert len(lines) == 8 and "treating the op as not compatible" in lines[0]
