@@ -25,6 +25,8 @@ from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
 # plans were accurate within about 10 % (docs/measurements.md)
 _PLAN_MARGIN = 1.1
+# On a GPU the host's work limits steps of small networks (an estimate: not measured). Larger micro-batches, best first.
+_SMALL_DIM, _GPU_MICRO_BATCHES = 768, (128, 64)
 # may differ between machines: contents are compared, not paths
 _OWN_SETTINGS = ("run.dir", "data.shards", "data.cache.dir", "engine.moments_dir", "engine.cpu_threads")
 
@@ -42,15 +44,39 @@ def check_resources(
         StreamtrainError: the machine has clearly less memory than planned, or no space for a single checkpoint.
     """
     planned, ranks = plan_of_start(config, launch, on_gpu=on_gpu, images=images), launch.local_world_size
-    needs = [_Need("GPU memory", planned.gpu_bytes, 1, _gpu_memory(launch.local_rank))] if on_gpu else []
+    gpu = _gpu_memory(launch.local_rank) if on_gpu else None
+    needs = [_Need("GPU memory", planned.gpu_bytes, 1, gpu)] if on_gpu else []
     needs.append(_Need("memory", planned.rank_host_bytes, ranks, host_memory()))
     warnings = [line for need in needs if (line := need.check(config, accepted))]
     if launch.rank == 0:
         warnings += _check_disk(config, launch.world_size, planned, accepted)
+        if gpu is not None and (line := _larger_micro_batch(config, launch, gpu, images)):
+            warnings.append(line)
         cores = launch.shared_cores
         if not on_gpu and ranks > cores and not launch.has_own_cores:
             warnings.append(f"{ranks} ranks share {cores} core(s), which makes a step slower; start at most {cores}")
     return warnings
+
+
+def _larger_micro_batch(config: Config, launch: Launch, gpu: Space, images: StoredImages | None) -> str | None:
+    """Return a recommendation for a new run of a small network with a small micro-batch; None if none fits."""
+    current = config.data.micro_batch
+    if config.model.dim > _SMALL_DIM or current >= min(_GPU_MICRO_BATCHES) or saved_steps(Path(config.run.dir)):
+        return None
+    for larger in _GPU_MICRO_BATCHES:
+        changed = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": larger})})
+        try:
+            step_images, _ = changed.batch_split(launch.world_size)
+            planned = plan_of_start(changed, launch, on_gpu=True, images=images)
+        except ConfigError:
+            continue  # it does not divide data.global_batch
+        if planned.gpu_bytes <= gpu.free:
+            more = "" if config.data.global_batch else f", with {step_images} images per step"
+            return (
+                f"data.micro_batch is {current}, so the host may limit the speed of this small network; "
+                f"data.micro_batch={larger} needs {size(planned.gpu_bytes)} of {size(gpu.free)}{more}"
+            )
+    return None
 
 
 def start_facts(config: Config, shard_set: AnySet, launch: Launch) -> StartFacts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,34 @@ def test_a_gpu_is_compared_with_its_own_memory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(start_checks, "_gpu_memory", lambda index: Space(needed // 2, needed // 2))
     with pytest.raises(StreamtrainError, match=f"needs about {size(needed)} of GPU memory, but"):
         check_resources(config, launch, (), on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "expected"),
+    [
+        ((), 80, r"data.micro_batch is 16, so the host may limit the speed of this small network; data.micro_batch=128 "
+                 r"needs [\d.]+ GB of 80.0 GB, with 128 images per step"),
+        ((), 8, r".* data.micro_batch=64 needs [\d.]+ GB of 8.00 GB, with 64 images per step"),
+        (("data.global_batch=64",), 80, r".* data.micro_batch=64 needs [\d.]+ GB of 80.0 GB"),
+        (("data.global_batch=48",), 80, None),
+        (("data.micro_batch=64",), 80, None),
+        (("model.preset=vitl16",), 80, None),
+        ((), 6, None),
+    ],
+)  # fmt: skip
+def test_a_small_network_on_a_gpu_gets_a_larger_micro_batch_if_it_fits(
+    settings: tuple[str, ...], memory: int, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("vits16", [f"run.dir={tmp_path / 'run'}", *settings])
+    monkeypatch.setattr(start_checks, "host_memory", lambda: AMPLE)
+    space = Space(memory * 10**9, memory * 10**9)
+    monkeypatch.setattr(start_checks, "_gpu_memory", lambda index: space)
+    lines = check_resources(config, Launch(0, 1, 0, 1), ("memory",), on_gpu=True)
+    assert len(lines) == (expected is not None) and all(re.fullmatch(str(expected), line) for line in lines)
+    # a run that is resumed keeps its batch
+    step_folder(tmp_path / "run", 3).mkdir(parents=True)
+    (step_folder(tmp_path / "run", 3) / "manifest.json").write_text("{}")
+    assert check_resources(config, Launch(0, 1, 0, 1), ("memory",), on_gpu=True) == []
 
 
 def test_more_ranks_than_cores_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
