@@ -50,7 +50,8 @@ H200_BYTES = 150_000_000_000
 def test_parts_fit_into_calls_of_a_few_minutes(cpu: bool, tmp_path: Path) -> None:
     chosen = list(parts(tmp_path, cpu, H200_BYTES, tmp_path / "result.json"))
     assert len({part.name for part in chosen}) == len(chosen) >= 10
-    assert all(0 < part.seconds <= 8 * 60 for part in chosen)
+    # with time to start
+    assert all(0 < part.seconds <= 7.5 * 60 for part in chosen)
     for part in chosen:
         # files of this checkout, whatever is installed
         assert all(Path(ROOT, word).exists() for word in part.words if word.startswith(("tools/", "tests/")))
