@@ -57,8 +57,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -179,31 +178,37 @@ def giant_settings(gpu_bytes: int) -> list[str] | None:
 def plan(words: Sequence[str], card: str = "") -> dict[str, Any] | None:
     """Return the document of ``streamtrain plan --json``; None if it could not be made, or ``--fit`` found nothing.
 
-    ``card``: name of the GPU, for a plan that knows its speed.
+    ``card``: name of the GPU, for the time of a step; the default GPU if the plan does not know it.
     """
-    # without the maker, too; an unknown card is planned with the default speed
-    names = [*dict.fromkeys((card, card.removeprefix("NVIDIA ")))] if card and _plan_knows_cards() else []
-    for extra in (*(["--gpu", name] for name in names), []):
-        done = subprocess.run(
-            [*STREAMTRAIN, "plan", *words, "--json", *extra],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        # status 1: it does not fit
-        if done.returncode in (0, 1):
-            with suppress(IndexError, ValueError):
-                return dict(json.loads(done.stdout.splitlines()[-1]))
-    return None
+    option = matching_option(card, gpu_options()) if card else None
+    done = _run_plan(*words, "--json", *(["--gpu", option] if option else []))
+    # status 1: it does not fit
+    if done.returncode not in (0, 1):
+        return None
+    try:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, ValueError):
+        return None
 
 
 @cache
-def _plan_knows_cards() -> bool:
-    words = [*STREAMTRAIN, "plan", "--help"]
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    return re.search(r"--gpu [A-Z]", done.stdout) is not None
+def gpu_options() -> frozenset[str]:
+    """Return the GPUs that ``streamtrain plan --gpu`` knows, as its error lists them; empty without that option."""
+    _, _, listed = _run_plan("--config", "vits16.yaml", "--gpu", "unknown").stderr.partition("choose one of")
+    return frozenset(re.findall("[a-z0-9]+", listed))
+
+
+def matching_option(card: str, options: Collection[str]) -> str | None:
+    """Return the option for a card by CUDA's name for it, the most specific one; None if there is none."""
+    words = re.findall("[a-z0-9]+", card.lower())
+    spans = ((start, stop) for start in range(len(words)) for stop in range(start + 1, len(words) + 1))
+    names = ["".join(words[start:stop]) for start, stop in spans]
+    return max((name for name in names if name in options), key=len, default=None)
+
+
+def _run_plan(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [*STREAMTRAIN, "plan", *words]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def predict(document: Mapping[str, Any]) -> dict[str, Any]:

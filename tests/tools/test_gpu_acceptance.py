@@ -11,7 +11,17 @@ import pytest
 from commands import ENVIRONMENT
 from ranks import ROOT
 
-from tools.gpu_acceptance import Part, files_of_gpu_tests, giant_settings, parts, plan, predict, run_all, run_part
+from tools.gpu_acceptance import (
+    Part,
+    files_of_gpu_tests,
+    giant_settings,
+    matching_option,
+    parts,
+    plan,
+    predict,
+    run_all,
+    run_part,
+)
 
 
 def python(code: str, seconds: float = 30, name: str = "part") -> Part:
@@ -76,6 +86,17 @@ def test_steps_that_do_not_fit_the_gpu_are_skipped() -> None:
     record = run_part(part, 1_000_000_000)
     assert record["status"] == 0 and record["skipped"].startswith("needs 3.")
     assert run_part(part, H200_BYTES)["status"] == 1
+
+
+@pytest.mark.parametrize(
+    ("card", "option"),
+    [
+        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA Z1", None),
+    ],
+)  # fmt: skip
+def test_a_card_has_the_most_specific_option_of_the_plan(card: str, option: str | None) -> None:
+    assert matching_option(card, {"h100", "h100pcie", "h200", "h20", "a100", "a10", "rtx4090"}) == option
 
 
 def test_prediction_compares_steps_with_the_plan_of_their_settings() -> None:
