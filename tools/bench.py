@@ -10,6 +10,7 @@ python tools/bench.py checkpoint --config vitl16.yaml --ranks 2 [--steps 4] [--s
 python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256
 python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5
 python tools/bench.py stream --set SET --samples 50000 [--loader]
+python tools/bench.py operations [--write]
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
 versions and hardware, for benchmarks/results/) and settings as a.b=value.
@@ -136,6 +137,9 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--set", type=local_path, required=True, help="shard set")
     add_option("--samples", type=int, default=50_000, help="samples to measure the slope over, after a warm-up")
     add_option("--loader", action="store_true", help="decode and augment too, instead of reading only")
+
+    add_option = add("operations", run_operations, "kernels and bytes of a step on a GPU, counted without one")
+    add_option("--write", action="store_true", help="write streamtrain/planning/operations.json")
     return parser.parse_args()
 
 
@@ -212,6 +216,12 @@ def run_stream(arguments: argparse.Namespace) -> dict[str, Any]:
 
     overrides = [f"data.shards={arguments.set}", *arguments.overrides]
     return stream_memory.run(_build_config(overrides), arguments.samples, arguments.loader)
+
+
+def run_operations(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import operations
+
+    return operations.run(arguments.write)
 
 
 def _build_config(overrides: list[str]) -> Config:

@@ -1,0 +1,494 @@
+"""Kernels and bytes of the operations of a step on a GPU, counted on a CPU with tensors without values.
+
+The regions of a step (a block's branches, the embedding, heads, prototype loss, targets) run with their real code under
+a dispatch mode that records every ATen operation with the storages it reads and writes. The bytes are fitted as sums of
+``coefficient x size``, for the planner (``streamtrain/planning/operations.json``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import streamtrain
+from streamtrain.config.model import HeadConfig, ModelConfig
+from streamtrain.data.batch import normalise
+from streamtrain.model import fp8
+from streamtrain.model.heads import Projection
+from streamtrain.model.layers import Block
+from streamtrain.model.layout import DropPath, Group, Layout, draw_drop_path
+from streamtrain.model.rope import Rope
+from streamtrain.model.vit import Embedding
+from streamtrain.objective.prototypes import prototype_cross_entropy
+from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
+from streamtrain.ops.cpu.build import is_enabled, set_enabled
+
+TABLE = Path(streamtrain.__file__).parent / "planning" / "operations.json"
+
+MATMULS = ("mm", "addmm", "bmm", "_scaled_mm")
+ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+# The destination is only touched where the source goes.
+SCATTERS = ("index_add", "index_copy", "index_fill")
+GATHERS = ("index_select", "gather", "embedding", "index")
+WRITE_ONLY = ("copy", "fill", "zero", "normal", "uniform")
+# kernels of the CUDA implementation, if not one
+KERNELS = {"native_layer_norm_backward": 3, ATTENTION[1]: 3, "sort": 2}
+
+
+# a storage by identity, and the offset of a tensor in it
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One ATen operation, with the bytes accessed of each span of a storage."""
+
+    name: str
+    reads: dict[Span, int]
+    writes: dict[Span, int]
+    # sums over rows, which a compiler cannot put into the kernel of another operation
+    reduces_rows: bool
+
+    @property
+    def is_external(self) -> bool:
+        """Whether a library computes it, so that a compiler fuses nothing into it."""
+        return self.name in MATMULS or self.name in ATTENTION
+
+    @property
+    def kernels(self) -> int:
+        return KERNELS.get(self.name, 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a memory-bound operation reads and writes."""
+        return 0 if self.is_external else sum(self.reads.values()) + sum(self.writes.values())
+
+
+class Recorder(TorchDispatchMode):
+    """Record the operations that launch kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        # so that storages keep their identities; keeping tensors would let autograd copy gradients
+        self._alive: list[torch.UntypedStorage] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        name = operation.overloadpacket.__name__
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        self._alive += [each.untyped_storage() for each in (*outputs, *inputs)]
+        schema = operation._schema
+        written = [
+            value
+            for argument, value in (*zip(schema.arguments, args, strict=False), *_named(schema, kwargs))
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        ]
+        known = {_storage(each) for each in inputs}
+        created = [each for each in outputs if _storage(each) not in known]
+        if (not created and not written) or "empty" in name:
+            return result
+        # an operation in place of its own result, such as index_add by a backward
+        written = written or created
+        base = name.rstrip("_")
+        name = base if base in WRITE_ONLY or base in SCATTERS else name
+        only_written = name in WRITE_ONLY or any(each is kwargs.get("out") for each in written)
+        reads = [each for each in inputs if not (only_written and _is_in(each, written))]
+        if name in GATHERS:
+            reads = [*reads[1:], *outputs]
+        read_bytes, write_bytes = (
+            _bytes(reads),
+            _bytes([*created, *(each for each in written if not _is_in(each, created))]),
+        )
+        if name in GATHERS:
+            # as many bytes as the result, of the storage gathered from
+            read_bytes[_span(inputs[0])] = read_bytes.pop(_span(outputs[0]))
+        if name in SCATTERS:
+            touched = _numel(inputs[-1]) * inputs[0].element_size()
+            read_bytes[_span(inputs[0])] = write_bytes[_span(written[0])] = touched
+        self.operations.append(Operation(name, read_bytes, write_bytes, _reduces_rows(name, inputs, outputs)))
+        return result
+
+
+def _named(schema: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    return ((argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _span(tensor: Tensor) -> Span:
+    return _storage(tensor), int(tensor.storage_offset())
+
+
+def _is_in(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
+    return any(each is tensor for each in tensors)
+
+
+def _numel(tensor: Tensor) -> int:
+    """Return the number of different values of a tensor that may be expanded."""
+    return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> dict[Span, int]:
+    return {_span(each): _numel(each) * each.element_size() for each in tensors}
+
+
+def _reduces_rows(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    if name == "native_layer_norm_backward":
+        return True
+    return name in ("sum", "amax", "mean") and inputs[0].dim() > 1 and outputs[0].numel() <= inputs[0].shape[-1]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Kernels launched, and bytes of those that are neither matmuls nor attention."""
+
+    kernels: int
+    num_bytes: int
+
+
+def eager(operations: Sequence[Operation]) -> Count:
+    """Count each operation as its own kernels."""
+    return Count(sum(each.kernels for each in operations), sum(each.num_bytes for each in operations))
+
+
+def fused(operations: Sequence[Operation], final: set[int], recomputed: set[int]) -> Count:
+    """Count as torch.compile fuses: all operations between two matmuls or attentions are one kernel.
+
+    It reads its inputs once, without the ``recomputed`` storages, and writes what later kernels read or is ``final``. A
+    scatter and a sum over rows need one kernel more each.
+    """
+    kernels = num_bytes = 0
+    segment: list[Operation] = []
+    for index, operation in enumerate([*operations, None]):
+        if operation is not None and not operation.is_external:
+            segment.append(operation)
+            continue
+        kernels += operation.kernels if operation is not None else 0
+        used = final | _storages(operations[index:])
+        skipped = recomputed | _written(segment)
+        reads = {
+            span: size for span, size in _largest(each.reads for each in segment).items() if span[0] not in skipped
+        }
+        writes = {span: size for span, size in _largest(each.writes for each in segment).items() if span[0] in used}
+        num_bytes += sum(reads.values()) + sum(writes.values())
+        kernels += bool(writes) + sum(each.reduces_rows or each.name in SCATTERS for each in segment)
+        segment = []
+    return Count(kernels, num_bytes)
+
+
+def _storages(operations: Iterable[Operation]) -> set[int]:
+    """Return the storages that the operations read."""
+    return {storage for each in operations for storage, _ in each.reads}
+
+
+def _written(operations: Iterable[Operation]) -> set[int]:
+    return {storage for each in operations for storage, _ in each.writes}
+
+
+def _largest(accesses: Iterable[dict[Span, int]]) -> dict[Span, int]:
+    found: dict[Span, int] = {}
+    for access in accesses:
+        for span, size in access.items():
+            found[span] = max(found.get(span, 0), size)
+    return found
+
+
+@contextmanager
+def gpu_paths() -> Iterator[None]:
+    """Let fake CPU tensors take the paths of a GPU: no CPU kernels, fused attention, logits as fp32 results of bf16."""
+
+    def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+
+    was_enabled = is_enabled(torch.bfloat16)
+    set_enabled(False)
+    try:
+        with (
+            mock.patch("streamtrain.ops.attention.MAX_MATRIX_LENGTH", 0),
+            mock.patch("streamtrain.ops.logits.matmul", matmul),
+            mock.patch("streamtrain.ops.prototypes.matmul", matmul),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
+            yield
+    finally:
+        set_enabled(was_enabled)
+
+
+@contextmanager
+def _bf16() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def trace(
+    forward: Callable[[], Tensor | Sequence[Tensor]], with_backward: bool = True, compiled: bool = False
+) -> tuple[Count, Count]:
+    """Return the counts of ``forward`` and of its backward (zero without one)."""
+    leaves: list[Tensor] = []
+    with Recorder() as recorder, torch.set_grad_enabled(with_backward):
+        result = forward()
+        boundary = len(recorder.operations)
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        if with_backward:
+            leaves = _leaves(outputs)
+            for each in leaves:
+                each.grad = None
+            torch.autograd.backward(outputs, [torch.empty_like(each) for each in outputs])
+    first, second = recorder.operations[:boundary], recorder.operations[boundary:]
+    if not compiled:
+        return eager(first), eager(second)
+    # a compiled backward recomputes values from its inputs instead of reading them, except the factors of its matmuls
+    final = {_storage(each) for each in outputs} | _storages(each for each in second if each.is_external)
+    recomputed = _written(each for each in first if not each.is_external) - final
+    gradients = {_storage(each.grad) for each in leaves if each.grad is not None}
+    return fused(first, final, set()), fused(second, gradients, recomputed)
+
+
+def _leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that the backward of ``outputs`` computes gradients of."""
+    found: dict[int, Tensor] = {}
+    todo, seen = [each.grad_fn for each in outputs], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        todo += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+Sizes = dict[str, int]
+# one traced region: its key in the table, the sizes, and the kernels and bytes counted
+Sample = tuple[str, Sizes, Count]
+
+
+def _layout(images: tuple[int, ...]) -> Layout:
+    """Return global crops of 14 x 14 patches and local crops of 6 x 6, with four registers."""
+    grids = ((14, 14), (6, 6))[: len(images)]
+    return Layout(tuple(Group(count, grid) for count, grid in zip(images, grids, strict=True)), 5)
+
+
+def _branches(dim: int, hidden: int, mlp: str, images: tuple[int, int], drop_rate: float) -> Iterator[Sample]:
+    """Trace both branches of a block: in the teacher (global crops, no gradients) and in the student."""
+    config = ModelConfig(dim=dim, num_heads=dim // 64, mlp=mlp, mlp_hidden=hidden)  # type: ignore[arg-type]
+    with _bf16():
+        block, rope = Block(config), Rope(config)
+    for precision, linear in (("bf16", torch.nn.functional.linear), ("fp8", fp8.linear)):
+        block.options = replace(block.options, implementation="reference", linear=linear)
+        for mode in ("eager", "compiled"):
+            for where in ("teacher", "student", "student_drop"):
+                layout = _layout(images[:1] if where == "teacher" else images)
+                tokens = torch.empty(sum(layout.sizes()), dim, dtype=torch.bfloat16, requires_grad=True)
+                tables = [rope.table(group.grid, tokens.device, tokens.dtype, None) for group in layout.groups]
+                drop: DropPath | None = None
+                if where == "student_drop":
+                    (drop,) = draw_drop_path(layout, 1, drop_rate, None, tokens.device)  # type: ignore[arg-type]
+                kept = sum(drop.layout.sizes()) if drop else len(tokens)
+                sizes = {"tokens": len(tokens), "kept": kept, "dim": dim, "hidden": hidden}
+                parts = {
+                    "attention": lambda: Block.attend(block, tokens, layout, tables, drop),
+                    f"mlp_{mlp}": lambda: Block.refine(block, tokens, layout, drop, None),
+                }
+                for name, forward in parts.items():
+                    counts = trace(forward, where != "teacher", mode == "compiled")
+                    for direction, count in zip(("forward", "backward"), counts, strict=True):
+                        if where != "teacher" or direction == "forward":
+                            yield f"{name}/{where}/{direction}/{mode}/{precision}", sizes, count
+
+
+def _embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]:
+    config = ModelConfig(dim=dim, num_heads=dim // 64, patch_size=patch)
+    with _bf16():
+        embedding = Embedding(config)
+    for where in ("teacher", "student"):
+        layout = _layout(images[:1] if where == "teacher" else images)
+        crops = [
+            torch.empty(group.images, *(side * patch for side in group.grid), 3, dtype=torch.uint8)
+            for group in layout.groups
+        ]
+        mask = torch.empty(images[0], 14 * 14, dtype=torch.bool)
+        masks = [None] if where == "teacher" else [mask, None]
+
+        def forward(crops: list[Tensor] = crops, masks: list[Any] = masks) -> Tensor:
+            pixels = [normalise(each, (0.5,) * 3, (0.5,) * 3, torch.bfloat16) for each in crops]
+            return embedding(pixels, masks)
+
+        sizes = {"tokens": sum(layout.sizes()), "dim": dim, "pixels": sum(each.numel() for each in crops)}
+        counts = trace(forward, where == "student")
+        for direction, count in zip(("forward", "backward"), counts, strict=True):
+            if where == "student" or direction == "forward":
+                yield f"embedding/{where}/{direction}", sizes, count
+
+
+def _head(dim: int, hidden: int, bottleneck: int, layers: int, rows: int) -> Iterator[Sample]:
+    with _bf16():
+        head = Projection(dim, HeadConfig(hidden=hidden, bottleneck=bottleneck, layers=layers))
+    features = torch.empty(rows, dim, dtype=torch.bfloat16, requires_grad=True)
+    inner = {"dim": dim, "hidden": hidden, "bottleneck": bottleneck, "layers": layers, "inner": layers - 1}
+    sizes = {"rows": rows, **inner}
+    for direction, count in zip(("forward", "backward"), trace(lambda: head(features)), strict=True):
+        yield f"head/student/{direction}", sizes, count
+    yield "head/teacher/forward", sizes, trace(lambda: head(features), with_backward=False)[0]
+
+
+def _prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, chunks: int) -> Iterator[Sample]:
+    """Trace the prototype loss, with and without pairs of views, and the targets."""
+    student, weight = (
+        torch.empty(size, bottleneck, dtype=torch.bfloat16, requires_grad=True) for size in (rows, prototypes)
+    )
+    chunk, column = prototypes // chunks, torch.empty(prototypes)
+    sizes = {
+        "rows": rows, "teacher_rows": teacher_rows, "prototypes": prototypes, "bottleneck": bottleneck,
+        "chunks": chunks,
+    }  # fmt: skip
+    for name, targets, pair in (
+        ("global", teacher_rows, torch.empty(rows, 2, dtype=torch.int64)),
+        ("patch", rows, None),
+    ):
+        teacher = torch.empty(targets, bottleneck, dtype=torch.bfloat16)
+        assignment = Assignment(column, torch.empty(targets))
+        frozen, row_weight = weight.detach(), torch.empty(rows)
+
+        def loss(
+            teacher: Tensor = teacher, assignment: Assignment = assignment, pair: Tensor | None = pair,
+            frozen: Tensor = frozen, row_weight: Tensor = row_weight,
+        ) -> Tensor:  # fmt: skip
+            return prototype_cross_entropy(
+                student, weight, teacher, frozen, assignment, pair, row_weight, 0.1, 0.05, chunk
+            )
+
+        for direction, count in zip(("forward", "backward"), trace(loss), strict=True):
+            yield f"loss_{name}/{direction}", {**sizes, "teacher_rows": targets}, count
+    features, frozen, valid = student.detach(), weight.detach(), torch.empty(rows, dtype=torch.bool)
+    for iterations in (1, 2, 3):
+        counted = trace(lambda: _tensors(sinkhorn(features, frozen, 0.05, iterations, chunk, valid)), False)[0]
+        yield "targets_sinkhorn", {**sizes, "later": iterations - 1}, counted
+
+    def softmax() -> list[Tensor]:
+        whole = centered_softmax(features, frozen, column, 0.05, chunk, valid)
+        update_center(column, features, frozen, 0.9, valid)
+        return _tensors(whole)
+
+    yield "targets_softmax", sizes, trace(softmax, False)[0]
+
+
+def _tensors(assignment: Assignment) -> list[Tensor]:
+    return [assignment.column, assignment.row]
+
+
+# the sizes that kernels and bytes are proportional to, by the first part of a key
+FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "attention": (("1",), ("tokens*dim", "kept*dim", "dim*dim")),
+    "mlp_gelu": (("1",), ("tokens*dim", "kept*dim", "kept*hidden", "dim*hidden")),
+    "mlp_swiglu": (("1",), ("tokens*dim", "kept*dim", "kept*hidden", "dim*hidden")),
+    "embedding": (("1",), ("pixels", "tokens*dim")),
+    "head": (("1", "layers"), ("rows*dim", "rows*hidden*inner", "rows*bottleneck")),
+    "loss_global": (
+        ("1", "chunks"), ("rows*prototypes", "teacher_rows*prototypes", "rows*bottleneck*chunks", "prototypes*bottleneck")
+    ),
+    "loss_patch": (("1", "chunks"), ("rows*prototypes", "rows*bottleneck*chunks", "prototypes*bottleneck")),
+    "targets_sinkhorn": (("1", "later", "chunks", "chunks*later"), ("rows*prototypes", "rows*prototypes*later")),
+    "targets_softmax": (("1", "chunks"), ("rows*prototypes", "prototypes*bottleneck")),
+}  # fmt: skip
+
+
+def samples() -> Iterator[Sample]:
+    """Trace all regions at several sizes."""
+    with gpu_paths():
+        for mlp in ("gelu", "swiglu"):
+            for dim, ratio, images, rate in (
+                (384, 4, (16, 64), 0.25), (768, 4, (16, 64), 0.5), (768, 3, (32, 64), 0.25), (384, 2, (16, 32), 0.5),
+                (1024, 4, (64, 256), 0.25),
+            ):  # fmt: skip
+                yield from _branches(dim, dim * ratio, mlp, images, rate)
+        for dim, patch in ((384, 16), (768, 8), (768, 16)):
+            yield from _embedding(dim, patch, (16, 64))
+        for sizes in ((384, 2048, 256, 3, 1000), (768, 1024, 256, 3, 1000), (384, 1024, 512, 2, 500)):
+            yield from _head(*sizes)
+        for numbers in (
+            (640, 128, 4096, 256, 4), (320, 128, 8192, 256, 8), (1000, 200, 4096, 128, 8), (640, 320, 8192, 512, 2),
+        ):  # fmt: skip
+            yield from _prototypes(*numbers)
+
+
+def value(size: str, sizes: Sizes) -> float:
+    """Return a product of sizes, such as ``rows*dim``."""
+    return math.prod(1 if name == "1" else sizes[name] for name in size.split("*"))
+
+
+def fit(traced: Sequence[tuple[Sizes, Count]], names: tuple[tuple[str, ...], tuple[str, ...]]) -> dict[str, Any]:
+    """Return the coefficients of kernels and bytes, and the largest relative error of the bytes."""
+    counted = {"kernels": [count.kernels for _, count in traced], "bytes": [count.num_bytes for _, count in traced]}
+    entry: dict[str, Any] = {}
+    for (kind, totals), features in zip(counted.items(), names, strict=True):
+        if all(sizes.get("kept", 0) == sizes.get("tokens", 1) for sizes, _ in traced):
+            features = tuple(feature for feature in features if feature != "tokens*dim")
+        matrix = np.array([[value(feature, sizes) for feature in features] for sizes, _ in traced], dtype=float)
+        # relative errors count, since the totals differ by orders of magnitude
+        weight = 1 / np.maximum(np.array(totals, dtype=float), 1.0)
+        used = list(range(len(features)))
+        solution = np.zeros(0)
+        while len(used):
+            solution, *_ = np.linalg.lstsq(matrix[:, used] * weight[:, None], totals * weight, rcond=None)
+            negative = [index for index, c in zip(used, solution, strict=True) if c < 0]
+            if not negative:
+                break
+            used = [index for index in used if index not in negative]
+        entry[kind] = {features[i]: round(float(c), 2) for i, c in zip(used, solution, strict=True) if c >= 0.02}
+    return entry
+
+
+def table(traced: Sequence[Sample]) -> dict[str, Any]:
+    """Return the fitted coefficients by region, pass, mode and precision."""
+    regions: dict[str, list[tuple[Sizes, Count]]] = {}
+    for key, sizes, count in traced:
+        regions.setdefault(key, []).append((sizes, count))
+    return {key: fit(counted, FEATURES[key.partition("/")[0]]) for key, counted in sorted(regions.items())}
+
+
+def largest_error(coefficients: dict[str, Any], traced: Sequence[Sample]) -> float:
+    """Return the largest relative error of the fitted kernels and bytes."""
+    errors = []
+    for key, sizes, count in traced:
+        for kind, total in (("kernels", count.kernels), ("bytes", count.num_bytes)):
+            fitted = sum(c * value(feature, sizes) for feature, c in coefficients[key][kind].items())
+            errors.append(abs(fitted - total) / max(1, total))
+    return max(errors)
+
+
+def run(write: bool) -> dict[str, Any]:
+    """Fit the table, write it if requested, and return how well it fits and whether it is current."""
+    traced = list(samples())
+    coefficients = table(traced)
+    text = json.dumps(coefficients, separators=(", ", ": ")).replace("}}, ", "}},\n") + "\n"
+    is_current = TABLE.exists() and TABLE.read_text() == text
+    if write:
+        TABLE.write_text(text)
+    return {
+        "entries": len(coefficients),
+        "largest_error": largest_error(coefficients, traced),
+        "is_current": is_current,
+    }
