@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -111,10 +112,7 @@ class Recorder(TorchDispatchMode):
         reads = [each for each in inputs if not (only_written and _is_in(each, written))]
         if name in GATHERS:
             reads = [*reads[1:], *outputs]
-        read_bytes, write_bytes = (
-            _bytes(reads),
-            _bytes([*created, *(each for each in written if not _is_in(each, created))]),
-        )
+        read_bytes, write_bytes = _bytes(reads), _bytes([*created, *written])
         if name in GATHERS:
             # as many bytes as the result, of the storage gathered from
             read_bytes[_span(inputs[0])] = read_bytes.pop(_span(outputs[0]))
@@ -153,7 +151,7 @@ def _bytes(tensors: Sequence[Tensor]) -> dict[Span, int]:
 def _reduces_rows(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
     if name == "native_layer_norm_backward":
         return True
-    return name in ("sum", "amax", "mean") and inputs[0].dim() > 1 and outputs[0].numel() <= inputs[0].shape[-1]
+    return name == "sum" and inputs[0].dim() > 1 and outputs[0].shape[-1:] == inputs[0].shape[-1:]
 
 
 @dataclass(frozen=True)
@@ -184,12 +182,11 @@ def fused(operations: Sequence[Operation], final: set[int], recomputed: set[int]
         kernels += operation.kernels if operation is not None else 0
         used = final | _storages(operations[index:])
         skipped = recomputed | _written(segment)
-        reads = {
-            span: size for span, size in _largest(each.reads for each in segment).items() if span[0] not in skipped
-        }
-        writes = {span: size for span, size in _largest(each.writes for each in segment).items() if span[0] in used}
-        num_bytes += sum(reads.values()) + sum(writes.values())
-        kernels += bool(writes) + sum(each.reduces_rows or each.name in SCATTERS for each in segment)
+        reads = _largest(each.reads for each in segment)
+        writes = _largest(each.writes for each in segment)
+        stored = [size for span, size in writes.items() if span[0] in used]
+        num_bytes += sum(size for span, size in reads.items() if span[0] not in skipped) + sum(stored)
+        kernels += bool(stored) + sum(each.reduces_rows or each.name in SCATTERS for each in segment)
         segment = []
     return Count(kernels, num_bytes)
 
@@ -308,15 +305,16 @@ def _branches(dim: int, hidden: int, mlp: str, images: tuple[int, int], drop_rat
                     (drop,) = draw_drop_path(layout, 1, drop_rate, None, tokens.device)  # type: ignore[arg-type]
                 kept = sum(drop.layout.sizes()) if drop else len(tokens)
                 sizes = {"tokens": len(tokens), "kept": kept, "dim": dim, "hidden": hidden}
-                parts = {
-                    "attention": lambda: Block.attend(block, tokens, layout, tables, drop),
-                    f"mlp_{mlp}": lambda: Block.refine(block, tokens, layout, drop, None),
-                }
-                for name, forward in parts.items():
+                for name, branch in (("attention", Block.attend), (f"mlp_{mlp}", _refine)):
+                    forward = partial(branch, block, tokens, layout, tables, drop)
                     counts = trace(forward, where != "teacher", mode == "compiled")
                     for direction, count in zip(("forward", "backward"), counts, strict=True):
                         if where != "teacher" or direction == "forward":
                             yield f"{name}/{where}/{direction}/{mode}/{precision}", sizes, count
+
+
+def _refine(block: Block, tokens: Tensor, layout: Layout, tables: Any, drop: DropPath | None) -> Tensor:
+    return Block.refine(block, tokens, layout, drop, None)
 
 
 def _embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]:
@@ -384,18 +382,19 @@ def _prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, 
             yield f"loss_{name}/{direction}", {**sizes, "teacher_rows": targets}, count
     features, frozen, valid = student.detach(), weight.detach(), torch.empty(rows, dtype=torch.bool)
     for iterations in (1, 2, 3):
-        counted = trace(lambda: _tensors(sinkhorn(features, frozen, 0.05, iterations, chunk, valid)), False)[0]
-        yield "targets_sinkhorn", {**sizes, "later": iterations - 1}, counted
+        targets_of = partial(_sinkhorn, features, frozen, iterations, chunk, valid)
+        yield "targets_sinkhorn", {**sizes, "later": iterations - 1}, trace(targets_of, with_backward=False)[0]
 
     def softmax() -> list[Tensor]:
         whole = centered_softmax(features, frozen, column, 0.05, chunk, valid)
         update_center(column, features, frozen, 0.9, valid)
-        return _tensors(whole)
+        return [whole.column, whole.row]
 
-    yield "targets_softmax", sizes, trace(softmax, False)[0]
+    yield "targets_softmax", sizes, trace(softmax, with_backward=False)[0]
 
 
-def _tensors(assignment: Assignment) -> list[Tensor]:
+def _sinkhorn(features: Tensor, weight: Tensor, iterations: int, chunk: int, valid: Tensor) -> list[Tensor]:
+    assignment = sinkhorn(features, weight, 0.05, iterations, chunk, valid)
     return [assignment.column, assignment.row]
 
 
@@ -407,7 +406,8 @@ FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "embedding": (("1",), ("pixels", "tokens*dim")),
     "head": (("1", "layers"), ("rows*dim", "rows*hidden*inner", "rows*bottleneck")),
     "loss_global": (
-        ("1", "chunks"), ("rows*prototypes", "teacher_rows*prototypes", "rows*bottleneck*chunks", "prototypes*bottleneck")
+        ("1", "chunks"),
+        ("rows*prototypes", "teacher_rows*prototypes", "rows*bottleneck*chunks", "prototypes*bottleneck"),
     ),
     "loss_patch": (("1", "chunks"), ("rows*prototypes", "rows*bottleneck*chunks", "prototypes*bottleneck")),
     "targets_sinkhorn": (("1", "later", "chunks", "chunks*later"), ("rows*prototypes", "rows*prototypes*later")),
