@@ -16,11 +16,21 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.ops.cpu.features import cpu_features, has_kernels
 from streamtrain.planning.fitting import Remedy, fit, remedies
 from streamtrain.planning.images import configured_images
-from streamtrain.planning.machine import GPU_FLOPS, Machine, core_flops
+from streamtrain.planning.machine import Machine, core_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import PHASES
+from streamtrain.planning.peak import Gpu, gpu_of_option
 from streamtrain.planning.plan_text import advice, summary, table
 from streamtrain.planning.sizes import CPU_KERNELS
+from streamtrain.planning.time import (
+    DEFAULT_GPU,
+    LOADER_IMAGES,
+    MATMUL_SHARE,
+    NETWORK_BYTES,
+    Hardware,
+    hidden_from,
+    mfu,
+)
 from streamtrain.run.machine import available_cores, has_gpu_driver, host_memory
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
@@ -30,7 +40,8 @@ does not fit, and the last lines then name changes with which it does. --verbose
 rank with its arithmetic. --fit searches for the fastest settings that fit and prints them as overrides.
 
 With --device cpu the ranks compute on CPUs like this machine's, and their processes are compared with
-the memory that this machine has available. Times are estimates: they assume the printed FLOP/s.
+the memory that this machine has available. Times on GPUs are predicted by operation (docs/performance.md),
+on CPUs from the printed FLOP/s; no prediction has been compared with a run of streamtrain on a GPU.
 
 Sizes are decimal: 80GB is 80 000 000 000 bytes, slightly less than a card of that name has; GiB is
 binary.
@@ -38,7 +49,7 @@ binary.
 _EXAMPLES = """\
   streamtrain plan --config vits16.yaml
   streamtrain plan --config quickstart.yaml --device cpu data.shards=sets/photos
-  streamtrain plan --config giant.yaml --gpus 8 --gpu-memory 80GB
+  streamtrain plan --config giant.yaml --gpus 256 --gpu h100 --network 400
   streamtrain plan --config giant.yaml --gpus 1 --gpu-memory 141GB --host-memory 128GB --fit
   streamtrain plan --config vitl16.yaml --gpus 4 --gpu-memory 24GB --json data.micro_batch=16
 """
@@ -57,8 +68,22 @@ def add_parser(subparsers: Any) -> None:
         help="number of ranks: one per GPU, or of processes with --device cpu (default: 1)",
     )  # fmt: skip
     parser.add_argument(
+        "--gpu", type=_gpu, metavar="NAME",
+        help=f"GPU, such as h100, h200, a100 or rtx4090, for the time and for --gpu-memory (default: "
+        f"{DEFAULT_GPU.option} for the time only)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network", type=_positive_float, metavar="GBIT",
+        help=f"Gbit/s per GPU between hosts (default: {NETWORK_BYTES * 8 / 1e9:.0f})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--loader-rate", type=_positive_float, metavar="N",
+        help=f"images/s that the loader of one host with GPUs reaches (bench.py loader measures it; default: "
+        f"{LOADER_IMAGES:.0f}, an assumption)",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpu-memory", type=byte_size, metavar="SIZE",
-        help="of one GPU, such as 80GB (default: print which common sizes are enough)",
+        help="of one GPU, such as 80GB (default: that of --gpu, or print which common sizes are enough)",
     )  # fmt: skip
     parser.add_argument(
         "--host-memory", type=byte_size, metavar="SIZE",
@@ -66,8 +91,9 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=_positive_float, metavar="X",
-        help=f"TFLOP/s that a rank attains, for the time (default: {GPU_FLOPS / 1e12:.0f} for a GPU; for a CPU, a "
-        "value for its instructions and cores)",
+        help="TFLOP/s that the matmuls of a rank attain, for the time (default: for a GPU at most "
+        f"{100 * MATMUL_SHARE:.0f} %% of the peak, less for small matmuls; for a CPU, a value for its instructions "
+        "and cores)",
     )  # fmt: skip
     parser.add_argument(
         "--micro-batch", type=positive_int, metavar="N", help="samples per micro-batch: data.micro_batch"
@@ -140,13 +166,22 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
     images = configured_images(config)
     on_gpu = arguments.device == "gpu" if arguments.device else engine.device != "cpu"
     if on_gpu:
+        if arguments.gpu is not None and arguments.gpu_memory is None:
+            arguments.gpu_memory = arguments.gpu.capacity
         if arguments.fit and arguments.gpu_memory is None:
-            raise StreamtrainError("--fit needs --gpu-memory, the memory of one GPU, such as 80GB")
-        flops = 1e12 * arguments.tflops if arguments.tflops else GPU_FLOPS
-        return Machine(
-            arguments.ranks, bf16=engine.dtype != "fp32", gpu_memory=arguments.gpu_memory,
-            host_memory=arguments.host_memory, flops=flops, images=images,
+            raise StreamtrainError("--fit needs --gpu, such as h100, or --gpu-memory, such as 80GB")
+        bf16 = engine.dtype != "fp32"
+        hardware = Hardware(
+            arguments.gpu or DEFAULT_GPU, 1e9 / 8 * arguments.network if arguments.network else NETWORK_BYTES,
+            arguments.loader_rate or LOADER_IMAGES, bf16, 1e12 * arguments.tflops if arguments.tflops else None,
         )  # fmt: skip
+        return Machine(
+            arguments.ranks, bf16=bf16, gpu_memory=arguments.gpu_memory, host_memory=arguments.host_memory,
+            hardware=hardware, images=images,
+        )  # fmt: skip
+    for option in ("gpu", "network", "loader_rate"):
+        if getattr(arguments, option) is not None:
+            raise StreamtrainError(f"--{option.replace('_', '-')} has no effect with --device cpu; remove it")
     if arguments.gpu_memory is not None:
         raise StreamtrainError("--gpu-memory has no effect with --device cpu; give --host-memory, or --device gpu")
     bf16 = uses_bf16(engine, cuda=False)
@@ -164,6 +199,7 @@ def plan_document(
     planned: Plan, config: Config, machine: Machine, chosen: list[str], found: list[Remedy]
 ) -> dict[str, Any]:
     seconds = machine.step_seconds(config, planned)
+    images, _ = config.batch_split(machine.ranks)
     return {
         "fits": machine.fits(planned),
         "gpu_bytes": planned.gpu_bytes,
@@ -176,12 +212,14 @@ def plan_document(
         "num_backbone_parameters": planned.num_backbone_parameters,
         "num_parameters": planned.num_parameters,
         "flops_per_step": planned.flops_per_step,
-        "assumed_flops_per_second": machine.flops,
+        "assumed_flops_per_second": machine.attained_flops,
         "step_seconds": seconds,
         "run_seconds": seconds * config.run.steps,
         "gpu_hours": seconds * config.run.steps * machine.ranks / 3600 if machine.on_gpu else 0.0,
         "all_gather_bytes_per_step": planned.all_gather_bytes_per_step,
         "transfer_bytes_per_step": planned.transfer_bytes_per_step,
+        "images_per_second": images / seconds,
+        **(_time_document(planned, config, machine) if machine.on_gpu else {}),
         "overrides": chosen,
         "changes": [remedy.change for remedy in found],
         "parts": [
@@ -189,6 +227,31 @@ def plan_document(
             for p in planned.parts
         ],
     }
+
+
+def _time_document(planned: Plan, config: Config, machine: Machine) -> dict[str, Any]:
+    """Return the keys about the time on a GPU; all times in seconds of one optimiser step."""
+    time = machine.step_time(config, planned)
+    return {
+        "gpu": machine.hardware.gpu.option,
+        "bound": time.bound,
+        "time_parts": time.parts,
+        "time_regions": [
+            {"name": r.name, "phase": r.phase, "kernels": r.kernels, "host": r.host_seconds, **r.parts()}
+            for r in time.regions
+        ],
+        "communication_seconds": time.communication,
+        "loader_seconds": time.loader,
+        "mfu": mfu(config, machine.ranks, machine.hardware, time.seconds),
+        "network_hidden_from_micro_batch": hidden_from(config, machine.ranks, machine.hardware),
+    }
+
+
+def _gpu(text: str) -> Gpu:
+    try:
+        return gpu_of_option(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive_float(text: str) -> float:

@@ -52,7 +52,7 @@ def step_flops(
 
 
 @dataclass(frozen=True)
-class _Crops:
+class Crops:
     """Crops of one size in a micro-batch; drop-path keeps ``kept`` of them in each branch."""
 
     images: int
@@ -60,21 +60,19 @@ class _Crops:
     kept: int
 
     @classmethod
-    def of(cls, model: ModelConfig, images: int, size: int, drop_path: float) -> _Crops:
+    def of(cls, model: ModelConfig, images: int, size: int, drop_path: float) -> Crops:
         kept = max(1, round((1.0 - drop_path) * images)) if images else 0
         return cls(images, (size // model.patch_size) ** 2, kept)
 
+    def tokens(self, model: ModelConfig) -> int:
+        """Return the number of tokens of one crop."""
+        return 1 + model.num_registers + self.patches
+
 
 def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops:
-    crops, objective, batch, drop = config.crops, config.objective, config.data.micro_batch, config.model.drop_path
-    full = _Crops.of(config.model, crops.global_count * batch, sizes.global_size, drop)
-    local = _Crops.of(config.model, crops.local_count * batch, sizes.local_size, drop)
-    rows = full.images * full.patches
-    if config.teacher.kind == "ema":
-        alignment = math.gcd(batch, config.masks.group)
-        rows = max_rows(config.masks, batch, crops.global_count, full.patches, alignment)
-    # only these output tokens of the last block are used: CLS, and the masked or (for the Gram term) all patches
-    used = full.images + (full.images * full.patches if objective.gram.is_active else rows)
+    objective = config.objective
+    full, local, rows = micro_batch_crops(config, sizes)
+    used = used_tokens(config, full, rows)
     total = _student(config, full, used) + _student(config, local, local.images)
     total += _forward(teacher.model, full, full.images + rows)
 
@@ -84,52 +82,70 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
         head, teacher_head = objective.patch_loss.head, teacher.objective.patch_loss.head
         total += _heads(config, teacher, head, teacher_head, rows, rows)
     if objective.gram.is_active:
-        gram = _Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
-        total += _forward(config.model, gram, gram.images * _tokens(config.model, gram)) + _gram_matrices(config, full)
+        gram = Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
+        total += _forward(config.model, gram, gram.images * gram.tokens(config.model)) + _gram_matrices(config, full)
     return total
 
 
-def _block(model: ModelConfig, crops: _Crops, images: int) -> tuple[float, float]:
-    """Return the forward FLOPs of a block's attention and MLP branch for ``images`` of the crops."""
+def micro_batch_crops(config: Config, sizes: CropSizes) -> tuple[Crops, Crops, int]:
+    """Return the global and local crops of a micro-batch, and the patches that the patch loss uses."""
+    crops, batch, drop = config.crops, config.data.micro_batch, config.model.drop_path
+    full = Crops.of(config.model, crops.global_count * batch, sizes.global_size, drop)
+    local = Crops.of(config.model, crops.local_count * batch, sizes.local_size, drop)
+    if config.teacher.kind != "ema":
+        return full, local, full.images * full.patches
+    alignment = math.gcd(batch, config.masks.group)
+    return full, local, max_rows(config.masks, batch, config.crops.global_count, full.patches, alignment)
+
+
+def used_tokens(config: Config, full: Crops, rows: int) -> int:
+    """Return the global crops' output tokens of the last block that are used: CLS, and the masked or all patches."""
+    return full.images + (full.images * full.patches if config.objective.gram.is_active else rows)
+
+
+def block_flops(model: ModelConfig, crops: Crops, images: int) -> tuple[float, float, float]:
+    """Return a block's forward FLOPs for ``images`` of the crops: attention's linear layers, its scores, the MLP."""
     matrices = {name: math.prod(shape) for name, shape in block_shapes(model).items() if len(shape) == 2}
     mlp = sum(numel for name, numel in matrices.items() if name.startswith("mlp."))
-    tokens = _tokens(model, crops)
+    tokens = crops.tokens(model)
     rows = images * tokens
-    attention = 2.0 * rows * (sum(matrices.values()) - mlp) + 4.0 * rows * tokens * model.dim
-    return attention, 2.0 * rows * mlp
+    return 2.0 * rows * (sum(matrices.values()) - mlp), 4.0 * rows * tokens * model.dim, 2.0 * rows * mlp
 
 
-def _tokens(model: ModelConfig, crops: _Crops) -> int:
-    return 1 + model.num_registers + crops.patches
+def _block(model: ModelConfig, crops: Crops, images: int) -> tuple[float, float]:
+    """Return the forward FLOPs of a block's attention and MLP branch for ``images`` of the crops."""
+    linear, scores, mlp = block_flops(model, crops, images)
+    return linear + scores, mlp
 
 
-def _embedding(model: ModelConfig, crops: _Crops) -> float:
+def embedding_flops(model: ModelConfig, crops: Crops) -> float:
+    """Return the forward FLOPs of the patch embedding."""
     return 2.0 * crops.images * crops.patches * 3 * model.patch_size**2 * model.dim
 
 
-def _used_share(model: ModelConfig, crops: _Crops, used: int) -> float:
+def used_share(model: ModelConfig, crops: Crops, used: int) -> float:
     """Return the share of the crops' tokens that are used; the last block's MLP computes only these."""
-    return used / (crops.images * _tokens(model, crops)) if crops.images else 0.0
+    return used / (crops.images * crops.tokens(model)) if crops.images else 0.0
 
 
-def _forward(model: ModelConfig, crops: _Crops, used: int) -> StepFlops:
+def _forward(model: ModelConfig, crops: Crops, used: int) -> StepFlops:
     """Return the FLOPs of a backbone's forward without gradients; ``used`` of its output tokens are used."""
     attention, mlp = _block(model, crops, crops.images)
-    mlps = (model.depth - 1 + _used_share(model, crops, used)) * mlp
-    flops = model.depth * attention + mlps + _embedding(model, crops)
+    mlps = (model.depth - 1 + used_share(model, crops, used)) * mlp
+    flops = model.depth * attention + mlps + embedding_flops(model, crops)
     return StepFlops(flops, flops)
 
 
-def _student(config: Config, crops: _Crops, used: int) -> StepFlops:
+def _student(config: Config, crops: Crops, used: int) -> StepFlops:
     """Return the FLOPs of the student backbone's forward and backward; ``used`` of its output tokens are used."""
     model, engine = config.model, config.engine
     attention, mlp = _block(model, crops, crops.kept)
-    share = _used_share(model, crops, used)
+    share = used_share(model, crops, used)
     attentions, mlps = model.depth * attention, (model.depth - 1 + share) * mlp
     # the last MLP computes the used tokens of all samples, and multiplies those of skipped samples by 0
     executed_mlps = (model.depth - 1) * mlp + share * _block(model, crops, crops.images)[1]
     # recomputing a single branch stops before its last matmul, whose output was saved
-    rows = 2.0 * crops.kept * _tokens(model, crops)
+    rows = 2.0 * crops.kept * crops.tokens(model)
     inner_attentions = attentions - model.depth * rows * model.dim**2
     inner_mlps = executed_mlps * (1.0 - rows * model.dim * model.hidden / mlp) if mlp else 0.0
     recomputed = {"none": 0.0, "selective": inner_mlps, "block": attentions + executed_mlps}[engine.checkpointing]
@@ -137,7 +153,7 @@ def _student(config: Config, crops: _Crops, used: int) -> StepFlops:
         # the view groups are recomputed once more inside the recomputed block
         recomputed += inner_attentions + inner_mlps
     # the pixels need no gradient
-    embedding = 2.0 * _embedding(model, crops)
+    embedding = 2.0 * embedding_flops(model, crops)
     executed = 3.0 * (attentions + executed_mlps) + embedding + recomputed
     return StepFlops(3.0 * (attentions + mlps) + embedding, executed)
 
@@ -146,7 +162,8 @@ def _heads(
     config: Config, teacher: Config, head: HeadConfig, teacher_head: HeadConfig, rows: int, teacher_rows: int
 ) -> StepFlops:
     """Return the FLOPs of one head of the student and of the teacher, with the prototypes."""
-    mlps = 6.0 * rows * _mlp(config.model, head) + 2.0 * teacher_rows * _mlp(teacher.model, teacher_head)
+    teacher_weights = head_weights(teacher.model, teacher_head)
+    mlps = 6.0 * rows * head_weights(config.model, head) + 2.0 * teacher_rows * teacher_weights
     logits = 2.0 * rows * head.prototypes * head.bottleneck
     teacher_logits = 2.0 * teacher_rows * teacher_head.prototypes * teacher_head.bottleneck
     # the student's logits are computed twice, the teacher's in each Sinkhorn iteration and in the loss
@@ -154,13 +171,13 @@ def _heads(
     return StepFlops(mlps + 3 * logits + teacher_logits, mlps + 4 * logits + times * teacher_logits)
 
 
-def _mlp(model: ModelConfig, head: HeadConfig) -> int:
+def head_weights(model: ModelConfig, head: HeadConfig) -> int:
     """Return the number of weights of a head's MLP, without biases."""
     sizes = [model.dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
     return sum(inputs * outputs for inputs, outputs in pairwise(sizes))
 
 
-def _gram_matrices(config: Config, crops: _Crops) -> StepFlops:
+def _gram_matrices(config: Config, crops: Crops) -> StepFlops:
     """Return the FLOPs of the student's and the teacher's patch similarities and their gradient."""
     patches = crops.patches if config.objective.gram.level == "image" else crops.images * crops.patches
     flops = 3 * 2.0 * crops.images * crops.patches * patches * config.model.dim

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from streamtrain.config.tree import Config
 from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.sizes import CPU_KERNELS, Implementation, StoredImages
+from streamtrain.planning.time import DEFAULT_HARDWARE, DISK_BYTES, HOST_BYTES, Hardware, StepTime, predict
 
-# rates per second of a recent GPU and its links, good enough to compare settings
-GPU_FLOPS, GATHERED_BYTES, HOST_BYTES, DISK_BYTES = 400e12, 200e9, 25e9, 3e9
-# kernel launches of one block, forward and backward, on a GPU
-BLOCK_SECONDS = 2e-3
 # Assumed FLOP/s of one core by the most capable feature in use: with the CPU kernels, and without. AMX and AVX-512 with
 # kernels follow from docs/performance.md; the others are guesses.
 CORE_FLOPS = {
@@ -22,6 +19,8 @@ CORE_FLOPS = {
     "avx2": (0.05e12, 0.05e12),
     "none": (0.02e12, 0.02e12),
 }
+# bytes/s between the ranks of a CPU
+GATHERED_BYTES = 200e9
 # of one core: decoding and cropping an image, operations of one block, and bytes that an update reads and writes
 IMAGE_SECONDS, CPU_BLOCK_SECONDS, UPDATED_BYTES = 7e-3, 1e-3, 5e9
 
@@ -46,9 +45,10 @@ class Machine:
     # bytes of one GPU and of one host; None: not checked
     gpu_memory: int | None = None
     host_memory: int | None = None
-    # FLOP/s that one rank attains
-    flops: float = GPU_FLOPS
-    # cores of one rank
+    # rates of the GPUs, their network and the loader
+    hardware: Hardware = DEFAULT_HARDWARE
+    # without a GPU: FLOP/s that one rank attains, and its cores
+    flops: float = CORE_FLOPS["none"][0]
     cores: int = 1
     # the stored images; None: unknown
     images: StoredImages | None = None
@@ -65,14 +65,23 @@ class Machine:
         on_device = not self.on_gpu or self.gpu_memory is None or planned.gpu_bytes <= self.gpu_memory
         return on_device and (self.host_memory is None or planned.host_bytes <= self.host_memory)
 
+    @property
+    def attained_flops(self) -> float:
+        """FLOP/s that the matmuls of one rank attain."""
+        return self.hardware.matmul_flops if self.on_gpu else self.flops
+
+    def step_time(self, config: Config, planned: Plan) -> StepTime:
+        """Predict the time of one optimiser step on GPUs, by cause."""
+        return predict(config, self.ranks, self.hardware, planned.transfer_bytes_per_step)
+
     def step_seconds(self, config: Config, planned: Plan) -> float:
         """Estimate the time of one optimiser step."""
+        if self.on_gpu:
+            return self.step_time(config, planned).seconds
         _, accumulation = config.batch_split(self.ranks)
         link = DISK_BYTES if config.engine.moments == "disk" else HOST_BYTES
         seconds = planned.flops_per_step / self.ranks / self.flops
         seconds += planned.all_gather_bytes_per_step / GATHERED_BYTES + planned.transfer_bytes_per_step / link
-        if self.on_gpu:
-            return seconds + accumulation * config.model.depth * BLOCK_SECONDS
         images = accumulation * config.data.micro_batch
         # on a CPU the loader uses the same cores
         seconds += images * IMAGE_SECONDS / self.cores + accumulation * config.model.depth * CPU_BLOCK_SECONDS

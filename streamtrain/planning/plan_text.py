@@ -23,6 +23,7 @@ from streamtrain.planning.parts import (
 )
 from streamtrain.planning.shapes import parameter_shapes
 from streamtrain.planning.sizes import ASSUMED_IMAGES
+from streamtrain.planning.time import StepTime, hidden_from, mfu
 from streamtrain.planning.units import duration, significant, size
 
 _GPU_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
@@ -60,7 +61,6 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
     total, _ = config.batch_split(machine.ranks)
     seconds = machine.step_seconds(config, planned)
     run = seconds * config.run.steps
-    rate = f"{significant(machine.flops / 1e12)} TFLOP/s per {unit}"
     dtype = "bf16" if machine.bf16 else "fp32"
     of_each = "" if machine.on_gpu else f" of {_count(machine.cores, 'core')}"
     units = _count(machine.ranks, unit, "es" if unit == "process" else "s")
@@ -73,9 +73,10 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
         lines.append(f"host      {size(planned.host_bytes)} for {_count(planned.ranks_per_host, 'rank')}")
     lines += [
         f"time      {duration(seconds)} per step of {_count(total, 'image')}, {duration(run)} for "
-        f"{_count(config.run.steps, 'step')}, assuming {rate} (--tflops)",
+        f"{_count(config.run.steps, 'step')}, assuming {_rates(machine)}",
     ]
     if machine.on_gpu:
+        lines += _time_lines(machine.step_time(config, planned), config, machine)
         lines.append(f"cost      {significant(run * machine.ranks / 3600)} GPU-hours")
     lines.append(f"disk      {size(planned.disk_bytes)} for checkpoints")
     if machine.images is None:
@@ -84,6 +85,33 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
     else:
         lines.append(f"images    {significant(machine.images.pixels / 1e6)} megapixels on average")
     return "\n".join(lines)
+
+
+def _rates(machine: Machine) -> str:
+    """Return the assumptions of the time that an option changes."""
+    if not machine.on_gpu:
+        return f"{significant(machine.flops / 1e12)} TFLOP/s per process (--tflops)"
+    hardware = machine.hardware
+    if hardware.flops:
+        return f"matmuls at {significant(hardware.flops / 1e12)} TFLOP/s and other rates of {hardware.gpu.name} (--gpu)"
+    return f"{hardware.gpu.name} (--gpu)"
+
+
+def _time_lines(time: StepTime, config: Config, machine: Machine) -> list[str]:
+    """Return the throughput and the causes of a step's time, the largest first."""
+    images, _ = config.batch_split(machine.ranks)
+    rate, share = images / time.seconds, mfu(config, machine.ranks, machine.hardware, time.seconds)
+    parts = sorted(time.parts.items(), key=lambda part: -part[1])
+    causes = ", ".join(f"{name} {part / time.seconds:.0%}" for name, part in parts if part >= 0.005 * time.seconds)
+    lines = [
+        f"speed     {significant(rate / machine.ranks)} images/s per GPU, {significant(rate)} in all; MFU {share:.0%}",
+        f"bound     {causes}",
+    ]
+    if machine.ranks > 1:
+        size = hidden_from(config, machine.ranks, machine.hardware)
+        hidden = "not hidden by any micro-batch" if size is None else f"hidden from micro-batch {size}"
+        lines.append(f"network   {hidden}")
+    return lines
 
 
 def _parameters(planned: Plan) -> str:

@@ -1,0 +1,481 @@
+"""The time of an optimiser step on GPUs, predicted by operation, without torch or a device.
+
+FLOPs are those of ``flops.py``. Kernels and bytes of all other operations come from ``operations.json``, which
+``python tools/bench.py operations --write`` counts in the real code. Nothing here has been measured on our own step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from streamtrain.config.crops import CropSizes
+from streamtrain.config.model import HeadConfig
+from streamtrain.config.tree import Config
+from streamtrain.planning.flops import (
+    Crops,
+    block_flops,
+    embedding_flops,
+    head_weights,
+    micro_batch_crops,
+    step_flops,
+    used_tokens,
+)
+from streamtrain.planning.parts import BACKWARD, OPTIMISER, TARGETS, TEACHER
+from streamtrain.planning.peak import Gpu, gpu_of_option
+from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
+
+FORWARD = "student forward"
+# causes of a step's time
+PARTS = ("matmul", "attention", "memory", "launch", "network", "transfer", "loader")
+DEFAULT_GPU = gpu_of_option("h100")
+
+# Assumptions, the same for every device and run.
+# Share of the peak that large bf16 matmuls attain: 0.87 on A100, 0.80 on H100 and H200, 0.78 on B200 by the search over
+# shapes in Bekman's ML Engineering book ("maximum achievable matmul FLOPS"). Those are the best shapes; 0.7 for others.
+MATMUL_SHARE = 0.7
+# of the FP8 peak, with a scale per row: 0.71 on H100 for the best shapes in the same table
+FP8_SHARE = 0.6
+# a matmul's inner dimension that costs as much as its prologue and epilogue
+INNER = 128
+# Share of the peak of fused attention, after rounding queries and keys up to its tiles (FlashAttention-2's tables: 0.6
+# to 0.7 on A100 for long sequences in the forward and 0.1 less in the backward, about 0.4 on H100).
+ATTENTION_SHARE, QUERY_TILE, KEY_TILE = 0.4, 128, 64
+# share of the memory bandwidth that a memory-bound kernel attains, and seconds in which a kernel starts and drains
+BANDWIDTH_SHARE, KERNEL_SECONDS = 0.8, 2e-6
+# host seconds per launched kernel with its share of Python, of a call of a compiled branch, and of ZeRO-3's hooks per
+# gathered module
+LAUNCH_SECONDS, COMPILED_SECONDS, HOOK_SECONDS = 8e-6, 100e-6, 300e-6
+# share of the link bandwidth that NCCL attains, and seconds per rank of a ring for one collective
+LINK_SHARE, HOP_SECONDS = 0.8, 2e-6
+# of a small all-reduce
+REDUCE_SECONDS = 50e-6
+# bytes/s between GPU and host, and of a disk
+HOST_BYTES, DISK_BYTES = 25e9, 3e9
+GPUS_PER_HOST = 8
+# bytes/s per GPU between hosts (400 Gbit/s), and images/s that the loader of one host decodes and crops
+NETWORK_BYTES, LOADER_IMAGES = 50e9, 8000.0
+# Bytes that the update reads and writes per value of a rank: norm 4, AdamW 28, copy to bf16 6; the EMA 18. The search
+# for 8-bit codes needs ten times as many.
+UPDATE_BYTES, EIGHT_BIT_BYTES, EMA_BYTES = 38, 400, 18
+# per gathered value: received, and copied from the ranks' pieces; per value of a gradient: copied to and in the bucket;
+# per value of this rank: converted to fp32 and added
+GATHER_BYTES, BUCKET_BYTES, ACCUMULATE_BYTES = 6, 8, 14
+# kernels of an update per parameter group, and modules outside the blocks that are gathered
+UPDATE_KERNELS, OTHER_MODULES = 20, 10
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """GPUs, their network, and the rate of the loader."""
+
+    gpu: Gpu = DEFAULT_GPU
+    # bytes/s per GPU between hosts, and images/s of one host's loader
+    network: float = NETWORK_BYTES
+    loader: float = LOADER_IMAGES
+    bf16: bool = True
+    # FLOP/s that every matmul attains; None: predicted from the peak and its size
+    flops: float | None = None
+
+    @property
+    def matmul_flops(self) -> float:
+        """FLOP/s of a large matmul."""
+        return self.flops or MATMUL_SHARE * (self.gpu.bf16 if self.bf16 else self.gpu.fp32)
+
+    def matmul_seconds(self, flops: float, inner: float, num_bytes: float, fp8: bool = False) -> float:
+        """Return the time of matmuls with this inner dimension."""
+        rate = self.matmul_flops
+        if fp8 and self.gpu.fp8 and not self.flops:
+            rate = FP8_SHARE * self.gpu.fp8
+        share = 1.0 if self.flops else inner / (inner + INNER)
+        return max(flops / (rate * share), self.memory_seconds(num_bytes))
+
+    def memory_seconds(self, num_bytes: float) -> float:
+        """Return the time to read and write these bytes."""
+        return num_bytes / (BANDWIDTH_SHARE * self.gpu.memory)
+
+    def gather_rate(self, world_size: int) -> float:
+        """Return the bytes/s at which a rank receives in a collective: of the slower of link and network."""
+        rate = self.gpu.link
+        if world_size > GPUS_PER_HOST:
+            # the rings of a host's network cards each carry a part of the data
+            rate = min(rate, GPUS_PER_HOST * self.network)
+        return LINK_SHARE * rate
+
+
+DEFAULT_HARDWARE = Hardware()
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a phase: seconds of one rank in an optimiser step."""
+
+    name: str
+    phase: str
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    kernels: float = 0.0
+    # host seconds beside the launches
+    host: float = 0.0
+
+    @property
+    def device_seconds(self) -> float:
+        return self.matmul + self.attention + self.memory + self.kernels * KERNEL_SECONDS
+
+    @property
+    def host_seconds(self) -> float:
+        return self.kernels * LAUNCH_SECONDS + self.host
+
+    @property
+    def seconds(self) -> float:
+        """The slower of the device and of the host that launches its kernels."""
+        return max(self.device_seconds, self.host_seconds)
+
+    def parts(self) -> dict[str, float]:
+        """Return the seconds by cause."""
+        launch = self.seconds - self.matmul - self.attention - self.memory
+        return {"matmul": self.matmul, "attention": self.attention, "memory": self.memory, "launch": launch}
+
+    def __mul__(self, factor: float) -> Region:
+        values = (self.matmul, self.attention, self.memory, self.kernels, self.host)
+        return Region(self.name, self.phase, *(factor * value for value in values))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The predicted time of one optimiser step."""
+
+    regions: tuple[Region, ...]
+    # seconds of collectives by phase; those that computation of the phase does not cover are exposed
+    communication: dict[str, float]
+    # seconds of copies to and from the host or disk, and that the loader takes for the images of a step
+    transfer: float
+    loader: float
+    is_overlapped: bool = True
+    parts: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = dict.fromkeys(PARTS, 0.0)
+        for region in self.regions:
+            for name, seconds in region.parts().items():
+                parts[name] += seconds
+        parts |= {"network": self.exposed, "transfer": self.transfer}
+        parts["loader"] = max(0.0, self.loader - sum(parts.values()))
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of collectives that are not hidden behind computation."""
+        if not self.is_overlapped:
+            return sum(self.communication.values())
+        busy = {phase: sum(r.seconds for r in self.regions if r.phase == phase) for phase in self.communication}
+        return sum(max(0.0, seconds - busy[phase]) for phase, seconds in self.communication.items())
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def bound(self) -> str:
+        """The part that takes the most time."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+def predict(config: Config, world_size: int, hardware: Hardware, transfer_bytes: int = 0) -> StepTime:
+    """Predict an optimiser step of ``world_size`` GPUs, averaged over alternating crop sizes.
+
+    ``transfer_bytes`` are those that a rank moves to and from host memory or disk (``Plan.transfer_bytes_per_step``).
+
+    Raises:
+        ConfigError: if micro-batch x ranks does not divide the global batch.
+    """
+    _, accumulation = config.batch_split(world_size)
+    shares = [entry.share for entry in config.crops.sizes] or [1.0]
+    regions: list[Region] = []
+    for share, sizes in zip(shares, config.crop_sizes, strict=True):
+        model = _Model(config, sizes, hardware, accumulation)
+        micro_batch = (*model.teacher(), *model.student(), *model.traffic(world_size))
+        found = (*(each * accumulation for each in micro_batch), *model.targets())
+        regions += [each * (share / sum(shares)) for each in found]
+    regions += _update(config, world_size, hardware)
+    rate = DISK_BYTES if config.engine.moments == "disk" else HOST_BYTES
+    images = accumulation * config.data.micro_batch * min(world_size, GPUS_PER_HOST)
+    return StepTime(
+        tuple(regions),
+        _communication(config, world_size, hardware, accumulation),
+        transfer_bytes / rate,
+        images / hardware.loader,
+        # with a single live block the next one is gathered after it
+        is_overlapped=config.engine.live_blocks > 1,
+    )
+
+
+def mfu(config: Config, world_size: int, hardware: Hardware, seconds: float) -> float:
+    """Return the model FLOPs utilisation of a step of ``seconds``."""
+    peak = hardware.gpu.bf16 if hardware.bf16 else hardware.gpu.fp32
+    return step_flops(config, world_size).model / world_size / seconds / peak
+
+
+def hidden_from(config: Config, world_size: int, hardware: Hardware, largest: int = 1024) -> int | None:
+    """Return the smallest micro-batch, a power of two, that hides the network; None if none up to ``largest`` does."""
+    size = 1
+    while size <= largest:
+        data = config.data.model_copy(update={"micro_batch": size, "global_batch": None})
+        if not predict(config.model_copy(update={"data": data}), world_size, hardware).exposed:
+            return size
+        size *= 2
+    return None
+
+
+class _Counted(NamedTuple):
+    """Kernels, and bytes of memory-bound operations."""
+
+    kernels: float
+    num_bytes: float
+
+
+@lru_cache
+def _table() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(Path(__file__).with_name("operations.json").read_text())
+    return loaded
+
+
+def counted(key: str, **sizes: float) -> _Counted:
+    """Evaluate one entry of ``operations.json`` for these sizes."""
+    entry = _table()[key]
+
+    def total(kind: str) -> float:
+        return sum(
+            coefficient * math.prod(1.0 if name == "1" else sizes[name] for name in product.split("*"))
+            for product, coefficient in entry[kind].items()
+        )
+
+    return _Counted(total("kernels"), total("bytes"))
+
+
+def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
+    """Return the prototypes per chunk, as ``ops.logits.chunk_rows``, which needs torch."""
+    return min(num_prototypes, max(64, chunk_bytes // (4 * max(1, num_rows)) // 64 * 64))
+
+
+class _Model:
+    """The regions of a micro-batch with crops of given sizes."""
+
+    def __init__(self, config: Config, sizes: CropSizes, hardware: Hardware, accumulation: int) -> None:
+        self.config, self.hardware, self.accumulation = config, hardware, accumulation
+        self.sizes = sizes
+        self.full, self.local, self.masked = micro_batch_crops(config, sizes)
+        self.fp8 = config.engine.fp8
+        self.is_compiled = config.engine.compiles(on_gpu=True)
+        self.mode = f"{'compiled' if self.is_compiled else 'eager'}/{'fp8' if self.fp8 else 'bf16'}"
+        # bytes in the table are those of bf16
+        self.width = 1.0 if hardware.bf16 else 2.0
+        objective = config.objective
+        # name, configuration, student rows and teacher rows of each head
+        self.heads = [("global", objective.global_loss.head, self.full.images + self.local.images, self.full.images)]
+        if objective.patch_loss.kind == "ibot":
+            self.heads.append(("patch", objective.patch_loss.head, self.masked, self.masked))
+
+    def teacher(self) -> Iterator[Region]:
+        """Yield the regions of the teacher pass, and of the Gram teacher's if there is one."""
+        yield from self._teacher_blocks(self.full, self.full.images + self.masked)
+        for name, head, _, rows in self.heads:
+            yield self._head(TEACHER, f"{name} head", "teacher/forward", head, rows, 1.0)
+        if self.config.objective.gram.is_active:
+            side = self.sizes.gram_size or self.sizes.global_size
+            gram = Crops.of(self.config.model, self.full.images, side, 0.0)
+            yield from self._teacher_blocks(gram, gram.images * gram.tokens(self.config.model))
+
+    def _teacher_blocks(self, crops: Crops, used: int) -> Iterator[Region]:
+        chunks = math.ceil(crops.images / self.config.teacher.chunk) if self.config.teacher.chunk else 1
+        yield self._embedding(TEACHER, "teacher/forward", [crops], 1.0)
+        last = used / (crops.images * crops.tokens(self.config.model))
+        yield from self._block(TEACHER, "teacher/forward", [(crops, crops.images)], 1.0, last, chunks)
+
+    def student(self) -> Iterator[Region]:
+        """Yield the regions of the student's forward and backward, with recomputation."""
+        engine, model = self.config.engine, self.config.model
+        where = "student_drop" if model.drop_path else "student"
+        crops = [(each, each.kept) for each in (self.full, self.local) if each.images]
+        tokens = sum(each.images * each.tokens(model) for each, _ in crops)
+        used = used_tokens(self.config, self.full, self.masked) + self.local.images
+        last = used / tokens
+        calls = engine.view_groups if engine.checkpointing != "none" else 1
+        yield self._embedding(FORWARD, "student/forward", [each for each, _ in crops], 1.0)
+        yield from self._block(FORWARD, f"{where}/forward", crops, 1.0, last, calls)
+        yield from self._block(BACKWARD, f"{where}/backward", crops, 2.0, last, calls)
+        recomputed = {"none": (), "selective": ("mlp",), "block": ("attention", "mlp")}[engine.checkpointing]
+        twice = engine.view_groups > 1 and engine.checkpointing == "block"
+        for region in self._block(BACKWARD, f"{where}/forward", crops, 1.0, last, calls):
+            if region.name in recomputed:
+                again = region * (2.0 if twice else 1.0)
+                yield Region(f"{region.name}, recomputed", *_values(again))
+        yield self._embedding(BACKWARD, "student/backward", [each for each, _ in crops], 1.0)
+        for name, head, rows, teacher_rows in self.heads:
+            yield self._head(FORWARD, f"{name} head", "student/forward", head, rows, 1.0)
+            yield self._head(BACKWARD, f"{name} head", "student/backward", head, rows, 2.0)
+            yield from self._loss(name, head, rows, teacher_rows)
+
+    def _block(
+        self, phase: str, key: str, crops: list[tuple[Crops, int]], passes: float, last: float, calls: int
+    ) -> Iterator[Region]:
+        """Yield both branches of all blocks; ``last`` is the share of the tokens that the last MLP computes.
+
+        Args:
+            crops: crops of each size, and the number of them that a branch computes.
+            passes: matmuls of the pass in units of the forward's.
+            calls: groups of images, one after another.
+        """
+        model, hardware = self.config.model, self.hardware
+        tokens = sum(each.images * each.tokens(model) for each, _ in crops)
+        kept = sum(images * each.tokens(model) for each, images in crops)
+        linear = padded = mlp = 0.0
+        for each, images in crops:
+            own, scores, own_mlp = block_flops(model, each, images)
+            linear, mlp = linear + own, mlp + own_mlp
+            padded += scores * _padding(each.tokens(model), QUERY_TILE, KEY_TILE)
+        # the backward forms five matmuls of scores where the forward forms two
+        attention = padded * (2.5 if passes == 2.0 else 1.0) / (ATTENTION_SHARE * hardware.gpu.bf16)
+        if not hardware.bf16:
+            attention *= hardware.gpu.bf16 / hardware.gpu.fp32
+        wide, depth = model.hidden * (3 if model.mlp == "swiglu" else 2), model.depth
+        values = {"attention": 6 * model.dim, "mlp": 2 * model.dim + wide}
+        inner = {"attention": float(model.dim), "mlp": 2 * model.dim * model.hidden / (model.dim + model.hidden)}
+        # ZeRO-3's hooks run between the launches of a block's branches
+        host = (COMPILED_SECONDS * calls if self.is_compiled else 0.0) + HOOK_SECONDS / 2
+        for name, flops, count in (("attention", linear, float(depth)), ("mlp", mlp, depth - 1 + last)):
+            table = f"{'attention' if name == 'attention' else f'mlp_{model.mlp}'}/{key}/{self.mode}"
+            kernels, num_bytes = counted(table, tokens=tokens, kept=kept, dim=model.dim, hidden=model.hidden)
+            moved = 2.0 * self.width * kept * values[name]
+            seconds = hardware.matmul_seconds(flops, inner[name], moved, self.fp8)
+            if passes == 2.0:
+                # the gradients of the weights are bf16 matmuls over all tokens
+                seconds += hardware.matmul_seconds(flops, kept, moved)
+            yield Region(
+                name, phase, count * seconds, depth * attention if name == "attention" else 0.0,
+                count * hardware.memory_seconds(self.width * num_bytes), depth * calls * kernels, depth * host,
+            )  # fmt: skip
+
+    def _embedding(self, phase: str, key: str, crops: list[Crops], passes: float) -> Region:
+        model, hardware = self.config.model, self.hardware
+        tokens = sum(each.images * each.tokens(model) for each in crops)
+        pixels = sum(each.images * each.patches * 3 * model.patch_size**2 for each in crops)
+        kernels, num_bytes = counted(f"embedding/{key}", tokens=tokens, dim=model.dim, pixels=pixels)
+        flops = passes * sum(embedding_flops(model, each) for each in crops)
+        matmul = hardware.matmul_seconds(flops, 3 * model.patch_size**2, 2.0 * (pixels + tokens * model.dim))
+        return Region("embedding", phase, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
+
+    def _head(self, phase: str, name: str, key: str, head: HeadConfig, rows: int, passes: float) -> Region:
+        dim, hardware = self.config.model.dim, self.hardware
+        kernels, num_bytes = counted(
+            f"head/{key}", rows=rows, dim=dim, hidden=head.hidden, bottleneck=head.bottleneck, layers=head.layers,
+            inner=head.layers - 1,
+        )  # fmt: skip
+        weights = head_weights(self.config.model, head)
+        matmul = passes * hardware.matmul_seconds(2.0 * rows * weights, head.hidden, 2.0 * weights)
+        return Region(name, phase, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
+
+    def _loss(self, name: str, head: HeadConfig, rows: int, teacher_rows: int) -> Iterator[Region]:
+        hardware, objective = self.hardware, self.config.objective
+        chunk = chunk_rows(objective.chunk_bytes, rows + teacher_rows, head.prototypes)
+        sizes = {
+            "rows": rows, "teacher_rows": teacher_rows, "prototypes": head.prototypes, "bottleneck": head.bottleneck,
+            "chunks": math.ceil(head.prototypes / chunk),
+        }  # fmt: skip
+        logits, teacher_logits = rows * head.prototypes, teacher_rows * head.prototypes
+        # the student's logits twice and the teacher's once, stored in fp32; two gradients, read in bf16
+        matmul = hardware.matmul_seconds(2.0 * logits * head.bottleneck, head.bottleneck, 4.0 * logits) * 2
+        matmul += hardware.matmul_seconds(2.0 * teacher_logits * head.bottleneck, head.bottleneck, 4.0 * teacher_logits)
+        matmul += hardware.matmul_seconds(2.0 * logits * head.bottleneck, chunk, 2.0 * logits) * 2
+        for phase, key in ((FORWARD, "forward"), (BACKWARD, "backward")):
+            kernels, num_bytes = counted(f"loss_{name}/{key}", **sizes)
+            memory = hardware.memory_seconds(num_bytes)
+            yield Region(f"{name} loss", phase, matmul if phase == FORWARD else 0.0, memory=memory, kernels=kernels)
+
+    def targets(self) -> Iterator[Region]:
+        """Yield the targets of the step, over the rows of all its micro-batches."""
+        hardware, objective = self.hardware, self.config.objective
+        for name, head, _, teacher_rows in self.heads:
+            rows = self.accumulation * teacher_rows
+            chunks = math.ceil(head.prototypes / chunk_rows(objective.chunk_bytes, rows, head.prototypes))
+            times = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 1
+            kernels, num_bytes = counted(
+                f"targets_{objective.centering}", rows=rows, prototypes=head.prototypes, bottleneck=head.bottleneck,
+                chunks=chunks, later=times - 1,
+            )  # fmt: skip
+            logits = rows * head.prototypes
+            matmul = times * hardware.matmul_seconds(2.0 * logits * head.bottleneck, head.bottleneck, 4.0 * logits)
+            yield Region(f"{name} targets", TARGETS, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
+
+    def traffic(self, world_size: int) -> Iterator[Region]:
+        """Yield ZeRO-3's copies of gathered parameters and of gradients, and the host time of its hooks."""
+        numel = _numel(self.config)
+        width = self.width
+        copies = self.hardware.memory_seconds(width * GATHER_BYTES * numel) if world_size > 1 else 0.0
+        for phase in (TEACHER, FORWARD, BACKWARD):
+            yield Region("gathered parameters", phase, memory=copies, host=OTHER_MODULES * HOOK_SECONDS)
+        moved = ACCUMULATE_BYTES * numel / world_size + (width * BUCKET_BYTES * numel if world_size > 1 else 0.0)
+        yield Region("gradients", BACKWARD, memory=self.hardware.memory_seconds(moved))
+
+
+def _values(region: Region) -> tuple[Any, ...]:
+    return (region.phase, region.matmul, region.attention, region.memory, region.kernels, region.host)
+
+
+def _padding(tokens: int, *tiles: int) -> float:
+    """Return the work of attention in whole tiles, relative to the exact one."""
+    return math.prod(math.ceil(tokens / tile) * tile / tokens for tile in tiles)
+
+
+@lru_cache
+def _numels(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+    return sum(math.prod(shape) for _, shape in shapes)
+
+
+def _numel(config: Config) -> int:
+    """Return the number of the student's parameters."""
+    return _numels(tuple(parameter_shapes(config).items()))
+
+
+def _update(config: Config, world_size: int, hardware: Hardware) -> Iterator[Region]:
+    shard = _numel(config) / world_size
+    per_value = EIGHT_BIT_BYTES if config.engine.moments == "8bit" else UPDATE_BYTES
+    kernels = UPDATE_KERNELS * 2 * (config.model.depth + 2)
+    yield Region("AdamW", OPTIMISER, memory=hardware.memory_seconds(per_value * shard), kernels=kernels)
+    yield Region("EMA", OPTIMISER, memory=hardware.memory_seconds(EMA_BYTES * shard), kernels=kernels / 4)
+
+
+def _communication(config: Config, world_size: int, hardware: Hardware, accumulation: int) -> dict[str, float]:
+    """Return the seconds of collectives by phase."""
+    if world_size == 1:
+        return {}
+    item = 2 if hardware.bf16 else 4
+    received = item * _numel(config) * (world_size - 1) / world_size / hardware.gather_rate(world_size)
+    latency = (config.model.depth + OTHER_MODULES) * world_size * HOP_SECONDS
+    one_pass = accumulation * (received + latency)
+    gathers = {TEACHER: one_pass, FORWARD: one_pass, BACKWARD: 2 * one_pass}
+    if config.objective.gram.is_active:
+        backbone = sum(math.prod(shape) for shape in backbone_shapes(config.model).values())
+        gathers[TEACHER] += accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
+    return {**gathers, TARGETS: _reduced_chunks(config, accumulation) * REDUCE_SECONDS}
+
+
+def _reduced_chunks(config: Config, accumulation: int) -> int:
+    """Return the all-reduces of Sinkhorn: two per chunk in the first iteration, then one."""
+    if config.objective.centering != "sinkhorn":
+        return 1
+    full, _, masked = micro_batch_crops(config, config.crop_sizes[0])
+    heads = [(config.objective.global_loss.head, full.images)]
+    if config.objective.patch_loss.kind == "ibot":
+        heads.append((config.objective.patch_loss.head, masked))
+    chunks = sum(
+        math.ceil(head.prototypes / chunk_rows(config.objective.chunk_bytes, accumulation * rows, head.prototypes))
+        for head, rows in heads
+    )
+    return chunks * (config.objective.sinkhorn_iterations + 1)
