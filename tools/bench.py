@@ -11,6 +11,7 @@ python tools/bench.py prototypes --rows 2048 --prototypes 262144 --dim 256
 python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --at 0.5
 python tools/bench.py stream --set SET --samples 50000 [--loader]
 python tools/bench.py operations [--write]
+python tools/bench.py predicted
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
 versions and hardware, for benchmarks/results/) and settings as a.b=value.
@@ -140,6 +141,7 @@ def parse_arguments() -> argparse.Namespace:
 
     add_option = add("operations", run_operations, "kernels and bytes of a step on a GPU, counted without one")
     add_option("--write", action="store_true", help="write streamtrain/planning/operations.json")
+    add("predicted", run_predicted, "predicted time of recipes and published runs on GPUs, as Markdown tables")
     return parser.parse_args()
 
 
@@ -222,6 +224,12 @@ def run_operations(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import operations
 
     return operations.run(arguments.write)
+
+
+def run_predicted(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import predicted_time
+
+    return predicted_time.run()
 
 
 def _build_config(overrides: list[str]) -> Config:

@@ -94,7 +94,7 @@ def _rates(machine: Machine) -> str:
     hardware = machine.hardware
     if hardware.flops:
         return f"matmuls at {significant(hardware.flops / 1e12)} TFLOP/s and other rates of {hardware.gpu.name} (--gpu)"
-    return f"{hardware.gpu.name} (--gpu)"
+    return f"{hardware.gpu.name} GPUs (--gpu)"
 
 
 def _time_lines(time: StepTime, config: Config, machine: Machine) -> list[str]:
@@ -109,8 +109,8 @@ def _time_lines(time: StepTime, config: Config, machine: Machine) -> list[str]:
     ]
     if machine.ranks > 1:
         size = hidden_from(config, machine.ranks, machine.hardware)
-        hidden = "not hidden by any micro-batch" if size is None else f"hidden from micro-batch {size}"
-        lines.append(f"network   {hidden}")
+        hidden = "at no micro-batch" if size is None else f"from micro-batch {size}"
+        lines.append(f"gathers   hidden behind computation {hidden}")
     return lines
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,9 @@ UPDATE_BYTES, EIGHT_BIT_BYTES, EMA_BYTES = 38, 400, 18
 # per gathered value: received, and copied from the ranks' pieces; per value of a gradient: copied to and in the bucket;
 # per value of this rank: converted to fp32 and added
 GATHER_BYTES, BUCKET_BYTES, ACCUMULATE_BYTES = 6, 8, 14
+# kernels of a micro-batch that no region counts, such as masks, rows, final norm and KoLeo: the count of the whole
+# network's operations less that of the regions
+OTHER_KERNELS = {TEACHER: 11, FORWARD: 90, BACKWARD: 60}
 # kernels of an update per parameter group, and modules outside the blocks that are gathered
 UPDATE_KERNELS, OTHER_MODULES = 20, 10
 
@@ -143,8 +146,8 @@ class Region:
         return {"matmul": self.matmul, "attention": self.attention, "memory": self.memory, "launch": launch}
 
     def __mul__(self, factor: float) -> Region:
-        values = (self.matmul, self.attention, self.memory, self.kernels, self.host)
-        return Region(self.name, self.phase, *(factor * value for value in values))
+        names = ("matmul", "attention", "memory", "kernels", "host")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -310,17 +313,24 @@ class _Model:
         yield self._embedding(FORWARD, "student/forward", [each for each, _ in crops], 1.0)
         yield from self._block(FORWARD, f"{where}/forward", crops, 1.0, last, calls)
         yield from self._block(BACKWARD, f"{where}/backward", crops, 2.0, last, calls)
-        recomputed = {"none": (), "selective": ("mlp",), "block": ("attention", "mlp")}[engine.checkpointing]
-        twice = engine.view_groups > 1 and engine.checkpointing == "block"
         for region in self._block(BACKWARD, f"{where}/forward", crops, 1.0, last, calls):
-            if region.name in recomputed:
-                again = region * (2.0 if twice else 1.0)
-                yield Region(f"{region.name}, recomputed", *_values(again))
+            yield from self._recomputed(region)
         yield self._embedding(BACKWARD, "student/backward", [each for each, _ in crops], 1.0)
         for name, head, rows, teacher_rows in self.heads:
             yield self._head(FORWARD, f"{name} head", "student/forward", head, rows, 1.0)
             yield self._head(BACKWARD, f"{name} head", "student/backward", head, rows, 2.0)
             yield from self._loss(name, head, rows, teacher_rows)
+
+    def _recomputed(self, region: Region) -> Iterator[Region]:
+        """Yield a branch's recomputation: of the whole block, and of the single branch in groups of images."""
+        model, engine = self.config.model, self.config.engine
+        whole = engine.checkpointing == "block"
+        if whole:
+            yield replace(region, name=f"{region.name}, recomputed")
+        if (engine.checkpointing == "selective" and region.name == "mlp") or (whole and engine.view_groups > 1):
+            # stops before the last matmul, whose output was saved
+            share = 0.75 if region.name == "attention" else (2 / 3 if model.mlp == "swiglu" else 0.5)
+            yield replace(region, name=f"{region.name}, recomputed in groups", matmul=share * region.matmul)
 
     def _block(
         self, phase: str, key: str, crops: list[tuple[Crops, int]], passes: float, last: float, calls: int
@@ -414,18 +424,15 @@ class _Model:
             yield Region(f"{name} targets", TARGETS, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
 
     def traffic(self, world_size: int) -> Iterator[Region]:
-        """Yield ZeRO-3's copies of gathered parameters and of gradients, and the host time of its hooks."""
+        """Yield ZeRO-3's copies of gathered parameters and gradients, its hooks, and kernels outside the regions."""
         numel = _numel(self.config)
         width = self.width
         copies = self.hardware.memory_seconds(width * GATHER_BYTES * numel) if world_size > 1 else 0.0
         for phase in (TEACHER, FORWARD, BACKWARD):
-            yield Region("gathered parameters", phase, memory=copies, host=OTHER_MODULES * HOOK_SECONDS)
+            host = OTHER_MODULES * HOOK_SECONDS
+            yield Region("gathers and others", phase, memory=copies, kernels=OTHER_KERNELS[phase], host=host)
         moved = ACCUMULATE_BYTES * numel / world_size + (width * BUCKET_BYTES * numel if world_size > 1 else 0.0)
         yield Region("gradients", BACKWARD, memory=self.hardware.memory_seconds(moved))
-
-
-def _values(region: Region) -> tuple[Any, ...]:
-    return (region.phase, region.matmul, region.attention, region.memory, region.kernels, region.host)
 
 
 def _padding(tokens: int, *tiles: int) -> float:

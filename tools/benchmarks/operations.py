@@ -25,17 +25,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import streamtrain
+from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig, ModelConfig
-from streamtrain.data.batch import normalise
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch, Masks, normalise
 from streamtrain.model import fp8
 from streamtrain.model.heads import Projection
 from streamtrain.model.layers import Block
 from streamtrain.model.layout import DropPath, Group, Layout, draw_drop_path
 from streamtrain.model.rope import Rope
 from streamtrain.model.vit import Embedding
-from streamtrain.objective.prototypes import prototype_cross_entropy
+from streamtrain.objective.prototypes import PlainWeight, prototype_cross_entropy
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
+from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.ops.cpu.build import is_enabled, set_enabled
+from streamtrain.planning.parts import BACKWARD, TARGETS, TEACHER
+from streamtrain.planning.time import FORWARD
+from streamtrain.training.ssl_model import LossWeights, SSLModel
 
 TABLE = Path(streamtrain.__file__).parent / "planning" / "operations.json"
 
@@ -396,6 +402,46 @@ def _prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, 
 def _sinkhorn(features: Tensor, weight: Tensor, iterations: int, chunk: int, valid: Tensor) -> list[Tensor]:
     assignment = sinkhorn(features, weight, 0.05, iterations, chunk, valid)
     return [assignment.column, assignment.row]
+
+
+def trace_step(config: Config) -> dict[str, Count]:
+    """Count a step of one micro-batch of the whole network, eager, by phase as in ``planning/time.py``."""
+    crops, objective, batch_size = config.crops, config.objective, config.data.micro_batch
+    images = crops.global_count * batch_size
+    patches = (crops.global_size // config.model.patch_size) ** 2
+    weights = LossWeights(gram=0.0)
+    with gpu_paths():
+        with _bf16():
+            student, teacher = SSLModel(config), SSLModel(config)
+        teacher.requires_grad_(False)
+        rows = max_rows(config.masks, batch_size, crops.global_count, patches, math.gcd(batch_size, config.masks.group))
+        masks = Masks(
+            torch.empty(images, patches, dtype=torch.bool), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        )
+        pixels = [
+            torch.empty(count * batch_size, size, size, 3, dtype=torch.uint8)
+            for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
+        ]
+        batch = Batch(np.arange(batch_size), pixels[0], pixels[1], masks)
+        heads = (teacher.global_head, teacher.patch_head)
+        prototypes = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+        with Recorder() as recorder:
+            marks = [0]
+
+            def mark() -> None:
+                marks.append(len(recorder.operations))
+
+            features = teacher.teacher_features(batch, weights)
+            mark()
+            (targets,) = TargetMaker(objective).make([features], prototypes, 0.05)
+            mark()
+            loss = student.student_losses(batch, targets, weights)["total"]
+            mark()
+            loss.backward()
+            mark()
+    phases = (TEACHER, TARGETS, FORWARD, BACKWARD)
+    spans = zip(marks[:-1], marks[1:], strict=True)
+    return {phase: eager(recorder.operations[a:b]) for phase, (a, b) in zip(phases, spans, strict=True)}
 
 
 # the sizes that kernels and bytes are proportional to, by the first part of a key

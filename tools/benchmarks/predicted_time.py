@@ -1,0 +1,169 @@
+"""The predicted time of recipes on GPUs, and of published runs beside their figures, as Markdown tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamtrain.config.load import load_config
+from streamtrain.config.tree import Config
+from streamtrain.planning.peak import gpu_of_option
+from streamtrain.planning.time import PARTS, Hardware, StepTime, hidden_from, mfu, predict
+
+# logits of all prototypes at once, as in the published code
+WHOLE = "objective.chunk_bytes=8589934592"
+PLAIN = ("engine.checkpointing=none", "model.num_registers=0", WHOLE)
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A published throughput, and the nearest configuration of ours."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    gpu: str
+    gpus: int
+    # Gbit/s per GPU between hosts
+    network: float
+    # of one GPU
+    images_per_second: float
+
+    def config(self) -> Config:
+        return load_config(self.recipe, self.overrides, self.gpus)
+
+    def hardware(self) -> Hardware:
+        # the published loader is not modelled
+        return Hardware(gpu_of_option(self.gpu), self.network * 1e9 / 8, loader=1e9)
+
+    def predicted(self) -> float:
+        """Return the predicted images/s of one GPU."""
+        return throughput(self.config(), self.gpus, predict(self.config(), self.gpus, self.hardware()))
+
+    def error(self) -> float:
+        """Return the relative error of the prediction."""
+        return self.predicted() / self.images_per_second - 1
+
+
+# Sources: README and configs/ of github.com/facebookresearch/dinov2 and dinov3; Siméoni et al. 2025. Images/s follow from
+# steps, batch, GPUs and duration.
+PUBLISHED = (
+    # vitl16_short.yaml: 125 000 steps of 2 048 on 32 A100 in "approximately 1 day"; centring, no compilation
+    PublishedRun(
+        "DINOv2 ViT-L/16", "vitl16.yaml",
+        ("data.micro_batch=64", "data.global_batch=2048", *PLAIN, "engine.compile=off", "objective.centering=softmax"),
+        "a100", 32, 200, 92.6,
+    ),
+    # vitl14.yaml: 625 000 steps of 3 072 on 96 A100 in "approximately 3.3 days"; fused SwiGLU of 2 736
+    PublishedRun(
+        "DINOv2 ViT-L/14", "vitl16.yaml",
+        ("data.micro_batch=32", "data.global_batch=3072", *PLAIN, "engine.compile=off", "model.patch_size=14",
+         "crops.local_size=98", "model.drop_path=0.4", "model.mlp=swiglu", "model.mlp_hidden=2736",
+         "objective.global_loss.head.prototypes=131072", "objective.global_loss.head.bottleneck=384",
+         "objective.patch_loss.head.prototypes=131072"),
+        "a100", 96, 200, 70.1,
+    ),
+    # vitl_im1k_lin834.yaml: "0.57s/iter" of 2 048 on 32 GPUs of the cluster RSC, which has A100s; compiled
+    PublishedRun(
+        "DINOv3 ViT-L/16", "vitl16.yaml", ("data.micro_batch=64", "data.global_batch=2048", *PLAIN), "a100", 32, 200,
+        112.3,
+    ),
+    # the same configuration in the README: 125 000 steps on 32 H100 in "approximately 14 hours"
+    PublishedRun(
+        "DINOv3 ViT-L/16", "vitl16.yaml", ("data.micro_batch=64", "data.global_batch=2048", *PLAIN), "h100", 32, 400,
+        158.7,
+    ),
+    # dinov3_vit7b16_pretrain.yaml, 61 440 GPU-hours for 1 M steps of 4 096 on 256 H100: FP8, compiled; checkpointing
+    # saves every matmul
+    PublishedRun(
+        "DINOv3 7B", "giant.yaml", ("engine.fp8=true", "engine.checkpointing=none", WHOLE), "h100", 256, 400, 18.5
+    ),
+)  # fmt: skip
+
+# network, recipe, ranks
+RECIPES = (("ViT-S/16", "vits16.yaml", 8), ("ViT-B/16", "vitb16.yaml", 8), ("ViT-L/16", "vitl16.yaml", 8))
+MICRO_BATCHES = (16, 64)
+
+
+def throughput(config: Config, world_size: int, time: StepTime) -> float:
+    """Return the images/s of one GPU."""
+    images, _ = config.batch_split(world_size)
+    return images / world_size / time.seconds
+
+
+def published_table() -> str:
+    """Return the published and predicted throughput as a Markdown table."""
+    lines = [
+        "| run | GPUs | published (images/s per GPU) | predicted (images/s per GPU) | error (%) |",
+        "|---|---|---|---|---|",
+    ]
+    for run in PUBLISHED:
+        gpus = f"{run.gpus} {gpu_of_option(run.gpu).name}"
+        lines.append(
+            f"| {run.name} | {gpus} | {run.images_per_second:.0f} | {run.predicted():.0f} | {100 * run.error():+.0f} |"
+            if run.images_per_second > 50
+            else f"| {run.name} | {gpus} | {run.images_per_second} | {run.predicted():.1f} | {100 * run.error():+.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def recipe_table() -> str:
+    """Return the predicted throughput of recipes on H100s and its causes as a Markdown table."""
+    names = " | ".join(f"{name} (%)" for name in PARTS if name not in ("transfer", "loader"))
+    lines = [
+        f"| network | GPUs | micro-batch | images/s per GPU | MFU (%) | {names} | network hidden from micro-batch |",
+        "|---|" + "---|" * 10,
+    ]
+    cases = [
+        (name, recipe, ranks, [f"data.micro_batch={size}", "data.global_batch=null"])
+        for name, recipe, ranks in RECIPES
+        for size in MICRO_BATCHES
+    ]
+    giant = ("7B", "giant.yaml", 256)
+    cases += [(*giant, []), (*giant, ["engine.fp8=true"])]
+    for name, recipe, ranks, overrides in cases:
+        config, hardware = load_config(recipe, overrides, ranks), Hardware()
+        time = predict(config, ranks, hardware)
+        shares = " | ".join(
+            f"{100 * time.parts[p] / time.seconds:.0f}" for p in PARTS if p not in ("transfer", "loader")
+        )
+        label = f"{name}, FP8" if config.engine.fp8 else name
+        hidden = hidden_from(config, ranks, hardware)
+        lines.append(
+            f"| {label} | {ranks} | {config.data.micro_batch} | {throughput(config, ranks, time):.3g} | "
+            f"{100 * mfu(config, ranks, hardware, time.seconds):.0f} | {shares} | {hidden or 'none'} |"
+        )
+    return "\n".join(lines)
+
+
+def savings(recipe: str, ranks: int, overrides: list[str]) -> dict[str, float]:
+    """Return the share of a step on H100s that each change would save."""
+    config, hardware = load_config(recipe, overrides, ranks), Hardware()
+    time = predict(config, ranks, hardware)
+
+    def without(change: Any) -> float:
+        changed = replace(time, regions=tuple(change(region) for region in time.regions))
+        return 1 - changed.seconds / time.seconds
+
+    def drop(*words: str) -> float:
+        return without(lambda r: r * 0.0 if any(word in r.name for word in words) else r)
+
+    larger = load_config(recipe, [*overrides, "objective.chunk_bytes=268435456"], ranks)
+    return {
+        "objective.chunk_bytes=256MiB": 1 - predict(larger, ranks, hardware).seconds / time.seconds,
+        "no ZeRO-3 hooks": without(lambda r: replace(r, host=0.0)),
+        "all memory-bound kernels of the blocks": without(
+            lambda r: replace(r, memory=0.0) if r.name.partition(",")[0] in ("attention", "mlp") else r
+        ),
+        "prototype losses": drop("loss"),
+        "targets": drop("targets"),
+        "heads": drop("head"),
+        "AdamW and EMA": drop("AdamW", "EMA"),
+        "copies of gathered parameters and gradients": drop("gathers", "gradients"),
+    }
+
+
+def run() -> dict[str, Any]:
+    """Print the tables of docs/performance.md; return the largest absolute error of a published run."""
+    print(published_table(), recipe_table(), sep="\n\n", end="\n\n")
+    return {"largest_error": max(abs(run.error()) for run in PUBLISHED)}
