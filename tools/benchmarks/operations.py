@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -294,7 +295,7 @@ def _layout(images: tuple[int, ...]) -> Layout:
     return Layout(tuple(Group(count, grid) for count, grid in zip(images, grids, strict=True)), 5)
 
 
-def _branches(dim: int, hidden: int, mlp: str, images: tuple[int, int], drop_rate: float) -> Iterator[Sample]:
+def branches(dim: int, hidden: int, mlp: str, images: tuple[int, int], drop_rate: float) -> Iterator[Sample]:
     """Trace both branches of a block: in the teacher (global crops, no gradients) and in the student."""
     config = ModelConfig(dim=dim, num_heads=dim // 64, mlp=mlp, mlp_hidden=hidden)  # type: ignore[arg-type]
     with _bf16():
@@ -323,10 +324,10 @@ def _refine(block: Block, tokens: Tensor, layout: Layout, tables: Any, drop: Dro
     return Block.refine(block, tokens, layout, drop, None)
 
 
-def _embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]:
+def embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]:
     config = ModelConfig(dim=dim, num_heads=dim // 64, patch_size=patch)
     with _bf16():
-        embedding = Embedding(config)
+        module = Embedding(config)
     for where in ("teacher", "student"):
         layout = _layout(images[:1] if where == "teacher" else images)
         crops = [
@@ -338,7 +339,7 @@ def _embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample
 
         def forward(crops: list[Tensor] = crops, masks: list[Any] = masks) -> Tensor:
             pixels = [normalise(each, (0.5,) * 3, (0.5,) * 3, torch.bfloat16) for each in crops]
-            return embedding(pixels, masks)
+            return module(pixels, masks)
 
         sizes = {"tokens": sum(layout.sizes()), "dim": dim, "pixels": sum(each.numel() for each in crops)}
         counts = trace(forward, where == "student")
@@ -347,18 +348,18 @@ def _embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample
                 yield f"embedding/{where}/{direction}", sizes, count
 
 
-def _head(dim: int, hidden: int, bottleneck: int, layers: int, rows: int) -> Iterator[Sample]:
+def head(dim: int, hidden: int, bottleneck: int, layers: int, rows: int) -> Iterator[Sample]:
     with _bf16():
-        head = Projection(dim, HeadConfig(hidden=hidden, bottleneck=bottleneck, layers=layers))
+        module = Projection(dim, HeadConfig(hidden=hidden, bottleneck=bottleneck, layers=layers))
     features = torch.empty(rows, dim, dtype=torch.bfloat16, requires_grad=True)
     inner = {"dim": dim, "hidden": hidden, "bottleneck": bottleneck, "layers": layers, "inner": layers - 1}
     sizes = {"rows": rows, **inner}
-    for direction, count in zip(("forward", "backward"), trace(lambda: head(features)), strict=True):
+    for direction, count in zip(("forward", "backward"), trace(lambda: module(features)), strict=True):
         yield f"head/student/{direction}", sizes, count
-    yield "head/teacher/forward", sizes, trace(lambda: head(features), with_backward=False)[0]
+    yield "head/teacher/forward", sizes, trace(lambda: module(features), with_backward=False)[0]
 
 
-def _prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, chunks: int) -> Iterator[Sample]:
+def prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, chunks: int) -> Iterator[Sample]:
     """Trace the prototype loss, with and without pairs of views, and the targets."""
     student, weight = (
         torch.empty(size, bottleneck, dtype=torch.bfloat16, requires_grad=True) for size in (rows, prototypes)
@@ -424,7 +425,7 @@ def trace_step(config: Config) -> dict[str, Count]:
         ]
         batch = Batch(np.arange(batch_size), pixels[0], pixels[1], masks)
         heads = (teacher.global_head, teacher.patch_head)
-        prototypes = TeacherPrototypes(*(head and PlainWeight(head.prototypes.weight) for head in heads))
+        prototypes = TeacherPrototypes(*(PlainWeight(head.prototypes.weight) if head else None for head in heads))
         with Recorder() as recorder:
             marks = [0]
 
@@ -440,8 +441,8 @@ def trace_step(config: Config) -> dict[str, Count]:
             loss.backward()
             mark()
     phases = (TEACHER, TARGETS, FORWARD, BACKWARD)
-    spans = zip(marks[:-1], marks[1:], strict=True)
-    return {phase: eager(recorder.operations[a:b]) for phase, (a, b) in zip(phases, spans, strict=True)}
+    spans = zip(phases, pairwise(marks), strict=True)
+    return {phase: eager(recorder.operations[start:stop]) for phase, (start, stop) in spans}
 
 
 # the sizes that kernels and bytes are proportional to, by the first part of a key
@@ -469,15 +470,15 @@ def samples() -> Iterator[Sample]:
                 (384, 4, (16, 64), 0.25), (768, 4, (16, 64), 0.5), (768, 3, (32, 64), 0.25), (384, 2, (16, 32), 0.5),
                 (1024, 4, (64, 256), 0.25),
             ):  # fmt: skip
-                yield from _branches(dim, dim * ratio, mlp, images, rate)
+                yield from branches(dim, dim * ratio, mlp, images, rate)
         for dim, patch in ((384, 16), (768, 8), (768, 16)):
-            yield from _embedding(dim, patch, (16, 64))
+            yield from embedding(dim, patch, (16, 64))
         for sizes in ((384, 2048, 256, 3, 1000), (768, 1024, 256, 3, 1000), (384, 1024, 512, 2, 500)):
-            yield from _head(*sizes)
+            yield from head(*sizes)
         for numbers in (
             (640, 128, 4096, 256, 4), (320, 128, 8192, 256, 8), (1000, 200, 4096, 128, 8), (640, 320, 8192, 512, 2),
         ):  # fmt: skip
-            yield from _prototypes(*numbers)
+            yield from prototypes(*numbers)
 
 
 def value(size: str, sizes: Sizes) -> float:
