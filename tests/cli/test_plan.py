@@ -55,6 +55,29 @@ def test_plan_takes_seconds_and_does_not_import_torch() -> None:
     assert time.monotonic() - began < 20  # 2 s on an idle machine
 
 
+def test_time_follows_the_gpu_the_network_and_the_loader() -> None:
+    words = ("--config", "giant.yaml", "--gpus", "256", "--json")
+    texts, documents = {}, {}
+    for name, options in {
+        "default": (), "h100": ("--gpu", "h100"), "a100": ("--gpu", "a100"), "slow": ("--network", "10"),
+        "loader": ("--loader-rate", "10"), "rate": ("--tflops", "100"),
+    }.items():  # fmt: skip
+        *lines, last = run_plan(*words, *options).stdout.splitlines()
+        texts[name], documents[name] = "\n".join(lines), json.loads(last)
+    default = documents["default"]
+    assert "H100" in texts["default"] and "images/s per GPU" in texts["default"] and "MFU" in texts["default"]
+    assert default["gpu"] == "h100" and default["bound"] == "matmul" and 0 < default["mfu"] < 1
+    assert sum(default["time_parts"].values()) == pytest.approx(default["step_seconds"])
+    assert default["images_per_second"] == pytest.approx(4096 / default["step_seconds"])
+    assert default["network_hidden_from_micro_batch"] <= 16 and default["time_regions"]
+    # naming a GPU also checks its memory
+    assert "80.0 GB per GPU" in texts["h100"] and documents["h100"]["step_seconds"] == default["step_seconds"]
+    assert documents["a100"]["step_seconds"] > default["step_seconds"]
+    assert documents["slow"]["bound"] == "network" and documents["loader"]["bound"] == "loader"
+    assert documents["rate"]["assumed_flops_per_second"] == 100e12
+    assert documents["rate"]["step_seconds"] > 2 * default["step_seconds"]
+
+
 def test_fit_finds_settings_where_the_recipe_does_not_fit() -> None:
     words = ("--config", "giant.yaml", "--gpus", "1", "--gpu-memory", "141GB", "--host-memory", "128GB")
     done = run_plan(*words)
@@ -75,7 +98,7 @@ def test_the_recipe_alone_is_enough() -> None:
     done = run_plan("--config", "vits16.yaml")
     assert done.returncode == 0, done.stderr
     assert "--gpu-memory" in done.stdout and " 8 GB" in done.stdout and "per step of 16 images" in done.stdout
-    assert len(done.stdout.splitlines()) <= 10 and max(map(len, done.stdout.splitlines())) <= 160
+    assert len(done.stdout.splitlines()) <= 12 and max(map(len, done.stdout.splitlines())) <= 160
 
 
 @pytest.mark.parametrize(
@@ -156,7 +179,10 @@ def test_large_photographs_of_the_set_are_counted(tmp_path: Path) -> None:
         ((*EIGHT, "data.micro_batch=7"), "not a multiple"),
         ((*EIGHT, "--device", "cpu"), "--gpu-memory has no effect"),
         ((*EIGHT, "--tflops", "fast"), "is not a number"),
-        ((*EIGHT[:4], "--fit"), "--fit needs --gpu-memory"),
+        ((*EIGHT[:4], "--fit"), "--fit needs --gpu"),
+        ((*EIGHT[:4], "--gpu", "h1000"), "choose one of"),
+        ((*EIGHT[:4], "--device", "cpu", "--gpu", "h100"), "--gpu has no effect"),
+        ((*EIGHT[:4], "--network", "0"), "is not a number above 0"),
     ],
 )
 def test_an_error_is_one_line(arguments: tuple[str, ...], message: str) -> None:

@@ -30,7 +30,7 @@ from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks, normalise
-from streamtrain.model import fp8
+from streamtrain.model import fp8, rope
 from streamtrain.model.heads import Projection
 from streamtrain.model.layers import Block
 from streamtrain.model.layout import DropPath, Group, Layout, draw_drop_path
@@ -224,6 +224,7 @@ def gpu_paths() -> Iterator[None]:
 
     was_enabled = is_enabled(torch.bfloat16)
     set_enabled(False)
+    rope._cached_table.cache_clear()
     try:
         with (
             mock.patch("streamtrain.ops.attention.MAX_MATRIX_LENGTH", 0),
@@ -234,6 +235,8 @@ def gpu_paths() -> Iterator[None]:
             yield
     finally:
         set_enabled(was_enabled)
+        # it holds tensors without values
+        rope._cached_table.cache_clear()
 
 
 @contextmanager
@@ -299,14 +302,14 @@ def branches(dim: int, hidden: int, mlp: str, images: tuple[int, int], drop_rate
     """Trace both branches of a block: in the teacher (global crops, no gradients) and in the student."""
     config = ModelConfig(dim=dim, num_heads=dim // 64, mlp=mlp, mlp_hidden=hidden)  # type: ignore[arg-type]
     with _bf16():
-        block, rope = Block(config), Rope(config)
+        block, positions = Block(config), Rope(config)
     for precision, linear in (("bf16", torch.nn.functional.linear), ("fp8", fp8.linear)):
         block.options = replace(block.options, implementation="reference", linear=linear)
         for mode in ("eager", "compiled"):
             for where in ("teacher", "student", "student_drop"):
                 layout = _layout(images[:1] if where == "teacher" else images)
                 tokens = torch.empty(sum(layout.sizes()), dim, dtype=torch.bfloat16, requires_grad=True)
-                tables = [rope.table(group.grid, tokens.device, tokens.dtype, None) for group in layout.groups]
+                tables = [positions.table(group.grid, tokens.device, tokens.dtype, None) for group in layout.groups]
                 drop: DropPath | None = None
                 if where == "student_drop":
                     (drop,) = draw_drop_path(layout, 1, drop_rate, None, tokens.device)  # type: ignore[arg-type]
@@ -325,6 +328,7 @@ def _refine(block: Block, tokens: Tensor, layout: Layout, tables: Any, drop: Dro
 
 
 def embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]:
+    """Trace the embedding of uint8 crops, with masks in the student."""
     config = ModelConfig(dim=dim, num_heads=dim // 64, patch_size=patch)
     with _bf16():
         module = Embedding(config)
@@ -349,6 +353,7 @@ def embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]
 
 
 def head(dim: int, hidden: int, bottleneck: int, layers: int, rows: int) -> Iterator[Sample]:
+    """Trace a head's MLP in student and teacher."""
     with _bf16():
         module = Projection(dim, HeadConfig(hidden=hidden, bottleneck=bottleneck, layers=layers))
     features = torch.empty(rows, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -426,6 +431,10 @@ def trace_step(config: Config) -> dict[str, Count]:
         batch = Batch(np.arange(batch_size), pixels[0], pixels[1], masks)
         heads = (teacher.global_head, teacher.patch_head)
         prototypes = TeacherPrototypes(*(PlainWeight(head.prototypes.weight) if head else None for head in heads))
+        for size in (crops.global_size, crops.local_size):
+            # computed once in a run
+            side = size // config.model.patch_size
+            student.backbone.rope.table((side, side), masks.index.device, torch.bfloat16, None)
         with Recorder() as recorder:
             marks = [0]
 
