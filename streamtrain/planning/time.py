@@ -66,8 +66,8 @@ UPDATE_BYTES, EIGHT_BIT_BYTES, EMA_BYTES = 38, 400, 18
 # per gathered value: received, and copied from the ranks' pieces; per value of a gradient: copied to and in the bucket;
 # per value of this rank: converted to fp32 and added
 GATHER_BYTES, BUCKET_BYTES, ACCUMULATE_BYTES = 6, 8, 14
-# kernels of a micro-batch that no region counts, such as masks, rows, final norm and KoLeo: the count of the whole
-# network's operations less that of the regions
+# kernels of a micro-batch that no region counts, such as masks, rows, final norm and KoLeo: all operations of the whole
+# network minus the regions' operations
 OTHER_KERNELS = {TEACHER: 11, FORWARD: 90, BACKWARD: 60}
 # kernels of an update per parameter group, and modules outside the blocks that are gathered
 UPDATE_KERNELS, OTHER_MODULES = 20, 10
@@ -155,7 +155,7 @@ class StepTime:
     """The predicted time of one optimiser step."""
 
     regions: tuple[Region, ...]
-    # seconds of collectives by phase; those that computation of the phase does not cover are exposed
+    # seconds of collectives by phase; computation of the same phase hides them
     communication: dict[str, float]
     # seconds of copies to and from the host or disk, and that the loader takes for the images of a step
     transfer: float
@@ -193,7 +193,7 @@ class StepTime:
 def predict(config: Config, world_size: int, hardware: Hardware, transfer_bytes: int = 0) -> StepTime:
     """Predict an optimiser step of ``world_size`` GPUs, averaged over alternating crop sizes.
 
-    ``transfer_bytes`` are those that a rank moves to and from host memory or disk (``Plan.transfer_bytes_per_step``).
+    A rank moves ``transfer_bytes`` to and from host memory or disk (``Plan.transfer_bytes_per_step``).
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.

@@ -1,4 +1,4 @@
-"""The planner's table of kernels and bytes is what the present code launches."""
+"""The planner's table of kernels and bytes agrees with the present code."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def _reduces_rows(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Count:
-    """Kernels launched, and bytes of those that are neither matmuls nor attention."""
+    """Kernels launched, and bytes of the memory-bound ones: all but matmuls and attention."""
 
     kernels: int
     num_bytes: int

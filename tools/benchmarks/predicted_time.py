@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
 from streamtrain.planning.peak import gpu_of_option
-from streamtrain.planning.time import PARTS, Hardware, StepTime, hidden_from, mfu, predict
+from streamtrain.planning.time import DEFAULT_HARDWARE, PARTS, Hardware, Region, StepTime, hidden_from, mfu, predict
 
 # logits of all prototypes at once, as in the published code
 WHOLE = "objective.chunk_bytes=8589934592"
@@ -83,6 +84,7 @@ PUBLISHED = (
 # network, recipe, ranks
 RECIPES = (("ViT-S/16", "vits16.yaml", 8), ("ViT-B/16", "vitb16.yaml", 8), ("ViT-L/16", "vitl16.yaml", 8))
 MICRO_BATCHES = (16, 64)
+LARGE_CHUNKS = "objective.chunk_bytes=256MiB"
 # causes of the time; these recipes neither offload nor wait for the assumed loader
 SHOWN = tuple(part for part in PARTS if part not in ("transfer", "loader"))
 
@@ -106,61 +108,79 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
+def cases() -> list[tuple[str, int, Config, Config]]:
+    """Return name, GPUs, configuration, and the configuration with larger chunks of prototypes, of each table row."""
+    listed = [
+        (name, recipe, ranks, [f"data.micro_batch={size}", "data.global_batch=null"])
+        for name, recipe, ranks in RECIPES
+        for size in MICRO_BATCHES
+    ]
+    listed += [("7B", "giant.yaml", 256, []), ("7B, FP8", "giant.yaml", 256, ["engine.fp8=true"])]
+    return [
+        (name, ranks, load_config(recipe, overrides, ranks), load_config(recipe, [*overrides, LARGE_CHUNKS], ranks))
+        for name, recipe, ranks, overrides in listed
+    ]
+
+
 def recipe_table() -> str:
     """Return the predicted throughput of recipes on H100s and its causes as a Markdown table."""
     names = " | ".join(f"{name} (%)" for name in SHOWN)
     lines = [
         f"| network | GPUs | micro-batch | images/s per GPU | MFU (%) | {names} | network hidden from micro-batch |",
-        "|---|" + "---|" * 10,
+        "|---|" + "---|" * (5 + len(SHOWN)),
     ]
-    cases = [
-        (name, recipe, ranks, [f"data.micro_batch={size}", "data.global_batch=null"])
-        for name, recipe, ranks in RECIPES
-        for size in MICRO_BATCHES
-    ]
-    giant = ("7B", "giant.yaml", 256)
-    cases += [(*giant, []), (*giant, ["engine.fp8=true"])]
-    for name, recipe, ranks, overrides in cases:
-        config, hardware = load_config(recipe, overrides, ranks), Hardware()
-        time = predict(config, ranks, hardware)
+    for name, ranks, config, _ in cases():
+        time = predict(config, ranks, DEFAULT_HARDWARE)
         shares = " | ".join(f"{100 * time.parts[part] / time.seconds:.0f}" for part in SHOWN)
-        label = f"{name}, FP8" if config.engine.fp8 else name
-        hidden = hidden_from(config, ranks, hardware)
+        utilisation = 100 * mfu(config, ranks, DEFAULT_HARDWARE, time.seconds)
         lines.append(
-            f"| {label} | {ranks} | {config.data.micro_batch} | {throughput(config, ranks, time):.3g} | "
-            f"{100 * mfu(config, ranks, hardware, time.seconds):.0f} | {shares} | {hidden or 'none'} |"
+            f"| {name} | {ranks} | {config.data.micro_batch} | {throughput(config, ranks, time):.3g} | "
+            f"{utilisation:.0f} | {shares} | {hidden_from(config, ranks, DEFAULT_HARDWARE) or 'none'} |"
         )
     return "\n".join(lines)
 
 
-def savings(recipe: str, ranks: int, overrides: list[str]) -> dict[str, float]:
-    """Return the share of a step on H100s that each change would save."""
-    config, hardware = load_config(recipe, overrides, ranks), Hardware()
-    time = predict(config, ranks, hardware)
+def savings_table() -> str:
+    """Return the share of a step on H100s that would be saved without some of its work, as a Markdown table."""
+    rows = [(name, config, _savings(config, larger, ranks)) for name, ranks, config, larger in cases()]
+    lines = [
+        "| network | micro-batch | " + " | ".join(f"{column} (%)" for column in rows[0][2]) + " |",
+        "|---|" + "---|" * (1 + len(rows[0][2])),
+    ]
+    for name, config, saved in rows:
+        shares = " | ".join(f"{100 * share:.0f}" for share in saved.values())
+        lines.append(f"| {name} | {config.data.micro_batch} | {shares} |")
+    return "\n".join(lines)
 
-    def without(change: Any) -> float:
+
+def _savings(config: Config, larger: Config, world_size: int) -> dict[str, float]:
+    """Return the share of a step that larger chunks of prototypes save, and of the rest, if some work took no time."""
+    before = predict(config, world_size, DEFAULT_HARDWARE).seconds
+    time = predict(larger, world_size, DEFAULT_HARDWARE)
+
+    def without(change: Callable[[Region], Region]) -> float:
         changed = replace(time, regions=tuple(change(region) for region in time.regions))
         return 1 - changed.seconds / time.seconds
 
     def drop(*words: str) -> float:
-        return without(lambda r: r * 0.0 if any(word in r.name for word in words) else r)
+        return without(lambda region: region * (0.0 if any(word in region.name for word in words) else 1.0))
 
-    larger = load_config(recipe, [*overrides, "objective.chunk_bytes=268435456"], ranks)
+    def no_memory(region: Region) -> Region:
+        is_block = region.name.partition(",")[0] in ("attention", "mlp")
+        return replace(region, memory=0.0) if is_block else region
+
     return {
-        "objective.chunk_bytes=256MiB": 1 - predict(larger, ranks, hardware).seconds / time.seconds,
-        "no host time for ZeRO-3 hooks and compiled calls": without(lambda r: replace(r, host=0.0)),
-        "all memory-bound kernels of the blocks": without(
-            lambda r: replace(r, memory=0.0) if r.name.partition(",")[0] in ("attention", "mlp") else r
-        ),
+        LARGE_CHUNKS: 1 - time.seconds / before,
+        "hooks and compiled calls": without(lambda region: replace(region, host=0.0)),
+        "memory-bound kernels of blocks": without(no_memory),
         "prototype losses": drop("loss"),
         "targets": drop("targets"),
         "heads": drop("head"),
         "AdamW and EMA": drop("AdamW", "EMA"),
-        "copies of gathered parameters and gradients": drop("gathers", "gradients"),
     }
 
 
 def run() -> dict[str, Any]:
     """Print the tables of docs/performance.md; return the largest absolute error of a published run."""
-    print(published_table(), recipe_table(), sep="\n\n", end="\n\n")
+    print(published_table(), recipe_table(), savings_table(), sep="\n\n", end="\n\n")
     return {"largest_error": max(abs(run.error()) for run in PUBLISHED)}
