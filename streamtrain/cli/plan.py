@@ -15,6 +15,7 @@ from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import StreamtrainError
 from streamtrain.ops.cpu.features import cpu_features, has_kernels
 from streamtrain.planning.fitting import Remedy, fit, remedies
+from streamtrain.planning.hardware import DEFAULT_GPU, LOADER_IMAGES, MATMUL_SHARE, NETWORK_BYTES, Hardware
 from streamtrain.planning.images import configured_images
 from streamtrain.planning.machine import Machine, core_flops
 from streamtrain.planning.memory import Plan
@@ -22,15 +23,7 @@ from streamtrain.planning.parts import PHASES
 from streamtrain.planning.peak import Gpu, gpu_of_option
 from streamtrain.planning.plan_text import advice, summary, table
 from streamtrain.planning.sizes import CPU_KERNELS
-from streamtrain.planning.time import (
-    DEFAULT_GPU,
-    LOADER_IMAGES,
-    MATMUL_SHARE,
-    NETWORK_BYTES,
-    Hardware,
-    hidden_from,
-    mfu,
-)
+from streamtrain.planning.time import hidden_from, mfu
 from streamtrain.run.machine import available_cores, has_gpu_driver, host_memory
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."

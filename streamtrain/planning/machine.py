@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from streamtrain.config.tree import Config
+from streamtrain.planning.hardware import DEFAULT_HARDWARE, DISK_BYTES, HOST_BYTES, Hardware
 from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.sizes import CPU_KERNELS, Implementation, StoredImages
-from streamtrain.planning.time import DEFAULT_HARDWARE, DISK_BYTES, HOST_BYTES, Hardware, StepTime, predict
+from streamtrain.planning.time import StepTime, predict
 
 # Assumed FLOP/s of one core by the most capable feature in use: with the CPU kernels, and without. AMX and AVX-512 with
 # kernels follow from docs/performance.md; the others are guesses.

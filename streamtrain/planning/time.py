@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.tree import Config
+from streamtrain.planning.communication import chunk_rows, collective_seconds, num_values
 from streamtrain.planning.flops import (
     Crops,
     block_flops,
@@ -26,92 +27,33 @@ from streamtrain.planning.flops import (
     step_flops,
     used_tokens,
 )
+from streamtrain.planning.hardware import (
+    ACCUMULATE_BYTES,
+    ATTENTION_SHARE,
+    BUCKET_BYTES,
+    COMPILED_SECONDS,
+    DISK_BYTES,
+    EIGHT_BIT_BYTES,
+    EMA_BYTES,
+    FORWARD,
+    GATHER_BYTES,
+    GPUS_PER_HOST,
+    HOOK_SECONDS,
+    HOST_BYTES,
+    KERNEL_SECONDS,
+    KEY_TILE,
+    LAUNCH_SECONDS,
+    OTHER_KERNELS,
+    OTHER_MODULES,
+    QUERY_TILE,
+    UPDATE_BYTES,
+    UPDATE_KERNELS,
+    Hardware,
+)
 from streamtrain.planning.parts import BACKWARD, OPTIMISER, TARGETS, TEACHER
-from streamtrain.planning.peak import Gpu, gpu_of_option
-from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
 
-FORWARD = "student forward"
 # causes of a step's time
 PARTS = ("matmul", "attention", "memory", "launch", "network", "transfer", "loader")
-DEFAULT_GPU = gpu_of_option("h100")
-
-# Assumptions, the same for every device and run.
-# Share of the peak that large bf16 matmuls attain: 0.87 on A100, 0.80 on H100 and H200, 0.78 on B200 by the search over
-# shapes in Bekman's ML Engineering book ("maximum achievable matmul FLOPS"). Those are the best shapes; 0.7 for others.
-MATMUL_SHARE = 0.7
-# of the FP8 peak, with a scale per row: 0.71 on H100 for the best shapes in the same table
-FP8_SHARE = 0.6
-# a matmul's inner dimension that costs as much as its prologue and epilogue
-INNER = 128
-# Share of the peak of fused attention, after rounding queries and keys up to its tiles (FlashAttention-2's tables: 0.6
-# to 0.7 on A100 for long sequences in the forward and 0.1 less in the backward, about 0.4 on H100).
-ATTENTION_SHARE, QUERY_TILE, KEY_TILE = 0.4, 128, 64
-# share of the memory bandwidth that a memory-bound kernel attains, and seconds in which a kernel starts and drains
-BANDWIDTH_SHARE, KERNEL_SECONDS = 0.8, 2e-6
-# host seconds per launched kernel with its share of Python, of a call of a compiled branch, and of ZeRO-3's hooks per
-# gathered module
-LAUNCH_SECONDS, COMPILED_SECONDS, HOOK_SECONDS = 8e-6, 100e-6, 300e-6
-# share of the link bandwidth that NCCL attains, and seconds per rank of a ring for one collective
-LINK_SHARE, HOP_SECONDS = 0.8, 2e-6
-# of a small all-reduce
-REDUCE_SECONDS = 50e-6
-# bytes/s between GPU and host, and of a disk
-HOST_BYTES, DISK_BYTES = 25e9, 3e9
-GPUS_PER_HOST = 8
-# bytes/s per GPU between hosts (400 Gbit/s), and images/s that the loader of one host decodes and crops
-NETWORK_BYTES, LOADER_IMAGES = 50e9, 8000.0
-# Bytes that the update reads and writes per value of a rank: norm 4, AdamW 28, copy to bf16 6; the EMA 18. The search
-# for 8-bit codes needs ten times as many.
-UPDATE_BYTES, EIGHT_BIT_BYTES, EMA_BYTES = 38, 400, 18
-# per gathered value: received, and copied from the ranks' pieces; per value of a gradient: copied to and in the bucket;
-# per value of this rank: converted to fp32 and added
-GATHER_BYTES, BUCKET_BYTES, ACCUMULATE_BYTES = 6, 8, 14
-# kernels of a micro-batch that no region counts, such as masks, rows, final norm and KoLeo: all operations of the whole
-# network minus the regions' operations
-OTHER_KERNELS = {TEACHER: 11, FORWARD: 90, BACKWARD: 60}
-# kernels of an update per parameter group, and modules outside the blocks that are gathered
-UPDATE_KERNELS, OTHER_MODULES = 20, 10
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """GPUs, their network, and the rate of the loader."""
-
-    gpu: Gpu = DEFAULT_GPU
-    # bytes/s per GPU between hosts, and images/s of one host's loader
-    network: float = NETWORK_BYTES
-    loader: float = LOADER_IMAGES
-    bf16: bool = True
-    # FLOP/s that every matmul attains; None: predicted from the peak and its size
-    flops: float | None = None
-
-    @property
-    def matmul_flops(self) -> float:
-        """FLOP/s of a large matmul."""
-        return self.flops or MATMUL_SHARE * (self.gpu.bf16 if self.bf16 else self.gpu.fp32)
-
-    def matmul_seconds(self, flops: float, inner: float, num_bytes: float, fp8: bool = False) -> float:
-        """Return the time of matmuls with this inner dimension."""
-        rate = self.matmul_flops
-        if fp8 and self.gpu.fp8 and not self.flops:
-            rate = FP8_SHARE * self.gpu.fp8
-        share = 1.0 if self.flops else inner / (inner + INNER)
-        return max(flops / (rate * share), self.memory_seconds(num_bytes))
-
-    def memory_seconds(self, num_bytes: float) -> float:
-        """Return the time to read and write these bytes."""
-        return num_bytes / (BANDWIDTH_SHARE * self.gpu.memory)
-
-    def gather_rate(self, world_size: int) -> float:
-        """Return the bytes/s at which a rank receives in a collective: of the slower of link and network."""
-        rate = self.gpu.link
-        if world_size > GPUS_PER_HOST:
-            # the rings of a host's network cards each carry a part of the data
-            rate = min(rate, GPUS_PER_HOST * self.network)
-        return LINK_SHARE * rate
-
-
-DEFAULT_HARDWARE = Hardware()
 
 
 @dataclass(frozen=True)
@@ -211,7 +153,7 @@ def predict(config: Config, world_size: int, hardware: Hardware, transfer_bytes:
     images = accumulation * config.data.micro_batch * min(world_size, GPUS_PER_HOST)
     return StepTime(
         tuple(regions),
-        _communication(config, world_size, hardware, accumulation),
+        collective_seconds(config, world_size, hardware, accumulation),
         transfer_bytes / rate,
         images / hardware.loader,
         # with a single live block the next one is gathered after it
@@ -260,11 +202,6 @@ def counted(key: str, **sizes: float) -> _Counted:
         )
 
     return _Counted(total("kernels"), total("bytes"))
-
-
-def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
-    """Return the prototypes per chunk, as ``ops.logits.chunk_rows``, which needs torch."""
-    return min(num_prototypes, max(64, chunk_bytes // (4 * max(1, num_rows)) // 64 * 64))
 
 
 class _Model:
@@ -425,7 +362,7 @@ class _Model:
 
     def traffic(self, world_size: int) -> Iterator[Region]:
         """Yield ZeRO-3's copies of gathered parameters and gradients, its hooks, and kernels outside the regions."""
-        numel = _numel(self.config)
+        numel = num_values(self.config)
         width = self.width
         copies = self.hardware.memory_seconds(width * GATHER_BYTES * numel) if world_size > 1 else 0.0
         for phase in (TEACHER, FORWARD, BACKWARD):
@@ -440,49 +377,9 @@ def _padding(tokens: int, *tiles: int) -> float:
     return math.prod(math.ceil(tokens / tile) * tile / tokens for tile in tiles)
 
 
-@lru_cache
-def _numels(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
-    return sum(math.prod(shape) for _, shape in shapes)
-
-
-def _numel(config: Config) -> int:
-    """Return the number of the student's parameters."""
-    return _numels(tuple(parameter_shapes(config).items()))
-
-
 def _update(config: Config, world_size: int, hardware: Hardware) -> Iterator[Region]:
-    shard = _numel(config) / world_size
+    shard = num_values(config) / world_size
     per_value = EIGHT_BIT_BYTES if config.engine.moments == "8bit" else UPDATE_BYTES
     kernels = UPDATE_KERNELS * 2 * (config.model.depth + 2)
     yield Region("AdamW", OPTIMISER, memory=hardware.memory_seconds(per_value * shard), kernels=kernels)
     yield Region("EMA", OPTIMISER, memory=hardware.memory_seconds(EMA_BYTES * shard), kernels=kernels / 4)
-
-
-def _communication(config: Config, world_size: int, hardware: Hardware, accumulation: int) -> dict[str, float]:
-    """Return the seconds of collectives by phase."""
-    if world_size == 1:
-        return {}
-    item = 2 if hardware.bf16 else 4
-    received = item * _numel(config) * (world_size - 1) / world_size / hardware.gather_rate(world_size)
-    latency = (config.model.depth + OTHER_MODULES) * world_size * HOP_SECONDS
-    one_pass = accumulation * (received + latency)
-    gathers = {TEACHER: one_pass, FORWARD: one_pass, BACKWARD: 2 * one_pass}
-    if config.objective.gram.is_active:
-        backbone = sum(math.prod(shape) for shape in backbone_shapes(config.model).values())
-        gathers[TEACHER] += accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
-    return {**gathers, TARGETS: _reduced_chunks(config, accumulation) * REDUCE_SECONDS}
-
-
-def _reduced_chunks(config: Config, accumulation: int) -> int:
-    """Return the all-reduces of Sinkhorn: two per chunk in the first iteration, then one."""
-    if config.objective.centering != "sinkhorn":
-        return 1
-    full, _, masked = micro_batch_crops(config, config.crop_sizes[0])
-    heads = [(config.objective.global_loss.head, full.images)]
-    if config.objective.patch_loss.kind == "ibot":
-        heads.append((config.objective.patch_loss.head, masked))
-    chunks = sum(
-        math.ceil(head.prototypes / chunk_rows(config.objective.chunk_bytes, accumulation * rows, head.prototypes))
-        for head, rows in heads
-    )
-    return chunks * (config.objective.sinkhorn_iterations + 1)

@@ -9,7 +9,9 @@ import pytest
 
 from streamtrain.config.load import load_config
 from streamtrain.ops.logits import chunk_rows as chunk_rows_of_ops
-from streamtrain.planning.time import DEFAULT_HARDWARE, chunk_rows, counted, predict
+from streamtrain.planning.communication import chunk_rows
+from streamtrain.planning.hardware import DEFAULT_HARDWARE
+from streamtrain.planning.time import counted, predict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 

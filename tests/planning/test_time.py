@@ -10,9 +10,10 @@ import pytest
 
 from streamtrain.config.load import load_config
 from streamtrain.planning.flops import block_flops, micro_batch_crops, step_flops
+from streamtrain.planning.hardware import DEFAULT_HARDWARE, Hardware
 from streamtrain.planning.machine import Machine
 from streamtrain.planning.peak import GPUS, gpu_of_option
-from streamtrain.planning.time import DEFAULT_HARDWARE, Hardware, StepTime, hidden_from, mfu, predict
+from streamtrain.planning.time import StepTime, hidden_from, mfu, predict
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -8,8 +8,9 @@ from typing import Any
 
 from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
+from streamtrain.planning.hardware import DEFAULT_HARDWARE, Hardware
 from streamtrain.planning.peak import gpu_of_option
-from streamtrain.planning.time import DEFAULT_HARDWARE, PARTS, Hardware, Region, StepTime, hidden_from, mfu, predict
+from streamtrain.planning.time import PARTS, Region, StepTime, hidden_from, mfu, predict
 
 # logits of all prototypes at once, as in the published code
 WHOLE = "objective.chunk_bytes=8589934592"

@@ -1,0 +1,57 @@
+"""The time of collective operations in an optimiser step, and the sizes that decide their number."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from streamtrain.config.tree import Config
+from streamtrain.planning.flops import micro_batch_crops
+from streamtrain.planning.hardware import FORWARD, HOP_SECONDS, OTHER_MODULES, REDUCE_SECONDS, Hardware
+from streamtrain.planning.parts import BACKWARD, TARGETS, TEACHER
+from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
+
+
+def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
+    """Return the prototypes per chunk, as ``ops.logits.chunk_rows``, which needs torch."""
+    return min(num_prototypes, max(64, chunk_bytes // (4 * max(1, num_rows)) // 64 * 64))
+
+
+@lru_cache
+def _numels(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+    return sum(math.prod(shape) for _, shape in shapes)
+
+
+def num_values(config: Config) -> int:
+    """Return the number of the student's parameters."""
+    return _numels(tuple(parameter_shapes(config).items()))
+
+
+def collective_seconds(config: Config, world_size: int, hardware: Hardware, accumulation: int) -> dict[str, float]:
+    """Return the seconds of collectives by phase."""
+    if world_size == 1:
+        return {}
+    item = 2 if hardware.bf16 else 4
+    received = item * num_values(config) * (world_size - 1) / world_size / hardware.gather_rate(world_size)
+    latency = (config.model.depth + OTHER_MODULES) * world_size * HOP_SECONDS
+    one_pass = accumulation * (received + latency)
+    gathers = {TEACHER: one_pass, FORWARD: one_pass, BACKWARD: 2 * one_pass}
+    if config.objective.gram.is_active:
+        backbone = sum(math.prod(shape) for shape in backbone_shapes(config.model).values())
+        gathers[TEACHER] += accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
+    return {**gathers, TARGETS: _reduced_chunks(config, accumulation) * REDUCE_SECONDS}
+
+
+def _reduced_chunks(config: Config, accumulation: int) -> int:
+    """Return the all-reduces of Sinkhorn: two per chunk in the first iteration, then one."""
+    if config.objective.centering != "sinkhorn":
+        return 1
+    full, _, masked = micro_batch_crops(config, config.crop_sizes[0])
+    heads = [(config.objective.global_loss.head, full.images)]
+    if config.objective.patch_loss.kind == "ibot":
+        heads.append((config.objective.patch_loss.head, masked))
+    chunks = sum(
+        math.ceil(head.prototypes / chunk_rows(config.objective.chunk_bytes, accumulation * rows, head.prototypes))
+        for head, rows in heads
+    )
+    return chunks * (config.objective.sinkhorn_iterations + 1)
