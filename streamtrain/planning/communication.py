@@ -8,7 +8,7 @@ from functools import lru_cache
 from streamtrain.config.tree import Config
 from streamtrain.planning.flops import micro_batch_crops
 from streamtrain.planning.hardware import FORWARD, HOP_SECONDS, OTHER_MODULES, REDUCE_SECONDS, Hardware
-from streamtrain.planning.parts import BACKWARD, TARGETS, TEACHER
+from streamtrain.planning.parts import BACKWARD, TEACHER
 from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
 
 
@@ -28,7 +28,7 @@ def num_values(config: Config) -> int:
 
 
 def collective_seconds(config: Config, world_size: int, hardware: Hardware, accumulation: int) -> dict[str, float]:
-    """Return the seconds of collectives by phase."""
+    """Return the seconds by phase of the collectives that may overlap with its computation."""
     if world_size == 1:
         return {}
     item = 2 if hardware.bf16 else 4
@@ -39,13 +39,16 @@ def collective_seconds(config: Config, world_size: int, hardware: Hardware, accu
     if config.objective.gram.is_active:
         backbone = sum(math.prod(shape) for shape in backbone_shapes(config.model).values())
         gathers[TEACHER] += accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
-    return {**gathers, TARGETS: _reduced_chunks(config, accumulation) * REDUCE_SECONDS}
+    return gathers
 
 
-def _reduced_chunks(config: Config, accumulation: int) -> int:
-    """Return the all-reduces of Sinkhorn: two per chunk in the first iteration, then one."""
-    if config.objective.centering != "sinkhorn":
-        return 1
+def target_seconds(config: Config, world_size: int, accumulation: int) -> float:
+    """Return the seconds of the all-reduces that the targets wait for: two per chunk in the first iteration, then one.
+
+    All crop sizes of a run count like the first.
+    """
+    if world_size == 1 or config.objective.centering != "sinkhorn":
+        return 0.0
     full, _, masked = micro_batch_crops(config, config.crop_sizes[0])
     heads = [(config.objective.global_loss.head, full.images)]
     if config.objective.patch_loss.kind == "ibot":
@@ -54,4 +57,4 @@ def _reduced_chunks(config: Config, accumulation: int) -> int:
         math.ceil(head.prototypes / chunk_rows(config.objective.chunk_bytes, accumulation * rows, head.prototypes))
         for head, rows in heads
     )
-    return chunks * (config.objective.sinkhorn_iterations + 1)
+    return REDUCE_SECONDS * chunks * (config.objective.sinkhorn_iterations + 1)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.tree import Config
-from streamtrain.planning.communication import chunk_rows, collective_seconds, num_values
+from streamtrain.planning.communication import chunk_rows, collective_seconds, num_values, target_seconds
 from streamtrain.planning.flops import (
     Crops,
     block_flops,
@@ -102,6 +102,8 @@ class StepTime:
     # seconds of copies to and from the host or disk, and that the loader takes for the images of a step
     transfer: float
     loader: float
+    # seconds of collectives that computation waits for
+    serial: float = 0.0
     is_overlapped: bool = True
     parts: dict[str, float] = field(init=False)
 
@@ -110,13 +112,13 @@ class StepTime:
         for region in self.regions:
             for name, seconds in region.parts().items():
                 parts[name] += seconds
-        parts |= {"network": self.exposed, "transfer": self.transfer}
+        parts |= {"network": self.exposed + self.serial, "transfer": self.transfer}
         parts["loader"] = max(0.0, self.loader - sum(parts.values()))
         object.__setattr__(self, "parts", parts)
 
     @property
     def exposed(self) -> float:
-        """Seconds of collectives that are not hidden behind computation."""
+        """Seconds of gathers and reductions that computation does not hide."""
         if not self.is_overlapped:
             return sum(self.communication.values())
         busy = {phase: sum(r.seconds for r in self.regions if r.phase == phase) for phase in self.communication}
@@ -156,6 +158,7 @@ def predict(config: Config, world_size: int, hardware: Hardware, transfer_bytes:
         collective_seconds(config, world_size, hardware, accumulation),
         transfer_bytes / rate,
         images / hardware.loader,
+        target_seconds(config, world_size, accumulation),
         # with a single live block the next one is gathered after it
         is_overlapped=config.engine.live_blocks > 1,
     )
