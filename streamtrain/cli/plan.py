@@ -26,6 +26,9 @@ from streamtrain.planning.sizes import CPU_KERNELS
 from streamtrain.planning.time import hidden_from, mfu
 from streamtrain.run.machine import available_cores, has_gpu_driver, host_memory
 
+# of a host with eight H100s
+CORES_PER_GPU = 14
+
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
 _DETAILS = """\
 Prints whether the run fits, its peak memory, its time and its disk space; exit status 1 means that it
@@ -170,7 +173,7 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
         )  # fmt: skip
         return Machine(
             arguments.ranks, bf16=bf16, gpu_memory=arguments.gpu_memory, host_memory=arguments.host_memory,
-            hardware=hardware, images=images,
+            hardware=hardware, images=images, cores=CORES_PER_GPU,
         )  # fmt: skip
     for option in ("gpu", "network", "loader_rate"):
         if getattr(arguments, option) is not None:

@@ -23,8 +23,9 @@ from streamtrain.config.monitor import CollapseConfig
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import Assignment
 from streamtrain.objective.targets import Targets
+from streamtrain.ops.chunks import chunk_rows, chunks
 from streamtrain.ops.collectives import gather_rows, world_size
-from streamtrain.ops.logits import chunk_rows, chunks, scaled_logits
+from streamtrain.ops.logits import scaled_logits
 from streamtrain.ops.prototypes import TINY
 
 ENTROPY, USAGE, RANK, STD = "teacher/entropy", "teacher/prototype_usage", "features/rank", "features/std"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from streamtrain.objective.sinkhorn import Assignment
-from streamtrain.ops.logits import RowLogSumExp, chunk_rows, chunks, row_log_sum_exp, scaled_logits
+from streamtrain.ops.chunks import chunk_rows, chunks
+from streamtrain.ops.logits import RowLogSumExp, row_log_sum_exp, scaled_logits
 from streamtrain.ops.prototypes import CrossEntropyInputs, cross_entropy_sums
 
 

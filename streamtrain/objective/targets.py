@@ -12,7 +12,7 @@ from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
-from streamtrain.ops.logits import chunk_rows
+from streamtrain.ops.chunks import chunk_rows
 
 
 @dataclass(frozen=True)

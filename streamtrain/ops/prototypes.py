@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from streamtrain.ops.chunks import chunks
 from streamtrain.ops.collectives import max_over_ranks, sum_over_ranks, world_size
-from streamtrain.ops.logits import Buffer, accumulator, chunks, matmul, scaled_logits, uses_kernels
+from streamtrain.ops.logits import Buffer, accumulator, matmul, scaled_logits, uses_kernels
 
 # Smaller than any possible sum; keeps the logarithm finite if there are no rows.
 TINY = 1e-30

@@ -82,6 +82,9 @@ def _blocks(s: Sizes) -> Iterator[Part]:
     if engine.checkpointing == "block":
         location: Location = "host" if engine.offload_checkpoints and s.on_gpu else "gpu"
         yield part("kept between blocks", location, through, depth, tokens, (model.dim, "values"), item)
+        if location == "host":
+            # beside the one in use
+            yield part("activations being copied", "gpu", through, (2, "copies"), tokens, (model.dim, "values"), item)
         inside = (attention + mlp) if groups == 1 else max(attention, mlp) / groups + 4 * model.dim
         yield part("recomputed block", "gpu", BACKWARD, kept, (inside, "values"), item)
         yield part("recomputed stream", "gpu", BACKWARD, tokens, (stream, "values"), item)

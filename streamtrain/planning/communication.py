@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from streamtrain.config.tree import Config
+from streamtrain.ops.chunks import chunk_rows
 from streamtrain.planning.flops import micro_batch_crops
 from streamtrain.planning.hardware import FORWARD, HOP_SECONDS, OTHER_MODULES, REDUCE_SECONDS, Hardware
 from streamtrain.planning.parts import BACKWARD, TEACHER
 from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
 
 
-def chunk_rows(chunk_bytes: int, num_rows: int, num_prototypes: int) -> int:
-    """Return the prototypes per chunk, as ``ops.logits.chunk_rows``, which needs torch."""
-    return min(num_prototypes, max(64, chunk_bytes // (4 * max(1, num_rows)) // 64 * 64))
-
-
-@lru_cache
 def _numels(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
     return sum(math.prod(shape) for _, shape in shapes)
 
@@ -54,7 +48,9 @@ def target_seconds(config: Config, world_size: int, accumulation: int) -> float:
     if config.objective.patch_loss.kind == "ibot":
         heads.append((config.objective.patch_loss.head, masked))
     chunks = sum(
-        math.ceil(head.prototypes / chunk_rows(config.objective.chunk_bytes, accumulation * rows, head.prototypes))
+        math.ceil(
+            head.prototypes / chunk_rows(config.objective.chunk_size(on_gpu=True), accumulation * rows, head.prototypes)
+        )
         for head, rows in heads
     )
     return REDUCE_SECONDS * chunks * (config.objective.sinkhorn_iterations + 1)

@@ -44,8 +44,10 @@ CONTEXT_BYTES = 1_500_000_000
 # the CUDA allocator's overhead, as a share of the model states on the device
 FRAGMENTATION = 0.03
 RANKS_PER_HOST = 8
-# values per staged chunk of offloaded moments or EMA, and bytes per value of the search for 8-bit codes
-STAGED, EIGHT_BIT_STAGED, EIGHT_BIT_SEARCH_BYTES = 16 * 2**20, 4 * 2**20, 56
+# values per staged chunk of moments in files, of 8-bit moments, and of moments or EMA in host memory
+STAGED, EIGHT_BIT_STAGED, HOST_STAGED = 16 * 2**20, 4 * 2**20, 8 * 2**20
+# chunks of host memory on the device at a time, and bytes per value of the search for 8-bit codes
+HOST_CHUNKS, EIGHT_BIT_SEARCH_BYTES = 3, 56
 
 
 @dataclass(frozen=True)
@@ -234,12 +236,15 @@ def _prototypes(s: Sizes) -> Iterator[Part]:
 def _step(s: Sizes) -> Iterator[Part]:
     engine = s.config.engine
     if engine.moments == "8bit":
-        staged = (min(EIGHT_BIT_STAGED, max(s.flats)), "values")
-        yield part("8-bit staging", "gpu", OPTIMISER, staged, (EIGHT_BIT_SEARCH_BYTES, "B"))
-    elif engine.moments == "disk" or (engine.moments == "host" and s.on_gpu):
+        values = (min(EIGHT_BIT_STAGED, max(s.flats)), "values")
+        yield part("8-bit staging", "gpu", OPTIMISER, values, (EIGHT_BIT_SEARCH_BYTES, "B"))
+    elif engine.moments == "disk":
         yield part("moments' staging", "gpu", OPTIMISER, (min(STAGED, max(s.flats)), "values"), (8, "B"))
+    staged = (HOST_CHUNKS, "chunks"), (min(HOST_STAGED, max(s.flats)), "values")
+    if s.on_gpu and engine.moments == "host":
+        yield part("moments' staging", "gpu", OPTIMISER, *staged, (8, "B"))
     if s.on_gpu and s.config.teacher.average == "host":
-        yield part("averages' staging", "gpu", AVERAGE, (min(STAGED, max(s.flats)), "values"), (4, "B"))
+        yield part("averages' staging", "gpu", AVERAGE, *staged, (4, "B"))
     if s.on_gpu:
         device = sum(p.num_bytes for p in _states(s) if p.location == "gpu")
         yield part("context (allowance)", "gpu", ALWAYS, (CONTEXT_BYTES, "B"))

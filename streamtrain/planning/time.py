@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.tree import Config
-from streamtrain.planning.communication import chunk_rows, collective_seconds, num_values, target_seconds
+from streamtrain.ops.chunks import chunk_rows
+from streamtrain.planning.communication import collective_seconds, num_values, target_seconds
 from streamtrain.planning.flops import (
     Crops,
     block_flops,
@@ -333,7 +334,7 @@ class _Model:
 
     def _loss(self, name: str, head: HeadConfig, rows: int, teacher_rows: int) -> Iterator[Region]:
         hardware, objective = self.hardware, self.config.objective
-        chunk = chunk_rows(objective.chunk_bytes, rows + teacher_rows, head.prototypes)
+        chunk = chunk_rows(objective.chunk_size(on_gpu=True), rows + teacher_rows, head.prototypes)
         sizes = {
             "rows": rows, "teacher_rows": teacher_rows, "prototypes": head.prototypes, "bottleneck": head.bottleneck,
             "chunks": math.ceil(head.prototypes / chunk),
@@ -353,7 +354,7 @@ class _Model:
         hardware, objective = self.hardware, self.config.objective
         for name, head, _, teacher_rows in self.heads:
             rows = self.accumulation * teacher_rows
-            chunks = math.ceil(head.prototypes / chunk_rows(objective.chunk_bytes, rows, head.prototypes))
+            chunks = math.ceil(head.prototypes / chunk_rows(objective.chunk_size(on_gpu=True), rows, head.prototypes))
             times = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 1
             kernels, num_bytes = counted(
                 f"targets_{objective.centering}", rows=rows, prototypes=head.prototypes, bottleneck=head.bottleneck,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamtrain.objective.prototypes import PlainWeight, PrototypeTargets, prototype_cross_entropy, prototype_mass
 from streamtrain.objective.sinkhorn import Assignment, sinkhorn
-from streamtrain.ops.logits import chunk_rows
+from streamtrain.ops.chunks import chunk_rows
 
 STUDENT, TEACHER = 0.1, 0.05
 

@@ -84,7 +84,7 @@ def test_the_7b_network_runs_where_the_plan_finds_settings() -> None:
 def test_steps_that_do_not_fit_the_gpu_are_skipped() -> None:
     part = Part("step", [sys.executable, "-c", "raise SystemExit(1)"], 30, ["--config", "vits16.yaml"])
     record = run_part(part, 1_000_000_000)
-    assert record["status"] == 0 and record["skipped"].startswith("needs 3.")
+    assert record["status"] == 0 and record["skipped"].startswith("needs ")
     assert run_part(part, H200_BYTES)["status"] == 1
 
 

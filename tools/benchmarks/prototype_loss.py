@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.process_usage import peak_rss_since, reset_peak_rss, run_in_fresh_process
 from streamtrain.objective.prototypes import prototype_cross_entropy
 from streamtrain.objective.sinkhorn import sinkhorn
-from streamtrain.ops.logits import chunk_rows
+from streamtrain.ops.chunks import chunk_rows
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, ITERATIONS = 0.1, 0.07, 3
 PARTS = ("loss", "features", "weight")
