@@ -4,6 +4,11 @@ Operations run at once, on the CPU. Streams, events and waits are only recorded,
 readers of each range of memory. Two accesses on different streams, at least one of them a write, are a fault if no
 event or wait orders them; so is memory that is freed while another stream may still use it (no ``record_stream``).
 Accesses through raw pointers, by other libraries, are not seen.
+
+All tensors are taken as device tensors, except those in host memory: pinned ones, and in a thread that records with
+``of_host`` also new ones and copies to the CPU. An operation on host tensors runs on the host, at once: it is a fault
+if a stream may still use the same memory. A copy between host and device runs on the stream, and the host waits for it
+unless it is ``non_blocking``.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -34,6 +39,10 @@ _COLLECTIVE_RESULTS = {
 }  # fmt: skip
 # operations whose result comes back to the host
 _HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
+# operations that make a tensor in host memory on the CPU, and on the device if a device is given
+_FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "scalar_tensor")
+# the "stream" of operations that the host computes itself
+HOST = -1
 _NOT_SHOWN = ("/torch/", "/tests/streams.py", "/nvtx.py", "/comm/", "runpy", "contextlib")
 
 
@@ -51,7 +60,8 @@ class Access:
 
     def __str__(self) -> str:
         lines = [f"{code.co_filename.rpartition('/')[2]}:{line} {code.co_name}" for code, line in self.place]
-        return f"{'write' if self.writes else 'read'} by {self.operation} on stream {self.stream} ({' < '.join(lines)})"
+        where = "on the host" if self.stream == HOST else f"on stream {self.stream}"
+        return f"{'write' if self.writes else 'read'} by {self.operation} {where} ({' < '.join(lines)})"
 
 
 @dataclass
@@ -62,6 +72,7 @@ class _Memory:
     accesses: list[Access] = field(default_factory=list)
     # streams whose use the allocator waits for
     recorded: set[int] = field(default_factory=set)
+    is_host: bool = False
     # bytes, if allocated in the watched file
     watched: int = 0
 
@@ -79,7 +90,10 @@ class Streams:
     """
 
     def __init__(self, *, ordered_by_reads: bool = True) -> None:
-        """``ordered_by_reads``: False ignores that a value read by the host waits for its stream, which hides races."""
+        """``ordered_by_reads``: False ignores that a value read by the host waits for its stream, which hides races.
+
+        A blocking copy to host memory always counts as a wait.
+        """
         self.faults: Counter[str] = Counter()
         self.host_waits: Counter[str] = Counter()
         self.late_bytes = self.watched_peak = self._watched_bytes = 0
@@ -90,6 +104,8 @@ class Streams:
         self._times, self._ids = itertools.count(1), itertools.count(1)
         self._thread = threading.local()
         self._memory: dict[int, _Memory] = {}
+        # by stream, the time until which the thread of ``of_host`` has waited for it
+        self._waited_by_thread: dict[int, int] = {}
         self.default = _Stream(self, 0)
         self._collectives = self.stream()
 
@@ -123,20 +139,23 @@ class Streams:
             self._order.sync_all_streams()
 
     @contextmanager
-    def installed(self, accelerator: type | None = None) -> Iterator[None]:
+    def installed(self, accelerator: type | None = None, is_recorded: bool = True) -> Iterator[None]:
         """Replace CUDA's streams by these, also in a DeepSpeed ``accelerator``, and record this thread.
 
-        Other threads enter ``recording`` themselves.
+        Other threads enter ``recording`` themselves. Without ``is_recorded`` nothing is checked.
         """
         replaced: list[tuple[Any, str, Any]] = [
             (torch.cuda, "Stream", self.stream), (torch.cuda, "Event", self.event), (torch.cuda, "stream", self.on),
             (torch.cuda, "current_stream", self.current), (torch.cuda, "synchronize", self.synchronize),
             (torch.cuda, "default_stream", lambda device=None: self.default),
+            # new tensors of a GPU are made without one
+            (torch.cuda, "_lazy_init", lambda: None),
             (torch.Tensor, "record_stream", lambda tensor, stream: self._record_stream(tensor, stream)),
             (dist.Work, "wait", self._waiting(dist.Work.wait)),
         ]  # fmt: skip
         # they read no CPU tensor through an operation
         replaced += [(torch.Tensor, name, self._reading(getattr(torch.Tensor, name))) for name in ("tolist", "cpu")]
+        replaced += [(torch.Tensor, "to", self._moving(torch.Tensor.to))]
         if accelerator is not None:
             # as a GPU answers
             replaced += [
@@ -151,18 +170,27 @@ class Streams:
                 (accelerator, "Event", property(lambda _: self.event)),
                 (accelerator, "stream", lambda _, stream: self.on(stream)),
                 (accelerator, "current_stream", lambda _, device=None: self.current()),
-                (accelerator, "default_stream", lambda _, device=None: self.default),
+                # a new object: DeepSpeed's is changed by the product
+                (accelerator, "default_stream", lambda _, device=None: _Stream(self, 0)),
                 (accelerator, "synchronize", lambda _, device=None: self.synchronize()),
             ]
         with ExitStack() as stack:
             for owner, name, value in replaced:
                 stack.enter_context(mock.patch.object(owner, name, value))
-            with self.recording():
+            with self.recording() if is_recorded else nullcontext():
                 yield
 
-    def recording(self) -> TorchDispatchMode:
-        """Return a context that records the operations of the calling thread."""
-        return _Recorder(self)
+    def recording(self, of_host: bool = False) -> TorchDispatchMode:
+        """Return a context that records the operations of the calling thread.
+
+        ``of_host``: the tensors that it makes without a device, and copies to the CPU, are in host memory.
+        """
+        return _Recorder(self, of_host)
+
+    def is_host(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is in host memory."""
+        memory = self._memory.get(tensor.untyped_storage()._cdata)
+        return memory is not None and memory.is_host
 
     def _waiting(self, wait: Any) -> Any:
         def waiting(work: Any, *arguments: Any, **more: Any) -> Any:
@@ -181,10 +209,48 @@ class Streams:
 
         return reading
 
+    def _moving(self, to: Any) -> Any:
+        """Return ``Tensor.to`` that copies between host and device, which are both the CPU here."""
+
+        def moving(tensor: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+            of_host = getattr(self._thread, "of_host", None)
+            device = more.get("device", arguments[0] if arguments else None)
+            name = torch.device(device).type if isinstance(device, str | torch.device) else ""
+            if of_host is None or name not in ("cpu", "cuda"):
+                return to(tensor, *arguments, **more)
+            # a device object may name the run's device, which is the CPU here
+            becomes_host = of_host and device == "cpu"
+            # the values are on the CPU in any case
+            rest = [each for each in arguments if each is not device]
+            here = to(tensor, "cpu", *rest, **{key: value for key, value in more.items() if key != "device"})
+            if self.is_host(here) == becomes_host:
+                return here
+            with _disable_current_modes():
+                moved = torch.empty(here.shape, dtype=here.dtype)
+            self._memory_of(moved, None if becomes_host else self.current().number).is_host = becomes_host
+            return moved.copy_(here, non_blocking=more.get("non_blocking", False))
+
+        return moving
+
     def _note_read(self, stream: int) -> None:
         self._note_wait("read")
         if self._ordered_by_reads:
             self._order.all_streams_wait_for_stream(stream)
+
+    def _note_copy(self, stream: int, of_host: bool) -> None:
+        self._note_wait("copy")
+        if not of_host:
+            self._order.all_streams_wait_for_stream(stream)
+            return
+        # only this thread has waited
+        for number, time in self._order.current_sync_states[stream].items():
+            self._waited_by_thread[number] = max(time, self._waited_by_thread.get(number, -1))
+
+    def wait_for_thread(self) -> None:
+        """Order later work after all that the thread of ``of_host`` has waited for; call it after a wait for it."""
+        with self._lock:
+            for state in (*self._order.current_sync_states.values(), self._order.host_sync_state):
+                self._order._state_wait_for_other(state, self._waited_by_thread)
 
     def _record_stream(self, tensor: torch.Tensor, stream: _Stream) -> None:
         with self._lock:
@@ -215,8 +281,7 @@ class Streams:
             unordered = [
                 access
                 for access in memory.accesses
-                if access.stream != memory.owner
-                and not self._order.is_ordered_after(memory.owner, access.time, access.stream)
+                if access.stream != memory.owner and not self._is_done(memory.owner, access)
             ]
             if any(access.stream in memory.recorded for access in unordered):
                 self.late_bytes += num_bytes
@@ -225,25 +290,34 @@ class Streams:
                     self.faults[f"freed by stream {memory.owner} before the end of the {access}"] += 1
 
     def _access(self, tensor: torch.Tensor, writes: bool, operation: str, stream: int, is_new: bool = False) -> None:
-        memory = self._memory_of(tensor, stream if is_new else None)
+        memory = self._memory_of(tensor, stream if is_new and stream != HOST else None)
+        memory.is_host |= is_new and stream == HOST
         if not tensor.numel():
             return
         size = tensor.element_size()
         begin = tensor.storage_offset() * size
         end = begin + size * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)))
-        time = self._order.current_sync_states[stream][stream]
+        time = 0 if stream == HOST else self._order.current_sync_states[stream][stream]
         new = Access(stream, time, writes, begin, end, operation, _place())
         kept = []
         for old in memory.accesses:
             overlaps = old.begin < end and begin < old.end
             conflicts = overlaps and old.stream != stream and (writes or old.writes)
-            if conflicts and not self._order.is_ordered_after(stream, old.time, old.stream):
+            if conflicts and not self._is_done(stream, old):
                 self.faults[f"{new} is not ordered after the {old}"] += 1
             covers = begin <= old.begin and old.end <= end
             # whatever is ordered after the new access is ordered after these
             if not (covers and (writes or (old.stream == stream and not old.writes))):
                 kept.append(old)
-        memory.accesses = [*kept, new]
+        # streams are given work after the host has done its own
+        memory.accesses = memory.accesses if stream == HOST else [*kept, new]
+
+    def _is_done(self, stream: int, access: Access) -> bool:
+        """Return whether an access has ended before the next work of ``stream``, or of the host."""
+        if stream == HOST:
+            states = [self._order.host_sync_state, self._waited_by_thread if self._thread.of_host else {}]
+            return any(access.time <= state.get(access.stream, -1) for state in states)
+        return bool(self._order.is_ordered_after(stream, access.time, access.stream))
 
     def _advance(self, stream: int) -> None:
         self._order.update_seq_num(stream, next(self._times))
@@ -302,9 +376,17 @@ class _Event:
 class _Recorder(TorchDispatchMode):
     """Records the accesses of each operation before and after it runs."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, of_host: bool) -> None:
         super().__init__()
-        self._streams = streams
+        self._streams, self._of_host = streams, of_host
+
+    def __enter__(self) -> _Recorder:
+        self._streams._thread.of_host = self._of_host
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._streams._thread.of_host = None
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, streams, schema = kwargs or {}, self._streams, operation._schema
@@ -313,12 +395,25 @@ class _Recorder(TorchDispatchMode):
             if name != "barrier":
                 self._record_collective(name, args)
             return operation(*args, **kwargs)
+        if name == "is_pinned":
+            return streams.is_host(args[0])
+        makes_host = kwargs.get("pin_memory", False) or (self._of_host and name in _FACTORIES)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        on_device = getattr(kwargs.get("device"), "type", "") == "cuda"
+        if on_device:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+            makes_host = False
         # these read no values of their arguments
         is_factory = name.startswith(("empty", "new_")) or name.endswith("_like")
         with streams._lock:
-            stream = streams.current().number
-            streams._advance(stream)
             values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+            on_host = {streams.is_host(tensor) for tensor in _tensors(list(values.values()))} or {makes_host}
+            if is_factory and on_device:
+                on_host = {False}
+            stream = HOST if on_host == {True} else streams.current().number
+            if stream != HOST:
+                streams._advance(stream)
             for argument in schema.arguments:
                 alias = argument.alias_info
                 # a view of the argument touches no memory
@@ -326,17 +421,17 @@ class _Recorder(TorchDispatchMode):
                     continue
                 for tensor in _tensors(values.get(argument.name)):
                     streams._access(tensor, alias is not None, name, stream)
-            if name in _HOST_READS:
+            if name in _HOST_READS and stream != HOST:
                 streams._note_read(stream)
+            if name == "copy_" and len(on_host) == 2 and not values.get("non_blocking"):
+                streams._note_copy(stream, self._of_host)
         result = operation(*args, **kwargs)
         with streams._lock:
             results = (result,) if len(schema.returns) == 1 else result or ()
             for returned, value in zip(schema.returns, results, strict=False):
                 for tensor in _tensors(value) if returned.alias_info is None else ():
-                    if "empty" in name:
-                        streams._memory_of(tensor, stream)
-                    else:
-                        streams._access(tensor, True, name, stream, is_new=True)
+                    # also of "empty": earlier operations of its stream may still use the memory
+                    streams._access(tensor, True, name, stream, is_new=True)
         return result
 
     def _record_collective(self, name: str, args: Any) -> None:
@@ -347,7 +442,8 @@ class _Recorder(TorchDispatchMode):
             streams._advance(group.number)
             for position, value in enumerate(args):
                 for tensor in _tensors(value):
-                    streams._access(tensor, _COLLECTIVE_RESULTS.get(name) == position, name, group.number)
+                    number = HOST if streams.is_host(tensor) else group.number
+                    streams._access(tensor, _COLLECTIVE_RESULTS.get(name) == position, name, number)
                     # NCCL keeps the tensors it works on
                     streams._memory_of(tensor, None).recorded.add(group.number)
 

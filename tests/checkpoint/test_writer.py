@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from joined_processes import run_on_ranks
 
+from streamtrain.checkpoint import writer as writer_module
 from streamtrain.checkpoint.reader import read_weights
 from streamtrain.checkpoint.writer import CheckpointPayload, CheckpointWriter
 from streamtrain.config.run import RunConfig
@@ -109,6 +112,20 @@ def test_a_snapshot_newer_than_the_checkpoint_is_replaced(tmp_path: Path) -> Non
 def test_saves_start_no_thread(tmp_path: Path) -> None:
     """A thread that starts when memory has run out blocks its caller forever."""
     run_on_ranks(save_without_new_threads, tmp_path, tmp_path, ranks=1)
+
+
+def test_the_thread_uses_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread is on GPU 0, where leaving its stream would make a context of this process."""
+    calls: list[object] = []
+    stream = SimpleNamespace(device=torch.device("cuda", 3), wait_stream=calls.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "training")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "stream", lambda entered: calls.append(entered) or nullcontext())
+    with writer_module._side_stream():
+        pass
+    assert calls == ["training", stream.device, stream]
 
 
 def test_values_may_change_after_they_are_copied(tmp_path: Path) -> None:
