@@ -34,6 +34,8 @@ def test_unknown_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     stage3 = SimpleNamespace(**dict.fromkeys(deepspeed_compat._STAGE3_NAMES))
+    coordinator = SimpleNamespace(_PartitionedParameterCoordinator__ongoing_fetch_events=None)
+    stage3.parameter_offload = SimpleNamespace(get_param_coordinator=lambda: coordinator)
     deepspeed_compat.Stage3Optimizer(stage3)
     del stage3.grad_position
     with pytest.raises(ConfigError, match=r"stage3\.grad_position is missing; install deepspeed>=0\.19,<0\.20$"):
