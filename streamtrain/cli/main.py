@@ -71,7 +71,7 @@ def _run_command(words: Sequence[str], owns_process: bool) -> int:
         arguments = parse_arguments(words)
         configure_logging()
         if owns_process:
-            # `train` imports torch to count GPUs
+            # before torch is imported: `train` imports it to count GPUs
             set_allocator_defaults()
             hide_library_messages()
         raise_descriptor_limit()

@@ -88,8 +88,8 @@ class EngineConfig(Section):
         False, "Keep the inputs of recomputed blocks in host memory (with checkpointing: block; no effect on a CPU)."
     )
     deterministic: bool = free(
-        False, "On a GPU: use only deterministic operations, so that the same run on the same GPUs and software is "
-        "repeated, and resumed, to the last bit. Slower. A CPU always does.",
+        False, "Use only deterministic GPU operations (slower), so that a run repeats and resumes bit for bit on the "
+        "same GPUs and software. A CPU always does.",
     )  # fmt: skip
     moments: Literal["device", "8bit", "host", "disk"] = free(
         "device", "AdamW's moments: fp32 on the device, 8-bit on the device, fp32 in host memory, or fp32 in files."

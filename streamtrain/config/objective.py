@@ -124,8 +124,8 @@ class ObjectiveConfig(Section):
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
     chunk_bytes: Size | None = free(
-        None, "Bytes of logits in memory at a time, per chunk of prototypes; null: 128 MiB on a GPU, where each chunk "
-        "costs some 30 kernels, and 8 MiB on a CPU, whose own kernels use chunks of 64 prototypes instead.", ge=2**16,
+        None, "Bytes of logits in memory at a time (one chunk of prototypes); null: 128 MiB on a GPU, 8 MiB on a CPU. "
+        "The CPU kernels use chunks of 64 prototypes instead.", ge=2**16,
     )  # fmt: skip
 
     def chunk_size(self, *, on_gpu: bool) -> int:

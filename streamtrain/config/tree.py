@@ -23,6 +23,9 @@ from streamtrain.config.schedules import Schedule, SchedulesConfig
 from streamtrain.config.section import RESUME_RULE, ResumeRule, Section, is_path
 from streamtrain.errors import ConfigError
 
+# most crops that the loader keeps ready on a GPU
+AHEAD_BYTES = 512 * 2**20
+
 
 class Config(Section):
     """All settings of a run; the resolved form is saved as ``config.yaml`` in the run directory."""
@@ -109,6 +112,23 @@ class Config(Section):
                 f"{world_size} ranks = {micro}; set data.global_batch or data.micro_batch so that it is"
             )
         return total, total // micro
+
+    @property
+    def micro_batch_bytes(self) -> int:
+        """Bytes of the crops of a micro-batch of one rank."""
+        crops, gram = self.crops, self.objective.gram
+        pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
+        if gram.is_active and gram.size:
+            pixels += crops.global_count * gram.size**2
+        return 3 * pixels * self.data.micro_batch
+
+    def batches_ahead(self, world_size: int, *, on_gpu: bool) -> int:
+        """Return how many micro-batches the loader keeps ready: on a GPU as many as a step has, within ``AHEAD_BYTES``.
+
+        A GPU computes a step while the next one's batches are prepared; a CPU would do both with the same cores.
+        """
+        _, accumulation = self.batch_split(world_size)
+        return min(accumulation, max(1, AHEAD_BYTES // self.micro_batch_bytes)) if on_gpu else 1
 
 
 def walk_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -81,7 +81,7 @@ class Loader:
             UserCodeError: ``data.augmentations`` cannot be imported.
             ValueError: micro-batch x ranks does not divide the global batch.
         """
-        global_batch, accumulation = config.batch_split(world_size)
+        global_batch, _ = config.batch_split(world_size)
         own = config.data.augmentations
         augmentation = None if own is None else UserAugmentation(own, config.run.seed)
         order = build_stream_order(config, shard_set, world_size, lane_block)
@@ -94,8 +94,7 @@ class Loader:
         self._size: int | None = None
         self._has_several_sizes = len(config.crop_sizes) > 1
         self._failure: BaseException | None = None
-        # a GPU computes a step while the next one's batches are prepared; a CPU would do both with the same cores
-        ahead = accumulation if torch.device(device).type == "cuda" else 1
+        ahead = config.batches_ahead(world_size, on_gpu=torch.device(device).type == "cuda")
         self._ready: queue.Queue[PendingBatch | BaseException] = queue.Queue(maxsize=ahead)
         stop = threading.Event()
         threads = config.data.decode_threads or cores or len(os.sched_getaffinity(0))

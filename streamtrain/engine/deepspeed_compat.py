@@ -138,7 +138,7 @@ def replace_gather_handles() -> None:
     names = ("NoGatherHandle", "NoGatherCoalescedHandle", "AllGatherCoalescedHandle", "ZeroParamStatus")
     _require("partition_parameters", zero, *names)
 
-    def wait_for_nothing(handle: Any, **_: Any) -> None:
+    def mark_available(handle: Any, **_: Any) -> None:
         # an attribute of "class X" named "__y" is "_X__y"
         prefix, values = f"_{type(handle).__name__}__", vars(handle)
         if values[f"{prefix}complete"]:
@@ -148,8 +148,8 @@ def replace_gather_handles() -> None:
             parameter.ds_status = zero.ZeroParamStatus.AVAILABLE
 
     if zero.NoGatherHandle.wait.__module__ == __name__:
-        return  # in an earlier run of this process
-    zero.NoGatherHandle.wait = zero.NoGatherCoalescedHandle.wait = wait_for_nothing
+        return  # already replaced by an earlier run in this process
+    zero.NoGatherHandle.wait = zero.NoGatherCoalescedHandle.wait = mark_available
     wait = zero.AllGatherCoalescedHandle.wait
 
     def wait_and_free(handle: Any, **options: Any) -> None:
@@ -169,7 +169,7 @@ class Stage3Optimizer:
         let_host_run_ahead(optimizer.parameter_offload)
         self._stage3 = optimizer
         if (stream := optimizer.reduce_and_partition_stream) is not None:
-            # DeepSpeed's host waits here for the reductions of each micro-batch, but gradients.py replaces them
+            # DeepSpeed would block the host here for its reductions, which gradients.py replaces
             stream.synchronize = lambda: None
 
     @property

@@ -8,6 +8,7 @@ written to its final position, then read once for the norm and once for the upda
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,13 +27,13 @@ ROW = 2**14
 
 @dataclass(frozen=True)
 class _Reduction:
-    """A reduction in progress; once finished, ``sums`` holds this rank's shards of the parameters' gradients."""
+    """A reduction in progress; once it is finished, ``shards`` holds this rank's shards of the average gradients."""
 
     parameters: Sequence[Parameter]
-    # its input; if it were freed earlier, the allocator could reuse it only once the GPU has got there
+    # input of the reduce-scatter, kept until ``wait`` so that the allocator can reuse it in stream order
     bucket: Tensor
-    # one after another
-    sums: Tensor
+    # reduced shards, in the order of ``parameters``
+    shards: Tensor
     work: dist.Work
 
 
@@ -40,9 +41,8 @@ class FlatGradients:
     """This rank's gradient shards, fp32, averaged over the ranks and summed over the micro-batches of a step.
 
     Replaces the methods of DeepSpeed's optimiser that reduce and store gradients, compute their norm, and prepare and
-    clip an update. Gradients are reduced in buckets, one at a time, during the backward pass. The GPU's compute
-    stream waits for a bucket before it starts the next, so memory is freed and reused in its order: without a wait of
-    the host, however far that is ahead.
+    clip an update. Gradients are reduced in buckets, one at a time, during the backward pass. The compute stream waits
+    for one bucket before it starts the next, so memory is freed and reused in stream order and the host never waits.
     """
 
     def __init__(self, stage3: Stage3Optimizer, adamw: AdamW, bucket_bytes: int) -> None:
@@ -57,7 +57,7 @@ class FlatGradients:
         # ids of the parameters that have a gradient in this step
         self._present: set[int] = set()
         # complete gradients for the next reduction
-        self._waiting: list[tuple[Parameter, Tensor]] = []
+        self._pending: deque[tuple[Parameter, Tensor]] = deque()
         self._reduction: _Reduction | None = None
         # of the last step, before clipping
         self.norm = flat.new_zeros(())
@@ -96,26 +96,28 @@ class FlatGradients:
         if self._ranks == 1:
             self._add(parameter, gradient)
             return
-        waiting = sum(each.nbytes for _, each in self._waiting)
-        if waiting and waiting + gradient.nbytes > self._bucket_bytes:
+        pending = sum(each.nbytes for _, each in self._pending)
+        if pending and pending + gradient.nbytes > self._bucket_bytes:
             self.start_reduction()
-        self._waiting.append((parameter, gradient))
+        self._pending.append((parameter, gradient))
 
     @torch.no_grad()
     def start_reduction(self) -> None:
-        """Start to average the gradients that wait; call it after the backward pass of each micro-batch."""
+        """Start averaging the pending gradients over the ranks; call it after each micro-batch's backward pass."""
         self._finish_reduction()
-        if not self._waiting:
+        if not self._pending:
             return
-        # row r: the shards of rank r
-        rows = [_by_rank(gradient, self._ranks) for _, gradient in self._waiting]
+        parameters = [parameter for parameter, _ in self._pending]
+        # row r: the shards of rank r; each gradient is freed once it is copied, if it needs padding
+        rows = []
+        while self._pending:
+            rows.append(_by_rank(self._pending.popleft()[1], self._ranks))
         bucket = (torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]).div_(self._ranks)
-        sums = bucket.new_empty(bucket.shape[1])
+        shards = bucket.new_empty(bucket.shape[1])
         # DeepSpeed's gathers use the same group, so NCCL keeps the order in which the host starts them
-        work = dist.reduce_scatter_tensor(sums, bucket.flatten(), group=cloned_world_group(), async_op=True)
+        work = dist.reduce_scatter_tensor(shards, bucket.flatten(), group=cloned_world_group(), async_op=True)
         assert work is not None
-        self._reduction = _Reduction([parameter for parameter, _ in self._waiting], bucket, sums, work)
-        self._waiting.clear()
+        self._reduction = _Reduction(parameters, bucket, shards, work)
 
     def _finish_reduction(self) -> None:
         reduction, self._reduction = self._reduction, None
@@ -123,7 +125,7 @@ class FlatGradients:
             return
         reduction.work.wait()
         sizes = [shard_numel(parameter) for parameter in reduction.parameters]
-        for parameter, shard in zip(reduction.parameters, reduction.sums.split(sizes), strict=True):
+        for parameter, shard in zip(reduction.parameters, reduction.shards.split(sizes), strict=True):
             self._add(parameter, shard)
 
     def _add(self, parameter: Parameter, gradient: Tensor) -> None:

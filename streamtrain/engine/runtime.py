@@ -25,7 +25,7 @@ from streamtrain.run.machine import has_gpu_driver
 if TYPE_CHECKING:
     import torch
 
-# the start of lines that DeepSpeed's builders of operations print, in yellow
+# prefix of the warnings that DeepSpeed's op builders print, in yellow
 BUILDER_WARNING = "\x1b[93m [WARNING] \x1b[0m"
 
 
@@ -105,9 +105,9 @@ def deterministic_operations() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     attention = backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(True)
-    # nothing reads memory before it is written
+    # filling costs time, and no code reads uninitialised memory
     torch.utils.deterministic.fill_uninitialized_memory = False
-    # leaves flash attention, whose backward can add in order, and in fp32 plain matmuls
+    # The remaining backends are flash attention, whose backward has a deterministic mode, and plain matmuls for fp32.
     backends.enable_mem_efficient_sdp(False)
     backends.enable_cudnn_sdp(False)
     try:

@@ -14,7 +14,7 @@ from streamtrain.config.model import ModelConfig
 from streamtrain.model.layers import Block, LayerNorm, Linear
 from streamtrain.model.layout import DropPath, Group, Layout, OutputRows, draw_drop_path
 from streamtrain.model.rope import Rope
-from streamtrain.ops.host_memory import KeptOnHost
+from streamtrain.ops.host_memory import HostOffload
 
 
 class Features(NamedTuple):
@@ -129,14 +129,14 @@ class VisionTransformer(nn.Module):
             drops = [*draw_drop_path(layout, len(self.blocks), self.drop_rate, generator, tokens.device)]
         kept = []
         recompute = self.checkpointing == "block" and torch.is_grad_enabled()
-        on_host = KeptOnHost() if recompute and self.offload else None
+        on_host = HostOffload() if recompute and self.offload else None
         for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             assert isinstance(block, Block)
             is_last = index == len(self.blocks) - 1
             output = OutputRows.create(rows, drop, tokens) if is_last and rows is not None else None
             if recompute and not block.is_tiled(tokens):
                 # nothing random happens inside a block, so no random state needs saving
-                with on_host or nullcontext():
+                with on_host.hooks() if on_host else nullcontext():
                     tokens = checkpoint(
                         block, tokens, layout, tables, drop, 0, output, use_reentrant=False, preserve_rng_state=False
                     )

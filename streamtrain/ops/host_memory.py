@@ -1,7 +1,7 @@
-"""Values of a GPU that are kept in pinned host memory: copies run on streams of their own, beside the computation.
+"""Keep GPU tensors in pinned host memory; copies run on side streams and overlap with the computation.
 
-Neither the host nor the computation waits for a copy before it needs the values. Memory on the GPU is allocated, freed
-and reused in the order of the compute stream.
+The host never waits for a copy; the compute stream waits only before it uses the values. Memory on the GPU is
+allocated, freed and reused in the order of the compute stream.
 """
 
 from __future__ import annotations
@@ -16,73 +16,80 @@ from torch.autograd.graph import saved_tensors_hooks
 
 # chunks on the GPU at a time: one is loaded, one changed, one stored
 BUFFERS = 3
-# activations that are still on the GPU while they are copied
+# most activations being copied to the host at a time
 COPIED_AT_ONCE = 2
 
 
-def staged_chunks(home: Sequence[Tensor], device: torch.device, chunk: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Iterate over ``chunk`` values at a time of flat tensors of equal size, on ``device``; changes are stored.
+def staged_chunks(stored: Sequence[Tensor], device: torch.device, chunk: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield flat tensors of equal size in chunks on ``device``; in-place changes are written back.
 
-    ``home`` is on the device, or on its host in pinned memory.
+    ``stored`` is on the device, or on its host in pinned memory.
     """
-    parts = [slice(start, min(start + chunk, len(home[0]))) for start in range(0, len(home[0]), chunk)]
-    if home[0].device == device:
-        yield from ((part, [each[part] for each in home]) for part in parts)
+    parts = [slice(start, min(start + chunk, len(stored[0]))) for start in range(0, len(stored[0]), max(1, chunk))]
+    if not parts or stored[0].device == device:
+        yield from ((part, [each[part] for each in stored]) for part in parts)
         return
     compute, loads, stores = torch.cuda.current_stream(), torch.cuda.Stream(device), torch.cuda.Stream(device)
-    buffers = [[torch.empty_like(each[parts[0]], device=device) for each in home] for _ in range(BUFFERS)]
-    # the memory of the buffers, and earlier changes of ``home``
+    buffers = [[torch.empty_like(each[parts[0]], device=device) for each in stored] for _ in range(BUFFERS)]
+    # earlier work may still use the buffers' memory or write ``stored``
     loads.wait_stream(compute)
-    stored: list[torch.cuda.Event] = []
+    are_stored: list[torch.cuda.Event] = []
 
     def load(index: int) -> tuple[list[Tensor], torch.cuda.Event]:
         part = parts[index]
         values = [each[: part.stop - part.start] for each in buffers[index % BUFFERS]]
         if index >= BUFFERS:
-            loads.wait_event(stored[index - BUFFERS])
+            loads.wait_event(are_stored[index - BUFFERS])
         with torch.cuda.stream(loads):
-            for value, each in zip(values, home, strict=True):
+            for value, each in zip(values, stored, strict=True):
                 value.copy_(each[part], non_blocking=True)
         return values, loads.record_event()
 
-    following = load(0)
-    for index, part in enumerate(parts):
-        values, loaded = following
-        if index + 1 < len(parts):
-            following = load(index + 1)
-        compute.wait_event(loaded)
-        yield part, values
-        stores.wait_stream(compute)
-        with torch.cuda.stream(stores):
-            for value, each in zip(values, home, strict=True):
-                each[part].copy_(value, non_blocking=True)
-        stored.append(stores.record_event())
-    compute.wait_stream(stores)
+    try:
+        following = load(0)
+        for index, part in enumerate(parts):
+            values, is_loaded = following
+            if index + 1 < len(parts):
+                following = load(index + 1)
+            compute.wait_event(is_loaded)
+            yield part, values
+            stores.wait_stream(compute)
+            with torch.cuda.stream(stores):
+                for value, each in zip(values, stored, strict=True):
+                    each[part].copy_(value, non_blocking=True)
+            are_stored.append(stores.record_event())
+    finally:
+        # before the buffers are freed, also if the caller fails
+        compute.wait_stream(loads)
+        compute.wait_stream(stores)
 
 
 @dataclass
-class _Kept:
+class _Offloaded:
     """A tensor in host memory."""
 
     values: Tensor
     device: torch.device
-    is_copied: torch.cuda.Event
-    # on the GPU again, with the event of its copy
+    # the copy on the GPU for the backward, with the event of its end
     loaded: tuple[Tensor, torch.cuda.Event] | None = None
 
 
-class KeptOnHost(saved_tensors_hooks):
-    """Within this context, tensors on a GPU that autograd saves are kept in host memory until the backward.
+class HostOffload:
+    """Keeps the GPU tensors that autograd saves in host memory until the backward pass.
 
-    Enter one instance for all saved tensors of a forward pass, and call ``finish`` at its end. While the backward uses
-    a tensor, the one saved before it is loaded.
+    Use one object for a forward pass: save one tensor within each ``with offload.hooks()``, and call ``finish`` at the
+    end. The backward uses them in the opposite order; each use prefetches the tensor saved before it.
     """
 
     def __init__(self) -> None:
-        super().__init__(self._pack, self._unpack)
-        self._kept: list[_Kept] = []
+        self._offloaded: list[_Offloaded] = []
         self._being_copied: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+
+    def hooks(self) -> saved_tensors_hooks:
+        """Return a context in which saved tensors are offloaded."""
+        # an object that held its own hooks would be freed, with its pinned memory, only by the garbage collector
+        return saved_tensors_hooks(self._pack, self._unpack)
 
     def finish(self) -> None:
         """Let the compute stream wait for the last copies, before the memory of their tensors is reused."""
@@ -98,36 +105,34 @@ class KeptOnHost(saved_tensors_hooks):
         stores.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stores):
             values.copy_(tensor, non_blocking=True)
-        is_copied = stores.record_event()
-        self._kept.append(_Kept(values, tensor.device, is_copied))
-        self._being_copied.append((tensor.detach(), is_copied))
+        self._offloaded.append(_Offloaded(values, tensor.device))
+        self._being_copied.append((tensor.detach(), stores.record_event()))
         self._wait_for_copies(COPIED_AT_ONCE)
-        return len(self._kept) - 1
+        return len(self._offloaded) - 1
 
     def _unpack(self, packed: Tensor | int) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         tensor, is_loaded = self._load(packed)
         torch.cuda.current_stream().wait_event(is_loaded)
-        self._kept[packed].loaded = None
+        self._offloaded[packed].loaded = None
         if packed:
             self._load(packed - 1)
         return tensor
 
     def _load(self, index: int) -> tuple[Tensor, torch.cuda.Event]:
         """Start to copy a tensor to the GPU, unless that is under way."""
-        kept = self._kept[index]
-        if kept.loaded is None:
+        offloaded = self._offloaded[index]
+        if offloaded.loaded is None:
             assert self._streams is not None
             _, loads = self._streams
-            tensor = torch.empty(kept.values.shape, dtype=kept.values.dtype, device=kept.device)
-            # the memory may still be in use by earlier operations
+            tensor = torch.empty(offloaded.values.shape, dtype=offloaded.values.dtype, device=offloaded.device)
+            # for the copy to the host, which the compute stream has waited for, and earlier uses of the memory
             loads.wait_stream(torch.cuda.current_stream())
-            loads.wait_event(kept.is_copied)
             with torch.cuda.stream(loads):
-                tensor.copy_(kept.values, non_blocking=True)
-            kept.loaded = tensor, loads.record_event()
-        return kept.loaded
+                tensor.copy_(offloaded.values, non_blocking=True)
+            offloaded.loaded = tensor, loads.record_event()
+        return offloaded.loaded
 
     def _wait_for_copies(self, remaining: int) -> None:
         while len(self._being_copied) > remaining:

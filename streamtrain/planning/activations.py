@@ -22,14 +22,9 @@ def activations(s: Sizes) -> Iterator[Part]:
     width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
     yield part("teacher's stream", "gpu", (TEACHER, EVALUATION), stream_tokens, (width, "values"), item)
 
-    crops = config.crops
-    pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
-    # of the step, ready for the next one (on a GPU for all of it), and being prepared
-    ready = s.accumulation if s.on_gpu else 1
-    batches, samples = (s.accumulation + ready + 1, "micro-batches"), (config.data.micro_batch, "samples")
-    if config.objective.gram.is_active and config.objective.gram.size:
-        pixels += crops.global_count * config.objective.gram.size**2
-    yield part("crops of the step", "gpu", ALWAYS, batches, samples, (3 * pixels, "B"))
+    # of the step, ready for the next one, and being prepared
+    batches = s.accumulation + config.batches_ahead(s.world_size, on_gpu=s.on_gpu) + 1
+    yield part("crops of the step", "gpu", ALWAYS, (batches, "micro-batches"), (config.micro_batch_bytes, "B"))
     if config.objective.gram.is_active:
         similarities = (s.images[0] * (s.global_tokens - 1) ** 2, "patch pairs")
         yield part("Gram matrices and their gradient", "gpu", through, similarities, (4, "copies"), (4, "B"))

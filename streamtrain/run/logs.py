@@ -187,14 +187,16 @@ def take_over(logger: logging.Logger) -> None:
 
 @contextmanager
 def log_printed_lines(start: str, name: str) -> Iterator[None]:
-    """Log lines that a library prints to stdout as warnings of logger ``name``, if they begin with ``start``."""
+    """Turn stdout lines that begin with ``start`` into warnings of logger ``name``."""
     if _library_handler() is None:
         yield
         return
     stream = _LineFilter(sys.stdout, start, logging.getLogger(name))
-    with redirect_stdout(stream):
-        yield
-    stream.write_rest()
+    try:
+        with redirect_stdout(stream):
+            yield
+    finally:
+        stream.write_rest()
 
 
 class _LineFilter(io.TextIOBase):

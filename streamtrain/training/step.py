@@ -127,7 +127,7 @@ def train_step(
     batches, features = [], []
     for _ in wrap(range(accumulation)):
         batches.append(next(loader))
-        # while the next micro-batch is prepared
+        # overlaps with the loader, which prepares the next micro-batch
         features.append(networks.target_teacher.teacher_features(batches[-1], values.weights))
     targets = networks.target_maker.make(features, networks.teacher_prototypes, values.teacher_temperature)
     collapse, mass = _measure_teacher(step, config, targets)
