@@ -123,7 +123,7 @@ class Config(Section):
         return 3 * pixels * self.data.micro_batch
 
     def batches_ahead(self, world_size: int, *, on_gpu: bool) -> int:
-        """Return how many micro-batches the loader keeps ready: on a GPU as many as a step has, within ``AHEAD_BYTES``.
+        """Return the number of micro-batches to keep ready: on a GPU all of a step, within ``AHEAD_BYTES``.
 
         A GPU computes a step while the next one's batches are prepared; a CPU would do both with the same cores.
         """
