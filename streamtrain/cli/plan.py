@@ -15,18 +15,18 @@ from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import StreamtrainError
 from streamtrain.ops.cpu.features import cpu_features, has_kernels
 from streamtrain.planning.fitting import Remedy, fit, remedies
-from streamtrain.planning.hardware import DEFAULT_GPU, LOADER_IMAGES, MATMUL_SHARE, NETWORK_BYTES, Hardware
+from streamtrain.planning.hardware import DEFAULT_GPU, LOADER_RATE, MATMUL_SHARE, NETWORK_RATE, Hardware
 from streamtrain.planning.images import configured_images
-from streamtrain.planning.machine import Machine, core_flops
+from streamtrain.planning.machine import Machine, StepEstimate, core_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import PHASES
 from streamtrain.planning.peak import Gpu, gpu_of_option
 from streamtrain.planning.plan_text import advice, summary, table
 from streamtrain.planning.sizes import CPU_KERNELS
-from streamtrain.planning.time import hidden_from, mfu
+from streamtrain.planning.time import StepTime, mfu, smallest_hiding_micro_batch
 from streamtrain.run.machine import available_cores, has_gpu_driver, host_memory
 
-# of a host with eight H100s
+# CPU cores per GPU of a host with eight H100s
 CORES_PER_GPU = 14
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
@@ -70,26 +70,26 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--network", type=_positive_float, metavar="GBIT",
-        help=f"Gbit/s per GPU between hosts (default: {NETWORK_BYTES * 8 / 1e9:.0f})",
+        help=f"Gbit/s per GPU between hosts (default: {NETWORK_RATE * 8 / 1e9:.0f})",
     )  # fmt: skip
     parser.add_argument(
         "--loader-rate", type=_positive_float, metavar="N",
-        help=f"images/s that the loader of one host with GPUs reaches (bench.py loader measures it; default: "
-        f"{LOADER_IMAGES:.0f}, an assumption)",
+        help=f"images/s of one host's loader (measured by bench.py loader; default: {LOADER_RATE:.0f}, assumed)",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-memory", type=byte_size, metavar="SIZE",
-        help="of one GPU, such as 80GB (default: that of --gpu, or print which common sizes are enough)",
+        help="memory of one GPU, such as 80GB (default: the capacity of --gpu; without --gpu, print which common sizes "
+        "are enough)",
     )  # fmt: skip
     parser.add_argument(
         "--host-memory", type=byte_size, metavar="SIZE",
-        help="of one host (default: the available memory of this machine with --device cpu, otherwise not checked)",
+        help="memory of one host (default: with --device cpu this machine's available memory, otherwise not checked)",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=_positive_float, metavar="X",
-        help="TFLOP/s that the matmuls of a rank attain, for the time (default: for a GPU at most "
-        f"{100 * MATMUL_SHARE:.0f} %% of the peak, less for small matmuls; for a CPU, a value for its instructions "
-        "and cores)",
+        help="TFLOP/s that the matmuls of a rank attain, for the time; FP8 matmuls are faster by the ratio of their "
+        f"assumed rate to that of bf16 (default: for a GPU at most {100 * MATMUL_SHARE:.0f} %% of the peak, less for "
+        "small matmuls; for a CPU, a value for its instructions and cores)",
     )  # fmt: skip
     parser.add_argument(
         "--micro-batch", type=positive_int, metavar="N", help="samples per micro-batch: data.micro_batch"
@@ -128,27 +128,28 @@ def print_plan(arguments: argparse.Namespace) -> int:
         if fitted is None:
             logger.error("no setting fits; use more GPUs, more memory or a smaller model")
             return 1
-        config, planned, chosen = fitted
+        config, planned, estimate, chosen = fitted
     else:
         planned = machine.plan(config)
+        estimate = machine.estimate_step(config, planned)
     is_fitting = machine.fits(planned)
 
-    print(summary(planned, config, machine))
+    print(summary(planned, estimate, config, machine))
     if arguments.device is None and arguments.gpu_memory is None and machine.on_gpu and not has_gpu_driver():
         print("this machine has no GPU; --device cpu plans for its CPU instead")
-    found: list[Remedy] = []
+    single: list[Remedy] = []
     if chosen:
         print("the fastest settings that fit:\n  " + " ".join(chosen))
     elif not is_fitting:
-        found = remedies(config, machine)
+        single = remedies(config, machine)
         # more GPUs may be out of reach, so several changes are searched as well if no single setting is enough
-        is_enough = any(not remedy.change.startswith("--") for remedy in found)
+        is_enough = any(not remedy.change.startswith("--") for remedy in single)
         together = None if is_enough else fit(config, machine, arguments.micro_batch)
-        print(advice(found, together and together[2]))
+        print(advice(single, together and together.overrides))
     if arguments.verbose:
         print("\n" + table(planned, machine.ranks))
     if arguments.json:
-        print(json.dumps(plan_document(planned, config, machine, chosen, found)))
+        print(json.dumps(plan_document(planned, estimate, config, machine, chosen, single)))
     return 0 if is_fitting else 1
 
 
@@ -166,10 +167,15 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
             arguments.gpu_memory = arguments.gpu.capacity
         if arguments.fit and arguments.gpu_memory is None:
             raise StreamtrainError("--fit needs --gpu, such as h100, or --gpu-memory, such as 80GB")
-        bf16 = engine.dtype != "fp32"
+        gpu, bf16 = arguments.gpu or DEFAULT_GPU, engine.dtype != "fp32"
+        if engine.fp8 and not gpu.fp8:
+            raise StreamtrainError(
+                f"engine.fp8 needs a GPU of compute capability 8.9 or newer; {gpu.name} has no FP8 matmuls: choose "
+                "another --gpu, or engine.fp8=false"
+            )
         hardware = Hardware(
-            arguments.gpu or DEFAULT_GPU, 1e9 / 8 * arguments.network if arguments.network else NETWORK_BYTES,
-            arguments.loader_rate or LOADER_IMAGES, bf16, 1e12 * arguments.tflops if arguments.tflops else None,
+            gpu, 1e9 / 8 * arguments.network if arguments.network else NETWORK_RATE,
+            arguments.loader_rate or LOADER_RATE, bf16, 1e12 * arguments.tflops if arguments.tflops else None,
         )  # fmt: skip
         return Machine(
             arguments.ranks, bf16=bf16, gpu_memory=arguments.gpu_memory, host_memory=arguments.host_memory,
@@ -192,9 +198,9 @@ def machine_of(arguments: argparse.Namespace, config: Config) -> Machine:
 
 
 def plan_document(
-    planned: Plan, config: Config, machine: Machine, chosen: list[str], found: list[Remedy]
+    planned: Plan, estimate: StepEstimate, config: Config, machine: Machine, chosen: list[str], single: list[Remedy]
 ) -> dict[str, Any]:
-    seconds = machine.step_seconds(config, planned)
+    seconds, time = estimate.seconds, estimate.by_operation
     images, _ = config.batch_split(machine.ranks)
     return {
         "fits": machine.fits(planned),
@@ -215,9 +221,9 @@ def plan_document(
         "all_gather_bytes_per_step": planned.all_gather_bytes_per_step,
         "transfer_bytes_per_step": planned.transfer_bytes_per_step,
         "images_per_second": images / seconds,
-        **(_time_document(planned, config, machine) if machine.on_gpu else {}),
+        **(_time_document(time, config, machine) if time is not None else {}),
         "overrides": chosen,
-        "changes": [remedy.change for remedy in found],
+        "changes": [remedy.change for remedy in single],
         "parts": [
             {"name": p.name, "place": p.location, "bytes": p.num_bytes, "when": list(p.when), "sum": p.arithmetic}
             for p in planned.parts
@@ -225,9 +231,8 @@ def plan_document(
     }
 
 
-def _time_document(planned: Plan, config: Config, machine: Machine) -> dict[str, Any]:
+def _time_document(time: StepTime, config: Config, machine: Machine) -> dict[str, Any]:
     """Return the keys about the time on a GPU; all times in seconds of one optimiser step."""
-    time = machine.step_time(config, planned)
     return {
         "gpu": machine.hardware.gpu.option,
         "bound": time.bound,
@@ -237,9 +242,10 @@ def _time_document(planned: Plan, config: Config, machine: Machine) -> dict[str,
             for r in time.regions
         ],
         "communication_seconds": time.communication,
+        "offloading_seconds": time.offloading,
         "loader_seconds": time.loader,
         "mfu": mfu(config, machine.ranks, machine.hardware, time.seconds),
-        "network_hidden_from_micro_batch": hidden_from(config, machine.ranks, machine.hardware),
+        "network_hidden_from_micro_batch": smallest_hiding_micro_batch(config, machine.ranks, machine.hardware),
     }
 
 

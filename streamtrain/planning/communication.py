@@ -7,8 +7,8 @@ import math
 from streamtrain.config.tree import Config
 from streamtrain.ops.chunks import chunk_rows
 from streamtrain.planning.flops import micro_batch_crops
-from streamtrain.planning.hardware import FORWARD, HOP_SECONDS, OTHER_MODULES, REDUCE_SECONDS, Hardware
-from streamtrain.planning.parts import BACKWARD, TEACHER
+from streamtrain.planning.hardware import HOP_SECONDS, OTHER_MODULES, REDUCE_SECONDS, Hardware
+from streamtrain.planning.parts import BACKWARD, FORWARD, TEACHER
 from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
 
 
@@ -39,7 +39,7 @@ def collective_seconds(config: Config, world_size: int, hardware: Hardware, accu
 def target_seconds(config: Config, world_size: int, accumulation: int) -> float:
     """Return the seconds of the all-reduces that the targets wait for: two per chunk in the first iteration, then one.
 
-    All crop sizes of a run count like the first.
+    Assumes the first crop sizes in every step.
     """
     if world_size == 1 or config.objective.centering != "sinkhorn":
         return 0.0

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from streamtrain.config.load import build, merge, parse_override
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
-from streamtrain.planning.machine import Machine
+from streamtrain.planning.machine import Machine, StepEstimate
 from streamtrain.planning.memory import Plan
 
 # larger micro-batches are no faster
@@ -20,8 +21,17 @@ MAX_RANKS = 1024
 EXACT_MOMENTS = ("device", "host", "disk")
 
 
-def fit(config: Config, machine: Machine, micro_batch: int | None) -> tuple[Config, Plan, list[str]] | None:
-    """Find the fastest settings that fit; returns them, their plan and the overrides of ``config``, or None.
+class Fit(NamedTuple):
+    """Settings with which a run fits."""
+
+    config: Config
+    planned: Plan
+    estimate: StepEstimate
+    overrides: list[str]
+
+
+def fit(config: Config, machine: Machine, micro_batch: int | None) -> Fit | None:
+    """Find the fastest settings that fit, as overrides of ``config``; None if none do.
 
     8-bit moments change the results, so they are tried only if nothing exact fits. The global batch stays; a different
     micro-batch only changes KoLeo's neighbours.
@@ -37,10 +47,9 @@ def fit(config: Config, machine: Machine, micro_batch: int | None) -> tuple[Conf
             candidate = _override(start, overrides)
             planned = machine.plan(candidate)
             if machine.fits(planned):
-                fitting.append((machine.step_seconds(candidate, planned), candidate, planned, overrides))
+                fitting.append(Fit(candidate, planned, machine.estimate_step(candidate, planned), overrides))
         if fitting:
-            _, candidate, planned, overrides = min(fitting, key=lambda each: each[0])
-            return candidate, planned, overrides
+            return min(fitting, key=lambda each: each.estimate.seconds)
     return None
 
 
@@ -57,14 +66,14 @@ class Remedy:
 def remedies(config: Config, machine: Machine) -> list[Remedy]:
     """Return the single changes with which the run fits, the fastest first; of each kind the smallest."""
     total, _ = config.batch_split(machine.ranks)
-    found = []
+    fitting = []
     for kind in _single_changes(config, machine, total):
         for change, candidate, on in kind:
             planned = on.plan(candidate)
             if on.fits(planned):
-                found.append(Remedy(change, planned, on.step_seconds(candidate, planned)))
+                fitting.append(Remedy(change, planned, on.estimate_step(candidate, planned).seconds))
                 break
-    return sorted(found, key=lambda remedy: remedy.seconds)
+    return sorted(fitting, key=lambda remedy: remedy.seconds)
 
 
 def _single_changes(config: Config, machine: Machine, total: int) -> Iterator[Iterator[tuple[str, Config, Machine]]]:

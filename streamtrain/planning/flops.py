@@ -83,7 +83,9 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
         total += _heads(config, teacher, head, teacher_head, rows, rows)
     if objective.gram.is_active:
         gram = Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
-        total += _forward(config.model, gram, gram.images * gram.tokens(config.model)) + _gram_matrices(config, full)
+        total += _forward(config.model, gram, gram.images * gram.tokens(config.model))
+        flops = gram_flops(config, full)
+        total += StepFlops(flops, flops)
     return total
 
 
@@ -177,8 +179,7 @@ def head_weights(model: ModelConfig, head: HeadConfig) -> int:
     return sum(inputs * outputs for inputs, outputs in pairwise(sizes))
 
 
-def _gram_matrices(config: Config, crops: Crops) -> StepFlops:
+def gram_flops(config: Config, crops: Crops) -> float:
     """Return the FLOPs of the student's and the teacher's patch similarities and their gradient."""
     patches = crops.patches if config.objective.gram.level == "image" else crops.images * crops.patches
-    flops = 3 * 2.0 * crops.images * crops.patches * patches * config.model.dim
-    return StepFlops(flops, flops)
+    return 3 * 2.0 * crops.images * crops.patches * patches * config.model.dim

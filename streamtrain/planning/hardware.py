@@ -1,13 +1,13 @@
-"""The rates of GPUs, network and loader that times are predicted from, and the assumptions behind them."""
+"""Assumed rates from which step times are predicted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from streamtrain.planning.parts import BACKWARD, TEACHER
+from streamtrain.planning.parts import BACKWARD, FORWARD, TEACHER
 from streamtrain.planning.peak import Gpu, gpu_of_option
 
-FORWARD = "student forward"
 DEFAULT_GPU = gpu_of_option("h100")
 
 # Assumptions, the same for every device and run.
@@ -16,7 +16,7 @@ DEFAULT_GPU = gpu_of_option("h100")
 MATMUL_SHARE = 0.7
 # of the FP8 peak, with a scale per row: 0.71 on H100 for the best shapes in the same table
 FP8_SHARE = 0.6
-# a matmul's inner dimension that costs as much as its prologue and epilogue
+# inner dimension at which a matmul spends half its time in prologue and epilogue
 INNER = 128
 # Share of the peak of fused attention, after rounding queries and keys up to its tiles (FlashAttention-2's tables: 0.6
 # to 0.7 on A100 for long sequences in the forward and 0.1 less in the backward, about 0.4 on H100).
@@ -30,11 +30,11 @@ LAUNCH_SECONDS, COMPILED_SECONDS, HOOK_SECONDS = 8e-6, 100e-6, 300e-6
 LINK_SHARE, HOP_SECONDS = 0.8, 2e-6
 # of a small all-reduce
 REDUCE_SECONDS = 50e-6
-# bytes/s between GPU and host, and of a disk
-HOST_BYTES, DISK_BYTES = 25e9, 3e9
+# bytes/s between GPU and host in one direction, and of a disk
+HOST_RATE, DISK_RATE = 25e9, 3e9
 GPUS_PER_HOST = 8
 # bytes/s per GPU between hosts (400 Gbit/s), and images/s that the loader of one host decodes and crops
-NETWORK_BYTES, LOADER_IMAGES = 50e9, 8000.0
+NETWORK_RATE, LOADER_RATE = 50e9, 8000.0
 # Bytes that the update reads and writes per value of a rank: norm 4, AdamW 28, copy to bf16 6; the EMA 18. The search
 # for 8-bit codes needs ten times as many.
 UPDATE_BYTES, EIGHT_BIT_BYTES, EMA_BYTES = 38, 400, 18
@@ -54,10 +54,10 @@ class Hardware:
 
     gpu: Gpu = DEFAULT_GPU
     # bytes/s per GPU between hosts, and images/s of one host's loader
-    network: float = NETWORK_BYTES
-    loader: float = LOADER_IMAGES
+    network: float = NETWORK_RATE
+    loader: float = LOADER_RATE
     bf16: bool = True
-    # FLOP/s that every matmul attains; None: predicted from the peak and its size
+    # FLOP/s that bf16 matmuls (or fp32, without bf16) of every size attain; None: predicted from peak and size
     flops: float | None = None
 
     @property
@@ -65,11 +65,17 @@ class Hardware:
         """FLOP/s of a large matmul."""
         return self.flops or MATMUL_SHARE * (self.gpu.bf16 if self.bf16 else self.gpu.fp32)
 
-    def matmul_seconds(self, flops: float, inner: float, num_bytes: float, fp8: bool = False) -> float:
-        """Return the time of matmuls with this inner dimension."""
-        rate = self.matmul_flops
-        if fp8 and self.gpu.fp8 and not self.flops:
-            rate = FP8_SHARE * self.gpu.fp8
+    def matmul_seconds(
+        self, flops: float, inner: float, num_bytes: float, dtype: Literal["default", "fp8", "fp32"] = "default"
+    ) -> float:
+        """Return the time of matmuls with this inner dimension; the default dtype is bf16, or fp32 without bf16."""
+        # relative to the default, also if ``flops`` replaces the assumed rate
+        ratio = 1.0
+        if dtype == "fp8":
+            ratio = FP8_SHARE * self.gpu.fp8 / (MATMUL_SHARE * self.gpu.bf16)
+        elif dtype == "fp32" and self.bf16:
+            ratio = self.gpu.fp32 / self.gpu.bf16
+        rate = ratio * self.matmul_flops
         share = 1.0 if self.flops else inner / (inner + INNER)
         return max(flops / (rate * share), self.memory_seconds(num_bytes))
 
@@ -78,7 +84,7 @@ class Hardware:
         return num_bytes / (BANDWIDTH_SHARE * self.gpu.memory)
 
     def gather_rate(self, world_size: int) -> float:
-        """Return the bytes/s at which a rank receives in a collective: of the slower of link and network."""
+        """Return the bytes/s at which a rank receives in a collective, limited by the slower of link and network."""
         rate = self.gpu.link
         if world_size > GPUS_PER_HOST:
             # the rings of a host's network cards each carry a part of the data

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from streamtrain.config.tree import Config
-from streamtrain.planning.hardware import DEFAULT_HARDWARE, DISK_BYTES, HOST_BYTES, Hardware
+from streamtrain.planning.hardware import DEFAULT_HARDWARE, DISK_RATE, Hardware
 from streamtrain.planning.memory import Plan, plan
 from streamtrain.planning.sizes import CPU_KERNELS, Implementation, StoredImages
 from streamtrain.planning.time import StepTime, predict
@@ -21,9 +21,9 @@ CORE_FLOPS = {
     "none": (0.02e12, 0.02e12),
 }
 # bytes/s between the ranks of a CPU
-GATHERED_BYTES = 200e9
+GATHERED_RATE = 200e9
 # of one core: decoding and cropping an image, operations of one block, and bytes that an update reads and writes
-IMAGE_SECONDS, CPU_BLOCK_SECONDS, UPDATED_BYTES = 7e-3, 1e-3, 5e9
+IMAGE_SECONDS, CPU_BLOCK_SECONDS, UPDATE_RATE = 7e-3, 1e-3, 5e9
 
 
 def core_flops(bf16: bool, features: Collection[str], has_kernels: bool) -> float:
@@ -31,6 +31,15 @@ def core_flops(bf16: bool, features: Collection[str], has_kernels: bool) -> floa
     usable = (name for name in CORE_FLOPS if name in features and (bf16 or not name.endswith("bf16")))
     with_kernels, without = CORE_FLOPS[next(usable, "none")]
     return with_kernels if has_kernels else without
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """The estimated time of one optimiser step."""
+
+    seconds: float
+    # on GPUs: the time by operation
+    by_operation: StepTime | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,9 @@ class Machine:
     host_memory: int | None = None
     # rates of the GPUs, their network and the loader
     hardware: Hardware = DEFAULT_HARDWARE
-    # without a GPU: FLOP/s that one rank attains, and its cores
+    # FLOP/s that a rank without a GPU attains
     flops: float = CORE_FLOPS["none"][0]
+    # CPU cores of one rank
     cores: int = 1
     # the stored images; None: unknown
     images: StoredImages | None = None
@@ -71,19 +81,16 @@ class Machine:
         """FLOP/s that the matmuls of one rank attain."""
         return self.hardware.matmul_flops if self.on_gpu else self.flops
 
-    def step_time(self, config: Config, planned: Plan) -> StepTime:
-        """Predict the time of one optimiser step on GPUs, by cause."""
-        return predict(config, self.ranks, self.hardware, planned.transfer_bytes_per_step)
-
-    def step_seconds(self, config: Config, planned: Plan) -> float:
+    def estimate_step(self, config: Config, planned: Plan) -> StepEstimate:
         """Estimate the time of one optimiser step."""
         if self.on_gpu:
-            return self.step_time(config, planned).seconds
+            time = predict(config, self.ranks, self.hardware, planned.transfers)
+            return StepEstimate(time.seconds, time)
         _, accumulation = config.batch_split(self.ranks)
-        link = DISK_BYTES if config.engine.moments == "disk" else HOST_BYTES
         seconds = planned.flops_per_step / self.ranks / self.flops
-        seconds += planned.all_gather_bytes_per_step / GATHERED_BYTES + planned.transfer_bytes_per_step / link
+        # without a GPU, only moments on disk are transferred
+        seconds += planned.all_gather_bytes_per_step / GATHERED_RATE + planned.transfers.moments / DISK_RATE
         images = accumulation * config.data.micro_batch
         # on a CPU the loader uses the same cores
         seconds += images * IMAGE_SECONDS / self.cores + accumulation * config.model.depth * CPU_BLOCK_SECONDS
-        return seconds + planned.state_bytes / UPDATED_BYTES / self.cores
+        return StepEstimate(seconds + planned.state_bytes / UPDATE_RATE / self.cores)

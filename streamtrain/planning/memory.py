@@ -51,6 +51,16 @@ HOST_CHUNKS, EIGHT_BIT_SEARCH_BYTES = 3, 56
 
 
 @dataclass(frozen=True)
+class Transfers:
+    """Bytes that one rank transfers to and from its host or a disk in an optimiser step, half of them each way."""
+
+    moments: int = 0
+    ema: int = 0
+    # offloaded in the forward, loaded in the backward
+    activations: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """All buffers of one rank, and the FLOPs and traffic of an optimiser step."""
 
@@ -62,8 +72,7 @@ class Plan:
     flops_per_step: float
     # received by one rank
     all_gather_bytes_per_step: int
-    # transferred by one rank between the device and the host or disk
-    transfer_bytes_per_step: int
+    transfers: Transfers
     # of the student: its backbone, and the backbone with the heads
     num_backbone_parameters: int
     num_parameters: int
@@ -75,6 +84,11 @@ class Plan:
     def rank_bytes_at(self, phase: str) -> int:
         """Return the memory of one rank during ``phase``: of its GPU, or without a GPU of its process."""
         return self.at(phase) + (0 if self.on_gpu else self.at(phase, "host"))
+
+    @property
+    def transfer_bytes_per_step(self) -> int:
+        """Bytes that one rank transfers between the device and its host or a disk."""
+        return self.transfers.moments + self.transfers.ema + self.transfers.activations
 
     @property
     def peak_phase(self) -> str:
@@ -154,7 +168,7 @@ def plan(
         min(world_size, RANKS_PER_HOST) if on_gpu else world_size,
         step_flops(config, world_size).executed,
         _all_gather_bytes(sizes),
-        _transfer_bytes(sizes),
+        _transfers(sizes),
         sum(math.prod(shape) for shape in backbone_shapes(config.model).values()),
         sizes.numel,
     )
@@ -259,11 +273,10 @@ def _all_gather_bytes(s: Sizes) -> int:
     return round(values * s.item * (s.world_size - 1) / s.world_size)
 
 
-def _transfer_bytes(s: Sizes) -> int:
-    """Return the bytes one rank moves to and from the host or disk: moments, EMA and offloaded activations."""
+def _transfers(s: Sizes) -> Transfers:
     moments = sum(p.num_bytes for p in _states(s) if p.name == "moments" and p.location != "gpu")
     if s.config.engine.moments == "disk":
         moments //= s.world_size
     ema = sum(p.num_bytes for p in _states(s) if p.name == "averages" and p.location == "host")
     offloaded = sum(p.num_bytes for p in activations(s) if p.location == "host")
-    return 2 * (moments + ema + s.accumulation * offloaded)
+    return Transfers(2 * moments, 2 * ema, 2 * s.accumulation * offloaded)

@@ -10,6 +10,8 @@ Location = Literal["gpu", "host", "disk"]
 
 ALWAYS = "always"
 TEACHER, TARGETS, LOSS = "teacher pass", "targets", "prototype loss"
+# of the time only: the memory of the student's forward peaks in the prototype loss
+FORWARD = "student forward"
 BACKWARD, OPTIMISER, AVERAGE = "backward", "optimiser step", "average update"
 # after the last step; other checkpoints are written during the next steps
 EVALUATION, CHECKPOINT = "evaluation", "last checkpoint"

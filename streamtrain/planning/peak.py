@@ -72,11 +72,16 @@ def gpu_of_option(text: str) -> Gpu:
     raise ValueError(f"{text!r} is unknown; choose one of {', '.join(gpu.option for gpu in GPUS)}")
 
 
-def peak_flops(device_name: str, bf16: bool) -> float | None:
-    """Return the peak FLOP/s of a device by CUDA's name for it; None if the table lacks it, as for every CPU."""
+def gpu_of_device(name: str) -> Gpu | None:
+    """Return the GPU by CUDA's name for a device; None if the table lacks it, as for every CPU."""
     # whole words: "A10" must not match "A100"
-    words = f" {device_name} ".replace("-", " ")
-    for gpu in GPUS:
-        if f" {gpu.name} " in words:
-            return gpu.bf16 if bf16 else gpu.fp32
-    return None
+    words = f" {name} ".replace("-", " ")
+    return next((gpu for gpu in GPUS if f" {gpu.name} " in words), None)
+
+
+def peak_flops(device_name: str, bf16: bool) -> float | None:
+    """Return the peak FLOP/s of a device by CUDA's name for it; None if unknown."""
+    gpu = gpu_of_device(device_name)
+    if gpu is None:
+        return None
+    return gpu.bf16 if bf16 else gpu.fp32

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from streamtrain.config.tree import Config
 from streamtrain.planning.fitting import Remedy
-from streamtrain.planning.machine import Machine
+from streamtrain.planning.machine import Machine, StepEstimate
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.parts import (
     ALWAYS,
@@ -23,7 +23,7 @@ from streamtrain.planning.parts import (
 )
 from streamtrain.planning.shapes import parameter_shapes
 from streamtrain.planning.sizes import ASSUMED_IMAGES
-from streamtrain.planning.time import StepTime, hidden_from, mfu
+from streamtrain.planning.time import StepTime, mfu, smallest_hiding_micro_batch
 from streamtrain.planning.units import duration, significant, size
 
 _GPU_TITLES = {"gpu": "device memory per rank", "host": "host memory per rank", "disk": "disk, all ranks"}
@@ -53,13 +53,13 @@ def _gigabytes(num_bytes: float) -> str:
     return significant(num_bytes / 1e9)
 
 
-def summary(planned: Plan, config: Config, machine: Machine) -> str:
+def summary(planned: Plan, estimate: StepEstimate, config: Config, machine: Machine) -> str:
     """Return a few lines: whether the run fits, its peak with the largest buffers, its time and its disk space."""
     unit = "GPU" if machine.on_gpu else "process"
     phase, largest = largest_buffers(planned)
     names = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in largest)
     total, _ = config.batch_split(machine.ranks)
-    seconds = machine.step_seconds(config, planned)
+    seconds = estimate.seconds
     run = seconds * config.run.steps
     dtype = "bf16" if machine.bf16 else "fp32"
     of_each = "" if machine.on_gpu else f" of {_count(machine.cores, 'core')}"
@@ -75,8 +75,8 @@ def summary(planned: Plan, config: Config, machine: Machine) -> str:
         f"time      {duration(seconds)} per step of {_count(total, 'image')}, {duration(run)} for "
         f"{_count(config.run.steps, 'step')}, assuming {_rates(machine)}",
     ]
-    if machine.on_gpu:
-        lines += _time_lines(machine.step_time(config, planned), config, machine)
+    if estimate.by_operation is not None:
+        lines += _time_lines(estimate.by_operation, config, machine)
         lines.append(f"cost      {significant(run * machine.ranks / 3600)} GPU-hours")
     lines.append(f"disk      {size(planned.disk_bytes)} for checkpoints")
     if machine.images is None:
@@ -105,10 +105,12 @@ def _time_lines(time: StepTime, config: Config, machine: Machine) -> list[str]:
     causes = ", ".join(f"{name} {part / time.seconds:.0%}" for name, part in parts if part >= 0.005 * time.seconds)
     lines = [
         f"speed     {significant(rate / machine.ranks)} images/s per GPU, {significant(rate)} in all; MFU {share:.0%}",
-        f"bound     {causes}",
+        f"causes    {causes}",
     ]
-    if machine.ranks > 1:
-        size = hidden_from(config, machine.ranks, machine.hardware)
+    if machine.ranks > 1 and not time.is_overlapped:
+        lines.append(f"gathers   not overlapped, because engine.live_blocks is {config.engine.live_blocks}")
+    elif machine.ranks > 1:
+        size = smallest_hiding_micro_batch(config, machine.ranks, machine.hardware)
         hidden = "at no micro-batch" if size is None else f"from micro-batch {size}"
         lines.append(f"gathers   hidden behind computation {hidden}")
     return lines
@@ -144,19 +146,19 @@ def _fitting_line(planned: Plan, machine: Machine) -> str:
     return f"{'fits      ' if machine.fits(planned) else 'does NOT fit: '}{'; '.join(texts)}"
 
 
-def advice(found: Sequence[Remedy], combined: Sequence[str] | None) -> str:
+def advice(single: Sequence[Remedy], combined: Sequence[str] | None) -> str:
     """Return what to change where a run does not fit.
 
     Args:
-        found: single changes with which it fits.
+        single: changes with which it fits.
         combined: overrides with which it fits, if no single change is enough; None: there are none.
     """
-    lines = ["it fits with one of these changes:"] if found else []
-    for remedy in found:
+    lines = ["it fits with one of these changes:"] if single else []
+    for remedy in single:
         peak = size(remedy.planned.rank_bytes)
         lines.append(f"  {remedy.change:44} peak {peak}, {duration(remedy.seconds)} per step")
     if combined:
-        lines.append(f"{'or' if found else 'it fits'} with these changes together:\n  {' '.join(combined)}")
+        lines.append(f"{'or' if single else 'it fits'} with these changes together:\n  {' '.join(combined)}")
     return "\n".join(lines) or "no settings of this network fit; use a smaller model.preset or crops, or more memory"
 
 

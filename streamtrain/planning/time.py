@@ -6,13 +6,9 @@ FLOPs are those of ``flops.py``. Kernels and bytes of all other operations come 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
 
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.model import HeadConfig
@@ -23,9 +19,11 @@ from streamtrain.planning.flops import (
     Crops,
     block_flops,
     embedding_flops,
+    gram_flops,
     head_weights,
     micro_batch_crops,
     step_flops,
+    used_share,
     used_tokens,
 )
 from streamtrain.planning.hardware import (
@@ -33,14 +31,13 @@ from streamtrain.planning.hardware import (
     ATTENTION_SHARE,
     BUCKET_BYTES,
     COMPILED_SECONDS,
-    DISK_BYTES,
+    DISK_RATE,
     EIGHT_BIT_BYTES,
     EMA_BYTES,
-    FORWARD,
     GATHER_BYTES,
     GPUS_PER_HOST,
     HOOK_SECONDS,
-    HOST_BYTES,
+    HOST_RATE,
     KERNEL_SECONDS,
     KEY_TILE,
     LAUNCH_SECONDS,
@@ -51,10 +48,13 @@ from streamtrain.planning.hardware import (
     UPDATE_KERNELS,
     Hardware,
 )
-from streamtrain.planning.parts import BACKWARD, OPTIMISER, TARGETS, TEACHER
+from streamtrain.planning.memory import Transfers
+from streamtrain.planning.operation_counts import evaluate_counts
+from streamtrain.planning.parts import BACKWARD, FORWARD, OPTIMISER, TARGETS, TEACHER
 
 # causes of a step's time
-PARTS = ("matmul", "attention", "memory", "launch", "network", "transfer", "loader")
+ALL_REDUCES = "targets' all-reduces"
+PARTS = ("matmul", "attention", "memory", "launch", "network", ALL_REDUCES, "transfer", "loader")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Region:
     attention: float = 0.0
     memory: float = 0.0
     kernels: float = 0.0
-    # host seconds beside the launches
+    # host seconds in addition to the launches
     host: float = 0.0
 
     @property
@@ -100,11 +100,14 @@ class StepTime:
     regions: tuple[Region, ...]
     # seconds of collectives by phase; computation of the same phase hides them
     communication: dict[str, float]
-    # seconds of copies to and from the host or disk, and that the loader takes for the images of a step
+    # seconds of the targets' all-reduces, which computation waits for
+    all_reduces: float
+    # seconds that the update waits for copies of moments and EMA to and from the host or disk
     transfer: float
+    # seconds of copies of offloaded activations by phase; computation of the same phase hides them
+    offloading: dict[str, float]
+    # seconds that the loader takes for the images of a step; the whole step hides them
     loader: float
-    # seconds of collectives that computation waits for
-    serial: float = 0.0
     is_overlapped: bool = True
     parts: dict[str, float] = field(init=False)
 
@@ -113,7 +116,8 @@ class StepTime:
         for region in self.regions:
             for name, seconds in region.parts().items():
                 parts[name] += seconds
-        parts |= {"network": self.exposed + self.serial, "transfer": self.transfer}
+        parts |= {"network": self.exposed, ALL_REDUCES: self.all_reduces}
+        parts["transfer"] = self.transfer + self._beyond_computation(self.offloading)
         parts["loader"] = max(0.0, self.loader - sum(parts.values()))
         object.__setattr__(self, "parts", parts)
 
@@ -122,8 +126,12 @@ class StepTime:
         """Seconds of gathers and reductions that computation does not hide."""
         if not self.is_overlapped:
             return sum(self.communication.values())
-        busy = {phase: sum(r.seconds for r in self.regions if r.phase == phase) for phase in self.communication}
-        return sum(max(0.0, seconds - busy[phase]) for phase, seconds in self.communication.items())
+        return self._beyond_computation(self.communication)
+
+    def _beyond_computation(self, seconds: dict[str, float]) -> float:
+        """Return the part of ``seconds`` by phase that computation of the same phase does not hide."""
+        busy = {phase: sum(r.seconds for r in self.regions if r.phase == phase) for phase in seconds}
+        return sum(max(0.0, each - busy[phase]) for phase, each in seconds.items())
 
     @property
     def seconds(self) -> float:
@@ -131,14 +139,15 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """The part that takes the most time."""
-        return max(self.parts, key=self.parts.__getitem__)
+        """The cause that limits the step: the loader if the step waits for it, otherwise the largest part."""
+        return "loader" if self.parts["loader"] else max(self.parts, key=self.parts.__getitem__)
 
 
-def predict(config: Config, world_size: int, hardware: Hardware, transfer_bytes: int = 0) -> StepTime:
+NO_TRANSFERS = Transfers()
+
+
+def predict(config: Config, world_size: int, hardware: Hardware, transfers: Transfers = NO_TRANSFERS) -> StepTime:
     """Predict an optimiser step of ``world_size`` GPUs, averaged over alternating crop sizes.
-
-    A rank moves ``transfer_bytes`` to and from host memory or disk (``Plan.transfer_bytes_per_step``).
 
     Raises:
         ConfigError: if micro-batch x ranks does not divide the global batch.
@@ -148,18 +157,21 @@ def predict(config: Config, world_size: int, hardware: Hardware, transfer_bytes:
     regions: list[Region] = []
     for share, sizes in zip(shares, config.crop_sizes, strict=True):
         model = _Model(config, sizes, hardware, accumulation)
-        micro_batch = (*model.teacher(), *model.student(), *model.traffic(world_size))
-        found = (*(each * accumulation for each in micro_batch), *model.targets())
-        regions += [each * (share / sum(shares)) for each in found]
+        micro_batch = (*model.teacher(), *model.student(), *model.gather_and_gradient_copies(world_size))
+        step = (*(each * accumulation for each in micro_batch), *model.targets())
+        regions += [each * (share / sum(shares)) for each in step]
     regions += _update(config, world_size, hardware)
-    rate = DISK_BYTES if config.engine.moments == "disk" else HOST_BYTES
+    # loads and stores run at the same time between GPU and host, but share a disk
+    moments = transfers.moments / (DISK_RATE if config.engine.moments == "disk" else 2 * HOST_RATE)
+    activations = transfers.activations / (2 * HOST_RATE)
     images = accumulation * config.data.micro_batch * min(world_size, GPUS_PER_HOST)
     return StepTime(
         tuple(regions),
         collective_seconds(config, world_size, hardware, accumulation),
-        transfer_bytes / rate,
-        images / hardware.loader,
         target_seconds(config, world_size, accumulation),
+        moments + transfers.ema / (2 * HOST_RATE),
+        {FORWARD: activations, BACKWARD: activations},
+        images / hardware.loader,
         # with a single live block the next one is gathered after it
         is_overlapped=config.engine.live_blocks > 1,
     )
@@ -171,7 +183,7 @@ def mfu(config: Config, world_size: int, hardware: Hardware, seconds: float) -> 
     return step_flops(config, world_size).model / world_size / seconds / peak
 
 
-def hidden_from(config: Config, world_size: int, hardware: Hardware, largest: int = 1024) -> int | None:
+def smallest_hiding_micro_batch(config: Config, world_size: int, hardware: Hardware, largest: int = 1024) -> int | None:
     """Return the smallest micro-batch, a power of two, that hides the network; None if none up to ``largest`` does."""
     size = 1
     while size <= largest:
@@ -180,32 +192,6 @@ def hidden_from(config: Config, world_size: int, hardware: Hardware, largest: in
             return size
         size *= 2
     return None
-
-
-class _Counted(NamedTuple):
-    """Kernels, and bytes of memory-bound operations."""
-
-    kernels: float
-    num_bytes: float
-
-
-@lru_cache
-def _table() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(Path(__file__).with_name("operations.json").read_text())
-    return loaded
-
-
-def counted(key: str, **sizes: float) -> _Counted:
-    """Evaluate one entry of ``operations.json`` for these sizes."""
-    entry = _table()[key]
-
-    def total(kind: str) -> float:
-        return sum(
-            coefficient * math.prod(1.0 if name == "1" else sizes[name] for name in product.split("*"))
-            for product, coefficient in entry[kind].items()
-        )
-
-    return _Counted(total("kernels"), total("bytes"))
 
 
 class _Model:
@@ -239,8 +225,8 @@ class _Model:
     def _teacher_blocks(self, crops: Crops, used: int) -> Iterator[Region]:
         chunks = math.ceil(crops.images / self.config.teacher.chunk) if self.config.teacher.chunk else 1
         yield self._embedding(TEACHER, "teacher/forward", [crops], 1.0)
-        last = used / (crops.images * crops.tokens(self.config.model))
-        yield from self._block(TEACHER, "teacher/forward", [(crops, crops.images)], 1.0, last, chunks)
+        last = used_share(self.config.model, crops, used)
+        yield from self._block(TEACHER, "teacher/forward", [(crops, crops.images)], last, chunks)
 
     def student(self) -> Iterator[Region]:
         """Yield the regions of the student's forward and backward, with recomputation."""
@@ -252,15 +238,17 @@ class _Model:
         last = used / tokens
         calls = engine.view_groups if engine.checkpointing != "none" else 1
         yield self._embedding(FORWARD, "student/forward", [each for each, _ in crops], 1.0)
-        yield from self._block(FORWARD, f"{where}/forward", crops, 1.0, last, calls)
-        yield from self._block(BACKWARD, f"{where}/backward", crops, 2.0, last, calls)
-        for region in self._block(BACKWARD, f"{where}/forward", crops, 1.0, last, calls):
+        yield from self._block(FORWARD, f"{where}/forward", crops, last, calls)
+        yield from self._block(BACKWARD, f"{where}/backward", crops, last, calls, is_backward=True)
+        for region in self._block(BACKWARD, f"{where}/forward", crops, last, calls):
             yield from self._recomputed(region)
         yield self._embedding(BACKWARD, "student/backward", [each for each, _ in crops], 1.0)
         for name, head, rows, teacher_rows in self.heads:
             yield self._head(FORWARD, f"{name} head", "student/forward", head, rows, 1.0)
             yield self._head(BACKWARD, f"{name} head", "student/backward", head, rows, 2.0)
             yield from self._loss(name, head, rows, teacher_rows)
+        if self.config.objective.gram.is_active:
+            yield from self._gram_loss()
 
     def _recomputed(self, region: Region) -> Iterator[Region]:
         """Yield a branch's recomputation: of the whole block, and of the single branch in groups of images."""
@@ -274,13 +262,12 @@ class _Model:
             yield replace(region, name=f"{region.name}, recomputed in groups", matmul=share * region.matmul)
 
     def _block(
-        self, phase: str, key: str, crops: list[tuple[Crops, int]], passes: float, last: float, calls: int
+        self, phase: str, key: str, crops: list[tuple[Crops, int]], last: float, calls: int, is_backward: bool = False
     ) -> Iterator[Region]:
         """Yield both branches of all blocks; ``last`` is the share of the tokens that the last MLP computes.
 
         Args:
             crops: crops of each size, and the number of them that a branch computes.
-            passes: matmuls of the pass in units of the forward's.
             calls: groups of images, one after another.
         """
         model, hardware = self.config.model, self.hardware
@@ -290,9 +277,9 @@ class _Model:
         for each, images in crops:
             own, scores, own_mlp = block_flops(model, each, images)
             linear, mlp = linear + own, mlp + own_mlp
-            padded += scores * _padding(each.tokens(model), QUERY_TILE, KEY_TILE)
+            padded += scores * padding_factor(each.tokens(model), QUERY_TILE, KEY_TILE)
         # the backward forms five matmuls of scores where the forward forms two
-        attention = padded * (2.5 if passes == 2.0 else 1.0) / (ATTENTION_SHARE * hardware.gpu.bf16)
+        attention = padded * (2.5 if is_backward else 1.0) / (ATTENTION_SHARE * hardware.gpu.bf16)
         if not hardware.bf16:
             attention *= hardware.gpu.bf16 / hardware.gpu.fp32
         wide, depth = model.hidden * (3 if model.mlp == "swiglu" else 2), model.depth
@@ -302,10 +289,10 @@ class _Model:
         host = (COMPILED_SECONDS * calls if self.is_compiled else 0.0) + HOOK_SECONDS / 2
         for name, flops, count in (("attention", linear, float(depth)), ("mlp", mlp, depth - 1 + last)):
             table = f"{'attention' if name == 'attention' else f'mlp_{model.mlp}'}/{key}/{self.mode}"
-            kernels, num_bytes = counted(table, tokens=tokens, kept=kept, dim=model.dim, hidden=model.hidden)
+            kernels, num_bytes = evaluate_counts(table, tokens=tokens, kept=kept, dim=model.dim, hidden=model.hidden)
             moved = 2.0 * self.width * kept * values[name]
-            seconds = hardware.matmul_seconds(flops, inner[name], moved, self.fp8)
-            if passes == 2.0:
+            seconds = hardware.matmul_seconds(flops, inner[name], moved, "fp8" if self.fp8 else "default")
+            if is_backward:
                 # the gradients of the weights are bf16 matmuls over all tokens
                 seconds += hardware.matmul_seconds(flops, kept, moved)
             yield Region(
@@ -317,14 +304,14 @@ class _Model:
         model, hardware = self.config.model, self.hardware
         tokens = sum(each.images * each.tokens(model) for each in crops)
         pixels = sum(each.images * each.patches * 3 * model.patch_size**2 for each in crops)
-        kernels, num_bytes = counted(f"embedding/{key}", tokens=tokens, dim=model.dim, pixels=pixels)
+        kernels, num_bytes = evaluate_counts(f"embedding/{key}", tokens=tokens, dim=model.dim, pixels=pixels)
         flops = passes * sum(embedding_flops(model, each) for each in crops)
         matmul = hardware.matmul_seconds(flops, 3 * model.patch_size**2, 2.0 * (pixels + tokens * model.dim))
         return Region("embedding", phase, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
 
     def _head(self, phase: str, name: str, key: str, head: HeadConfig, rows: int, passes: float) -> Region:
         dim, hardware = self.config.model.dim, self.hardware
-        kernels, num_bytes = counted(
+        kernels, num_bytes = evaluate_counts(
             f"head/{key}", rows=rows, dim=dim, hidden=head.hidden, bottleneck=head.bottleneck, layers=head.layers,
             inner=head.layers - 1,
         )  # fmt: skip
@@ -345,9 +332,29 @@ class _Model:
         matmul += hardware.matmul_seconds(2.0 * teacher_logits * head.bottleneck, head.bottleneck, 4.0 * teacher_logits)
         matmul += hardware.matmul_seconds(2.0 * logits * head.bottleneck, chunk, 2.0 * logits) * 2
         for phase, key in ((FORWARD, "forward"), (BACKWARD, "backward")):
-            kernels, num_bytes = counted(f"loss_{name}/{key}", **sizes)
+            kernels, num_bytes = evaluate_counts(f"loss_{name}/{key}", **sizes)
             memory = hardware.memory_seconds(num_bytes)
             yield Region(f"{name} loss", phase, matmul if phase == FORWARD else 0.0, memory=memory, kernels=kernels)
+
+    def _gram_loss(self) -> Iterator[Region]:
+        """Yield the loss on patch similarities; the matmul of its gradient is in the forward, all matmuls are in fp32."""
+        hardware, objective, crops = self.hardware, self.config.objective, self.full
+        gram, dim, patches = objective.gram, self.config.model.dim, crops.images * crops.patches
+        groups = crops.images if gram.level == "image" else 1
+        rows, values = patches // groups, patches * dim
+        pairs = groups * rows**2
+        flops, moved = gram_flops(self.config, crops) / 3, 4.0 * (pairs + 2 * values)
+        matmul = 2 * hardware.matmul_seconds(flops, dim, moved, "fp32")
+        matmul += hardware.matmul_seconds(flops, rows, moved, "fp32")
+        # whole groups, or rows of one
+        at_once = objective.chunk_size(on_gpu=True) // (4 * rows)
+        chunks = math.ceil(groups / (at_once // rows)) if at_once > rows else groups * math.ceil(rows / max(1, at_once))
+        for phase, key in ((FORWARD, "forward"), (BACKWARD, "backward")):
+            kernels, num_bytes = evaluate_counts(
+                f"gram_{gram.negatives}/{key}", values=values, pairs=pairs, chunks=chunks
+            )
+            memory = hardware.memory_seconds(num_bytes)
+            yield Region("gram loss", phase, matmul if phase == FORWARD else 0.0, memory=memory, kernels=kernels)
 
     def targets(self) -> Iterator[Region]:
         """Yield the targets of the step, over the rows of all its micro-batches."""
@@ -356,7 +363,7 @@ class _Model:
             rows = self.accumulation * teacher_rows
             chunks = math.ceil(head.prototypes / chunk_rows(objective.chunk_size(on_gpu=True), rows, head.prototypes))
             times = objective.sinkhorn_iterations if objective.centering == "sinkhorn" else 1
-            kernels, num_bytes = counted(
+            kernels, num_bytes = evaluate_counts(
                 f"targets_{objective.centering}", rows=rows, prototypes=head.prototypes, bottleneck=head.bottleneck,
                 chunks=chunks, later=times - 1,
             )  # fmt: skip
@@ -364,7 +371,7 @@ class _Model:
             matmul = times * hardware.matmul_seconds(2.0 * logits * head.bottleneck, head.bottleneck, 4.0 * logits)
             yield Region(f"{name} targets", TARGETS, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
 
-    def traffic(self, world_size: int) -> Iterator[Region]:
+    def gather_and_gradient_copies(self, world_size: int) -> Iterator[Region]:
         """Yield ZeRO-3's copies of gathered parameters and gradients, its hooks, and kernels outside the regions."""
         numel = num_values(self.config)
         width = self.width
@@ -376,7 +383,7 @@ class _Model:
         yield Region("gradients", BACKWARD, memory=self.hardware.memory_seconds(moved))
 
 
-def _padding(tokens: int, *tiles: int) -> float:
+def padding_factor(tokens: int, *tiles: int) -> float:
     """Return the work of attention in whole tiles, relative to the exact one."""
     return math.prod(math.ceil(tokens / tile) * tile / tokens for tile in tiles)
 

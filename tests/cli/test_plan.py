@@ -70,6 +70,8 @@ def test_time_follows_the_gpu_the_network_and_the_loader() -> None:
     assert sum(default["time_parts"].values()) == pytest.approx(default["step_seconds"])
     assert default["images_per_second"] == pytest.approx(4096 / default["step_seconds"])
     assert default["network_hidden_from_micro_batch"] <= 16 and default["time_regions"]
+    assert "\ncauses    matmul" in texts["default"] and "\ngathers   hidden" in texts["default"]
+    assert "not overlapped, because engine.live_blocks is 1" in run_plan(*words[:-1], "engine.live_blocks=1").stdout
     # naming a GPU also checks its memory
     assert "80.0 GB per GPU" in texts["h100"] and documents["h100"]["step_seconds"] == default["step_seconds"]
     assert documents["a100"]["step_seconds"] > default["step_seconds"]
@@ -182,6 +184,7 @@ def test_large_photographs_of_the_set_are_counted(tmp_path: Path) -> None:
         ((*EIGHT[:4], "--fit"), "--fit needs --gpu"),
         ((*EIGHT[:4], "--gpu", "h1000"), "choose one of"),
         ((*EIGHT[:4], "--device", "cpu", "--gpu", "h100"), "--gpu has no effect"),
+        ((*EIGHT[:4], "--gpu", "a100", "engine.fp8=true"), "A100 has no FP8 matmuls: choose another --gpu"),
         ((*EIGHT[:4], "--network", "0"), "is not a number above 0"),
     ],
 )

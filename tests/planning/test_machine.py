@@ -27,7 +27,7 @@ def test_a_step_takes_half_the_time_with_twice_the_cores_and_rate() -> None:
     config = load_config("vits16.yaml")
     slow = Machine(1, on_gpu=False, flops=1e11, cores=1)
     fast = replace(slow, flops=2e11, cores=2)
-    times = [machine.step_seconds(config, machine.plan(config)) for machine in (slow, fast)]
+    times = [machine.estimate_step(config, machine.plan(config)).seconds for machine in (slow, fast)]
     assert times[0] == pytest.approx(2 * times[1], rel=0.02)
     assert times[0] > slow.plan(config).flops_per_step / 1e11
 

@@ -105,12 +105,14 @@ def test_fit_finds_settings_or_none() -> None:
     machine = Machine(1, gpu_memory=141 * GB, host_memory=128 * GB)
     result = fit(giant(), machine, None)
     assert result is not None
-    config, planned, overrides = result
+    config, planned, estimate, overrides = result
     assert machine.fits(planned)
     assert config == giant(*overrides) and planned == machine.plan(giant(*overrides))
+    assert estimate == machine.estimate_step(config, planned)
     # with little host memory only 8-bit moments or files fit
     squeezed = fit(giant(), replace(machine, host_memory=40 * GB), 4)
-    assert squeezed is not None and squeezed[0].engine.moments in ("disk", "8bit") and squeezed[0].data.micro_batch == 4
+    assert squeezed is not None and squeezed.config.data.micro_batch == 4
+    assert squeezed.config.engine.moments in ("disk", "8bit")
     assert fit(giant(), replace(machine, gpu_memory=40 * GB), None) is None
 
 
@@ -120,8 +122,8 @@ def test_fit_on_a_cpu_counts_one_memory() -> None:
     needed = roomy.plan(config).host_bytes
     assert roomy.fits(roomy.plan(config)) and roomy.plan(config).gpu_bytes == 0
     result = fit(config, replace(roomy, host_memory=needed // 2), None)
-    assert result is not None and result[1].host_bytes <= needed // 2
-    assert "teacher.average=host" not in result[2] and "engine.moments=host" not in result[2]
+    assert result is not None and result.planned.host_bytes <= needed // 2
+    assert not {"teacher.average=host", "engine.moments=host"} & set(result.overrides)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from streamtrain.config.load import load_config
 from streamtrain.planning.hardware import DEFAULT_HARDWARE
-from streamtrain.planning.time import counted, predict
+from streamtrain.planning.operation_counts import evaluate_counts
+from streamtrain.planning.time import predict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -25,9 +26,10 @@ def test_table_is_current() -> None:
             *operations.embedding(512, 16, (16, 64)),
             *operations.head(512, 1024, 256, 3, 800),
             *operations.prototypes(800, 160, 4096, 256, 4),
+            *operations.gram(24, 400, 512, 4),
         ]
     for key, sizes, count in traced:
-        kernels, num_bytes = counted(key, **sizes)
+        kernels, num_bytes = evaluate_counts(key, **sizes)
         assert kernels == count.kernels, key
         assert num_bytes == pytest.approx(count.num_bytes, rel=0.06), key
 
@@ -60,6 +62,7 @@ def test_a_compiled_branch_moves_fewer_bytes_in_fewer_kernels() -> None:
     for branch in ("attention", "mlp_gelu", "mlp_swiglu"):
         for direction in ("forward", "backward"):
             eager, compiled = (
-                counted(f"{branch}/student_drop/{direction}/{mode}/bf16", **sizes) for mode in ("eager", "compiled")
+                evaluate_counts(f"{branch}/student_drop/{direction}/{mode}/bf16", **sizes)
+                for mode in ("eager", "compiled")
             )
             assert compiled.kernels < eager.kernels and compiled.num_bytes < eager.num_bytes

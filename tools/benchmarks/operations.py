@@ -8,13 +8,11 @@ a dispatch mode that records every ATen operation with the storages it reads and
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,9 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import streamtrain
-from benchmarks.recorder import Count, Recorder, eager, trace
-from streamtrain.config.masks import max_rows
+from benchmarks.recorder import Recorder, eager, trace
 from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks, normalise
@@ -35,15 +31,15 @@ from streamtrain.model.layers import Block
 from streamtrain.model.layout import DropPath, Group, Layout, draw_drop_path
 from streamtrain.model.rope import Rope
 from streamtrain.model.vit import Embedding
+from streamtrain.objective.gram import Negatives, gram_loss
 from streamtrain.objective.prototypes import PlainWeight, prototype_cross_entropy
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.ops.cpu.build import is_enabled, set_enabled
-from streamtrain.planning.hardware import FORWARD
-from streamtrain.planning.parts import BACKWARD, TARGETS, TEACHER
+from streamtrain.planning.flops import micro_batch_crops
+from streamtrain.planning.operation_counts import TABLE, Count, evaluate_entry, multiply_sizes
+from streamtrain.planning.parts import BACKWARD, FORWARD, TARGETS, TEACHER
 from streamtrain.training.ssl_model import LossWeights, SSLModel
-
-TABLE = Path(streamtrain.__file__).parent / "planning" / "operations.json"
 
 
 @contextmanager
@@ -97,22 +93,20 @@ def branches(dim: int, hidden: int, mlp: str, images: tuple[int, int], drop_rate
         block, positions = Block(config), Rope(config)
     for precision, linear in (("bf16", torch.nn.functional.linear), ("fp8", fp8.linear)):
         block.options = replace(block.options, implementation="reference", linear=linear)
-        for mode in ("eager", "compiled"):
-            for where in ("teacher", "student", "student_drop"):
-                layout = _layout(images[:1] if where == "teacher" else images)
-                tokens = torch.empty(sum(layout.sizes()), dim, dtype=torch.bfloat16, requires_grad=True)
-                tables = [positions.table(group.grid, tokens.device, tokens.dtype, None) for group in layout.groups]
-                drop: DropPath | None = None
-                if where == "student_drop":
-                    (drop,) = draw_drop_path(layout, 1, drop_rate, None, tokens.device)  # type: ignore[arg-type]
-                kept = sum(drop.layout.sizes()) if drop else len(tokens)
-                sizes = {"tokens": len(tokens), "kept": kept, "dim": dim, "hidden": hidden}
-                for name, branch in (("attention", Block.attend), (f"mlp_{mlp}", _refine)):
-                    forward = partial(branch, block, tokens, layout, tables, drop)
-                    counts = trace(forward, where != "teacher", mode == "compiled")
-                    for direction, count in zip(("forward", "backward"), counts, strict=True):
-                        if where != "teacher" or direction == "forward":
-                            yield f"{name}/{where}/{direction}/{mode}/{precision}", sizes, count
+        for where in ("teacher", "student", "student_drop"):
+            layout = _layout(images[:1] if where == "teacher" else images)
+            tokens = torch.empty(sum(layout.sizes()), dim, dtype=torch.bfloat16, requires_grad=True)
+            tables = [positions.table(group.grid, tokens.device, tokens.dtype, None) for group in layout.groups]
+            drop: DropPath | None = None
+            if where == "student_drop":
+                (drop,) = draw_drop_path(layout, 1, drop_rate, None, tokens.device)  # type: ignore[arg-type]
+            kept = sum(drop.layout.sizes()) if drop else len(tokens)
+            sizes = {"tokens": len(tokens), "kept": kept, "dim": dim, "hidden": hidden}
+            for name, branch in (("attention", Block.attend), (f"mlp_{mlp}", _refine)):
+                forward = partial(branch, block, tokens, layout, tables, drop)
+                for direction, counts in trace(forward, where != "teacher").items():
+                    for mode, count in counts.items():
+                        yield f"{name}/{where}/{direction}/{mode}/{precision}", sizes, count
 
 
 def _refine(block: Block, tokens: Tensor, layout: Layout, tables: Any, drop: DropPath | None) -> Tensor:
@@ -138,10 +132,8 @@ def embedding(dim: int, patch: int, images: tuple[int, int]) -> Iterator[Sample]
             return module(pixels, masks)
 
         sizes = {"tokens": sum(layout.sizes()), "dim": dim, "pixels": sum(each.numel() for each in crops)}
-        counts = trace(forward, where == "student")
-        for direction, count in zip(("forward", "backward"), counts, strict=True):
-            if where == "student" or direction == "forward":
-                yield f"embedding/{where}/{direction}", sizes, count
+        for direction, counts in trace(forward, where == "student").items():
+            yield f"embedding/{where}/{direction}", sizes, counts["eager"]
 
 
 def head(dim: int, hidden: int, bottleneck: int, layers: int, rows: int) -> Iterator[Sample]:
@@ -151,9 +143,9 @@ def head(dim: int, hidden: int, bottleneck: int, layers: int, rows: int) -> Iter
     features = torch.empty(rows, dim, dtype=torch.bfloat16, requires_grad=True)
     inner = {"dim": dim, "hidden": hidden, "bottleneck": bottleneck, "layers": layers, "inner": layers - 1}
     sizes = {"rows": rows, **inner}
-    for direction, count in zip(("forward", "backward"), trace(lambda: module(features)), strict=True):
-        yield f"head/student/{direction}", sizes, count
-    yield "head/teacher/forward", sizes, trace(lambda: module(features), with_backward=False)[0]
+    for direction, counts in trace(lambda: module(features)).items():
+        yield f"head/student/{direction}", sizes, counts["eager"]
+    yield "head/teacher/forward", sizes, _count(lambda: module(features))
 
 
 def prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, chunks: int) -> Iterator[Sample]:
@@ -182,19 +174,35 @@ def prototypes(rows: int, teacher_rows: int, prototypes: int, bottleneck: int, c
                 student, weight, teacher, frozen, assignment, pair, row_weight, 0.1, 0.05, chunk
             )
 
-        for direction, count in zip(("forward", "backward"), trace(loss), strict=True):
-            yield f"loss_{name}/{direction}", {**sizes, "teacher_rows": targets}, count
+        for direction, counts in trace(loss).items():
+            yield f"loss_{name}/{direction}", {**sizes, "teacher_rows": targets}, counts["eager"]
     features, frozen, valid = student.detach(), weight.detach(), torch.empty(rows, dtype=torch.bool)
     for iterations in (1, 2, 3):
         targets_of = partial(_sinkhorn, features, frozen, iterations, chunk, valid)
-        yield "targets_sinkhorn", {**sizes, "later": iterations - 1}, trace(targets_of, with_backward=False)[0]
+        yield "targets_sinkhorn", {**sizes, "later": iterations - 1}, _count(targets_of)
 
     def softmax() -> list[Tensor]:
         whole = centered_softmax(features, frozen, column, 0.05, chunk, valid)
         update_center(column, features, frozen, 0.9, valid)
         return [whole.column, whole.row]
 
-    yield "targets_softmax", sizes, trace(softmax, with_backward=False)[0]
+    yield "targets_softmax", sizes, _count(softmax)
+
+
+def _count(forward: Callable[[], Tensor | Sequence[Tensor]]) -> Count:
+    """Return the eager counts of ``forward``, without gradients."""
+    return trace(forward, with_backward=False)["forward"]["eager"]
+
+
+def gram(images: int, patches: int, dim: int, chunks: int) -> Iterator[Sample]:
+    """Trace the loss on similarities of all patches of an image."""
+    student = torch.empty(images, patches, dim, dtype=torch.bfloat16, requires_grad=True)
+    teacher, pairs = torch.empty_like(student, requires_grad=False), images * patches**2
+    sizes = {"values": student.numel(), "pairs": pairs, "chunks": chunks}
+    for negatives in NEGATIVES:
+        loss = partial(gram_loss, student, teacher, None, "image", negatives, 4 * pairs // chunks)
+        for direction, counts in trace(loss).items():
+            yield f"gram_{negatives}/{direction}", sizes, counts["eager"]
 
 
 def _sinkhorn(features: Tensor, weight: Tensor, iterations: int, chunk: int, valid: Tensor) -> list[Tensor]:
@@ -212,7 +220,7 @@ def trace_step(config: Config) -> dict[str, Count]:
         with _bf16():
             student, teacher = SSLModel(config), SSLModel(config)
         teacher.requires_grad_(False)
-        rows = max_rows(config.masks, batch_size, crops.global_count, patches, math.gcd(batch_size, config.masks.group))
+        _, _, rows = micro_batch_crops(config, config.crop_sizes[0])
         masks = Masks(
             torch.empty(images, patches, dtype=torch.bool), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
         )
@@ -246,6 +254,8 @@ def trace_step(config: Config) -> dict[str, Count]:
     return {phase: eager(recorder.operations[start:stop]) for phase, (start, stop) in spans}
 
 
+NEGATIVES: tuple[Negatives, ...] = ("keep", "drop", "drop_teacher")
+
 # the sizes that kernels and bytes are proportional to, by the first part of a key
 FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (("1",), ("tokens*dim", "kept*dim", "dim*dim")),
@@ -260,6 +270,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "loss_patch": (("1", "chunks"), ("rows*prototypes", "rows*bottleneck*chunks", "prototypes*bottleneck")),
     "targets_sinkhorn": (("1", "later", "chunks", "chunks*later"), ("rows*prototypes", "rows*prototypes*later")),
     "targets_softmax": (("1", "chunks"), ("rows*prototypes", "prototypes*bottleneck")),
+    **{f"gram_{negatives}": (("1", "chunks"), ("values", "pairs")) for negatives in NEGATIVES},
 }  # fmt: skip
 
 
@@ -280,11 +291,8 @@ def samples() -> Iterator[Sample]:
             (640, 128, 4096, 256, 4), (320, 128, 8192, 256, 8), (1000, 200, 4096, 128, 8), (640, 320, 8192, 512, 2),
         ):  # fmt: skip
             yield from prototypes(*numbers)
-
-
-def value(size: str, sizes: Sizes) -> float:
-    """Return a product of sizes, such as ``rows*dim``."""
-    return math.prod(1 if name == "1" else sizes[name] for name in size.split("*"))
+        for shape in ((32, 196, 384, 4), (64, 784, 384, 8), (32, 196, 1024, 2), (16, 1024, 1024, 8)):
+            yield from gram(*shape)
 
 
 def fit(traced: Sequence[tuple[Sizes, Count]], names: tuple[tuple[str, ...], tuple[str, ...]]) -> dict[str, Any]:
@@ -294,7 +302,9 @@ def fit(traced: Sequence[tuple[Sizes, Count]], names: tuple[tuple[str, ...], tup
     for (kind, totals), features in zip(counted.items(), names, strict=True):
         if all(sizes.get("kept", 0) == sizes.get("tokens", 1) for sizes, _ in traced):
             features = tuple(feature for feature in features if feature != "tokens*dim")
-        matrix = np.array([[value(feature, sizes) for feature in features] for sizes, _ in traced], dtype=float)
+        matrix = np.array(
+            [[multiply_sizes(feature, sizes) for feature in features] for sizes, _ in traced], dtype=float
+        )
         # relative errors count, since the totals differ by orders of magnitude
         weight = 1 / np.maximum(np.array(totals, dtype=float), 1.0)
         used = list(range(len(features)))
@@ -321,8 +331,7 @@ def largest_error(coefficients: dict[str, Any], traced: Sequence[Sample]) -> flo
     """Return the largest relative error of the fitted kernels and bytes."""
     errors = []
     for key, sizes, count in traced:
-        for kind, total in (("kernels", count.kernels), ("bytes", count.num_bytes)):
-            fitted = sum(c * value(feature, sizes) for feature, c in coefficients[key][kind].items())
+        for fitted, total in zip(evaluate_entry(coefficients[key], sizes), count, strict=True):
             errors.append(abs(fitted - total) / max(1, total))
     return max(errors)
 

@@ -10,7 +10,7 @@ from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
 from streamtrain.planning.hardware import DEFAULT_HARDWARE, Hardware
 from streamtrain.planning.peak import gpu_of_option
-from streamtrain.planning.time import PARTS, Region, StepTime, hidden_from, mfu, predict
+from streamtrain.planning.time import PARTS, Region, StepTime, mfu, predict, smallest_hiding_micro_batch
 
 # logits of all prototypes at once, as in the published code
 WHOLE = "objective.chunk_bytes=8589934592"
@@ -137,7 +137,7 @@ def recipe_table() -> str:
         utilisation = 100 * mfu(config, ranks, DEFAULT_HARDWARE, time.seconds)
         lines.append(
             f"| {name} | {ranks} | {config.data.micro_batch} | {throughput(config, ranks, time):.3g} | "
-            f"{utilisation:.0f} | {shares} | {hidden_from(config, ranks, DEFAULT_HARDWARE) or 'none'} |"
+            f"{utilisation:.0f} | {shares} | {smallest_hiding_micro_batch(config, ranks, DEFAULT_HARDWARE) or 'none'} |"
         )
     return "\n".join(lines)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from streamtrain.planning.operation_counts import Count
+
 MATMULS = ("mm", "addmm", "bmm", "_scaled_mm")
 ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
 # The destination is only touched where the source goes.
@@ -127,14 +129,6 @@ def _reduces_rows(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     return name == "sum" and inputs[0].dim() > 1 and outputs[0].shape[-1:] == inputs[0].shape[-1:]
 
 
-@dataclass(frozen=True)
-class Count:
-    """Kernels launched, and bytes of the memory-bound ones: all but matmuls and attention."""
-
-    kernels: int
-    num_bytes: int
-
-
 def eager(operations: Sequence[Operation]) -> Count:
     """Count each operation as its own kernels."""
     return Count(sum(each.kernels for each in operations), sum(each.num_bytes for each in operations))
@@ -174,17 +168,15 @@ def _written(operations: Iterable[Operation]) -> set[int]:
 
 
 def _largest(accesses: Iterable[dict[Span, int]]) -> dict[Span, int]:
-    found: dict[Span, int] = {}
+    largest: dict[Span, int] = {}
     for access in accesses:
         for span, size in access.items():
-            found[span] = max(found.get(span, 0), size)
-    return found
+            largest[span] = max(largest.get(span, 0), size)
+    return largest
 
 
-def trace(
-    forward: Callable[[], Tensor | Sequence[Tensor]], with_backward: bool = True, compiled: bool = False
-) -> tuple[Count, Count]:
-    """Return the counts of ``forward`` and of its backward (zero without one)."""
+def trace(forward: Callable[[], Tensor | Sequence[Tensor]], with_backward: bool = True) -> dict[str, dict[str, Count]]:
+    """Return the counts of ``forward`` and its backward, if any, by direction and by mode (eager and compiled)."""
     leaves: list[Tensor] = []
     with Recorder() as recorder, torch.set_grad_enabled(with_backward):
         result = forward()
@@ -196,18 +188,19 @@ def trace(
                 each.grad = None
             torch.autograd.backward(outputs, [torch.empty_like(each) for each in outputs])
     first, second = recorder.operations[:boundary], recorder.operations[boundary:]
-    if not compiled:
-        return eager(first), eager(second)
     # a compiled backward recomputes values from its inputs instead of reading them, except the factors of its matmuls
     final = {_storage(each) for each in outputs} | _storages(each for each in second if each.is_external)
     recomputed = _written(each for each in first if not each.is_external) - final
     gradients = {_storage(each.grad) for each in leaves if each.grad is not None}
-    return fused(first, final, set()), fused(second, gradients, recomputed)
+    counts = {"forward": {"eager": eager(first), "compiled": fused(first, final, set())}}
+    if with_backward:
+        counts["backward"] = {"eager": eager(second), "compiled": fused(second, gradients, recomputed)}
+    return counts
 
 
 def _leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors that the backward of ``outputs`` computes gradients of."""
-    found: dict[int, Tensor] = {}
+    leaves: dict[int, Tensor] = {}
     todo, seen = [each.grad_fn for each in outputs], set()
     while todo:
         node = todo.pop()
@@ -215,6 +208,6 @@ def _leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
+            leaves[id(node.variable)] = node.variable
         todo += [following for following, _ in node.next_functions]
-    return list(found.values())
+    return list(leaves.values())
