@@ -25,7 +25,8 @@ from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
 # plans were accurate within about 10 % (docs/measurements.md)
 _PLAN_MARGIN = 1.1
-# On a GPU the host's work limits steps of small networks (an estimate: not measured). Larger micro-batches, best first.
+# up to this width, the host is estimated to limit a step on a GPU (not measured); micro-batches to recommend, largest
+# first
 _SMALL_DIM, _GPU_MICRO_BATCHES = 768, (128, 64)
 # may differ between machines: contents are compared, not paths
 _OWN_SETTINGS = ("run.dir", "data.shards", "data.cache.dir", "engine.moments_dir", "engine.cpu_threads")
