@@ -2,14 +2,15 @@
 """Test and measure streamtrain on one GPU: its tests, decoder, loader, steps, memory, a profile, the 7B network.
 
 python tools/gpu_acceptance.py                  # parts for about 25 minutes; run it again for the rest
-python tools/gpu_acceptance.py --minutes 8      # stop before a part that may take longer; run it again to continue
+python tools/gpu_acceptance.py --minutes 8      # the same for at most 8 minutes
 python tools/gpu_acceptance.py --cpu            # the same parts with tiny networks on a CPU, about 3 minutes
 python tools/gpu_acceptance.py --list           # the parts and their commands
 python tools/gpu_acceptance.py --predict FILE   # predicted / measured time and memory of the steps in a result
 
 The result is benchmarks/results/gpu_CARD_DATE.json: for each part its command, exit status, seconds, and the JSON
-object or the last lines that it printed. A part that fails does not stop the others; a part that has a result is not
-run again. Steps that do not fit into the memory of the GPU, by the plan, are skipped. Not run on a GPU yet.
+object or the last lines that it printed, the commit and the versions. A part that fails does not stop the others, and
+is repeated by the next call; a part that passed is not. Steps that do not fit into the memory of the GPU, by the plan,
+are skipped. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -52,26 +53,28 @@ if __name__ == "__main__":
     interrupts.raise_on_interrupt()
 
 import json
-import re
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from streamtrain.planning.peak import gpu_of_device
 from streamtrain.run.atomic_io import write_file
 from streamtrain.run.command_line import CommandParser, local_path
 from streamtrain.run.machine import host_memory
+from streamtrain.run.provenance import program_versions
 from streamtrain.run.signals import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 # shown of a part that printed no JSON
 LAST_LINES = 15
+# the least that --minutes allows: no part takes longer
+LEAST_MINUTES = 8.0
 # of the memory of the GPU and of the host, for the settings of the 7B network: plans are not measured on a GPU yet
 USABLE = 0.9
 TINY = (
@@ -101,7 +104,7 @@ class Part:
     planned: Sequence[str] = ()
 
 
-def parts(work: Path, cpu: bool, gpu_bytes: int, result: Path) -> Iterator[Part]:
+def parts(work: Path, cpu: bool, gpu_bytes: int, card: str, result: Path) -> Iterator[Part]:
     """Yield the parts in order; the first makes the images that others read, in ``work``."""
     images, shards = work / "images", work / "set"
     small: Sequence[str] = TINY if cpu else ()
@@ -124,13 +127,16 @@ def parts(work: Path, cpu: bool, gpu_bytes: int, result: Path) -> Iterator[Part]
     yield from _memory(shards, "vitl16", 2 if cpu else 32, small, cpu)
     profile = ["profile", "--config", "vitl16.yaml", "--batch", "2" if cpu else "32", "--json", *small]
     yield Part("profile of vitl16", [*BENCH, *profile], 180)
-    giant = TINY_GIANT if cpu else giant_settings(gpu_bytes)
+    giant = TINY_GIANT if cpu else giant_settings(gpu_bytes, card)
     if giant is not None:
         words = ["step", "--config", "giant.yaml", "--data", str(shards), "--steps", "3", "--json", *giant]
         yield Part("7B, three steps", [*BENCH, *words], 450, ["--config", "giant.yaml", *giant])
 
-    # FP8 needs bf16
-    variants = {"eager": "engine.compile=off"} if cpu else {"eager": "engine.compile=off", "fp8": "engine.fp8=true"}
+    variants = {"eager": "engine.compile=off"}
+    gpu = gpu_of_device(card)
+    # FP8 needs bf16, and a GPU that has such matmuls
+    if not cpu and (gpu is None or gpu.fp8):
+        variants["fp8"] = "engine.fp8=true"
     for model in ("vitl16",) if cpu else reversed(BATCHES):
         for name, setting in variants.items():
             yield _steps(f"step, {model}, {name}", model, 2 if cpu else BATCHES[model][1], [*small, setting])
@@ -166,22 +172,23 @@ def files_of_gpu_tests() -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text("utf-8")]
 
 
-def giant_settings(gpu_bytes: int) -> list[str] | None:
+def giant_settings(gpu_bytes: int, card: str) -> list[str] | None:
     """Return the fastest settings with which the 7B network fits this GPU and host; None if there are none."""
     memory = host_memory()
     words = ["--config", "giant.yaml", "--fit", "--gpu-memory", str(int(USABLE * gpu_bytes)), "data.global_batch=16"]
     if memory is not None:
         words += ["--host-memory", str(int(USABLE * memory.free))]
-    return planned["overrides"] if (planned := plan(words)) else None
+    return planned["overrides"] if (planned := plan(words, card)) else None
 
 
 def plan(words: Sequence[str], card: str = "") -> dict[str, Any] | None:
-    """Return the document of ``streamtrain plan --json``; None if it could not be made, or ``--fit`` found nothing.
+    """Return the document of ``streamtrain plan --json``; None if the plan failed or ``--fit`` found no settings.
 
-    ``card``: name of the GPU, for the time of a step; the default GPU if the plan does not know it.
+    ``card``: CUDA's name of the GPU, for the time of a step; the default GPU if the planner does not know it.
     """
-    option = matching_option(card, gpu_options()) if card else None
-    done = _run_plan(*words, "--json", *(["--gpu", option] if option else []))
+    gpu = gpu_of_device(card)
+    command = [*STREAMTRAIN, "plan", *words, "--json", *(["--gpu", gpu.option] if gpu else [])]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     # status 1: it does not fit
     if done.returncode not in (0, 1):
         return None
@@ -189,26 +196,6 @@ def plan(words: Sequence[str], card: str = "") -> dict[str, Any] | None:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError):
         return None
-
-
-@cache
-def gpu_options() -> frozenset[str]:
-    """Return the GPUs that ``streamtrain plan --gpu`` knows, as its error lists them; empty without that option."""
-    _, _, listed = _run_plan("--config", "vits16.yaml", "--gpu", "unknown").stderr.partition("choose one of")
-    return frozenset(re.findall("[a-z0-9]+", listed))
-
-
-def matching_option(card: str, options: Collection[str]) -> str | None:
-    """Return the option for a card by CUDA's name for it, the most specific one; None if there is none."""
-    words = re.findall("[a-z0-9]+", card.lower())
-    spans = ((start, stop) for start in range(len(words)) for stop in range(start + 1, len(words) + 1))
-    names = ["".join(words[start:stop]) for start, stop in spans]
-    return max((name for name in names if name in options), key=len, default=None)
-
-
-def _run_plan(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [*STREAMTRAIN, "plan", *words]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def predict(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,34 +249,59 @@ def run_part(part: Part, gpu_bytes: int = 0) -> dict[str, Any]:
     lines = output.strip().splitlines()
     record |= {"status": process.returncode, "seconds": round(time.monotonic() - began, 1)}
     try:
-        found = json.loads(lines[-1])
-        record |= {"result": found if isinstance(found, dict) else {"last": found}}
+        printed = json.loads(lines[-1])
+        record |= {"result": printed if isinstance(printed, dict) else {"last": printed}}
     except (IndexError, ValueError):
         record |= {"lines": lines[-LAST_LINES:]}
     shown = "passed" if process.returncode == 0 else f"failed, exit status {process.returncode}"
     print(f"   {shown}, {record['seconds']:g} s", flush=True)
-    for line in record.get("lines", []) if process.returncode else []:
+    reasons = record.get("lines") or record.get("result", {}).get("failures", [])
+    for line in reasons if process.returncode else []:
         print(f"   {line}", flush=True)
     return record
 
 
-def run_all(chosen: Sequence[Part], path: Path, facts: dict[str, Any], minutes: float) -> dict[str, Any]:
-    """Run the parts that ``path`` has no result of, while they fit into ``minutes``; return the document."""
-    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "parts": {}}
+def run_all(
+    chosen: Sequence[Part], path: Path, card: Mapping[str, Any], program: Mapping[str, Any], minutes: float
+) -> dict[str, Any]:
+    """Run the parts that have not passed by ``path``, while they fit into ``minutes``; return the document.
+
+    Args:
+        card: keys of the document, if it is new.
+        program: keys of each part that runs: commit and versions.
+    """
+    document = read_result(path) if path.exists() else {**card, "parts": {}}
+    records = document["parts"]
+    remaining = [part for part in chosen if records.get(part.name, {}).get("status") != 0]
+    # failed parts are repeated last: they may use up the time of each call
+    remaining.sort(key=lambda part: part.name in records)
     deadline = time.monotonic() + 60 * minutes
-    for part in chosen:
-        if part.name in document["parts"]:
-            continue
+    for part in remaining:
         if time.monotonic() + part.seconds > deadline:
-            print(f"{part.name} may take {part.seconds:g} s, which is more than is left; run the same command again")
+            print(
+                f"stopped before {part.name}, which may take {part.seconds:g} s; run the same command again to continue"
+            )
             break
-        document["parts"][part.name] = run_part(part, document.get("gpu_bytes", 0))
+        records[part.name] = run_part(part, document["gpu_bytes"]) | {"program": dict(program)}
         write_file(path, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
 
-def describe(cpu: bool) -> dict[str, Any]:
-    """Return the card and the versions; raises SystemExit without a GPU."""
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the document that this script wrote; raises SystemExit for any other file."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        is_result = isinstance(document["card"], str) and isinstance(document["gpu_bytes"], int)
+        is_result = is_result and all(isinstance(record, dict) for record in document["parts"].values())
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        is_result = False
+    if not is_result:
+        sys.exit(f"error: {path} is not a result of this script")
+    return dict(document)
+
+
+def describe_card(cpu: bool) -> dict[str, Any]:
+    """Return the name and the memory of the card; raises SystemExit without a GPU."""
     import torch
 
     if not cpu and not torch.cuda.is_available():
@@ -298,7 +310,13 @@ def describe(cpu: bool) -> dict[str, Any]:
     return {
         "card": properties.name if properties else "cpu",
         "gpu_bytes": properties.total_memory if properties else 0,
-        "torch": torch.__version__,
+    }
+
+
+def describe_program() -> dict[str, Any]:
+    """Return the commit, the versions, and the packages without which some parts fail."""
+    return {
+        "versions": program_versions(),
         "missing_packages": missing_packages(OTHERS),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -308,7 +326,7 @@ def describe(cpu: bool) -> dict[str, Any]:
 
 def print_prediction(path: Path) -> int:
     """Print the comparison with the plan as a table, and as JSON in the last line."""
-    compared = predict(json.loads(path.read_text()))
+    compared = predict(read_result(path))
     for name, row in compared.items():
         print(f"{name:32} {' '.join(f'{key} {value:.4g}' for key, value in row.items() if value is not None)}")
     print(json.dumps(compared))
@@ -316,32 +334,49 @@ def print_prediction(path: Path) -> int:
 
 
 def main() -> int:
+    """Run the command line, also if the reader of its output ends first, such as ``head``."""
+    try:
+        status = run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would fail again when it flushes stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    return status
+
+
+def run() -> int:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="tiny networks on a CPU, to test this script")
-    parser.add_argument("--minutes", type=float, default=25.0, help="stop before a part that may end later")
+    parser.add_argument(
+        "--minutes", type=float, default=25.0, help="stop before a part that may end later (default: 25, at least 8)"
+    )
     parser.add_argument("--list", action="store_true", help="print the parts and their commands")
     parser.add_argument("--predict", type=local_path, metavar="FILE", help="plan the steps of a result, and compare")
     parser.add_argument("--out", type=local_path, help="result file (default: benchmarks/results/gpu_CARD_DATE.json)")
-    parser.add_argument("--work", type=local_path, help="folder of images and runs (default: build/acceptance)")
+    parser.add_argument("--work", type=local_path, help="folder of images and runs (default: build/acceptance_CARD)")
     arguments = parser.parse_args()
+    # also not a number
+    if not arguments.minutes >= LEAST_MINUTES:
+        parser.error(f"--minutes must be at least {LEAST_MINUTES:g}")
     if arguments.predict is not None:
         return print_prediction(arguments.predict)
-    facts = describe(arguments.cpu)
+    facts, program = describe_card(arguments.cpu), describe_program()
     card = "".join(letter if letter.isalnum() else "_" for letter in facts["card"].lower())
     day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     path = arguments.out or ROOT / "benchmarks" / "results" / f"gpu_{card}_{day}.json"
     work = arguments.work or ROOT / "build" / f"acceptance_{card}"
-    chosen = list(parts(work, arguments.cpu, facts["gpu_bytes"], path))
+    chosen = list(parts(work, arguments.cpu, facts["gpu_bytes"], facts["card"], path))
     if arguments.list:
         for part in chosen:
             print(f"{part.name}: {shlex.join(part.words)}")
         return 0
-    if facts["missing_packages"]:
-        print(f"missing packages: {', '.join(facts['missing_packages'])}; parts that need them will fail")
+    if program["missing_packages"]:
+        print(f"missing packages: {', '.join(program['missing_packages'])}; parts that need them will fail")
     for folder in (path.parent, work):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        document = run_all(chosen, path, facts, arguments.minutes)
+        document = run_all(chosen, path, facts, program, arguments.minutes)
     except KeyboardInterrupt:
         interrupts.report()
         return EXIT_INTERRUPTED

@@ -337,7 +337,7 @@ class _Model:
             yield Region(f"{name} loss", phase, matmul if phase == FORWARD else 0.0, memory=memory, kernels=kernels)
 
     def _gram_loss(self) -> Iterator[Region]:
-        """Yield the loss on patch similarities; the matmul of its gradient is in the forward, all matmuls are in fp32."""
+        """Yield the loss on patch similarities in fp32; its gradient is computed in the forward."""
         hardware, objective, crops = self.hardware, self.config.objective, self.full
         gram, dim, patches = objective.gram, self.config.model.dim, crops.images * crops.patches
         groups = crops.images if gram.level == "image" else 1

@@ -15,10 +15,10 @@ from tools.gpu_acceptance import (
     Part,
     files_of_gpu_tests,
     giant_settings,
-    matching_option,
     parts,
     plan,
     predict,
+    read_result,
     run_all,
     run_part,
 )
@@ -28,7 +28,10 @@ def python(code: str, seconds: float = 30, name: str = "part") -> Part:
     return Part(name, [sys.executable, "-c", code], seconds)
 
 
-def test_parts_have_results_and_are_not_repeated(tmp_path: Path) -> None:
+NO_CARD = {"card": "none", "gpu_bytes": 0}
+
+
+def test_parts_have_results_and_only_failed_ones_are_repeated(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     chosen = [
         python("print('x'); print('{\"speed\": 3}')", name="good"),
@@ -36,12 +39,14 @@ def test_parts_have_results_and_are_not_repeated(tmp_path: Path) -> None:
         python("import time; print('begun', flush=True); time.sleep(60)", 1, name="slow"),
         python(f"open({str(tmp_path / 'count')!r}, 'a').write('1')", name="silent"),
     ]
-    first = run_all(chosen[:2], path, {"card": "none"}, 5)
+    first = run_all(chosen[:2], path, NO_CARD, {"commit": "a"}, 5)
     assert first["card"] == "none" and first["parts"]["good"]["result"] == {"speed": 3}
-    for _ in range(2):
-        document = run_all(chosen, path, {}, 5)
+    for commit in ("b", "c"):
+        document = run_all(chosen, path, {}, {"commit": commit}, 5)
         assert document == json.loads(path.read_text())
     records = document["parts"]
+    # the commit is that of the part's last run
+    assert [records[part.name]["program"]["commit"] for part in chosen] == ["a", "c", "c", "b"]
     assert [records[part.name]["status"] for part in chosen] == [0, 3, -9, 0]
     assert records["bad"]["lines"] == ["why"] and records["slow"]["lines"] == ["begun", "ended after 1 s"]
     assert (tmp_path / "count").read_text() == "1" and records["silent"]["lines"] == []
@@ -49,8 +54,52 @@ def test_parts_have_results_and_are_not_repeated(tmp_path: Path) -> None:
 
 def test_a_part_that_may_take_too_long_is_left_for_the_next_call(tmp_path: Path) -> None:
     chosen = [python("", 1, name="short"), python("", 500, name="long")]
-    assert list(run_all(chosen, tmp_path / "result.json", {}, 1)["parts"]) == ["short"]
-    assert list(run_all(chosen, tmp_path / "result.json", {}, 9)["parts"]) == ["short", "long"]
+    assert list(run_all(chosen, tmp_path / "result.json", NO_CARD, {}, 1)["parts"]) == ["short"]
+    assert list(run_all(chosen, tmp_path / "result.json", {}, {}, 9)["parts"]) == ["short", "long"]
+
+
+def test_a_part_that_fails_again_does_not_keep_others_from_running(tmp_path: Path) -> None:
+    chosen = [python("raise SystemExit(1)", 50, name="bad"), python("", 50, name="good")]
+    run_all(chosen[:1], tmp_path / "result.json", NO_CARD, {}, 1)
+    # time for one of them
+    assert "good" in run_all(chosen, tmp_path / "result.json", {}, {}, 50.02 / 60)["parts"]
+
+
+def test_the_reason_of_a_failed_part_with_json_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    run_part(python('print(\'{"failures": ["odd.png differs"]}\'); raise SystemExit(1)'))
+    assert "   odd.png differs\n" in capsys.readouterr().out
+
+
+def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/gpu_acceptance.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("minutes", ["-3", "7.9", "nan"])
+def test_a_call_lasts_8_minutes_or_more(minutes: str) -> None:
+    done = run_script("--cpu", "--minutes", minutes)
+    assert done.returncode == 2 and done.stderr.startswith("error: --minutes must be at least 8")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"parts": {}}', '{"card": "x", "gpu_bytes": 0, "parts": [1]}'])
+def test_a_file_that_is_no_result_is_an_error_of_one_line(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=f"error: {path} is not a result of this script"):
+        read_result(path)
+
+
+def test_predict_of_a_missing_file_has_no_traceback(tmp_path: Path) -> None:
+    done = run_script("--predict", str(tmp_path / "absent.json"))
+    assert done.returncode == 1 and done.stderr == f"error: {tmp_path}/absent.json is not a result of this script\n"
+
+
+def test_a_closed_output_ends_the_script_quietly() -> None:
+    # the pipe is closed before the script writes
+    command = f"{sys.executable} tools/gpu_acceptance.py --cpu --list | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "0\n" and done.stderr == ""
 
 
 H200_BYTES = 150_000_000_000
@@ -58,7 +107,7 @@ H200_BYTES = 150_000_000_000
 
 @pytest.mark.parametrize("cpu", [True, False])
 def test_parts_fit_into_calls_of_a_few_minutes(cpu: bool, tmp_path: Path) -> None:
-    chosen = list(parts(tmp_path, cpu, H200_BYTES, tmp_path / "result.json"))
+    chosen = list(parts(tmp_path, cpu, H200_BYTES, "NVIDIA H200", tmp_path / "result.json"))
     assert len({part.name for part in chosen}) == len(chosen) >= 10
     # with time to start
     assert all(0 < part.seconds <= 7.5 * 60 for part in chosen)
@@ -67,18 +116,24 @@ def test_parts_fit_into_calls_of_a_few_minutes(cpu: bool, tmp_path: Path) -> Non
         assert all(Path(ROOT, word).exists() for word in part.words if word.startswith(("tools/", "tests/")))
 
 
+def test_steps_in_fp8_run_on_gpus_that_have_it(tmp_path: Path) -> None:
+    for card, is_expected in (("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA Z1", True)):
+        names = [part.name for part in parts(tmp_path, False, H200_BYTES, card, tmp_path / "result.json")]
+        assert ("step, vitl16, fp8" in names) == is_expected
+
+
 def test_gpu_tests_are_found_without_importing_all_tests() -> None:
     files = files_of_gpu_tests()
     assert "tests/data/test_pipeline.py" in files and len(files) < 15
 
 
 def test_the_7b_network_runs_where_the_plan_finds_settings() -> None:
-    settings = giant_settings(H200_BYTES)
+    settings = giant_settings(H200_BYTES, "NVIDIA H200")
     # the host memory of this machine decides which
     if settings is not None:
         planned = plan(["--config", "giant.yaml", *settings])
         assert planned is not None and planned["gpu_bytes"] < H200_BYTES
-    assert giant_settings(20_000_000_000) is None
+    assert giant_settings(20_000_000_000, "NVIDIA RTX 4090") is None
 
 
 def test_steps_that_do_not_fit_the_gpu_are_skipped() -> None:
@@ -86,17 +141,6 @@ def test_steps_that_do_not_fit_the_gpu_are_skipped() -> None:
     record = run_part(part, 1_000_000_000)
     assert record["status"] == 0 and record["skipped"].startswith("needs ")
     assert run_part(part, H200_BYTES)["status"] == 1
-
-
-@pytest.mark.parametrize(
-    ("card", "option"),
-    [
-        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100pcie"),
-        ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA Z1", None),
-    ],
-)  # fmt: skip
-def test_a_card_has_the_most_specific_option_of_the_plan(card: str, option: str | None) -> None:
-    assert matching_option(card, {"h100", "h100pcie", "h200", "h20", "a100", "a10", "rtx4090"}) == option
 
 
 def test_prediction_compares_steps_with_the_plan_of_their_settings() -> None:
