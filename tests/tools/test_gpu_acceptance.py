@@ -45,7 +45,7 @@ def test_parts_have_results_and_only_failed_ones_are_repeated(tmp_path: Path) ->
         document = run_all(chosen, path, {}, {"commit": commit}, 5)
         assert document == json.loads(path.read_text())
     records = document["parts"]
-    # the commit is that of the part's last run
+    # each part has the commit of its last run
     assert [records[part.name]["program"]["commit"] for part in chosen] == ["a", "c", "c", "b"]
     assert [records[part.name]["status"] for part in chosen] == [0, 3, -9, 0]
     assert records["bad"]["lines"] == ["why"] and records["slow"]["lines"] == ["begun", "ended after 1 s"]
