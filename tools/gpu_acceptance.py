@@ -134,7 +134,7 @@ def parts(work: Path, cpu: bool, gpu_bytes: int, card: str, result: Path) -> Ite
 
     variants = {"eager": "engine.compile=off"}
     gpu = gpu_of_device(card)
-    # FP8 needs bf16, and a GPU that has such matmuls
+    # FP8 needs bf16 and a GPU with FP8 matmuls
     if not cpu and (gpu is None or gpu.fp8):
         variants["fp8"] = "engine.fp8=true"
     for model in ("vitl16",) if cpu else reversed(BATCHES):
@@ -182,7 +182,7 @@ def giant_settings(gpu_bytes: int, card: str) -> list[str] | None:
 
 
 def plan(words: Sequence[str], card: str = "") -> dict[str, Any] | None:
-    """Return the document of ``streamtrain plan --json``; None if the plan failed or ``--fit`` found no settings.
+    """Return the document of ``streamtrain plan --json``; None if the plan failed, or no settings fit.
 
     ``card``: CUDA's name of the GPU, for the time of a step; the default GPU if the planner does not know it.
     """
