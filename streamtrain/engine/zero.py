@@ -6,6 +6,7 @@ initial values and the teacher are read and written in fragments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from streamtrain.engine.gradients import FlatGradients, ModuleClipping
 from streamtrain.engine.moments import KEYS, moments_maker
 from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Runtime
-from streamtrain.planning.shapes import SUB_GROUP_NUMEL
+from streamtrain.planning.shapes import SUB_GROUP_NUMEL, block_shapes
 
 # values of one parameter that go into a histogram, at most
 SAMPLES_PER_PARAMETER = 4096
@@ -60,6 +61,9 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
     ``block_numel`` (parameters of one backbone block) limits the gathered parameters: DeepSpeed's defaults would keep
     the entire model gathered.
     """
+    live_blocks = config.engine.live_blocks
+    # DeepSpeed's limit and its prefetch are each exceeded by up to one parameter
+    margin = 2 * max(map(math.prod, block_shapes(config.model).values())) if live_blocks > 2 else 0
     zero = {
         "stage": 3,
         # Gathers start on the compute stream, so that memory is freed and reused in its order; NCCL's own stream runs
@@ -69,7 +73,7 @@ def engine_config(config: Config, runtime: Runtime, accumulation: int, block_num
         # engine/gradients.py reduces in its own buckets
         "reduce_bucket_size": 1,
         "sub_group_size": SUB_GROUP_NUMEL,
-        "stage3_max_live_parameters": config.engine.live_blocks * block_numel,
+        "stage3_max_live_parameters": live_blocks * block_numel - margin,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": block_numel if runtime.on_gpu else 0,
         # Replicated small parameters would go stale in the teacher; sharding them costs nothing, since a block is
