@@ -38,6 +38,7 @@ from streamtrain.engine.rendezvous import AddressError, Launch, MeetingError, ch
 from streamtrain.engine.runtime import BUILDER_WARNING, choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
 from streamtrain.evaluation.held_out import held_out
+from streamtrain.interop.feature_teacher import with_teacher_model
 from streamtrain.planning.images import stored_images
 from streamtrain.planning.shapes import backbone_shapes
 from streamtrain.reporting.trackers import check_trackers
@@ -196,6 +197,7 @@ def train_rank(arguments: argparse.Namespace) -> int:
         is_own = source is not None and source.parent.parent == run_dir
         if is_own and saved is not None and (constants := recorded_constants(config, saved, reshaped)):
             config = load_config(arguments.config, [*arguments.overrides, *constants], launch.world_size)
+        config = with_teacher_model(config)
         complete = completion_message(config, source)
         if complete and source is not None and saved is not None and not arguments.dry_run:
             check_complete(config, launch, source, saved, accepted)

@@ -13,6 +13,7 @@ from streamtrain.config.load import load_config
 from streamtrain.config.tree import Config
 from streamtrain.engine.runtime import uses_bf16
 from streamtrain.errors import StreamtrainError
+from streamtrain.interop.feature_teacher import with_teacher_model
 from streamtrain.ops.cpu.features import cpu_features, has_kernels
 from streamtrain.planning.fitting import Remedy, fit, remedies
 from streamtrain.planning.hardware import DEFAULT_GPU, LOADER_RATE, MATMUL_SHARE, NETWORK_RATE, Hardware
@@ -118,7 +119,7 @@ def print_plan(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.micro_batch:
         overrides.append(f"data.micro_batch={arguments.micro_batch}")
-    config = load_config(arguments.config, overrides, arguments.ranks)
+    config = with_teacher_model(load_config(arguments.config, overrides, arguments.ranks))
     if config.model.factory is not None:
         print("model.factory: counts the parameters of your network, but activations and FLOPs of the built-in one\n")
     machine = machine_of(arguments, config)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from streamtrain.config.section import NonNegative, PathText, Positive, Section, Size, accept, free
+from streamtrain.config.model import ModelConfig
+from streamtrain.config.section import NonNegative, PathText, Positive, Section, Size, accept, fixed, free
 
 
 class TeacherConfig(Section):
     """The network that computes the targets: the EMA of the student, or a frozen teacher.
 
-    A frozen teacher is the latest checkpoint of another run with the same model and heads. Its student gets unmasked
-    crops and learns from all patches; the EMA is updated as well.
+    A frozen teacher is the latest checkpoint of another run with the same heads, or a feature teacher: a backbone
+    without heads, of any size. Its student gets unmasked crops and learns from all patches; the EMA is updated as well.
+    A linear projector maps the student's features to the width of a feature teacher.
     """
 
     kind: Literal["ema", "frozen"] = accept("ema", "The network that computes the targets.")
-    weights: PathText | None = accept(None, "Run directory of the frozen teacher (required with kind: frozen).")
+    weights: PathText | None = accept(
+        None, "Frozen teacher (required with kind: frozen): a run directory, or a backbone as in init.weights."
+    )
+    model: dict[str, Any] | None = fixed(
+        None, "Model section of a feature teacher; null: read from weights, unless these are a run directory."
+    )
+    loss: Literal["cosine", "smooth_l1"] = accept(
+        "cosine", "Loss of a feature teacher's student: 1 - cosine, or smooth L1 to each teacher token standardised."
+    )
+    projector_layers: Positive = fixed(1, "Linear layers of the projector, with GELU between them.")
+    projector_hidden: Positive | None = fixed(
+        None, "Hidden width of a projector of several layers; null: the feature teacher's width."
+    )
     chunk: NonNegative = free(0, "Images per forward pass of the teacher; 0: all images at once.")
     average: Literal["device", "host"] = free(
         "device", "Memory that holds the fp32 EMA; no difference on a CPU. Affects memory and speed."
@@ -25,9 +39,21 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> TeacherConfig:
-        if (self.kind == "frozen") != (self.weights is not None):
-            raise ValueError("kind: frozen and weights (a run directory) must be set together")
+        if self.kind != "frozen" and self.weights is not None:
+            raise ValueError("weights and kind: frozen must be set together")
+        if self.model is not None:
+            ModelConfig.model_validate(self.model)
+        is_default = self.loss == "cosine" and self.projector_layers == 1
+        if self.kind == "ema" and not is_default:
+            raise ValueError("loss and projector_layers have an effect only with kind: frozen")
+        if self.projector_hidden is not None and self.projector_layers == 1:
+            raise ValueError("projector_hidden has an effect only with projector_layers above 1")
         return self
+
+    @property
+    def backbone(self) -> ModelConfig | None:
+        """The feature teacher's backbone; None: the teacher has the heads of its run."""
+        return None if self.model is None else ModelConfig.model_validate(self.model)
 
 
 class OptimConfig(Section):

@@ -27,7 +27,8 @@ RULES = {
 }
 # sections whose keys occur in several places, or in lists
 _SHARED: dict[str, type[Section]] = {"schedule": Schedule, "data.shards[]": SetShare, "crops.sizes[]": SizesConfig}
-_TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
+_TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null",
+          "object": "mapping"}  # fmt: skip
 _WIDTH = 110
 _SCHEDULE_TYPE = "number or schedule"
 

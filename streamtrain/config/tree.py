@@ -13,6 +13,7 @@ from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
 from streamtrain.config.engine import EngineConfig, OptimConfig, TeacherConfig
 from streamtrain.config.evaluation import EvaluationConfig
+from streamtrain.config.feature_teacher import find_teacher_fault
 from streamtrain.config.init import InitConfig
 from streamtrain.config.masks import MasksConfig
 from streamtrain.config.model import ModelConfig
@@ -84,6 +85,8 @@ class Config(Section):
                 raise ValueError("masks has no effect with teacher.kind: frozen, whose student gets unmasked crops")
             if self.objective.gram.tokens != "all":
                 raise ValueError("objective.gram.tokens must be all with teacher.kind: frozen, which masks no patches")
+        if self.teacher.model is not None and (fault := find_teacher_fault(self)):
+            raise ValueError(fault)
         return self
 
     @property

@@ -163,18 +163,28 @@ def load_weights(path: Path, factory: str | None = None) -> Backbone:
     Raises:
         StreamtrainError: if it is none of these, or its weights and its config do not match.
     """
-    document, is_timm, is_foreign = _read_description(path)
+    _, is_timm, is_foreign = _read_description(path)
     with open_backbone(path) as file:
-        if is_timm:
-            config = backbone_config_from_timm(document, file.shapes(file.preferred()), str(path))
-        elif is_foreign:
-            preprocessor = path / PREPROCESSOR_NAME
-            stated = read_document(preprocessor) if preprocessor.is_file() else None
-            config = backbone_config_from_hf(document, stated, str(path))
-        else:
-            config = parse_config(document, str(path))
-        config = _permit_factory(config, factory, path)
+        config = describe_weights(path, file, factory)
         return Backbone(_read_model(file, config.model, is_timm, is_foreign), config)
+
+
+def describe_weights(path: Path, file: BackboneFile, factory: str | None = None) -> BackboneConfig:
+    """Return the description that weights come with; arguments and errors as in ``load_weights``.
+
+    Args:
+        file: the opened ``path``.
+    """
+    document, is_timm, is_foreign = _read_description(path)
+    if is_timm:
+        config = backbone_config_from_timm(document, file.shapes(file.preferred()), str(path))
+    elif is_foreign:
+        preprocessor = path / PREPROCESSOR_NAME
+        stated = read_document(preprocessor) if preprocessor.is_file() else None
+        config = backbone_config_from_hf(document, stated, str(path))
+    else:
+        config = parse_config(document, str(path))
+    return _permit_factory(config, factory, path)
 
 
 def needs_factory(path: Path) -> bool:

@@ -71,6 +71,11 @@ class BackboneFile:
         """
         return _choose(self.state, self.groups)
 
+    def refuse_positions(self, group: Group) -> None:
+        """Raise StreamtrainError if the backbone has position embeddings, and so is of another architecture."""
+        if (positions := find_position_embedding(self.state.shapes, group)) is not None:
+            raise StreamtrainError(f"{self.state.path} {_describe_positions(positions)}")
+
     def shapes(self, group: Group, expected: Mapping[str, torch.Size] | None = None) -> dict[str, torch.Size]:
         """Return the shapes of a backbone's tensors under streamtrain's names, without those whose parts differ."""
         found = {}

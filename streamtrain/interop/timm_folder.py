@@ -101,6 +101,30 @@ def mlp_ratio(model: ModelConfig) -> float:
     return ratio if int(model.dim * ratio) == model.hidden else (model.hidden + 0.5) / model.dim
 
 
+def model_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the fields of ``ModelConfig`` that the shapes of a backbone's weights give: all sizes but the heads."""
+    dim = shapes["embedding.cls_token"][1]
+    registers, bias = shapes.get("embedding.register_tokens"), shapes.get("blocks.0.attention.qkv.bias")
+    return {
+        "preset": None,
+        "patch_size": isqrt(shapes["embedding.projection.weight"][1] // 3),
+        "dim": dim,
+        "depth": sum(name.endswith(".scale1.gamma") for name in shapes),
+        "mlp": "swiglu" if "blocks.0.mlp.gate_up.weight" in shapes else "gelu",
+        "mlp_hidden": shapes["blocks.0.mlp.down.weight"][1],
+        "num_registers": 0 if registers is None else registers[0],
+        "norm_eps": NORM_EPS,
+        "qkv_bias": bias is not None,
+        "key_bias": bias is not None and bias[0] == 3 * dim,
+    }
+
+
+def has_all_sizes(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Return whether weights have the tensors that ``model_from_shapes`` reads."""
+    sizes = ("embedding.cls_token", "embedding.projection.weight", "blocks.0.mlp.down.weight")
+    return all(len(shapes.get(name, ())) == 2 for name in sizes) and "blocks.0.attention.qkv.weight" in shapes
+
+
 def backbone_config_from_timm(
     document: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], source: str
 ) -> BackboneConfig:
@@ -114,31 +138,19 @@ def backbone_config_from_timm(
     Raises:
         StreamtrainError: if the model is not one of timm's DINOv3 ViTs, or is described by invalid values.
     """
-    sizes = ("embedding.cls_token", "embedding.projection.weight", "blocks.0.mlp.down.weight")
-    is_known = all(len(shapes.get(name, ())) == 2 for name in sizes) and "blocks.0.attention.qkv.weight" in shapes
-    if "dinov3" not in str(document["architecture"]) or not is_known:
+    if "dinov3" not in str(document["architecture"]) or not has_all_sizes(shapes):
         architecture = str(document["architecture"])[:60]
         raise StreamtrainError(f"{source} is timm's {architecture}; only its DINOv3 ViTs are supported")
     arguments, pretrained = (read_mapping(document, key, source) for key in ("model_args", "pretrained_cfg"))
     input_size = pretrained.get("input_size", (3, 256, 256))
     size = input_size[-1] if isinstance(input_size, list | tuple) and input_size else input_size
     dim = shapes["embedding.cls_token"][1]
-    registers, bias = shapes.get("embedding.register_tokens"), shapes.get("blocks.0.attention.qkv.bias")
     # all published models have heads of width 64, except the 7B model
     head_width = 128 if dim == 4096 else 64
     model = {
-        "preset": None,
-        "patch_size": isqrt(shapes["embedding.projection.weight"][1] // 3),
-        "dim": dim,
-        "depth": sum(name.endswith(".scale1.gamma") for name in shapes),
+        **model_from_shapes(shapes),
         "num_heads": arguments.get("num_heads", dim // head_width),
-        "mlp": "swiglu" if "blocks.0.mlp.gate_up.weight" in shapes else "gelu",
-        "mlp_hidden": shapes["blocks.0.mlp.down.weight"][1],
-        "num_registers": 0 if registers is None else registers[0],
-        "norm_eps": NORM_EPS,
         "rope_base": arguments.get("rope_temperature", 100.0),
-        "qkv_bias": bias is not None,
-        "key_bias": bias is not None and bias[0] == 3 * dim,
     }
     return parse_config(
         {

@@ -1,4 +1,4 @@
-"""Projection heads: an MLP to a normalised bottleneck, then prototypes."""
+"""Projection heads, an MLP to a normalised bottleneck, then prototypes; and the projector of feature distillation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ class Projection(nn.Module):
             features = layer(F.gelu(features) if index else features)
         # in fp32: an error of a 16-bit norm would scale the whole row; eps bounds the gradient of a zero row
         return F.normalize(features.float(), dim=-1, eps=1e-6).to(features.dtype)
+
+
+class Projector(nn.Module):
+    """Linear layers with GELU between them, from the student's width to a feature teacher's."""
+
+    def __init__(self, dim: int, out: int, layers: int, hidden: int) -> None:
+        super().__init__()
+        sizes = [dim, *[hidden] * (layers - 1), out]
+        self.layers = nn.ModuleList([Linear(a, b) for a, b in pairwise(sizes)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``[num_rows, dim]`` to ``[num_rows, out]``."""
+        for index, layer in enumerate(self.layers):
+            features = layer(F.gelu(features) if index else features)
+        return features
 
 
 class Prototypes(nn.Module):

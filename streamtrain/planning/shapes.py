@@ -21,6 +21,8 @@ def parameter_shapes(config: Config) -> Shapes:
     """Return every parameter's shape, in the order of ``SSLModel.named_parameters()``."""
     objective = config.objective
     shapes = {f"backbone.{name}": shape for name, shape in backbone_shapes(config.model).items()}
+    if (teacher := config.teacher.backbone) is not None:
+        return shapes | dict(_projector(config, teacher))
     shapes |= dict(_head("global_head", config.model.dim, objective.global_loss.head))
     if objective.patch_loss.kind == "ibot":
         shapes |= dict(_head("patch_head", config.model.dim, objective.patch_loss.head))
@@ -93,6 +95,13 @@ def _head(name: str, dim: int, head: HeadConfig) -> Iterator[tuple[str, tuple[in
     for index, (inputs, outputs) in enumerate(pairwise(sizes)):
         yield from _linear(f"{name}.projection.layers.{index}", inputs, outputs)
     yield f"{name}.prototypes.weight", (head.prototypes, head.bottleneck)
+
+
+def _projector(config: Config, teacher: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    layers, hidden = config.teacher.projector_layers, config.teacher.projector_hidden or teacher.dim
+    sizes = [config.model.dim, *[hidden] * (layers - 1), teacher.dim]
+    for index, (inputs, outputs) in enumerate(pairwise(sizes)):
+        yield from _linear(f"projector.layers.{index}", inputs, outputs)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def check_weights(config: Config, source: Path | None) -> None:
     Raises:
         ConfigError: a file or folder is missing.
     """
-    paths = {}
+    paths = {} if config.teacher.model is None else {"teacher.weights": config.teacher.weights}
     if source is None:
         paths["init.weights"] = config.init.weights
         if config.objective.gram.is_active and config.objective.gram.teacher != "ema":
@@ -207,7 +207,7 @@ def check_weights(config: Config, source: Path | None) -> None:
     for key, weights in paths.items():
         if weights is not None and not Path(weights).exists():
             raise ConfigError(f"{key}: there is no file or folder {weights}")
-    if config.teacher.weights is not None:
+    if config.teacher.weights is not None and config.teacher.model is None:
         read_resolved(Path(config.teacher.weights))
 
 

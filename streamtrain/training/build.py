@@ -33,6 +33,7 @@ from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.shapes import block_shapes
 from streamtrain.run.directory import QUARANTINE_NAME
 from streamtrain.training.distill import fill_frozen_teacher, frozen_teacher_config
+from streamtrain.training.feature_teacher import FeatureTeacher, fill_feature_teacher
 from streamtrain.training.gram import BACKBONE, GramAnchor
 from streamtrain.training.ssl_model import GramTeacher, SSLModel
 
@@ -66,8 +67,7 @@ class Networks:
         student, teacher = build_networks(config, runtime, accumulation)
         target_teacher: ShardedNetwork = teacher
         if config.teacher.kind == "frozen":
-            target_teacher = frozen = _build_frozen(SSLModel, frozen_teacher_config(config), runtime, accumulation)
-            fill_frozen_teacher(config, frozen)
+            target_teacher = _build_target_teacher(config, runtime, accumulation)
         is_active = config.objective.gram.is_active
         gram = GramAnchor(config, _build_frozen(GramTeacher, config, runtime, accumulation) if is_active else None)
         prototypes = TeacherPrototypes(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
@@ -80,6 +80,19 @@ def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple
     student = Student(module, Block, config, runtime, settings)
     module, settings = _build_module(SSLModel, config, runtime, accumulation)
     return student, Teacher(module, Block, student, settings, config.teacher.average == "host")
+
+
+def _build_target_teacher(config: Config, runtime: Runtime, accumulation: int) -> FrozenNetwork:
+    """Build and fill the frozen teacher: the network of another run, or a backbone without heads."""
+    if (backbone := config.teacher.backbone) is None:
+        frozen = _build_frozen(SSLModel, frozen_teacher_config(config), runtime, accumulation)
+        fill_frozen_teacher(config, frozen)
+        return frozen
+    # DeepSpeed's limits follow the blocks of the network that is built
+    sized = config.model_copy(update={"model": backbone})
+    frozen = _build_frozen(lambda _: FeatureTeacher(config), sized, runtime, accumulation)
+    fill_feature_teacher(config, frozen)
+    return frozen
 
 
 def _build_frozen(network: ModuleClass, config: Config, runtime: Runtime, accumulation: int) -> FrozenNetwork:

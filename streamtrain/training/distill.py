@@ -13,11 +13,13 @@ from streamtrain.errors import CheckpointError, ConfigError
 
 
 def frozen_teacher_config(config: Config) -> Config:
-    """Return ``config`` with the model and heads of the run ``teacher.weights``.
+    """Return ``config`` with the model and heads of the run ``teacher.weights``; unchanged with a feature teacher.
 
     Raises:
         ConfigError: if there is no such run, or its outputs do not fit this student.
     """
+    if config.teacher.model is not None:
+        return config
     assert config.teacher.weights is not None
     teacher = read_resolved(Path(config.teacher.weights))
     if teacher.model.factory not in (None, config.model.factory):

@@ -14,8 +14,9 @@ from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.model.factory import build_backbone
-from streamtrain.model.heads import ProjectionHead
+from streamtrain.model.heads import ProjectionHead, Projector
 from streamtrain.model.vit import Features, VisionTransformer
+from streamtrain.objective.feature_distillation import local_view_loss, same_view_loss
 from streamtrain.objective.feature_losses import cosine_loss, distributed_koleo_loss, koleo_loss, l2_loss
 from streamtrain.objective.gram import resize_patches
 from streamtrain.objective.prototypes import PrototypeTargets
@@ -61,10 +62,16 @@ class SSLModel(nn.Module):
         self.backbone = build_backbone(
             config.model, engine.checkpointing, engine.view_groups, engine.offload_checkpoints
         )
+        self.global_head: ProjectionHead | None = None
+        self.patch_head: ProjectionHead | None = None
+        self.projector: Projector | None = None
+        if (teacher := config.teacher.backbone) is not None:
+            hidden = config.teacher.projector_hidden or teacher.dim
+            self.projector = Projector(config.model.dim, teacher.dim, config.teacher.projector_layers, hidden)
+            return
         self.global_head = ProjectionHead(config.model.dim, objective.global_loss.head)
-        self.patch_head = (
-            ProjectionHead(config.model.dim, objective.patch_loss.head) if objective.patch_loss.kind == "ibot" else None
-        )
+        if objective.patch_loss.kind == "ibot":
+            self.patch_head = ProjectionHead(config.model.dim, objective.patch_loss.head)
 
     def forward(self, method: str, *inputs: Any) -> Any:
         """Call ``method`` by name, because the engine gathers parameters and reduces gradients only in ``forward``."""
@@ -84,6 +91,7 @@ class SSLModel(nn.Module):
         if weights.patch_loss:
             rows["masked"] = layout.patch_rows(batch.masks.index)
         features = self._encode(crops, [None], rows, chunk=self.config.teacher.chunk)
+        assert self.global_head is not None
         global_features = self.global_head(features["global"]) if weights.global_loss else None
         patch_features = features.get("masked")
         if patch_features is not None and self.patch_head is not None:
@@ -96,7 +104,8 @@ class SSLModel(nn.Module):
         """Return the losses of one micro-batch as fp32 scalars.
 
         ``total`` is weighted and differentiable. ``global``, ``patch``, ``koleo`` and ``gram`` are unweighted and
-        detached; a term of weight 0 is left out.
+        detached; a term of weight 0 is left out. With a feature teacher ``distil_cls``, ``distil_local`` and
+        ``distil_patch`` replace ``global`` and ``patch``.
         """
         features = self._student_features(batch, weights)
         factors = {
@@ -104,12 +113,17 @@ class SSLModel(nn.Module):
             "patch": weights.patch_loss,
             "koleo": weights.koleo,
             "gram": weights.gram,
+            "distil_cls": weights.global_loss,
+            "distil_local": weights.global_loss * weights.local_loss,
+            "distil_patch": weights.patch_loss,
         }
         assert any(factors.values()), "all loss terms have weight 0"
         losses = {}
-        if weights.global_loss:
+        if self.projector is not None:
+            losses = self._distillation_losses(features, targets, weights)
+        elif weights.global_loss:
             losses["global"] = self._global_loss(features, targets, weights.local_loss)
-        if features.masked is not None:
+        if features.masked is not None and self.projector is None:
             losses["patch"] = self._patch_loss(features.masked, batch, targets)
         if weights.koleo:
             views = features.global_cls.chunk(self.config.crops.global_count)
@@ -169,11 +183,37 @@ class SSLModel(nn.Module):
             features |= dict(zip(parts, normalised.split([len(part) for part in parts.values()]), strict=True))
         return features
 
+    def _distillation_losses(
+        self, student: StudentFeatures, targets: Targets, weights: LossWeights
+    ) -> dict[str, Tensor]:
+        """Return the unweighted losses against a feature teacher; the projector is called once for all tokens."""
+        kind, cls, patches = self.config.teacher.loss, targets.features.global_features, targets.features.patch_features
+        rows: dict[str, Tensor] = {}
+        if weights.global_loss:
+            rows["distil_cls"] = student.global_cls
+            if student.local_cls is not None:
+                rows["distil_local"] = student.local_cls
+        if student.masked is not None:
+            rows["distil_patch"] = student.masked
+        if not rows:
+            return {}
+        assert self.projector is not None and cls is not None
+        projected = self.projector(torch.cat(list(rows.values()))).split([len(row) for row in rows.values()])
+        losses = {}
+        for name, tokens in zip(rows, projected, strict=True):
+            if name == "distil_local":
+                losses[name] = local_view_loss(kind, tokens, cls, len(cls) // self.config.crops.global_count)
+            else:
+                target = cls if name == "distil_cls" else patches
+                assert target is not None
+                losses[name] = same_view_loss(kind, tokens, target)
+        return losses
+
     def _global_loss(self, student: StudentFeatures, targets: Targets, local_weight: float) -> Tensor:
         crops = self.config.crops
         features = targets.features.global_features
         assert features is not None and targets.global_assignment is not None
-        assert targets.teacher_prototypes.global_head is not None
+        assert targets.teacher_prototypes.global_head is not None and self.global_head is not None
         rows = student.global_cls if student.local_cls is None else torch.cat([student.global_cls, student.local_cls])
         batch = student.global_cls.shape[0] // crops.global_count
         views = (crops.global_count, crops.local_count, batch, rows.device)
