@@ -95,9 +95,11 @@ def _masked_counts(config: Config) -> list[int]:
 
 
 def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
-    """Yield the key and the value of every schedule."""
+    """Yield the key and the value of every schedule that the run uses."""
+    # a feature teacher's targets have no temperature
+    unused = {"schedules.teacher_temperature"} if config.teacher.model is not None else set()
     for key, field in walk_settings():
-        if field.annotation is Schedule:
+        if field.annotation is Schedule and key not in unused:
             value: object = config
             for name in key.split("."):
                 value = getattr(value, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from streamtrain.config.model import ModelConfig
 from streamtrain.planning.parts import ALWAYS, BACKWARD, EVALUATION, LOSS, TARGETS, TEACHER, Location, Part, part
 from streamtrain.planning.sizes import CPU_KERNELS, Sizes
 
@@ -19,8 +20,10 @@ def activations(s: Sizes) -> Iterator[Part]:
 
     # the teacher needs the residual stream, and one block's activations for one chunk of images
     stream_tokens = (s.images[0] * s.global_tokens, "tokens")
-    width = 2 * model.dim if config.teacher.chunk else 3 * model.dim
-    yield part("teacher's stream", "gpu", (TEACHER, EVALUATION), stream_tokens, (width, "values"), item)
+    copies = 2 if config.teacher.chunk else 3
+    phases = (EVALUATION,) if s.feature_teacher else (TEACHER, EVALUATION)
+    yield part("teacher's stream", "gpu", phases, stream_tokens, (copies * model.dim, "values"), item)
+    yield from _feature_distillation(s)
 
     # of the step, ready for the next one, and being prepared
     batches = s.accumulation + config.batches_ahead(s.world_size, on_gpu=s.on_gpu) + 1
@@ -33,9 +36,40 @@ def activations(s: Sizes) -> Iterator[Part]:
         kept_rows = (s.accumulation * rows, "rows")
         yield part(f"{name} teacher features", "gpu", ALWAYS, kept_rows, (head.bottleneck, "values"), item)
         yield part(f"{name} features joined", "gpu", TARGETS, kept_rows, (head.bottleneck, "values"), item)
-    if config.objective.patch_loss.kind != "ibot":
+    if config.objective.patch_loss.kind != "ibot" and not s.feature_teacher:
         masked = (s.accumulation * s.masked_rows, "rows")
         yield part("patch teacher features", "gpu", ALWAYS, masked, (model.dim, "values"), item)
+
+
+def _feature_distillation(s: Sizes) -> Iterator[Part]:
+    """Yield the activations of a feature teacher, its features, and the projected features; none without one."""
+    if s.feature_teacher is None:
+        return
+    teacher, tokens = s.feature_teacher
+    item, width = (s.item, "B"), (teacher.dim, "values")
+    copies = 2 if s.config.teacher.chunk else 3
+    yield part("feature teacher's stream", "gpu", TEACHER, (tokens, "tokens"), (copies * teacher.dim, "values"), item)
+    if s.implementation != CPU_KERNELS:
+        chunk = min(s.config.teacher.chunk or s.images[0], s.images[0]) * tokens // s.images[0]
+        peak = (_teacher_peak(teacher), "values")
+        yield part("feature teacher's block", "gpu", TEACHER, (chunk, "tokens of a chunk"), peak, item)
+    if teacher.patch_size != s.config.model.patch_size:
+        # fp32 images of patches, before and after
+        resized = (tokens + s.masked_rows, "patches")
+        yield part("resized patches", "gpu", TEACHER, resized, width, (4, "B"))
+    kept = (s.accumulation * (s.images[0] + s.masked_rows), "rows")
+    yield part("teacher features", "gpu", ALWAYS, kept, width, item)
+    rows = (sum(s.images) + s.masked_rows, "rows")
+    layers, hidden = s.config.teacher.projector_layers, s.config.teacher.projector_hidden or teacher.dim
+    per_row = s.config.model.dim + 2 * hidden * (layers - 1) + teacher.dim
+    yield part("projector", "gpu", (LOSS, BACKWARD), rows, (per_row, "values"), item)
+    # both sides in fp32 with their normalised copies, and the gradient
+    yield part("feature loss", "gpu", (LOSS, BACKWARD), rows, (5 * teacher.dim, "values"), (4, "B"))
+
+
+def _teacher_peak(model: ModelConfig) -> int:
+    """Return the values per token of a block of a network without gradients."""
+    return max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
 
 
 def _branches(s: Sizes) -> tuple[float, float, float]:
@@ -100,6 +134,6 @@ def _blocks(s: Sizes) -> Iterator[Part]:
         widest = ((2 if model.mlp == "swiglu" else 1) * model.hidden, "values")
         size = (1 if engine.compiles(on_gpu=s.on_gpu) else 5, "B")
         yield part("a factor in 8 bits", "gpu", through, kept, widest, size)
-    peak = max(8 * model.dim, 2 * model.dim + (4 if model.mlp == "swiglu" else 2) * model.hidden)
     chunk = (min(s.config.teacher.chunk or s.images[0], s.images[0]) * s.global_tokens, "tokens of a chunk")
-    yield part("teacher's block", "gpu", (TEACHER, EVALUATION), chunk, (peak, "values"), item)
+    phases = (EVALUATION,) if s.feature_teacher else (TEACHER, EVALUATION)
+    yield part("teacher's block", "gpu", phases, chunk, (_teacher_peak(model), "values"), item)

@@ -30,7 +30,12 @@ def collective_seconds(config: Config, world_size: int, hardware: Hardware, accu
     latency = (config.model.depth + OTHER_MODULES) * world_size * HOP_SECONDS
     one_pass = accumulation * (received + latency)
     gathers = {TEACHER: one_pass, FORWARD: one_pass, BACKWARD: 2 * one_pass}
+    if (teacher := config.teacher.backbone) is not None:
+        numel = sum(math.prod(shape) for shape in backbone_shapes(teacher).values())
+        latency = (teacher.depth + OTHER_MODULES) * world_size * HOP_SECONDS
+        gathers[TEACHER] = accumulation * (item * numel / hardware.gather_rate(world_size) + latency)
     if config.objective.gram.is_active:
+        latency = (config.model.depth + OTHER_MODULES) * world_size * HOP_SECONDS
         backbone = sum(math.prod(shape) for shape in backbone_shapes(config.model).values())
         gathers[TEACHER] += accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
     return gathers
@@ -41,7 +46,7 @@ def target_seconds(config: Config, world_size: int, accumulation: int) -> float:
 
     Assumes the first crop sizes in every step.
     """
-    if world_size == 1 or config.objective.centering != "sinkhorn":
+    if world_size == 1 or config.objective.centering != "sinkhorn" or config.teacher.model is not None:
         return 0.0
     full, _, masked = micro_batch_crops(config, config.crop_sizes[0])
     heads = [(config.objective.global_loss.head, full.images)]

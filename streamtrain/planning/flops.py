@@ -10,7 +10,7 @@ from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
-from streamtrain.planning.shapes import block_shapes
+from streamtrain.planning.shapes import block_shapes, projector_shapes
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     full, local, rows = micro_batch_crops(config, sizes)
     used = used_tokens(config, full, rows)
     total = _student(config, full, used) + _student(config, local, local.images)
+    total += _gram(config, sizes, full)
+    if (backbone := config.teacher.backbone) is not None:
+        crops = Crops.of(backbone, full.images, sizes.global_size, 0.0)
+        # all tokens are normalised, since the patches are resized to the student's grid
+        total += _forward(backbone, crops, crops.images * crops.tokens(backbone))
+        flops = 6.0 * (full.images + local.images + rows) * projector_weights(config, backbone)
+        return total + StepFlops(flops, flops)
     total += _forward(teacher.model, full, full.images + rows)
 
     head, teacher_head = objective.global_loss.head, teacher.objective.global_loss.head
@@ -81,12 +88,16 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     if objective.patch_loss.kind == "ibot":
         head, teacher_head = objective.patch_loss.head, teacher.objective.patch_loss.head
         total += _heads(config, teacher, head, teacher_head, rows, rows)
-    if objective.gram.is_active:
-        gram = Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
-        total += _forward(config.model, gram, gram.images * gram.tokens(config.model))
-        flops = gram_flops(config, full)
-        total += StepFlops(flops, flops)
     return total
+
+
+def _gram(config: Config, sizes: CropSizes, full: Crops) -> StepFlops:
+    """Return the FLOPs of the Gram teacher and of its loss; none without a Gram term."""
+    if not config.objective.gram.is_active:
+        return StepFlops(0.0, 0.0)
+    gram = Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
+    flops = gram_flops(config, full)
+    return _forward(config.model, gram, gram.images * gram.tokens(config.model)) + StepFlops(flops, flops)
 
 
 def micro_batch_crops(config: Config, sizes: CropSizes) -> tuple[Crops, Crops, int]:
@@ -177,6 +188,11 @@ def head_weights(model: ModelConfig, head: HeadConfig) -> int:
     """Return the number of weights of a head's MLP, without biases."""
     sizes = [model.dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
     return sum(inputs * outputs for inputs, outputs in pairwise(sizes))
+
+
+def projector_weights(config: Config, teacher: ModelConfig) -> int:
+    """Return the number of weights of the projector to a feature teacher's width, without biases."""
+    return sum(math.prod(shape) for shape in projector_shapes(config, teacher).values() if len(shape) == 2)
 
 
 def gram_flops(config: Config, crops: Crops) -> float:

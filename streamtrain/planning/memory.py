@@ -27,6 +27,7 @@ from streamtrain.planning.parts import (
     AVERAGE,
     BACKWARD,
     CHECKPOINT,
+    EVALUATION,
     LOSS,
     OPTIMISER,
     PHASES,
@@ -36,7 +37,7 @@ from streamtrain.planning.parts import (
     Part,
     part,
 )
-from streamtrain.planning.shapes import backbone_shapes, parameter_shapes, partition
+from streamtrain.planning.shapes import backbone_shapes, block_shapes, parameter_shapes, partition
 from streamtrain.planning.sizes import CPU_KERNELS, Implementation, Sizes, StoredImages
 
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
@@ -210,6 +211,9 @@ def _states(s: Sizes) -> Iterator[Part]:
         backbone = {n: shape for n, shape in parameter_shapes(s.config).items() if n.startswith("backbone.")}
         own = partition(backbone, s.config, s.world_size).shard_numel
         yield part("Gram teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
+    if (backbone_config := s.config.teacher.backbone) is not None:
+        own = partition(backbone_shapes(backbone_config), s.config, s.world_size).shard_numel
+        yield part("feature teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
 
 
 def _gathers(s: Sizes) -> Iterator[Part]:
@@ -220,7 +224,12 @@ def _gathers(s: Sizes) -> Iterator[Part]:
         return
     # and the buffer of the gather that is being split into parameters
     copies = (engine.live_blocks + 1 if s.on_gpu else 1, "blocks")
-    yield part("gathered blocks", "gpu", (TEACHER, BACKWARD), copies, values, (s.item, "B"))
+    phases = (TEACHER, BACKWARD)
+    if (teacher := s.config.teacher.backbone) is not None:
+        phases = (EVALUATION, BACKWARD)
+        block = sum(map(math.prod, block_shapes(teacher).values()))
+        yield part("gathered teacher blocks", "gpu", TEACHER, copies, (block, "values"), (s.item, "B"))
+    yield part("gathered blocks", "gpu", phases, copies, values, (s.item, "B"))
     # gradients wait until the next one would exceed the bucket, while an earlier bucket is reduced; a gradient larger
     # than the bucket is reduced alone
     full = min(max(engine.reduce_bucket_bytes // s.item, s.largest_whole), s.numel)
@@ -230,6 +239,8 @@ def _gathers(s: Sizes) -> Iterator[Part]:
 
 
 def _prototypes(s: Sizes) -> Iterator[Part]:
+    if not s.heads:
+        return
     # a chunk has at least 64 prototypes, which with many rows may exceed chunk_bytes
     chunk = max(
         s.config.objective.chunk_size(on_gpu=s.on_gpu), *(64 * 4 * s.accumulation * rows for _, _, _, rows in s.heads)
@@ -268,8 +279,11 @@ def _step(s: Sizes) -> Iterator[Part]:
 def _all_gather_bytes(s: Sizes) -> int:
     """Return the bytes one rank receives: the student for forward and backward, and the teacher once."""
     heads = sum(head.prototypes * head.bottleneck for _, head, _, _ in s.heads)
+    teacher = s.numel
+    if (backbone := s.config.teacher.backbone) is not None:
+        teacher = sum(map(math.prod, backbone_shapes(backbone).values()))
     # the targets need the teacher's prototypes once more, once a step
-    values = s.accumulation * 3 * s.numel + heads
+    values = s.accumulation * (2 * s.numel + teacher) + heads
     return round(values * s.item * (s.world_size - 1) / s.world_size)
 
 

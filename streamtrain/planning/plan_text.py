@@ -202,7 +202,7 @@ def model_table(config: Config) -> str:
         depth = 2 if pieces[0] == "blocks" else 1
         parts.setdefault(".".join(pieces[:depth]), []).append((".".join(pieces[depth:]), shape))
     numels = {part: sum(math.prod(shape) for _, shape in members) for part, members in parts.items()}
-    heads = sum(numel for part, numel in numels.items() if part in ("global_head", "patch_head"))
+    heads = sum(numel for part, numel in numels.items() if part in ("global_head", "patch_head", "projector"))
     total = sum(numels.values())
     lines = [f"{name:34} {numel:>14,}" for name, numel in (("backbone", total - heads), ("with heads", total))]
     for part, members in parts.items():

@@ -22,7 +22,7 @@ def parameter_shapes(config: Config) -> Shapes:
     objective = config.objective
     shapes = {f"backbone.{name}": shape for name, shape in backbone_shapes(config.model).items()}
     if (teacher := config.teacher.backbone) is not None:
-        return shapes | dict(_projector(config, teacher))
+        return shapes | projector_shapes(config, teacher)
     shapes |= dict(_head("global_head", config.model.dim, objective.global_loss.head))
     if objective.patch_loss.kind == "ibot":
         shapes |= dict(_head("patch_head", config.model.dim, objective.patch_loss.head))
@@ -97,11 +97,14 @@ def _head(name: str, dim: int, head: HeadConfig) -> Iterator[tuple[str, tuple[in
     yield f"{name}.prototypes.weight", (head.prototypes, head.bottleneck)
 
 
-def _projector(config: Config, teacher: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def projector_shapes(config: Config, teacher: ModelConfig) -> Shapes:
+    """Return the shapes of the projector from the student's width to that of ``teacher``."""
     layers, hidden = config.teacher.projector_layers, config.teacher.projector_hidden or teacher.dim
     sizes = [config.model.dim, *[hidden] * (layers - 1), teacher.dim]
+    shapes: Shapes = {}
     for index, (inputs, outputs) in enumerate(pairwise(sizes)):
-        yield from _linear(f"projector.layers.{index}", inputs, outputs)
+        shapes |= dict(_linear(f"projector.layers.{index}", inputs, outputs))
+    return shapes
 
 
 @dataclass(frozen=True)

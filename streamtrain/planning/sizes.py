@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamtrain.config.masks import max_rows
-from streamtrain.config.model import HeadConfig
+from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.planning.shapes import block_shapes, parameter_shapes, partition
 
@@ -67,6 +67,9 @@ class Sizes:
         crops, batch = config.crops, config.data.micro_batch
         block = sum(map(math.prod, block_shapes(config.model).values()))
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
+        if config.teacher.kind == "frozen":
+            # its student learns from all patches
+            rows = batch * crops.global_count * sides[0] ** 2
         return cls(
             config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
             part.numel, part.shard_numel, part.flat_numels, part.largest_numel, block,
@@ -78,6 +81,14 @@ class Sizes:
         """Number of global and of local crops of a micro-batch."""
         batch = self.config.data.micro_batch
         return self.config.crops.global_count * batch, self.config.crops.local_count * batch
+
+    @property
+    def feature_teacher(self) -> tuple[ModelConfig, int] | None:
+        """The backbone of a feature teacher and its tokens in a micro-batch; None without one."""
+        if (model := self.config.teacher.backbone) is None:
+            return None
+        side = self.config.crops.global_size // model.patch_size
+        return model, self.images[0] * (1 + model.num_registers + side**2)
 
     @property
     def tokens(self) -> int:
@@ -92,8 +103,10 @@ class Sizes:
 
     @property
     def heads(self) -> list[tuple[str, HeadConfig, int, int]]:
-        """Name, configuration, student rows and teacher rows (of one micro-batch) of each head."""
+        """Name, configuration, student rows and teacher rows (of one micro-batch) of each head, if there are any."""
         objective = self.config.objective
+        if self.config.teacher.model is not None:
+            return []
         heads = [("global", objective.global_loss.head, sum(self.images), self.images[0])]
         if objective.patch_loss.kind == "ibot":
             heads.append(("patch", objective.patch_loss.head, self.masked_rows, self.masked_rows))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from streamtrain.config.crops import CropSizes
-from streamtrain.config.model import HeadConfig
+from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.ops.chunks import chunk_rows
 from streamtrain.planning.communication import collective_seconds, num_values, target_seconds
@@ -22,6 +22,7 @@ from streamtrain.planning.flops import (
     gram_flops,
     head_weights,
     micro_batch_crops,
+    projector_weights,
     step_flops,
     used_share,
     used_tokens,
@@ -52,6 +53,8 @@ from streamtrain.planning.memory import Transfers
 from streamtrain.planning.operation_counts import evaluate_counts
 from streamtrain.planning.parts import BACKWARD, FORWARD, OPTIMISER, TARGETS, TEACHER
 
+# of a projected token's value in the loss, in each pass; and the kernels of projector and loss (assumptions)
+PROJECTED_BYTES, PROJECTOR_KERNELS = 24.0, 20.0
 # causes of a step's time
 ALL_REDUCES = "targets' all-reduces"
 PARTS = ("matmul", "attention", "memory", "launch", "network", ALL_REDUCES, "transfer", "loader")
@@ -207,6 +210,9 @@ class _Model:
         # bytes in the table are those of bf16
         self.width = 1.0 if hardware.bf16 else 2.0
         objective = config.objective
+        self.heads: list[tuple[str, HeadConfig, int, int]] = []
+        if config.teacher.model is not None:
+            return
         # name, configuration, student rows and teacher rows of each head
         self.heads = [("global", objective.global_loss.head, self.full.images + self.local.images, self.full.images)]
         if objective.patch_loss.kind == "ibot":
@@ -214,7 +220,13 @@ class _Model:
 
     def teacher(self) -> Iterator[Region]:
         """Yield the regions of the teacher pass, and of the Gram teacher's if there is one."""
-        yield from self._teacher_blocks(self.full, self.full.images + self.masked)
+        if (backbone := self.config.teacher.backbone) is None:
+            yield from self._teacher_blocks(self.full, self.full.images + self.masked)
+        else:
+            other = _Model(
+                self.config.model_copy(update={"model": backbone}), self.sizes, self.hardware, self.accumulation
+            )
+            yield from other._teacher_blocks(other.full, other.full.images * other.full.tokens(backbone))
         for name, head, _, rows in self.heads:
             yield self._head(TEACHER, f"{name} head", "teacher/forward", head, rows, 1.0)
         if self.config.objective.gram.is_active:
@@ -249,6 +261,10 @@ class _Model:
             yield from self._loss(name, head, rows, teacher_rows)
         if self.config.objective.gram.is_active:
             yield from self._gram_loss()
+        if (backbone := self.config.teacher.backbone) is not None:
+            rows = self.full.images + self.local.images + self.masked
+            yield self._projector(FORWARD, rows, backbone, 1.0)
+            yield self._projector(BACKWARD, rows, backbone, 2.0)
 
     def _recomputed(self, region: Region) -> Iterator[Region]:
         """Yield a branch's recomputation: of the whole block, and of the single branch in groups of images."""
@@ -318,6 +334,14 @@ class _Model:
         weights = head_weights(self.config.model, head)
         matmul = passes * hardware.matmul_seconds(2.0 * rows * weights, head.hidden, 2.0 * weights)
         return Region(name, phase, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
+
+    def _projector(self, phase: str, rows: int, teacher: ModelConfig, passes: float) -> Region:
+        """Return the projector to a feature teacher's width, with the loss; the bytes are assumed, not counted."""
+        weights = projector_weights(self.config, teacher)
+        inner = min(self.config.model.dim, teacher.dim)
+        matmul = passes * self.hardware.matmul_seconds(2.0 * rows * weights, inner, 2.0 * weights)
+        moved = rows * teacher.dim * PROJECTED_BYTES
+        return Region("projector", phase, matmul, memory=self.hardware.memory_seconds(moved), kernels=PROJECTOR_KERNELS)
 
     def _loss(self, name: str, head: HeadConfig, rows: int, teacher_rows: int) -> Iterator[Region]:
         hardware, objective = self.hardware, self.config.objective

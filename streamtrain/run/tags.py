@@ -39,6 +39,13 @@ TAGS = {
     "loss/patch": Tag("Masked-patch loss", "Unweighted loss on masked patches.", "nats", True),
     "loss/koleo": Tag("KoLeo loss", "Unweighted KoLeo term: low where the features spread evenly."),
     "loss/gram": Tag("Gram loss", "Unweighted difference to the patch similarities of the Gram teacher.", "", True),
+    "loss/distil_cls": Tag("CLS distillation loss", "Unweighted distance to the feature teacher's CLS.", "", True),
+    "loss/distil_local": Tag(
+        "Local CLS distillation loss", "Unweighted distance of local crops to the feature teacher's CLS.", "", True
+    ),
+    "loss/distil_patch": Tag(
+        "Patch distillation loss", "Unweighted distance to the feature teacher's patches.", "", True
+    ),
     "eval/knn_10": Tag("kNN accuracy (k = 10)", "Share of held-out images classified right by 10 neighbours.", "share"),
     "eval/knn_20": Tag("kNN accuracy (k = 20)", "Share of held-out images classified right by 20 neighbours.", "share"),
     "eval/linear": Tag(
@@ -70,6 +77,7 @@ TAGS = {
     "optim/gradient_norm/backbone": Tag("Gradient norm, backbone", _GRADIENT.format("the backbone"), "", True),
     "optim/gradient_norm/global_head": Tag("Gradient norm, global head", _GRADIENT.format("this head"), "", True),
     "optim/gradient_norm/patch_head": Tag("Gradient norm, patch head", _GRADIENT.format("this head"), "", True),
+    "optim/gradient_norm/projector": Tag("Gradient norm, projector", _GRADIENT.format("the projector"), "", True),
     "optim/skipped_steps": Tag(
         "Skipped steps", "Total steps skipped because a loss or gradient was not finite.", "steps"
     ),
