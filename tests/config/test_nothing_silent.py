@@ -33,7 +33,7 @@ from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.prototypes import PlainWeight
-from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
+from streamtrain.objective.targets import TargetMaker, TeacherFeatures, TeacherPrototypes
 from streamtrain.training.build import prepare_blocks
 from streamtrain.training.gram import GramAnchor
 from streamtrain.training.ssl_model import LossWeights, SSLModel
@@ -91,6 +91,19 @@ def losses(config: Config) -> object:
     terms = {name: float(value) for name, value in student.student_losses(batch, targets, weights).items()}
     shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
     return terms, shapes, {name: float(center.norm()) for name, center in maker.centers.items()}
+
+
+def distilled(config: Config) -> object:
+    """Return the losses against random features of a teacher, and the shapes of the parameters."""
+    student, backbone, batch = SSLModel(config), config.teacher.backbone, fixed_batch(config)
+    assert backbone is not None
+    initialise(student, config.model, 0)
+    cls, patches = (torch.randn(rows, backbone.dim, generator=draw()) for rows in (8, len(batch.masks.index)))
+    features = TeacherFeatures(cls, patches, batch.masks.weight)
+    (targets,) = TargetMaker(config.objective).make([features], TeacherPrototypes(None, None), 0.05)
+    terms = student.student_losses(batch, targets, LossWeights())
+    shapes = {name: tuple(value.shape) for name, value in student.named_parameters()}
+    return {name: float(value.detach()) for name, value in terms.items()}, shapes
 
 
 def local_norm(config: Config) -> object:
@@ -154,6 +167,10 @@ def draw(seed: int = 0) -> torch.Generator:
 
 Probe = Callable[[Config], object]
 SOFTMAX, SWIGLU = ["objective.centering=softmax"], ["model.mlp=swiglu"]
+FEATURES = "teacher={kind: frozen, weights: somewhere, model: {dim: 24, num_heads: 2}}"
+# a feature teacher has no heads, so theirs have the default sizes
+DEFAULT_HEAD = "{prototypes: 65536, hidden: 2048, bottleneck: 256}"
+DISTILLED = [FEATURES, *(f"objective.{loss}.head={DEFAULT_HEAD}" for loss in ("global_loss", "patch_loss"))]
 COSINE = ["objective.patch_loss.kind=cosine"]
 # a key, another value, the function whose result changes, and further overrides that this requires
 EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
@@ -204,6 +221,10 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("objective.gram.refresh.every", "3", gram, ["objective.gram.refresh.first=7"]),
     ("objective.gram.refresh.limit", "2", gram, ["objective.gram.refresh={first: 7, every: 3}"]),
     ("teacher.kind", "frozen", batches, ["teacher.weights=somewhere"]),
+    ("teacher.model", "{dim: 20, num_heads: 1}", distilled, DISTILLED),
+    ("teacher.loss", "smooth_l1", distilled, DISTILLED),
+    ("teacher.projector_layers", "2", distilled, DISTILLED),
+    ("teacher.projector_hidden", "5", distilled, [*DISTILLED, "teacher.projector_layers=2"]),
     *((f"optim.{key}", value, optimiser, []) for key, value in {
         "betas": "[0.5, 0.5]", "eps": "1e-4", "layer_decay": "0.5", "patch_embed_lr": "0.5",
     }.items()),

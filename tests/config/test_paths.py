@@ -33,6 +33,7 @@ TEXTS = {
     "monitor.project",
     "evaluation.best",
     "data.background",
+    "teacher.model",
 }
 # other settings that a path needs
 NEEDED: dict[str, dict[str, Any]] = {
