@@ -32,8 +32,8 @@ def find_teacher_fault(config: Config) -> str | None:
             return f"the teacher's {name} is {width}; with engine.fp8 it must be a multiple of 16"
     if keys := list(_prototype_settings(config)):
         return (
-            f"the teacher in {config.teacher.weights} is a backbone without prototypes, so {', '.join(keys)} have no "
-            "effect; remove them (configs/distil_features.yaml has none)"
+            f"the teacher in {config.teacher.weights} is a backbone without prototypes, so these settings have no "
+            f"effect: {', '.join(keys)}; remove them (configs/distil_features.yaml has none)"
         )
     return None
 

@@ -33,7 +33,7 @@ from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.shapes import block_shapes
 from streamtrain.run.directory import QUARANTINE_NAME
 from streamtrain.training.distill import fill_frozen_teacher, frozen_teacher_config
-from streamtrain.training.feature_teacher import FeatureTeacher, fill_feature_teacher
+from streamtrain.training.feature_teacher import FeatureTeacher, describe_teacher, fill_feature_teacher
 from streamtrain.training.gram import BACKBONE, GramAnchor
 from streamtrain.training.ssl_model import GramTeacher, SSLModel
 
@@ -90,7 +90,8 @@ def _build_target_teacher(config: Config, runtime: Runtime, accumulation: int) -
         return frozen
     # DeepSpeed's limits follow the blocks of the network that is built
     sized = config.model_copy(update={"model": backbone})
-    frozen = _build_frozen(lambda _: FeatureTeacher(config), sized, runtime, accumulation)
+    description = describe_teacher(config)
+    frozen = _build_frozen(lambda _: FeatureTeacher(config, description), sized, runtime, accumulation)
     fill_feature_teacher(config, frozen)
     return frozen
 

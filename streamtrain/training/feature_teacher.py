@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from streamtrain.engine.fragments import Fragment
 from streamtrain.engine.teacher import FrozenNetwork
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.feature_teacher import describe_backbone
+from streamtrain.interop.folder import BackboneConfig
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.model.factory import build_backbone
 from streamtrain.objective.gram import resize_patches
@@ -24,17 +26,21 @@ BACKBONE = "backbone."
 _UNUSED = ("embedding.mask_token", "local_norm.weight", "local_norm.bias")
 
 
+def describe_teacher(config: Config) -> BackboneConfig:
+    """Return the shape ``teacher.model`` with the preprocessing of ``teacher.weights``; errors as in its reader."""
+    assert config.teacher.weights is not None
+    return describe_backbone(Path(config.teacher.weights), config.model.factory, config.teacher.backbone)
+
+
 class FeatureTeacher(nn.Module):
     """The backbone ``teacher.model``; it sees the student's global crops with its own normalisation."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, description: BackboneConfig) -> None:
+        """``description``: of the teacher, from ``describe_teacher``."""
         super().__init__()
-        teacher = config.teacher
-        assert teacher.backbone is not None and teacher.weights is not None
-        described = describe_backbone(Path(teacher.weights), config.model.factory, teacher.backbone)
-        self._mean, self._std = described.mean, described.std
-        self._patch_size, self._chunk = config.model.patch_size, teacher.chunk
-        self.backbone = build_backbone(teacher.backbone)
+        self._mean, self._std = description.mean, description.std
+        self._patch_size, self._chunk = config.model.patch_size, config.teacher.chunk
+        self.backbone = build_backbone(description.model)
 
     @torch.no_grad()
     def forward(self, method: str, batch: Batch, weights: LossWeights) -> TeacherFeatures:
@@ -64,7 +70,11 @@ def fill_feature_teacher(config: Config, network: FrozenNetwork) -> None:
     """
     path = Path(str(config.teacher.weights))
     shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
-    with load_pretrained_backbone(path, shapes) as (read, report):
+    with ExitStack() as stack:
+        try:
+            read, report = stack.enter_context(load_pretrained_backbone(path, shapes))
+        except StreamtrainError as error:
+            raise StreamtrainError(f"teacher.model does not fit teacher.weights: {error}") from None
         absent = [name for name in (*report.missing, *report.reshaped, *report.zeroed) if shapes[name].numel()]
         if absent := [name for name in absent if name not in _UNUSED]:
             raise StreamtrainError(f"teacher.weights {path} does not fit teacher.model: it lacks {absent[0]}")

@@ -31,7 +31,7 @@ from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.shapes import parameter_shapes
-from streamtrain.training.feature_teacher import FeatureTeacher
+from streamtrain.training.feature_teacher import FeatureTeacher, describe_teacher
 from streamtrain.training.ssl_model import LossWeights, SSLModel
 
 STUDENT = {"preset": None, "patch_size": 8, "dim": 16, "depth": 2, "num_heads": 2}
@@ -102,7 +102,7 @@ def test_shapes_and_plan_have_a_projector_and_no_prototypes(folder: Path) -> Non
 def test_the_teacher_sees_its_own_normalisation_and_its_patches_are_resized(folder: Path) -> None:
     config = settings(folder / "teacher", crops={"mean": [0.1, 0.2, 0.3]})
     batch, backbone = first_batch(config, folder), load_backbone(folder / "teacher")
-    network = FeatureTeacher(config)
+    network = FeatureTeacher(config, describe_teacher(config))
     network.backbone.load_state_dict(backbone.model.state_dict())
     features = network("teacher_features", batch, LossWeights())
     pixels = normalise(batch.global_crops, backbone.config.mean, backbone.config.std, torch.float32)
@@ -118,7 +118,11 @@ def test_the_teacher_sees_its_own_normalisation_and_its_patches_are_resized(fold
 @pytest.mark.parametrize("loss", ["cosine", "smooth_l1"])
 def test_every_parameter_of_the_student_has_a_gradient_and_the_losses_their_names(loss: str, folder: Path) -> None:
     config = settings(folder / "teacher", teacher={"loss": loss}, objective={"koleo": {"weight": 0.1}})
-    batch, model, network = first_batch(config, folder), SSLModel(config), FeatureTeacher(config)
+    batch, model, network = (
+        first_batch(config, folder),
+        SSLModel(config),
+        FeatureTeacher(config, describe_teacher(config)),
+    )
     initialise(model, config.model, seed=0)
     network.backbone.load_state_dict(load_backbone(folder / "teacher").model.state_dict())
     weights = LossWeights(global_loss=0.5, patch_loss=2.0, koleo=0.1, local_loss=0.25)
@@ -181,9 +185,9 @@ def test_wrong_teachers_end_in_one_line(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "empty", {}, "empty"),
         (tmp_path / "dinov2", {}, "position embeddings"),
         (tiny_weights(tmp_path / "odd"), odd, "global crops of 36 pixels are not a multiple of the patches of 8 pixel"),
-        (folder / "teacher", {"objective": head}, "objective.student_temperature, objective.global_loss.head have no"),
-        (folder / "teacher", {"objective": {"patch_loss": {"kind": "l2"}}}, "objective.patch_loss.kind have no effect"),
-        (folder / "teacher", {"schedules": {"teacher_temperature": 0.1}}, "schedules.teacher_temperature have no"),
+        (folder / "teacher", {"objective": head}, "objective.student_temperature, objective.global_loss.head;"),
+        (folder / "teacher", {"objective": {"patch_loss": {"kind": "l2"}}}, "no effect: objective.patch_loss.kind;"),
+        (folder / "teacher", {"schedules": {"teacher_temperature": 0.1}}, "no effect: schedules.teacher_temperature;"),
         (folder / "teacher", {"teacher": {"projector_hidden": 9}}, "only with projector_layers above 1"),
     ):  # fmt: skip
         with pytest.raises(StreamtrainError) as error:
@@ -247,7 +251,10 @@ def transformers_teacher(folder: Path) -> Path:
 
 def constant_cosine(config: Config, folder: Path) -> float:
     """Return the mean cosine of the best constant to the teacher's patches of the first images."""
-    network, teacher = FeatureTeacher(config), load_backbone(Path(str(config.teacher.weights)))
+    network, teacher = (
+        FeatureTeacher(config, describe_teacher(config)),
+        load_backbone(Path(str(config.teacher.weights))),
+    )
     network.backbone.load_state_dict(teacher.model.state_dict())
     features = network("teacher_features", first_batch(config, folder), LossWeights()).patch_features
     return float(F.normalize(features, dim=1).mean(0).norm())
