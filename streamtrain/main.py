@@ -37,7 +37,7 @@ from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
 from streamtrain.engine.rendezvous import AddressError, Launch, MeetingError, check_master, lost_rank_message
 from streamtrain.engine.runtime import BUILDER_WARNING, choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
-from streamtrain.evaluation.held_out import held_out
+from streamtrain.evaluation.held_out import held_out, reference_images
 from streamtrain.interop.feature_teacher import with_teacher_model
 from streamtrain.planning.images import stored_images
 from streamtrain.planning.shapes import backbone_shapes
@@ -112,6 +112,7 @@ def check(
     check_folders(config)
     if config.evaluation.every:
         held_out(config, shard_set)
+    reference_images(config)
     saved = saved_state(source) if source is not None else None
     order = build_stream_order(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)
     check_cache(config, shard_set, order, launch.rank, launch.world_size, launch.local_world_size)
@@ -173,7 +174,8 @@ def check_complete(
 def train_rank(arguments: argparse.Namespace) -> int:
     """Run this process's rank and return its exit status.
 
-    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix; 1: another failure.
+    0: completed; 75 or 130: stopped early after a checkpoint; 2: an error that the user can fix;
+    3: stopped after a checkpoint by ``evaluation.stop_if_below``; 1: another failure.
     """
     configure_logging()
     try:

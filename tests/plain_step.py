@@ -106,6 +106,18 @@ def plain_gram(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
     return torch.stack([(a @ a.transpose(1, 2) - b @ b.transpose(1, 2)).square().mean() for a, b in units]).mean()
 
 
+def plain_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return the mean of 1 − cosine similarity over the last dimension."""
+    return (1 - (ours * theirs).sum(-1) / ours.norm(dim=-1) / theirs.norm(dim=-1)).mean()
+
+
+def plain_anchor(config: Config, ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the anchor loss of CLS features and patches of each view."""
+    cls, patches = ([torch.cat([view[part] for view in views]) for views in (ours, theirs)] for part in (0, 1))
+    compare = {"gram": lambda ours, theirs: plain_gram([ours], [theirs]), "cosine": plain_distance}
+    return plain_distance(*cls) + compare[config.objective.anchor.patches](*patches)
+
+
 def plain_koleo(cls: Tensor) -> Tensor:
     """Return KoLeo of one view's ``[B, dim]``; 0 for a single sample, infinite for duplicates."""
     unit = cls / cls.norm(dim=1, keepdim=True)
@@ -184,6 +196,8 @@ def plain_losses(
                 "patch": torch.stack(per_crop).sum() / (V * B),
                 "koleo": torch.stack([plain_koleo(cls) for cls, _ in outputs[:V]]).sum(),
                 "gram": plain_gram([patch for _, patch in outputs[:V]], [patch for _, patch in of_teacher]),
+                # the teacher is the starting network too
+                "anchor": plain_anchor(config, outputs[:V], of_teacher),
             }
         )
     return results

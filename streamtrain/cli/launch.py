@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 
 from streamtrain.engine.rendezvous import AGENT_STORE
 from streamtrain.errors import StreamtrainError
-from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
+from streamtrain.run.signals import EXIT_DRIFTED, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USAGE, STOP_STATUSES
 
 if TYPE_CHECKING:
     from streamtrain.cli.hosts import Host
 
 SCRIPT = Path(__file__).resolve().parents[1] / "main.py"
 # the ranks have already reported the reason
-_EXPLAINED_STATUSES = (EXIT_USAGE, *STOP_STATUSES)
+_EXPLAINED_STATUSES = (EXIT_USAGE, EXIT_DRIFTED, *STOP_STATUSES)
 # from the failure of one rank until the others are killed
 GRACE_SECONDS = 30.0
 # the same, if a whole machine is lost: the others wait for it in a collective operation and cannot save
@@ -143,7 +143,7 @@ def wait_for_all(
             failure = _exit_status(returncode, stops)
             is_lost = of_machines and failure == EXIT_LOST
             deadline = time.monotonic() + (LOST_GRACE_SECONDS if is_lost else GRACE_SECONDS)
-            if failure not in STOP_STATUSES:
+            if failure not in (EXIT_DRIFTED, *STOP_STATUSES):
                 if failure not in _EXPLAINED_STATUSES and not of_machines:
                     reason = _KILLED if returncode == -signal.SIGKILL else ""
                     logger.error("%s ended with exit status %d%s", name, failure, reason)

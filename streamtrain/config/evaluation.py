@@ -32,10 +32,21 @@ class EvaluationConfig(Section):
         None, "Keep the checkpoint with the highest value of this metric, such as knn_20; null: no such checkpoint."
     )
 
+    reference: PathText | None = free(
+        None, "Images that are not trained on, labelled or not: a shard set or a folder. Each evaluation also measures "
+        "on them how far a run from init.weights has moved from its start.",
+    )  # fmt: skip
+    stop_if_below: Probability | None = free(
+        None, "Stop a run from init.weights after a checkpoint, with exit code 3, if its kNN accuracy (knn_20, on the "
+        "reference if given) falls below this share of the start's; null: never.",
+    )  # fmt: skip
+
     @model_validator(mode="after")
     def _check_names(self) -> EvaluationConfig:
         if self.test is not None and self.train is None:
             raise ValueError("test needs train")
+        if self.stop_if_below is not None and not (self.every and "knn" in self.evaluators):
+            raise ValueError("stop_if_below needs knn among the evaluators, and every above 0")
         if len(set(self.evaluators)) < len(self.evaluators):
             raise ValueError(f"evaluators has duplicates: {', '.join(self.evaluators)}")
         if self.best is not None:

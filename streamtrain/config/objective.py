@@ -110,8 +110,32 @@ class GramConfig(Section):
         return self.weight.is_ever_positive
 
 
+class AnchorConfig(Section):
+    """Anchor: keeps the student's features of global crops close to the starting network's; off with weight 0.
+
+    The starting network is the backbone of ``init.weights``, or the teacher of the checkpoint given with ``--resume``.
+    """
+
+    weight: Schedule = accept(Schedule(peak=0.0), "Weight of the anchor loss in the total loss.")
+    cls: Literal["cosine", "none"] = accept("cosine", "Compare CLS features: mean of 1 - cosine similarity, or not.")
+    patches: Literal["gram", "cosine", "none"] = accept(
+        "gram", "Compare patches, masked and visible: their similarities within an image (gram), each patch (cosine), "
+        "or not.",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _reject_empty_term(self) -> AnchorConfig:
+        if self.is_active and self.cls == self.patches == "none":
+            raise ValueError("with weight above 0, at least one of cls and patches must not be none")
+        return self
+
+    @property
+    def is_active(self) -> bool:
+        return self.weight.is_ever_positive
+
+
 class ObjectiveConfig(Section):
-    """Losses and their targets. The total loss is the weighted sum of the four losses."""
+    """Losses and their targets. The total loss is the weighted sum of the five losses."""
 
     centering: Literal["sinkhorn", "softmax"] = accept(
         "sinkhorn", "Teacher targets by Sinkhorn-Knopp, or by softmax with an EMA centre."
@@ -123,10 +147,21 @@ class ObjectiveConfig(Section):
     patch_loss: PatchLossConfig = PatchLossConfig()
     koleo: KoleoConfig = KoleoConfig()
     gram: GramConfig = GramConfig()
+    anchor: AnchorConfig = AnchorConfig()
     chunk_bytes: Size | None = free(
         None, "Bytes of logits in memory at a time (one chunk of prototypes); null: 128 MiB on a GPU, 8 MiB on a CPU. "
         "The CPU kernels use chunks of 64 prototypes instead.", ge=2**16,
     )  # fmt: skip
+
+    @property
+    def has_gram_matrices(self) -> bool:
+        """Whether any term compares similarities between patches."""
+        return self.gram.is_active or (self.anchor.is_active and self.anchor.patches == "gram")
+
+    @property
+    def compares_all_patches(self) -> bool:
+        """Whether any term needs the student's features of all patches of the global crops."""
+        return self.gram.is_active or (self.anchor.is_active and self.anchor.patches != "none")
 
     def chunk_size(self, *, on_gpu: bool) -> int:
         """Return the bytes of a chunk on a GPU or on a CPU."""

@@ -13,7 +13,7 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError
 
 # keys of paths, which say nothing about the recipe
-_PATHS = ("run.dir", "data.shards", "evaluation.train", "evaluation.test")
+_PATHS = ("run.dir", "data.shards", "evaluation.train", "evaluation.test", "evaluation.reference", "init.weights")
 
 
 def changed_settings(config: Config, base: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from shards.randomness import uniforms
 from shards.reading.mixture import AnySet, JoinedSet
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.tree import Config
+from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.images import LabelledImages, images_of_set, match_classes, open_images, split_images
 
 TRAIN_PER_TEST = 4
@@ -20,10 +21,12 @@ _PURPOSE = "evaluation/held out"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labelled images: a train and a test set."""
+    """Images for evaluation: a train and a test set."""
 
     train: LabelledImages
     test: LabelledImages
+    # False: all labels are 0
+    is_labelled: bool = True
 
 
 def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
@@ -56,6 +59,28 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     if len(images) <= TRAIN_PER_TEST:
         return None, "data.shards has too few images"
     return HeldOut(*split_images(images)), ""
+
+
+def reference_images(config: Config) -> HeldOut | None:
+    """Return the images of ``evaluation.reference``, None without a reference or without evaluations.
+
+    Raises:
+        ShardError, StreamtrainError: if the set is missing, too small, or has too few labels for ``stop_if_below``.
+    """
+    evaluation = config.evaluation
+    if evaluation.reference is None or not evaluation.every:
+        return None
+    images = open_images(Path(evaluation.reference), config.data.background_color, allow_unlabelled=True)
+    images = sample_images(images, evaluation.images + evaluation.images // TRAIN_PER_TEST)
+    is_labelled = bool((images.labels >= 0).all()) and len(set(images.labels.tolist())) > 1
+    if not is_labelled:
+        if evaluation.stop_if_below is not None:
+            raise StreamtrainError(
+                f"evaluation.stop_if_below needs labels, and evaluation.reference {evaluation.reference} has none, or "
+                "only one class; give a labelled set, or leave out stop_if_below"
+            )
+        images = replace(images, labels=np.zeros_like(images.labels))
+    return HeldOut(*split_images(images), is_labelled)
 
 
 def first_images(shard_set: AnySet, count: int, background: Color | None = WHITE) -> LabelledImages:

@@ -107,11 +107,12 @@ class LabelledImages:
         return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
-def open_images(path: Path, background: Color | None = WHITE) -> LabelledImages:
+def open_images(path: Path, background: Color | None = WHITE, allow_unlabelled: bool = False) -> LabelledImages:
     """Open a shard set, or a class folder, whose images are sorted by class and file name.
 
     Args:
         background: colour behind transparent images; None drops their alpha channel.
+        allow_unlabelled: missing labels are -1, and a folder needs no class subfolders.
 
     Raises:
         StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
@@ -123,11 +124,11 @@ def open_images(path: Path, background: Color | None = WHITE) -> LabelledImages:
         images = images_of_set(shard_set, np.arange(shard_set.num_samples))
     else:
         try:
-            images = _open_folder(path)
+            images = _open_folder(path, allow_unlabelled)
         except OSError as error:
             raise StreamtrainError(f"{error.filename or path} cannot be read ({error.strerror})") from None
     unlabelled = int((images.labels < 0).sum())
-    if unlabelled:
+    if unlabelled and not allow_unlabelled:
         raise StreamtrainError(
             f"{unlabelled} of the {len(images)} images of {path} have no label: evaluation needs class subfolders, "
             "or shards packed from them (with .cls)"
@@ -186,7 +187,7 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
     return replace(test, labels=renumber[test.labels], classes=train.classes)
 
 
-def _open_folder(path: Path) -> LabelledImages:
+def _open_folder(path: Path, allow_unlabelled: bool = False) -> LabelledImages:
     """Return the images that ``streamtrain pack`` would take from a folder, with the same labels."""
     inputs = list_images(path)
     labels, classes = np.array([item.label for item in inputs.items], np.int64), inputs.classes
@@ -194,7 +195,7 @@ def _open_folder(path: Path) -> LabelledImages:
     if not classes and len(top) == 1 and "" not in top:
         # a single class has no label in a set, but can be tested against a set of several
         labels, classes = np.zeros_like(labels), tuple(top)
-    if not classes:
+    if not classes and not (allow_unlabelled and inputs.items):
         missing = "no images in class subfolders, nor a manifest.json"
         what = "images but no class subfolders" if inputs.items else missing
         needs = "evaluation needs one subfolder per class, or a shard set"

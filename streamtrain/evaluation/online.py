@@ -23,6 +23,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import normalise
 from streamtrain.engine.runtime import Runtime
 from streamtrain.errors import StreamtrainError
+from streamtrain.evaluation.drift import StartFeatures
 from streamtrain.evaluation.features import crop_batches
 from streamtrain.evaluation.held_out import HeldOut
 from streamtrain.evaluation.images import LabelledImages
@@ -30,6 +31,7 @@ from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
 from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.evaluation.uncertainty import accuracy_margin
+from streamtrain.evaluation.verdict import read_baselines
 from streamtrain.model.vit import Features
 from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
 from streamtrain.run.directory import BASELINES_NAME
@@ -40,6 +42,8 @@ RETRIEVED = 64
 # images per rank in the projector, and the side of their thumbnails in pixels
 SHOWN, THUMBNAIL = 400, 32
 
+# the sets of images, and the first parts of their tags
+EVALUATION, REFERENCE = "eval", "reference"
 # side in pixels to which images are reduced for the baseline of pixels
 PIXELS = 32
 
@@ -62,6 +66,11 @@ class Study:
         self.failure = failure
         # of all ranks
         self.num_unusable = 0
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Numbers of train and test images on all ranks."""
+        return len(self.images.train), len(self.images.test)
 
     @cached_property
     def train(self) -> Rows:
@@ -151,6 +160,7 @@ def patches(study: Study) -> dict[str, float]:
 
 # by their names in evaluation.evaluators
 EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": patches}
+NEED_LABELS = ("knn", "linear")
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ class Baselines:
     """Results of the evaluation before the first step, by tag.
 
     Attributes:
-        start: of the network at step 0.
+        start: of the network at step 0, also on the reference.
         pixels: of the pixels as features; kNN only.
         train_images, test_images: numbers of images.
     """
@@ -172,9 +182,18 @@ class Baselines:
 class OnlineEvaluation:
     """Runs the evaluators of ``evaluation.evaluators`` within their share of the run's time."""
 
-    def __init__(self, config: Config, images: HeldOut | None, runtime: Runtime, failure: SharedFailure) -> None:
-        """``images``: None disables the evaluation."""
+    def __init__(
+        self, config: Config, images: HeldOut | None, runtime: Runtime, failure: SharedFailure,
+        reference: HeldOut | None = None,
+    ) -> None:  # fmt: skip
+        """``images``, ``reference``: None disables the evaluation on them."""
         self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
+        named = {EVALUATION: images, REFERENCE: reference} if config.evaluation.evaluators else {}
+        self._sets = {name: one for name, one in named.items() if one is not None}
+        has_start = config.init.weights is not None or reference is not None
+        self._start_features = StartFeatures(Path(config.run.dir), runtime, failure) if has_start else None
+        # at step 0; None: not known
+        self._start: Mapping[str, float] | None = None
         self._began, self._seconds = time.monotonic(), 0.0
         # not written yet: a full or failing disk delays it
         self._unwritten: Baselines | None = None
@@ -188,46 +207,74 @@ class OnlineEvaluation:
 
     def run(self, embed: Embed, wrap: Wrap) -> dict[str, float]:
         """Return metrics by tag, and set ``study``; no metrics if evaluation is over its share of the time."""
-        if self._images is None or not self._config.evaluation.evaluators or self._is_over_budget():
+        if not self._sets or self._is_over_budget():
             return {}
         began = time.monotonic()
-        study = Study(embed, self._images, self._config, self._runtime, wrap, self._failure)
-        results: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         try:
-            for name in self._config.evaluation.evaluators:
-                results |= EVALUATORS[name](study)
+            for name in self._sets:
+                study = self._study(name, embed, wrap)
+                results = self._evaluate(name, study)
+                metrics |= _by_tag(name, study, results) | self._drift(name, study, results)
+                if name == EVALUATION:
+                    self.study = study
+                    self._log_margin(results)
         finally:
             seconds = time.monotonic() - began
             self._seconds += seconds
             self._log_unusable()
-        self.study = study
         self._write_baselines()
-        self._log_margin(results)
-        return _by_tag(study, results) | {"eval/seconds": seconds, "eval/time_share": self.share}
+        return metrics | {"eval/seconds": seconds, "eval/time_share": self.share}
 
     def run_before_training(self, embed: Embed, wrap: Wrap) -> Baselines | None:
         """Evaluate the network at step 0 and the pixels, set ``study`` and write ``baselines.json``.
 
         Not counted as time of evaluation.
         """
-        if self._images is None or not self._config.evaluation.evaluators:
+        if not self._sets:
             return None
-        study, pixels = (
-            Study(each, self._images, self._config, self._runtime, wrap, self._failure)
-            for each in (embed, partial(_embed_pixels, self._config.crops))
-        )
+        start: dict[str, float] = {}
+        by_pixels: dict[str, float] = {}
+        studies = {name: self._study(name, embed, wrap) for name in self._sets}
         try:
-            start: dict[str, float] = {}
-            for name in self._config.evaluation.evaluators:
-                start |= EVALUATORS[name](study)
-            by_pixels = knn(pixels) if "knn" in self._config.evaluation.evaluators else {}
+            for name, study in studies.items():
+                start |= _by_tag(name, study, self._evaluate(name, study))
+            if self._start_features is not None:
+                self._start_features.save(studies)
+            if self._images is not None and "knn" in self._config.evaluation.evaluators:
+                pixels = self._study(EVALUATION, partial(_embed_pixels, self._config.crops), wrap)
+                by_pixels = _by_tag(EVALUATION, pixels, knn(pixels))
         finally:
             self._log_unusable()
-        self.study, self._began = study, time.monotonic()
-        num_images = len(self._images.train), len(self._images.test)
-        baselines = self._unwritten = Baselines(_by_tag(study, start), _by_tag(pixels, by_pixels), *num_images)
+        self.study, self._began, self._start = studies.get(EVALUATION), time.monotonic(), start
+        num_images = self.study.counts if self.study is not None else (0, 0)
+        baselines = self._unwritten = Baselines(start, by_pixels, *num_images)
         self._write_baselines()
         return baselines
+
+    def _study(self, name: str, embed: Embed, wrap: Wrap) -> Study:
+        return Study(embed, self._sets[name], self._config, self._runtime, wrap, self._failure)
+
+    def _evaluate(self, name: str, study: Study) -> dict[str, float]:
+        """Return the results of all evaluators that the set ``name`` has labels for."""
+        results: dict[str, float] = {}
+        for evaluator in self._config.evaluation.evaluators:
+            if self._sets[name].is_labelled or evaluator not in NEED_LABELS:
+                results |= EVALUATORS[evaluator](study)
+        return results
+
+    def _drift(self, name: str, study: Study, results: Mapping[str, float]) -> dict[str, float]:
+        """Return by tag the differences of ``results`` to step 0, and the distance of the features."""
+        if self._start_features is None:
+            return {}
+        if self._start is None:
+            # of a resumed run; the same on all ranks
+            self._start = self._failure.run(read_start, Path(self._config.run.dir))
+        prefix = "drift/" if name == EVALUATION else f"drift/{name}/"
+        known = {metric: self._start.get(f"{name}/{metric}") for metric in results}
+        changes = {metric: results[metric] - value for metric, value in known.items() if value is not None}
+        values = changes | self._start_features.compare(name, study)
+        return {f"{prefix}{metric}": value for metric, value in values.items()}
 
     def _write_baselines(self) -> None:
         """Write ``baselines.json`` on rank 0 if it is due; if that fails, the next evaluation tries again."""
@@ -251,8 +298,7 @@ class OnlineEvaluation:
 
     def _log_unusable(self) -> None:
         """Log the images that this rank found unusable since the last evaluation."""
-        assert self._images is not None
-        for images in (self._images.train, self._images.test):
+        for images in (images for one in self._sets.values() for images in (one.train, one.test)):
             if reasons := images.unusable.new_reasons():
                 logger.warning("images left out of the evaluation: %s", reasons)
 
@@ -275,9 +321,15 @@ class OnlineEvaluation:
         return bool(sum_over_ranks(flag))
 
 
-def _by_tag(study: Study, results: Mapping[str, float]) -> dict[str, float]:
-    figures = {f"eval/{name}": value for name, value in results.items()}
-    return figures | ({"eval/unusable_images": float(study.num_unusable)} if study.num_unusable else {})
+def read_start(run: Path) -> Mapping[str, float]:
+    """Return the evaluation at step 0 by tag, also on the reference; empty if it is not known."""
+    return read_baselines(run).start
+
+
+def _by_tag(name: str, study: Study, results: Mapping[str, float]) -> dict[str, float]:
+    """Return the results on the set ``name`` by tag."""
+    figures = {f"{name}/{metric}": value for metric, value in results.items()}
+    return figures | ({f"{name}/unusable_images": float(study.num_unusable)} if study.num_unusable else {})
 
 
 def _embed_pixels(config: CropsConfig, crops: Tensor) -> Features:

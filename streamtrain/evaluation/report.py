@@ -29,6 +29,7 @@ from streamtrain.evaluation.verdict import (
     KnownBaselines,
     headline_tag,
     image_count,
+    judge_drift,
     judge_learning,
     judge_stability,
     read_baselines,
@@ -51,7 +52,8 @@ _MAIN_TAGS = (
 _MAX_MAIN = 5
 # titles of the folded curves by the tags' first part, in order
 _TOPICS = {
-    "eval": "Evaluation", "loss": "Losses", "features": "Features", "teacher": "Teacher", "optim": "Optimizer",
+    "eval": "Evaluation", "reference": "Reference set", "drift": "Drift from the start",
+    "loss": "Losses", "features": "Features", "teacher": "Teacher", "optim": "Optimizer",
     "watch": "Optimizer", "speed": "Speed", "data": "Data", "memory": "Memory",
 }  # fmt: skip
 _CAPTIONS = {
@@ -105,7 +107,11 @@ def report_page(
     page = Page(
         title=f"Run {run.resolve().name}",
         facts=_facts(run, config, environment, records, period),
-        findings=[judge_learning(records, headline, baselines, start_name), judge_stability(records, warnings)],
+        findings=[
+            judge_learning(records, headline, baselines, start_name),
+            *filter(None, [judge_drift(records, baselines)]),
+            judge_stability(records, warnings),
+        ],
         numbers=_summary(records),
         charts=charts,
         more_charts=more,

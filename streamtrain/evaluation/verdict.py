@@ -11,11 +11,14 @@ from shards.format.files import read_json
 from shards.format.set_manifest import counted
 from streamtrain.evaluation.uncertainty import accuracy_margin, difference_margin
 from streamtrain.run.directory import BASELINES_NAME
+from streamtrain.run.messages import describe_drift
 from streamtrain.run.tags import HEADLINES, describe_tag
 
 Records = Sequence[Mapping[str, Any]]
 # number of collapse metrics out of bounds
 _COLLAPSE_TAG = "watch/collapse"
+# share of the start's kNN accuracy below which a continued network counts as lost, and a fall that may be chance
+_KEPT_SHARE, _KEPT_MARGIN = 0.9, 0.02
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def headline_tag(records: Records, best: str | None) -> str | None:
 
 def image_count(tag: str, baselines: KnownBaselines) -> int:
     """Return the number of images whose share ``tag`` is; 0 if unknown, or if it counts patches."""
-    return 0 if tag == "eval/patch_retrieval" else baselines.test_images
+    return baselines.test_images if tag.startswith("eval/") and tag != "eval/patch_retrieval" else 0
 
 
 def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines, start_name: str) -> Finding:
@@ -99,6 +102,30 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
     else:
         kind, title = "good", "It learned"
     return Finding(kind, title, f"{text}.")  # type: ignore[arg-type]
+
+
+def judge_drift(records: Records, baselines: KnownBaselines) -> Finding | None:
+    """Compare the last evaluation with the weights that the run started from; None if that was not measured."""
+    last = next((record for record in reversed(records) if any(tag.startswith("drift/") for tag in record)), None)
+    values = {tag: value for tag, value in (last or {}).items() if isinstance(value, float)}
+    if last is None or (text := describe_drift(values)) is None:
+        return None
+    text = text[0].upper() + text[1:]
+    # the reference, if there is one, has none of the images that the run trains on
+    prefix = "reference/" if "drift/reference/knn_20" in values else ""
+    value, change = values.get(f"{prefix or 'eval/'}knn_20"), values.get(f"drift/{prefix}knn_20")
+    if value is None or change is None:
+        return Finding("open", "Distance from the starting network", f"{text}. Without labels, only you can judge it.")
+    if value < _KEPT_SHARE * (value - change):
+        return Finding(
+            "bad",
+            "Much of the starting network is lost",
+            f"{text}. Raise objective.anchor.weight, or lower schedules.lr.",
+        )
+    count = 0 if prefix else baselines.test_images
+    is_kept = change >= -(difference_margin(value, value - change, count) if count else _KEPT_MARGIN)
+    return Finding("good" if is_kept else "open", "The starting network is kept" if is_kept else
+                   "Some of the starting network is lost", f"{text}.")  # fmt: skip
 
 
 def judge_stability(records: Records, warnings: Sequence[tuple[int, str]] | None) -> Finding:

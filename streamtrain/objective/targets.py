@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamtrain.config.objective import ObjectiveConfig
+from streamtrain.objective.anchor import AnchorTargets
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import WeightHandle
 from streamtrain.objective.sinkhorn import Assignment, centered_softmax, sinkhorn, update_center
@@ -49,6 +50,8 @@ class Targets:
     patch_assignment: Assignment | None
     # set by the step (dataclasses.replace) if there is a Gram teacher
     gram: GramTargets | None = None
+    # likewise, if there is an anchor
+    anchor: AnchorTargets | None = None
 
 
 class TargetMaker:

@@ -28,7 +28,7 @@ def activations(s: Sizes) -> Iterator[Part]:
     # of the step, ready for the next one, and being prepared
     batches = s.accumulation + config.batches_ahead(s.world_size, on_gpu=s.on_gpu) + 1
     yield part("crops of the step", "gpu", ALWAYS, (batches, "micro-batches"), (config.micro_batch_bytes, "B"))
-    if config.objective.gram.is_active:
+    if config.objective.has_gram_matrices:
         similarities = (s.images[0] * (s.global_tokens - 1) ** 2, "patch pairs")
         yield part("Gram matrices and their gradient", "gpu", through, similarities, (4, "copies"), (4, "B"))
     for name, head, _, rows in s.heads:
@@ -92,7 +92,7 @@ def _tiled_blocks(s: Sizes) -> Iterator[Part]:
     branches, width, values = (2 * model.depth - 1, "branches"), (model.dim, "values"), (s.block, "values")
     # only inputs of branches are saved; the backward recomputes everything else
     yield part("kept between branches", "gpu", (LOSS, BACKWARD), branches, tokens, width, item)
-    read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.gram.is_active else s.masked_rows)
+    read = sum(s.images) + (s.images[0] * s.global_tokens if s.config.objective.compares_all_patches else s.masked_rows)
     yield part("the last branch's rows", "gpu", (LOSS, BACKWARD), (read, "rows"), width, item)
     yield part("gradients of the stream", "gpu", BACKWARD, (2, "copies"), tokens, width, item)
     yield part("a block's values laid out", "gpu", ALWAYS, (2, "directions"), values, item)

@@ -34,10 +34,11 @@ def collective_seconds(config: Config, world_size: int, hardware: Hardware, accu
         numel = sum(math.prod(shape) for shape in backbone_shapes(teacher).values())
         latency = (teacher.depth + OTHER_MODULES) * world_size * HOP_SECONDS
         gathers[TEACHER] = accumulation * (item * numel / hardware.gather_rate(world_size) + latency)
-    if config.objective.gram.is_active:
+    num_frozen = config.objective.gram.is_active + config.objective.anchor.is_active
+    if num_frozen:
         latency = (config.model.depth + OTHER_MODULES) * world_size * HOP_SECONDS
         backbone = sum(math.prod(shape) for shape in backbone_shapes(config.model).values())
-        gathers[TEACHER] += accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
+        gathers[TEACHER] += num_frozen * accumulation * (item * backbone / hardware.gather_rate(world_size) + latency)
     return gathers
 
 

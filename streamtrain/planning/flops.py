@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.planning.shapes import block_shapes, projector_shapes
+
+# patches that are compared: of an image, or of a micro-batch
+Level = Literal["image", "batch"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class StepFlops:
 def step_flops(
     config: Config, world_size: int, sizes: CropSizes | None = None, teacher: Config | None = None
 ) -> StepFlops:
-    """Return the FLOPs of one optimiser step, with the Gram term if any; divide by the global batch for one image.
+    """Return the FLOPs of one optimiser step, with a frozen Gram teacher and anchor if any.
+
+    Divide by the global batch for one image.
 
     Args:
         sizes: crop sizes of the step; None: the mean over the run's alternating sizes.
@@ -74,7 +80,7 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     full, local, rows = micro_batch_crops(config, sizes)
     used = used_tokens(config, full, rows)
     total = _student(config, full, used) + _student(config, local, local.images)
-    total += _gram(config, sizes, full)
+    total += _frozen_backbones(config, sizes, full)
     if (backbone := config.teacher.backbone) is not None:
         crops = Crops.of(backbone, full.images, sizes.global_size, 0.0)
         # all tokens are normalised, since the patches are resized to the student's grid
@@ -91,13 +97,18 @@ def _micro_batch(config: Config, sizes: CropSizes, teacher: Config) -> StepFlops
     return total
 
 
-def _gram(config: Config, sizes: CropSizes, full: Crops) -> StepFlops:
-    """Return the FLOPs of the Gram teacher and of its loss; none without a Gram term."""
-    if not config.objective.gram.is_active:
-        return StepFlops(0.0, 0.0)
-    gram = Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
-    flops = gram_flops(config, full)
-    return _forward(config.model, gram, gram.images * gram.tokens(config.model)) + StepFlops(flops, flops)
+def _frozen_backbones(config: Config, sizes: CropSizes, full: Crops) -> StepFlops:
+    """Return the FLOPs of the Gram teacher and of the anchor, with their losses; none without these terms."""
+    objective, flops = config.objective, 0.0
+    if objective.gram.is_active:
+        gram = Crops.of(config.model, full.images, sizes.gram_size or sizes.global_size, 0.0)
+        flops += _forward(config.model, gram, gram.images * gram.tokens(config.model)).model
+        flops += gram_flops(config, full, objective.gram.level)
+    if objective.anchor.is_active:
+        anchor = Crops.of(config.model, full.images, sizes.global_size, 0.0)
+        flops += _forward(config.model, anchor, anchor.images * anchor.tokens(config.model)).model
+        flops += gram_flops(config, full, "image") if objective.anchor.patches == "gram" else 0.0
+    return StepFlops(flops, flops)
 
 
 def micro_batch_crops(config: Config, sizes: CropSizes) -> tuple[Crops, Crops, int]:
@@ -113,7 +124,7 @@ def micro_batch_crops(config: Config, sizes: CropSizes) -> tuple[Crops, Crops, i
 
 def used_tokens(config: Config, full: Crops, rows: int) -> int:
     """Return the global crops' output tokens of the last block that are used: CLS, and the masked or all patches."""
-    return full.images + (full.images * full.patches if config.objective.gram.is_active else rows)
+    return full.images + (full.images * full.patches if config.objective.compares_all_patches else rows)
 
 
 def block_flops(model: ModelConfig, crops: Crops, images: int) -> tuple[float, float, float]:
@@ -195,7 +206,7 @@ def projector_weights(config: Config, teacher: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in projector_shapes(config, teacher).values() if len(shape) == 2)
 
 
-def gram_flops(config: Config, crops: Crops) -> float:
+def gram_flops(config: Config, crops: Crops, level: Level) -> float:
     """Return the FLOPs of the student's and the teacher's patch similarities and their gradient."""
-    patches = crops.patches if config.objective.gram.level == "image" else crops.images * crops.patches
+    patches = crops.patches if level == "image" else crops.images * crops.patches
     return 3 * 2.0 * crops.images * crops.patches * patches * config.model.dim

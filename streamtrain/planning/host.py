@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from shards.reading.source import BATCHES_AHEAD
@@ -18,6 +19,7 @@ from streamtrain.planning.parts import (
     Part,
     part,
 )
+from streamtrain.planning.shapes import backbone_shapes
 from streamtrain.planning.sizes import CPU_KERNELS, Sizes
 
 # Python with torch, DeepSpeed and DALI, in the middle of what runs measured (docs/measurements.md)
@@ -58,6 +60,12 @@ def evaluation_buffers(s: Sizes) -> Iterator[Part]:
     values = (s.config.model.dim, "values")
     own = (-(-train // s.world_size) + -(-test // s.world_size), "images of this rank")
     yield part("evaluation's features", "gpu", EVALUATION, own, values, (3 * 4, "B"))
+    if evaluation.reference is not None or s.config.init.weights is not None:
+        # of the reference beside the evaluation set, and of step 0: of all images in the host, then of this rank
+        sets = (1 + (evaluation.reference is not None), "sets")
+        yield part("features of the reference and of step 0", "gpu", EVALUATION, sets, own, values, (4 * 4, "B"))
+        everything = (train + test, "images")
+        yield part("file of features at step 0", "host", EVALUATION, sets, everything, values, (4, "B"))
     similarities = min(4 * -(-train // s.world_size) * test, SIMILARITY_BYTES)
     yield part("evaluation's similarities", "gpu", EVALUATION, (similarities, "B"))
     # cropped ahead of the network, two batches and the current one, and one decoded image per thread
@@ -89,7 +97,15 @@ def checkpoint_copy(s: Sizes) -> Part:
     run = s.config.run
     is_during_steps = any(0 < every < run.steps for every in (run.checkpoint_every, run.snapshot_every))
     phases = (TEACHER, TARGETS, LOSS, BACKWARD, CHECKPOINT) if is_during_steps else (CHECKPOINT,)
-    return part("copy for a checkpoint", "host", phases, (s.shard, "values of this rank"), (SAVED_BYTES, "B"))
+    num_bytes = SAVED_BYTES * s.shard + _frozen_bytes(s) / s.world_size
+    return part("copy for a checkpoint", "host", phases, (num_bytes, "B of this rank"))
+
+
+def _frozen_bytes(s: Sizes) -> int:
+    """Return the bytes of the Gram teacher and the anchor in a checkpoint."""
+    objective = s.config.objective
+    backbone = sum(math.prod(shape) for shape in backbone_shapes(s.config.model).values())
+    return 4 * backbone * (objective.gram.is_active + objective.anchor.is_active)
 
 
 def disk_space(s: Sizes) -> Iterator[Part]:
@@ -103,5 +119,6 @@ def disk_space(s: Sizes) -> Iterator[Part]:
     kept += s.config.evaluation.best is not None
     values = (s.shard * s.world_size, "values")
     yield part("checkpoints", "disk", ALWAYS, (kept, "checkpoints"), values, (SAVED_BYTES, "B"))
+    yield part("frozen networks in checkpoints", "disk", ALWAYS, (kept, "checkpoints"), (_frozen_bytes(s), "B"))
     snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
     yield part("snapshots", "disk", ALWAYS, (snapshots, "snapshots"), values, (4, "B"))

@@ -207,10 +207,12 @@ def _states(s: Sizes) -> Iterator[Part]:
     on_host = s.on_gpu and s.config.teacher.average == "host"
     yield part("teacher values", "gpu", ALWAYS, shard, (0 if fp32 and not on_host else s.item, "B"))
     yield part("averages", "host" if on_host else "gpu", ALWAYS, shard, (4, "B"))
-    if s.config.objective.gram.is_active:
+    objective = s.config.objective
+    frozen = {"Gram teacher": objective.gram.is_active, "anchor": objective.anchor.is_active}
+    for name in (name for name, is_active in frozen.items() if is_active):
         backbone = {n: shape for n, shape in parameter_shapes(s.config).items() if n.startswith("backbone.")}
         own = partition(backbone, s.config, s.world_size).shard_numel
-        yield part("Gram teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
+        yield part(name, "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
     if (backbone_config := s.config.teacher.backbone) is not None:
         own = partition(backbone_shapes(backbone_config), s.config, s.world_size).shard_numel
         yield part("feature teacher", "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))

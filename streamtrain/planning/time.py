@@ -17,6 +17,7 @@ from streamtrain.ops.chunks import chunk_rows
 from streamtrain.planning.communication import collective_seconds, num_values, target_seconds
 from streamtrain.planning.flops import (
     Crops,
+    Level,
     block_flops,
     embedding_flops,
     gram_flops,
@@ -219,7 +220,7 @@ class _Model:
             self.heads.append(("patch", objective.patch_loss.head, self.masked, self.masked))
 
     def teacher(self) -> Iterator[Region]:
-        """Yield the regions of the teacher pass, and of the Gram teacher's if there is one."""
+        """Yield the regions of the teacher pass, and of the Gram teacher and the anchor if there are any."""
         if (backbone := self.config.teacher.backbone) is None:
             yield from self._teacher_blocks(self.full, self.full.images + self.masked)
         else:
@@ -233,6 +234,9 @@ class _Model:
             side = self.sizes.gram_size or self.sizes.global_size
             gram = Crops.of(self.config.model, self.full.images, side, 0.0)
             yield from self._teacher_blocks(gram, gram.images * gram.tokens(self.config.model))
+        if self.config.objective.anchor.is_active:
+            anchor = Crops.of(self.config.model, self.full.images, self.sizes.global_size, 0.0)
+            yield from self._teacher_blocks(anchor, anchor.images * anchor.tokens(self.config.model))
 
     def _teacher_blocks(self, crops: Crops, used: int) -> Iterator[Region]:
         chunks = math.ceil(crops.images / self.config.teacher.chunk) if self.config.teacher.chunk else 1
@@ -259,8 +263,11 @@ class _Model:
             yield self._head(FORWARD, f"{name} head", "student/forward", head, rows, 1.0)
             yield self._head(BACKWARD, f"{name} head", "student/backward", head, rows, 2.0)
             yield from self._loss(name, head, rows, teacher_rows)
-        if self.config.objective.gram.is_active:
-            yield from self._gram_loss()
+        objective = self.config.objective
+        if objective.gram.is_active:
+            yield from self._gram_loss(objective.gram.level, objective.gram.negatives)
+        if objective.anchor.is_active and objective.anchor.patches == "gram":
+            yield from self._gram_loss("image", "keep")
         if (backbone := self.config.teacher.backbone) is not None:
             rows = self.full.images + self.local.images + self.masked
             yield self._projector(FORWARD, rows, backbone, 1.0)
@@ -360,23 +367,21 @@ class _Model:
             memory = hardware.memory_seconds(num_bytes)
             yield Region(f"{name} loss", phase, matmul if phase == FORWARD else 0.0, memory=memory, kernels=kernels)
 
-    def _gram_loss(self) -> Iterator[Region]:
+    def _gram_loss(self, level: Level, negatives: str) -> Iterator[Region]:
         """Yield the loss on patch similarities in fp32; its gradient is computed in the forward."""
         hardware, objective, crops = self.hardware, self.config.objective, self.full
-        gram, dim, patches = objective.gram, self.config.model.dim, crops.images * crops.patches
-        groups = crops.images if gram.level == "image" else 1
+        dim, patches = self.config.model.dim, crops.images * crops.patches
+        groups = crops.images if level == "image" else 1
         rows, values = patches // groups, patches * dim
         pairs = groups * rows**2
-        flops, moved = gram_flops(self.config, crops) / 3, 4.0 * (pairs + 2 * values)
+        flops, moved = gram_flops(self.config, crops, level) / 3, 4.0 * (pairs + 2 * values)
         matmul = 2 * hardware.matmul_seconds(flops, dim, moved, "fp32")
         matmul += hardware.matmul_seconds(flops, rows, moved, "fp32")
         # whole groups, or rows of one
         at_once = objective.chunk_size(on_gpu=True) // (4 * rows)
         chunks = math.ceil(groups / (at_once // rows)) if at_once > rows else groups * math.ceil(rows / max(1, at_once))
         for phase, key in ((FORWARD, "forward"), (BACKWARD, "backward")):
-            kernels, num_bytes = evaluate_counts(
-                f"gram_{gram.negatives}/{key}", values=values, pairs=pairs, chunks=chunks
-            )
+            kernels, num_bytes = evaluate_counts(f"gram_{negatives}/{key}", values=values, pairs=pairs, chunks=chunks)
             memory = hardware.memory_seconds(num_bytes)
             yield Region("gram loss", phase, matmul if phase == FORWARD else 0.0, memory=memory, kernels=kernels)
 

@@ -30,6 +30,8 @@ QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
 # evaluation of the network at step 0 and of the pixels
 BASELINES_NAME = "baselines.json"
+# features of the evaluation images at step 0, of a run from init.weights
+START_FEATURES_NAME = "start_features.safetensors"
 # every message with its time, also those of libraries that the terminal does not show
 MESSAGES_NAME = "messages.log"
 # of failures that do not end the run
@@ -197,13 +199,22 @@ def check_weights(config: Config, source: Path | None) -> None:
     """Check that the weights to load exist; their contents are checked when they are loaded.
 
     Raises:
-        ConfigError: a file or folder is missing.
+        ConfigError: a file or folder is missing, or the anchor has no weights to start from.
     """
     paths = {} if config.teacher.model is None else {"teacher.weights": config.teacher.weights}
     if source is None:
+        if config.objective.anchor.is_active and config.init.weights is None:
+            raise ConfigError(
+                "objective.anchor has no starting network; set init.weights to a backbone (a Hugging Face or timm "
+                "folder, Meta's file, an export or a run), or start with --resume RUN"
+            )
         paths["init.weights"] = config.init.weights
         if config.objective.gram.is_active and config.objective.gram.teacher != "ema":
             paths["objective.gram.teacher"] = config.objective.gram.teacher
+    if config.evaluation.stop_if_below is not None and config.init.weights is None:
+        raise ConfigError(
+            "evaluation.stop_if_below compares with the start of a run from init.weights; set both, or neither"
+        )
     for key, weights in paths.items():
         if weights is not None and not Path(weights).exists():
             raise ConfigError(f"{key}: there is no file or folder {weights}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shards.credentials import strip_from_text
@@ -13,6 +13,7 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.model import PRESETS, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.run.directory import METRICS_NAME, TENSORBOARD_NAME, step_folder
+from streamtrain.run.tags import HEADLINES
 
 
 def configuration_line(config: Config, recipe: str, num_images: int, world_size: int, device: str) -> str:
@@ -54,7 +55,25 @@ def labelled_set(config: Config, shard_set: AnySet) -> str | None:
     return config.data.shards_text if is_labelled else None
 
 
-def completed_text(config: Config, steps: int, step_time: str, total_time: str, labelled: str | None) -> str:
+def describe_drift(metrics: Mapping[str, float]) -> str | None:
+    """Return in one line how far the metrics of an evaluation are from step 0; None if that is not among them."""
+    parts = []
+    for name, prefix, drift in (("", "eval/", "drift/"), ("reference: ", "reference/", "drift/reference/")):
+        texts = [
+            f"{HEADLINES[f'eval/{metric}']} {metrics[prefix + metric] - metrics[drift + metric]:.1%} → "
+            f"{metrics[prefix + metric]:.1%}"
+            for metric in ("knn_20", "patch_retrieval")
+            if prefix + metric in metrics and drift + metric in metrics
+        ]
+        for metric, title in (("cka", "CKA"), ("distance", "distance")):
+            texts += [f"{title} {metrics[drift + metric]:.3f}"] if drift + metric in metrics else []
+        parts += [f"{name}{', '.join(texts)}"] if texts else []
+    return f"from the start to the last evaluation: {'; '.join(parts)}" if parts else None
+
+
+def completed_text(
+    config: Config, steps: int, step_time: str, total_time: str, labelled: str | None, drift: str | None = None
+) -> str:
     """Return where the results of a complete run are, and commands that use them.
 
     Args:
@@ -62,6 +81,7 @@ def completed_text(config: Config, steps: int, step_time: str, total_time: str, 
         step_time: sum of their durations, which the report shows for all starts together.
         total_time: duration of this start.
         labelled: path of a set to evaluate with; None: there is no such set.
+        drift: of ``describe_drift``.
     """
     run_dir = Path(config.run.dir)
     commands = [["evaluate", "knn", "--run", run_dir, "--train", labelled]] if labelled is not None else []
@@ -72,6 +92,7 @@ def completed_text(config: Config, steps: int, step_time: str, total_time: str, 
     lines = [
         f"completed {counted(config.run.steps, 'step')}; this start: {steps:,} in {step_time}, {total_time} in all",
         f"results in {run_dir}: {step_folder('', config.run.steps)}, {METRICS_NAME}, {TENSORBOARD_NAME}/",
+        *([drift] if drift is not None else []),
         "next:",
         *(f"  {command_text(words)}" for words in commands),
     ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_DRIFTED = 3  # evaluation.stop_if_below
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
 STOP_STATUSES = (EXIT_PREEMPTED, EXIT_INTERRUPTED)

@@ -46,6 +46,7 @@ TAGS = {
     "loss/distil_patch": Tag(
         "Patch distillation loss", "Unweighted distance to the feature teacher's patches.", "", True
     ),
+    "loss/anchor": Tag("Anchor loss", "Unweighted distance of features to the starting network's.", "", True),
     "eval/knn_10": Tag("kNN accuracy (k = 10)", "Share of held-out images classified right by 10 neighbours.", "share"),
     "eval/knn_20": Tag("kNN accuracy (k = 20)", "Share of held-out images classified right by 20 neighbours.", "share"),
     "eval/linear": Tag(
@@ -108,6 +109,24 @@ TAGS = {
     "memory/peak_rss_bytes": Tag("Host memory, peak", "Peak resident memory of rank 0.", "bytes"),
     "memory/gpu_bytes": Tag("GPU memory, peak", "Peak memory of the GPU of rank 0.", "bytes"),
 }
+
+
+_ON_REFERENCE = (("", ""), ("reference/", " on the reference"))
+for _metric in ("knn_10", "knn_20", "linear", "patch_retrieval"):
+    _tag = TAGS[f"eval/{_metric}"]
+    TAGS[f"reference/{_metric}"] = Tag(f"{_tag.title} on the reference", _tag.description, _tag.unit)
+    for _prefix, _suffix in _ON_REFERENCE:
+        _title = f"{_tag.title}{_suffix}"
+        TAGS[f"drift/{_prefix}{_metric}"] = Tag(f"{_title}, change", f"{_title} minus its value at step 0.", _tag.unit)
+for _prefix, _suffix in _ON_REFERENCE:
+    TAGS |= {
+        f"drift/{_prefix}cka": Tag(
+            f"CKA with the start{_suffix}", "Linear CKA of CLS features with step 0; 1 for equal or rotated features."
+        ),
+        f"drift/{_prefix}distance": Tag(
+            f"Distance from the start{_suffix}", "Mean of 1 - cosine similarity of CLS features to step 0."
+        ),
+    }
 
 
 # metrics of evaluations, the most telling first, with short names for the progress

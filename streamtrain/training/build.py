@@ -32,10 +32,11 @@ from streamtrain.model.vit import VisionTransformer
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.shapes import block_shapes
 from streamtrain.run.directory import QUARANTINE_NAME
+from streamtrain.training.anchor import StartAnchor
 from streamtrain.training.distill import fill_frozen_teacher, frozen_teacher_config
 from streamtrain.training.feature_teacher import FeatureTeacher, describe_teacher, fill_feature_teacher
 from streamtrain.training.gram import BACKBONE, GramAnchor
-from streamtrain.training.ssl_model import GramTeacher, SSLModel
+from streamtrain.training.ssl_model import FrozenBackbone, SSLModel
 
 # compute capability of the first GPUs with FP8 matmuls
 FP8_CAPABILITY = (8, 9)
@@ -54,6 +55,7 @@ class Networks:
     target_teacher: ShardedNetwork
     teacher_prototypes: TeacherPrototypes
     gram: GramAnchor
+    anchor: StartAnchor
     target_maker: TargetMaker
 
     @classmethod
@@ -68,10 +70,14 @@ class Networks:
         target_teacher: ShardedNetwork = teacher
         if config.teacher.kind == "frozen":
             target_teacher = _build_target_teacher(config, runtime, accumulation)
-        is_active = config.objective.gram.is_active
-        gram = GramAnchor(config, _build_frozen(GramTeacher, config, runtime, accumulation) if is_active else None)
+        objective = config.objective
+        frozen_backbones = [
+            _build_frozen(FrozenBackbone, config, runtime, accumulation) if is_active else None
+            for is_active in (objective.gram.is_active, objective.anchor.is_active)
+        ]
+        gram, anchor = GramAnchor(config, frozen_backbones[0]), StartAnchor(config, frozen_backbones[1])
         prototypes = TeacherPrototypes(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
-        return cls(student, teacher, target_teacher, prototypes, gram, TargetMaker(config.objective))
+        return cls(student, teacher, target_teacher, prototypes, gram, anchor, TargetMaker(config.objective))
 
 
 def build_networks(config: Config, runtime: Runtime, accumulation: int) -> tuple[Student, Teacher]:
@@ -158,6 +164,7 @@ def restore(
     teacher: Teacher,
     target_maker: TargetMaker,
     gram: GramAnchor | None = None,
+    anchor: StartAnchor | None = None,
 ) -> StartState:
     """Fill the networks from the newest intact checkpoint, from pretrained weights, or from the seed.
 
@@ -175,6 +182,8 @@ def restore(
         teacher.write(lambda key, _: student.master(key.partition("/")[2]))
         if gram is not None:
             gram.start(None)
+        if anchor is not None:
+            anchor.start(teacher, None)
         return StartState(0, 0, None, None)
     with checkpoint.open_checkpoint(source, is_verified=True) as reader:
         for name, fragment in student.fragments.items():
@@ -190,6 +199,9 @@ def restore(
         target_maker.load_state_dict(reader.read_shared())
         if gram is not None:
             gram.start(reader)
+        if anchor is not None:
+            is_own = source.parent.parent.resolve() == Path(config.run.dir).resolve()
+            anchor.start(teacher, reader if is_own else None)
         return StartState(reader.step, skipped, reader.state["data"], source)
 
 

@@ -61,7 +61,7 @@ class GramAnchor:
         gram, patch = self._config.objective.gram, self._config.model.patch_size
         grid = (batch.global_crops.shape[1] // patch, batch.global_crops.shape[2] // patch)
         crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
-        features = self._network(crops, grid)
+        features = self._network(crops, grid).patches
         chunk_bytes = self._config.objective.chunk_size(on_gpu=features.is_cuda)
         return GramTargets(features, gram.level, gram.negatives, gram.tokens, chunk_bytes)
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ from streamtrain.run.lock import MOVED, moved_error
 from streamtrain.run.logs import keep_tracebacks
 from streamtrain.run.messages import completed_text, labelled_set
 from streamtrain.run.resume_policy import check_resume
-from streamtrain.run.signals import SAVE, Requests
+from streamtrain.run.signals import EXIT_DRIFTED, SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
 from streamtrain.training.checkpoints import CheckpointPolicy
 from streamtrain.training.observers import build_observers
 from streamtrain.training.start_checks import plan_of_start, start_facts
+from streamtrain.training.start_quality import StartQuality
 from streamtrain.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def train(
         has_moved: returns on rank 0 whether the run directory was moved or replaced, after which nothing is written.
 
     Returns:
-        The exit code: 0 if the run is complete, 75 or 130 if it was stopped early.
+        The exit code: 0 if the run is complete, 75 or 130 if it was stopped early, 3 by ``evaluation.stop_if_below``.
 
     Raises:
         ShardError, StreamtrainError: for errors that the user can fix.
@@ -75,7 +77,10 @@ def train(
         planned = _plan(config, runtime, shard_set)
         networks = Networks.build(config, runtime)
         _check_directory(run_dir, has_moved())
-        start = restore(config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram)
+        start = restore(
+            config, resume_from, networks.student, networks.teacher, networks.target_maker, networks.gram,
+            networks.anchor,
+        )  # fmt: skip
         loader = build_loader(config, runtime, shard_set, start)
         _check_start(config, runtime, start, loader, accepted)
         _check_directory(run_dir, has_moved())
@@ -91,6 +96,7 @@ def train(
         # before this, a stop request ends the process at once, because there is nothing to save
         requests = Requests(run_dir, launch.rank)
         policy = CheckpointPolicy(config, runtime, networks, loader, writer, sink, non_finite, requests)
+        quality = StartQuality(config, runtime)
         step = start.step
         with hang_detector, closing(loader), closing(sink), closing(observers), closing(writer):
             while step < config.run.steps and not exit_code:
@@ -106,6 +112,7 @@ def train(
                 metrics = result.metrics() | loader.scalars() | writer.scalars() | observers.after_step(result)
                 step_seconds += metrics.get("speed/step_seconds", 0.0)
                 sink.log(step, result.next_slot, metrics)
+                result = replace(result, stop_request=max(result.stop_request, quality.stop_code(metrics)))
                 policy.after_step(result, metrics)
                 # a request to save does not stop the run
                 exit_code = result.stop_request if result.stop_request > SAVE else 0
@@ -117,7 +124,9 @@ def train(
             policy.wait(step)
             if step == config.run.steps and step > start.step and not exit_code:
                 policy.retry(step, next_slot)
-        if exit_code:
+        if exit_code == EXIT_DRIFTED:
+            logger.error(quality.message(step, writer.status_message()))
+        elif exit_code:
             requests.remove_stop_file()
             logger.info("stopped at step %d, %s; run the same command again to resume", step, writer.status_message())
         elif writer.failure:
@@ -126,7 +135,9 @@ def train(
         else:
             logger.info(end_summary(planned, peak_bytes(runtime.device)))
             times = duration(step_seconds), duration(time.monotonic() - began)
-            logger.info(completed_text(config, step - start.step, *times, labelled_set(config, shard_set)))
+            logger.info(
+                completed_text(config, step - start.step, *times, labelled_set(config, shard_set), quality.drift)
+            )
     return exit_code
 
 

@@ -27,7 +27,7 @@ from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import Teacher
 from streamtrain.engine.zero import Student
 from streamtrain.evaluation.features import decode_crop
-from streamtrain.evaluation.held_out import HeldOut, first_images, held_out, sample_images
+from streamtrain.evaluation.held_out import HeldOut, first_images, held_out, reference_images, sample_images
 from streamtrain.evaluation.maps import map_size
 from streamtrain.evaluation.online import OnlineEvaluation, embed_maps
 from streamtrain.evaluation.over_time import MapsOverTime
@@ -230,9 +230,9 @@ class Evaluation(Observer):
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink,
         wrap: Wrap, start_step: int, failure: SharedFailure,
     ) -> None:  # fmt: skip
-        """``images``: None disables the evaluation."""
+        """``images``: None disables the evaluation on them."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
-        self._evaluation = OnlineEvaluation(config, images, runtime, failure)
+        self._evaluation = OnlineEvaluation(config, images, runtime, failure, reference_images(config))
         self._projector, self._before = BestEffort("the projector"), BestEffort("the evaluation before training")
         # a run that never evaluates needs no baselines
         self._has_baselines = start_step == 0 and 0 < self._every <= config.run.steps

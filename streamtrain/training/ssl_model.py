@@ -33,6 +33,7 @@ class LossWeights:
     # factor of the local views within the global loss
     local_loss: float = 1.0
     gram: float = 0.0
+    anchor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ class SSLModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the losses of one micro-batch as fp32 scalars.
 
-        ``total`` is weighted and differentiable. ``global``, ``patch``, ``koleo`` and ``gram`` are unweighted and
-        detached; a term of weight 0 is left out. With a feature teacher ``distil_cls``, ``distil_local`` and
-        ``distil_patch`` replace ``global`` and ``patch``.
+        ``total`` is weighted and differentiable. The other terms, such as ``global``, are unweighted and detached; a
+        term of weight 0 is left out. With a feature teacher ``distil_cls``, ``distil_local`` and ``distil_patch``
+        replace ``global`` and ``patch``.
         """
         features = self._student_features(batch, weights)
         factors = {
@@ -116,6 +117,7 @@ class SSLModel(nn.Module):
             "distil_cls": weights.global_loss,
             "distil_local": weights.global_loss * weights.local_loss,
             "distil_patch": weights.patch_loss,
+            "anchor": weights.anchor,
         }
         assert any(factors.values()), "all loss terms have weight 0"
         losses = {}
@@ -128,9 +130,13 @@ class SSLModel(nn.Module):
         if weights.koleo:
             views = features.global_cls.chunk(self.config.crops.global_count)
             losses["koleo"] = torch.stack([self._koleo(view) for view in views]).sum()
-        if features.patches is not None:
+        if weights.gram:
             assert targets.gram is not None, "the Gram loss has a weight but no targets"
+            assert features.patches is not None
             losses["gram"] = targets.gram(features.patches, batch.masks.grid_mask)
+        if weights.anchor:
+            assert targets.anchor is not None, "the anchor loss has a weight but no targets"
+            losses["anchor"] = targets.anchor(features.global_cls, features.patches)
         total = torch.stack([factors[name] * loss for name, loss in losses.items()]).sum()
         return {"total": total, **{name: loss.detach() for name, loss in losses.items()}}
 
@@ -151,7 +157,8 @@ class SSLModel(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         layout = self.backbone.layout(crops)
         rows = {"global": layout.cls_rows(0, device)}
-        if weights.gram:
+        with_patches = bool(weights.gram or (weights.anchor and self.config.objective.anchor.patches != "none"))
+        if with_patches:
             all_patches = torch.arange(batch.masks.grid_mask.numel(), device=device)
             rows["patches"] = layout.patch_rows(all_patches)
         elif weights.patch_loss:
@@ -159,9 +166,9 @@ class SSLModel(nn.Module):
         if with_local:
             rows["local"] = layout.cls_rows(1, device)
         features = self._encode(crops, [*masks, *[None] * (len(crops) - 1)], rows, generator)
-        if weights.gram and weights.patch_loss:
+        if with_patches and weights.patch_loss:
             features["masked"] = features["patches"].index_select(0, batch.masks.index)
-        patches = features["patches"].unflatten(0, batch.masks.grid_mask.shape) if weights.gram else None
+        patches = features["patches"].unflatten(0, batch.masks.grid_mask.shape) if with_patches else None
         return StudentFeatures(features["global"], features.get("local"), features.get("masked"), patches)
 
     def _encode(
@@ -266,8 +273,8 @@ class SSLModel(nn.Module):
         return pixels(crops, self.config.crops, self.backbone)
 
 
-class GramTeacher(nn.Module):
-    """The frozen backbone of the Gram loss; its parameters have the names of ``SSLModel``'s backbone."""
+class FrozenBackbone(nn.Module):
+    """The frozen backbone of a Gram teacher or an anchor; its parameters have the names of ``SSLModel``'s backbone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -275,15 +282,15 @@ class GramTeacher(nn.Module):
         self.backbone = build_backbone(config.model)
 
     @torch.no_grad()
-    def forward(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the patches ``[N, num_patches, dim]`` of ``crops``, uint8 ``[N, height, width, 3]``.
+    def forward(self, crops: Tensor, grid: tuple[int, int]) -> Features:
+        """Return the features of ``crops``, uint8 ``[N, height, width, 3]``.
 
-        Features of crops larger than the student's are resized bicubically to ``grid``, the student's patch grid.
+        Patches of crops larger than the student's are resized bicubically to ``grid``, the student's patch grid.
         """
         images = pixels(crops, self.config.crops, self.backbone)
-        patches = self.backbone([images], chunk=self.config.teacher.chunk)[0].patches
+        (features,) = self.backbone([images], chunk=self.config.teacher.chunk)
         (group,) = self.backbone.layout([images]).groups
-        return resize_patches(patches, group.grid, grid)
+        return Features(features.cls, features.registers, resize_patches(features.patches, group.grid, grid))
 
 
 def pixels(crops: Tensor, config: CropsConfig, backbone: VisionTransformer) -> Tensor:

@@ -53,6 +53,7 @@ class StepValues:
                 patch_loss=value_at(objective.patch_loss.weight, step, steps),
                 koleo=value_at(objective.koleo.weight, step, steps),
                 gram=value_at(objective.gram.weight, step, steps),
+                anchor=value_at(objective.anchor.weight, step, steps),
                 local_loss=value_at(objective.global_loss.local_weight, step, steps),
             ),
         )
@@ -134,7 +135,11 @@ def train_step(
 
     losses = []
     for batch, target in zip(wrap(batches), targets, strict=True):
-        target = replace(target, gram=gram.targets(batch, values.weights.gram))
+        target = replace(
+            target,
+            gram=gram.targets(batch, values.weights.gram),
+            anchor=networks.anchor.targets(batch, values.weights.anchor),
+        )
         losses.append(student.accumulate(batch, target, values.weights))
         student.step(before_update)
     if student.applied:

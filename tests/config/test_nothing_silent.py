@@ -32,8 +32,10 @@ from streamtrain.engine.optim import AdamW, parameter_groups, set_rates
 from streamtrain.engine.runtime import Launch, Runtime
 from streamtrain.engine.zero import engine_config
 from streamtrain.model.initialise import initialise
+from streamtrain.model.vit import Features
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, TeacherFeatures, TeacherPrototypes
+from streamtrain.training.anchor import StartAnchor
 from streamtrain.training.build import prepare_blocks
 from streamtrain.training.gram import GramAnchor
 from streamtrain.training.ssl_model import LossWeights, SSLModel
@@ -149,11 +151,23 @@ def blocks(config: Config) -> object:
 
 def gram(config: Config) -> object:
     """Return the Gram loss and the steps with a refresh."""
-    anchor = GramAnchor(config, lambda crops, grid: torch.randn(len(crops), grid[0] * grid[1], 6, generator=draw()))
     batch = fixed_batch(config)
-    targets = anchor.targets(batch, 1.0)
+    targets = GramAnchor(config, random_features).targets(batch, 1.0)
     student = torch.randn(len(batch.global_crops), 16, 6, generator=draw(1))
     return float(targets(student, batch.masks.grid_mask)), [config.objective.gram.refresh.is_due(s) for s in range(20)]
+
+
+def anchor(config: Config) -> object:
+    """Return the anchor loss."""
+    batch = fixed_batch(config)
+    targets = StartAnchor(config, random_features).targets(batch, 1.0)
+    cls, patches = (torch.randn(len(batch.global_crops), *shape, generator=draw(1)) for shape in ((6,), (16, 6)))
+    return float(targets(cls, patches))
+
+
+def random_features(crops: torch.Tensor, grid: tuple[int, int]) -> Features:
+    patches = torch.randn(len(crops), grid[0] * grid[1], 6, generator=draw())
+    return Features(patches[:, 0], patches[:, :0], patches)
 
 
 def koleo_groups(config: Config) -> object:
@@ -210,9 +224,12 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     *((f"objective.{head}_loss.head.{key}", value, losses, []) for head in ("global", "patch") for key, value in {
         "prototypes": "30", "hidden": "14", "bottleneck": "6", "layers": "2",
     }.items()),
-    *((f"objective.{term}.weight", "0.5", steps, []) for term in ("global_loss", "patch_loss", "koleo", "gram")),
+    *((f"objective.{term}.weight", "0.5", steps, [])
+      for term in ("global_loss", "patch_loss", "koleo", "gram", "anchor")),
     ("objective.global_loss.local_weight", "0.5", steps, []),
     ("objective.koleo.distributed", "true", koleo_groups, []),
+    ("objective.anchor.cls", "none", anchor, []),
+    ("objective.anchor.patches", "cosine", anchor, []),
     ("objective.gram.size", "48", batches, []),
     ("objective.gram.level", "batch", gram, []),
     ("objective.gram.negatives", "drop", gram, []),
@@ -255,6 +272,7 @@ READ = {
     "engine.cpu_kernels", "engine.cpu_threads", "engine.deterministic", "engine.device", "engine.dtype",
     "engine.hang_timeout_seconds", "engine.reduce_bucket_bytes",
     "evaluation.best", "evaluation.evaluators", "evaluation.every", "evaluation.images", "evaluation.max_share",
+    "evaluation.reference", "evaluation.stop_if_below",
     "evaluation.test", "evaluation.train", "init.minimum_matched", "init.weights", "monitor.collapse.every",
     "monitor.collapse.images", "monitor.collapse.max_entropy", "monitor.collapse.min_entropy",
     "monitor.collapse.min_rank", "monitor.collapse.min_std", "monitor.collapse.min_usage", "monitor.collapse.start",
@@ -342,7 +360,8 @@ def test_a_run_reads_the_settings_without_effect_on_results(folder: Path, tmp_pa
     backbone = tiny_weights(tmp_path / "weights")
     labelled, tested = class_folder(tmp_path / "labelled"), class_folder(tmp_path / "tested")
     monitored = ("monitor.profile.start=1", "monitor.trackers=[mlflow]", "evaluation.every=1",
-                 "evaluation.best=knn_20", f"evaluation.train={labelled}", f"evaluation.test={tested}")  # fmt: skip
+                 "evaluation.best=knn_20", f"evaluation.train={labelled}", f"evaluation.test={tested}",
+                 f"evaluation.reference={labelled}", "evaluation.stop_if_below=0.01")  # fmt: skip
     pretrained = (f"init.weights={backbone}", f"objective.gram.teacher={backbone}", "objective.gram.weight=1.0")
     read = run("first", *pretrained, *monitored)
     with faulty_server(folder) as server:

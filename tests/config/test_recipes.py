@@ -50,3 +50,15 @@ def test_the_prototypes_of_the_recipe_for_photographs_keep_the_norm_that_its_tem
     assert config.objective.patch_loss.head.bottleneck == bottleneck
     # 0.1 times the norm of the prototypes: that of values drawn with a standard deviation of 0.02
     assert abs(config.objective.student_temperature - 0.1 * 0.02 * bottleneck**0.5) < 1e-4
+
+
+def test_the_recipe_for_released_weights_protects_them() -> None:
+    config = load_config("continue.yaml")
+    steps, objective = config.run.steps, config.objective
+    assert objective.anchor.is_active and config.optim.layer_decay < 0.9
+    assert 0 < config.schedules.lr.warmup < config.init.freeze_backbone_steps < steps / 2
+    assert config.evaluation.stop_if_below == 0.9 and 0 < config.evaluation.every <= steps / 4
+    bottleneck = objective.global_loss.head.bottleneck
+    assert objective.patch_loss.head.bottleneck == bottleneck and config.schedules.freeze_last_layer >= 100 * steps
+    # 0.1 times the norm of the prototypes, as above
+    assert abs(objective.student_temperature - 0.1 * 0.02 * bottleneck**0.5) < 1e-4

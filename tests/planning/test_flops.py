@@ -18,7 +18,7 @@ from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import plan
 from streamtrain.planning.peak import peak_flops
-from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
+from streamtrain.training.ssl_model import FrozenBackbone, LossWeights, SSLModel
 
 HEAD = {"prototypes": 96, "hidden": 40, "bottleneck": 24}
 BASE: dict[str, Any] = {
@@ -65,10 +65,10 @@ def counted(config: Config) -> float:
         features = teacher.teacher_features(batch, weights)
         (targets,) = TargetMaker(config.objective).make([features], teacher_prototypes, 0.05)
         if config.objective.gram.is_active:
-            anchor = GramTeacher(config)
+            anchor = FrozenBackbone(config)
             initialise(anchor, config.model, 2)
             side = crops.global_size // config.model.patch_size
-            features = anchor(images[0], (side, side))
+            features = anchor(images[0], (side, side)).patches
             targets = type(targets)(**{**vars(targets), "gram": GramTargets(features, "image", "keep", "all", 2**20)})
         student.student_losses(batch, targets, weights)["total"].backward()
     return float(counter.get_total_flops())

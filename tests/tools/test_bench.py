@@ -223,3 +223,18 @@ def test_step_ratios_and_shares() -> None:
     assert result["peak_ratio"] > 0 and 0 < result["mfu"] < 1
     parts = [value for key, value in result.items() if key.startswith("start_")]
     assert min(parts) >= 0 and sum(parts) == pytest.approx(2 * result["start_to_first_step_seconds"])
+
+
+@pytest.mark.slow
+def test_continue_trains_and_measures_on_both_sets(tmp_path: Path) -> None:
+    """On drawn images, with too few steps to learn anything."""
+    steps = ("--base-steps", "8", "--steps", "8", "--seeds", "1")
+    done = bench("continue", "--folder", tmp_path / "runs", *steps, "--json", "--save", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    keys = {f"{kind}_knn_{name}" for kind in ("start", "anchored", "plain") for name in ("a", "b")}
+    assert keys <= set(result) and all(0 <= result[key] <= 100 for key in keys)
+    assert "| anchored |" in done.stdout and "| plain |" in done.stdout
+    for name in ("anchored-0", "plain-0"):
+        curve = result["curves"][name]
+        assert curve["step"] == list(range(9)) and curve["cka_a"][0] == 1.0 and len(curve["knn_b"]) == 9

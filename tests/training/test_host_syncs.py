@@ -20,7 +20,7 @@ from streamtrain.model.initialise import initialise
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight, prototype_mass
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
-from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
+from streamtrain.training.ssl_model import FrozenBackbone, LossWeights, SSLModel
 
 B, V, L = 4, 2, 2
 HEAD = {"prototypes": 200, "hidden": 24, "bottleneck": 12}
@@ -67,8 +67,8 @@ def step(config: Config, student: SSLModel, teacher: SSLModel, batch: Batch) -> 
     weights = LossWeights(gram=1.0)
     features = teacher.teacher_features(batch, weights)
     (targets,) = TargetMaker(config.objective).make([features], handles, 0.05)
-    gram = GramTeacher(config).to(batch.global_crops.device)
-    asked = GramTargets(gram(batch.global_crops, (4, 4)), "image", "drop", "masked", 2**20)
+    gram = FrozenBackbone(config).to(batch.global_crops.device)
+    asked = GramTargets(gram(batch.global_crops, (4, 4)).patches, "image", "drop", "masked", 2**20)
     prototype_mass(features.global_features, handles.global_head, 0.05, 2**20)
     student.student_losses(batch, replace(targets, gram=asked), weights)["total"].backward()
 

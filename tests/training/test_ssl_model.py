@@ -21,12 +21,13 @@ from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.model.initialise import initialise
+from streamtrain.objective.anchor import AnchorTargets
 from streamtrain.objective.gram import GramTargets
 from streamtrain.objective.prototypes import PlainWeight
 from streamtrain.objective.targets import TargetMaker, Targets, TeacherPrototypes
 from streamtrain.ops.collectives import sum_over_ranks
 from streamtrain.ops.cpu import build as cpu_build
-from streamtrain.training.ssl_model import RECIPE_WEIGHTS, GramTeacher, LossWeights, SSLModel
+from streamtrain.training.ssl_model import RECIPE_WEIGHTS, FrozenBackbone, LossWeights, SSLModel
 
 B, V, L, PATCH = 3, 2, 3, 4
 TEMPERATURE = 0.07
@@ -93,15 +94,22 @@ def targets_of(
     return TargetMaker(config.objective).make(features, handles_of(teacher), TEMPERATURE)
 
 
-def gram_targets(config: Config, teacher: SSLModel, batch: Batch) -> GramTargets:
-    anchor = GramTeacher(config).to(next(teacher.parameters()).dtype)
-    anchor.load_state_dict({key: value for key, value in teacher.state_dict().items() if key.startswith("backbone.")})
-    return GramTargets(anchor(batch.global_crops, (4, 4)), "image", "keep", "all", chunk_bytes=2**16)
+def with_frozen_targets(config: Config, teacher: SSLModel, batch: Batch, targets: Targets) -> Targets:
+    """Return ``targets`` with the teacher as Gram teacher and as anchor."""
+    start = FrozenBackbone(config).to(next(teacher.parameters()).dtype)
+    start.load_state_dict({key: value for key, value in teacher.state_dict().items() if key.startswith("backbone.")})
+    features = start(batch.global_crops, (4, 4))
+    with_gram = config.objective.anchor.patches == "gram"
+    return replace(
+        targets,
+        gram=GramTargets(features.patches, "image", "keep", "all", chunk_bytes=2**16),
+        anchor=AnchorTargets(features.cls, features.patches, with_gram, chunk_bytes=2**16),
+    )
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sinkhorn-ibot": {},
-    "softmax-ibot": {"centering": "softmax"},
+    "softmax-ibot": {"centering": "softmax", "anchor": {"patches": "cosine"}},
     "l2-sum": {"patch_loss": {"kind": "l2", "reduction": "sum"}},
     "l2-mean": {"patch_loss": {"kind": "l2"}},
     "cosine-sum": {"patch_loss": {"kind": "cosine", "reduction": "sum"}},
@@ -127,16 +135,16 @@ def check_step(rank: int, ranks: int, name: str) -> None:
     config = config_of(dict(OBJECTIVES[name]))
     student, teacher = ssl_model_of(config, 0), ssl_model_of(config, 1)
     batches = [batch_of(0), batch_of(1)]
-    weights = LossWeights(0.7, 1.3, 0.2, gram=2.0)
+    weights = LossWeights(0.7, 1.3, 0.2, gram=2.0, anchor=1.5)
     exact = deepcopy(student).double()
     expected = plain_losses(config, exact, deepcopy(teacher).double(), batches, TEMPERATURE)
-    factors = {"global": 0.7, "patch": 1.3, "koleo": 0.2, "gram": 2.0}
+    factors = {"global": 0.7, "patch": 1.3, "koleo": 0.2, "gram": 2.0, "anchor": 1.5}
     total = torch.stack([factors[term] * loss for losses in expected for term, loss in losses.items()]).sum()
     wanted = torch.autograd.grad(total, tuple(exact.parameters()))
 
     mine = batches[rank::ranks]
     for batch, targets, losses in zip(mine, targets_of(config, teacher, mine), expected[rank::ranks], strict=True):
-        got = student.student_losses(batch, replace(targets, gram=gram_targets(config, teacher, batch)), weights)
+        got = student.student_losses(batch, with_frozen_targets(config, teacher, batch, targets), weights)
         assert got.keys() == {"total", *losses}
         for term, loss in losses.items():
             torch.testing.assert_close(got[term].double(), loss.detach(), rtol=1e-5, atol=1e-6)
@@ -252,8 +260,8 @@ def test_odd_batches_and_large_logits(
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = deepcopy(student).to(dtype), deepcopy(teacher).to(dtype)
         (targets,) = targets_of(config, theirs, [batch])
-        targets = replace(targets, gram=gram_targets(config, theirs, batch))
-        losses = ours.student_losses(batch, targets, LossWeights(gram=1.0))
+        targets = with_frozen_targets(config, theirs, batch, targets)
+        losses = ours.student_losses(batch, targets, LossWeights(gram=1.0, anchor=1.0))
         losses["total"].backward()
         assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
         assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
@@ -304,10 +312,29 @@ def test_the_gram_term_adds_to_the_others_and_changes_none_of_them() -> None:
 
 def test_gram_features_of_larger_crops_are_resized_to_the_student_grid() -> None:
     config = config_of()
-    gram_teacher = GramTeacher(config)
+    gram_teacher = FrozenBackbone(config)
     initialise(gram_teacher, config.model, 0)
     crops = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    assert gram_teacher(crops, (4, 4)).shape == (2, 16, config.model.dim)
+    assert gram_teacher(crops, (4, 4)).patches.shape == (2, 16, config.model.dim)
+
+
+@pytest.mark.parametrize("patches", ["gram", "cosine", "none"])
+def test_the_anchor_loss_is_zero_without_masks_at_the_start(patches: str) -> None:
+    config = config_of({"anchor": {"weight": 1.0, "patches": patches}})
+    student, batch = ssl_model_of(config, 0), batch_of(0, masked=False)
+    weights = LossWeights(koleo=0.0, anchor=1.0)
+    (targets,) = targets_of(config, student, [batch], weights)
+    targets = with_frozen_targets(config, student, batch, targets)
+    assert targets.anchor is not None
+    if patches == "none":
+        targets = replace(targets, anchor=replace(targets.anchor, patches=None))
+    alone = LossWeights(0.0, 0.0, 0.0, anchor=1.0)
+    losses = student.student_losses(batch, targets, alone)
+    losses["total"].backward()
+    assert losses.keys() == {"total", "anchor"} and losses["anchor"].abs() < 1e-6
+    assert max(float(p.grad.abs().max()) for p in student.backbone.parameters() if p.grad is not None) < 1e-5
+    # the student's masked crops are compared with the unmasked start
+    assert student.student_losses(batch_of(0), targets, alone)["anchor"] > 1e-3
 
 
 def test_local_weight_scales_the_local_pairs_and_skips_local_crops_at_zero() -> None:
@@ -349,12 +376,12 @@ def test_students_and_teachers_use_the_kernels_if_enabled(
 ) -> None:
     config = config_of(dim=64)
     monkeypatch.setattr(cpu_build._Selection, "enabled", kernels)
-    model, gram = ssl_model_of(config, 0).to(dtype), GramTeacher(config).to(dtype)
+    model, gram = ssl_model_of(config, 0).to(dtype), FrozenBackbone(config).to(dtype)
     gram.backbone.load_state_dict(model.backbone.state_dict())
     exact = ssl_model_of(config, 0).double().features(batch_of(0).global_crops).patches
     called = record_kernel_calls(monkeypatch.setattr)
     with torch.no_grad():
-        for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4))):
+        for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4)).patches):
             assert (found.float() - exact).norm() < 0.05 * exact.norm()
     # two blocks of two branches in each network
     assert len(called) == (8 if kernels else 0)

@@ -1,7 +1,8 @@
-"""Later training stages in real processes: Gram anchoring with mixed sizes, killed and resumed; distillation."""
+"""Later stages in real processes: Gram loss with mixed sizes, killed and resumed; anchor; distillation."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from drawn_images import draw_folder
 from ranks import run_ranks, start_ranks
+from safetensors.torch import load_file
+from tiny_backbone import tiny_weights
 from tiny_run import command, logged
 
 from shards.packing.pack import PackOptions, pack
@@ -100,6 +103,59 @@ def test_a_gram_teacher_from_a_checkpoint_and_one_of_another_model(stage_one: Pa
     assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 2)["backbone.blocks.1.mlp.up.weight"])
     ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "other", *given, "model.depth=3"), 1)
     assert code == 2 and "set the model section" in errors.strip().splitlines()[-1]
+
+
+def test_an_anchored_run_resumes_bit_for_bit_without_its_weights(stage_one: Path, tmp_path: Path) -> None:
+    weights = tiny_weights(tmp_path / "weights")
+
+    def train(run: str) -> None:
+        given = [f"init.weights={weights}", "objective.anchor={weight: 2.0, patches: cosine}", "run.steps=4"]
+        results = run_ranks(command(stage_one / "set", tmp_path / run, *given), 2)
+        assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+
+    train("straight")
+    shutil.copytree(tmp_path / "straight", tmp_path / "broken")
+    for step in (3, 4):
+        shutil.rmtree(checkpoint.step_folder(tmp_path / "broken", step))
+    start = load_file(weights / "model.safetensors")
+    for path in weights.iterdir():
+        path.unlink()
+    train("broken")
+    straight, broken = logged(tmp_path / "straight"), logged(tmp_path / "broken")
+    assert straight == broken and all(record["loss/anchor"] > 0 for record in straight.values())
+    ours, theirs = (checkpoint.read_weights(tmp_path / run, 4, "student") for run in ("straight", "broken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for step in (2, 4):
+        with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "broken", step)) as reader:
+            names = [name for name in reader.state["shapes"] if name.startswith("backbone.")]
+            anchor = {name: reader.read_full(f"anchor/{name}") for name in names}
+        assert all(torch.equal(anchor[f"backbone.{name}"], value) for name, value in start.items())
+    assert not torch.equal(ours["backbone.norm.weight"], anchor["backbone.norm.weight"])
+
+
+def test_an_anchor_starts_from_another_run_but_never_from_random_weights(stage_one: Path, tmp_path: Path) -> None:
+    given = ["run.steps=4", "objective.anchor.weight=1.0"]
+    words = [*command(stage_one / "set", tmp_path / "run", *given), "--resume", str(stage_one / "run")]
+    ((code, _, errors),) = run_ranks(words, 1)
+    assert code == 0, errors[-3000:]
+    with checkpoint.open_checkpoint(checkpoint.step_folder(tmp_path / "run", 4)) as reader:
+        ours = reader.read_full("anchor/backbone.blocks.1.mlp.up.weight")
+    assert torch.equal(ours, checkpoint.read_weights(stage_one / "run", 3)["backbone.blocks.1.mlp.up.weight"])
+    for run, ranks, overrides, told in (
+        (tmp_path / "no", 1, [], "objective.anchor has no starting network; set init.weights"),
+        (tmp_path / "no", 1, ["objective.anchor={cls: none, patches: none}"], "at least one of cls and patches"),
+        (stage_one / "run", 2, [], "has no anchor, because the run started without objective.anchor.weight"),
+    ):
+        words = [*command(stage_one / "set", run, *given, *overrides), "--accept", "objective.anchor.weight"]
+        code, _, errors = run_ranks(words, ranks)[0]
+        assert code == 2 and told in errors.strip().splitlines()[-1], errors[-2000:]
+
+
+def test_the_recipe_for_released_weights_names_what_it_needs(stage_one: Path, tmp_path: Path) -> None:
+    words = [command("", tmp_path)[0], "--config", "continue.yaml", f"data.shards={stage_one / 'set'}"]
+    ((code, _, errors),) = run_ranks([*words, f"run.dir={tmp_path / 'run'}"], 1)
+    assert code == 2 and "set init.weights to a backbone" in errors.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Drift of a continued run: features of the evaluation images compared with those of the network at step 0."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from shards.format.files import write_whole
+from streamtrain.engine.runtime import Runtime
+from streamtrain.evaluation.knn import Rows
+from streamtrain.ops.collectives import SharedFailure, gather_rows, sum_over_ranks
+from streamtrain.run.directory import START_FEATURES_NAME
+
+logger = logging.getLogger(__name__)
+
+
+class Images(Protocol):
+    """A train and a test set, such as ``Study``: this rank's features, and the numbers of images on all ranks."""
+
+    @property
+    def train(self) -> Rows: ...
+
+    @property
+    def test(self) -> Rows: ...
+
+    @property
+    def counts(self) -> tuple[int, int]: ...
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float:
+    """Return the linear CKA (Kornblith et al. 2019) of features ``[N, D]`` and ``[N, E]``, whose rows are over ranks.
+
+    It is 1 for features that differ by a rotation, a scale and a shift, and 0 if either is constant.
+    """
+    count = sum_over_ranks(torch.tensor([float(len(first))], dtype=torch.float64, device=first.device))
+    first, second = (one.double() - sum_over_ranks(one.double().sum(0)) / count for one in (first, second))
+
+    def energy(left: Tensor, right: Tensor) -> float:
+        return float(sum_over_ranks(left.T @ right).square().sum())
+
+    own = (energy(first, first) * energy(second, second)) ** 0.5
+    return energy(first, second) / own if own > 0.0 else 0.0
+
+
+def mean_distance(first: Tensor, second: Tensor) -> float:
+    """Return the mean of 1 − cosine similarity of the rows of ``[N, D]`` features, which are spread over ranks."""
+    distance = 1.0 - F.cosine_similarity(first.double(), second.double(), dim=1)
+    total = sum_over_ranks(torch.stack([distance.sum(), torch.full_like(distance.sum(), len(distance))]))
+    return float(total[0] / total[1])
+
+
+class StartFeatures:
+    """The CLS features at step 0 of all evaluation images, in the run directory: fp32, in the order of the images.
+
+    They are read at each evaluation, so that they take no memory between. All methods are collective.
+    """
+
+    def __init__(self, run_dir: Path, runtime: Runtime, failure: SharedFailure) -> None:
+        self._path, self._runtime, self._failure = run_dir / START_FEATURES_NAME, runtime, failure
+        self._has_warned = False
+
+    def save(self, sets: Mapping[str, Images]) -> None:
+        """Write the features of each set; a failing disk is only a warning."""
+        tensors = {}
+        for name, images in sets.items():
+            for part, rows, count in zip(("train", "test"), (images.train, images.test), images.counts, strict=True):
+                tensors[f"{name}/{part}"] = _in_order(gather_rows(rows.features), self._runtime.world_size, count)
+        if self._runtime.rank == 0:
+            try:
+                write_whole(self._path, save({key: value.cpu() for key, value in tensors.items()}))
+            except OSError as error:
+                logger.warning("%s cannot be written (%s)", self._path, error.strerror)
+
+    def compare(self, name: str, images: Images) -> dict[str, float]:
+        """Return ``cka`` and ``distance`` of the set ``name`` to step 0; empty if its features are not known."""
+        start = self._read(name, images.counts)
+        if self._failure.has_occurred(start is None):
+            if not self._has_warned:
+                logger.warning("%s has no features of these images, so CKA and distance are left out", self._path)
+            self._has_warned = True
+            return {}
+        assert start is not None
+        now = torch.cat([images.train.features, images.test.features])
+        is_image = torch.cat([images.train.labels, images.test.labels]) >= 0
+        start, now = start.to(now.device)[is_image], now[is_image]
+        return {"cka": linear_cka(start, now), "distance": mean_distance(start, now)}
+
+    def _read(self, name: str, counts: tuple[int, int]) -> Tensor | None:
+        """Return this rank's features of the train and the test set, padded like the images; None if there are none."""
+        try:
+            saved = load_file(self._path)
+        except (OSError, SafetensorError):
+            return None
+        rank, world_size = self._runtime.rank, self._runtime.world_size
+        own = []
+        for part, count in zip(("train", "test"), counts, strict=True):
+            features = saved.get(f"{name}/{part}")
+            if features is None or len(features) != count:
+                return None
+            own.append(features[(rank + world_size * torch.arange(-(-count // world_size))).clamp(max=count - 1)])
+        return torch.cat(own)
+
+
+def _in_order(gathered: Tensor, world_size: int, count: int) -> Tensor:
+    """Return the rows of ``count`` images, of which rank r had those at r, r + world size, …, without padding."""
+    return gathered.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)[:count].contiguous()

@@ -1,0 +1,69 @@
+"""The anchor of a run: a frozen copy of the backbone that it started from, and its targets."""
+
+from __future__ import annotations
+
+from streamtrain.checkpoint.reader import CheckpointReader
+from streamtrain.config.tree import Config
+from streamtrain.data.batch import Batch
+from streamtrain.engine.fragments import Shard
+from streamtrain.engine.teacher import FrozenNetwork, Teacher
+from streamtrain.errors import CheckpointError
+from streamtrain.objective.anchor import AnchorTargets
+
+KIND = "anchor"
+
+
+class StartAnchor:
+    """Holds the starting network; does nothing if ``network`` is None because the objective has no anchor.
+
+    Checkpoints contain its values. Reading ``init.weights`` again would not do: the file may have changed or moved, and
+    a run that was started with ``--resume`` has none.
+    """
+
+    def __init__(self, config: Config, network: FrozenNetwork | None) -> None:
+        self._config, self._network = config, network
+
+    def start(self, teacher: Teacher, reader: CheckpointReader | None) -> None:
+        """Fill the network.
+
+        Args:
+            teacher: its values are copied if the run is new.
+            reader: of the run's own checkpoint; None for a new run.
+
+        Raises:
+            CheckpointError: if the run started without an anchor.
+        """
+        network = self._network
+        if network is None:
+            return
+        if reader is None:
+            # partitioned identically, so that no rank needs another rank's values
+            network.write(lambda name, _: teacher.ema_shard(name))
+            return
+        if not reader.has(f"{KIND}/{next(iter(network.parameters))}"):
+            raise CheckpointError(
+                f"checkpoint {reader.folder} has no anchor, because the run started without objective.anchor.weight; "
+                "set it to 0, or start a new run.dir with --resume"
+            )
+        network.write(lambda name, fragment: reader.read(f"{KIND}/{name}", fragment))
+
+    def targets(self, batch: Batch, weight: float) -> AnchorTargets | None:
+        """Return the anchor's targets of a micro-batch; None if the term has no weight."""
+        if self._network is None or not weight:
+            return None
+        anchor, patch = self._config.objective.anchor, self._config.model.patch_size
+        grid = (batch.global_crops.shape[1] // patch, batch.global_crops.shape[2] // patch)
+        features = self._network(batch.global_crops, grid)
+        chunk_bytes = self._config.objective.chunk_size(on_gpu=features.cls.is_cuda)
+        return AnchorTargets(
+            features.cls if anchor.cls == "cosine" else None,
+            features.patches if anchor.patches != "none" else None,
+            anchor.patches == "gram",
+            chunk_bytes,
+        )
+
+    def shards(self) -> dict[str, Shard]:
+        """Return this rank's shards for a checkpoint by ``anchor/name``."""
+        if self._network is None:
+            return {}
+        return {f"{KIND}/{name}": shard for name, shard in self._network.shards()}
