@@ -1,4 +1,4 @@
-"""Drift of a continued run: features of the evaluation images compared with those of the network at step 0."""
+"""Drift of a continued run: features of the evaluation images, compared with the features at step 0."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ class StartFeatures:
 
 
 def _in_order(gathered: Tensor, world_size: int, count: int) -> Tensor:
-    """Return the rows of ``count`` images, of which rank r had those at r, r + world size, …, without padding."""
+    """Return the rows of ``count`` images without padding; rank r had the images r, r + world size, …."""
     return gathered.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)[:count].contiguous()
