@@ -1,11 +1,12 @@
 """Reading checkpoints: one directory per step, one safetensors file per rank.
 
-    checkpoints/step-000001000/rank-00000-of-00002.safetensors   fragments: master/NAME, exp_avg/NAME, ema/NAME
+    checkpoints/step-000001000/rank-00000-of-00002.safetensors   fragments: master/NAME, exp_avg/NAME, ema/NAME;
+                                                                 frozen/NAME: a value that teacher and student share
                               /shared.safetensors                values that are equal on all ranks (softmax centres)
                               /state.json                        step, shapes, data position
                               /manifest.json                     size and checksum of each of these files
     checkpoints/latest                                           name of the newest directory, for people
-    snapshots/step-000001000/...                                 the same with ema/NAME only
+    snapshots/step-000001000/...                                 the same with ema/NAME and frozen/NAME only
 
 A fragment is the contiguous part of a flattened parameter that a rank owns. The fragments of all ranks, concatenated,
 are the parameter, so a run with any other number of ranks can read them. ``writer`` writes the files.
@@ -28,8 +29,10 @@ from safetensors.torch import load_file
 
 from shards.format.files import MAX_JSON_BYTES, parse_json, read_json
 from streamtrain.checkpoint.retention import set_aside
+from streamtrain.config.model import ADAPTERS, is_adapter
 from streamtrain.engine.fragments import Fragment
 from streamtrain.errors import CheckpointError
+from streamtrain.ops.lora import Adapter, merge
 from streamtrain.run.directory import SNAPSHOTS, STATE_NAME, candidates, check_step, saved_steps, step_folder
 from streamtrain.run.step_manifest import find_fault
 
@@ -41,6 +44,7 @@ _MAX_RANKS = 1 << 20
 _MAX_OPEN_FILES = 32
 SHARED_NAME = "shared.safetensors"
 _KINDS = {"teacher": "ema", "student": "master"}
+_FROZEN = "frozen"
 
 
 class _FragmentFile:
@@ -131,7 +135,13 @@ class CheckpointReader:
 
     def has(self, key: str) -> bool:
         """Return whether the checkpoint contains ``kind/name``."""
-        return key in self._shard_numel
+        return self._stored_key(key) in self._shard_numel
+
+    def _stored_key(self, key: str) -> str:
+        """Return the key that stores ``kind/name``; teacher and student share the values of a frozen parameter."""
+        kind, _, name = key.partition("/")
+        is_frozen = kind in _KINDS.values() and f"{_FROZEN}/{name}" in self._shard_numel
+        return f"{_FROZEN}/{name}" if is_frozen else key
 
     def read(self, key: str, fragment: Fragment) -> torch.Tensor:
         """Return ``[fragment.numel]``: the values ``[start, stop)`` of ``kind/name``, padded with zeros.
@@ -139,6 +149,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: if the checkpoint lacks them.
         """
+        key = self._stored_key(key)
         if key not in self._shard_numel:
             raise CheckpointError(f"{self.folder} does not contain {key}; it is from a different model or optimiser")
         numel = self._shard_numel[key]
@@ -159,6 +170,19 @@ class CheckpointReader:
         shape = tuple(self.state["shapes"][key.partition("/")[2]])
         count = math.prod(shape)
         return self.read(key, Fragment(shape, 0, count, count)).reshape(shape)
+
+    def read_merged(self, key: str) -> torch.Tensor:
+        """Return the full parameter ``kind/name`` with its LoRA adapter merged into it, if it has one."""
+        value, (layer, _, last) = self.read_full(key), key.rpartition(".")
+        if last != "weight" or not self.has(f"{layer}.{ADAPTERS[0]}"):
+            return value
+        try:
+            lora = self.state["config"]["model"]["lora"]
+            scale = float(lora["alpha"]) / int(lora["rank"])
+        except (LookupError, TypeError, ValueError, ZeroDivisionError):
+            raise damage_error(self.folder, f"{STATE_NAME} lacks the settings of its LoRA adapters") from None
+        a, b = (self.read_full(f"{layer}.{part}") for part in ADAPTERS)
+        return merge(value, Adapter(a, b, scale))
 
     def read_shared(self) -> dict[str, torch.Tensor]:
         """Return the values that are equal on all ranks."""
@@ -257,17 +281,22 @@ def read_weights(run_dir: str | Path, step: int | None = None, which: str = "tea
 
 
 def iterate_weights(
-    run_dir: str | Path, step: int | None = None, which: str = "teacher", wanted: Callable[[str], bool] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read parameters like ``read_weights``, one at a time, and only those for which ``wanted(name)`` is true."""
+    run_dir: str | Path, step: int | None = None, which: str = "teacher", wanted: Callable[[str], bool] | None = None,
+    merged: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """Read parameters like ``read_weights``, one at a time, and only those for which ``wanted(name)`` is true.
+
+    ``merged``: merge LoRA adapters into the weights and leave them out.
+    """
     folder = weights_folder(run_dir, step, which)
     # verify checksums too: an export may outlive the checkpoint
     if fault := find_fault(folder, contents=True):
         raise damage_error(folder, fault)
     with open_checkpoint(folder) as reader:
         for name in reader.state["shapes"]:
-            if wanted is None or wanted(name):
-                yield name, reader.read_full(f"{_KINDS[which]}/{name}")
+            if (wanted is None or wanted(name)) and not (merged and is_adapter(name)):
+                read = reader.read_merged if merged else reader.read_full
+                yield name, read(f"{_KINDS[which]}/{name}")
 
 
 def weights_folder(run_dir: str | Path, step: int | None = None, which: str = "teacher") -> Path:

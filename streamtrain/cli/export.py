@@ -9,6 +9,7 @@ from typing import Any
 from streamtrain.cli.arguments import add_command, writing
 from streamtrain.cli.backbone import add_backbone_arguments, load_selected_backbone
 from streamtrain.config.load import RESOLVED_NAME
+from streamtrain.errors import StreamtrainError
 from streamtrain.reporting.metrics import read_metrics
 from streamtrain.run.command_line import local_path
 from streamtrain.run.directory import METRICS_NAME
@@ -21,25 +22,34 @@ _DETAILS = """\
   timm         a folder for timm.create_model("local-dir:DIR", pretrained=True)
   safetensors  streamtrain's own names, with the model's config in the file and in a JSON file
 
-The settings of the run are copied to recipe.yaml in the same folder.
+The settings of the run are copied to recipe.yaml in the same folder. The adapters of a run with model.lora
+are merged into its weights. With --adapters, only these adapters (and blocks that train whole) are written,
+to one safetensors file whose header has the settings of model.lora.
 """
 _EXAMPLES = """\
   streamtrain export --run runs/photos --to hf --out exported
   streamtrain export --run runs/photos --step best --to timm --out exported
   streamtrain export --weights exported --to safetensors --out converted
+  streamtrain export --run runs/adapted --adapters --out adapters.safetensors
 """
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", _SUMMARY, _DETAILS, _EXAMPLES)
     add_backbone_arguments(parser)
-    parser.add_argument("--to", choices=FORMATS, required=True, help="format of the folder")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--to", choices=FORMATS, help="format of the folder")
+    kind.add_argument("--adapters", action="store_true", help="with --run: write only its LoRA adapters, to one file")
     parser.add_argument(
-        "--out", type=local_path, required=True, help="folder to write; new, empty, or an earlier export"
-    )
+        "--out", type=local_path, required=True,
+        help="folder to write; new, empty, or an earlier export (with --adapters: a new file)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.adapters:
+        print(f"wrote {arguments.out} (adapters of {export_selected_adapters(arguments) / 1e6:.2f} M parameters)")
+        return 0
     path, num_parameters = export_selected(arguments)
     print(f"wrote {path} (backbone of {num_parameters / 1e6:.1f} M parameters, {arguments.to})")
     return 0
@@ -62,6 +72,23 @@ def export_selected(arguments: argparse.Namespace) -> tuple[Path, int]:
     with writing(arguments.out):
         path = export_backbone(backbone, arguments.to, arguments.out, recipe, losses)
     return path, sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def export_selected_adapters(arguments: argparse.Namespace) -> int:
+    """Export the adapters of the selected run, and return the number of their parameters.
+
+    Raises:
+        StreamtrainError: if there are none, or --out cannot be written.
+    """
+    # torch takes seconds to load
+    from streamtrain.interop.adapters import export_adapters
+
+    if arguments.run is None or arguments.weights or arguments.untrained or arguments.config or arguments.factory:
+        raise StreamtrainError("--adapters belongs to --run RUN, with --step or --student if needed")
+    with writing(arguments.out):
+        return export_adapters(
+            arguments.run, arguments.step, "student" if arguments.student else "teacher", arguments.out
+        )
 
 
 def read_losses(run_dir: Path, step: object) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -28,6 +29,51 @@ PRESETS: dict[str, dict[str, Any]] = {
         "untied_norms": "local_cls",
     },
 }
+
+
+# last parts of the names of an adapter's parameters: A [rank, inputs] and B [outputs, rank]
+ADAPTERS = ("lora_a", "lora_b")
+Target = Literal["qkv", "proj", "mlp"]
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter belongs to a LoRA adapter."""
+    return name.rpartition(".")[2] in ADAPTERS
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) of a frozen backbone, for continuing from released weights.
+
+    An adapted linear layer adds ``alpha / rank * B A x``. Everything else in the backbone keeps the values of
+    ``init.weights``, norms and LayerScale included, and is stored once for student and teacher. Heads train whole.
+    """
+
+    rank: NonNegative = fixed(0, "Rank of the adapters; 0: no adapters, the whole backbone trains.")
+    alpha: float = fixed(16.0, "The adapters' output is multiplied by alpha / rank.", gt=0.0)
+    targets: tuple[Target, ...] = fixed(
+        ("qkv", "proj", "mlp"), "Linear layers with adapters: qkv and proj of the attention, both layers of the mlp."
+    )
+    blocks: Literal["all"] | Positive = fixed(
+        "all", "Blocks with adapters: all, or this many of the last ones, counted below the free blocks."
+    )
+    free_blocks: NonNegative = fixed(
+        0, "Number of last blocks that train whole, without adapters (ExPLoRA, Khanna et al. 2024)."
+    )
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> LoraConfig:
+        if not self.rank:
+            for name, field in type(self).model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has an effect only with rank above 0")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets {list(self.targets)} must name one or more layers, each once")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' output."""
+        return self.alpha / self.rank
 
 
 class ModelConfig(Section):
@@ -70,6 +116,7 @@ class ModelConfig(Section):
         None, "Class of your own that builds the backbone, a subclass of VisionTransformer (docs/training.md); null: "
         "the built-in one.",
     )  # fmt: skip
+    lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +136,48 @@ class ModelConfig(Section):
         if self.key_bias and not self.qkv_bias:
             raise ValueError("key_bias needs qkv_bias")
         return self
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> ModelConfig:
+        lora = self.lora
+        if not lora.rank:
+            return self
+        if self.factory is not None:
+            raise ValueError("lora needs the built-in network; leave out factory")
+        if lora.rank > min(self.dim, self.hidden):
+            raise ValueError(
+                f"lora.rank {lora.rank} is larger than the narrowest adapted layer, {min(self.dim, self.hidden)}"
+            )
+        if lora.free_blocks >= self.depth:
+            raise ValueError(
+                f"lora.free_blocks {lora.free_blocks} leaves no block with adapters: depth is {self.depth}"
+            )
+        if lora.blocks != "all" and lora.blocks + lora.free_blocks > self.depth:
+            raise ValueError(
+                f"lora.blocks {lora.blocks} and lora.free_blocks {lora.free_blocks} are together more than depth "
+                f"{self.depth}"
+            )
+        return self
+
+    @property
+    def adapted_blocks(self) -> range:
+        """Indices of the blocks with adapters."""
+        if not self.lora.rank:
+            return range(0)
+        end = self.depth - self.lora.free_blocks
+        return range(0 if self.lora.blocks == "all" else end - self.lora.blocks, end)
+
+    @property
+    def trained_blocks(self) -> range:
+        """Indices of the blocks in which any parameter trains; blocks below them need no backward."""
+        return range(self.adapted_blocks.start, self.depth)
+
+    def is_trained(self, name: str) -> bool:
+        """Return whether the backbone's parameter ``name`` trains; the others keep their initial values."""
+        if not self.lora.rank or is_adapter(name):
+            return True
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return block is not None and int(block[1]) >= self.adapted_blocks.stop
 
     @property
     def cls_norm(self) -> bool:

@@ -102,7 +102,8 @@ class Teacher(ShardedNetwork):
     """The EMA of the student's fp32 masters, updated shard by shard without communication.
 
     The network is partitioned like the student. The EMA is fp32, one flat tensor for each of the student's. The network
-    computes from shards in its own dtype; if that is fp32, they share the EMA's memory.
+    computes from shards in its own dtype; if that is fp32, they share the EMA's memory. Parameters that are frozen in
+    the student have no EMA: both networks gather them from the same shards.
     """
 
     def __init__(
@@ -120,7 +121,11 @@ class Teacher(ShardedNetwork):
         on_host = on_host and masters[0].is_cuda
         dtype = shard_of(next(iter(self.parameters.values()))).dtype
         self._values = [torch.empty_like(master, dtype=dtype) for master in masters]
-        for name, parameter in self.parameters.items():
+        for name, frozen in student.frozen.items():
+            assert shard_of(self.parameters[name]).shape == shard_of(frozen).shape, name
+            shard_of(self.parameters[name]).data = shard_of(frozen).data
+        for name in student.parameters:
+            parameter = self.parameters[name]
             group, offset, numel = student.position(name)
             assert shard_of(parameter).numel() == numel, name
             # DeepSpeed gathers from the shard: make it a view of the flat tensor that update() writes
@@ -145,20 +150,23 @@ class Teacher(ShardedNetwork):
                     value_group[part].copy_(ema)
 
     def ema_shard(self, name: str) -> torch.Tensor:
-        """Return a ``[numel]`` fp32 view of this rank's EMA fragment of parameter ``name``."""
+        """Return a ``[numel]`` view of this rank's EMA fragment of parameter ``name``, fp32, or of its frozen shard."""
         self._wait_for_copies()
-        return self._view(name)
+        return shard_of(self.parameters[name]) if name in self._student.frozen else self._view(name)
 
     def shards(self) -> dict[str, Shard]:
-        """Return this rank's shards for a checkpoint by ``ema/name``."""
+        """Return this rank's shards for a checkpoint: ``ema/name``, and ``frozen/name`` of frozen parameters."""
         self._wait_for_copies()
-        numels = {name: self._student.fragments[name].numel for name in self.parameters}
-        return {f"ema/{name}": Shard(numel, partial(self._view, name)) for name, numel in numels.items()}
+        fragments, student = self._student.fragments, self._student
+        shards = {f"ema/{name}": Shard(fragments[name].numel, partial(self._view, name)) for name in student.parameters}
+        frozen = {name: shard_of(parameter).detach() for name, parameter in student.frozen.items()}
+        # a method bound to this tensor: DeepSpeed may replace the parameter's by another one with the same values
+        return shards | {f"frozen/{name}": Shard(len(shard), shard.detach) for name, shard in frozen.items()}
 
     @torch.no_grad()
     def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
         """Set the EMA from ``read(ema/name, fragment) -> [numel]``."""
-        for name in self.parameters:
+        for name in self._student.parameters:
             self._view(name).copy_(read(f"ema/{name}", self._student.fragments[name]))
         self.update(1.0)
 

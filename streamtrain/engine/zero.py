@@ -1,7 +1,8 @@
 """The student under ZeRO-3: built sharded, fed micro-batches, updated once an optimiser step.
 
 Each rank owns one contiguous ``Fragment`` of every flattened parameter (the last rank's is padded). Checkpoints,
-initial values and the teacher are read and written in fragments.
+initial values and the teacher are read and written in fragments. A frozen parameter (``requires_grad`` is False) has
+neither master nor gradient nor moments nor EMA: its shard, in the network's dtype, is stored once for both networks.
 """
 
 from __future__ import annotations
@@ -109,13 +110,22 @@ def build_sharded(build: Callable[[], Module], settings: dict[str, Any]) -> Modu
 
 
 class Student:
-    """The student module, its optimiser and its fp32 masters, sharded."""
+    """The student module, its optimiser and its fp32 masters, sharded.
+
+    Attributes:
+        parameters: the trained parameters by name.
+        frozen: the others.
+        fragments: this rank's fragments of all of them.
+    """
 
     def __init__(
         self, module: Module, leaf: type[Module], config: Config, runtime: Runtime, settings: dict[str, Any]
     ) -> None:
         deepspeed.utils.set_z3_leaf_modules(module, [leaf])
-        groups = parameter_groups(module.named_parameters(), config.model.depth, config.optim)
+        named = dict(module.named_parameters())
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.frozen = {name: p for name, p in named.items() if not p.requires_grad}
+        groups = parameter_groups(self.parameters.items(), config.model.depth, config.optim)
         folder = Path(config.engine.moments_dir or f"{config.run.dir}/moments") / f"rank-{runtime.rank:05d}"
         self._adamw = AdamW(groups, config.optim, moments_maker(config.engine, folder, runtime.device))
         self._engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
@@ -126,8 +136,7 @@ class Student:
                 master.data = value
         self._gradients = FlatGradients(self._stage3, self._adamw, config.engine.reduce_bucket_bytes)
         self.module = module
-        self.parameters = dict(module.named_parameters())
-        self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in self.parameters.items()}
+        self.fragments = {name: Fragment.of(p, runtime.rank) for name, p in named.items()}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         # set ``sample_gradients`` to keep samples of this rank's gradient shards in the next step
         self.sample_gradients = False
@@ -211,7 +220,7 @@ class Student:
         return self._stage3.position(self.parameters[name])
 
     def shards(self) -> dict[str, Shard]:
-        """Return this rank's shards for a checkpoint by ``kind/name``: masters and moments."""
+        """Return this rank's shards for a checkpoint by ``kind/name``: masters and moments of trained parameters."""
         shards = {}
         for name in self.parameters:
             group, offset, numel = self.position(name)
@@ -226,7 +235,8 @@ class Student:
     def write(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
         """Set masters, moments and low-precision values from ``read(kind/name, fragment) -> [numel]``.
 
-        ``optimizer_steps`` is the number of updates in the moments; if 0, no moments are read.
+        A frozen parameter is read as a master. ``optimizer_steps`` is the number of updates in the moments; if 0, no
+        moments are read.
         """
         if optimizer_steps:
             for flat in self.master_groups:
@@ -242,6 +252,9 @@ class Student:
                 continue
             for key in KEYS:
                 moments.write(key, offset, read(f"{key}/{name}", fragment))
+        for name, parameter in self.frozen.items():
+            assert not deepspeed_compat.is_gathered(parameter), name
+            deepspeed_compat.shard_of(parameter).data.copy_(read(f"master/{name}", self.fragments[name]))
 
 
 def part_of(name: str) -> str:

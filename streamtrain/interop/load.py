@@ -17,7 +17,7 @@ from shards.format.files import parse_json
 from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
-from streamtrain.config.model import ModelConfig
+from streamtrain.config.model import LoraConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.config.user_code import check_reference
 from streamtrain.data.batch import normalise
@@ -121,17 +121,14 @@ def load_backbone(
 def load_run(
     run_dir: Path, step: int | str | None = None, which: str = "teacher", factory: str | None = None
 ) -> Backbone:
-    """Load the backbone of a run's checkpoint or teacher snapshot; arguments and errors as in ``load_backbone``."""
-    config = _permit_factory(read_resolved(run_dir), factory, run_dir)
-    if step == BEST:
-        best = read_best(run_dir)
-        if best is None:
-            raise StreamtrainError(f"{run_dir} has no best checkpoint: evaluation.best is null, or not measured")
-        step = int(best["step"])
-    assert not isinstance(step, str), step
-    folder = weights_folder(run_dir, step, which)
+    """Load the backbone of a run's checkpoint or teacher snapshot, with LoRA adapters merged into its weights.
+
+    Arguments and errors as in ``load_backbone``.
+    """
+    config = _without_adapters(_permit_factory(read_resolved(run_dir), factory, run_dir))
+    folder = find_checkpoint(run_dir, step, which)
     step = parse_step(folder)
-    weights = iterate_weights(run_dir, step, which, lambda name: name.startswith(PREFIX))
+    weights = iterate_weights(run_dir, step, which, lambda name: name.startswith(PREFIX), merged=True)
     origin: Origin = {"source": which, "step": step, "run": config.run.dir, "data": config.data.shards_text}
     with open_checkpoint(folder) as reader:
         # a snapshot of the teacher has no position in the stream
@@ -141,8 +138,20 @@ def load_run(
     return Backbone(model, _config_of_run(config, origin))
 
 
+def find_checkpoint(run_dir: Path, step: int | str | None, which: str) -> Path:
+    """Return the folder of a checkpoint or teacher snapshot; arguments and errors as in ``load_backbone``."""
+    if step == BEST:
+        best = read_best(run_dir)
+        if best is None:
+            raise StreamtrainError(f"{run_dir} has no best checkpoint: evaluation.best is null, or not measured")
+        step = int(best["step"])
+    assert not isinstance(step, str), step
+    return weights_folder(run_dir, step, which)
+
+
 def load_untrained(config: Config) -> Backbone:
     """Return the backbone with the initial values of a run of ``config``, which may name a ``model.factory``."""
+    config = _without_adapters(config)
     with torch.device("meta"):
         backbone = build_backbone(config.model)
     values = (
@@ -273,6 +282,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Return the names and shapes of a backbone's parameters."""
     with torch.device("meta"):
         return {name: value.shape for name, value in build_backbone(config).state_dict().items()}
+
+
+def _without_adapters(config: Config) -> Config:
+    """Return ``config`` for a network into whose weights the adapters have been merged."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"lora": LoraConfig()})})
 
 
 def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:

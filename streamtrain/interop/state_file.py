@@ -25,6 +25,7 @@ from torch import Tensor
 from shards.errors import ShardError
 from shards.format.files import read_json
 from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.config.model import is_adapter
 from streamtrain.errors import StreamtrainError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -76,7 +77,7 @@ class StateFile:
 def open_state(path: Path) -> Iterator[StateFile]:
     """Open a run directory or a checkpoint, a folder with safetensors, or a weights file.
 
-    The networks of a checkpoint are below ``teacher.`` and ``student.``.
+    The networks of a checkpoint are below ``teacher.`` and ``student.``, with LoRA adapters merged.
 
     Raises:
         StreamtrainError: if it is none of these, or cannot be read.
@@ -143,10 +144,10 @@ def _open_checkpoint(path: Path, folder: Path, stack: ExitStack) -> StateFile:
         f"{network}.{name}": f"{kind}/{name}"
         for network, kind in (("teacher", "ema"), ("student", "master"))
         for name in reader.state["shapes"]
-        if reader.has(f"{kind}/{name}")
+        if reader.has(f"{kind}/{name}") and not is_adapter(name)
     }
     shapes = {name: torch.Size(reader.state["shapes"][key.partition("/")[2]]) for name, key in keys.items()}
-    return StateFile(path, shapes, list(shapes), lambda name: reader.read_full(keys[name]))
+    return StateFile(path, shapes, list(shapes), lambda name: reader.read_merged(keys[name]))
 
 
 def _indexed_files(path: Path) -> list[Path]:

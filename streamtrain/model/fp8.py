@@ -38,16 +38,16 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
         result = _matmul(rows, weight)
         return result if bias is None else result + bias
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (gradient,), (rows, weight) = grad_outputs, ctx.saved_tensors
-        grad_bias = gradient.sum(0) if ctx.has_bias else None
-        return _matmul(gradient, weight.T), gradient.T @ rows, grad_bias
+        _, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_weight = gradient.T @ rows if needs_weight else None
+        return _matmul(gradient, weight.T), grad_weight, gradient.sum(0) if needs_bias else None
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -38,15 +38,15 @@ def initial_value(
         if own is not None:
             return own
     parent, _, last = name.rpartition(".")
-    if last == "bias" or last == "mask_token":
+    if last in ("bias", "mask_token", "lora_b"):
         return torch.zeros(*shape)
     if last == "gamma":
         return torch.full(tuple(shape), config.layerscale)
     if last == "weight" and parent.rpartition(".")[2] in ("norm", "norm1", "norm2", "cls_norm", "local_norm"):
         return torch.ones(*shape)
     generator = _generator(name, seed)
-    if name == "embedding.projection.weight":
-        # the default of a convolution, whose scale depends on the patch size
+    if name == "embedding.projection.weight" or last == "lora_a":
+        # torch's default for a convolution, whose scale depends on the patch size, and for a linear layer
         bound = shape[1] ** -0.5
         return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
     # a vector called weight belongs to a norm of unknown name

@@ -63,6 +63,11 @@ class Embedding(nn.Module):
         return patches.to(self.cls_token.dtype)
 
 
+def has_gradient(module: nn.Module) -> bool:
+    """Return whether any parameter of a module trains."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 class VisionTransformer(nn.Module):
     """A DINOv3-style backbone (Siméoni et al. 2025, section 3.2). All parameters are in its submodules."""
 
@@ -86,9 +91,8 @@ class VisionTransformer(nn.Module):
         self.offload = offload
         self.rope = Rope(config)
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(
-            [Block(config, checkpointing == "selective", view_groups) for _ in range(config.depth)]
-        )
+        lora = [config.lora if index in config.adapted_blocks else None for index in range(config.depth)]
+        self.blocks = nn.ModuleList([Block(config, checkpointing == "selective", view_groups, each) for each in lora])
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         # None: ``norm`` applies to it too
         self.cls_norm = LayerNorm(config.dim, eps=config.norm_eps) if config.cls_norm else None
@@ -132,6 +136,9 @@ class VisionTransformer(nn.Module):
         on_host = HostOffload() if recompute and self.offload else None
         for index, (block, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             assert isinstance(block, Block)
+            if not tokens.requires_grad and torch.is_grad_enabled() and has_gradient(block):
+                # Everything below is frozen. ZeRO-3 ends a block's backward at the gradient of its input.
+                tokens = tokens.detach().requires_grad_()
             is_last = index == len(self.blocks) - 1
             output = OutputRows.create(rows, drop, tokens) if is_last and rows is not None else None
             if recompute and not block.is_tiled(tokens):

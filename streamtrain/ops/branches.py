@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from streamtrain.ops.attention import RopeTable, add_key_bias, attend
 from streamtrain.ops.cpu import branches as cpu_kernels
 from streamtrain.ops.cpu.build import is_enabled
+from streamtrain.ops.lora import Adapter
 
 
 class BranchRows(NamedTuple):
@@ -47,6 +48,16 @@ class BranchWeights(NamedTuple):
     gamma: Tensor
 
 
+class BranchAdapters(NamedTuple):
+    """The adapters of a branch's linear layers; the CPU kernels have none."""
+
+    first: Adapter | None = None
+    last: Adapter | None = None
+
+
+NO_ADAPTERS = BranchAdapters()
+
+
 @dataclass(frozen=True)
 class BlockOptions:
     """The constants of a block that decide how its branches are computed."""
@@ -59,7 +70,7 @@ class BlockOptions:
     # 0: keep the activations of the branch; otherwise recompute them in the backward in this many groups of images
     attention_groups: int = 0
     mlp_groups: int = 0
-    # "reference": always PyTorch, for blocks that are compiled or have another ``linear``
+    # "reference": always PyTorch, for blocks that are compiled or have adapters or another ``linear``
     implementation: Literal["auto", "reference"] = "auto"
     # called with rows, weight and bias
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
@@ -83,6 +94,7 @@ def attention_branch(
     weights: BranchWeights,
     options: BlockOptions,
     in_place: bool = False,
+    adapters: BranchAdapters = NO_ADAPTERS,
 ) -> Tensor:
     """Add the attention branch to the residual stream at ``rows``.
 
@@ -91,42 +103,59 @@ def attention_branch(
         tables: RoPE table of each group of images.
         weights: the first layer gives queries, keys and values ``[3 * dim]``.
         in_place: overwrite ``tokens``; only without gradients, and only where ``is_tiled``.
+        adapters: only in blocks with ``implementation`` "reference".
     """  # fmt: skip
     if is_tiled(tokens, options):
+        assert adapters == NO_ADAPTERS
         return cpu_kernels.attention(tokens, rows, tables, options.num_heads, weights, options.eps, in_place)
 
     def branch(kept: Tensor, sizes: list[int]) -> Tensor:
         # inside the recomputed branch, so that the bias receives one gradient per group
         bias = add_key_bias(weights.first_bias, len(weights.first_weight))
-        packed = options.linear(_normalise(kept, weights, options), weights.first_weight, bias)
+        normalised = _normalise(kept, weights, options)
+        packed = _linear(normalised, weights.first_weight, bias, adapters.first, options)
         attended = attend(packed, sizes, tables, options.num_heads)
-        return options.linear(attended, weights.last_weight, weights.last_bias)
+        return _linear(attended, weights.last_weight, weights.last_bias, adapters.last, options)
 
     assert not in_place
     return _add_branch(branch, tokens, rows, weights.gamma, options.attention_groups)
 
 
 def mlp_branch(
-    tokens: Tensor, rows: BranchRows, weights: BranchWeights, options: BlockOptions, in_place: bool = False
+    tokens: Tensor,
+    rows: BranchRows,
+    weights: BranchWeights,
+    options: BlockOptions,
+    in_place: bool = False,
+    adapters: BranchAdapters = NO_ADAPTERS,
 ) -> Tensor:
     """Add the MLP branch to the residual stream at ``rows``: GELU, or SwiGLU with gate and up as one matrix.
 
     The arguments are those of ``attention_branch``.
     """
     if is_tiled(tokens, options):
+        assert adapters == NO_ADAPTERS
         return cpu_kernels.mlp(tokens, rows, weights, options.eps, in_place)
 
     def branch(kept: Tensor, sizes: list[int]) -> Tensor:
-        hidden = options.linear(_normalise(kept, weights, options), weights.first_weight, weights.first_bias)
+        normalised = _normalise(kept, weights, options)
+        hidden = _linear(normalised, weights.first_weight, weights.first_bias, adapters.first, options)
         if options.is_gated:
             gate, up = hidden.chunk(2, dim=-1)
             activated = F.silu(gate) * up
         else:
             activated = F.gelu(hidden)
-        return options.linear(activated, weights.last_weight, weights.last_bias)
+        return _linear(activated, weights.last_weight, weights.last_bias, adapters.last, options)
 
     assert not in_place
     return _add_branch(branch, tokens, rows, weights.gamma, options.mlp_groups)
+
+
+def _linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None, options: BlockOptions
+) -> Tensor:
+    output = options.linear(rows, weight, bias)
+    return output if adapter is None else adapter.add_to(output, rows)
 
 
 def _normalise(tokens: Tensor, weights: BranchWeights, options: BlockOptions) -> Tensor:

@@ -13,7 +13,10 @@ def activations(s: Sizes) -> Iterator[Part]:
     config, model, through, item = s.config, s.config.model, (LOSS, BACKWARD), (s.item, "B")
     yield from (_tiled_blocks if s.implementation == CPU_KERNELS else _blocks)(s)
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
-    yield part("embedded pixels", "gpu", through, (patches, "patches"), (3 * 3 * model.patch_size**2, "values"), item)
+    # kept for the gradient of the embedding
+    if model.is_trained("embedding.projection.weight"):
+        values = (3 * 3 * model.patch_size**2, "values")
+        yield part("embedded pixels", "gpu", through, (patches, "patches"), values, item)
     for name, head, rows, _ in s.heads:
         per_row = 2 * model.dim + 2 * head.hidden * (head.layers - 1) + 6 * head.bottleneck
         yield part(f"{name} head", "gpu", through, (rows, "rows"), (per_row, "values"), item)
@@ -83,6 +86,9 @@ def _branches(s: Sizes) -> tuple[float, float, float]:
     attention = model.dim * (dropped + 1 + 3 + 2 + 1 + 1 + 1)
     hidden = 4 * model.hidden if model.mlp == "swiglu" else 2 * model.hidden
     mlp = model.dim * (dropped + 1 + 1) + hidden
+    # the input of each adapter's second matmul
+    attention += sum(target != "mlp" for target in model.lora.targets) * model.lora.rank
+    mlp += 2 * model.lora.rank * ("mlp" in model.lora.targets)
     return attention, mlp, 2 * model.dim
 
 
@@ -105,7 +111,7 @@ def _blocks(s: Sizes) -> Iterator[Part]:
     attention, mlp, stream = _branches(s)
     item = (s.item, "B")
     kept, tokens = (s.kept_tokens, "kept tokens"), (s.tokens, "tokens")
-    depth = (model.depth, "blocks")
+    depth = (len(model.trained_blocks), "blocks")
     through = (LOSS, BACKWARD)
     groups = engine.view_groups
     if engine.checkpointing == "block":

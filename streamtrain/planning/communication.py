@@ -9,7 +9,7 @@ from streamtrain.ops.chunks import chunk_rows
 from streamtrain.planning.flops import micro_batch_crops
 from streamtrain.planning.hardware import HOP_SECONDS, OTHER_MODULES, REDUCE_SECONDS, Hardware
 from streamtrain.planning.parts import BACKWARD, FORWARD, TEACHER
-from streamtrain.planning.shapes import backbone_shapes, parameter_shapes
+from streamtrain.planning.shapes import backbone_shapes, parameter_shapes, trained_shapes
 
 
 def _numels(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
@@ -19,6 +19,11 @@ def _numels(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
 def num_values(config: Config) -> int:
     """Return the number of the student's parameters."""
     return _numels(tuple(parameter_shapes(config).items()))
+
+
+def num_trained(config: Config) -> int:
+    """Return the number of the student's trained parameters."""
+    return _numels(tuple(trained_shapes(config).items()))
 
 
 def collective_seconds(config: Config, world_size: int, hardware: Hardware, accumulation: int) -> dict[str, float]:

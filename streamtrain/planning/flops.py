@@ -9,9 +9,9 @@ from typing import Literal
 
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
-from streamtrain.config.model import HeadConfig, ModelConfig
+from streamtrain.config.model import HeadConfig, ModelConfig, is_adapter
 from streamtrain.config.tree import Config
-from streamtrain.planning.shapes import block_shapes, projector_shapes
+from streamtrain.planning.shapes import backbone_shapes, block_shapes, projector_shapes
 
 # patches that are compared: of an image, or of a micro-batch
 Level = Literal["image", "batch"]
@@ -179,7 +179,42 @@ def _student(config: Config, crops: Crops, used: int) -> StepFlops:
     # the pixels need no gradient
     embedding = 2.0 * embedding_flops(model, crops)
     executed = 3.0 * (attentions + executed_mlps) + embedding + recomputed
-    return StepFlops(3.0 * (attentions + mlps) + embedding, executed)
+    saved = _frozen_backward(model, crops, share, recomputed)
+    return StepFlops(3.0 * (attentions + mlps) + embedding - saved.model, executed - saved.executed)
+
+
+def _frozen_backward(model: ModelConfig, crops: Crops, share: float, recomputed: float) -> StepFlops:
+    """Return the FLOPs of a whole backbone's backward that frozen parameters leave out.
+
+    These are the gradients of frozen matrices, and the backward and the recomputation of blocks below the first trained
+    one. Arguments as in ``_student``; the adapters of blocks without any are counted too.
+    """
+    if not model.lora.rank:
+        return StepFlops(0.0, 0.0)
+    below = model.depth - len(model.trained_blocks)
+    frozen = {"attention": 0, "mlp": 0}
+    for name, shape in block_shapes(model).items():
+        if len(shape) == 2 and not is_adapter(name):
+            frozen[name.partition(".")[0]] += math.prod(shape)
+    tokens = 2.0 * crops.tokens(model)
+    ends_adapted = model.depth - 1 in model.adapted_blocks
+    backward = below * 2.0 * sum(_block(model, crops, crops.kept)) + embedding_flops(model, crops)
+    backward += len(model.adapted_blocks) * tokens * crops.kept * frozen["attention"]
+    backward += (len(model.adapted_blocks) - ends_adapted) * tokens * crops.kept * frozen["mlp"]
+    last = ends_adapted * share * tokens * frozen["mlp"]
+    rest = recomputed * below / model.depth
+    return StepFlops(backward + last * crops.kept, backward + last * crops.images + rest)
+
+
+def trained_share(model: ModelConfig, branch: str) -> float:
+    """Return the share of the matrices of all blocks' ``attention`` or ``mlp`` that train."""
+    if not model.lora.rank:
+        return 1.0
+    shapes = {
+        name: shape for name, shape in backbone_shapes(model).items() if f".{branch}." in name and len(shape) == 2
+    }
+    trained = sum(math.prod(shape) for name, shape in shapes.items() if model.is_trained(name))
+    return trained / sum(map(math.prod, shapes.values()))
 
 
 def _heads(

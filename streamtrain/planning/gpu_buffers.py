@@ -63,7 +63,7 @@ def _saver_stream(s: Sizes) -> Iterator[Part]:
         # masters, averages and moments on the device are copied without a temporary
         return
     is_during_steps = any(0 < every < run.steps for every in (run.checkpoint_every, run.snapshot_every))
-    largest = (-(-s.largest_whole // s.world_size), "values of this rank")
+    largest = (-(-s.largest_trained // s.world_size), "values of this rank")
     phases = ALWAYS if is_during_steps else CHECKPOINT
     yield part("temporaries of the saver's stream", "gpu", phases, largest, (READ_BYTES[engine.moments], "B"))
 

@@ -28,8 +28,8 @@ PROCESS_BYTES = 870_000_000
 COPY_SHARE = 0.8
 # limit of the similarities of kNN in memory; ``evaluation/knn.py`` uses it
 SIMILARITY_BYTES = 2**28
-# bytes of a checkpoint per parameter: master, two moments and average in fp32
-SAVED_BYTES = 16
+# bytes of a checkpoint per trained parameter (master, two moments and average in fp32), and per frozen one
+SAVED_BYTES, SAVED_FROZEN_BYTES = 16, 4
 
 
 def host_buffers(s: Sizes) -> Iterator[Part]:
@@ -97,8 +97,13 @@ def checkpoint_copy(s: Sizes) -> Part:
     run = s.config.run
     is_during_steps = any(0 < every < run.steps for every in (run.checkpoint_every, run.snapshot_every))
     phases = (TEACHER, TARGETS, LOSS, BACKWARD, CHECKPOINT) if is_during_steps else (CHECKPOINT,)
-    num_bytes = SAVED_BYTES * s.shard + _frozen_bytes(s) / s.world_size
+    num_bytes = 4 * saved_values(s) + _frozen_bytes(s) / s.world_size
     return part("copy for a checkpoint", "host", phases, (num_bytes, "B of this rank"))
+
+
+def saved_values(s: Sizes) -> int:
+    """Return the fp32 values of student and teacher in this rank's file of a checkpoint."""
+    return (SAVED_BYTES * s.shard + SAVED_FROZEN_BYTES * s.frozen_shard) // 4
 
 
 def _frozen_bytes(s: Sizes) -> int:
@@ -117,8 +122,9 @@ def disk_space(s: Sizes) -> Iterator[Part]:
         kept = min((run.keep_last or run.steps), max(1, run.steps // run.checkpoint_every)) + 1
         kept += run.steps // run.keep_every if run.keep_every else 0
     kept += s.config.evaluation.best is not None
-    values = (s.shard * s.world_size, "values")
-    yield part("checkpoints", "disk", ALWAYS, (kept, "checkpoints"), values, (SAVED_BYTES, "B"))
+    values = (saved_values(s) * s.world_size, "values")
+    yield part("checkpoints", "disk", ALWAYS, (kept, "checkpoints"), values, (4, "B"))
     yield part("frozen networks in checkpoints", "disk", ALWAYS, (kept, "checkpoints"), (_frozen_bytes(s), "B"))
     snapshots = run.steps // run.snapshot_every if run.snapshot_every else 0
+    values = ((s.shard + s.frozen_shard) * s.world_size, "values")
     yield part("snapshots", "disk", ALWAYS, (snapshots, "snapshots"), values, (4, "B"))

@@ -132,7 +132,7 @@ class Plan:
         return sum(part.num_bytes for part in self.parts if part.name in STATES)
 
 
-STATES = ("student values", "masters", "gradients", "moments", "teacher values", "averages")
+STATES = ("student values", "frozen values", "masters", "gradients", "moments", "teacher values", "averages")
 
 
 def plan(
@@ -190,6 +190,8 @@ def _states(s: Sizes) -> Iterator[Part]:
     engine, shard = s.config.engine, (s.shard, "values of this rank")
     fp32 = s.item == 4
     yield part("student values", "gpu", ALWAYS, shard, (s.item, "B"))
+    # of both networks
+    yield part("frozen values", "gpu", ALWAYS, (s.frozen_shard, "values of this rank"), (s.item, "B"))
     # in fp32 the values are the masters
     yield part("masters", "gpu", ALWAYS, shard, (0 if fp32 else 4, "B"))
     yield part("gradients", "gpu", ALWAYS, shard, (4, "B"))
@@ -220,7 +222,7 @@ def _states(s: Sizes) -> Iterator[Part]:
 
 def _gathers(s: Sizes) -> Iterator[Part]:
     engine, values = s.config.engine, (s.block, "values")
-    yield part("gradient of a block", "gpu", BACKWARD, values, (s.item, "B"))
+    yield part("gradient of a block", "gpu", BACKWARD, (s.trained_block, "values"), (s.item, "B"))
     if s.world_size == 1:
         # a single rank neither gathers parameters nor reduces gradients
         return
@@ -234,7 +236,7 @@ def _gathers(s: Sizes) -> Iterator[Part]:
     yield part("gathered blocks", "gpu", phases, copies, values, (s.item, "B"))
     # gradients wait until the next one would exceed the bucket, while an earlier bucket is reduced; a gradient larger
     # than the bucket is reduced alone
-    full = min(max(engine.reduce_bucket_bytes // s.item, s.largest_whole), s.numel)
+    full = min(max(engine.reduce_bucket_bytes // s.item, s.largest_trained), s.trained_numel)
     yield part("gradients to reduce", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
     yield part("gradients being reduced", "gpu", BACKWARD, (full, "values"), (s.item, "B"))
     yield part("reduced gradients", "gpu", BACKWARD, (full / s.world_size, "values"), (s.item, "B"))

@@ -29,6 +29,16 @@ def parameter_shapes(config: Config) -> Shapes:
     return shapes
 
 
+def trained_shapes(config: Config) -> Shapes:
+    """Return the shapes of the parameters that train; LoRA freezes most of the backbone."""
+    return {name: shape for name, shape in parameter_shapes(config).items() if is_trained(name, config.model)}
+
+
+def is_trained(name: str, model: ModelConfig) -> bool:
+    """Return whether a parameter of a ``SSLModel`` trains."""
+    return not name.startswith("backbone.") or model.is_trained(name.removeprefix("backbone."))
+
+
 def backbone_shapes(model: ModelConfig) -> Shapes:
     """Return every backbone parameter's shape, in the order of ``named_parameters()``.
 
@@ -47,7 +57,8 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
         "embedding.projection.bias": (dim,),
     }
     for index in range(model.depth):
-        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block_shapes(model).items()}
+        block = block_shapes(model, index in model.adapted_blocks)
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
     shapes |= dict(_norm("norm", dim))
     if model.cls_norm:
         shapes |= dict(_norm("cls_norm", dim))
@@ -56,26 +67,32 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
     return shapes
 
 
-def block_shapes(model: ModelConfig) -> Shapes:
-    """Return the shapes of a block's parameters: the first block's if the network is of ``model.factory``."""
+def block_shapes(model: ModelConfig, adapted: bool = True) -> Shapes:
+    """Return the shapes of a block's parameters: the first block's if the network is of ``model.factory``.
+
+    ``adapted``: with the adapters of ``model.lora``, if any.
+    """
     if model.factory is not None:
         first = "blocks.0."
         return {
             name.removeprefix(first): shape for name, shape in backbone_shapes(model).items() if name.startswith(first)
         }
     dim, hidden = model.dim, model.hidden
+    ranks = dict.fromkeys(model.lora.targets, model.lora.rank) if adapted else {}
     shapes: Shapes = dict(_norm("norm1", dim))
     shapes["attention.qkv.weight"] = (3 * dim, dim)
     if model.qkv_bias:
         shapes["attention.qkv.bias"] = (3 * dim if model.key_bias else 2 * dim,)
+    shapes |= dict(_adapter("attention.qkv", dim, 3 * dim, ranks.get("qkv", 0)))
     shapes |= dict(_linear("attention.proj", dim, dim))
+    shapes |= dict(_adapter("attention.proj", dim, dim, ranks.get("proj", 0)))
     shapes["scale1.gamma"] = (dim,)
     shapes |= dict(_norm("norm2", dim))
-    if model.mlp == "swiglu":
-        shapes |= dict(_linear("mlp.gate_up", dim, 2 * hidden))
-    else:
-        shapes |= dict(_linear("mlp.up", dim, hidden))
+    first, outputs = ("mlp.gate_up", 2 * hidden) if model.mlp == "swiglu" else ("mlp.up", hidden)
+    shapes |= dict(_linear(first, dim, outputs))
+    shapes |= dict(_adapter(first, dim, outputs, ranks.get("mlp", 0)))
     shapes |= dict(_linear("mlp.down", hidden, dim))
+    shapes |= dict(_adapter("mlp.down", hidden, dim, ranks.get("mlp", 0)))
     shapes["scale2.gamma"] = (dim,)
     return shapes
 
@@ -88,6 +105,12 @@ def _norm(name: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)
+
+
+def _adapter(name: str, inputs: int, outputs: int, rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if rank:
+        yield f"{name}.lora_a", (rank, inputs)
+        yield f"{name}.lora_b", (outputs, rank)
 
 
 def _head(name: str, dim: int, head: HeadConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -142,4 +165,4 @@ def partition(shapes: Shapes, config: Config, world_size: int) -> Partition:
         if filled:
             flats.append(filled)
     numels = [math.prod(shape) for shape in shapes.values()]
-    return Partition(sum(numels), sum(map(sum, groups.values())), tuple(flats), max(numels))
+    return Partition(sum(numels), sum(map(sum, groups.values())), tuple(flats), max(numels, default=0))

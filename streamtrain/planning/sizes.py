@@ -9,7 +9,7 @@ from typing import Literal
 from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
-from streamtrain.planning.shapes import block_shapes, parameter_shapes, partition
+from streamtrain.planning.shapes import block_shapes, is_trained, parameter_shapes, partition
 
 # of a block's branches (``streamtrain/ops/branches.py``)
 Implementation = Literal["cpu_kernels", "reference"]
@@ -40,13 +40,19 @@ class Sizes:
     # bytes per value of the dtype that the networks compute in
     item: int
     accumulation: int
-    # values of all parameters, and of this rank's shards
+    # values of all parameters, and of this rank's shards of trained and of frozen ones
     numel: int
     shard: int
-    # values of each flat tensor of this rank, of the largest parameter, and of a block
+    frozen_shard: int
+    # values of all trained parameters, and of each flat tensor of this rank, which has only these
+    trained_numel: int
     flats: tuple[int, ...]
+    # values of the largest parameter and of the largest trained one
     largest_whole: int
+    largest_trained: int
+    # values of a block, and at most how many of them train
     block: int
+    trained_block: int
     # tokens of a global and of a local crop
     global_tokens: int
     local_tokens: int
@@ -61,18 +67,26 @@ class Sizes:
         stored: StoredImages | None, cores: int,
     ) -> Sizes:  # fmt: skip
         _, accumulation = config.batch_split(world_size)
-        part = partition(parameter_shapes(config), config, world_size)
+        shapes = parameter_shapes(config)
+        trained = {name: shape for name, shape in shapes.items() if is_trained(name, config.model)}
+        frozen = {name: shape for name, shape in shapes.items() if name not in trained}
+        part, frozen_part = (partition(each, config, world_size) for each in (trained, frozen))
         prefix = 1 + config.model.num_registers
         sides = [size // config.model.patch_size for size in (config.crops.global_size, config.crops.local_size)]
         crops, batch = config.crops, config.data.micro_batch
         block = sum(map(math.prod, block_shapes(config.model).values()))
+        trained_block = max(
+            sum(math.prod(shape) for name, shape in trained.items() if name.startswith(f"backbone.blocks.{index}."))
+            for index in {config.model.trained_blocks[0], config.model.depth - 1}
+        )
         rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
         if config.teacher.kind == "frozen":
             # its student learns from all patches
             rows = batch * crops.global_count * sides[0] ** 2
         return cls(
             config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
-            part.numel, part.shard_numel, part.flat_numels, part.largest_numel, block,
+            part.numel + frozen_part.numel, part.shard_numel, frozen_part.shard_numel, part.numel, part.flat_numels,
+            max(part.largest_numel, frozen_part.largest_numel), part.largest_numel, block, trained_block,
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows, stored or ASSUMED_IMAGES, cores,
         )  # fmt: skip
 
@@ -116,7 +130,7 @@ class Sizes:
 def _implementation(config: Config, on_gpu: bool, supported: Implementation) -> Implementation:
     """Return the implementation of a block's branches that ``ops/branches.py`` will choose."""
     model, engine = config.model, config.engine
-    if on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False):
+    if on_gpu or not engine.cpu_kernels or engine.fp8 or engine.compiles(on_gpu=False) or model.lora.rank:
         return "reference"
     is_tileable = all(width % 32 == 0 for width in (model.dim, model.hidden, model.dim // model.num_heads))
     return supported if is_tileable else "reference"

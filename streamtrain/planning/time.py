@@ -14,7 +14,7 @@ from streamtrain.config.crops import CropSizes
 from streamtrain.config.model import HeadConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.ops.chunks import chunk_rows
-from streamtrain.planning.communication import collective_seconds, num_values, target_seconds
+from streamtrain.planning.communication import collective_seconds, num_trained, num_values, target_seconds
 from streamtrain.planning.flops import (
     Crops,
     Level,
@@ -25,6 +25,7 @@ from streamtrain.planning.flops import (
     micro_batch_crops,
     projector_weights,
     step_flops,
+    trained_share,
     used_share,
     used_tokens,
 )
@@ -316,8 +317,8 @@ class _Model:
             moved = 2.0 * self.width * kept * values[name]
             seconds = hardware.matmul_seconds(flops, inner[name], moved, "fp8" if self.fp8 else "default")
             if is_backward:
-                # the gradients of the weights are bf16 matmuls over all tokens
-                seconds += hardware.matmul_seconds(flops, kept, moved)
+                # the gradients of the trained weights are bf16 matmuls over all tokens
+                seconds += hardware.matmul_seconds(flops, kept, moved) * trained_share(model, name)
             yield Region(
                 name, phase, count * seconds, depth * attention if name == "attention" else 0.0,
                 count * hardware.memory_seconds(self.width * num_bytes), depth * calls * kernels, depth * host,
@@ -408,7 +409,8 @@ class _Model:
         for phase in (TEACHER, FORWARD, BACKWARD):
             host = OTHER_MODULES * HOOK_SECONDS
             yield Region("gathers and others", phase, memory=copies, kernels=OTHER_KERNELS[phase], host=host)
-        moved = ACCUMULATE_BYTES * numel / world_size + (width * BUCKET_BYTES * numel if world_size > 1 else 0.0)
+        trained = num_trained(self.config)
+        moved = ACCUMULATE_BYTES * trained / world_size + (width * BUCKET_BYTES * trained if world_size > 1 else 0.0)
         yield Region("gradients", BACKWARD, memory=self.hardware.memory_seconds(moved))
 
 
@@ -418,7 +420,7 @@ def padding_factor(tokens: int, *tiles: int) -> float:
 
 
 def _update(config: Config, world_size: int, hardware: Hardware) -> Iterator[Region]:
-    shard = num_values(config) / world_size
+    shard = num_trained(config) / world_size
     per_value = EIGHT_BIT_BYTES if config.engine.moments == "8bit" else UPDATE_BYTES
     kernels = UPDATE_KERNELS * 2 * (config.model.depth + 2)
     yield Region("AdamW", OPTIMISER, memory=hardware.memory_seconds(per_value * shard), kernels=kernels)

@@ -199,7 +199,7 @@ def check_weights(config: Config, source: Path | None) -> None:
     """Check that the weights to load exist; their contents are checked when they are loaded.
 
     Raises:
-        ConfigError: a file or folder is missing, or the anchor has no weights to start from.
+        ConfigError: a file or folder is missing, or the anchor or LoRA has no weights to start from.
     """
     paths = {} if config.teacher.model is None else {"teacher.weights": config.teacher.weights}
     if source is None:
@@ -207,6 +207,10 @@ def check_weights(config: Config, source: Path | None) -> None:
             raise ConfigError(
                 "objective.anchor has no starting network; set init.weights to a backbone (a Hugging Face or timm "
                 "folder, Meta's file, an export or a run), or start with --resume RUN"
+            )
+        if config.model.lora.rank and config.init.weights is None:
+            raise ConfigError(
+                "model.lora freezes the backbone, which would stay random: set init.weights, or model.lora.rank=0"
             )
         paths["init.weights"] = config.init.weights
         if config.objective.gram.is_active and config.objective.gram.teacher != "ema":

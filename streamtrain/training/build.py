@@ -16,6 +16,7 @@ from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
 from streamtrain.checkpoint import reader as checkpoint
 from streamtrain.config.engine import EngineConfig
+from streamtrain.config.model import is_adapter
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
 from streamtrain.engine.fragments import Fragment
@@ -24,6 +25,7 @@ from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
 from streamtrain.engine.zero import Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
+from streamtrain.interop.state_file import describe_names
 from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
 from streamtrain.model.initialise import initial_value
@@ -216,12 +218,19 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
             shapes = {
                 name.removeprefix(BACKBONE): torch.Size(fragment.shape)
                 for name, fragment in student.fragments.items()
-                if name.startswith(BACKBONE)
+                if name.startswith(BACKBONE) and not is_adapter(name)
             }
             path = Path(config.init.weights)
             loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched)
             pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())
+            frozen = [name for name in (*report.missing, *report.reshaped) if BACKBONE + name in student.frozen]
+            # timm's weights have no mask token; it starts as zeros
+            if made_up := [name for name in frozen if name != "embedding.mask_token"]:
+                raise ConfigError(
+                    f"model.lora freezes {describe_names(made_up)}, which {path} does not have: choose other weights, "
+                    "or a model section without it"
+                )
 
         def read(key: str, fragment: Fragment) -> torch.Tensor:
             name = key.partition("/")[2]

@@ -132,9 +132,10 @@ def build_payloads(kinds: list[str], state: dict[str, Any], networks: Networks) 
     student = networks.student
     shapes = {name: fragment.shape for name, fragment in student.fragments.items()}
     teacher_shards = networks.teacher.shards()
+    settings = {key: value for key, value in state.items() if key == "config"}
     shards = student.shards() | teacher_shards | networks.gram.shards() | networks.anchor.shards()
     payloads = {
         CHECKPOINTS: CheckpointPayload(shards, networks.target_maker.state_dict(), shapes, state),
-        SNAPSHOTS: CheckpointPayload(teacher_shards, {}, shapes, {}),
+        SNAPSHOTS: CheckpointPayload(teacher_shards, {}, shapes, settings),
     }
     return {kind: payloads[kind] for kind in kinds}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from streamtrain.checkpoint.reader import CheckpointReader
+from streamtrain.config.model import is_adapter
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.engine.fragments import Fragment, Shard
@@ -72,7 +73,12 @@ class GramAnchor:
         return {f"{KIND}/{name}": shard for name, shard in self._network.shards()}
 
     def _read_weights(self, network: FrozenNetwork, path: Path) -> None:
-        shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
+        # its adapters stay 0
+        shapes = {
+            name.removeprefix(BACKBONE): torch.Size(one.shape)
+            for name, one in network.fragments.items()
+            if not is_adapter(name)
+        }
         with load_pretrained_backbone(path, shapes) as (read, report):
             missing = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
             if missing:

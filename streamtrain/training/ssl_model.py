@@ -63,6 +63,8 @@ class SSLModel(nn.Module):
         self.backbone = build_backbone(
             config.model, engine.checkpointing, engine.view_groups, engine.offload_checkpoints
         )
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(config.model.is_trained(name))
         self.global_head: ProjectionHead | None = None
         self.patch_head: ProjectionHead | None = None
         self.projector: Projector | None = None

@@ -214,6 +214,10 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
         "norm_eps": "0.1", "rope_base": "10.0", "rope_rescale": "2.0", "rope_jitter": "2.0", "rope_shift": "0.5",
         "untied_norms": "local_cls",
     }.items()),
+    ("model.lora.rank", "2", losses, []),
+    *((f"model.lora.{key}", value, losses, ["model.lora.rank=2"]) for key, value in {
+        "alpha": "1.0", "targets": "[qkv]", "blocks": "1", "free_blocks": "1",
+    }.items()),
     ("model.preset", "vits16", local_norm, []),
     ("model.factory", "own_code:Backbone", losses, []),
     *((f"objective.{key}", value, losses, extra) for key, value, extra in (

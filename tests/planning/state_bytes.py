@@ -1,4 +1,7 @@
-"""Print a rank's measured and planned model states after a step: ``state_bytes.py DTYPE MOMENTS FOLDER``."""
+"""Print a rank's measured and planned model states after a step: ``state_bytes.py DTYPE MOMENTS FOLDER [LORA]``.
+
+LORA is JSON of ``model.lora``.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ from sharded_step import TEMPERATURE, WEIGHTS, batch_of, config_of
 
 
 def main() -> None:
-    dtype, moments, folder = sys.argv[1:]
-    raw = merge(config_of(dtype, "block", "1").model_dump(), {"engine": {"moments": moments}, "run": {"dir": folder}})
+    dtype, moments, folder, *lora = sys.argv[1:]
+    changes = {"engine": {"moments": moments}, "run": {"dir": folder}, "model": {"lora": json.loads(*lora or ["{}"])}}
+    raw = merge(config_of(dtype, "block", "1").model_dump(), changes)
     config, launch = build(raw), Launch.from_environment()
     with init_process_group(config.engine, launch) as runtime:
         student, teacher = build_networks(config, runtime, 1)
@@ -41,9 +45,12 @@ def main() -> None:
         report = {
             "student values": sum(shard_of(p).nbytes for p in student.parameters.values()),
             # in fp32 the values are the masters
+            "frozen values": sum(shard_of(p).nbytes for p in student.frozen.values()),
             "masters": sum(0 if fp32 else flat.nbytes for flat in flats),
             "gradients": student._stage3.flat_gradients.nbytes,
-            "teacher values": 0 if fp32 else sum(shard_of(p).nbytes for p in teacher.parameters.values()),
+            "teacher values": 0
+            if fp32
+            else sum(shard_of(teacher.parameters[name]).nbytes for name in student.parameters),
             "averages": sum(average.nbytes for average in teacher._ema),
         }
         scale = runtime.world_size if moments == "disk" else 1
@@ -53,7 +60,15 @@ def main() -> None:
             assert all(flat.data_ptr() == value.data_ptr() for flat, value in zip(flats, values, strict=True))
         planned = plan(config, runtime.world_size, on_gpu=False, bf16=not fp32)
         sizes = {part.name: part.num_bytes for part in planned.parts if part.name in STATES}
-        empty = dict.fromkeys(("masters", "teacher values"), 0)
+        # in fp32 the teacher's values are its EMA
+        names = ("student values", "frozen values", "averages" if fp32 else "teacher values")
+        sizes["all values"] = sum(sizes.get(name, 0) for name in names)
+        # of both networks, each storage once
+        values = [*student.parameters.values(), *student.frozen.values(), *teacher.parameters.values()]
+        shards = [shard_of(parameter) for parameter in values]
+        stored = {shard.untyped_storage().data_ptr(): shard.untyped_storage().nbytes() for shard in shards}
+        report["all values"] = sum(stored.values())
+        empty = dict.fromkeys(("masters", "teacher values", "frozen values"), 0)
         print(json.dumps({**report, "planned": {**empty, **sizes}}), flush=True)
 
 

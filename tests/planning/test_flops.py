@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -30,13 +31,14 @@ BASE: dict[str, Any] = {
     "engine": {"checkpointing": "none"},
 }
 
-# torch counts attention on GPUs only; add the CPU's operators
+# torch counts attention on GPUs only, and no matmul in place; add these operators
 FORWARD, BACKWARD = (
     getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}") for suffix in ("", "_backward")
 )
 ATTENTION = {
     FORWARD: lambda query, key, value, *rest, **named: sdpa_flop_count(query, key, value),
     BACKWARD: lambda gradient, query, key, value, *rest, **named: 2 * sdpa_flop_count(query, key, value),
+    torch.ops.aten.addmm_: lambda output, left, right, **named: 2 * math.prod((*left, right[1])),
 }
 
 
@@ -84,6 +86,8 @@ def counted(config: Config) -> float:
         {"model": {"mlp": "swiglu", "drop_path": 0.0}, "objective": {"sinkhorn_iterations": 1}},
         {"objective": {"centering": "softmax", "gram": {"weight": 1.0}}},
         {"objective": {"patch_loss": {"kind": "l2"}}},
+        {"model": {"lora": {"rank": 4}}},
+        {"model": {"lora": {"rank": 4, "targets": ["qkv"]}}, "engine": {"checkpointing": "block"}},
     ],
 )
 def test_executed_flops_equal_torch_count(changes: dict[str, Any]) -> None:
@@ -92,6 +96,12 @@ def test_executed_flops_equal_torch_count(changes: dict[str, Any]) -> None:
     # torch does not count matrix-vector products, and step_flops no column sums
     assert flops.executed == pytest.approx(counted(config), rel=0.01)
     assert flops.model <= flops.executed
+
+
+def test_flops_with_free_and_frozen_blocks_are_close_to_torch_count() -> None:
+    config = build(merge(BASE, {"model": {"lora": {"rank": 1, "blocks": 1, "free_blocks": 1}}}))
+    # step_flops counts adapters in every block
+    assert step_flops(config, 1).executed == pytest.approx(counted(config), rel=0.02)
 
 
 def test_recomputation_adds_no_model_flops() -> None:

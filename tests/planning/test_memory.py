@@ -21,10 +21,19 @@ SCRIPT = Path(__file__).with_name("state_bytes.py")
 
 
 @pytest.mark.parametrize(
-    ("world_size", "dtype", "moments"), [(1, "bf16", "8bit"), (2, "bf16", "device"), (3, "fp32", "disk")]
+    ("world_size", "dtype", "moments", "lora"),
+    [
+        (1, "bf16", "8bit", {}),
+        (2, "bf16", "device", {}),
+        (3, "fp32", "disk", {}),
+        (1, "fp32", "device", {"rank": 4, "targets": ["qkv", "mlp"], "blocks": 1, "free_blocks": 1}),
+        (2, "bf16", "8bit", {"rank": 4}),
+    ],
 )
-def test_model_states_are_planned_to_the_byte(world_size: int, dtype: str, moments: str, tmp_path: Path) -> None:
-    results = run_ranks([SCRIPT, dtype, moments, tmp_path], world_size)
+def test_model_states_are_planned_to_the_byte(
+    world_size: int, dtype: str, moments: str, lora: dict[str, object], tmp_path: Path
+) -> None:
+    results = run_ranks([SCRIPT, dtype, moments, tmp_path, json.dumps(lora)], world_size)
     assert [code for code, _, _ in results] == [0] * world_size, results[0][2][-2000:]
     reports = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
     planned = reports[0].pop("planned")

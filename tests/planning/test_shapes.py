@@ -6,22 +6,34 @@ import pytest
 import torch
 
 from streamtrain.config.load import load_config, preset_folders
-from streamtrain.planning.shapes import block_shapes, parameter_shapes
+from streamtrain.planning.shapes import block_shapes, parameter_shapes, trained_shapes
 from streamtrain.training.ssl_model import SSLModel
 
 RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("overrides", [(), ("objective.patch_loss.kind=cosine", "model.key_bias=false")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (
+            "objective.patch_loss.kind=cosine",
+            "model.key_bias=false",
+            "model.lora={rank: 2, targets: [qkv, mlp], blocks: 3}",
+        ),
+    ],
+)
 def test_names_order_and_shapes_equal_the_network(recipe: str, overrides: tuple[str, ...]) -> None:
     config = load_config(recipe, overrides)
     with torch.device("meta"):
         model = SSLModel(config)
     expected = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     assert list(parameter_shapes(config).items()) == expected
-    block = model.backbone.blocks[0]
+    block = model.backbone.blocks[-1]
     assert list(block_shapes(config.model).items()) == [(n, tuple(p.shape)) for n, p in block.named_parameters()]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(trained_shapes(config)) == trained
 
 
 def test_giant_has_the_published_size() -> None:
