@@ -46,8 +46,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (gradient,), (rows, weight) = grad_outputs, ctx.saved_tensors
         _, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_weight = gradient.T @ rows if needs_weight else None
-        return _matmul(gradient, weight.T), grad_weight, gradient.sum(0) if needs_bias else None
+        grad_bias = gradient.sum(0) if needs_bias else None
+        return _matmul(gradient, weight.T), gradient.T @ rows if needs_weight else None, grad_bias
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from streamtrain.planning.parts import (
     part,
 )
 from streamtrain.planning.shapes import backbone_shapes
-from streamtrain.planning.sizes import CPU_KERNELS, Sizes
+from streamtrain.planning.sizes import Sizes
 
 # Python with torch, DeepSpeed and DALI, in the middle of what runs measured (docs/measurements.md)
 PROCESS_BYTES = 870_000_000
@@ -83,7 +83,7 @@ def kept_memory(s: Sizes, parts: list[Part]) -> Iterator[Part]:
     if s.on_gpu:
         return
     freed = max(sum(p.num_bytes for p in parts if p.location == "gpu" and phase in p.when) for phase in STEP_PHASES)
-    if s.implementation == CPU_KERNELS:
+    if s.has_kernels:
         kept = min(freed, KEPT_BYTES)
     else:
         widths = (s.config.model.dim, s.config.model.hidden)

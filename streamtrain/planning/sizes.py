@@ -37,6 +37,8 @@ class Sizes:
     world_size: int
     on_gpu: bool
     implementation: Implementation
+    # the CPU kernels are loaded, with their allocator, whether or not blocks can use them
+    has_kernels: bool
     # bytes per value of the dtype that the networks compute in
     item: int
     accumulation: int
@@ -84,7 +86,8 @@ class Sizes:
             # its student learns from all patches
             rows = batch * crops.global_count * sides[0] ** 2
         return cls(
-            config, world_size, on_gpu, _implementation(config, on_gpu, supported), 2 if bf16 else 4, accumulation,
+            config, world_size, on_gpu, _implementation(config, on_gpu, supported),
+            not on_gpu and config.engine.cpu_kernels and supported == CPU_KERNELS, 2 if bf16 else 4, accumulation,
             part.numel + frozen_part.numel, part.shard_numel, frozen_part.shard_numel, part.numel, part.flat_numels,
             max(part.largest_numel, frozen_part.largest_numel), part.largest_numel, block, trained_block,
             prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows, stored or ASSUMED_IMAGES, cores,

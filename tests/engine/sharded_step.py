@@ -250,7 +250,7 @@ def record_live_blocks(student: object, report: dict[str, Any]) -> list[object]:
     size = sum(full_numel(p) for p in blocks[0].parameters())
 
     def count(*_: object) -> None:
-        live = sum(full_numel(p) for p in student.parameters.values() if is_gathered(p))
+        live = sum(full_numel(p) for p in (*student.parameters.values(), *student.frozen.values()) if is_gathered(p))
         report["live"] = max(report["live"], live / size)
 
     handles = [block.register_full_backward_hook(count) for block in blocks]

@@ -10,6 +10,9 @@ from drawn_images import draw_folder, drawn_image
 from ranks import ROOT, run_ranks
 
 from streamtrain import pack
+from streamtrain.config.load import load_config
+from streamtrain.interop.folder import export_safetensors
+from streamtrain.interop.load import load_untrained
 
 VITS16 = ("--config", "vits16.yaml", "data.micro_batch=4", "monitor.histogram_every=0", "evaluation.every=0")
 
@@ -75,6 +78,16 @@ def test_quickstart_with_checkpoints_and_evaluation(tmp_path: Path) -> None:
 def test_vits16(settings: tuple[str, ...], ranks: int, photographs: Path, tmp_path: Path) -> None:
     ratio = measured_over_planned(tmp_path / "run", photographs, (*VITS16, "run.steps=3", *settings), ranks)
     assert 0.88 < ratio < 1.12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "ranks"), [("bf16", 1), ("fp32", 2)])
+def test_adapters_of_released_weights(dtype: str, ranks: int, photographs: Path, tmp_path: Path) -> None:
+    backbone = load_untrained(load_config("vitb16.yaml"))
+    export_safetensors(backbone.model, backbone.config, tmp_path / "weights")
+    settings = ("--config", "continue_lora.yaml", *VITS16[2:], "model.preset=vitb16", f"engine.dtype={dtype}",
+                f"init.weights={tmp_path / 'weights'}", "run.steps=2", "run.checkpoint_every=0")  # fmt: skip
+    assert 0.9 < measured_over_planned(tmp_path / "run", photographs, settings, ranks) < 1.1
 
 
 @pytest.mark.slow
