@@ -44,7 +44,7 @@ def test_the_parts_of_the_kubernetes_job_fit_together(documents: list[Any]) -> N
     assert len(paths) == 2 and all(any(path.startswith(f"{place}/") for place in places) for path in paths)
     # exit statuses of the command
     rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]}
-    assert rules == {"FailJob": [2], "Ignore": [75]}
+    assert rules == {"FailJob": [2, 3], "Ignore": [75]}
     assert {rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][:2]} == {
         container["name"]
     }

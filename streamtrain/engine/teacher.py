@@ -76,7 +76,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 class FrozenNetwork(ShardedNetwork):
-    """A distillation or Gram teacher, stored in the run's dtype only."""
+    """A frozen teacher, Gram teacher or anchor, stored in the run's dtype only."""
 
     def __init__(
         self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any]

@@ -77,7 +77,7 @@ def reference_images(config: Config) -> HeldOut | None:
         if evaluation.stop_if_below is not None:
             raise StreamtrainError(
                 f"evaluation.stop_if_below needs labels, and evaluation.reference {evaluation.reference} has none, or "
-                "only one class; give a labelled set, or leave out stop_if_below"
+                "only one class; give a labelled set, or evaluation.stop_if_below=null"
             )
         images = replace(images, labels=np.zeros_like(images.labels))
     return HeldOut(*split_images(images), is_labelled)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -268,8 +269,10 @@ class OnlineEvaluation:
         if self._start_features is None:
             return {}
         if self._start is None:
-            # of a resumed run; the same on all ranks
-            self._start = self._failure.run(read_start, Path(self._config.run.dir))
+            # of a resumed run; rank 0 reads it, because a shared folder may show ranks different contents
+            found = [read_start(Path(self._config.run.dir)) if self._runtime.rank == 0 else None]
+            dist.broadcast_object_list(found, 0)
+            self._start = found[0] or {}
         prefix = "drift/" if name == EVALUATION else f"drift/{name}/"
         known = {metric: self._start.get(f"{name}/{metric}") for metric in results}
         changes = {metric: results[metric] - value for metric, value in known.items() if value is not None}

@@ -215,15 +215,27 @@ def check_weights(config: Config, source: Path | None) -> None:
         paths["init.weights"] = config.init.weights
         if config.objective.gram.is_active and config.objective.gram.teacher != "ema":
             paths["objective.gram.teacher"] = config.objective.gram.teacher
-    if config.evaluation.stop_if_below is not None and config.init.weights is None:
-        raise ConfigError(
-            "evaluation.stop_if_below compares with the start of a run from init.weights; set both, or neither"
-        )
+    if config.evaluation.stop_if_below is not None:
+        _check_stop(config, source)
     for key, weights in paths.items():
         if weights is not None and not Path(weights).exists():
             raise ConfigError(f"{key}: there is no file or folder {weights}")
     if config.teacher.weights is not None and config.teacher.model is None:
         read_resolved(Path(config.teacher.weights))
+
+
+def _check_stop(config: Config, source: Path | None) -> None:
+    """Raise ConfigError if ``evaluation.stop_if_below`` would never act."""
+    evaluation, never = config.evaluation, "or evaluation.stop_if_below=null"
+    if source is None and config.init.weights is None:
+        raise ConfigError(f"evaluation.stop_if_below needs a starting network; set init.weights, {never}")
+    if source is not None and source.parent.parent.resolve() != Path(config.run.dir).resolve():
+        raise ConfigError("evaluation.stop_if_below has no start to compare with after --resume; set it to null")
+    if not 0 < evaluation.every <= config.run.steps:
+        raise ConfigError(
+            f"evaluation.stop_if_below is never checked: evaluation.every is {evaluation.every}, and the run has "
+            f"{config.run.steps} steps; set evaluation.every to 1 to {config.run.steps}, {never}"
+        )
 
 
 def describe_run(run_dir: Path, config: Config, world_size: int, computed: Mapping[str, Any]) -> None:

@@ -55,8 +55,8 @@ class StartQuality:
         """Return the last line of a run that was stopped after ``step``; ``status``: of its checkpoint."""
         run_dir = Path(self._config.run.dir)
         best = read_best(run_dir)
-        if best is not None and best["step"] != step:
-            name = f"{step_folder(run_dir, best['step'])} ({best['metric']} {best['value']:.1%})"
-        else:
-            name = "none; the starting network is better than each of them"
+        name = "none was recorded (evaluation.best)"
+        if best is not None:
+            this = ", this one" if best["step"] == step else ""
+            name = f"{step_folder(run_dir, best['step'])} ({best['metric']} {best['value']:.1%}{this})"
         return f"stopped at step {step}, {status}: {self._fall}; best checkpoint: {name}"

@@ -162,4 +162,4 @@ def test_a_run_that_loses_its_start_stops_after_a_checkpoint_and_names_the_best(
     code, text, _ = train("no", f"evaluation.reference={plain}")
     assert code == 2 and "evaluation.stop_if_below needs labels" in text.strip().splitlines()[-1]
     code, text, _ = train("no", "init.weights=null")
-    assert code == 2 and "evaluation.stop_if_below compares with the start" in text.strip().splitlines()[-1]
+    assert code == 2 and "evaluation.stop_if_below needs a starting network" in text.strip().splitlines()[-1]
