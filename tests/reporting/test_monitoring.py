@@ -13,7 +13,7 @@ from drawn_images import packed_set
 from faulty_server import faulty_server
 from ranks import ROOT, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_backbone import class_folder
+from tiny_backbone import class_folder, tiny_weights
 from tiny_run import command
 
 from shards.reading.shard_set import ShardSet
@@ -32,8 +32,8 @@ CLASSES = ("across", "down")
 EVERYTHING = (
     f"run.steps={STEPS}", "monitor.tensorboard=true", "monitor.panel_every=20", "monitor.histogram_every=10",
     "monitor.peak_flops=1e12", "monitor.collapse={every: 2, start: 1, min_rank: 1.0}", "optim.clip_per=module",
-    "objective.gram.weight=1.0", "evaluation.every=10", "evaluation.evaluators=[knn, linear, patches]",
-    "evaluation.max_share=1.0", "evaluation.best=knn_20", "monitor.profile={start: 2, steps: 1}",
+    "objective.gram.weight=1.0", "objective.anchor.weight=0.1", "evaluation.every=10",
+    "evaluation.evaluators=[knn, linear, patches]", "evaluation.max_share=1.0", "evaluation.best=knn_20", "monitor.profile={start: 2, steps: 1}",
     "run.checkpoint_every=5", "run.keep_last=1", "schedules.lr=1e-3", "model.layerscale=0.5",
 )  # fmt: skip
 
@@ -58,7 +58,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with faulty_server(folder) as server:
         shards = f"{server.url}/set"
         cache = f"data.cache={{dir: {folder / 'cache'}, limit: 1MB}}"
-        words = command(shards, folder / "run", *EVERYTHING, cache, f"evaluation.train={labelled}")
+        start = (f"init.weights={tiny_weights(folder / 'weights')}", f"evaluation.reference={labelled}")
+        words = command(shards, folder / "run", *EVERYTHING, cache, f"evaluation.train={labelled}", *start)
         results = run_ranks(words, 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert "is disabled" not in results[0][2]
@@ -73,7 +74,7 @@ def test_logged_tags_are_the_documented_tags(run: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {tag for record in records for tag in record} - {"step", "slot"}
     # logged only if an image is unusable
-    assert set(tags["scalars"]) == found["Scalars"] - {"eval/unusable_images"} == logged
+    assert set(tags["scalars"]) == found["Scalars"] - {"eval/unusable_images", "reference/unusable_images"} == logged
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary")}
     shown = {*tags["images"], *tags["histograms"], *texts}
     # the documentation lists the first block only
