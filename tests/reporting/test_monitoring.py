@@ -33,7 +33,8 @@ EVERYTHING = (
     f"run.steps={STEPS}", "monitor.tensorboard=true", "monitor.panel_every=20", "monitor.histogram_every=10",
     "monitor.peak_flops=1e12", "monitor.collapse={every: 2, start: 1, min_rank: 1.0}", "optim.clip_per=module",
     "objective.gram.weight=1.0", "objective.anchor.weight=0.1", "evaluation.every=10",
-    "evaluation.evaluators=[knn, linear, patches]", "evaluation.max_share=1.0", "evaluation.best=knn_20", "monitor.profile={start: 2, steps: 1}",
+    "evaluation.evaluators=[knn, linear, patches]", "evaluation.max_share=1.0", "evaluation.best=knn_20",
+    "monitor.profile={start: 2, steps: 1}",
     "run.checkpoint_every=5", "run.keep_last=1", "schedules.lr=1e-3", "model.layerscale=0.5",
 )  # fmt: skip
 
