@@ -119,10 +119,8 @@ def build_observers(
         ShardError, StreamtrainError: if the images of ``evaluation`` cannot be opened.
     """
     images, why_not = held_out(config, shard_set) if config.evaluation.every else (None, "")
-    if why_not and config.evaluation.reference is None:
-        logger.info("no evaluation while training: %s; set evaluation.train to a labelled set", why_not)
-    elif why_not:
-        logger.info("no evaluation on data.shards: %s; only evaluation.reference is evaluated", why_not)
+    if why_not:
+        logger.info("no evaluation of data.shards: %s; set evaluation.train to a labelled set", why_not)
     student, teacher = networks.student, networks.teacher
     failure = SharedFailure(config.engine.collective_timeout_seconds)
     speed = SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step)

@@ -29,7 +29,7 @@ LINES = [
     r"run directory \S+",
     r"compiling the CPU kernels: once per machine, .*",
     r"warning: (KoLeo searches|the set has 24 images, which is too few|run\.steps \d+ ends before) .*",
-    r"no evaluation while training: .*",
+    r"no evaluation of data.shards: .*",
     r"plan: .*",
     r"resuming at step \d+ from \S+",
     r"step \d+/\d+: loss \d+\.\d{4}(, \d+\.\d images/s)?(, \d\d:\d\d left)?",

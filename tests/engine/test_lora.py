@@ -17,7 +17,7 @@ EMBEDDING, BLOCK, NORM = 5, 14, 2
 @pytest.mark.parametrize(
     ("world_size", "checkpointing", "lora", "frozen_blocks"),
     [
-        (1, "block", {"rank": 4, "alpha": 8}, 3),
+        pytest.param(1, "block", {"rank": 4, "alpha": 8}, 3, marks=pytest.mark.slow),
         # the first block needs no backward, the second has adapters, the third trains whole
         (2, "block", {"rank": 4, "blocks": 1, "free_blocks": 1}, 2),
         pytest.param(2, "none", {"rank": 4, "targets": ["qkv"]}, 3, marks=pytest.mark.slow),

@@ -33,7 +33,7 @@ from streamtrain.objective.prototypes import PlainWeight, prototype_mass
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes, view_pairs, view_weights
 from streamtrain.ops import logits
 from streamtrain.training import distill, ssl_model
-from streamtrain.training.ssl_model import GramTeacher, LossWeights, SSLModel
+from streamtrain.training.ssl_model import FrozenBackbone, LossWeights, SSLModel
 
 CUDA = torch.device("cuda", 0)
 # two blocks of the recipe's width; a few large chunks of prototypes
@@ -115,10 +115,10 @@ def run(config: Config, teacher_config: Config) -> dict[str, Any]:
     if config.teacher.kind == "frozen":
         with mock.patch.object(distill, "read_resolved", lambda folder: teacher_config):
             teacher_config = distill.frozen_teacher_config(config)
-    weights = LossWeights(gram=1.0)
+    weights, chunk_bytes = LossWeights(gram=1.0), config.objective.chunk_size(on_gpu=True)
     with OneDevice() as watched:
         student, teacher = build(SSLModel, config), build(SSLModel, teacher_config)
-        gram = build(GramTeacher, config)
+        gram = build(FrozenBackbone, config)
         batch = batch_for(config)
         # random parameters of the construction, and the batch, are not part of a step
         watched.faults.clear()
@@ -131,12 +131,12 @@ def run(config: Config, teacher_config: Config) -> dict[str, Any]:
         for _ in range(2):
             (targets,) = maker.make([features], prototypes, 0.05)
         assert features.global_features is not None
-        mass = prototype_mass(features.global_features, prototypes.global_head, 0.05, config.objective.chunk_bytes)
+        mass = prototype_mass(features.global_features, prototypes.global_head, 0.05, chunk_bytes)
         settings, patch = config.objective.gram, config.model.patch_size
         crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
         grid = (batch.global_crops.shape[1] // patch, batch.global_crops.shape[2] // patch)
         level, negatives, tokens = settings.level, settings.negatives, settings.tokens
-        asked = GramTargets(gram(crops, grid), level, negatives, tokens, config.objective.chunk_bytes)
+        asked = GramTargets(gram(crops, grid).patches, level, negatives, tokens, chunk_bytes)
         try:
             losses = student.student_losses(batch, replace(targets, gram=asked), weights)
         except RuntimeError as error:

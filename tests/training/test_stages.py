@@ -133,6 +133,7 @@ def test_an_anchored_run_resumes_bit_for_bit_without_its_weights(stage_one: Path
     assert not torch.equal(ours["backbone.norm.weight"], anchor["backbone.norm.weight"])
 
 
+@pytest.mark.slow
 def test_an_anchor_starts_from_another_run_but_never_from_random_weights(stage_one: Path, tmp_path: Path) -> None:
     given = ["run.steps=4", "objective.anchor.weight=1.0"]
     words = [*command(stage_one / "set", tmp_path / "run", *given), "--resume", str(stage_one / "run")]
