@@ -37,7 +37,7 @@ from streamtrain.engine.meeting import TELL_SECONDS, FailedStart, meet
 from streamtrain.engine.rendezvous import AddressError, Launch, MeetingError, check_master, lost_rank_message
 from streamtrain.engine.runtime import BUILDER_WARNING, choose_accelerator, uses_gpu
 from streamtrain.errors import ConfigError, StreamtrainError, UserCodeError
-from streamtrain.evaluation.held_out import held_out, reference_images
+from streamtrain.evaluation.held_out import check_stop_has_labels, held_out, reference_images
 from streamtrain.interop.feature_teacher import with_teacher_model
 from streamtrain.planning.images import stored_images
 from streamtrain.planning.shapes import backbone_shapes
@@ -111,7 +111,7 @@ def check(
     shard_set = open_shard_set(config)
     check_folders(config)
     if config.evaluation.every:
-        held_out(config, shard_set)
+        check_stop_has_labels(config, held_out(config, shard_set)[1])
     reference_images(config)
     saved = saved_state(source) if source is not None else None
     order = build_stream_order(config, shard_set, launch.world_size, saved["data"]["lane_block"] if saved else None)

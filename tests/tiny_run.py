@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from ranks import ROOT
+from ranks import ROOT, run_ranks, start_ranks
 from tiny_backbone import TINY
+
+from streamtrain.checkpoint import reader as checkpoint
 
 HEAD = "{prototypes: 32, hidden: 16, bottleneck: 8}"
 
@@ -29,3 +32,18 @@ def logged(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Return the losses and the gradient norms of each step."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "slot", "optim/grad"))} for r in records}
+
+
+def kill_and_resume(words: list[str], run_dir: Path, step: int) -> None:
+    """Start two ranks, kill them once ``step`` is saved, and run the same command to its end."""
+    processes = start_ranks(words, 2)
+    deadline = time.monotonic() + 200
+    while (checkpoint.saved_steps(run_dir) or [0])[-1] < step:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    results = run_ranks(words, 2)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]

@@ -61,6 +61,15 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     return HeldOut(*split_images(images)), ""
 
 
+def check_stop_has_labels(config: Config, why_not: str) -> None:
+    """Raise StreamtrainError if ``evaluation.stop_if_below`` has no labelled images; ``why_not``: of ``held_out``."""
+    if why_not and config.evaluation.stop_if_below is not None and config.evaluation.reference is None:
+        raise StreamtrainError(
+            f"evaluation.stop_if_below needs labelled images, and {why_not}; set evaluation.train or "
+            "evaluation.reference to a labelled set, or evaluation.stop_if_below=null"
+        )
+
+
 def reference_images(config: Config) -> HeldOut | None:
     """Return the images of ``evaluation.reference``, None without a reference or without evaluations.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from commands import run_command
 from drawn_images import draw_folder
-from ranks import ROOT, run_ranks, start_ranks
+from ranks import ROOT, run_ranks
 from safetensors.torch import save_file
 from tiny_backbone import tiny_backbone, tiny_weights
-from tiny_run import logged
+from tiny_run import kill_and_resume, logged
 
 from shards.packing.pack import PackOptions, pack
 from streamtrain.checkpoint import reader as checkpoint
@@ -204,17 +203,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_student_is_exported(folder: Pa
 
     results = run_ranks(command("straight"), 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
-    processes = start_ranks(command("broken"), 2)
-    deadline = time.monotonic() + 200
-    while (checkpoint.saved_steps(tmp_path / "broken") or [0])[-1] < 3:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-    results = run_ranks(command("broken"), 2)
-    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    kill_and_resume(command("broken"), tmp_path / "broken", 3)
     straight, broken = logged(tmp_path / "straight"), logged(tmp_path / "broken")
     assert straight == broken and list(straight) == list(range(1, 7))
     for which in ("student", "teacher"):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from drawn_images import draw_folder
-from ranks import run_ranks, start_ranks
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_backbone import tiny_weights
-from tiny_run import command, logged
+from tiny_run import command, kill_and_resume, logged
 
 from shards.packing.pack import PackOptions, pack
 from streamtrain.checkpoint import reader as checkpoint
@@ -44,17 +43,7 @@ def test_a_gram_stage_killed_between_refreshes_resumes_bit_for_bit(stage_one: Pa
 
     results = run_ranks(words("straight"), 2)
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
-    processes = start_ranks(words("broken"), 2)
-    deadline = time.monotonic() + 200
-    while (checkpoint.saved_steps(tmp_path / "broken") or [0])[-1] < 7:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-    results = run_ranks(words("broken"), 2)
-    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    kill_and_resume(words("broken"), tmp_path / "broken", 7)
     straight, broken = logged(tmp_path / "straight"), logged(tmp_path / "broken")
     assert straight == broken and list(straight) == list(range(4, 12))
     ours, theirs = (checkpoint.read_weights(tmp_path / run, 11, "student") for run in ("straight", "broken"))
