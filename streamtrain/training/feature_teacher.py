@@ -74,7 +74,7 @@ def fill_feature_teacher(config: Config, network: FrozenNetwork) -> None:
         try:
             read, report = stack.enter_context(load_pretrained_backbone(path, shapes))
         except StreamtrainError as error:
-            raise StreamtrainError(f"teacher.model does not fit teacher.weights: {error}") from None
+            raise StreamtrainError(f"teacher.weights: {error}") from None
         absent = [name for name in (*report.missing, *report.reshaped, *report.zeroed) if shapes[name].numel()]
         if absent := [name for name in absent if name not in _UNUSED]:
             raise StreamtrainError(f"teacher.weights {path} does not fit teacher.model: it lacks {absent[0]}")
