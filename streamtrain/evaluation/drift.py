@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from shards.format.files import write_whole
@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Images(Protocol):
-    """A train and a test set, such as ``Study``: this rank's features, and the numbers of images on all ranks."""
+    """A train and a test set, such as ``Study``.
+
+    It has this rank's features, the numbers of images on all ranks, and text that changes with the images.
+    """
 
     @property
     def train(self) -> Rows: ...
@@ -33,6 +36,9 @@ class Images(Protocol):
 
     @property
     def counts(self) -> tuple[int, int]: ...
+
+    @property
+    def identity(self) -> str: ...
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
@@ -75,13 +81,14 @@ class StartFeatures:
                 tensors[f"{name}/{part}"] = _in_order(gather_rows(rows.features), self._runtime.world_size, count)
         if self._runtime.rank == 0:
             try:
-                write_whole(self._path, save({key: value.cpu() for key, value in tensors.items()}))
+                identities = {name: images.identity for name, images in sets.items()}
+                write_whole(self._path, save({key: value.cpu() for key, value in tensors.items()}, identities))
             except OSError as error:
                 logger.warning("%s cannot be written (%s)", self._path, error.strerror)
 
     def compare(self, name: str, images: Images) -> dict[str, float]:
         """Return ``cka`` and ``distance`` of the set ``name`` to step 0; empty if its features are not known."""
-        start = self._read(name, images.counts)
+        start = self._read(name, images)
         if self._failure.has_occurred(start is None):
             if not self._has_warned:
                 logger.warning("%s has no features of these images, so CKA and distance are left out", self._path)
@@ -93,15 +100,20 @@ class StartFeatures:
         start, now = start.to(now.device)[is_image], now[is_image]
         return {"cka": linear_cka(start, now), "distance": mean_distance(start, now)}
 
-    def _read(self, name: str, counts: tuple[int, int]) -> Tensor | None:
+    def _read(self, name: str, images: Images) -> Tensor | None:
         """Return this rank's features of the train and the test set, padded like the images; None if there are none."""
         try:
-            saved = load_file(self._path)
+            with safe_open(self._path, "pt") as file:
+                saved = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
+                identity = (file.metadata() or {}).get(name)
         except (OSError, SafetensorError):
             return None
         rank, world_size = self._runtime.rank, self._runtime.world_size
+        # older files do not identify their images
+        if rank == 0 and identity not in (None, images.identity):
+            return None
         own = []
-        for part, count in zip(("train", "test"), counts, strict=True):
+        for part, count in zip(("train", "test"), images.counts, strict=True):
             features = saved.get(f"{name}/{part}")
             if features is None or len(features) != count:
                 return None

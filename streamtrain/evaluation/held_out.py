@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ class HeldOut:
     test: LabelledImages
     # False: all labels are 0
     is_labelled: bool = True
+
+    @cached_property
+    def digest(self) -> str:
+        """Text that changes with the images, their order or their labels; reads them once."""
+        return f"{self.train.digest()} {self.test.digest()}"
 
 
 def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:

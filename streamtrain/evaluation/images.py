@@ -60,6 +60,7 @@ class LabelledImages:
         unusable: the images that could not be decoded so far; shared by all subsets.
         background: colour behind transparent images; None drops their alpha channel.
         identify: returns text that changes with the content or the order of the images; None for a subset.
+        key: returns text that changes with the content of image i, but not with the folder of the set.
     """
 
     name: str
@@ -69,6 +70,7 @@ class LabelledImages:
     unusable: UnusableImages = field(default_factory=UnusableImages)
     background: Color | None = WHITE
     identify: Callable[[], str] | None = None
+    key: Callable[[int], str] = str
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,8 +101,20 @@ class LabelledImages:
 
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
         return replace(
-            self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])), identify=None
+            self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])), identify=None,
+            key=lambda i: self.key(int(indices[i])),
         )  # fmt: skip
+
+    def digest(self) -> str:
+        """Return text that changes with the images, their order, labels or background, but not with their folder.
+
+        Images of a folder are read.
+        """
+        digest = hashlib.sha256(repr((self.classes, self.background)).encode(errors="surrogateescape"))
+        digest.update(self.labels.astype("<i8").tobytes())
+        for index in range(len(self)):
+            digest.update(f"\n{self.key(index)}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def class_name(self, label: int) -> str:
         """Return the name of a label, or its number if it has none."""
@@ -221,7 +235,14 @@ def _open_folder(path: Path, allow_unlabelled: bool = False) -> LabelledImages:
             digest.update(text.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    return LabelledImages(str(path), labels, classes, read, identify=identify)
+    def key(index: int) -> str:
+        item = inputs.items[index]
+        try:
+            return hashlib.sha256(item.location.read()).hexdigest()
+        except ShardError:
+            return item.name
+
+    return LabelledImages(str(path), labels, classes, read, identify=identify, key=key)
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
@@ -250,4 +271,7 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
         where = np.stack([shards, samples]).astype(np.int64).tobytes()
         return hashlib.sha256(shard_set.digest.encode() + where).hexdigest()
 
-    return LabelledImages(path, labels, shard_set.manifest.classes, read, identify=identify)
+    def key(index: int) -> str:
+        return f"{shard_set.digest}\t{shards[index]}\t{samples[index]}"
+
+    return LabelledImages(path, labels, shard_set.manifest.classes, read, identify=identify, key=key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -72,6 +73,13 @@ class Study:
     def counts(self) -> tuple[int, int]:
         """Numbers of train and test images on all ranks."""
         return len(self.images.train), len(self.images.test)
+
+    @property
+    def identity(self) -> str:
+        """Text that changes with the images and with their preprocessing; not collective."""
+        crops = self.config.crops
+        parts = (self.images.digest, crops.global_size, crops.mean, crops.std)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @cached_property
     def train(self) -> Rows:
@@ -172,12 +180,14 @@ class Baselines:
         start: of the network at step 0, also on the reference.
         pixels: of the pixels as features; kNN only.
         train_images, test_images: numbers of images.
+        images: identities of the sets of images by name, on rank 0.
     """
 
     start: dict[str, float]
     pixels: dict[str, float]
     train_images: int
     test_images: int
+    images: dict[str, str]
 
 
 class OnlineEvaluation:
@@ -193,8 +203,8 @@ class OnlineEvaluation:
         self._sets = {name: one for name, one in named.items() if one is not None}
         has_start = config.init.weights is not None or reference is not None
         self._start_features = StartFeatures(Path(config.run.dir), runtime, failure) if has_start else None
-        # at step 0; None: not known
-        self._start: Mapping[str, float] | None = None
+        # results at step 0 by tag, for each set; None: the images were others
+        self._start: dict[str, Mapping[str, float] | None] = {}
         self._began, self._seconds = time.monotonic(), 0.0
         # not written yet: a full or failing disk delays it
         self._unwritten: Baselines | None = None
@@ -247,9 +257,11 @@ class OnlineEvaluation:
                 by_pixels = _by_tag(EVALUATION, pixels, knn(pixels))
         finally:
             self._log_unusable()
-        self.study, self._began, self._start = studies.get(EVALUATION), time.monotonic(), start
+        identities = {name: study.identity for name, study in studies.items()} if self._runtime.rank == 0 else {}
+        self.study, self._began = studies.get(EVALUATION), time.monotonic()
+        self._start = dict.fromkeys(studies, start)
         num_images = self.study.counts if self.study is not None else (0, 0)
-        baselines = self._unwritten = Baselines(start, by_pixels, *num_images)
+        baselines = self._unwritten = Baselines(start, by_pixels, *num_images, identities)
         self._write_baselines()
         return baselines
 
@@ -268,16 +280,32 @@ class OnlineEvaluation:
         """Return by tag the differences of ``results`` to step 0, and the distance of the features."""
         if self._start_features is None:
             return {}
-        if self._start is None:
+        if name not in self._start:
             # of a resumed run; rank 0 reads it, because a shared folder may show ranks different contents
-            found = [read_start(Path(self._config.run.dir)) if self._runtime.rank == 0 else None]
+            found = [self._read_start(name, study) if self._runtime.rank == 0 else None]
             dist.broadcast_object_list(found, 0)
-            self._start = found[0] or {}
+            self._start[name] = found[0]
+        if (start := self._start[name]) is None:
+            return {}
         prefix = "drift/" if name == EVALUATION else f"drift/{name}/"
-        known = {metric: self._start.get(f"{name}/{metric}") for metric in results}
+        known = {metric: start.get(f"{name}/{metric}") for metric in results}
         changes = {metric: results[metric] - value for metric, value in known.items() if value is not None}
         values = changes | self._start_features.compare(name, study)
         return {f"{prefix}{metric}": value for metric, value in values.items()}
+
+    def _read_start(self, name: str, study: Study) -> Mapping[str, float] | None:
+        """Return the results at step 0 by tag; None, and a warning, if the images of the set ``name`` were others."""
+        baselines = read_baselines(Path(self._config.run.dir))
+        # older runs do not identify their images
+        if baselines.images.get(name) in (None, study.identity):
+            return baselines.start
+        evaluation = self._config.evaluation
+        is_stopping = evaluation.stop_if_below is not None and (name == REFERENCE or evaluation.reference is None)
+        logger.warning(
+            "the images of %s or their preprocessing differ from those at step 0, so their drift is left out%s",
+            study.images.train.name, " and evaluation.stop_if_below has no effect" if is_stopping else "",
+        )  # fmt: skip
+        return None
 
     def _write_baselines(self) -> None:
         """Write ``baselines.json`` on rank 0 if it is due; if that fails, the next evaluation tries again."""
@@ -322,11 +350,6 @@ class OnlineEvaluation:
         is_over = self.share > self._config.evaluation.max_share and self._seconds > 0
         flag = torch.full((1,), float(is_over and self._runtime.rank == 0), device=self._runtime.device)
         return bool(sum_over_ranks(flag))
-
-
-def read_start(run: Path) -> Mapping[str, float]:
-    """Return the evaluation at step 0 by tag, also on the reference; empty if it is not known."""
-    return read_baselines(run).start
 
 
 def _by_tag(name: str, study: Study, results: Mapping[str, float]) -> dict[str, float]:

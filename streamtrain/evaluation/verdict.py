@@ -23,11 +23,15 @@ _KEPT_SHARE, _KEPT_MARGIN = 0.9, 0.02
 
 @dataclass(frozen=True)
 class KnownBaselines:
-    """Content of ``baselines.json``: values in 0..1 by tag, and the number of test images (0: unknown)."""
+    """Content of ``baselines.json``: values in 0..1 by tag, and the number of test images (0: unknown).
+
+    ``images``: what identifies each set of images; without an entry that is not known.
+    """
 
     start: Mapping[str, float] = field(default_factory=dict)
     pixels: Mapping[str, float] = field(default_factory=dict)
     test_images: int = 0
+    images: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def read_baselines(run: Path) -> KnownBaselines:
             for name in ("start", "pixels")
         )
         count = content["test_images"]
-        return KnownBaselines(start, pixels, count if type(count) is int and 0 < count < 2**40 else 0)
+        images = {str(name): str(value) for name, value in content.get("images", {}).items()}
+        return KnownBaselines(start, pixels, count if type(count) is int and 0 < count < 2**40 else 0, images)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return KnownBaselines()
 

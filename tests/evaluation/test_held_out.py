@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 from drawn_images import drawn_image, encoded, packed_set
 from tiny_backbone import class_folder
 
+from shards.packing.pack import pack
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import crop_batches
-from streamtrain.evaluation.held_out import first_images, held_out, stratified_indices
-from streamtrain.evaluation.images import LabelledImages
+from streamtrain.evaluation.held_out import HeldOut, first_images, held_out, stratified_indices
+from streamtrain.evaluation.images import LabelledImages, open_images, split_images
 
 
 def config(**evaluation: object) -> Config:
@@ -79,3 +81,23 @@ def test_whatever_reading_raises_concerns_one_image(error: Exception) -> None:
         images.decode(1)
     assert [images.decode_if_usable(index) is None for index in range(3)] == [False, True, False]
     assert type(error).__name__ in images.unusable.new_reasons()
+
+
+def test_the_digest_follows_content_order_and_labels_but_not_the_folder(tmp_path: Path) -> None:
+    def digest(folder: Path) -> str:
+        return HeldOut(*split_images(open_images(folder))).digest
+
+    folder = class_folder(tmp_path / "images")
+    first = digest(folder)
+    assert digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == first
+    pack(folder, tmp_path / "set")
+    packed = digest(tmp_path / "set")
+    assert digest(Path(shutil.move(tmp_path / "set", tmp_path / "moved"))) == packed
+    # as many images: one with other bytes of the same length, a renamed class, one of another class
+    content = (folder / "down" / "003.png").read_bytes()
+    (folder / "down" / "003.png").write_bytes(content[::-1])
+    (tmp_path / "copy" / "down").rename(tmp_path / "copy" / "up")
+    other = class_folder(tmp_path / "other")
+    for source, target in (("across", "down"), ("down", "across")):
+        (other / source / "004.png").rename(other / target / "104.png")
+    assert len({first, *(digest(each) for each in (folder, tmp_path / "copy", other))}) == 4
