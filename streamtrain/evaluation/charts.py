@@ -66,7 +66,7 @@ def svg_chart(
     tag: str,
     records: Sequence[Mapping[str, Any]],
     baselines: Sequence[Baseline] = (),
-    start: float | None = None,
+    start: tuple[int, float] | None = None,
     half_widths: Mapping[int, float] | None = None,
     is_wide: bool = False,
 ) -> str:
@@ -75,13 +75,13 @@ def svg_chart(
     Args:
         records: of ``metrics.jsonl``; at least one has the tag.
         baselines: drawn as labelled horizontal lines.
-        start: value at step 0, where the curve begins.
+        start: step and value where the curve begins.
         half_widths: half of the interval of confidence at each step, drawn as a band.
     """
     info = describe_tag(tag)
     (line,) = read_lines({"": records}, tag) or [Line("", np.zeros(0), np.zeros(0))]
     if start is not None:
-        line = Line("", np.concatenate([[0.0], line.steps]), np.concatenate([[start], line.values]))
+        line = Line("", np.append(float(start[0]), line.steps), np.append(start[1], line.values))
     factor, unit = display_unit(tag, line.values)
     unit = f" {unit}" if unit.isalpha() or "/" in unit or " " in unit else unit
     if not len(line.steps):

@@ -1,4 +1,4 @@
-"""Drift of a continued run: features of the evaluation images, compared with the features at step 0."""
+"""Drift of a continued run: features of the evaluation images, compared with the features at the start."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def mean_distance(first: Tensor, second: Tensor) -> float:
 
 
 class StartFeatures:
-    """The CLS features at step 0 of all evaluation images, in the run directory: fp32, in the order of the images.
+    """The CLS features at the start of all evaluation images, in the run directory: fp32, in the order of the images.
 
     They are read at each evaluation, so that they take no memory between. All methods are collective.
     """
@@ -72,6 +72,11 @@ class StartFeatures:
     def __init__(self, run_dir: Path, runtime: Runtime, failure: SharedFailure) -> None:
         self._path, self._runtime, self._failure = run_dir / START_FEATURES_NAME, runtime, failure
         self._has_warned = False
+
+    @property
+    def exist(self) -> bool:
+        """Whether this run has saved features; not collective."""
+        return self._path.is_file()
 
     def save(self, sets: Mapping[str, Images]) -> None:
         """Write the features of each set; a failing disk is only a warning."""
@@ -87,7 +92,7 @@ class StartFeatures:
                 logger.warning("%s cannot be written (%s)", self._path, error.strerror)
 
     def compare(self, name: str, images: Images) -> dict[str, float]:
-        """Return ``cka`` and ``distance`` of the set ``name`` to step 0; empty if its features are not known."""
+        """Return ``cka`` and ``distance`` of the set ``name`` to the start; empty if its features are not known."""
         start = self._read(name, images)
         if self._failure.has_occurred(start is None):
             if not self._has_warned:

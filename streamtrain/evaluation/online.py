@@ -177,10 +177,12 @@ class Baselines:
     """Results of the evaluation before the first step, by tag.
 
     Attributes:
-        start: of the network at step 0, also on the reference.
+        start: of the starting network, also on the reference.
         pixels: of the pixels as features; kNN only.
         train_images, test_images: numbers of images.
         images: identities of the sets of images by name, on rank 0.
+        step: completed steps at the start, above 0 after ``--resume``.
+        is_trained: whether the starting network was trained.
     """
 
     start: dict[str, float]
@@ -188,6 +190,8 @@ class Baselines:
     train_images: int
     test_images: int
     images: dict[str, str]
+    step: int
+    is_trained: bool
 
 
 class OnlineEvaluation:
@@ -201,9 +205,8 @@ class OnlineEvaluation:
         self._config, self._images, self._runtime, self._failure = config, images, runtime, failure
         named = {EVALUATION: images, REFERENCE: reference} if config.evaluation.evaluators else {}
         self._sets = {name: one for name, one in named.items() if one is not None}
-        has_start = config.init.weights is not None or reference is not None
-        self._start_features = StartFeatures(Path(config.run.dir), runtime, failure) if has_start else None
-        # results at step 0 by tag, for each set; None: the images were others
+        self._start_features = StartFeatures(Path(config.run.dir), runtime, failure)
+        # results at the start by tag, for each set; None: drift from them is not reported
         self._start: dict[str, Mapping[str, float] | None] = {}
         self._began, self._seconds = time.monotonic(), 0.0
         # not written yet: a full or failing disk delays it
@@ -237,20 +240,26 @@ class OnlineEvaluation:
         self._write_baselines()
         return metrics | {"eval/seconds": seconds, "eval/time_share": self.share}
 
-    def run_before_training(self, embed: Embed, wrap: Wrap) -> Baselines | None:
-        """Evaluate the network at step 0 and the pixels, set ``study`` and write ``baselines.json``.
+    def run_before_training(self, embed: Embed, wrap: Wrap, step: int, is_trained: bool) -> Baselines | None:
+        """Evaluate the starting network and the pixels, set ``study`` and write ``baselines.json``.
 
         Not counted as time of evaluation.
+
+        Args:
+            step: completed steps.
+            is_trained: whether the network is another run's; with ``init.weights`` it also counts as trained.
         """
         if not self._sets:
             return None
+        is_trained = is_trained or self._config.init.weights is not None
+        has_drift = is_trained or self._config.evaluation.reference is not None
         start: dict[str, float] = {}
         by_pixels: dict[str, float] = {}
         studies = {name: self._study(name, embed, wrap) for name in self._sets}
         try:
             for name, study in studies.items():
                 start |= _by_tag(name, study, self._evaluate(name, study))
-            if self._start_features is not None:
+            if has_drift:
                 self._start_features.save(studies)
             if self._images is not None and "knn" in self._config.evaluation.evaluators:
                 pixels = self._study(EVALUATION, partial(_embed_pixels, self._config.crops), wrap)
@@ -259,9 +268,9 @@ class OnlineEvaluation:
             self._log_unusable()
         identities = {name: study.identity for name, study in studies.items()} if self._runtime.rank == 0 else {}
         self.study, self._began = studies.get(EVALUATION), time.monotonic()
-        self._start = dict.fromkeys(studies, start)
+        self._start = dict.fromkeys(studies, start if has_drift else None)
         num_images = self.study.counts if self.study is not None else (0, 0)
-        baselines = self._unwritten = Baselines(start, by_pixels, *num_images, identities)
+        baselines = self._unwritten = Baselines(start, by_pixels, *num_images, identities, step, is_trained)
         self._write_baselines()
         return baselines
 
@@ -277,9 +286,7 @@ class OnlineEvaluation:
         return results
 
     def _drift(self, name: str, study: Study, results: Mapping[str, float]) -> dict[str, float]:
-        """Return by tag the differences of ``results`` to step 0, and the distance of the features."""
-        if self._start_features is None:
-            return {}
+        """Return by tag the differences of ``results`` to the start, and the distance of the features."""
         if name not in self._start:
             # of a resumed run; rank 0 reads it, because a shared folder may show ranks different contents
             found = [self._read_start(name, study) if self._runtime.rank == 0 else None]
@@ -294,15 +301,23 @@ class OnlineEvaluation:
         return {f"{prefix}{metric}": value for metric, value in values.items()}
 
     def _read_start(self, name: str, study: Study) -> Mapping[str, float] | None:
-        """Return the results at step 0 by tag; None, and a warning, if the images of the set ``name`` were others."""
-        baselines = read_baselines(Path(self._config.run.dir))
+        """Return the results at the start by tag; None if drift from them is not reported.
+
+        That is if the start was untrained and there is no reference, or, with a warning, if the images were others.
+        """
+        baselines, evaluation = read_baselines(Path(self._config.run.dir)), self._config.evaluation
+        is_trained = baselines.is_trained
+        if is_trained is None:
+            # an older run, which only saved features of a trained start
+            is_trained = self._config.init.weights is not None or self._start_features.exist
+        if not is_trained and evaluation.reference is None:
+            return None
         # older runs do not identify their images
         if baselines.images.get(name) in (None, study.identity):
             return baselines.start
-        evaluation = self._config.evaluation
         is_stopping = evaluation.stop_if_below is not None and (name == REFERENCE or evaluation.reference is None)
         logger.warning(
-            "the images of %s or their preprocessing differ from those at step 0, so their drift is left out%s",
+            "the images of %s or their preprocessing differ from those at the start, so their drift is left out%s",
             study.images.train.name, " and evaluation.stop_if_below has no effect" if is_stopping else "",
         )  # fmt: skip
         return None

@@ -102,7 +102,9 @@ def report_page(
     baselines, headline = read_baselines(run), headline_tag(records, config.evaluation.best if config else None)
     if len(evaluated := _evaluation_table(records, baselines)) > 1:
         tables = {"Evaluation while training": evaluated, **tables}
-    start_name = "initial" if config and config.init.weights is not None else "untrained"
+    # older runs do not record whether their start was trained
+    is_trained = baselines.is_trained or (config is not None and config.init.weights is not None)
+    start_name = "initial" if is_trained else "untrained"
     charts, more, note = _draw_curves(records, headline, baselines, start_name)
     page = Page(
         title=f"Run {run.resolve().name}",
@@ -136,10 +138,10 @@ def _draw_curves(
         count, start = image_count(tag, baselines), baselines.start.get(tag)
         widths = None
         if count and start is not None:
-            points = [(0, start), *((record["step"], record.get(tag)) for record in records)]
+            points = [(baselines.step, start), *((record["step"], record.get(tag)) for record in records)]
             shares = {step: value for step, value in points if value is not None and 0 <= value <= 1}
             widths = {step: accuracy_margin(value, count) for step, value in shares.items()}
-        return svg_chart(tag, records, lines, start, widths, is_wide)
+        return svg_chart(tag, records, lines, None if start is None else (baselines.step, start), widths, is_wide)
 
     main = _main_tags(headline, tags)
     topics: dict[str, list[str]] = {}
@@ -342,14 +344,15 @@ def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], recor
 def _evaluation_table(records: Records, baselines: KnownBaselines) -> list[list[str]]:
     """Return the baselines and the first, highest and last value of each metric; without any, only the header row."""
     has_start, has_pixels = bool(baselines.start), bool(baselines.pixels)
-    rows = [["", *(["pixels"] if has_pixels else []), *(["step 0"] if has_start else []), "first", "highest", "last"]]
+    known = [*(["pixels"] if has_pixels else []), *([f"step {baselines.step}"] if has_start else [])]
+    rows = [["", *known, "first", "highest", "last"]]
     tags = dict.fromkeys(tag for record in records for tag in record if tag.startswith("eval/"))
     for tag in list(tags)[:MAX_ROWS]:
         values = [(record[tag], record["step"]) for record in records if record.get(tag) is not None]
         if values and tag not in ("eval/seconds", "eval/time_share", "eval/unusable_images"):
-            known = [baselines.pixels.get(tag)] if has_pixels else []
-            known += [baselines.start.get(tag)] if has_start else []
-            cells = ["" if value is None else f"{value:.1%}" for value in known]
+            shares = [baselines.pixels.get(tag)] if has_pixels else []
+            shares += [baselines.start.get(tag)] if has_start else []
+            cells = ["" if value is None else f"{value:.1%}" for value in shares]
             shown = (values[0], max(values), values[-1])
             rows.append([tag.removeprefix("eval/"), *cells, *(f"{value:.1%} (step {step})" for value, step in shown)])
     return rows

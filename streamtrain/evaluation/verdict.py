@@ -25,13 +25,18 @@ _KEPT_SHARE, _KEPT_MARGIN = 0.9, 0.02
 class KnownBaselines:
     """Content of ``baselines.json``: values in 0..1 by tag, and the number of test images (0: unknown).
 
-    ``images``: what identifies each set of images; without an entry that is not known.
+    Attributes:
+        images: what identifies each set of images; without an entry that is not known.
+        step: completed steps at the start, above 0 after ``--resume``.
+        is_trained: whether the starting network was trained; None: not known.
     """
 
     start: Mapping[str, float] = field(default_factory=dict)
     pixels: Mapping[str, float] = field(default_factory=dict)
     test_images: int = 0
     images: Mapping[str, str] = field(default_factory=dict)
+    step: int = 0
+    is_trained: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,16 @@ def read_baselines(run: Path) -> KnownBaselines:
         )
         count = content["test_images"]
         images = {str(name): str(value) for name, value in content.get("images", {}).items()}
-        return KnownBaselines(start, pixels, count if type(count) is int and 0 < count < 2**40 else 0, images)
+        step, is_trained = content.get("step"), content.get("is_trained")
+        return KnownBaselines(
+            start, pixels, _count(count), images, _count(step), is_trained if isinstance(is_trained, bool) else None
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return KnownBaselines()
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and 0 < value < 2**40 else 0
 
 
 def headline_tag(records: Records, best: str | None) -> str | None:
@@ -71,7 +83,7 @@ def image_count(tag: str, baselines: KnownBaselines) -> int:
 
 
 def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines, start_name: str) -> Finding:
-    """Compare the last evaluation with the network at step 0, named ``start_name``, and with the pixels."""
+    """Compare the last evaluation with the starting network, named ``start_name``, and with the pixels."""
     if tag is None:
         return Finding(
             "open", "Learning was not measured",
@@ -86,7 +98,7 @@ def judge_learning(records: Records, tag: str | None, baselines: KnownBaselines,
     if start is None:
         first_step, first = values[0]
         since = f"; the first evaluation, at step {first_step:,}, gave {first:.1%}" if len(values) > 1 else ""
-        return Finding("open", "No baseline", f"{reached}{since}. The network at step 0 was not evaluated.")
+        return Finding("open", "No baseline", f"{reached}{since}. The starting network was not evaluated.")
 
     def margin(other: float) -> float:
         return difference_margin(last, other, count) if count else 0.0

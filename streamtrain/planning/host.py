@@ -60,12 +60,11 @@ def evaluation_buffers(s: Sizes) -> Iterator[Part]:
     values = (s.config.model.dim, "values")
     own = (-(-train // s.world_size) + -(-test // s.world_size), "images of this rank")
     yield part("evaluation's features", "gpu", EVALUATION, own, values, (3 * 4, "B"))
-    if evaluation.reference is not None or s.config.init.weights is not None:
-        # of the reference beside the evaluation set, and of step 0: of all images in the host, then of this rank
-        sets = (1 + (evaluation.reference is not None), "sets")
-        yield part("features of the reference and of step 0", "gpu", EVALUATION, sets, own, values, (4 * 4, "B"))
-        everything = (train + test, "images")
-        yield part("file of features at step 0", "host", EVALUATION, sets, everything, values, (4, "B"))
+    # Of the reference beside the evaluation set, and of the start: of all images in the host, then of this rank. A run
+    # without a trained start needs less, but the plan does not know whether it starts from a checkpoint.
+    sets = (1 + (evaluation.reference is not None), "sets")
+    yield part("features of the reference and of the start", "gpu", EVALUATION, sets, own, values, (4 * 4, "B"))
+    yield part("file of features at the start", "host", EVALUATION, sets, (train + test, "images"), values, (4, "B"))
     similarities = min(4 * -(-train // s.world_size) * test, SIMILARITY_BYTES)
     yield part("evaluation's similarities", "gpu", EVALUATION, (similarities, "B"))
     # cropped ahead of the network, two batches and the current one, and one decoded image per thread

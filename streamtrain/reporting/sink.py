@@ -146,10 +146,10 @@ class MetricsSink:
                 self._progress_guard.run(self._progress.update, step, scalars)
 
     def log_before_training(self, scalars: Mapping[str, float]) -> None:
-        """Report metrics of step 0 to the trackers; ``metrics.jsonl`` begins with the first completed step."""
+        """Report metrics of the start to the trackers; ``metrics.jsonl`` begins with the first completed step."""
         with self.stopwatch:
             finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
-            self._call_trackers("scalars", 0, finite)
+            self._call_trackers("scalars", self._start_step, finite)
 
     def image(self, step: int, image: np.ndarray, tag: str = "data/crops") -> None:
         """Show an image, uint8 [height, width, 3]."""

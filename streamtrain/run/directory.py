@@ -28,9 +28,9 @@ METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 QUARANTINE_NAME = "quarantine.jsonl"
 BEST_NAME = "best.json"
-# evaluation of the network at step 0 and of the pixels
+# evaluation of the starting network and of the pixels
 BASELINES_NAME = "baselines.json"
-# features of the evaluation images at step 0, of a run from init.weights
+# features of the evaluation images at the start, of a run from trained weights
 START_FEATURES_NAME = "start_features.safetensors"
 # every message with its time, also those of libraries that the terminal does not show
 MESSAGES_NAME = "messages.log"
@@ -229,8 +229,6 @@ def _check_stop(config: Config, source: Path | None) -> None:
     evaluation, never = config.evaluation, "or evaluation.stop_if_below=null"
     if source is None and config.init.weights is None:
         raise ConfigError(f"evaluation.stop_if_below needs a starting network; set init.weights, {never}")
-    if source is not None and source.parent.parent.resolve() != Path(config.run.dir).resolve():
-        raise ConfigError("evaluation.stop_if_below has no start to compare with after --resume; set it to null")
     if not 0 < evaluation.every <= config.run.steps:
         raise ConfigError(
             f"evaluation.stop_if_below is never checked: evaluation.every is {evaluation.every}, and the run has "

@@ -56,7 +56,7 @@ def labelled_set(config: Config, shard_set: AnySet) -> str | None:
 
 
 def describe_drift(metrics: Mapping[str, float]) -> str | None:
-    """Return in one line how far the metrics of an evaluation are from step 0; None if that is not among them."""
+    """Return in one line how far the metrics of an evaluation are from the start; None if that is not among them."""
     parts = []
     for name, prefix, drift in (("", "eval/", "drift/"), ("reference: ", "reference/", "drift/reference/")):
         texts = [

@@ -117,14 +117,17 @@ for _metric in ("knn_10", "knn_20", "linear", "patch_retrieval"):
     TAGS[f"reference/{_metric}"] = Tag(f"{_tag.title} on the reference", _tag.description, _tag.unit)
     for _prefix, _suffix in _ON_REFERENCE:
         _title = f"{_tag.title}{_suffix}"
-        TAGS[f"drift/{_prefix}{_metric}"] = Tag(f"{_title}, change", f"{_title} minus its value at step 0.", _tag.unit)
+        TAGS[f"drift/{_prefix}{_metric}"] = Tag(
+            f"{_title}, change", f"{_title} minus its value at the start.", _tag.unit
+        )
 for _prefix, _suffix in _ON_REFERENCE:
     TAGS |= {
         f"drift/{_prefix}cka": Tag(
-            f"CKA with the start{_suffix}", "Linear CKA of CLS features with step 0; 1 for equal or rotated features."
+            f"CKA with the start{_suffix}",
+            "Linear CKA of CLS features with the start; 1 for equal or rotated features.",
         ),
         f"drift/{_prefix}distance": Tag(
-            f"Distance from the start{_suffix}", "Mean of 1 - cosine similarity of CLS features to step 0."
+            f"Distance from the start{_suffix}", "Mean of 1 - cosine similarity of CLS features to the start."
         ),
     }
 

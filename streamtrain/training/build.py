@@ -147,6 +147,8 @@ class StartState:
     data: dict[str, Any] | None
     # the checkpoint that was restored
     source: Path | None
+    # whether it is the run's own, not another run's
+    is_resumed: bool = False
 
     @property
     def slot(self) -> int:
@@ -201,10 +203,10 @@ def restore(
         target_maker.load_state_dict(reader.read_shared())
         if gram is not None:
             gram.start(reader)
+        is_own = source.parent.parent.resolve() == Path(config.run.dir).resolve()
         if anchor is not None:
-            is_own = source.parent.parent.resolve() == Path(config.run.dir).resolve()
             anchor.start(teacher, reader if is_own else None)
-        return StartState(reader.step, skipped, reader.state["data"], source)
+        return StartState(reader.step, skipped, reader.state["data"], source, is_own)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def train(
         hang_detector = HangDetector(run_dir, runtime.rank, config.engine.hang_timeout_seconds)
         non_finite = NonFiniteSteps(run_dir, config.run.max_bad_steps, start.step, start.skipped_steps)
         observers = build_observers(
-            config, runtime, shard_set, planned, networks, loader, sink, non_finite, hang_detector.wrap, start.step
+            config, runtime, shard_set, planned, networks, loader, sink, non_finite, hang_detector.wrap, start
         )
         writer = CheckpointWriter(
             run_dir, config.run, launch.local_world_size, config.engine.collective_timeout_seconds, has_moved

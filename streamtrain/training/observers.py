@@ -41,9 +41,9 @@ from streamtrain.reporting.sink import BestEffort, MetricsSink
 from streamtrain.reporting.usage import StepClock, Work, memory_scalars
 from streamtrain.run.directory import describe_run
 from streamtrain.run.provenance import PLANNED_PEAK
-from streamtrain.training.build import Networks
+from streamtrain.training.build import Networks, StartState
 from streamtrain.training.distill import frozen_teacher_config
-from streamtrain.training.step import StepResult, Wrap, draws_panels, is_due
+from streamtrain.training.step import StepResult, Wrap, draws_panels, has_evaluation, is_due
 
 MAPS_NAME = "maps.npz"
 logger = logging.getLogger(__name__)
@@ -107,13 +107,12 @@ class ObserverList:
 
 def build_observers(
     config: Config, runtime: Runtime, shard_set: AnySet, plan: Plan, networks: Networks, loader: Loader,
-    sink: MetricsSink, non_finite: NonFiniteSteps, wrap: Wrap, start_step: int,
+    sink: MetricsSink, non_finite: NonFiniteSteps, wrap: Wrap, start: StartState,
 ) -> ObserverList:  # fmt: skip
     """Build and start all observers of a run; every rank calls this.
 
     Args:
         wrap: iterates over the images of an evaluation (``HangDetector.wrap``).
-        start_step: completed steps.
 
     Raises:
         ShardError, StreamtrainError: if the images of ``evaluation`` cannot be opened.
@@ -129,11 +128,11 @@ def build_observers(
             StartFiles(config, runtime, shard_set.num_samples, plan),
             Diagnostics(config, non_finite, loader.describe_samples, sink),
             speed,
-            Evaluation(config, runtime, teacher, images, sink, wrap, start_step, failure),
+            Evaluation(config, runtime, teacher, images, sink, wrap, start, failure),
             CropPictures(config, sink),
-            FeatureMaps(config, runtime, teacher, images, shard_set, sink, start_step, failure),
+            FeatureMaps(config, runtime, teacher, images, shard_set, sink, start.step, failure),
             Histograms(student, sink),
-            Trace(config, runtime.rank, sink, start_step),
+            Trace(config, runtime.rank, sink, start.step),
         ],
         failure,
     )
@@ -228,26 +227,26 @@ class Evaluation(Observer):
 
     def __init__(
         self, config: Config, runtime: Runtime, teacher: Teacher, images: HeldOut | None, sink: MetricsSink,
-        wrap: Wrap, start_step: int, failure: SharedFailure,
+        wrap: Wrap, start: StartState, failure: SharedFailure,
     ) -> None:  # fmt: skip
         """``images``: None disables the evaluation on them."""
         self._every, self._teacher, self._sink, self._wrap = config.evaluation.every, teacher, sink, wrap
         self._evaluation = OnlineEvaluation(config, images, runtime, failure, reference_images(config))
         self._projector, self._before = BestEffort("the projector"), BestEffort("the evaluation before training")
-        # a run that never evaluates needs no baselines
-        self._has_baselines = start_step == 0 and 0 < self._every <= config.run.steps
+        self._config, self._start = config, start
 
     def start(self) -> None:
-        """Evaluate the network at step 0 and the pixels if the run is new; if that fails, the run has no baselines."""
-        if self._has_baselines:
+        """Evaluate the starting network and the pixels if the run is new; if that fails, the run has no baselines."""
+        if not self._start.is_resumed and has_evaluation(self._config, self._start.step):
             self._before.run(self._measure_baselines)
 
     def _measure_baselines(self) -> None:
-        baselines = self._evaluation.run_before_training(self._teacher.features, self._wrap)
+        step, is_trained = self._start.step, self._start.source is not None
+        baselines = self._evaluation.run_before_training(self._teacher.features, self._wrap, step, is_trained)
         if baselines:
             self._sink.log_before_training(baselines.start)
             if self._sink.has_trackers:
-                self._projector.run(self._show_features, 0)
+                self._projector.run(self._show_features, step)
 
     def communicates(self, result: StepResult) -> bool:
         return is_due(result.step, self._every)

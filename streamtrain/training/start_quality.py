@@ -19,7 +19,7 @@ METRIC = "knn_20"
 
 
 class StartQuality:
-    """Compares each evaluation with step 0, as ``evaluation.stop_if_below`` configures it."""
+    """Compares each evaluation with the start, as ``evaluation.stop_if_below`` configures it."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime

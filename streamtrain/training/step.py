@@ -193,6 +193,12 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def has_evaluation(config: Config, start_step: int) -> bool:
+    """Return whether an evaluation is due after ``start_step``."""
+    every = config.evaluation.every
+    return every > 0 and config.run.steps // every > start_step // every
+
+
 def draws_panels(step: int, config: Config) -> bool:
     """Return whether crops and feature maps are drawn: at the first, the due and the last step of the run."""
     every = config.monitor.panel_every

@@ -93,7 +93,7 @@ def test_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         "TFLOP",
         "10.0% (step 1)",
         "50.0% (step 5)",
-        "The network at step 0 was not evaluated",
+        "The starting network was not evaluated",
         "40 images seen",
         "No step was skipped as non-finite; no warning of a collapse",
     ):
@@ -213,7 +213,7 @@ def test_the_verdict_compares_with_the_baselines(last: float, baselines: object,
         assert "± " in page.words and "test images; differences below" in page.words
 
 
-def test_baselines_are_labelled_lines_and_the_curve_starts_at_step_0(tmp_path: Path) -> None:
+def test_baselines_are_labelled_lines_and_the_curve_starts_at_the_start(tmp_path: Path) -> None:
     run = evaluated_run(tmp_path, 0.9, known(0.5, 0.4))
     assert exit_status(["report", "--run", run]) == 0
     text = (run / "report.html").read_text()
@@ -224,6 +224,11 @@ def test_baselines_are_labelled_lines_and_the_curve_starts_at_step_0(tmp_path: P
     weights = evaluated_run(tmp_path / "other", 0.9, known(0.5, 0.4), init={"weights": "w"})
     assert exit_status(["report", "--run", weights]) == 0
     assert ">initial 50.0%<" in (weights / "report.html").read_text()
+    # and for one that began with another run's checkpoint
+    resumed = evaluated_run(tmp_path / "resumed", 0.9, known(0.5, 0.4) | {"step": 40, "is_trained": True})
+    assert exit_status(["report", "--run", resumed]) == 0
+    text = (resumed / "report.html").read_text()
+    assert ">initial 50.0%<" in text and ">step 40<" in text
 
 
 def test_the_page_opens_with_recipe_data_and_hardware(tmp_path: Path) -> None:

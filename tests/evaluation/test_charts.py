@@ -35,7 +35,7 @@ def curve(chart: str) -> list[tuple[int, int]]:
 )
 @pytest.mark.parametrize("tag", ["a", "loss/total", "eval/knn_20", "memory/rss_bytes", "speed/step_seconds"])
 def test_charts_of_any_values_are_well_formed(values: list[float | None], tag: str) -> None:
-    chart = svg_chart(tag, records(values, tag), [Baseline("<b>", 0.5)], 0.1, {0: 0.1, 1: 0.2})
+    chart = svg_chart(tag, records(values, tag), [Baseline("<b>", 0.5)], (0, 0.1), {0: 0.1, 1: 0.2})
     assert parse(chart).tag == "figure" and "<b>" not in chart.replace("<figcaption><b>", "")
     assert "nan" not in chart and "inf" not in chart
 
@@ -51,7 +51,7 @@ def test_a_nearly_constant_curve_looks_flat() -> None:
 
 def test_baselines_are_inside_the_plot_and_their_labels_do_not_overlap() -> None:
     chart = svg_chart("eval/knn_20", records([0.7, 0.72, 0.74], "eval/knn_20"), [
-        Baseline("untrained", 0.30), Baseline("pixels", 0.29)], 0.30)  # fmt: skip
+        Baseline("untrained", 0.30), Baseline("pixels", 0.29)], (0, 0.30))  # fmt: skip
     lines = [each for each in parse(chart).iter("line") if each.get("class") == "base"]
     assert [0 < float((each.get("y1") or "").rstrip("%")) < 100 for each in lines] == [True, True]
     labels = [each for each in parse(chart).iter("text") if each.get("class") == "named"]

@@ -153,15 +153,26 @@ def test_a_run_that_loses_its_start_stops_after_a_checkpoint_and_names_the_best(
     assert "best checkpoint: " in last and "step-000000001 (knn_20" in last
     assert (tmp_path / "lost" / "checkpoints" / f"step-{step:09d}").is_dir()
 
-    # a resumed run compares with step 0, here on an unlabelled reference
+    # a resumed run compares with its start, here without the weights and on an unlabelled reference
     code, text, records = train("kept", "schedules.lr.peak=0.0", "run.steps=1")
     assert code == 0 and "from the start to the last evaluation: kNN" in text
-    unlabelled = ["evaluation.stop_if_below=null", f"evaluation.reference={plain}"]
+    unlabelled = ["evaluation.stop_if_below=null", f"evaluation.reference={plain}", "init.weights=null"]
     code, text, records = train("kept", "schedules.lr.peak=0.0", "run.steps=2", *unlabelled, "--accept", "schedules.lr")
     assert code == 0, text
     assert records[1]["drift/cka"] == pytest.approx(1.0) and records[1]["drift/knn_20"] == 0.0
     assert not any(tag.startswith(("reference/knn", "drift/reference/")) for tag in records[1])
-    assert f"4/5 of {plain} or their preprocessing differ from those at step 0, so their drift is left out" in text
+    assert f"4/5 of {plain} or their preprocessing differ from those at the start, so their drift is left out" in text
+
+    # so does a run that began with another run's checkpoint, which evaluation.stop_if_below allows
+    begun = ["init.weights=null", "evaluation.reference=null"]
+    code, text, records = train("next", "run.steps=3", *begun, "--resume", str(tmp_path / "kept"))
+    assert code == 0 and "from the start to the last evaluation: kNN" in text
+    start = json.loads((tmp_path / "next" / "baselines.json").read_text())
+    assert (start["step"], start["is_trained"]) == (2, True) and records[0]["drift/distance"] > 0
+    code, text, records = train("next", "run.steps=4", *begun)
+    assert code == 0 and [record["step"] for record in records] == [3, 4] and records[1]["drift/distance"] > 0
+    assert records[1]["eval/knn_20"] - records[1]["drift/knn_20"] == start["start"]["eval/knn_20"]
+
     code, text, _ = train("no", f"evaluation.reference={plain}")
     assert code == 2 and "evaluation.stop_if_below needs labels" in text.strip().splitlines()[-1]
     code, text, _ = train("no", "evaluation.reference=null", "evaluation.train=null")
