@@ -200,8 +200,11 @@ def _changes(
         yield Change(CONFIG_KEY, f"{source.name} does not record its settings")
     else:
         # older checkpoints record URLs with their credentials
-        before = dict(_flatten(merge(_to_plain(Config()), strip_values(recorded))))
-        current = dict(_flatten(_to_plain(config)))
+        defaults = _to_plain(Config())
+        before, current = (
+            dict(_flatten(_with_teacher_defaults(merge(defaults, each), defaults)))
+            for each in (strip_values(recorded), _to_plain(config))
+        )
         for key in sorted({*before, *current}):
             was, now = _expand(key, before.get(key, _MISSING)), current.get(key, _MISSING)
             if was != now and setting_key(key) not in (None, *_COMPARED_BY_EFFECT):
@@ -212,6 +215,14 @@ def _changes(
     was = saved.get("dtype", before.get("engine.dtype", "auto"))
     if dtype is not None and was not in (dtype, "auto"):
         yield Change("engine.dtype", f"{_describe('the data type', dtype, was)} (engine.dtype={_show(was)} keeps it)")
+
+
+def _with_teacher_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return plain settings with the defaults of all keys that a feature teacher's model section lacks."""
+    teacher = settings["teacher"]
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("model"), dict):
+        return settings
+    return settings | {"teacher": teacher | {"model": merge(defaults["model"], teacher["model"])}}
 
 
 def _expand(key: str, value: Any) -> Any:

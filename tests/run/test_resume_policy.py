@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from streamtrain.config.load import build, merge
+from streamtrain.config.model import ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.run.atomic_io import compute_checksum
@@ -238,3 +239,18 @@ def test_a_damaged_checkpoint_state_is_ignored(run: Path, content: bytes | None)
         size = step_folder(run, 3).joinpath(STATE_NAME).stat().st_size
         (newer / STATE_NAME).write_bytes(content.ljust(size, b" ")[:size])
     assert saved_state(newer) is None and starting_checkpoint(run, None) == step_folder(run, 3)
+
+
+def test_a_feature_teacher_is_compared_with_its_defaults(tmp_path: Path) -> None:
+    def teacher(**model: Any) -> Config:
+        section = {"kind": "frozen", "weights": "w", "model": {"dim": 48, "num_heads": 3, **model}}
+        return build(settings(tmp_path, teacher=section))
+
+    default = ModelConfig().model_dump(mode="json")
+    # a version that records every key and one that knows fewer; whichever wrote the checkpoint
+    full = {key: default[key] for key in ("lora", "layerscale", "num_registers", "factory")}
+    for recorded, current in ((teacher(), teacher(**full)), (teacher(**full), teacher())):
+        write_checkpoint(tmp_path, 3, **build_provenance(recorded, "fp32"))
+        assert check(current, tmp_path) == []
+        with pytest.raises(CheckpointError, match=r"teacher\.model\.num_registers is 2, the checkpoint has 4"):
+            check(teacher(num_registers=2), tmp_path)
