@@ -33,6 +33,8 @@ class StepValues:
     weight_decay: float
     momentum: float
     teacher_temperature: float
+    # a feature teacher's targets have no temperature
+    has_temperature: bool
     last_layer_frozen: bool
     backbone_frozen: bool
     weights: LossWeights
@@ -46,6 +48,7 @@ class StepValues:
             weight_decay=value_at(schedules.weight_decay, step, steps),
             momentum=value_at(schedules.momentum, step, steps),
             teacher_temperature=value_at(schedules.teacher_temperature, step, steps),
+            has_temperature=config.teacher.model is None,
             last_layer_frozen=step < schedules.freeze_last_layer,
             backbone_frozen=step < config.init.freeze_backbone_steps,
             weights=LossWeights(
@@ -60,12 +63,12 @@ class StepValues:
 
     def metrics(self) -> dict[str, float]:
         """Return the optimiser's and the teacher's values by tag."""
-        return {
+        metrics = {
             "optim/lr": self.lr,
             "optim/weight_decay": self.weight_decay,
             "teacher/momentum": self.momentum,
-            "teacher/temperature": self.teacher_temperature,
         }
+        return metrics | ({"teacher/temperature": self.teacher_temperature} if self.has_temperature else {})
 
 
 @dataclass(frozen=True)
