@@ -71,6 +71,7 @@ from streamtrain.run.resume_policy import (
     recorded_constants,
     separate_overrides,
     version_changes,
+    with_recorded_teacher,
 )
 from streamtrain.run.signals import EXIT_FAILED, EXIT_USAGE, STOP_STATUSES, has_stop_file, remove_old_stop_file
 from streamtrain.training.start_checks import check_folders, check_resources
@@ -151,6 +152,24 @@ def load_user_functions(config: Config) -> None:
         backbone_shapes(config.model)
 
 
+def describe_teacher(config: Config, complete: Mapping[str, Any] | None) -> Config:
+    """Return ``config`` with the recorded or the current shape of a feature teacher.
+
+    Args:
+        complete: ``state.json`` of the checkpoint that completes the run, whose teacher may have been deleted.
+
+    Raises:
+        StreamtrainError: as in ``with_teacher_model``, if the run is not complete.
+    """
+    try:
+        return with_teacher_model(config)
+    except StreamtrainError:
+        if complete is None:
+            raise
+        # differences to the recorded settings are reported by the comparison with them
+        return with_recorded_teacher(config, complete)
+
+
 def check_complete(
     config: Config, launch: Launch, source: Path, saved: Mapping[str, Any], accepted: Collection[str]
 ) -> None:
@@ -199,9 +218,9 @@ def train_rank(arguments: argparse.Namespace) -> int:
         is_own = source is not None and source.parent.parent == run_dir
         if is_own and saved is not None and (constants := recorded_constants(config, saved, reshaped)):
             config = load_config(arguments.config, [*arguments.overrides, *constants], launch.world_size)
-        config = with_teacher_model(config)
-        complete = completion_message(config, source)
-        if complete and source is not None and saved is not None and not arguments.dry_run:
+        complete = None if arguments.dry_run else completion_message(config, source)
+        config = describe_teacher(config, saved if complete else None)
+        if complete and source is not None and saved is not None:
             check_complete(config, launch, source, saved, accepted)
             if source.parent.parent == run_dir and launch.rank == 0:
                 # the last save may have been killed; a complete run may be read-only, or still be ending

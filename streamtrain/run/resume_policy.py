@@ -164,6 +164,16 @@ def recorded_constants(config: Config, saved: Mapping[str, Any], reshaped: Itera
     return overrides
 
 
+def with_recorded_teacher(config: Config, saved: Mapping[str, Any]) -> Config:
+    """Return ``config`` with ``teacher.model`` of the checkpoint with ``state.json``, unless it is set."""
+    recorded = saved.get("config")
+    teacher = recorded.get("teacher") if isinstance(recorded, dict) else None
+    model = teacher.get("model") if isinstance(teacher, dict) else None
+    if config.teacher.model is not None or not isinstance(model, dict):
+        return config
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": model})})
+
+
 def has_same_shards(config: Config, saved: Mapping[str, Any]) -> bool:
     """Return whether ``data.shards`` names the same sets as when the checkpoint with ``state.json`` was saved."""
     recorded = saved.get("config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,26 @@ def test_wrong_teachers_end_in_one_line(folder: Path, tmp_path: Path) -> None:
         assert message in str(error.value) and "\n" not in str(error.value), error.value
     with pytest.raises(StreamtrainError, match=r"needs teacher\.weights, a run directory or a backbone"):
         with_teacher_model(load_config("distil_features.yaml"))
+
+
+def test_a_complete_run_needs_no_teacher_and_logs_no_temperature(folder: Path, tmp_path: Path) -> None:
+    weights = Path(shutil.copytree(folder / "teacher", tmp_path / "teacher"))
+
+    def train(steps: int, *overrides: str) -> tuple[int, str, str]:
+        ((code, out, err),) = run_ranks(
+            words(folder / "set", tmp_path / "run", weights, f"run.steps={steps}", *overrides), 1
+        )
+        return code, out, err.strip()
+
+    code, _, errors = train(1)
+    assert code == 0, errors
+    (record,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert "teacher/momentum" in record and "teacher/temperature" not in record and record["loss/distil_cls"] > 0
+    shutil.rmtree(weights)
+    code, out, _ = train(1)
+    assert code == 0 and out.strip().endswith("raise run.steps (now 1) to continue"), out
+    code, _, errors = train(1, "teacher.projector_layers=2")
+    assert code == 2 and "teacher.projector_layers is 2, the checkpoint has 1" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
