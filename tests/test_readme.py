@@ -15,6 +15,7 @@ import pytest
 from streamtrain.cli.main import COMMANDS, parse_arguments
 from streamtrain.config.load import load_config
 from streamtrain.main import add_arguments
+from streamtrain.planning.memory import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,6 +57,23 @@ def test_every_recipe_and_command_is_named() -> None:
             missing.add(command)
     missing |= {script for script in ("tools/quickstart.sh", "tools/test.sh") if script not in README}
     assert not missing
+
+
+def test_recipes_have_the_planned_numbers_of_parameters() -> None:
+    rows = re.findall(r"^\| `(\w+\.yaml)` \| [^|]+ \| ([\d.]+) (.) \| ([\d.]+) (.) \|", README, re.MULTILINE)
+    assert len(rows) > 10
+    for name, backbone, backbone_unit, whole, whole_unit in rows:
+        # the projector of distillation depends on the teacher
+        if name == "distil_features.yaml":
+            continue
+        planned = plan(load_config(name, ["data.shards=x"]), 1)
+        stated = {
+            (backbone, backbone_unit): planned.num_backbone_parameters,
+            (whole, whole_unit): planned.num_parameters,
+        }
+        for (number, unit), count in stated.items():
+            decimals = len(number.partition(".")[2])
+            assert f"{count / {'M': 1e6, 'B': 1e9}[unit]:.{decimals}f}" == number, name
 
 
 def test_every_script_of_a_command_is_a_command() -> None:
