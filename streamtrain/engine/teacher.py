@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,13 @@ class ShardedNetwork:
         deepspeed_compat.release_parameters(self._engine)
 
 
+def _share(parameters: Mapping[str, torch.nn.Parameter], others: Mapping[str, torch.nn.Parameter]) -> None:
+    """Let ``parameters`` use the storage of the shards of ``others``, which are partitioned identically."""
+    for name, other in others.items():
+        assert shard_of(parameters[name]).shape == shard_of(other).shape, name
+        shard_of(parameters[name]).data = shard_of(other).data
+
+
 def _synchronise(device: torch.device) -> None:
     """Wait for all ranks and their devices."""
     if device.type == "cuda":
@@ -76,24 +83,32 @@ def _synchronise(device: torch.device) -> None:
 
 
 class FrozenNetwork(ShardedNetwork):
-    """A frozen teacher, Gram teacher or anchor, stored in the run's dtype only."""
+    """A frozen teacher, Gram teacher or anchor, stored in the run's dtype only.
+
+    Attributes:
+        own: the parameters by name that are not shared with another network; only these are written and saved.
+    """
 
     def __init__(
-        self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any]
-    ) -> None:
+        self, module: torch.nn.Module, leaf: type[torch.nn.Module], rank: int, settings: dict[str, Any],
+        shared: Mapping[str, torch.nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
+        """``shared``: frozen parameters of another network by name, from whose shards this network gathers its own."""
         super().__init__(module, leaf, settings)
         self.fragments = {name: Fragment.of(parameter, rank) for name, parameter in self.parameters.items()}
+        _share(self.parameters, shared or {})
+        self.own = {name: parameter for name, parameter in self.parameters.items() if name not in (shared or {})}
 
     @torch.no_grad()
     def write(self, read: Callable[[str, Fragment], torch.Tensor]) -> None:
-        """Set every value from ``read(name, fragment) -> [numel]``."""
+        """Set every value of ``own`` from ``read(name, fragment) -> [numel]``."""
         self.release()
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.own.items():
             shard_of(parameter).copy_(read(name, self.fragments[name]))
 
     def shards(self) -> Iterator[tuple[str, Shard]]:
-        """Iterate over the parameters' names with this rank's shards."""
-        for name, parameter in self.parameters.items():
+        """Iterate over the names of ``own`` with this rank's shards."""
+        for name, parameter in self.own.items():
             # bind the tensor now: DeepSpeed may replace it by another one with the same values
             yield name, Shard(self.fragments[name].numel, shard_of(parameter).detach)
 
@@ -121,9 +136,7 @@ class Teacher(ShardedNetwork):
         on_host = on_host and masters[0].is_cuda
         dtype = shard_of(next(iter(self.parameters.values()))).dtype
         self._values = [torch.empty_like(master, dtype=dtype) for master in masters]
-        for name, frozen in student.frozen.items():
-            assert shard_of(self.parameters[name]).shape == shard_of(frozen).shape, name
-            shard_of(self.parameters[name]).data = shard_of(frozen).data
+        _share(self.parameters, student.frozen)
         for name in student.parameters:
             parameter = self.parameters[name]
             group, offset, numel = student.position(name)

@@ -107,9 +107,10 @@ def saved_values(s: Sizes) -> int:
 
 def _frozen_bytes(s: Sizes) -> int:
     """Return the bytes of the Gram teacher and the anchor in a checkpoint."""
-    objective = s.config.objective
-    backbone = sum(math.prod(shape) for shape in backbone_shapes(s.config.model).values())
-    return 4 * backbone * (objective.gram.is_active + objective.anchor.is_active)
+    objective, model = s.config.objective, s.config.model
+    numels = {name: math.prod(shape) for name, shape in backbone_shapes(model).items()}
+    trained = sum(numel for name, numel in numels.items() if model.is_trained(name))
+    return 4 * (objective.gram.is_active * sum(numels.values()) + objective.anchor.is_active * trained)
 
 
 def disk_space(s: Sizes) -> Iterator[Part]:

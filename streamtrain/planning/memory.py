@@ -37,7 +37,7 @@ from streamtrain.planning.parts import (
     Part,
     part,
 )
-from streamtrain.planning.shapes import backbone_shapes, block_shapes, parameter_shapes, partition
+from streamtrain.planning.shapes import backbone_shapes, block_shapes, parameter_shapes, partition, trained_shapes
 from streamtrain.planning.sizes import CPU_KERNELS, Implementation, Sizes, StoredImages
 
 # a CUDA context with its kernels, cuBLAS' workspace and NCCL's buffers
@@ -210,9 +210,14 @@ def _states(s: Sizes) -> Iterator[Part]:
     yield part("teacher values", "gpu", ALWAYS, shard, (0 if fp32 and not on_host else s.item, "B"))
     yield part("averages", "host" if on_host else "gpu", ALWAYS, shard, (4, "B"))
     objective = s.config.objective
-    frozen = {"Gram teacher": objective.gram.is_active, "anchor": objective.anchor.is_active}
-    for name in (name for name, is_active in frozen.items() if is_active):
-        backbone = {n: shape for n, shape in parameter_shapes(s.config).items() if n.startswith("backbone.")}
+    frozen = {}
+    if objective.gram.is_active:
+        frozen["Gram teacher"] = parameter_shapes(s.config)
+    if objective.anchor.is_active:
+        # it shares what LoRA freezes
+        frozen["anchor"] = trained_shapes(s.config)
+    for name, shapes in frozen.items():
+        backbone = {n: shape for n, shape in shapes.items() if n.startswith("backbone.")}
         own = partition(backbone, s.config, s.world_size).shard_numel
         yield part(name, "gpu", ALWAYS, (own, "values of this rank"), (s.item, "B"))
     if (backbone_config := s.config.teacher.backbone) is not None:

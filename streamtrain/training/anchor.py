@@ -17,7 +17,8 @@ class StartAnchor:
     """Holds the starting network; does nothing if ``network`` is None because the objective has no anchor.
 
     Checkpoints contain its values. Reading ``init.weights`` again would not do: the file may have changed or moved, and
-    a run that was started with ``--resume`` has none.
+    a run that was started with ``--resume`` has none. What LoRA freezes is shared with the student and keeps the values
+    of the start; checkpoints then contain the others.
     """
 
     def __init__(self, config: Config, network: FrozenNetwork | None) -> None:
@@ -40,7 +41,7 @@ class StartAnchor:
             # partitioned identically, so that no rank needs another rank's values
             network.write(lambda name, _: teacher.ema_shard(name))
             return
-        if not reader.has(f"{KIND}/{next(iter(network.parameters))}"):
+        if not reader.has(f"{KIND}/{next(iter(network.own))}"):
             raise CheckpointError(
                 f"checkpoint {reader.folder} has no anchor, because the run started without objective.anchor.weight; "
                 "set it to 0, or start a new run.dir with --resume"

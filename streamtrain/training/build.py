@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +73,13 @@ class Networks:
         if config.teacher.kind == "frozen":
             target_teacher = _build_target_teacher(config, runtime, accumulation)
         objective = config.objective
-        frozen_backbones = [
-            _build_frozen(FrozenBackbone, config, runtime, accumulation) if is_active else None
-            for is_active in (objective.gram.is_active, objective.anchor.is_active)
-        ]
-        gram, anchor = GramAnchor(config, frozen_backbones[0]), StartAnchor(config, frozen_backbones[1])
+        gram_network = anchor_network = None
+        if objective.gram.is_active:
+            gram_network = _build_frozen(FrozenBackbone, config, runtime, accumulation)
+        if objective.anchor.is_active:
+            # what LoRA freezes keeps the values of the start
+            anchor_network = _build_frozen(FrozenBackbone, config, runtime, accumulation, student.frozen)
+        gram, anchor = GramAnchor(config, gram_network), StartAnchor(config, anchor_network)
         prototypes = TeacherPrototypes(*(target_teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
         return cls(student, teacher, target_teacher, prototypes, gram, anchor, TargetMaker(config.objective))
 
@@ -104,9 +106,12 @@ def _build_target_teacher(config: Config, runtime: Runtime, accumulation: int) -
     return frozen
 
 
-def _build_frozen(network: ModuleClass, config: Config, runtime: Runtime, accumulation: int) -> FrozenNetwork:
+def _build_frozen(
+    network: ModuleClass, config: Config, runtime: Runtime, accumulation: int,
+    shared: Mapping[str, torch.nn.Parameter] | None = None,
+) -> FrozenNetwork:  # fmt: skip
     module, settings = _build_module(network, config, runtime, accumulation)
-    return FrozenNetwork(module, Block, runtime.rank, settings)
+    return FrozenNetwork(module, Block, runtime.rank, settings, shared)
 
 
 def _build_module(

@@ -17,15 +17,14 @@ from streamtrain.config.load import build, merge
 from streamtrain.engine.deepspeed_compat import shard_of
 from streamtrain.engine.runtime import Launch, init_process_group
 from streamtrain.model.initialise import initialise
-from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
-from streamtrain.training.build import build_networks, restore
+from streamtrain.training.build import Networks, restore
 from streamtrain.training.ssl_model import SSLModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sharded_step import (
     ACCUMULATION,
-    HEADS,
+    MICRO_BATCH,
     MOMENTUM,
     TEMPERATURE,
     WEIGHTS,
@@ -40,13 +39,18 @@ STEPS, LR, DECAY = 4, 1e-2, 0.1
 
 def main() -> None:
     dtype, checkpointing, lora = sys.argv[1:]
-    changes = {"model": {"lora": json.loads(lora)}, "optim": {"clip": 0.0, "layer_decay": 1.0, "eps": 1e-6}}
+    launch = Launch.from_environment()
+    changes = {
+        "model": {"lora": json.loads(lora)},
+        "objective": {"anchor": {"weight": 1.0}},
+        "optim": {"clip": 0.0, "layer_decay": 1.0, "eps": 1e-6},
+        "data": {"global_batch": MICRO_BATCH * ACCUMULATION * launch.world_size},
+    }
     config = build(merge(config_of(dtype, checkpointing, "1").model_dump(), changes))
-    with init_process_group(config.engine, Launch.from_environment()) as runtime:
-        student, teacher = build_networks(config, runtime, ACCUMULATION)
-        maker = TargetMaker(config.objective)
-        restore(config, None, student, teacher, maker)
-        prototypes = TeacherPrototypes(*(teacher.weight(f"{head}.prototypes.weight") for head in HEADS))
+    with init_process_group(config.engine, launch) as runtime:
+        networks = Networks.build(config, runtime)
+        student, teacher, maker = networks.student, networks.teacher, networks.target_maker
+        restore(config, None, student, teacher, maker, anchor=networks.anchor)
         plain, plain_teacher = SSLModel(config), SSLModel(config)
         for network in (plain, plain_teacher):
             initialise(network, config.model, config.run.seed)
@@ -63,7 +67,7 @@ def main() -> None:
             student.set_rates(LR, DECAY, last_layer_frozen=False)
             batches = [batch_of(config, step, runtime.rank, micro) for micro in range(ACCUMULATION)]
             features = [teacher.teacher_features(batch, WEIGHTS) for batch in batches]
-            targets = maker.make(features, prototypes, TEMPERATURE)
+            targets = maker.make(features, networks.teacher_prototypes, TEMPERATURE)
             losses = []
             for batch, target in zip(batches, targets, strict=True):
                 losses.append(student.accumulate(batch, target, WEIGHTS)["total"])
@@ -100,6 +104,13 @@ def main() -> None:
             shard_of(teacher.parameters[name]).data_ptr() == shard_of(p).data_ptr()
             for name, p in student.frozen.items()
         )
+        # after training, the anchor still computes the features of the start
+        batch = batch_of(config, 0, runtime.rank, 0)
+        with torch.no_grad():
+            anchor, unmasked = networks.anchor.targets(batch, 1.0), start.features(batch.global_crops)
+        assert anchor is not None and anchor.cls is not None and anchor.patches is not None
+        pairs = ((anchor.cls, unmasked.cls), (anchor.patches, unmasked.patches))
+        report["anchor"] = max(float((got.float() - want).abs().max()) for got, want in pairs)
         if runtime.rank == 0:
             print(json.dumps(report), flush=True)
 

@@ -81,7 +81,7 @@ def test_a_frozen_parameter_is_stored_once(run: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(ranks: int, folder: Path, tmp_path: Path) -> None:
-    settings = ("run.steps=8", "run.checkpoint_every=2", "data.global_batch=8")
+    settings = ("run.steps=8", "run.checkpoint_every=2", "data.global_batch=8", "objective.anchor.weight=1.0")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     expect_success(run_ranks(words(folder, straight, *settings), ranks))
     processes: list[RankProcess] = start_ranks(words(folder, broken, *settings), ranks)
@@ -95,7 +95,14 @@ def test_a_killed_run_resumes_bit_for_bit(ranks: int, folder: Path, tmp_path: Pa
         process.communicate()
     assert checkpoint.saved_steps(broken)[-1] in (2, 4, 6)
     expect_success(run_ranks(words(folder, broken, *settings), ranks))
-    assert logged(broken) == logged(straight)
+    losses = logged(straight)
+    assert logged(broken) == losses and 0 < losses[1]["loss/anchor"] < losses[8]["loss/anchor"]
+    # the anchor shares the frozen parameters
+    (file,) = (checkpoint.step_folder(straight, 8)).glob("rank-00000-*")
+    with safe_open(file, "pt") as saved:
+        keys = [key.partition("/") for key in saved.keys()]  # noqa: SIM118 - not a dict
+    anchor, trained = ({name for kind, _, name in keys if kind == wanted} for wanted in ("anchor", "master"))
+    assert anchor == {name for name in trained if name.startswith("backbone.")}
     for which in ("teacher", "student"):
         ours, theirs = (checkpoint.read_weights(each, which=which) for each in (broken, straight))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
