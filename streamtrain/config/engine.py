@@ -40,7 +40,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> TeacherConfig:
         if self.kind != "frozen" and self.weights is not None:
-            raise ValueError("weights and kind: frozen must be set together")
+            raise ValueError("weights has an effect only with kind: frozen")
         if self.model is not None:
             ModelConfig.model_validate(self.model)
         is_default = self.loss == "cosine" and self.projector_layers == 1

@@ -146,16 +146,17 @@ class ModelConfig(Section):
             raise ValueError("lora needs the built-in network; leave out factory")
         if lora.rank > min(self.dim, self.hidden):
             raise ValueError(
-                f"lora.rank {lora.rank} is larger than the narrowest adapted layer, {min(self.dim, self.hidden)}"
+                f"lora.rank {lora.rank} is larger than the narrowest adapted layer, {min(self.dim, self.hidden)}; "
+                "lower it"
             )
         if lora.free_blocks >= self.depth:
             raise ValueError(
-                f"lora.free_blocks {lora.free_blocks} leaves no block with adapters: depth is {self.depth}"
+                f"lora.free_blocks {lora.free_blocks} leaves no block with adapters: depth is {self.depth}; lower it"
             )
         if lora.blocks != "all" and lora.blocks + lora.free_blocks > self.depth:
             raise ValueError(
                 f"lora.blocks {lora.blocks} and lora.free_blocks {lora.free_blocks} are together more than depth "
-                f"{self.depth}"
+                f"{self.depth}; lower one of them"
             )
         return self
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamtrain.config.feature_teacher import find_teacher_fault
-from streamtrain.config.load import RESOLVED_NAME, read_resolved
+from streamtrain.config.load import RESOLVED_NAME
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError, StreamtrainError
 
@@ -42,8 +42,11 @@ def with_teacher_model(config: Config) -> Config:
             )
         return config
     if not path.exists():
-        read_resolved(path)  # raises the error
-    model = describe_backbone(path, config.model.factory).model
+        raise ConfigError(f"teacher.weights: there is no file or folder {path}")
+    try:
+        model = describe_backbone(path, config.model.factory).model
+    except StreamtrainError as error:
+        raise ConfigError(f"teacher.weights: {error}") from None
     updated = teacher.model_copy(update={"model": model.model_dump(mode="json")})
     found = config.model_copy(update={"teacher": updated})
     if fault := find_teacher_fault(found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -241,9 +241,12 @@ def open_backbone(path: Path) -> Iterator[BackboneFile]:
 
 @contextmanager
 def load_pretrained_backbone(
-    path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM
+    path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM, setting: str | None = None
 ) -> Iterator[tuple[Callable[[str], Tensor | None], MatchReport]]:
     """Open pretrained weights and match them to a backbone, without reading the tensors.
+
+    Args:
+        setting: key of the setting that names ``path``, for error messages.
 
     Yields:
         A function that reads the tensor of one parameter (None if the weights lack it), and the report.
@@ -252,8 +255,12 @@ def load_pretrained_backbone(
         StreamtrainError: if the weights cannot be read, are of another architecture, or match by less than
             ``minimum``; when reading, if values are not finite.
     """
-    with open_backbone(path) as file:
-        yield file.match(expected, minimum)
+    with ExitStack() as stack:
+        try:
+            matched = stack.enter_context(open_backbone(path)).match(expected, minimum)
+        except StreamtrainError as error:
+            raise error if setting is None else StreamtrainError(f"{setting}: {error}") from None
+        yield matched
 
 
 def _choose(state: StateFile, fitting: Sequence[Group]) -> Group:

@@ -228,7 +228,7 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE) and not is_adapter(name)
             }
             path = Path(config.init.weights)
-            loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched)
+            loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched, "init.weights")
             pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())
             frozen = [name for name in (*report.missing, *report.reshaped) if BACKBONE + name in student.frozen]

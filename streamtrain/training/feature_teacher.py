@@ -71,10 +71,7 @@ def fill_feature_teacher(config: Config, network: FrozenNetwork) -> None:
     path = Path(str(config.teacher.weights))
     shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
     with ExitStack() as stack:
-        try:
-            read, report = stack.enter_context(load_pretrained_backbone(path, shapes))
-        except StreamtrainError as error:
-            raise StreamtrainError(f"teacher.weights: {error}") from None
+        read, report = stack.enter_context(load_pretrained_backbone(path, shapes, setting="teacher.weights"))
         absent = [name for name in (*report.missing, *report.reshaped, *report.zeroed) if shapes[name].numel()]
         if absent := [name for name in absent if name not in _UNUSED]:
             raise StreamtrainError(f"teacher.weights {path} does not fit teacher.model: it lacks {absent[0]}")

@@ -79,7 +79,7 @@ class GramAnchor:
             for name, one in network.fragments.items()
             if not is_adapter(name)
         }
-        with load_pretrained_backbone(path, shapes) as (read, report):
+        with load_pretrained_backbone(path, shapes, setting="objective.gram.teacher") as (read, report):
             missing = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
             if missing:
                 raise StreamtrainError(f"objective.gram.teacher {path} has no {', '.join(missing[:5])}")

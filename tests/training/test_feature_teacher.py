@@ -181,7 +181,7 @@ def test_wrong_teachers_end_in_one_line(folder: Path, tmp_path: Path) -> None:
     odd = {"model": {"patch_size": 4}, "crops": {"global_size": 36}}
     head = {"global_loss": {"head": {"prototypes": 64}}, "student_temperature": 0.2}
     for weights, sections, message in (
-        (tmp_path / "absent", {}, "absent is not a run directory: it does not exist"),
+        (tmp_path / "absent", {}, "teacher.weights: there is no file or folder"),
         (tmp_path / "empty", {}, "empty"),
         (tmp_path / "dinov2", {}, "position embeddings"),
         (tiny_weights(tmp_path / "odd"), odd, "global crops of 36 pixels are not a multiple of the patches of 8 pixel"),

@@ -182,7 +182,7 @@ WRONG_STARTS = {
     "unwritable": (["run.dir=/proc/nowhere/run"], "cannot be written"),
     "foreign": (["run.dir=FOREIGN"], "contains no run but other files, such as config.yaml"),
     "weights": (["init.weights=absent"], "init.weights: there is no file or folder absent"),
-    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "absent is not a run directory"),
+    "teacher": (["teacher.kind=frozen", "teacher.weights=absent"], "teacher.weights: there is no file or folder"),
     "resume": (["--resume", "absent", "run.seed=1"], "--resume absent has no checkpoint"),
 }
 

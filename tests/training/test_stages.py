@@ -160,9 +160,9 @@ def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Pa
     for overrides, told in (
         (["objective.global_loss.head.prototypes=33"], "objective.global_loss.head.prototypes is 33, but the teacher"),
         (["objective.patch_loss.kind=cosine"], "model.dim is 16, but the teacher"),
-        ([f"teacher.weights={tmp_path / 'absent'}"], "is not a run directory"),
+        ([f"teacher.weights={tmp_path / 'absent'}"], "teacher.weights: there is no file or folder"),
         (["masks.probability=0.4"], "masks has no effect with teacher.kind: frozen"),
-        (["teacher.kind=ema"], "must be set together"),
+        (["teacher.kind=ema"], "weights has an effect only with kind: frozen"),
     ):
         ((code, _, errors),) = run_ranks(command(stage_one / "set", tmp_path / "no", *given, *overrides), 1)
         assert code == 2 and told in errors.strip().splitlines()[-1], errors[-2000:]
