@@ -58,7 +58,8 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 
 def mean_distance(first: Tensor, second: Tensor) -> float:
     """Return the mean of 1 − cosine similarity of the rows of ``[N, D]`` features, which are spread over ranks."""
-    distance = 1.0 - F.cosine_similarity(first.double(), second.double(), dim=1)
+    # rounding may take the similarity above 1
+    distance = (1.0 - F.cosine_similarity(first.double(), second.double(), dim=1)).clamp(min=0.0)
     total = sum_over_ranks(torch.stack([distance.sum(), torch.full_like(distance.sum(), len(distance))]))
     return float(total[0] / total[1])
 

@@ -316,9 +316,10 @@ class OnlineEvaluation:
         if baselines.images.get(name) in (None, study.identity):
             return baselines.start
         is_stopping = evaluation.stop_if_below is not None and (name == REFERENCE or evaluation.reference is None)
+        source = evaluation.reference if name == REFERENCE else evaluation.train or self._config.data.shards_text
         logger.warning(
-            "the images of %s or their preprocessing differ from those at the start, so their drift is left out%s",
-            study.images.train.name, " and evaluation.stop_if_below has no effect" if is_stopping else "",
+            "the evaluation images of %s or their preprocessing differ from those at the start, so their drift is left "
+            "out%s", source, " and evaluation.stop_if_below has no effect" if is_stopping else "",
         )  # fmt: skip
         return None
 

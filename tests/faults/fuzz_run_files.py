@@ -64,7 +64,10 @@ def read_best_file(content: bytes) -> None:
     best_value(HERE, "eval/knn", 9)
 
 
-BASELINES = {"start": {"eval/knn_20": 0.5}, "pixels": {"eval/knn_20": 0.4}, "train_images": 8, "test_images": 2}
+BASELINES = {
+    "start": {"eval/knn_20": 0.5}, "pixels": {"eval/knn_20": 0.4}, "train_images": 8, "test_images": 2,
+    "images": {"eval": "digest"}, "step": 3, "is_trained": True,
+}  # fmt: skip
 
 
 def read_baselines_file(content: bytes) -> None:
