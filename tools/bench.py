@@ -12,7 +12,7 @@ python tools/bench.py order --samples 1.7e9 --shard-samples 10000 --world 256 --
 python tools/bench.py stream --set SET --samples 50000 [--loader]
 python tools/bench.py operations [--write]
 python tools/bench.py predicted
-python tools/bench.py continue --folder DIR [--images DIR|TAR] [--seeds 3] [--steps 500] [a.b=value ...]
+python tools/bench.py continue --folder DIR --images DIR|TAR [--seeds 3] [--steps 400] [a.b=value ...]
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
 versions and hardware, for benchmarks/results/) and settings as a.b=value.
@@ -144,16 +144,16 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--write", action="store_true", help="write streamtrain/planning/operations.json")
     add("predicted", run_predicted, "predicted time of recipes and published runs on GPUs, as Markdown tables")
 
-    add_option = add("continue", run_continue, "kNN kept and gained by a network continued on other images")
+    add_option = add("continue", run_continue, "kNN kept on drawn images and gained on others by continued training")
     add_option(
         "--folder", type=local_path, required=True, help="folder for sets and runs; existing ones are used again"
     )
     add_option(
-        "--images", type=local_path, help="class folders train and test, or a tar of them (default: drawn images)"
+        "--images", type=local_path, required=True, help="class folders train and test, or a tar of them: the new images"
     )
     add_option("--seeds", type=_parse_count, default=3, help="continued runs of each kind")
-    add_option("--base-steps", type=_parse_count, default=1200, help="steps of the first training")
-    add_option("--steps", type=_parse_count, default=500, help="steps of the continued runs")
+    add_option("--base-steps", type=_parse_count, default=2000, help="steps of the first training")
+    add_option("--steps", type=_parse_count, default=400, help="steps of the continued runs")
     return parser.parse_args()
 
 

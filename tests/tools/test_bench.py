@@ -19,9 +19,9 @@ from shards.packing.pack import PackOptions, pack
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
 
 
-def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str | Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCH), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +226,33 @@ def test_step_ratios_and_shares() -> None:
 
 
 @pytest.mark.slow
-def test_continue_trains_and_measures_on_both_sets(tmp_path: Path) -> None:
-    """On drawn images, with too few steps to learn anything."""
-    steps = ("--base-steps", "8", "--steps", "8", "--seeds", "1")
-    done = bench("continue", "--folder", tmp_path / "runs", *steps, "--json", "--save", tmp_path / "result.json")
+def test_continue_keeps_what_the_network_knew(tmp_path: Path) -> None:
+    """Continued on stripes, a network forgets drawn images without an anchor; with it and adapters, it does not."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 300), ("test", 60)):
+        for name in range(4):
+            folder = tmp_path / "stripes" / part / str(name)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                stripes(rng, name * np.pi / 4).save(folder / f"{number}.png")
+    given = ("--images", tmp_path / "stripes", "--base-steps", "600", "--steps", "200", "--seeds", "1")
+    done = bench("continue", "--folder", tmp_path / "runs", *given, "--json", timeout=1800)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    keys = {f"{kind}_knn_{name}" for kind in ("start", "anchored", "plain") for name in ("a", "b")}
-    assert keys <= set(result) and all(0 <= result[key] <= 100 for key in keys)
-    assert "| anchored |" in done.stdout and "| plain |" in done.stdout
-    for name in ("anchored-0", "plain-0"):
-        curve = result["curves"][name]
-        assert curve["step"] == list(range(9)) and curve["cka_a"][0] == 1.0 and len(curve["knn_b"]) == 9
+    ((start,), kept, forgotten) = (
+        result["accuracies"][way]["a"] for way in ("start", "LoRA and anchor", "first recipe")
+    )
+    assert start > 60 and kept[0] > start - 4 and forgotten[0] < start - 8
+    assert "| anchor |" in done.stdout
+    curve = result["curves"]["anchor-0"]
+    assert curve["step"] == [0, 50, 100, 150, 200] and curve["cka_a"][0] == 1.0 and len(curve["knn_b"]) == 5
+
+
+def stripes(rng: np.random.Generator, angle: float) -> Image.Image:
+    """Draw stripes in two random colours, of random width and almost at ``angle``."""
+    rows, columns = np.mgrid[0:48, 0:48]
+    angle += rng.normal(0, 0.2)
+    wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * rng.uniform(0.3, 1.0) + rng.uniform(0, 6))
+    first, second = rng.uniform(0, 255, (2, 3))
+    pixels = np.where(wave[..., None] > 0, first, second) + rng.normal(0, 20, (48, 48, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

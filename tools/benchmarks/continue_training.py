@@ -1,7 +1,7 @@
-"""Continue a small network on other images, with and without the anchor, and measure kNN on old and new images.
+"""Continue a small network on images of another kind, and measure kNN on the old and the new images.
 
-A network is trained on some classes (set A) and continued on the others (set B), once with ``continue.yaml`` and once
-with the recipe that trained it, as a user without this recipe would. All runs use the command line.
+A network is trained on drawn images (set A) and continued on other images (set B) in several ways: with the recipes that
+keep what it knows, and without. All runs use the command line.
 """
 
 from __future__ import annotations
@@ -19,105 +19,100 @@ from typing import Any
 from streamtrain.errors import StreamtrainError
 
 ROOT = Path(__file__).resolve().parents[2]
+# values of an evaluation by their names in curves
 TAGS = {
     "knn_a": "reference/knn_20", "knn_b": "eval/knn_20", "cka_a": "drift/reference/cka",
     "distance_a": "drift/reference/distance",
 }  # fmt: skip
-# the size of the network and of its images, for every run
-NETWORK = (
-    "model.preset=null", "model.patch_size=4", "model.dim=128", "model.depth=5", "model.num_heads=2",
-    "model.drop_path=0.0", "crops.global_size=32", "crops.local_size=16", "crops.local_count=4",
-    "crops.local_scale=[0.1, 0.4]", "crops.blur.sigma=[0.1, 0.5]", "engine.checkpointing=none",
-    "monitor.tensorboard=false", "monitor.progress=false",
+# The network of quickstart.yaml, its crops and its heads, for the recipes that continue it. The temperatures fit prototypes
+# of 64 numbers; the warm-up and the teacher's average are shortened like the runs.
+SMALL = (
+    "model.preset=null", "model.patch_size=8", "model.dim=128", "model.depth=4", "model.num_heads=2",
+    "model.layerscale=1.0", "crops.global_size=48", "crops.local_size=24", "crops.local_count=4",
+    "crops.local_scale=[0.1, 0.4]", "crops.blur={sigma: [0.1, 0.8], global_probability: [0.2, 0.1], local_probability: 0.1}",
+    "objective.global_loss.head={prototypes: 128, hidden: 256, bottleneck: 64}",
+    "objective.patch_loss={weight: 0.5, head: {prototypes: 128, hidden: 256, bottleneck: 64}}",
+    "objective.student_temperature=0.016", "schedules.teacher_temperature=0.003", "data.micro_batch=32",
+    "engine.checkpointing=none", "schedules.lr.warmup=30", "schedules.momentum.peak=0.95",
+    "evaluation.stop_if_below=null",
 )  # fmt: skip
-HEAD = "{prototypes: 1024, hidden: 512, bottleneck: 128}"
-# for continue.yaml: warm-ups are shortened like the runs, temperatures suit the smaller bottleneck
-ANCHORED = (
-    f"objective.global_loss.head={HEAD}", f"objective.patch_loss.head={HEAD}", "model.layerscale=1.0",
-    "data.micro_batch=32", "init.freeze_backbone_steps=50", "schedules.lr.warmup=25",
-    "objective.student_temperature=0.0226", "schedules.teacher_temperature=0.0045", "evaluation.stop_if_below=null",
-)  # fmt: skip
+LR = "schedules.lr.peak=1e-3"
+LORA_LR = "schedules.lr.peak=2e-3"
+NO_ANCHOR = "objective.anchor.weight=0"
+# the temperatures of quickstart.yaml assume prototypes of constant norm
+FIRST = "schedules.freeze_last_layer=1000000"
+# name of each way: its recipe and settings
+WAYS: dict[str, tuple[str, Sequence[str]]] = {
+    "anchor": ("continue.yaml", (*SMALL, LR)),
+    "LoRA and anchor": ("continue_lora.yaml", (*SMALL, LORA_LR)),
+    "LoRA": ("continue_lora.yaml", (*SMALL, LORA_LR, NO_ANCHOR)),
+    "no anchor": ("continue.yaml", (*SMALL, LR, NO_ANCHOR)),
+    "first recipe": ("quickstart.yaml", (FIRST,)),
+}
 
 
 def run(
-    images: Path | None, folder: Path, seeds: int, base_steps: int, steps: int, overrides: Sequence[str]
+    images: Path, folder: Path, seeds: int, base_steps: int, steps: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """Train, continue and evaluate; return accuracies in per cent, averaged over seeds, and the curves of each run.
+    """Train, continue and evaluate; return accuracies in per cent by way and seed, and the curves of each run.
 
     Args:
-        images: a class folder with ``train`` and ``test``, or a tar file that contains one; None: drawn images.
+        images: set B: a class folder with ``train`` and ``test``, or a tar file that contains one.
         folder: for sets and runs; existing ones are used again.
-        seeds: number of continued runs of each kind.
-        overrides: further settings of the anchored runs.
+        seeds: number of continued runs of each way.
+        base_steps: length of the first training, and ``steps`` of the continued ones.
+        overrides: further settings of all runs.
     """
     sets = _make_sets(images, folder)
-    base = folder / "base"
-    _train("cifar10.yaml", sets["a"], base, base_steps, [*NETWORK, *_evaluation(sets, base_steps, "a")])
-    exported = folder / "exported"
+    common = ["monitor.tensorboard=false", "monitor.progress=false", *overrides]
+    base, exported = folder / "base", folder / "exported"
     if not exported.exists():
+        _train("quickstart.yaml", sets["a"], base, base_steps, [FIRST, *common, "evaluation.every=0"])
         _streamtrain("export", "--run", base, "--to", "safetensors", "--out", exported)
-    start = {name: _accuracy(["--weights", exported], sets[name]) for name in ("a", "b")}
-    result: dict[str, Any] = {f"start_knn_{name}": value for name, value in start.items()}
-    kinds = {"anchored": ("continue.yaml", [*ANCHORED, *overrides]), "plain": ("cifar10.yaml", [])}
+    result: dict[str, Any] = {"start": {name: [_accuracy(["--weights", exported], sets[name])] for name in sets}}
     curves = {}
-    for kind, (recipe, given) in kinds.items():
-        ends = []
+    for way, (recipe, settings) in WAYS.items():
+        result[way] = {name: [] for name in sets}
         for seed in range(seeds):
-            path = folder / f"{kind}-{seed}"
-            settings = [*NETWORK, *_evaluation(sets, steps, "b", "a"), *given]
-            settings += [f"init.weights={exported}", f"run.seed={seed}"]
-            _train(recipe, sets["b"], path, steps, settings)
+            path = folder / f"{way.replace(' ', '_')}-{seed}"
+            given = [*settings, *_evaluation(sets, steps), f"init.weights={exported}", f"run.seed={seed}", *common]
+            _train(recipe, sets["b"], path, steps, given)
             curves[path.name] = _curve(path)
-            ends.append({name: _accuracy(["--run", path], sets[name]) for name in ("a", "b")})
-        for name in ("a", "b"):
-            values = [end[name] for end in ends]
-            result |= {f"{kind}_knn_{name}": mean(values), f"{kind}_knn_{name}_by_seed": values}
+            for name in sets:
+                result[way][name].append(_accuracy(["--run", path], sets[name]))
     (folder / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
-    print(_table(result, seeds))
-    return result | {"curves": curves}
+    print(_table(result))
+    return {"accuracies": result, "curves": curves}
 
 
-def _make_sets(images: Path | None, folder: Path) -> dict[str, dict[str, Path]]:
+def _make_sets(images: Path, folder: Path) -> dict[str, dict[str, Path]]:
     """Return the shard set, the training and the test images of the sets A and B; make them at the first call."""
     folder.mkdir(parents=True, exist_ok=True)
-    if images is None:
-        images = folder / "drawn"
-        for name, count, seed in (("train", 6000, 0), ("test", 1500, 1)):
-            if not (images / name).exists():
-                script = ROOT / "tools" / "make_demo_images.py"
-                _call(sys.executable, script, "--out", images / name, "--count", count, "--size", 40, "--seed", seed)
-    elif images.is_file():
+    drawn = folder / "drawn"
+    for seed, (name, count) in enumerate((("train", 4800), ("test", 3000))):
+        script = ROOT / "tools" / "make_demo_images.py"
+        _call(sys.executable, script, "--out", drawn / name, "--count", count, "--size", 64, "--seed", seed)
+    if images.is_file():
         if not (folder / "unpacked").exists():
             with tarfile.open(images) as tar:
                 tar.extractall(folder / "unpacked", filter="data")
         images = next((path.parent for path in sorted(folder.glob("unpacked/**/train"))), folder)
-    if not (images / "train").is_dir() or not (images / "test").is_dir():
-        raise StreamtrainError(f"{images} has no folders train and test with one subfolder per class")
-    classes = sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
-    num_first = round(0.6 * len(classes))
     sets = {}
-    for name, chosen in (("a", classes[:num_first]), ("b", classes[num_first:])):
-        paths = {part: folder / name / part for part in ("train", "test")}
-        for part, path in paths.items():
-            path.mkdir(parents=True, exist_ok=True)
-            for each in chosen:
-                if not (path / each).exists():
-                    (path / each).symlink_to((images / part / each).resolve())
-        paths["shards"] = folder / f"set-{name}"
-        if not paths["shards"].exists():
-            _streamtrain("pack", "--src", paths["train"], "--out", paths["shards"])
-        sets[name] = paths
+    for name, path in (("a", drawn), ("b", images)):
+        sets[name] = {"train": path / "train", "test": path / "test", "shards": folder / f"set-{name}"}
+        if not (path / "train").is_dir() or not (path / "test").is_dir():
+            raise StreamtrainError(f"{path} has no folders train and test with one subfolder per class")
+        _streamtrain("pack", "--src", path / "train", "--out", sets[name]["shards"])
     return sets
 
 
-def _evaluation(sets: dict[str, dict[str, Path]], steps: int, name: str, reference: str | None = None) -> list[str]:
-    every = max(1, steps // 8)
-    settings = [
-        f"evaluation.train={sets[name]['train']}", f"evaluation.test={sets[name]['test']}", f"evaluation.every={every}",
-        "evaluation.evaluators=[knn]", "evaluation.max_share=1.0", "evaluation.images=4000",
-        f"run.checkpoint_every={every}",
+def _evaluation(sets: dict[str, dict[str, Path]], steps: int) -> list[str]:
+    every = max(1, steps // 4)
+    return [
+        f"evaluation.train={sets['b']['train']}", f"evaluation.test={sets['b']['test']}", f"evaluation.every={every}",
+        f"evaluation.reference={sets['a']['train']}", "evaluation.evaluators=[knn]", "evaluation.max_share=1.0",
+        "evaluation.images=4000", f"run.checkpoint_every={every}",
     ]  # fmt: skip
-    return settings + ([f"evaluation.reference={sets[reference]['train']}"] if reference is not None else [])
 
 
 def _train(recipe: str, paths: dict[str, Path], run_dir: Path, steps: int, settings: Sequence[str]) -> None:
@@ -145,10 +140,19 @@ def _curve(run_dir: Path) -> dict[str, list[float]]:
     return curve
 
 
-def _table(result: dict[str, Any], seeds: int) -> str:
-    lines = [f"kNN (%), mean of {seeds} seeds", "| network | set A | set B |", "|---|---|---|"]
-    for name in ("start", "anchored", "plain"):
-        lines.append(f"| {name} | {result[f'{name}_knn_a']:.1f} | {result[f'{name}_knn_b']:.1f} |")
+def _table(result: dict[str, dict[str, list[float]]]) -> str:
+    start = {name: values[0] for name, values in result["start"].items()}
+    lines = ["| way | kNN on A (%) | change | kNN on B (%) | change |", "|---|---|---|---|---|"]
+    lines.append(f"| start | {start['a']:.1f} | | {start['b']:.1f} | |")
+    for way in WAYS:
+        cells = []
+        for name in ("a", "b"):
+            values = result[way][name]
+            cells += [
+                f"{mean(values):.1f}",
+                f"{mean(values) - start[name]:+.1f} ({', '.join(f'{value - start[name]:+.1f}' for value in values)})",
+            ]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
