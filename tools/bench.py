@@ -149,7 +149,7 @@ def parse_arguments() -> argparse.Namespace:
         "--folder", type=local_path, required=True, help="folder for sets and runs; existing ones are used again"
     )
     add_option(
-        "--images", type=local_path, required=True, help="class folders train and test, or a tar of them: the new images"
+        "--images", type=local_path, required=True, help="the new images: class folders train and test, or a tar"
     )
     add_option("--seeds", type=_parse_count, default=3, help="continued runs of each kind")
     add_option("--base-steps", type=_parse_count, default=2000, help="steps of the first training")

@@ -52,10 +52,11 @@ def test_the_prototypes_of_the_recipe_for_photographs_keep_the_norm_that_its_tem
     assert abs(config.objective.student_temperature - 0.1 * 0.02 * bottleneck**0.5) < 1e-4
 
 
-def test_the_recipe_for_released_weights_protects_them() -> None:
-    config = load_config("continue.yaml")
+@pytest.mark.parametrize("recipe", ["continue.yaml", "continue_lora.yaml"])
+def test_the_recipes_for_released_weights_protect_them(recipe: str) -> None:
+    config = load_config(recipe)
     steps, objective = config.run.steps, config.objective
-    assert objective.anchor.is_active and config.optim.layer_decay < 0.9
+    assert objective.anchor.is_active and (config.optim.layer_decay < 0.9 or config.model.lora.rank > 0)
     assert 0 < config.schedules.lr.warmup < config.init.freeze_backbone_steps < steps / 2
     assert config.evaluation.stop_if_below == 0.9 and 0 < config.evaluation.every <= steps / 4
     bottleneck = objective.global_loss.head.bottleneck

@@ -1,7 +1,7 @@
 """Continue a small network on images of another kind, and measure kNN on the old and the new images.
 
-A network is trained on drawn images (set A) and continued on other images (set B) in several ways: with the recipes that
-keep what it knows, and without. All runs use the command line.
+A network is trained on drawn images (set A) and continued on other images (set B) in several ways: with the recipes
+that keep what it knows, and without. All runs use the command line.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ TAGS = {
     "knn_a": "reference/knn_20", "knn_b": "eval/knn_20", "cka_a": "drift/reference/cka",
     "distance_a": "drift/reference/distance",
 }  # fmt: skip
-# The network of quickstart.yaml, its crops and its heads, for the recipes that continue it. The temperatures fit prototypes
-# of 64 numbers; the warm-up and the teacher's average are shortened like the runs.
+# The network of quickstart.yaml, its crops and its heads, for the recipes that continue it. The temperatures fit
+# prototypes of 64 numbers; the warm-up and the teacher's average are shortened like the runs.
 SMALL = (
     "model.preset=null", "model.patch_size=8", "model.dim=128", "model.depth=4", "model.num_heads=2",
     "model.layerscale=1.0", "crops.global_size=48", "crops.local_size=24", "crops.local_count=4",
-    "crops.local_scale=[0.1, 0.4]", "crops.blur={sigma: [0.1, 0.8], global_probability: [0.2, 0.1], local_probability: 0.1}",
+    "crops.local_scale=[0.1, 0.4]",
+    "crops.blur={sigma: [0.1, 0.8], global_probability: [0.2, 0.1], local_probability: 0.1}",
     "objective.global_loss.head={prototypes: 128, hidden: 256, bottleneck: 64}",
     "objective.patch_loss={weight: 0.5, head: {prototypes: 128, hidden: 256, bottleneck: 64}}",
     "objective.student_temperature=0.016", "schedules.teacher_temperature=0.003", "data.micro_batch=32",
