@@ -10,6 +10,9 @@ for every format:
 - Alpha (a channel, in a palette, or a transparent colour) is then composited on a background, rounded to nearest.
 - The orientation in EXIF, or in XMP where EXIF has none, is applied.
 - Animations and multi-page files give their first frame.
+
+All of this is for 8-bit RGB. For any other ``PixelFormat``, values and channels stay as the file stores them, alpha
+included, and a file of another format is refused; only the orientation is applied.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 
 from shards.errors import ShardError
-from shards.format import jpeg_damage
+from shards.format import imagery, jpeg_damage
 from shards.format.image_files import one_line_errors, open_as
-from shards.format.image_header import SIDEWAYS, Header, find_orientation, png_chunks, read_header
+from shards.format.image_header import SIDEWAYS, Header, find_orientation, png_chunks
+from shards.format.pixels import RGB, PixelFormat
 
 DEFAULT_MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 WHITE = (255, 255, 255)
 Color = tuple[int, int, int]
-Array = npt.NDArray[Any]  # uint8 or uint16
+Array = npt.NDArray[Any]  # uint8 or uint16; float32 only outside 8-bit RGB
 
 _BAND_PIXELS = 1 << 21  # pixels converted at a time, to bound the memory of the conversion
 _RGB_MODES = ("L", "RGB", "LA", "RGBA")
@@ -68,33 +72,63 @@ class Decoded:
 
     def read_band(self, top: int, bottom: int) -> npt.NDArray[np.uint8]:
         """Return rows ``top`` to ``bottom`` as uint8 [rows, width, channels]."""
+        return scale_to_8_bit(self.read_values(top, bottom), self.white)
+
+    def read_values(self, top: int, bottom: int) -> Array:
+        """Return rows ``top`` to ``bottom`` [rows, width, channels] of values from 0 to ``white``."""
         width, height = self.images[0].size
         is_whole = (top, bottom) == (0, height)
         parts = (np.asarray(im if is_whole else im.crop((0, top, width, bottom))) for im in self.images)
-        band = scale_to_8_bit(self.read(*parts), self.white)
+        band = self.read(*parts)
         return band[..., None] if band.ndim == 2 else band
 
 
 def decode(
-    payload: bytes, *, background: Color | None = WHITE, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> npt.NDArray[np.uint8]:
-    """Decode an image file to uint8 [height, width, 3], upright.
+    payload: bytes,
+    *,
+    background: Color | None = WHITE,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    pixels: PixelFormat = RGB,
+) -> Array:
+    """Decode an image file to [height, width, channels] of the dtype of ``pixels``, upright.
 
     Args:
-        background: colour that transparent images are composited on; None drops the alpha channel.
+        background: colour that transparent RGB images are composited on; None drops the alpha channel.
         max_pixels: images with more pixels are refused before they are decoded.
+        pixels: 8-bit RGB, to which images are converted, or the format that the file must have.
 
     Raises:
-        ShardError: not an image, truncated, damaged, too large or without a defined white; gives the reason.
+        ShardError: not an image, truncated, damaged, too large, without a defined white or of another pixel format;
+            gives the reason.
     """
+    if not pixels.is_rgb:
+        return _decode_values(payload, max_pixels, pixels)
     decoded = load_pixels(payload, max_pixels)
     with one_line_errors():
         return to_rgb(decoded, background)
 
 
-def read_bounded(payload: bytes, max_pixels: int) -> Header:
+def _decode_values(payload: bytes, max_pixels: int, pixels: PixelFormat) -> Array:
+    header = read_bounded(payload, max_pixels, pixels)
+    with one_line_errors():
+        if header.format in _VALUE_LOADERS:
+            values = _VALUE_LOADERS[header.format](payload, pixels)
+        else:
+            decoded = load_pixels(payload, max_pixels)
+            values = np.concatenate([decoded.read_values(*band) for band in decoded.bands()])
+        if (found := PixelFormat(values.shape[-1], values.dtype.name)) != pixels:
+            raise ShardError(f"it has {found}, not {pixels}")
+        if pixels.dtype == "float32" and not np.isfinite(values).all():
+            raise ShardError("it has NaN or infinite values; replace them before packing")
+        return np.ascontiguousarray(turn_upright(values, header.orientation))
+
+
+_VALUE_LOADERS = {"TIFF": imagery.load_tiff, imagery.NPY: imagery.load_npy}
+
+
+def read_bounded(payload: bytes, max_pixels: int, pixels: PixelFormat = RGB) -> Header:
     """Read the header of an image of at most ``max_pixels``. Raises as ``decode``."""
-    header = read_header(payload)
+    header = imagery.read_header(payload, pixels)
     if header.width * header.height > max_pixels:
         raise ShardError(f"{header.width}x{header.height} is more than {max_pixels} pixels")
     return header
@@ -159,7 +193,7 @@ def scale_to_8_bit(values: Array, white: int) -> npt.NDArray[np.uint8]:
     return np.minimum(scaled, 255).astype(np.uint8)
 
 
-def turn_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+def turn_upright(pixels: Array, orientation: int) -> Array:
     """Return a view of [height, width, channels] with an EXIF orientation (1 to 8) applied."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)

@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import ShardError
+from shards.format import imagery
 from shards.format.decode import (
     DEFAULT_MAX_PIXELS,
     WHITE,
     Color,
     Decoded,
     composite,
+    decode,
     load_jpeg,
     load_pixels,
     read_bounded,
@@ -25,6 +27,7 @@ from shards.format.decode import (
 )
 from shards.format.image_files import one_line_errors
 from shards.format.image_header import MAX_SIDE, Header, read_header
+from shards.format.pixels import RGB, PixelFormat
 
 __all__ = ["DEFAULT_MAX_PIXELS", "MAX_SIDE", "prepare", "read_size", "tolerant_pillow"]
 
@@ -60,13 +63,13 @@ def tolerant_pillow() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def read_size(payload: bytes) -> tuple[int, int]:
-    """Return (width, height) in pixels from the header, with the orientation applied; takes microseconds.
+def read_size(payload: bytes, pixels: PixelFormat = RGB) -> tuple[int, int]:
+    """Return (width, height) in pixels from the header, with the orientation applied; takes microseconds for RGB.
 
     Raises:
         ShardError: the header cannot be read; gives the reason.
     """
-    header = read_header(payload)
+    header = imagery.read_header(payload, pixels)
     return header.width, header.height
 
 
@@ -77,19 +80,25 @@ def prepare(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     quality: int = DEFAULT_QUALITY,
     upright: bool = False,
+    pixels: PixelFormat = RGB,
 ) -> PreparedImage:
     """Decode an image in full, as training does, and return what to store.
+
+    Other formats than 8-bit RGB are never re-encoded: files of other kinds than those kept are stored as ``.npy``.
 
     Args:
         max_side: images with a longer side are shrunk to this many pixels and stored as JPEG, on white.
         max_pixels: images with more pixels are rejected before decoding.
         quality: JPEG quality for images re-encoded by ``max_side`` or ``upright``.
         upright: apply an EXIF rotation to the pixels instead of leaving it to the decoder.
+        pixels: as ``decode``.
 
     Raises:
-        ShardError: not an image, truncated, damaged or too large; gives the reason.
+        ShardError: not an image, truncated, damaged, too large or of another pixel format; gives the reason.
     """
-    header = read_bounded(payload, max_pixels)
+    header = read_bounded(payload, max_pixels, pixels)
+    if not pixels.is_rgb:
+        return _keep_values(payload, header, max_pixels, pixels)
     is_large = max_side is not None and max(header.width, header.height) > max_side
     with one_line_errors():
         if is_large or (upright and header.orientation != 1):
@@ -103,6 +112,18 @@ def prepare(
             f"{header.width}x{header.height} is longer than {MAX_SIDE} pixels on a side; pack with --max-side"
         )
     return PreparedImage(_with_plain_orientation(payload, header), extension, header.width, header.height)
+
+
+def _keep_values(payload: bytes, header: Header, max_pixels: int, pixels: PixelFormat) -> PreparedImage:
+    values = decode(payload, max_pixels=max_pixels, pixels=pixels)
+    if max(header.width, header.height) > MAX_SIDE:
+        raise ShardError(f"{header.width}x{header.height} is longer than {MAX_SIDE} pixels on a side; cut it in parts")
+    extension = _KEPT_FORMATS.get(header.format)
+    if extension is None:
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=False)
+        payload, extension = buffer.getvalue(), "npy"
+    return PreparedImage(payload, extension, header.width, header.height)
 
 
 def _with_plain_orientation(payload: bytes, header: Header) -> bytes:

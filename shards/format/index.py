@@ -13,6 +13,7 @@ import numpy as np
 
 from shards.errors import ShardError
 from shards.format import images
+from shards.format.pixels import RGB, PixelFormat
 from shards.format.records import RECORD, UNREADABLE
 from shards.format.records import load_index as load_index  # scripts of earlier versions import these two from here
 from shards.format.records import save_index as save_index
@@ -28,30 +29,31 @@ class ShardIndex:
     samples: tuple[Sample, ...]
 
 
-def build_index(archive: BinaryIO, name: str, tally: Tally | None = None) -> ShardIndex:
+def build_index(archive: BinaryIO, name: str, tally: Tally | None = None, pixels: PixelFormat = RGB) -> ShardIndex:
     """Index a seekable tar, reading every image once for its checksum and size; raises as ``read_samples``.
 
     Args:
         tally: receives the counts of members that are passed over.
+        pixels: of the set.
 
     Raises:
         ShardError: not a tar, or truncated; names the tar.
     """
-    samples = read_samples(archive, name, tally)
+    samples = read_samples(archive, name, tally, pixels)
     records = np.zeros(len(samples), dtype=RECORD)
     for row, sample in enumerate(samples):
         image = sample.image
         if image.length > images.MAX_BYTES:
             raise ShardError(f"{name}: {image.name!r} has {image.length} bytes, more than {images.MAX_BYTES}")
         archive.seek(image.offset)
-        records[row] = make_record(image.offset, archive.read(image.length), sample.label)
+        records[row] = make_record(image.offset, archive.read(image.length), sample.label, pixels)
     return ShardIndex(records, samples)
 
 
-def make_record(offset: int, payload: bytes, label: int) -> np.ndarray:
+def make_record(offset: int, payload: bytes, label: int, pixels: PixelFormat = RGB) -> np.ndarray:
     """Return the record of an image at an offset of a tar, flagged ``UNREADABLE`` if its header cannot be read."""
     try:
-        width, height = images.read_size(payload)
+        width, height = images.read_size(payload, pixels)
         flags = 0
     except ShardError:
         width, height, flags = 0, 0, UNREADABLE

@@ -19,6 +19,8 @@ from typing import Any
 
 from shards.errors import ShardError, explain_os_error, read_remedy
 from shards.format.files import MAX_JSON_BYTES, parse_json, write_whole
+from shards.format.pixels import DTYPES, MAX_CHANNELS, RGB, PixelFormat
+from shards.format.statistics import Statistics
 from shards.storage.store import Store, is_url
 
 VERSION = 1
@@ -26,6 +28,7 @@ VERSION = 1
 _NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 FILE_NAME = "manifest.json"
 _FIELDS = ("version", "num_samples", "num_bytes", "digest", "fingerprint", "classes", "shards", "checksum")
+_OPTIONAL_FIELDS = ("channels", "dtype", "statistics")
 _HEX = re.compile("[0-9a-f]*")
 _REMEDY = "copy the set again, or pack it again"
 JOURNAL_NAME = "packing.jsonl"  # progress of a packing; deleted once the manifest is written
@@ -55,12 +58,16 @@ class SetManifest:
         shards: the tars, in order.
         classes: class names by label; empty if labels have no names or there are no labels.
         fingerprint: identifies the source and the packing options; empty if the tars were indexed, not packed.
+        pixels: channels and dtype of all images; in the file only if it is not 8-bit RGB.
+        statistics: of the images, if they were computed.
         faults: defects of the file that do not affect reading the images, as text.
     """
 
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
     fingerprint: str = ""
+    pixels: PixelFormat = RGB
+    statistics: Statistics | None = None
     faults: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -92,6 +99,10 @@ class SetManifest:
             "classes": self.classes,
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if not self.pixels.is_rgb:
+            content |= asdict(self.pixels)
+        if self.statistics is not None:
+            content["statistics"] = asdict(self.statistics)
         content["checksum"] = _checksum(content)
         write_whole(Path(set_dir) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -132,10 +143,12 @@ class SetManifest:
             raise ShardError(f"{path} has version {version}, this version reads {VERSION}; pack the set again")
         try:
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
-            manifest = cls(shards, tuple(content["classes"]), content["fingerprint"])
+            pixels = PixelFormat(content.get("channels", RGB.channels), content.get("dtype", RGB.dtype))
+            statistics = Statistics.parse(content["statistics"], pixels) if "statistics" in content else None
+            manifest = cls(shards, tuple(content["classes"]), content["fingerprint"], pixels, statistics)
             stated = content["digest"]
             invalid = _find_error(manifest)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{path} misses a field ({error}); {_REMEDY}") from error
         if invalid is not None:
             raise ShardError(f"{path} is damaged: {invalid}; {_REMEDY}")
@@ -153,6 +166,9 @@ def _find_error(manifest: SetManifest) -> str | None:
     """Return the first invalid value of an untrusted manifest, as text, or None."""
     if not all(isinstance(text, str) for text in (*manifest.classes, manifest.fingerprint)):
         return "a class or the fingerprint is not a string"
+    pixels = manifest.pixels
+    if type(pixels.channels) is not int or not 1 <= pixels.channels <= MAX_CHANNELS or pixels.dtype not in DTYPES:
+        return f"{pixels.channels!r} channels of {pixels.dtype!r} are not supported"
     for shard in manifest.shards:
         if not all(isinstance(text, str) for text in (shard.name, shard.sha256, shard.url)):
             return "a name, checksum or URL is not a string"
@@ -176,7 +192,7 @@ def _find_faults(content: Mapping[str, Any], manifest: SetManifest) -> Iterator[
         if len(shard.sha256) != 64 or not _HEX.fullmatch(shard.sha256):
             yield f"{shard.sha256!r} is not a SHA-256 checksum"
     for name in content:
-        if name not in _FIELDS:
+        if name not in (*_FIELDS, *_OPTIONAL_FIELDS):
             yield f"unknown field {name!r}"
     # manifests of earlier versions have no checksum
     if content.get("checksum", expected := _checksum(content)) != expected:

@@ -20,6 +20,7 @@ _ADVICE = {
     ".heif": _HEIC_ADVICE,
     ".jxl": "JPEG XL is not supported; convert the files to JPEG",
     ".avif": _AVIF_ADVICE,
+    ".npy": ".npy files are images only with --channels and --dtype",
 }
 
 

@@ -18,9 +18,11 @@ from decimal import Decimal
 from typing import BinaryIO
 
 from shards.errors import ShardError
+from shards.format.pixels import RGB, PixelFormat
 from shards.format.tally import Tally, is_hidden
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
+ARRAY_EXTENSION = "npy"  # of images in sets of other pixels than 8-bit RGB
 LABEL_EXTENSION = "cls"
 NO_LABEL = -1
 MAX_LABEL_BYTES = 1 << 10
@@ -88,7 +90,9 @@ def split_suffix(name: str) -> tuple[str, str]:
     return (name, "") if dot <= slash else (name[:dot], name[dot + 1 :].lower())
 
 
-def read_samples(archive: BinaryIO, name: str, tally: Tally | None = None) -> tuple[Sample, ...]:
+def read_samples(
+    archive: BinaryIO, name: str, tally: Tally | None = None, pixels: PixelFormat = RGB
+) -> tuple[Sample, ...]:
     """Return the samples of an uncompressed tar (USTAR, GNU or PAX) that have an image, in order.
 
     A sample is a run of members with the same key by WebDataset's rule. Its image is the first member named by the key
@@ -96,11 +100,13 @@ def read_samples(archive: BinaryIO, name: str, tally: Tally | None = None) -> tu
 
     Args:
         tally: receives the counts of members that are passed over.
+        pixels: of the set; other than 8-bit RGB, arrays (``.npy``) are images too.
 
     Raises:
         ShardError: not a tar, or truncated, or a label is invalid or ambiguous; names the tar and the member.
     """
     tally = Tally() if tally is None else tally
+    extensions = IMAGE_EXTENSIONS if pixels.is_rgb else (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)
     samples: list[tuple[str, tuple[Component, ...], Component]] = []
     images: list[Member] = []
     labels: list[Member] = []
@@ -109,7 +115,7 @@ def read_samples(archive: BinaryIO, name: str, tally: Tally | None = None) -> tu
     ):
         members = list(run)
         labels += (member for member in members if split_suffix(member.name)[1] == LABEL_EXTENSION)
-        for image, parts in _split_run(members, tally):
+        for image, parts in _split_run(members, tally, extensions):
             stem = split_suffix(image.name)[0]
             components = tuple(_component(member, stem) for member in parts)
             samples.append((stem, components, components[parts.index(image)]))
@@ -218,12 +224,12 @@ def _visible(members: Iterable[Member], tally: Tally) -> Iterator[Member]:
             yield member
 
 
-def _split_run(members: list[Member], tally: Tally) -> Iterator[tuple[Member, list[Member]]]:
+def _split_run(members: list[Member], tally: Tally, extensions: Sequence[str]) -> Iterator[tuple[Member, list[Member]]]:
     """Yield the image of each sample of a run, and the sample's members; count what belongs to no sample."""
     images = []
     for member in members:
         suffix = split_suffix(member.name)[1]
-        if suffix in IMAGE_EXTENSIONS:
+        if suffix in extensions:
             images.append(member)
         elif suffix != LABEL_EXTENSION:
             tally.add_file(member.name)

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format.files import file_sha256, write_whole
+from shards.format.imagery import require_extra
 from shards.format.index import build_index, make_dali_index
+from shards.format.pixels import RGB, PixelFormat
 from shards.format.records import UNREADABLE, save_index
 from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry, counted
 from shards.format.tally import Tally
@@ -55,7 +57,9 @@ class _IndexedTar:
     passed_over: Tally
 
 
-def index_tars(sources: Sequence[str], out: Path | str, *, workers: int = 1, progress: bool = False) -> IndexReport:
+def index_tars(
+    sources: Sequence[str], out: Path | str, *, workers: int = 1, progress: bool = False, pixels: PixelFormat = RGB
+) -> IndexReport:
     """Make a shard set of existing WebDataset tars, which stay where they are.
 
     A sample's image is its first member with an image extension, its label the integer in the ``.cls`` member of the
@@ -66,16 +70,19 @@ def index_tars(sources: Sequence[str], out: Path | str, *, workers: int = 1, pro
         out: folder of the set, new or empty; receives the indexes and the manifest.
         workers: number of processes; 1 uses the calling process.
         progress: show a progress bar on stderr if it is a terminal.
+        pixels: of all images; images of another kind fail to decode later, which ``verify`` reports.
 
     Raises:
         ShardError: there are no tars or no images, a tar is damaged, or the folder cannot hold the set.
     """
     out = Path(out)
+    if not pixels.is_rgb:
+        require_extra()
     locations = [location for source in sources for location in _tars_of(source)]
     if not locations:
         raise ShardError(f"no .tar files in {', '.join(sources)}")
     with _new_folder(out):
-        return _index_all(locations, out, workers, progress)
+        return _index_all(locations, out, workers, progress, pixels)
 
 
 @contextmanager
@@ -102,13 +109,13 @@ def _new_folder(out: Path) -> Iterator[None]:
         raise
 
 
-def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool) -> IndexReport:
+def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool, pixels: PixelFormat) -> IndexReport:
     # tars of different folders may have the same name, so a number is prepended
     tasks = [(location, f"{number:06d}-{location.rpartition('/')[2]}") for number, location in enumerate(locations)]
-    work = ordered_map(partial(_index_one, out), tasks, workers)
+    work = ordered_map(partial(_index_one, out, pixels), tasks, workers)
     shown = None if progress else True
     done = list(tqdm(work, desc="indexing", unit=" tars", total=len(tasks), disable=shown, **bar_size()))
-    manifest = SetManifest(tuple(one.entry for one in done if one.entry.samples))
+    manifest = SetManifest(tuple(one.entry for one in done if one.entry.samples), pixels=pixels)
     passed_over = Tally()
     for one in done:
         passed_over.merge(one.passed_over)
@@ -160,22 +167,22 @@ def _refuse_compressed(location: str) -> None:
         raise ShardError(f"--src {location} is compressed, so single images cannot be read; use streamtrain pack")
 
 
-def _index_one(out: Path, task: tuple[str, str]) -> _IndexedTar:
+def _index_one(out: Path, pixels: PixelFormat, task: tuple[str, str]) -> _IndexedTar:
     location, name = task
     if not is_url(location):
-        return _index_file(Path(location), out, ShardEntry(name, 0, 0, "", location))
+        return _index_file(Path(location), out, ShardEntry(name, 0, 0, "", location), pixels)
     folder, _, tar = location.rpartition("/")
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         copy = Path(scratch) / "copy.tar"
         Store(folder).copy(tar, copy)
-        return _index_file(copy, out, ShardEntry(name, 0, 0, "", strip_credentials(location)))
+        return _index_file(copy, out, ShardEntry(name, 0, 0, "", strip_credentials(location)), pixels)
 
 
-def _index_file(tar: Path, out: Path, entry: ShardEntry) -> _IndexedTar:
+def _index_file(tar: Path, out: Path, entry: ShardEntry, pixels: PixelFormat) -> _IndexedTar:
     passed_over = Tally()
     try:
         with open(tar, "rb") as archive:
-            index = build_index(archive, entry.url, passed_over)
+            index = build_index(archive, entry.url, passed_over, pixels)
         entry = replace(entry, bytes=tar.stat().st_size, samples=len(index.records), sha256=file_sha256(tar))
     except OSError as error:
         raise ShardError(f"{entry.url} cannot be read ({explain_os_error(error)})") from error

@@ -25,9 +25,11 @@ from PIL import features
 from shards.credentials import strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format.files import partial_path
+from shards.format.pixels import RGB, PixelFormat
 from shards.format.set_manifest import counted
 from shards.format.tally import Tally, is_hidden
 from shards.format.tar_members import (
+    ARRAY_EXTENSION,
     LABEL_EXTENSION,
     MAX_LABEL_BYTES,
     NO_LABEL,
@@ -62,6 +64,7 @@ _SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .gif .bmp .pbm .pgm .ppm .pnm .tga .jp2 .j2k .j2c .jpx .jpf"
 )
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split()) | ({".avif"} if features.check("avif") else set())
+_ARRAY_SUFFIXES = IMAGE_SUFFIXES | {f".{ARRAY_EXTENSION}"}
 _DECOMPRESSORS = {".gz": gzip, ".tgz": gzip, ".xz": lzma, ".txz": lzma, ".bz2": bz2, ".tbz2": bz2}
 _TAR_SUFFIX = ".tar"
 _ZIP_SUFFIX = ".zip"
@@ -80,7 +83,7 @@ def needs_unpacking(src: str) -> bool:
     return is_compressed_tar(src) or (is_url(src) and src.endswith(_TAR_SUFFIX))
 
 
-def unpack(src: str, target: Path) -> None:
+def unpack(src: str, target: Path, pixels: PixelFormat = RGB) -> None:
     """Write the uncompressed local copy of a tar that is compressed, in a store, or both.
 
     Raises:
@@ -97,7 +100,7 @@ def unpack(src: str, target: Path) -> None:
         finally:
             if is_url(src):
                 path.unlink(missing_ok=True)
-    _require_images(_list_tar(target, src), src)
+    _require_images(_list_tar(target, src, _suffixes_of(pixels)), src)
 
 
 def _decompress(src: str, path: Path, target: Path) -> None:
@@ -119,8 +122,10 @@ def _decompress(src: str, path: Path, target: Path) -> None:
         raise ShardError(f"{src} cannot be decompressed ({error}); fetch it again, or fix its suffix") from error
 
 
-def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
+def list_inputs(src: str, columns: Columns | None = None, pixels: PixelFormat = RGB) -> Inputs:
     """List the images of a path or URL that needs no unpacking, in an order that depends only on their names.
+
+    Arrays (``.npy``) are images unless ``pixels`` is 8-bit RGB.
 
     Raises:
         ShardError: the source does not exist, cannot be read, or has no images.
@@ -128,28 +133,32 @@ def list_inputs(src: str, columns: Columns | None = None) -> Inputs:
     if not src.strip():
         raise ShardError(f"--src is empty; give {_SOURCES}")
     try:
-        return _require_images(_list_source(src, columns or Columns()), src)
+        return _require_images(_list_source(src, columns or Columns(), _suffixes_of(pixels)), src)
     except OSError as error:
         raise ShardError(f"--src {src} cannot be read ({explain_os_error(error)})") from error
 
 
-def _list_source(src: str, columns: Columns) -> Inputs:
+def _suffixes_of(pixels: PixelFormat) -> frozenset[str]:
+    return IMAGE_SUFFIXES if pixels.is_rgb else _ARRAY_SUFFIXES
+
+
+def _list_source(src: str, columns: Columns, suffixes: frozenset[str]) -> Inputs:
     if is_url(src):
         _refuse_by_name(src)
-        return _list_remote(src, columns)
+        return _list_remote(src, columns, suffixes)
     path = Path(src)
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"--src {src} does not exist; give {_SOURCES}") from None
     if stat.S_ISDIR(mode):
-        return _list_folder(path, columns)
+        return _list_folder(path, columns, suffixes)
     if not stat.S_ISREG(mode):
         raise ShardError(f"--src {src} is neither a folder nor a regular file; give a folder, a list file or a tar")
     if path.suffix.lower() == _TAR_SUFFIX:
-        return _list_tar(path, src)
+        return _list_tar(path, src, suffixes)
     if path.suffix.lower() == _ZIP_SUFFIX:
-        return _list_zip(path, src)
+        return _list_zip(path, src, suffixes)
     if path.suffix.lower() == PARQUET_SUFFIX:
         return list_parquet([src], [path.name], columns, Tally())
     _refuse_by_name(src)
@@ -187,41 +196,41 @@ def _suffix(src: str) -> str:
     return PurePosixPath(src).suffix.lower()
 
 
-def _is_image_name(name: str) -> bool:
-    return _suffix(name) in IMAGE_SUFFIXES and not is_hidden(name)
+def _is_image_name(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
+    return _suffix(name) in suffixes and not is_hidden(name)
 
 
-def list_images(src: Path) -> Inputs:
+def list_images(src: Path, pixels: PixelFormat = RGB) -> Inputs:
     """List the images of a local folder, labelled by class folder; there may be none.
 
     Raises:
         ShardError: a folder cannot be read.
     """
     passed_over = Tally()
-    return _label_files(src, _list_names(src, passed_over), passed_over)
+    return _label_files(src, _list_names(src, passed_over), passed_over, _suffixes_of(pixels))
 
 
-def _label_files(src: Path, names: Sequence[str], passed_over: Tally) -> Inputs:
-    images = _pick_images(names, passed_over)
+def _label_files(src: Path, names: Sequence[str], passed_over: Tally, suffixes: frozenset[str]) -> Inputs:
+    images = _pick_images(names, passed_over, suffixes)
     return label_by_folder([Item(name, NO_LABEL, FileSpan(src / name)) for name in images], passed_over)
 
 
-def _pick_images(names: Iterable[str], passed_over: Tally) -> list[str]:
+def _pick_images(names: Iterable[str], passed_over: Tally, suffixes: frozenset[str]) -> list[str]:
     """Return the names of images; count all others."""
     images = []
     for name in names:
-        if _is_image_name(name):
+        if _is_image_name(name, suffixes):
             images.append(name)
         else:
             passed_over.add_file(name)
     return images
 
 
-def _list_folder(src: Path, columns: Columns) -> Inputs:
+def _list_folder(src: Path, columns: Columns, suffixes: frozenset[str]) -> Inputs:
     passed_over = Tally()
     names = _list_names(src, passed_over)
-    if any(map(_is_image_name, names)):
-        return _label_files(src, names, passed_over)
+    if any(_is_image_name(name, suffixes) for name in names):
+        return _label_files(src, names, passed_over, suffixes)
     tables = [name for name in names if name.lower().endswith(PARQUET_SUFFIX)]
     tars = [name for name in names if name.lower().endswith(_TAR_SUFFIX)]
     for name in names:
@@ -249,7 +258,7 @@ def _list_names(src: Path, passed_over: Tally) -> list[str]:
     )
 
 
-def _list_remote(src: str, columns: Columns) -> Inputs:
+def _list_remote(src: str, columns: Columns, suffixes: frozenset[str]) -> Inputs:
     folder = src.rstrip("/")
     passed_over = Tally()
     if folder.lower().endswith(PARQUET_SUFFIX):
@@ -258,13 +267,13 @@ def _list_remote(src: str, columns: Columns) -> Inputs:
     visible = [name for name in tree if not is_hidden(name)]
     passed_over.add("files in hidden folders, or hidden files, passed over", len(tree) - len(visible))
     tables = [name for name in visible if name.lower().endswith(PARQUET_SUFFIX)]
-    if tables and not any(map(_is_image_name, visible)):
+    if tables and not any(_is_image_name(name, suffixes) for name in visible):
         for name in visible:
             if not name.lower().endswith(PARQUET_SUFFIX):
                 passed_over.add_file(name)
         return list_parquet([f"{folder}/{name}" for name in tables], tables, columns, passed_over)
     plain = unquote if folder.startswith("http") else str  # links on web pages are percent-encoded
-    images = _pick_images(visible, passed_over)
+    images = _pick_images(visible, passed_over, suffixes)
     items = [Item(plain(name), NO_LABEL, RemoteObject(folder, name, tree[name])) for name in images]
     return label_by_folder(items, passed_over)
 
@@ -289,7 +298,7 @@ def _raise_unreadable(error: OSError) -> None:
     raise ShardError(f"{error.filename} cannot be read ({explain_os_error(error)})") from error
 
 
-def _list_tar(path: Path, src: str) -> Inputs:
+def _list_tar(path: Path, src: str, suffixes: frozenset[str]) -> Inputs:
     """List the images of an uncompressed tar at ``path``; errors name it ``src``."""
     passed_over = Tally()
     with open(path, "rb") as archive:
@@ -300,10 +309,11 @@ def _list_tar(path: Path, src: str) -> Inputs:
             lambda label: read_label(archive, label, src),
             src,
             passed_over,
+            suffixes,
         )
 
 
-def _list_zip(path: Path, src: str) -> Inputs:
+def _list_zip(path: Path, src: str, suffixes: frozenset[str]) -> Inputs:
     """List the images of a zip archive; its members are read in place."""
     passed_over = Tally()
     try:
@@ -315,6 +325,7 @@ def _list_zip(path: Path, src: str) -> Inputs:
             lambda label: parse_label(_read_zip_label(path, label), f"{src}: {label.name}"),
             src,
             passed_over,
+            suffixes,
         )
     except ShardError:
         raise
@@ -345,12 +356,13 @@ def _list_archive(
     read: Callable[[Member], int | None],
     src: str,
     passed_over: Tally,
+    suffixes: frozenset[str],
 ) -> Inputs:
     """List the images among the members of an archive, with labels from its ``.cls`` members or its folders."""
     images: list[Member] = []
     labels: list[Member] = []
     for member in members:
-        if _is_image_name(member.name):
+        if _is_image_name(member.name, suffixes):
             images.append(member)
         elif split_suffix(member.name)[1] == LABEL_EXTENSION and not is_hidden(member.name):
             labels.append(member)

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -24,16 +24,20 @@ from shards.errors import ShardError, explain_os_error
 from shards.format import images
 from shards.format.files import cache_folder, make_private_folder, partial_path, remove_partials, write_whole
 from shards.format.folder_lock import FolderInUse, lock_folder
+from shards.format.imagery import require_extra
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
 from shards.format.tally import Tally
 from shards.packing.inputs import list_inputs, needs_unpacking, unpack
 from shards.packing.items import Inputs, Item, SourceUnreachable, sample_key
+from shards.packing.options import PackOptions as PackOptions
 from shards.packing.parallel import ordered_map
 from shards.packing.parquet import Columns
 from shards.packing.shard_writer import ShardWriter
+from shards.packing.statistics import compute_statistics
 from shards.packing.summary import count_reasons
 from shards.packing.upload import MARKER_NAME, REJECTED_NAME, Upload
 from shards.progress import bar_size
+from shards.reading.shard_set import ShardSet
 from shards.storage.store import is_url
 
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
@@ -41,19 +45,6 @@ _LOCK = "packing.lock"
 _UNPACKED = "packing.tar"
 _ITEMS_PER_TASK = 16
 _SET_NAMES = {"shards", "index", FILE_NAME, REJECTED_NAME, JOURNAL_NAME, MARKER_NAME, _LOCK, _UNPACKED}
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """Options that determine the bytes of a set, together with its source."""
-
-    shard_bytes: int = 256_000_000  # maximum size of a tar, except for a single larger image
-    max_side: int | None = None  # shrink images to this many pixels on the longer side
-    quality: int = images.DEFAULT_QUALITY  # of re-encoded JPEGs
-    max_pixels: int = images.DEFAULT_MAX_PIXELS  # reject images with more pixels
-    upright: bool = False  # apply an EXIF rotation to the pixels, instead of leaving it to the decoder
-    shuffle: int | None = None  # seed: pack in random order
-    dedup: bool = False  # leave out images with the same bytes as an earlier one
 
 
 @dataclass(frozen=True)
@@ -137,21 +128,25 @@ def pack(
         ShardError: there are no images or none can be used, the source cannot be read, or the folder or URL cannot
             hold the set; the message gives the remedy.
     """
-    src, upload, folder = str(src), None, Path(out)
+    src, upload, folder, options = str(src), None, Path(out), options or PackOptions()
+    if not options.pixels.is_rgb:
+        require_extra()
+        if options.max_side is not None or options.upright:
+            raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}")
     if is_url(str(out)):
         folder = scratch or scratch_folder(str(out))
         upload = Upload(str(out), folder)
-    packing = _Packing(src, folder, options or PackOptions(), upload, workers, progress, on_listed)
+    packing = _Packing(src, folder, options, upload, workers, progress, on_listed)
     option = "--scratch" if upload else "--out"
     if not needs_unpacking(src) or not (is_url(src) or Path(src).is_file()):
-        inputs = list_inputs(src, columns)  # before the folder is created
+        inputs = list_inputs(src, columns, options.pixels)  # before the folder is created
         with _locked_folder(folder, option):
             return packing.run(inputs)
     with _locked_folder(folder, option):
         plain = folder / _UNPACKED
         try:
-            unpack(src, plain)
-            return packing.run(list_inputs(str(plain)))
+            unpack(src, plain, options.pixels)
+            return packing.run(list_inputs(str(plain), pixels=options.pixels))
         finally:
             plain.unlink(missing_ok=True)
 
@@ -225,7 +220,7 @@ class _Packing:
         out, upload = self.out, self.upload
         if self.on_listed is not None:
             self.on_listed(inputs)
-        fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, asdict(self.options)]))
+        fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, self.options.identity()]))
         finished = upload.find_finished(fingerprint) if upload else _find_finished(out, fingerprint)
         if finished is not None:
             (out / JOURNAL_NAME).unlink(missing_ok=True)
@@ -250,10 +245,14 @@ class _Packing:
             _remove_unfinished(out)
             first = done.rejected[0]
             count, reason = len(inputs.items), f"{first['path']}: {first['reason']}"
-            raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}")
+            advice = "; images of other kinds need --channels and --dtype" if self.options.pixels.is_rgb else ""
+            raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}{advice}")
         listed = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected).encode()
         write_whole(out / REJECTED_NAME, listed)
-        manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint)
+        manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint, self.options.pixels)
+        if not (self.options.pixels.is_rgb or upload):
+            statistics = compute_statistics(ShardSet(out, manifest), self.workers, self.progress)
+            manifest = replace(manifest, statistics=statistics)
         if upload:
             upload.finish(manifest)
             _remove_unfinished(out)
@@ -422,6 +421,7 @@ def _prepare_one(item: Item, options: PackOptions) -> _Outcome:
             max_pixels=options.max_pixels,
             quality=options.quality,
             upright=options.upright,
+            pixels=options.pixels,
         )
     except SourceUnreachable:
         raise

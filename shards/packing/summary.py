@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from shards.errors import ShardError, printable
 from shards.format.decode import decode
 from shards.format.image_files import find_format, open_as
-from shards.format.set_manifest import counted
+from shards.format.pixels import VALUE_RANGES, to_rgb8
+from shards.format.set_manifest import SetManifest, counted
 from shards.format.tar_members import NO_LABEL
 from shards.reading.shard_set import ShardSet
 
@@ -92,6 +93,8 @@ def describe_images(shard_set: ShardSet) -> list[str]:
     kinds = Counter(_kind_of(shard_set, *place) for place in picked)
     ranked = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
     lines.append(f"formats{_share_text(len(picked), shard_set)}: {ranked}")
+    if shard_set.pixels.is_rgb and any("16 bits" in kind for kind in kinds):
+        lines.append("images of 16 bits were packed as 8-bit RGB; --channels 1 --dtype uint16 keeps their values")
     if np.median(pixels) > _LARGE_PIXELS:
         lines.append(
             "large images: decoding them can take longer than training on them; --max-side 512 packs them at a size "
@@ -134,7 +137,8 @@ def contact_sheet(shard_set: ShardSet, classes: Sequence[str], count: int = 48) 
     for shard, sample in _spread(shard_set, count):
         label = int(shard_set.record(shard, sample)["label"])
         try:
-            image = Image.fromarray(decode(shard_set.read(shard, sample)))
+            values = decode(shard_set.read(shard, sample), pixels=shard_set.pixels)
+            image = Image.fromarray(to_rgb8(values, _shown_ranges(shard_set.manifest)))
         except ShardError:
             continue
         image = ImageOps.contain(image, (_TILE, _TILE), Image.Resampling.LANCZOS)
@@ -172,11 +176,21 @@ def _kind_of(shard_set: ShardSet, shard: int, sample: int) -> str:
     """Return the format and the channels of an image."""
     try:
         payload = shard_set.read(shard, sample)
+        if not shard_set.pixels.is_rgb:
+            return f"{shard_set.pixels}"
         name = find_format(payload)
         mode = open_as(name, payload).mode
     except ShardError:
         return "unreadable"
     return f"{name} {_CHANNELS.get(mode, mode)}"
+
+
+def _shown_ranges(manifest: SetManifest) -> list[tuple[float, float]]:
+    """Return the values of black and white: nearly all values of each channel if they are known."""
+    if manifest.pixels.is_rgb or manifest.statistics is None:
+        return [VALUE_RANGES[manifest.pixels.dtype]]
+    rows = manifest.statistics.percentiles
+    return [(low, max(high, low + 1e-6)) for low, high in zip(rows["1"], rows["99"], strict=True)]
 
 
 def _size(sides: np.ndarray) -> str:

@@ -175,7 +175,7 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
         if file_sha256(tar) != entry.sha256:
             yield Fault(tar_name, "its SHA-256 differs from the manifest's")
         with open(tar, "rb") as archive:
-            samples = read_samples(archive, tar_name)
+            samples = read_samples(archive, tar_name, pixels=shard_set.pixels)
     except OSError as error:
         if is_source_failure(error):
             raise ShardError(f"{tar} cannot be read ({explain_os_error(error)}); fix that and re-run") from error
@@ -249,7 +249,7 @@ def _check_images(shard_set: ShardSet, shard: int, numbers: range, max_pixels: i
                 return  # reported by _check_files
             raise
         try:
-            image = images.prepare(payload, max_pixels=max_pixels)
+            image = images.prepare(payload, max_pixels=max_pixels, pixels=shard_set.pixels)
         except ShardError as error:
             yield Fault(name, str(error), number, shard_set.key(shard, number))
             continue

@@ -144,6 +144,7 @@ class JoinedSet:
 
     Attributes:
         weights: relative share of each member in the stream, of any scale.
+        pixels: channels and dtype of the images of all members.
     """
 
     def __init__(self, members: Sequence[ShardSet], weights: Sequence[float]) -> None:
@@ -152,6 +153,7 @@ class JoinedSet:
         self.num_samples = sum(member.num_samples for member in members)
         self.num_shards = int(self._first_shard[-1])
         self.is_remote = any(member.is_remote for member in members)
+        self.pixels = members[0].pixels
 
     @property
     def traffic(self) -> Traffic:
@@ -221,9 +223,13 @@ def open_sets(shares: Sequence[tuple[str, float]], policy: RetryPolicy | None = 
         shares: path or URL of each set, with its weight in the stream (positive, of any scale).
 
     Raises:
-        ShardError: a set is missing or unfinished, or a file is missing or truncated; the message gives the remedy.
+        ShardError: a set is missing or unfinished, a file is missing or truncated, or the sets have different pixels;
+            the message gives the remedy.
     """
     members = [ShardSet.open(location, policy) for location, _ in shares]
+    for (location, _), member in zip(shares, members, strict=True):
+        if member.pixels != members[0].pixels:
+            raise ShardError(f"{location} has {member.pixels}, {shares[0][0]} has {members[0].pixels}; mix equal sets")
     return members[0] if len(members) == 1 else JoinedSet(members, [weight for _, weight in shares])
 
 

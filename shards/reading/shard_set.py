@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from shards.errors import SampleError, ShardError, explain_os_error, printable, read_remedy
+from shards.format.pixels import PixelFormat
 from shards.format.records import (
     RECORD,
     DamagedIndexError,
@@ -165,6 +166,11 @@ class ShardSet:
     def digest(self) -> str:
         """Digest of the set, which a saved stream must match."""
         return self.manifest.digest
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Channels and dtype of the images."""
+        return self.manifest.pixels
 
     def tar_path(self, shard: int) -> Path:
         entry = self.manifest.shards[shard]

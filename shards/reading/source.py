@@ -201,7 +201,7 @@ class Source:
         payload = self.shard_set.read(shard, sample)
         # the crops are drawn for the size in the record, so a wrong size would fail later, at every start
         try:
-            size = images.read_size(payload)
+            size = images.read_size(payload, self.shard_set.pixels)
         except ShardError:
             size = width, height  # left to the decoder, whose errors exclude the image at every slot
         if size == (height, width):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shards.format.pixels import DTYPES, MAX_CHANNELS, RGB, PixelFormat
 from streamtrain.config.data import MIN_PIXELS
 from streamtrain.config.section import parse_bytes
 from streamtrain.errors import StreamtrainError
@@ -66,6 +67,21 @@ def max_pixels(text: str) -> int:
     if (pixels := positive_int(text)) < MIN_PIXELS:
         raise argparse.ArgumentTypeError(f"{pixels} pixels is a tiny image; for megapixels, write {pixels}000000")
     return pixels
+
+
+def add_pixel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --channels and --dtype, which ``pixel_format`` reads."""
+    parser.add_argument(
+        "--channels", type=positive_int, default=RGB.channels, metavar="N",
+        help="channels of all images (default: 3); 3 of uint8 are RGB, to which every image is converted",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default=RGB.dtype, help="type of the values (default: %(default)s)")
+
+
+def pixel_format(arguments: argparse.Namespace) -> PixelFormat:
+    if arguments.channels > MAX_CHANNELS:
+        raise StreamtrainError(f"--channels {arguments.channels} is more than {MAX_CHANNELS}")
+    return PixelFormat(arguments.channels, arguments.dtype)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from shards.packing.index_tars import index_tars
 from shards.packing.summary import describe_images
 from shards.reading.shard_set import ShardSet
 from shards.storage.store import is_url
-from streamtrain.cli.arguments import add_command, positive_int
+from streamtrain.cli.arguments import add_command, add_pixel_arguments, pixel_format, positive_int
 from streamtrain.run.command_line import path_or_url
 from streamtrain.run.machine import available_cores
 
@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--workers", type=positive_int, default=available_cores(), metavar="N", help="processes (default: all cores)"
     )
+    add_pixel_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ShardError("--out is empty; give the folder of the set")
     if is_url(arguments.out):
         raise ShardError(f"--out {arguments.out} is a URL; give a local folder")
-    report = index_tars(arguments.src, Path(arguments.out), workers=arguments.workers, progress=True)
+    report = index_tars(
+        arguments.src, Path(arguments.out), workers=arguments.workers, progress=True, pixels=pixel_format(arguments)
+    )
     lines = report.passed_over.lines()
     lines += (f"left out, no images: {url}" for url in report.empty)
     lines += (f"no index for DALI's own reader: {refusal}" for refusal in report.without_dali)

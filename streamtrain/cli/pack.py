@@ -26,10 +26,12 @@ from shards.packing.summary import (
 from shards.reading.shard_set import ShardSet
 from streamtrain.cli.arguments import (
     add_command,
+    add_pixel_arguments,
     byte_size,
     jpeg_quality,
     max_pixels,
     max_side,
+    pixel_format,
     positive_int,
     writing,
 )
@@ -43,6 +45,10 @@ _DETAILS = """\
 Every image is decoded in full first. Images that do not decode are left out and listed with
 the reason in SET/rejected.jsonl. Re-run the same command to resume an interrupted packing;
 on a finished set it changes nothing. The result does not depend on --workers.
+
+By default images are decoded as 8-bit RGB. With other --channels or --dtype the stored values are kept,
+from PNG, TIFF, .npy and other formats; images with another number of channels or type are left out, and
+mean, deviation and percentiles of each channel are added to the manifest. Needs the extra imagery.
 
 Before packing it prints the classes that it found, and afterwards the sizes, formats and channels of the
 images. --preview draws 48 of them, as training sees them, with their classes.
@@ -67,6 +73,7 @@ _EXAMPLES = """\
   streamtrain pack --src photos/ --out sets/photos --preview photos.png
   streamtrain pack --src imagenet/train --out /data/imagenet --max-side 512 --workers 32
   streamtrain pack --src list.txt --out sets/mine --shuffle 1
+  streamtrain pack --src tiles/ --out sets/tiles --channels 13 --dtype uint16
   streamtrain pack --src hf://datasets/OWNER/NAME/data --out sets/downloaded
   streamtrain pack --src s3://bucket/raw --out s3://bucket/set
 """
@@ -88,6 +95,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add("--max-side", type=max_side, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
     add("--quality", type=jpeg_quality, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
+    add_pixel_arguments(parser)
     add(
         "--max-pixels", type=max_pixels, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
@@ -122,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         upright=arguments.orientation == "apply",
         shuffle=arguments.shuffle,
         dedup=arguments.dedup,
+        pixels=pixel_format(arguments),
     )
     if not arguments.out.strip():
         raise ShardError("--out is empty; give the folder or the URL of the set")

@@ -1,0 +1,152 @@
+"""Stored values of images of any channels and depth: TIFF by tifffile, and NumPy's ``.npy``.
+
+Values are never scaled. A TIFF has the samples of its first page, whose white-is-zero integers are inverted and whose
+orientation is applied by the caller. An array is [height, width], [height, width, channels] or, if only the first axis
+has the set's number of channels, [channels, height, width]. Sizes in headers are checked before any memory is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import ShardError
+from shards.format import image_header
+from shards.format.image_files import find_format, one_line_errors
+from shards.format.image_header import SIDEWAYS, Header
+from shards.format.pixels import DTYPES, MAX_CHANNELS, PixelFormat
+
+Array = npt.NDArray[Any]
+
+NPY = "NPY"
+MAX_DECODED_BYTES = 1 << 30  # of one image, and of one tile or strip of it
+EXTRA = "images other than 8-bit RGB need tifffile and imagecodecs: pip install 'streamtrain[imagery]'"
+_NPY_SIGNATURE = b"\x93NUMPY"
+_MAX_NPY_HEADER = 1024
+_WHITE_IS_ZERO, _PALETTE, _SEPARATE = 0, 3, 2
+_ORIENTATION_TAG = 274
+
+
+def require_extra() -> None:
+    """Raise a ShardError if a library that decodes these images is not installed."""
+    if not all(map(importlib.util.find_spec, ("tifffile", "imagecodecs"))):
+        raise ShardError(EXTRA)
+
+
+def read_header(payload: bytes, pixels: PixelFormat) -> Header:
+    """Read the header of an image of a set with ``pixels``.
+
+    Raises:
+        ShardError: not an image, without a readable size, or too large; gives the reason.
+    """
+    if pixels.is_rgb:
+        return image_header.read_header(payload)
+    if payload.startswith(_NPY_SIGNATURE):
+        height, width, _ = _array_layout(_read_npy_header(payload)[0], pixels.channels)
+        header = Header(NPY, width, height, 1, True)
+    elif find_format(payload) == "TIFF":
+        with _open_tiff(payload) as page:
+            turn = page.tags.valueof(_ORIENTATION_TAG, default=1)
+            turn = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+            width, height = page.imagewidth, page.imagelength
+            header = Header("TIFF", *((height, width) if turn in SIDEWAYS else (width, height)), turn, True)
+    else:
+        header = image_header.read_header(payload)
+    if min(header.width, header.height) < 1:
+        raise ShardError(f"it has {header.width}x{header.height} pixels")
+    if (needed := header.width * header.height * pixels.num_bytes) > MAX_DECODED_BYTES:
+        raise ShardError(f"{header.width}x{header.height} pixels of {pixels} are {needed} bytes, too many to decode")
+    return header
+
+
+def load_npy(payload: bytes, pixels: PixelFormat) -> Array:
+    """Return the array of a ``.npy`` file as [height, width, channels] in native byte order; raises as ``decode``."""
+    shape, is_fortran, dtype, start = _read_npy_header(payload)
+    height, width, is_first = _array_layout(shape, pixels.channels)
+    values: Array = np.frombuffer(payload, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
+    values = np.moveaxis(values, 0, 2) if is_first else values.reshape(height, width, -1)
+    return values.astype(dtype.newbyteorder("="), copy=False)
+
+
+def load_tiff(payload: bytes, pixels: PixelFormat) -> Array:
+    """Return the first page of a TIFF as [height, width, channels], without its orientation; raises as ``decode``."""
+    with _open_tiff(payload) as page:
+        name, samples, is_separate = str(page.dtype), page.samplesperpixel, page.planarconfig == _SEPARATE
+        if page.photometric == _PALETTE:
+            raise ShardError("a TIFF with a palette has no channels; convert it to RGB or grey")
+        # before anything is decoded
+        if (found := PixelFormat(samples, name)) != pixels:
+            raise ShardError(f"it has {found}, not {pixels}")
+        shape = (page.imagelength, page.imagewidth)
+        if math.prod(page.chunks) * pixels.num_bytes > MAX_DECODED_BYTES or page.imagedepth != 1:
+            raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
+        spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+        if len(spans) < math.prod(page.chunked) or any(
+            offset <= 0 or count <= 0 or offset + count > len(payload) for offset, count in spans
+        ):
+            raise ShardError("it is truncated, or tiles are missing")
+        values = page.asarray(maxworkers=1)
+        values = np.moveaxis(values.reshape(samples, *shape), 0, 2) if is_separate else values.reshape(*shape, samples)
+        if page.photometric == _WHITE_IS_ZERO and name != "float32":
+            values = ((1 << page.bitspersample) - 1 - values).astype(name)
+        return values
+
+
+def _read_npy_header(payload: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, order, dtype and the start of the data, which the file holds exactly."""
+    file = io.BytesIO(payload[:_MAX_NPY_HEADER])
+    try:
+        version = np.lib.format.read_magic(file)
+        readers: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, is_fortran, dtype = readers[version](file, max_header_size=_MAX_NPY_HEADER)
+    except Exception as error:  # the header is a Python literal, which can fail in many ways
+        raise ShardError("its header cannot be read") from error
+    if dtype.newbyteorder("=").name not in DTYPES:
+        raise ShardError(f"an array of {dtype} is not supported; convert it to {', '.join(DTYPES)}")
+    needed = math.prod(shape) * dtype.itemsize
+    if needed > MAX_DECODED_BYTES or file.tell() + needed != len(payload):
+        raise ShardError(f"its header promises {needed} bytes of values, the file has {len(payload) - file.tell()}")
+    return shape, is_fortran, dtype, file.tell()
+
+
+def _array_layout(shape: tuple[int, ...], channels: int) -> tuple[int, int, bool]:
+    """Return height and width of an array, and whether its first axis holds the channels."""
+    if len(shape) == 2 and channels == 1:
+        return shape[0], shape[1], False
+    if len(shape) == 3 and shape[2] == channels:
+        return shape[0], shape[1], False
+    if len(shape) == 3 and shape[0] == channels:
+        return shape[1], shape[2], True
+    raise ShardError(f"an array of shape {list(shape)} is not an image of {channels} channels")
+
+
+@contextmanager
+def _open_tiff(payload: bytes) -> Iterator[Any]:
+    """Yield the first page of a TIFF, whose dtype and number of samples are supported."""
+    try:
+        import tifffile
+    except ImportError:
+        raise ShardError(EXTRA) from None
+    _silence()
+    with one_line_errors(), tifffile.TiffFile(io.BytesIO(payload)) as file:
+        page = file.pages.first
+        if str(page.dtype) not in DTYPES or not 1 <= page.samplesperpixel <= MAX_CHANNELS:
+            raise ShardError(
+                f"a TIFF of {page.samplesperpixel} samples of {page.dtype} is not supported; convert it to "
+                f"{', '.join(DTYPES)}"
+            )
+        yield page
+
+
+@functools.cache
+def _silence() -> None:
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)

@@ -1,0 +1,26 @@
+"""Options of a packing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from shards.format import images
+from shards.format.pixels import RGB, PixelFormat
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Options that determine the bytes of a set, together with its source."""
+
+    shard_bytes: int = 256_000_000  # maximum size of a tar, except for a single larger image
+    max_side: int | None = None  # shrink images to this many pixels on the longer side
+    quality: int = images.DEFAULT_QUALITY  # of re-encoded JPEGs
+    max_pixels: int = images.DEFAULT_MAX_PIXELS  # reject images with more pixels
+    upright: bool = False  # apply an EXIF rotation to the pixels, instead of leaving it to the decoder
+    shuffle: int | None = None  # seed: pack in random order
+    dedup: bool = False  # leave out images with the same bytes as an earlier one
+    pixels: PixelFormat = RGB  # keep values of these channels and dtype; images of another kind are rejected
+
+    def identity(self) -> dict[str, object]:
+        """Return the fields for the fingerprint, without ``pixels`` if sets of earlier versions could have them."""
+        return {name: value for name, value in asdict(self).items() if name != "pixels" or not self.pixels.is_rgb}
