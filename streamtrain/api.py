@@ -197,9 +197,10 @@ def embed(
     shard_set = ShardSet.open(_expand(source))
     config = backbone.config
     images = replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background)
+    images.require_pixels(config.pixels)
     features, is_usable = compute_features(
         backbone.to(chosen).model, images, size=config.image_size, resize=config.resize, mean=config.mean,
-        std=config.std, batch_size=batch_size, progress=True,
+        std=config.std, value_range=config.value_range, batch_size=batch_size, progress=True,
     )  # fmt: skip
     report_unusable(images, is_usable)
     keys = [

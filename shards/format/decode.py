@@ -120,7 +120,8 @@ def _decode_values(payload: bytes, max_pixels: int, pixels: PixelFormat) -> Arra
             raise ShardError(f"it has {found}, not {pixels}")
         if pixels.dtype == "float32" and not np.isfinite(values).all():
             raise ShardError("it has NaN or infinite values; replace them before packing")
-        return np.ascontiguousarray(turn_upright(values, header.orientation))
+        # torch warns of read-only memory, such as the payload
+        return np.require(turn_upright(values, header.orientation), requirements=["C", "W"])
 
 
 _VALUE_LOADERS = {"TIFF": imagery.load_tiff, imagery.NPY: imagery.load_npy}

@@ -17,7 +17,7 @@ from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import RESOLVED_NAME, build, load_config, merge, read_resolved
 from streamtrain.config.tree import Config
 from streamtrain.data.loader import Loader
-from streamtrain.data.still_images import decode_image
+from streamtrain.data.still_images import as_picture, decode_image
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import fit_to_patches
 from streamtrain.evaluation.pages import crops_page
@@ -42,8 +42,10 @@ def draw_crops(arguments: argparse.Namespace) -> Image.Image:
             f"data.augmentations={own}; add data.augmentations=null to leave it out"
         )
     config = build(merge(config.model_dump(), repeat_one_image(arguments.draws)))
-    background = config.data.background_color
-    images = [fit_to_patches(decode_image(path, path, background), SHOWN_SIDE, 1) for path in arguments.image]
+    background, pixels, ranges = config.data.background_color, config.data.pixels, config.crops.value_range
+    stills = (decode_image(path, path, background, pixels) for path in arguments.image)
+    channels = config.monitor.panel_channels
+    images = [as_picture(fit_to_patches(still, SHOWN_SIDE, 1), ranges, channels) for still in stills]
     crops = config.crops
     views = f"{crops.global_count} x {crops.global_size} px and {crops.local_count} x {crops.local_size} px"
     names = [path.name for path in arguments.image]
@@ -63,7 +65,7 @@ def draw_panel(path: Path, config: Config) -> np.ndarray:
         folder = Path(name)
         (folder / "images").mkdir()
         shutil.copy(path, folder / "images" / path.name)
-        pack(folder / "images", folder / "set", PackOptions())
+        pack(folder / "images", folder / "set", PackOptions(pixels=config.data.pixels))
         shard_set = ShardSet.open(folder / "set")
         with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu")) as loader:
-            return batch_panel(next(loader), config.monitor.panel_samples)
+            return batch_panel(next(loader), config)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.errors import printable
+from shards.format.pixels import RGB
 from streamtrain.cli.backbone import choose_device, describe_backbone, load_selected_backbone
 from streamtrain.cli.evaluate import BASELINES, MAX_IMAGES_FOR_SPLITS
 from streamtrain.config.load import RESOLVED_NAME
@@ -189,11 +190,13 @@ def features_of(arguments: argparse.Namespace, sets: Sequence[LabelledImages]) -
     def compute(images: LabelledImages) -> tuple[Tensor, Tensor]:
         return compute_features(
             model, replace(images, background=config.background), size=size, mean=config.mean, std=config.std,
-            resize=resize, batch_size=arguments.batch or default_batch(size // config.model.patch_size), progress=True,
+            value_range=config.value_range, resize=resize,
+            batch_size=arguments.batch or default_batch(size // config.model.patch_size), progress=True,
         )  # fmt: skip
 
     embedded = []
     for images in sets:
+        images.require_pixels(config.pixels)
         features, is_usable, is_cached = cached_features(images, model, settings, compute, not arguments.no_cache)
         show_cached(images, is_cached)
         report_unusable(images, is_usable)
@@ -211,6 +214,7 @@ def pixels_of(arguments: argparse.Namespace, sets: Sequence[LabelledImages]) -> 
     check_sizes(size, resize, 1)
     embedded = []
     for images in sets:
+        images.require_pixels(RGB)
         pixels, is_usable, is_cached = cached_features(
             images, None, {"size": size, "resize": resize or size, "background": images.background},
             lambda images: read_pixels(images, size=size, resize=resize, progress=True), not arguments.no_cache,

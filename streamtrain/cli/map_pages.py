@@ -7,7 +7,7 @@ import argparse
 from PIL import Image
 
 from streamtrain.cli.backbone import choose_device, load_selected_backbone
-from streamtrain.data.still_images import decode_image
+from streamtrain.data.still_images import Still, as_picture, decode_image, still_size
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import (
     cls_attention,
@@ -29,7 +29,7 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
-    originals = [decode_image(path, path, config.background) for path in arguments.image]
+    originals = [decode_image(path, path, config.background, config.pixels) for path in arguments.image]
     patch_size = config.model.patch_size
     size = arguments.size or map_size(config.image_size, patch_size)
     if size < patch_size:
@@ -38,15 +38,15 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     inputs = [fit_to_patches(image, size, patch_size) for image in originals]
     # resize the originals, which have more detail than the network's input
     shown = [
-        original.resize(shown_size(image), Image.Resampling.LANCZOS)
+        as_picture(original, config.value_range).resize(shown_size(image), Image.Resampling.LANCZOS)
         for original, image in zip(originals, inputs, strict=True)
     ]
     names = [path.name for path in arguments.image]
     subtitle = describe(arguments, config, inputs[0])
     if arguments.kind == "attention":
-        maps = [cls_attention(model, image, config.mean, config.std) for image in inputs]
+        maps = [cls_attention(model, image, config.mean, config.std, config.value_range) for image in inputs]
         return attention_page(shown, names, maps, subtitle, arguments.smooth)
-    features = [patch_features(model, image, config.mean, config.std) for image in inputs]
+    features = [patch_features(model, image, config.mean, config.std, config.value_range) for image in inputs]
     if arguments.kind == "pca":
         components = foreground_components(features) if arguments.foreground else principal_components(features)
         return pca_page(shown, names, components, subtitle, arguments.smooth, arguments.foreground)
@@ -55,13 +55,14 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
     return similarity_page(shown, names, similarities, patches, subtitle, arguments.smooth)
 
 
-def shown_size(image: Image.Image) -> tuple[int, int]:
+def shown_size(image: Still) -> tuple[int, int]:
     """Return (width, height) in pixels of an image on the page."""
-    scale = SHOWN_SIDE / min(image.size)
-    return round(image.width * scale), round(image.height * scale)
+    width, height = still_size(image)
+    scale = SHOWN_SIDE / min(width, height)
+    return round(width * scale), round(height * scale)
 
 
-def describe(arguments: argparse.Namespace, config: BackboneConfig, image: Image.Image) -> str:
+def describe(arguments: argparse.Namespace, config: BackboneConfig, image: Still) -> str:
     """Return the page's subtitle: the network and the patch grid of the first image."""
     if arguments.untrained:
         network = "untrained network"
@@ -70,5 +71,6 @@ def describe(arguments: argparse.Namespace, config: BackboneConfig, image: Image
     else:
         network = (arguments.weights or arguments.run).name
     patch_size = config.model.patch_size
-    rows, columns = image.height // patch_size, image.width // patch_size
+    width, height = still_size(image)
+    rows, columns = height // patch_size, width // patch_size
     return f"{network} · {rows} x {columns} patches of {patch_size} px"

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, cast
 
-from pydantic import model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Probability, Range, Section, accept, within
+from shards.format.statistics import Statistics
+from streamtrain.config.section import (
+    SET_STATISTICS,
+    VALUE_TYPE,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    Section,
+    accept,
+    within,
+)
 
+FROM_SET = "from_set"
+
+
+def _set_values(value: Any, info: ValidationInfo) -> Any:
+    """Replace ``from_set`` by the statistics of the images, scaled by ``value_range``; return other values."""
+    if value != FROM_SET:
+        return value
+    statistics: Callable[[], Statistics] | None = (info.context or {}).get(SET_STATISTICS)
+    ranges = info.data.get("value_range")
+    if statistics is None or ranges is None:
+        raise ValueError(f"{FROM_SET} needs a set of images; give data.shards")
+    found, is_std = statistics(), info.field_name == "std"
+    pairs = [ranges[channel % len(ranges)] for channel in range(len(found.mean))]
+    if is_std:
+        return [std / (high - low) for std, (low, high) in zip(found.std, pairs, strict=True)]
+    return [(mean - low) / (high - low) for mean, (low, high) in zip(found.mean, pairs, strict=True)]
+
+
+def _as_pairs(value: Any) -> Any:
+    """Return ``[low, high]`` as a list of one pair."""
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and not isinstance(value[0], list | tuple)
+    return [value] if is_pair else value
+
+
+def _check_pairs(pairs: tuple[Range, ...]) -> tuple[Range, ...]:
+    if not pairs or any(low >= high for low, high in pairs):
+        raise ValueError(f"must be ascending numbers [low, high], or a list of such pairs, not {list(pairs)}")
+    return pairs
+
+
+_VALUES, _PAIRS = ({VALUE_TYPE: text} for text in ("numbers, or from_set", "[low, high], or a list of such pairs"))
+ChannelValues = Annotated[
+    tuple[float, ...], BeforeValidator(_set_values), Field(min_length=1, json_schema_extra=cast(Any, _VALUES))
+]
+ChannelRanges = Annotated[
+    tuple[Range, ...], BeforeValidator(_as_pairs), AfterValidator(_check_pairs),
+    Field(json_schema_extra=cast(Any, _PAIRS)),
+]  # fmt: skip
 Scale = Annotated[Range, within("a crop scale", 1e-4, 1.0)]
 
 
@@ -81,12 +131,18 @@ class CropsConfig(Section):
     grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
     blur: BlurConfig = BlurConfig()
     solarize: SolarizeConfig = SolarizeConfig()
-    mean: tuple[float, float, float] = accept(
-        (0.485, 0.456, 0.406), "Mean of the red, green and blue values (0 to 1) that is subtracted."
-    )
-    std: tuple[float, float, float] = accept(
-        (0.229, 0.224, 0.225), "Standard deviation of the red, green and blue values (0 to 1) to divide by."
-    )
+    value_range: ChannelRanges = accept(
+        ((0.0, 255.0),), "Stored values that become 0 and 1: [low, high], or such a pair per channel. By default "
+        "[0, 65535] with data.dtype uint16 and [0, 1] with float32.",
+    )  # fmt: skip
+    mean: ChannelValues = accept(
+        (0.485, 0.456, 0.406), "Mean of each channel after value_range, which is subtracted: one number per channel, "
+        "or one for all. from_set: that of data.shards (streamtrain stats).",
+    )  # fmt: skip
+    std: ChannelValues = accept(
+        (0.229, 0.224, 0.225), "Standard deviation of each channel after value_range to divide by; from_set as for "
+        "mean.",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _check_probabilities_and_std(self) -> CropsConfig:
@@ -95,3 +151,13 @@ class CropsConfig(Section):
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {list(self.std)}")
         return self
+
+    @property
+    def rgb_only(self) -> dict[str, str]:
+        """The values that disable the augmentations in use that only RGB images have, by key."""
+        used = {
+            "crops.jitter.probability": ("0", self.jitter.probability > 0),
+            "crops.grey": ("0", self.grey > 0),
+            "crops.solarize.global_probability": ("[0]", max(self.solarize.global_probability) > 0),
+        }
+        return {key: value for key, (value, is_used) in used.items() if is_used}

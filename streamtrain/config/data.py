@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from shards.credentials import strip_credentials
+from shards.format.pixels import RGB, PixelFormat
 from shards.storage.store import RetryPolicy
 from streamtrain.config.section import (
     EXPANDED,
     VALUE_TYPE,
+    Channels,
     NonNegative,
     PathOrUrl,
     PathText,
@@ -95,6 +97,13 @@ class DataConfig(Section):
         "", "Shard set to train on, or several with weights. On resume the location may change freely; other images "
         "(compared by the digest of the set) need --accept data.shards.",
     )  # fmt: skip
+    channels: Channels | None = fixed(
+        None, "Channels of the images; null: as the manifest of a local set says, otherwise 3. 3 channels of uint8 are "
+        "RGB, to which images are converted.",
+    )  # fmt: skip
+    dtype: Literal["uint8", "uint16", "float32"] | None = fixed(
+        None, "Type of the stored values; null: as the manifest of a local set says, otherwise uint8."
+    )
     micro_batch: Positive = free(16, "Images per forward and backward pass on one rank.")
     global_batch: Positive | None = accept(
         None, "Images per optimizer step over all ranks, a multiple of micro_batch x ranks; null: micro_batch x ranks. "
@@ -138,6 +147,11 @@ class DataConfig(Section):
         if not is_color:
             raise ValueError("must be a colour (white, #rrggbb or [red, green, blue] of 0 to 255) or null")
         return background
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Channels and dtype of the images."""
+        return PixelFormat(self.channels or RGB.channels, self.dtype or RGB.dtype)
 
     @property
     def background_color(self) -> tuple[int, int, int] | None:

@@ -21,6 +21,11 @@ def find_teacher_fault(config: Config) -> str | None:
     assert teacher is not None
     if config.teacher.kind != "frozen":
         return "teacher.model has an effect only with teacher.kind: frozen"
+    if teacher.channels != config.model.channels:
+        return (
+            f"the teacher in {config.teacher.weights} takes {teacher.channels} channels, but the images have "
+            f"{config.data.pixels}; use a teacher of the same channels"
+        )
     for sizes in config.crop_sizes:
         if sizes.global_size % teacher.patch_size:
             return (

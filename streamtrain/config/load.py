@@ -16,11 +16,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from shards.credentials import strip_values
+from shards.format.imagery import require_extra
+from shards.format.statistics import Statistics
 from shards.reading.mixture import AnySet, open_sets
 from shards.storage.paths import expand_path
 from streamtrain.config.data import DataConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import STEPS_PER_EPOCH
+from streamtrain.config.section import SET_STATISTICS, STEPS_PER_EPOCH
+from streamtrain.config.set_facts import set_statistics, with_set_pixels
 from streamtrain.config.tree import Config, walk_settings
 from streamtrain.errors import ConfigError
 
@@ -261,18 +264,24 @@ def load_config(
     raw = read_raw(find_config(name), reshaped=reshaped)
     for text in overrides:
         raw = override(raw, parse_override(text), reshaped)
-    has_shards = isinstance(raw.get("data"), dict) and raw["data"].get("shards")
-    return build(raw, partial(_steps_per_epoch, raw, world_size) if has_shards else None)
+    if not (isinstance(raw.get("data"), dict) and raw["data"].get("shards")):
+        return build(raw)
+    raw = {**raw, "data": with_set_pixels(raw["data"])}
+    return build(raw, partial(_steps_per_epoch, raw, world_size), partial(set_statistics, raw["data"]))
 
 
-def build(raw: dict[str, Any], steps_per_epoch: Callable[[], float] | None = None) -> Config:
+def build(
+    raw: dict[str, Any],
+    steps_per_epoch: Callable[[], float] | None = None,
+    set_statistics: Callable[[], Statistics] | None = None,
+) -> Config:
     """Return the validated configuration of a raw mapping.
 
     Raises:
         ConfigError: one line that names each invalid key.
     """
     try:
-        return Config.model_validate(raw, context={STEPS_PER_EPOCH: steps_per_epoch})
+        return Config.model_validate(raw, context={STEPS_PER_EPOCH: steps_per_epoch, SET_STATISTICS: set_statistics})
     except ValidationError as error:
         raise ConfigError("; ".join(islice(_explain(error), _MAX_FAULTS))) from None
 
@@ -288,12 +297,21 @@ def open_shard_set(config: Config) -> AnySet:
     """Return the shard set or mixture of ``data.shards``.
 
     Raises:
-        ConfigError: ``data.shards`` is empty.
+        ConfigError: ``data.shards`` is empty, or its images have other channels or another dtype than the settings.
         ShardError: a shard set is missing or incomplete.
     """
     if not config.data.shards:
         raise ConfigError("data.shards is not set; pack images with streamtrain pack and give data.shards=SET")
-    return _open(config.data)
+    shard_set, pixels = _open(config.data), config.data.pixels
+    if shard_set.pixels != pixels:
+        found = shard_set.pixels
+        raise ConfigError(
+            f"{config.data.shards_text} has images of {found}, the settings say {pixels}; set "
+            f"data.channels={found.channels} data.dtype={found.dtype}"
+        )
+    if not pixels.is_rgb:
+        require_extra()
+    return shard_set
 
 
 def _open(data: DataConfig) -> AnySet:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from streamtrain.config.section import NonNegative, Positive, Section, accept, fixed, free
+from streamtrain.config.section import Channels, NonNegative, Positive, Section, accept, fixed, free
 from streamtrain.config.user_code import UserCode
 
 # backbone sizes (Siméoni et al. 2025, table of architectures)
@@ -82,6 +82,7 @@ class ModelConfig(Section):
     preset: str | None = free(
         None, f"Backbone size that fills in the keys below: {', '.join(PRESETS)}; null: no preset."
     )
+    channels: Channels = fixed(3, "Channels of the images. Follows data.channels, so it need not be set.")
     patch_size: Positive = fixed(16, "Side of a patch in pixels.")
     dim: Positive = fixed(384, "Width of the tokens, a multiple of num_heads; each head has a multiple of 4 features.")
     depth: Positive = fixed(12, "Number of transformer blocks.", le=10_000)

@@ -55,6 +55,11 @@ class MonitorConfig(Section):
         "the start and at the last step, too; 0: never."
     )  # fmt: skip
     panel_samples: NonNegative = free(4, "Number of images in a panel, and of held-out images with feature maps.")
+    panel_channels: tuple[NonNegative, ...] | None = free(
+        None,
+        "Channels (from 0) that pictures show as red, green and blue, or one as grey; null: the first three, or "
+        "the first of fewer.",
+    )
     histogram_every: NonNegative = free(1000, "Steps between histograms of weights and gradients; 0: never.")
     peak_flops: float | None = free(
         None, "Peak FLOP/s of one device, such as 989e12, for the model FLOPs utilization; null: looked up by the "

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic.fields import FieldInfo
 
+from shards.format.pixels import MAX_CHANNELS
 from shards.storage.paths import expand_path
 from shards.storage.store import is_url
 
@@ -50,6 +51,7 @@ def is_accepted(key: str, accepted: Collection[str]) -> bool:
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Range = tuple[float, float]
@@ -80,6 +82,8 @@ def is_path(field: FieldInfo) -> bool:
 
 # key of the validation context: a function without arguments that returns the steps of an epoch
 STEPS_PER_EPOCH = "steps_per_epoch"
+# key of the validation context: a function without arguments that returns the statistics of the images
+SET_STATISTICS = "set_statistics"
 _EPOCHS = re.compile(r"^\s*(\d+(?:\.\d*)?)\s*epochs?\s*$")
 
 

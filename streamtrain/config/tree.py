@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
 
+from shards.format.pixels import RGB, VALUE_RANGES
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
 from streamtrain.config.engine import EngineConfig, OptimConfig, TeacherConfig
@@ -19,6 +20,7 @@ from streamtrain.config.masks import MasksConfig
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.monitor import MonitorConfig
 from streamtrain.config.objective import ObjectiveConfig
+from streamtrain.config.pixels import find_pixel_fault
 from streamtrain.config.run import RunConfig
 from streamtrain.config.schedules import Schedule, SchedulesConfig
 from streamtrain.config.section import RESUME_RULE, ResumeRule, Section, is_path
@@ -44,6 +46,26 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     init: InitConfig = InitConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_pixels(cls, sections: Any) -> Any:
+        """Fill in ``model.channels`` and ``crops.value_range``, whose defaults follow the images."""
+        if not isinstance(sections, dict) or (data := sections.get("data")) is None:
+            return sections
+        channels, dtype = (_value(data, name) for name in ("channels", "dtype"))
+        filled = dict(sections)
+        if type(channels) is int and channels != RGB.channels:
+            filled["model"] = _with_default(sections.get("model"), "channels", channels)
+        if dtype in VALUE_RANGES and dtype != RGB.dtype:
+            filled["crops"] = _with_default(sections.get("crops"), "value_range", (VALUE_RANGES[dtype],))
+        return filled
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> Config:
+        if fault := find_pixel_fault(self):
+            raise ValueError(fault)
+        return self
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Config:
@@ -123,7 +145,7 @@ class Config(Section):
         pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
         if gram.is_active and gram.size:
             pixels += crops.global_count * gram.size**2
-        return 3 * pixels * self.data.micro_batch
+        return self.data.pixels.crop_bytes * pixels * self.data.micro_batch
 
     def batches_ahead(self, world_size: int, *, on_gpu: bool) -> int:
         """Return the number of micro-batches to keep ready: on a GPU all of a step, within ``AHEAD_BYTES``.
@@ -132,6 +154,17 @@ class Config(Section):
         """
         _, accumulation = self.batch_split(world_size)
         return min(accumulation, max(1, AHEAD_BYTES // self.micro_batch_bytes)) if on_gpu else 1
+
+
+def _value(section: Any, name: str) -> Any:
+    return section.get(name) if isinstance(section, dict) else getattr(section, name, None)
+
+
+def _with_default(section: Any, name: str, value: Any) -> Any:
+    """Return a section, raw or validated, with a value for a key that is not given."""
+    if isinstance(section, BaseModel):
+        return section if name in section.model_fields_set else section.model_copy(update={name: value})
+    return {name: value, **section} if isinstance(section, dict) else {name: value} if section is None else section
 
 
 def walk_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards.format.pixels import VALUE_RANGES, Range
+
+UNIT_RANGE = (VALUE_RANGES["uint8"],)
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -30,12 +34,14 @@ class Masks:
 class Batch:
     """One micro-batch of B samples on the compute device.
 
+    Crops have stored values: uint8, or float32 for images of another dtype.
+
     Attributes:
         slots: int64 [B], stream position of each sample.
-        global_crops: uint8 [V*B, H, W, 3], view-major.
-        local_crops: uint8 [L*B, h, w, 3], view-major; L may be 0.
+        global_crops: [V*B, H, W, channels], view-major.
+        local_crops: [L*B, h, w, channels], view-major; L may be 0.
         masks: masks of the global crops.
-        gram_crops: uint8 [V*B, S, S, 3], the boxes of the global crops without colour changes, for a Gram teacher
+        gram_crops: [V*B, S, S, channels], the boxes of the global crops without colour changes, for a Gram teacher
             with its own input size; None without one.
     """
 
@@ -51,15 +57,24 @@ class Batch:
         return [*crops, masks.grid_mask, masks.index, masks.weight]
 
 
-def normalise(crops: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Convert uint8 [N, H, W, 3] to [N, 3, H, W] of ``dtype``: ``(x / 255 - mean) / std``, on the crops' device.
+def normalise(
+    crops: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    value_range: Sequence[Range] = UNIT_RANGE,
+) -> Tensor:
+    """Convert [N, H, W, channels] to [N, channels, H, W] of ``dtype``, on the crops' device.
 
-    Computed in fp32 and rounded to ``dtype`` once, at the end.
+    The result is ``((x - low) / (high - low) - mean) / std``, computed in fp32 and rounded to ``dtype`` once. ``mean``,
+    ``std`` and ``value_range`` (low, high) are for all channels, or one per channel.
     """
-    num, height, width, _ = crops.shape
-    planes = torch.empty(num, 3, height, width, dtype=dtype, device=crops.device)
-    for channel in range(3):
+    num, height, width, channels = crops.shape
+    planes = torch.empty(num, channels, height, width, dtype=dtype, device=crops.device)
+    for channel in range(channels):
+        low, high = value_range[channel % len(value_range)]
+        shift, scale = mean[channel % len(mean)], std[channel % len(std)]
         # Python floats: creating small tensors on a GPU would sync
-        plane = crops[..., channel].float()
-        planes[:, channel] = plane.mul_(1 / (255 * std[channel])).add_(-mean[channel] / std[channel])
+        plane = crops[..., channel].to(torch.float32, copy=True)
+        planes[:, channel] = plane.mul_(1 / ((high - low) * scale)).add_((-low / (high - low) - shift) / scale)
     return planes

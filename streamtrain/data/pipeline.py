@@ -18,12 +18,15 @@ import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
+from shards.format.decode import Array
+from shards.format.pixels import RGB, PixelFormat
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import ViewParameters
 
 Device = Literal["cpu", "gpu"]
 
-_NONE_DECODED: Mapping[int, npt.NDArray[np.uint8]] = MappingProxyType({})
+_NONE_DECODED: Mapping[int, Array] = MappingProxyType({})
+_DALI_TYPES = {"uint8": types.UINT8, "uint16": types.UINT16, "float32": types.FLOAT}
 _NO_PIXELS = np.zeros((1, 1, 3), np.uint8)
 # DALI needs an encoded image in every row: a PNG of one grey pixel
 _PLACEHOLDER = np.frombuffer(
@@ -50,6 +53,7 @@ class CropPipeline:
         threads: int,
         prefetch: int,
         cropping: bool,
+        pixels: PixelFormat = RGB,
     ) -> None:
         """Build the graph.
 
@@ -58,8 +62,9 @@ class CropPipeline:
             device_id: index of the GPU; None for ``device="cpu"``.
             threads: number of DALI threads.
             cropping: whether to output crops; otherwise the decoded images.
+            pixels: of the images. DALI decodes 8-bit RGB only; all other images arrive decoded.
         """
-        self._cropping, self._batch_size = cropping, batch_size
+        self._cropping, self._batch_size, self._is_rgb = cropping, batch_size, pixels.is_rgb
         self._has_size_inputs = cropping and len(sizes) > 1
         self._num_unscheduled = prefetch
         self._pipeline: Pipeline = _build_graph(
@@ -67,6 +72,7 @@ class CropPipeline:
             device,
             cropping,
             tuple(sizes),
+            pixels,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -79,19 +85,21 @@ class CropPipeline:
         payloads: Sequence[npt.NDArray[np.uint8]],
         views: ViewParameters,
         sizes: CropSizes,
-        decoded: Mapping[int, npt.NDArray[np.uint8]] = _NONE_DECODED,
+        decoded: Mapping[int, Array] = _NONE_DECODED,
     ) -> None:
         """Queue B encoded images (uint8 [num_bytes] each) to be cropped to ``sizes``; return immediately.
 
         Args:
-            decoded: images uint8 [height, width, 3] by row, in place of the encoded ones. Only crops are made of them:
+            decoded: images [height, width, channels] by row, in place of the encoded ones. Only crops are made of them:
                 without ``cropping``, the output of these rows has no meaning.
         """
         encoded = [_PLACEHOLDER if row in decoded else payload for row, payload in enumerate(payloads)]
-        self._pipeline.feed_input("payload", encoded)
+        if self._is_rgb or not self._cropping:
+            self._pipeline.feed_input("payload", encoded)
         if self._cropping:
             rows = range(len(payloads))
-            self._pipeline.feed_input("is_decoded", np.array([row in decoded for row in rows]))
+            if self._is_rgb:
+                self._pipeline.feed_input("is_decoded", np.array([row in decoded for row in rows]))
             self._pipeline.feed_input("decoded", [decoded.get(row, _NO_PIXELS) for row in rows], layout="HWC")
             roi_start, roi_end = _exchange_flipped_sides(views)
             self._pipeline.feed_input("roi_start", roi_start)
@@ -106,10 +114,11 @@ class CropPipeline:
             self._pipeline.schedule_run()
 
     def take(self, cuda_stream: torch.cuda.Stream | None = None) -> list[Any]:
-        """Return the output of the oldest batch in the queue as DALI ``TensorList``s of uint8.
+        """Return the output of the oldest batch in the queue as DALI ``TensorList``s.
 
-        With ``cropping``, one list per view, [B, size, size, 3], the Gram teacher's views last; else one list of B
-        images [height, width, 3]. They are ordered on ``cuda_stream`` if given, and valid until ``release``.
+        With ``cropping``, one list per view, [B, size, size, channels], the Gram teacher's views last; else one list of
+        B images uint8 [height, width, 3]. Crops are uint8, or float32 for images of another dtype. They are ordered on
+        ``cuda_stream`` if given, and valid until ``release``.
 
         Raises:
             RuntimeError: an image of the batch could not be decoded.
@@ -129,7 +138,9 @@ def _exchange_flipped_sides(views: ViewParameters) -> tuple[npt.NDArray[np.float
 
 
 @pipeline_def(enable_conditionals=True)
-def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[CropSizes, ...]) -> tuple[Any, ...]:
+def _build_graph(
+    crops: CropsConfig, device: Device, cropping: bool, sizes: tuple[CropSizes, ...], pixels: PixelFormat = RGB
+) -> tuple[Any, ...]:
     payload = fn.external_source(name="payload", dtype=types.UINT8, ndim=1)
     options: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
     if device == "gpu":
@@ -138,12 +149,15 @@ def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tupl
         options |= {"device": "mixed", "jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
     if not cropping:
         return (fn.decoders.image(payload, **options),)
-    is_decoded = fn.external_source(name="is_decoded", dtype=types.BOOL, ndim=0)
-    pixels = fn.external_source(name="decoded", dtype=types.UINT8, layout="HWC")
-    if is_decoded:  # DALI splits the batch
-        image = pixels.gpu() if device == "gpu" else pixels
+    decoded = fn.external_source(name="decoded", dtype=_DALI_TYPES[pixels.dtype], layout="HWC")
+    if pixels.is_rgb:
+        is_decoded = fn.external_source(name="is_decoded", dtype=types.BOOL, ndim=0)
+        if is_decoded:  # DALI splits the batch
+            image = decoded.gpu() if device == "gpu" else decoded
+        else:
+            image = fn.decoders.image(payload, **options)
     else:
-        image = fn.decoders.image(payload, **options)
+        image = decoded.gpu() if device == "gpu" else decoded
     roi_start = fn.external_source(name="roi_start", dtype=types.FLOAT, ndim=2)
     roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=2)
     size_inputs = {
@@ -164,6 +178,7 @@ def _build_graph(crops: CropsConfig, device: Device, cropping: bool, sizes: tupl
             roi_relative=True,
             interp_type=types.INTERP_CUBIC,
             antialias=True,
+            dtype=None if pixels.dtype == "uint8" else types.FLOAT,
         )
         for view, size in (*global_views, *local_views, *gram_views)
     )

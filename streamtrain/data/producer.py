@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from shards.errors import ShardError
-from shards.format.decode import decode, read_bounded
+from shards.format.decode import Array, decode, read_bounded
 from shards.reading.source import Samples, Source
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
@@ -48,7 +48,7 @@ class _QueuedBatch:
     """A batch in DALI's queue, kept to feed it again after a failure and to name its samples."""
 
     samples: Samples
-    decoded: dict[int, npt.NDArray[np.uint8]]  # by row: images that DALI would decode to other pixels
+    decoded: dict[int, Array]  # by row: images that DALI would decode to other pixels, or not at all
     views: ViewParameters
     masks: MaskParameters
     sizes: CropSizes
@@ -78,7 +78,7 @@ class Producer:
         self._alignment = int(np.gcd(start_slot, config.data.micro_batch))
         # (shard, sample) of images that DALI has failed to decode
         self._failed_in_dali: set[tuple[int, int]] = set()
-        self._background = config.data.background_color
+        self._background, self._pixels = config.data.background_color, config.data.pixels
         self._decoders = ThreadPoolExecutor(threads, "decoder")
 
     def batches(self) -> Generator[PendingBatch, None, None]:
@@ -88,7 +88,7 @@ class Producer:
             # a new thread starts on GPU 0, and would make a context of about 0.5 GB there
             torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream(self._device) if on_gpu else None
-        view_maker = None if on_gpu else CpuViewMaker(self._config.crops, self._threads)
+        view_maker = None if on_gpu else CpuViewMaker(self._config.crops, self._threads, self._pixels)
         reader = self._source.batches(self._slots)
         pipeline = self._build_pipeline()
         queue: deque[_QueuedBatch] = deque()
@@ -134,6 +134,7 @@ class Producer:
             threads=self._threads,
             prefetch=1 if of_one_image else self._config.data.prefetch,
             cropping=on_gpu and not of_one_image,
+            pixels=self._pixels,
         )
 
     def _rebuild_pipeline(self, queue: Iterable[_QueuedBatch]) -> CropPipeline:
@@ -159,17 +160,15 @@ class Producer:
             sizes,
         )
 
-    def _decode_on_host(
-        self, samples: Samples
-    ) -> tuple[Samples, npt.NDArray[np.int32], dict[int, npt.NDArray[np.uint8]]]:
+    def _decode_on_host(self, samples: Samples) -> tuple[Samples, npt.NDArray[np.int32], dict[int, Array]]:
         """Decode images that DALI would decode to other pixels, and replace undecodable ones.
 
         Returns:
             the samples with substitutes, the sizes int32 [B, 2] (width, height) that their headers give, and the
-            decoded images uint8 [height, width, 3] by row.
+            decoded images [height, width, channels] by row.
         """
         sizes = np.empty((len(samples.slots), 2), np.int32)
-        decoded: dict[int, npt.NDArray[np.uint8]] = {}
+        decoded: dict[int, Array] = {}
         rows = list(range(len(samples.slots)))
         while rows:
             failed = {}
@@ -177,12 +176,13 @@ class Producer:
             for row in rows:
                 payload = _as_bytes(samples.payloads[row])
                 try:
-                    header = read_bounded(payload, self._config.data.max_pixels)
+                    header = read_bounded(payload, self._config.data.max_pixels, self._pixels)
                 except ShardError as error:
                     failed[row] = str(error)
                     continue
                 sizes[row] = header.width, header.height
-                if header.needs_host or (int(samples.shards[row]), int(samples.samples[row])) in self._failed_in_dali:
+                position = int(samples.shards[row]), int(samples.samples[row])
+                if header.needs_host or not self._pixels.is_rgb or position in self._failed_in_dali:
                     decoding[row] = self._decoders.submit(self._decode, payload)
             for row, future in decoding.items():
                 try:
@@ -195,8 +195,9 @@ class Producer:
             rows = list(failed)
         return samples, sizes, decoded
 
-    def _decode(self, payload: bytes) -> npt.NDArray[np.uint8]:
-        return decode(payload, background=self._background, max_pixels=self._config.data.max_pixels)
+    def _decode(self, payload: bytes) -> Array:
+        max_pixels = self._config.data.max_pixels
+        return decode(payload, background=self._background, max_pixels=max_pixels, pixels=self._pixels)
 
     def _assemble(
         self, item: _QueuedBatch, decoded: list[Any], stream: torch.cuda.Stream | None, view_maker: CpuViewMaker | None
@@ -220,10 +221,10 @@ class Producer:
         assert stream is not None
         with torch.cuda.stream(stream):
             crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
-            global_crops = recolor_views(crops[:count], item.views, 0)
-            empty = global_crops.new_empty(0, local_size, local_size, 3)
+            global_crops = recolor_views(crops[:count], item.views, 0, self._pixels)
+            empty = global_crops.new_empty(0, local_size, local_size, self._pixels.channels)
             local_views = crops[count : count + crops_config.local_count]
-            local_crops = recolor_views(local_views, item.views, count) if local_views else empty
+            local_crops = recolor_views(local_views, item.views, count, self._pixels) if local_views else empty
             gram_crops = torch.cat(crops[-count:]) if item.sizes.gram_size else None
             if self._augmentation is not None:
                 for views, is_local in ((global_crops, False), (local_crops, True)):

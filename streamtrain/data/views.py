@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from shards.format.pixels import RGB, PixelFormat
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import NO_SOLARIZE, ViewParameters
 from streamtrain.errors import UserCodeError
@@ -44,13 +45,13 @@ class Appearance:
 
     Attributes:
         table: float32 [N, 12], a 3 x 3 colour matrix, then the shares of the crop's mean red, green and blue that are
-            added as grey.
+            added as grey; None for images other than 8-bit RGB, which are only blurred.
         bands: float32 [N, reach, tile], blur weights of the pixels within reach of a tile for each pixel of the tile.
         is_blurred: bool [N], whether the bands apply.
         solarize: int32 [N], as in ``ViewParameters``.
     """
 
-    table: npt.NDArray[np.float32]
+    table: npt.NDArray[np.float32] | None
     bands: npt.NDArray[np.float32]
     is_blurred: npt.NDArray[np.bool_]
     solarize: npt.NDArray[np.int32]
@@ -63,24 +64,29 @@ class Appearance:
         return cls(_color_table(color), _blur_bands(sigma, math.gcd(size, 16)), sigma > 0, solarize)
 
     @classmethod
-    def from_views(cls, views: ViewParameters, first: int, count: int, size: int) -> Appearance:
+    def from_views(
+        cls, views: ViewParameters, first: int, count: int, size: int, pixels: PixelFormat = RGB
+    ) -> Appearance:
         """Precompute for ``count`` views from view ``first`` on, in view-major order."""
         selection = slice(first, first + count)
         color = np.ascontiguousarray(views.color[:, selection].swapaxes(0, 1)).reshape(-1, 4)
         sigma, solarize = (values[:, selection].T.reshape(-1) for values in (views.sigma, views.solarize))
-        return cls.from_parameters(color, sigma, solarize, size)
+        appearance = cls.from_parameters(color, sigma, solarize, size)
+        return appearance if pixels.is_rgb else replace(appearance, table=None)
 
     def rows(self, selection: slice) -> Appearance:
-        return Appearance(
-            self.table[selection], self.bands[selection], self.is_blurred[selection], self.solarize[selection]
-        )
+        table = None if self.table is None else self.table[selection]
+        return Appearance(table, self.bands[selection], self.is_blurred[selection], self.solarize[selection])
 
 
 def apply_appearance(planes: Tensor, appearance: Appearance) -> Tensor:
     """Apply colour, then blur, then solarize to crops [N, 3, S, S] of integer values in 0..255; return uint8.
 
-    Performs no host sync. On a CPU, call it once per sample: a sample's pixels then do not depend on its batch.
+    Crops of other images are blurred in place and returned in their dtype. Performs no host sync. On a CPU, call it
+    once per sample: a sample's pixels then do not depend on its batch.
     """
+    if appearance.table is None:
+        return _blur_other(planes, appearance)
     values = _recolor(planes.float(), _upload(appearance.table, planes.device))
     if appearance.is_blurred.all():
         values = _blur(values, _upload(appearance.bands, planes.device))
@@ -99,13 +105,23 @@ def apply_appearance(planes: Tensor, appearance: Appearance) -> Tensor:
     return result
 
 
-def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int) -> Tensor:
-    """Apply the appearance of the views from ``first`` on to their crops, uint8 [B, S, S, 3] per view.
+def _blur_other(planes: Tensor, appearance: Appearance) -> Tensor:
+    """Blur crops [N, channels, S, S], uint8 or float32, in place; the others keep their values exactly."""
+    if appearance.is_blurred.any():
+        rows = _upload(np.flatnonzero(appearance.is_blurred), planes.device)
+        bands = _upload(appearance.bands[appearance.is_blurred], planes.device)
+        blurred = _blur(planes.index_select(0, rows).float(), bands)
+        planes.index_copy_(0, rows, blurred if planes.is_floating_point() else blurred.round_().to(planes.dtype))
+    return planes
 
-    Returns uint8 [views * B, S, S, 3].
+
+def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int, pixels: PixelFormat = RGB) -> Tensor:
+    """Apply the appearance of the views from ``first`` on to their crops, [B, S, S, channels] per view.
+
+    Returns [views * B, S, S, channels] of the same dtype.
     """
     planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
-    appearance = Appearance.from_views(views, first, len(crops), planes.shape[-1])
+    appearance = Appearance.from_views(views, first, len(crops), planes.shape[-1], pixels)
     return torch.stack(apply_appearance(planes, appearance).unbind(1), dim=-1)
 
 
@@ -119,7 +135,7 @@ class CropError(Exception):
 
 @dataclass(frozen=True)
 class _ViewGroup:
-    """Views of one size: index of the first view, output uint8 [views, B, S, S, 3], appearance (None: plain crops)."""
+    """Views of one size: index of the first view, output [views, B, S, S, channels], appearance (None: plain crops)."""
 
     first: int
     out: Tensor
@@ -129,8 +145,8 @@ class _ViewGroup:
 class CpuViewMaker:
     """Crop and recolour decoded images on a few CPU threads, one task per sample."""
 
-    def __init__(self, crops: CropsConfig, threads: int) -> None:
-        self._crops = crops
+    def __init__(self, crops: CropsConfig, threads: int, pixels: PixelFormat = RGB) -> None:
+        self._crops, self._pixels = crops, pixels
         # samples are small, so each thread works on its own sample and torch's intra-op threads stay off
         process_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(threads, "views", initializer=_disable_intra_op_threads)
@@ -142,9 +158,10 @@ class CpuViewMaker:
     def make_views(
         self, images: Sequence[Tensor], views: ViewParameters, sizes: CropSizes, augment: AugmentRow | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return global, local and Gram crops of B images uint8 [H, W, 3], all view-major.
+        """Return global, local and Gram crops of B images [H, W, channels], all view-major.
 
-        Shapes are uint8 [V*B, S, S, 3], [L*B, s, s, 3] and [V*B, g, g, 3]; the last is None without a Gram size.
+        Shapes are [V*B, S, S, channels], [L*B, s, s, channels] and [V*B, g, g, channels]; the last is None without a
+        Gram size. Crops of uint8 are uint8, all others float32.
 
         Args:
             augment: applied to the global and to the local crops of each image.
@@ -154,14 +171,15 @@ class CpuViewMaker:
             UserCodeError: ``augment`` failed.
         """
         crops = self._crops
-        groups = []
+        groups, channels = [], self._pixels.channels
+        dtype = torch.uint8 if self._pixels.dtype == "uint8" else torch.float32
         for first, count, size, has_appearance in (
             (0, crops.global_count, sizes.global_size, True),
             (crops.global_count, crops.local_count, sizes.local_size, True),
             *([(0, crops.global_count, sizes.gram_size, False)] if sizes.gram_size else []),
         ):
-            out = torch.empty(count, len(images), size, size, 3, dtype=torch.uint8)
-            appearance = Appearance.from_views(views, first, count, size) if has_appearance else None
+            out = torch.empty(count, len(images), size, size, channels, dtype=dtype)
+            appearance = Appearance.from_views(views, first, count, size, self._pixels) if has_appearance else None
             groups.append(_ViewGroup(first, out, appearance))
         tasks = [
             self._pool.submit(_make_sample, image, views, row, groups, augment) for row, image in enumerate(images)
@@ -185,8 +203,10 @@ class CpuViewMaker:
 
 
 def crop_and_resize(planes: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
-    """Resize the box ``start`` to ``end`` (y, x in pixels) of uint8 [1, 3, H, W] into ``out`` [3, S, S]."""
+    """Resize the box ``start`` to ``end`` (y, x in pixels) of [1, channels, H, W] into ``out`` [channels, S, S]."""
     box = planes[:, :, start[0] : end[0], start[1] : end[1]]
+    if box.dtype != torch.uint8:
+        box = box.float()
     resized = interpolate(box, size=out.shape[1:], mode="bicubic", antialias=True)[0]
     out.copy_(resized.flip(2) if mirror else resized)
 
@@ -200,16 +220,18 @@ def _disable_intra_op_threads() -> None:
 def _make_sample(
     image: Tensor, views: ViewParameters, row: int, groups: Sequence[_ViewGroup], augment: AugmentRow | None
 ) -> None:
-    """Write all views of one image [H, W, 3] into ``out[:, row]`` of each group."""
+    """Write all views of one image [H, W, channels] into ``out[:, row]`` of each group."""
     size = np.array(image.shape[:2])
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
     ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
     mirrored = views.mirror[row].tolist()
     planes = image.permute(2, 0, 1)[None]
     for group in groups:
-        count, batch_size, side, _, _ = group.out.shape
+        count, batch_size, side, _, channels = group.out.shape
         # float32 where apply_appearance needs it
-        crops = torch.empty(count, 3, side, side, dtype=torch.float32 if group.appearance else torch.uint8)
+        is_recolored = group.appearance is not None and group.appearance.table is not None
+        dtype = torch.float32 if is_recolored else group.out.dtype
+        crops = torch.empty(count, channels, side, side, dtype=dtype)
         for view, out in enumerate(crops, group.first):
             crop_and_resize(planes, starts[view], ends[view], mirror=mirrored[view], out=out)
         if count:
@@ -217,7 +239,7 @@ def _make_sample(
                 crops = apply_appearance(crops, group.appearance.rows(slice(row, None, batch_size)))
                 if augment is not None:
                     crops = augment(crops.contiguous(), row, group.first > 0)
-            for channel in range(3):
+            for channel in range(channels):
                 group.out[:, row, ..., channel] = crops[:, channel]
 
 
@@ -256,8 +278,8 @@ def _recolor(planes: Tensor, table: Tensor) -> Tensor:
 
 
 def _blur(values: Tensor, bands: Tensor) -> Tensor:
-    """Gaussian blur of float32 [n, 3, S, S] as matmuls of tiles with a band: fewer passes than a sum of shifts."""
-    num, _, size, _ = values.shape
+    """Gaussian blur of float32 [n, channels, S, S] as matmuls of tiles with a band: fewer passes than shifts."""
+    num, channels, size, _ = values.shape
     reach, tile = bands.shape[1:]
     # planes padded to a whole number of tiles and stacked, so that all windows [reach, width] are evenly spaced views;
     # the few windows that straddle two planes are computed and ignored
@@ -265,12 +287,12 @@ def _blur(values: Tensor, bands: Tensor) -> Tensor:
     padded = pad(values, (BLUR_RADIUS, BLUR_RADIUS, BLUR_RADIUS, below), mode="reflect")
     height, width = padded.shape[2:]
     windows = padded.view(-1, width).unfold(0, reach, tile).transpose(1, 2)
-    weights = bands.mT[:, None].expand(-1, 3 * height // tile, -1, -1).reshape(-1, tile, reach)
+    weights = bands.mT[:, None].expand(-1, channels * height // tile, -1, -1).reshape(-1, tile, reach)
     columns = values.new_empty(len(weights), tile, width)
     torch.bmm(weights[: len(windows)], windows, out=columns[: len(windows)])
 
-    lines = columns.view(num, 3 * height, width).unfold(2, reach, tile).transpose(1, 2)
-    rows = torch.matmul(lines, bands[:, None]).view(num, -1, 3, height, tile)
+    lines = columns.view(num, channels * height, width).unfold(2, reach, tile).transpose(1, 2)
+    rows = torch.matmul(lines, bands[:, None]).view(num, -1, channels, height, tile)
     return rows[..., :size, :].permute(0, 2, 3, 1, 4).reshape(values.shape)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamtrain.data.batch import normalise
+from shards.format.pixels import Range
+from streamtrain.data.batch import UNIT_RANGE, normalise
 from streamtrain.data.still_images import centre_crop
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.images import LabelledImages
@@ -26,10 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def decode_crop(images: LabelledImages, index: int, resize: int, size: int) -> tuple[np.ndarray, bool]:
-    """Return the centre crop uint8 [size, size, 3] of an image, or a grey one and False if the image is unusable."""
+    """Return the centre crop [size, size, channels] of an image, or a grey one and False if the image is unusable."""
     image = images.decode_if_usable(index)
     if image is None:
-        return np.full((size, size, 3), GREY, np.uint8), False
+        dtype = np.uint8 if images.pixels.dtype == "uint8" else np.float32
+        return np.full((size, size, images.pixels.channels), GREY, dtype), False
     return centre_crop(image, resize, size), True
 
 
@@ -38,7 +40,8 @@ def crop_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches in order, decoded by ``workers`` threads at most two batches ahead.
 
-    Each batch is uint8 [B, size, size, 3], and bool [B]: False where a grey crop replaces an unusable image.
+    Each batch is [B, size, size, channels], uint8 or float32, and bool [B]: False where a grey crop replaces an
+    unusable image.
     """
 
     def load(start: int) -> list[Future[tuple[np.ndarray, bool]]]:
@@ -69,6 +72,7 @@ def compute_features(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    value_range: Sequence[Range] = UNIT_RANGE,
     resize: int | None = None,
     batch_size: int = 64,
     workers: int | None = None,
@@ -79,7 +83,7 @@ def compute_features(
     Args:
         model: the backbone, in eval mode.
         size: side of the input in pixels.
-        mean, std: per channel, as in training.
+        mean, std, value_range: per channel, as in training.
         resize: shorter side in pixels before the centre crop; default: ``size``.
 
     Returns:
@@ -88,7 +92,7 @@ def compute_features(
     parameter = next(model.parameters())
     parts, usable = [], []
     for crops, is_usable in _read_crops(images, resize or size, size, batch_size, workers, progress):
-        inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype)
+        inputs = normalise(crops.to(parameter.device, non_blocking=True), mean, std, parameter.dtype, value_range)
         parts.append(model.forward_features(inputs).cls.float().cpu())
         usable.append(is_usable)
     return torch.cat(parts), torch.cat(usable)

@@ -45,9 +45,9 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     # train and test images
     count = evaluation.images + evaluation.images // TRAIN_PER_TEST
     if evaluation.train is not None:
-        train = open_images(Path(evaluation.train), background)
+        train = _open(config, evaluation.train)
         if evaluation.test is not None:
-            test = match_classes(train, open_images(Path(evaluation.test), background))
+            test = match_classes(train, _open(config, evaluation.test))
             return HeldOut(
                 sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
             ), ""
@@ -65,6 +65,12 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     if len(images) <= TRAIN_PER_TEST:
         return None, "data.shards has too few images"
     return HeldOut(*split_images(images)), ""
+
+
+def _open(config: Config, path: str, allow_unlabelled: bool = False) -> LabelledImages:
+    images = open_images(Path(path), config.data.background_color, allow_unlabelled)
+    images.require_pixels(config.data.pixels)
+    return images
 
 
 def check_stop_has_labels(config: Config, why_not: str) -> None:
@@ -85,7 +91,7 @@ def reference_images(config: Config) -> HeldOut | None:
     evaluation = config.evaluation
     if evaluation.reference is None or not evaluation.every:
         return None
-    images = open_images(Path(evaluation.reference), config.data.background_color, allow_unlabelled=True)
+    images = _open(config, evaluation.reference, allow_unlabelled=True)
     images = sample_images(images, evaluation.images + evaluation.images // TRAIN_PER_TEST)
     is_labelled = bool((images.labels >= 0).all()) and len(set(images.labels.tolist())) > 1
     if not is_labelled:

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from shards.errors import ShardError
 from shards.format.decode import WHITE, Color
+from shards.format.pixels import RGB, PixelFormat
 from shards.packing.inputs import list_images
 from shards.packing.items import SourceUnreachable
 from shards.randomness import permutation
 from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
-from streamtrain.data.still_images import decode_image
+from streamtrain.data.still_images import Still, decode_image
 from streamtrain.errors import StreamtrainError
 
 TEST_SHARE = 0.2
@@ -59,6 +59,7 @@ class LabelledImages:
         read: returns the encoded bytes of image i, and its name for messages.
         unusable: the images that could not be decoded so far; shared by all subsets.
         background: colour behind transparent images; None drops their alpha channel.
+        pixels: channels and dtype of a set; a folder is decoded as 8-bit RGB.
         identify: returns text that changes with the content or the order of the images; None for a subset.
         key: returns text that changes with the content of image i, but not with the folder of the set.
     """
@@ -69,14 +70,23 @@ class LabelledImages:
     read: Callable[[int], tuple[bytes, str]]
     unusable: UnusableImages = field(default_factory=UnusableImages)
     background: Color | None = WHITE
+    pixels: PixelFormat = RGB
     identify: Callable[[], str] | None = None
     key: Callable[[int], str] = str
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def decode(self, index: int) -> Image.Image:
-        """Return image ``index`` upright, in RGB.
+    def require_pixels(self, pixels: PixelFormat) -> None:
+        """Raise StreamtrainError if the images have other channels or another dtype than a network takes."""
+        if self.pixels != pixels:
+            raise StreamtrainError(
+                f"{self.name} has images of {self.pixels}, the network takes {pixels}; pack a set with --channels "
+                f"{pixels.channels} --dtype {pixels.dtype}"
+            )
+
+    def decode(self, index: int) -> Still:
+        """Return image ``index`` upright.
 
         Raises:
             StreamtrainError: if it cannot be read or decoded.
@@ -84,14 +94,14 @@ class LabelledImages:
         name = f"image {index} of {self.name}"
         try:
             content, name = self.read(index)
-            return decode_image(content, name, self.background)
+            return decode_image(content, name, self.background, self.pixels)
         except Exception as error:
             # an unforeseen exception of a decoder costs only this image
             is_explained = isinstance(error, StreamtrainError | ShardError)
             reason = str(error) if is_explained else f"cannot read the image {name}: {type(error).__name__}: {error}"
             raise StreamtrainError(reason) from None
 
-    def decode_if_usable(self, index: int) -> Image.Image | None:
+    def decode_if_usable(self, index: int) -> Still | None:
         """Return image ``index`` like ``decode``; None, and an entry in ``unusable``, if it cannot be decoded."""
         try:
             return self.decode(index)
@@ -274,4 +284,6 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
     def key(index: int) -> str:
         return f"{shard_set.digest}\t{shards[index]}\t{samples[index]}"
 
-    return LabelledImages(path, labels, shard_set.manifest.classes, read, identify=identify, key=key)
+    return LabelledImages(
+        path, labels, shard_set.manifest.classes, read, pixels=shard_set.pixels, identify=identify, key=key
+    )

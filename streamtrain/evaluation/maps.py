@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from streamtrain.data.batch import normalise
+from shards.format.pixels import Range
+from streamtrain.data.batch import UNIT_RANGE, normalise
+from streamtrain.data.still_images import Still, resize_still, still_size
 from streamtrain.errors import StreamtrainError
 from streamtrain.model.layers import Block
 from streamtrain.model.vit import VisionTransformer
@@ -25,40 +26,51 @@ def map_size(image_size: int, patch_size: int) -> int:
     return max(2 * image_size, LEGIBLE_PATCHES * patch_size)
 
 
-def fit_to_patches(image: Image.Image, size: int, patch_size: int) -> Image.Image:
+def fit_to_patches(image: Still, size: int, patch_size: int) -> Still:
     """Resize to a shorter side of about ``size`` pixels, with both sides multiples of the patch size.
 
     A side longer than ``MAX_ASPECT`` times the other is compressed, since memory and time grow with the pixels.
     """
-    scale = size / min(image.size)
-    sides = (min(side * scale, MAX_ASPECT * size) for side in image.size)
+    scale = size / min(still_size(image))
+    sides = (min(side * scale, MAX_ASPECT * size) for side in still_size(image))
     width, height = (max(round(side / patch_size), 1) * patch_size for side in sides)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return resize_still(image, (width, height))
 
 
 @torch.inference_mode()
-def patch_features(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def patch_features(
+    model: VisionTransformer,
+    image: Still,
+    mean: Sequence[float],
+    std: Sequence[float],
+    value_range: Sequence[Range] = UNIT_RANGE,
+) -> Tensor:
     """Return L2-normalised patch features fp32 [h, w, D], on the CPU.
 
     Args:
         model: in eval mode.
-        image: RGB; both sides multiples of the patch size.
-        mean, std: per channel, as in training.
+        image: both sides multiples of the patch size.
+        mean, std, value_range: per channel, as in training.
     """
-    patches = model.forward_features(_to_input(model, image, mean, std)).patches[0].float()
-    grid = (image.height // model.patch_size, image.width // model.patch_size)
+    patches = model.forward_features(_to_input(model, image, mean, std, value_range)).patches[0].float()
+    width, height = still_size(image)
+    grid = (height // model.patch_size, width // model.patch_size)
     return F.normalize(patches, dim=-1).unflatten(0, grid).cpu()
 
 
 @torch.inference_mode()
 def cls_attention(
-    model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]
+    model: VisionTransformer,
+    image: Still,
+    mean: Sequence[float],
+    std: Sequence[float],
+    value_range: Sequence[Range] = UNIT_RANGE,
 ) -> np.ndarray:
     """Return the CLS token's attention to the patches in the last block: float32 [heads, h, w].
 
     Each head's map sums to less than 1; the rest of its attention goes to CLS and registers.
     """
-    inputs = _to_input(model, image, mean, std)
+    inputs = _to_input(model, image, mean, std, value_range)
     layout, tokens = model.layout([inputs]), model.embedding([inputs], [None])
     (group,) = layout.groups
     table = model.rope.table(group.grid, tokens.device, tokens.dtype, None)
@@ -79,11 +91,13 @@ def cls_attention(
     return scores.softmax(-1)[:, layout.num_prefix :].unflatten(1, group.grid).cpu().numpy()
 
 
-def _to_input(model: VisionTransformer, image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the normalised image [1, 3, height, width] on the model's device, in its precision."""
+def _to_input(
+    model: VisionTransformer, image: Still, mean: Sequence[float], std: Sequence[float], value_range: Sequence[Range]
+) -> Tensor:
+    """Return the normalised image [1, channels, height, width] on the model's device, in its precision."""
     parameter = next(model.parameters())
     pixels = torch.from_numpy(np.array(image)).unsqueeze(0).to(parameter.device)
-    return normalise(pixels, mean, std, parameter.dtype)
+    return normalise(pixels, mean, std, parameter.dtype, value_range)
 
 
 def similarity_maps(features: Sequence[Tensor], patch: tuple[int, int]) -> list[np.ndarray]:

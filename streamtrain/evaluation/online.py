@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.format.files import write_whole
+from shards.format.pixels import to_rgb8
 from streamtrain.config.crops import CropsConfig
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import normalise
@@ -49,7 +50,7 @@ EVALUATION, REFERENCE = "eval", "reference"
 # side in pixels to which images are reduced for the baseline of pixels
 PIXELS = 32
 
-# uint8 [images, side, side, 3] to features; a collective call of all ranks
+# [images, side, side, channels] to features; a collective call of all ranks
 Embed = Callable[[Tensor], Features]
 # yields the items of an iterable unchanged and marks progress at each
 Wrap = Callable[[Iterable[Any]], Iterable[Any]]
@@ -78,7 +79,7 @@ class Study:
     def identity(self) -> str:
         """Text that changes with the images and with their preprocessing; not collective."""
         crops = self.config.crops
-        parts = (self.images.digest, crops.global_size, crops.mean, crops.std)
+        parts = (self.images.digest, crops.global_size, crops.mean, crops.std, crops.value_range)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @cached_property
@@ -96,7 +97,7 @@ class Study:
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
 
     def crops(self, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches uint8 [B, side, side, 3] of this rank's images at the size of the global crops, on the device.
+        """Yield batches [B, side, side, channels] of this rank's images at the size of the global crops, on the device.
 
         Also yields bool [B]: False where a grey crop replaces an unusable image.
         """
@@ -359,7 +360,9 @@ class OnlineEvaluation:
         few = own.subset(np.arange(count), own.name)
         pictures = crop_batches(few, THUMBNAIL, THUMBNAIL, 64, self._runtime.launch.cores)
         names = [few.class_name(label) for label in few.labels.tolist()]
-        return study.test.features[:count].cpu(), names, torch.cat([crops for crops, _ in pictures])
+        ranges, channels = self._config.crops.value_range, self._config.monitor.panel_channels
+        shown = to_rgb8(torch.cat([crops for crops, _ in pictures]).numpy(), ranges, channels)
+        return study.test.features[:count].cpu(), names, torch.from_numpy(shown)
 
     def _is_over_budget(self) -> bool:
         """Return on all ranks whether rank 0 has spent too much time; the first evaluation always runs."""
@@ -376,7 +379,7 @@ def _by_tag(name: str, study: Study, results: Mapping[str, float]) -> dict[str, 
 
 def _embed_pixels(config: CropsConfig, crops: Tensor) -> Features:
     """Return the normalised pixels, reduced to at most ``PIXELS`` a side, in place of CLS features."""
-    pixels = normalise(crops, config.mean, config.std, torch.float32)
+    pixels = normalise(crops, config.mean, config.std, torch.float32, config.value_range)
     if pixels.shape[-1] > PIXELS:
         pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="area")
     cls = pixels.flatten(1)

@@ -10,13 +10,15 @@ ZOOM = 1.25
 
 
 def second_view(images: Tensor) -> Tensor:
-    """Return the centre of each image uint8 [N, S, S, 3], enlarged by ``ZOOM`` and mirrored."""
+    """Return the centre of each image [N, S, S, channels], enlarged by ``ZOOM`` and mirrored."""
     side = images.shape[1]
     inner = round(side / ZOOM)
     start = (side - inner) // 2
     middle = images[:, start : start + inner, start : start + inner].permute(0, 3, 1, 2).float()
-    enlarged = F.interpolate(middle, size=(side, side), mode="bicubic", align_corners=False).round_().clamp_(0, 255)
-    return enlarged.flip(-1).permute(0, 2, 3, 1).to(torch.uint8)
+    enlarged = F.interpolate(middle, size=(side, side), mode="bicubic", align_corners=False)
+    if images.dtype == torch.uint8:
+        enlarged = enlarged.round_().clamp_(0, 255)
+    return enlarged.flip(-1).permute(0, 2, 3, 1).to(images.dtype)
 
 
 def match_patches(first: Tensor, second: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.format.files import read_json
+from shards.format.pixels import PixelFormat
 from streamtrain.config.model import ModelConfig
 from streamtrain.config.section import Section
+from streamtrain.data.batch import UNIT_RANGE
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.state_file import WEIGHTS_NAME
 from streamtrain.model.vit import VisionTransformer
@@ -33,7 +35,8 @@ class BackboneConfig(Section):
 
     The shorter side of an image is resized to ``resize`` pixels, and the central square of ``image_size`` pixels is the
     input: by default the side of the global crops in training for both. Any multiple of the patch size works.
-    ``mean`` and ``std`` are per channel, for pixels in 0..1. ``background`` is the colour behind transparent images
+    Values of ``dtype`` from ``value_range`` become 0..1, then ``mean`` and ``std`` apply: each for all channels, or one
+    per channel. ``background`` is the colour behind transparent images
     (None: their alpha channel is dropped). ``origin`` is the provenance of the weights.
     """
 
@@ -41,8 +44,10 @@ class BackboneConfig(Section):
     image_size: int = Field(ge=1, le=1 << 14)
     resize: int = Field(ge=1, le=1 << 15)
     interpolation: Literal["bicubic"] = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    value_range: tuple[tuple[float, float], ...] = Field(default=UNIT_RANGE, min_length=1)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[Deviation, ...] = IMAGENET_STD
     background: tuple[Byte, Byte, Byte] | None = (255, 255, 255)
     origin: Origin = Field(default_factory=dict)
 
@@ -59,6 +64,20 @@ class BackboneConfig(Section):
         if self.resize < self.image_size:
             raise ValueError(f"resize {self.resize} is smaller than the crop, image_size {self.image_size}")
         return self
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> BackboneConfig:
+        for name in ("value_range", "mean", "std"):
+            if len(getattr(self, name)) not in (1, self.model.channels):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.model.channels} channels")
+        if any(low >= high for low, high in self.value_range):
+            raise ValueError("value_range must be ascending")
+        return self
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Channels and dtype of the images."""
+        return PixelFormat(self.model.channels, self.dtype)
 
     def resize_for(self, size: int) -> int:
         """Return the shorter side in pixels before a crop of ``size`` pixels, with the margin of the default crop."""

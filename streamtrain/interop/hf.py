@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from streamtrain.errors import StreamtrainError
@@ -28,14 +29,18 @@ BICUBIC = 3  # Pillow's constant
 # works with and without torchvision, and from transformers 4.56 on
 IMAGE_PROCESSOR = "BitImageProcessor"
 BACKGROUND = "background"
+# of images other than 8-bit RGB
+STREAMTRAIN, _OWN_FIELDS = "streamtrain", ("value_range", "mean", "std", "dtype", "image_size", "resize")
 # keys of DINOv3ViTConfig and the fields of ModelConfig with the same values
 _FIELDS = {
+    "num_channels": "channels",
     "patch_size": "patch_size", "hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
     "num_register_tokens": "num_registers", "layer_norm_eps": "norm_eps", "layerscale_value": "layerscale",
     "rope_theta": "rope_base", "query_bias": "qkv_bias", "key_bias": "key_bias",
 }  # fmt: skip
 # defaults of DINOv3ViTConfig, which config files may omit
 _DEFAULTS = {
+    "num_channels": 3,
     "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
     "hidden_act": "gelu", "use_gated_mlp": False, "num_register_tokens": 0, "layer_norm_eps": 1e-5,
     "layerscale_value": 1.0, "rope_theta": 100.0, "query_bias": True, "key_bias": False, "value_bias": True,
@@ -60,7 +65,7 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
         ) from None
     with torch.device("meta"):
         hf_model = DINOv3ViTModel(DINOv3ViTConfig(**hf_config(config)))
-    saved = to_hf(model.state_dict())
+    saved = to_hf(model.state_dict(), config.model.channels)
     state = {}
     for name in hf_model.state_dict():
         # in memory, the blocks are one level deeper than in saved files
@@ -150,7 +155,10 @@ def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
     """Return the settings of an image processor of transformers that preprocesses as ``Backbone.preprocess`` does.
 
     The class is not that of Meta's DINOv3 folders, which needs torchvision and is used to squash images to a square.
+    Its resize takes 8-bit RGB only, so other images must have the right size and are normalised in stored units.
     """
+    if not config.pixels.is_rgb:
+        return _value_preprocessor_config(config)
     return {
         "image_processor_type": IMAGE_PROCESSOR,
         "do_convert_rgb": True,
@@ -169,6 +177,24 @@ def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
+def _value_preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
+    ranges, means, deviations = (
+        [each[channel % len(each)] for channel in range(config.model.channels)]
+        for each in (np.array(config.value_range), np.array(config.mean), np.array(config.std))
+    )
+    return {
+        "image_processor_type": IMAGE_PROCESSOR,
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale"), False),
+        "do_center_crop": True,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_normalize": True,
+        "image_mean": [float(low + mean * (high - low)) for (low, high), mean in zip(ranges, means, strict=True)],
+        "image_std": [float(std * (high - low)) for (low, high), std in zip(ranges, deviations, strict=True)],
+        # only read by streamtrain
+        STREAMTRAIN: {name: getattr(config, name) for name in _OWN_FIELDS},
+    }
+
+
 def preprocessing_from_hf(preprocessor: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the fields of ``BackboneConfig`` that a ``preprocessor_config.json`` states.
 
@@ -178,6 +204,8 @@ def preprocessing_from_hf(preprocessor: Mapping[str, Any], source: str) -> dict[
         StreamtrainError: for a crop that is not square, or pixels that are not scaled to 0..1.
     """
     fields: dict[str, Any] = {}
+    if isinstance(own := preprocessor.get(STREAMTRAIN), dict):
+        return {name: own[name] for name in _OWN_FIELDS if name in own}
     scale = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1
     if not (isinstance(scale, int | float) and abs(255 * scale - 1) < 1e-3):
         raise StreamtrainError(f"{source}: rescale_factor {reprlib.repr(scale)} is not supported, only 1/255")
@@ -231,17 +259,36 @@ from transformers.image_utils import load_image
 folder = "."    # run this in the folder of this file, or name that folder
 processor = AutoImageProcessor.from_pretrained(folder)
 model = AutoModel.from_pretrained(folder)
-inputs = processor(load_image("photo.jpg"), return_tensors="pt")    # [1, 3, {config.image_size}, {config.image_size}]
+{_example_input(config)}
 output = model(**inputs)
 output.pooler_output                 # [1, {model.dim}], one vector per image
 output.last_hidden_state[:, {1 + model.num_registers}:]   # [1, patches, {model.dim}], row by row
 ```
 
-The processor resizes the shorter side to {config.resize} pixels (bicubic), crops the central square of
-{config.image_size} pixels and normalises with the mean and deviation of training. {_describe_alpha(config)}
+{_describe_processor(config)}
 
 {origin}
 """
+
+
+def _example_input(config: BackboneConfig) -> str:
+    shape = f"[1, {config.model.channels}, {config.image_size}, {config.image_size}]"
+    if config.pixels.is_rgb:
+        return f'inputs = processor(load_image("photo.jpg"), return_tensors="pt")    # {shape}'
+    return f"""image = ...    # array {config.dtype} [height, width, {config.model.channels}]
+inputs = processor(image, input_data_format="channels_last", return_tensors="pt")    # {shape}"""
+
+
+def _describe_processor(config: BackboneConfig) -> str:
+    if not config.pixels.is_rgb:
+        return (
+            f"The images of the training had {config.pixels}. The processor crops the central square of\n"
+            f"{config.image_size} pixels and normalises stored values. It does not resize."
+        )
+    return (
+        f"The processor resizes the shorter side to {config.resize} pixels (bicubic), crops the central square of\n"
+        f"{config.image_size} pixels and normalises with the mean and deviation of training. {_describe_alpha(config)}"
+    )
 
 
 def _describe_alpha(config: BackboneConfig) -> str:

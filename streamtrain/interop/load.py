@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from shards.format.decode import Color
 from shards.format.files import parse_json
 from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
@@ -21,7 +20,7 @@ from streamtrain.config.model import LoraConfig, ModelConfig
 from streamtrain.config.tree import Config
 from streamtrain.config.user_code import check_reference
 from streamtrain.data.batch import normalise
-from streamtrain.data.still_images import centre_crop, decode_image, upright_rgb
+from streamtrain.data.still_images import Still, centre_crop, decode_image, upright_rgb
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import CONFIG_NAME, BackboneConfig, Origin, parse_config, read_document
 from streamtrain.interop.hf import MODEL_TYPE, PREPROCESSOR_NAME, backbone_config_from_hf
@@ -62,12 +61,13 @@ class Backbone(nn.Module):
         The shorter side is resized (bicubic), the central square is cropped, and the channels are normalised.
 
         Args:
-            images: one image or a sequence: path, PIL image, or array uint8 [height, width, 3].
+            images: one image or a sequence: path, PIL image (RGB only), or array [height, width, channels] of the
+                dtype of training.
             size: side in pixels, a multiple of the patch size; default: the size of the training crops. The margin
                 outside the crop, by default none, scales with it.
 
         Returns:
-            [N, 3, size, size] on the device and in the dtype of the parameters.
+            [N, channels, size, size] on the device and in the dtype of the parameters.
 
         Raises:
             StreamtrainError: if a file cannot be read.
@@ -78,14 +78,16 @@ class Backbone(nn.Module):
             raise ValueError(f"size {size} is not a multiple of the patch size {self.model.patch_size}")
         is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
         sources: Any = [images] if is_one else images
-        opened = (_open_image(source, self.config.background) for source in sources)
+        opened = (_open_image(source, self.config) for source in sources)
         resize = self.config.resize_for(size)
         crops = torch.from_numpy(np.stack([centre_crop(image, resize, size) for image in opened]))
         parameter = next(self.parameters())
-        return normalise(crops.to(parameter.device), self.config.mean, self.config.std, parameter.dtype)
+        return normalise(
+            crops.to(parameter.device), self.config.mean, self.config.std, parameter.dtype, self.config.value_range
+        )
 
     def forward_features(self, images: Tensor) -> Features:
-        """Return normalised features of ``images`` [N, 3, height, width], whose sides are multiples of the patch size.
+        """Return normalised features of ``images`` [N, channels, height, width] of a multiple of the patch size.
 
         Returns:
             ``cls`` [N, dim], ``registers`` [N, num_registers, dim] and ``patches`` [N, num_patches, dim], row by row.
@@ -293,7 +295,8 @@ def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
     crops = config.crops
     return BackboneConfig(
         model=config.model, image_size=crops.global_size, resize=crops.global_size, mean=crops.mean, std=crops.std,
-        background=config.data.background_color, origin=origin,
+        dtype=config.data.dtype or "uint8", value_range=crops.value_range, background=config.data.background_color,
+        origin=origin,
     )  # fmt: skip
 
 
@@ -322,15 +325,17 @@ def _build(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], source: s
     return model.eval().requires_grad_(False)
 
 
-def _open_image(source: ImageSource, background: Color | None) -> Image.Image:
+def _open_image(source: ImageSource, config: BackboneConfig) -> Still:
+    pixels = config.pixels
     if isinstance(source, str | Path):
-        return decode_image(Path(source), source, background)
-    if isinstance(source, Image.Image):
-        return upright_rgb(source, background)
+        return decode_image(Path(source), source, config.background, pixels)
+    if isinstance(source, Image.Image) and pixels.is_rgb:
+        return upright_rgb(source, config.background)
     array = np.asarray(source)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"an image array is uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")
-    return Image.fromarray(array)
+    if array.dtype != pixels.dtype or array.ndim != 3 or array.shape[2] != pixels.channels:
+        wanted = f"{pixels.dtype} [height, width, {pixels.channels}]"
+        raise ValueError(f"an image array is {wanted}, not {array.dtype} {list(array.shape)}")
+    return Image.fromarray(array) if pixels.is_rgb else array
 
 
 def _read_header(path: Path) -> Any:

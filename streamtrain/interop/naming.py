@@ -149,14 +149,14 @@ OWN = Naming(
 NAMINGS = (HF, TIMM, DINOV3, OWN)
 
 
-def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(state: Mapping[str, Tensor], channels: int = 3) -> dict[str, Tensor]:
     """Return a backbone's state under the names of a saved ``DINOv3ViTModel``, which has no norm for local crops."""
-    return _rename(state, HF)
+    return _rename(state, HF, channels)
 
 
-def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_timm(state: Mapping[str, Tensor], channels: int = 3) -> dict[str, Tensor]:
     """Return a backbone's state under timm's names, without the mask token and the norm for local crops."""
-    return _rename(state, TIMM)
+    return _rename(state, TIMM, channels)
 
 
 def combine(name: str, parts: list[Tensor], naming: Naming, has_key_bias: bool = False) -> Tensor:
@@ -178,7 +178,7 @@ def combine(name: str, parts: list[Tensor], naming: Naming, has_key_bias: bool =
     return value
 
 
-def _rename(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+def _rename(state: Mapping[str, Tensor], naming: Naming, channels: int) -> dict[str, Tensor]:
     """Return ``state`` under the family's names; tensors without a counterpart are left out."""
     dim = state["embedding.cls_token"].shape[-1]
     suffixes = naming.suffixes(swiglu="blocks.0.mlp.gate_up.weight" in state)
@@ -187,7 +187,7 @@ def _rename(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
         if name in naming.fixed:
             # only transformers keeps the empty tensor of zero registers
             if value.numel() or naming is HF:
-                result[naming.fixed[name]] = _reshape(name, value)
+                result[naming.fixed[name]] = _reshape(name, value, channels)
         elif block := re.match(r"blocks\.(\d+)\.(.+)", name):
             start, suffix = f"{naming.block}{block[1]}.", block[2]
             if suffix == QKV_BIAS:
@@ -200,11 +200,11 @@ def _rename(state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
     return result
 
 
-def _reshape(name: str, value: Tensor) -> Tensor:
+def _reshape(name: str, value: Tensor, channels: int) -> Tensor:
     """Return a tensor outside the blocks in the shape that all families use."""
     if name.endswith("projection.weight"):
-        side = isqrt(value.shape[1] // 3)
-        return value.reshape(value.shape[0], 3, side, side)
+        side = isqrt(value.shape[1] // channels)
+        return value.reshape(value.shape[0], channels, side, side)
     return value[None] if name.endswith(("_token", "_tokens")) else value
 
 

@@ -9,7 +9,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from shards.format.pixels import MAX_CHANNELS
 from streamtrain.config.model import ModelConfig
+from streamtrain.data.batch import UNIT_RANGE
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import (
     IMAGENET_MEAN,
@@ -36,12 +38,21 @@ def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
         StreamtrainError: if timm's family cannot express the model.
     """
     check_one_norm(config, "timm")
+    if config.value_range != UNIT_RANGE or len({len(config.mean), len(config.std), config.model.channels}) > 1:
+        raise StreamtrainError(
+            "a timm folder cannot state crops.value_range, and needs a mean and std per channel; export it with --to hf"
+        )
     if config.model.norm_eps != NORM_EPS:
         raise StreamtrainError(f"timm's DINOv3 models have norm_eps {NORM_EPS}, this one {config.model.norm_eps}")
     if config.model.key_bias:
         # it cannot be left out: with RoPE it changes the attention scores
         raise StreamtrainError("timm's DINOv3 models have no key bias, but this one has; export it with --to hf")
-    write_folder(out, json.dumps(timm_config(config), indent=2), to_timm(model.state_dict()), {"format": "pt"})
+    write_folder(
+        out,
+        json.dumps(timm_config(config), indent=2),
+        to_timm(model.state_dict(), config.model.channels),
+        {"format": "pt"},
+    )
 
 
 def timm_config(config: BackboneConfig) -> dict[str, Any]:
@@ -56,6 +67,7 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
         "model_args": {
             "img_size": size,
             "patch_size": model.patch_size,
+            **({"in_chans": model.channels} if model.channels != 3 else {}),
             "embed_dim": model.dim,
             "depth": model.depth,
             "num_heads": model.num_heads,
@@ -67,7 +79,7 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
             **({"swiglu_mlp": True, "swiglu_align_to": 1} if model.mlp == "swiglu" else {}),
         },
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [model.channels, size, size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
             "crop_pct": crop_share(size, config.resize),
@@ -101,13 +113,14 @@ def mlp_ratio(model: ModelConfig) -> float:
     return ratio if int(model.dim * ratio) == model.hidden else (model.hidden + 0.5) / model.dim
 
 
-def model_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def model_from_shapes(shapes: Mapping[str, Sequence[int]], channels: int = 3) -> dict[str, Any]:
     """Return the fields of ``ModelConfig`` that the shapes of a backbone's weights give: all sizes but the heads."""
     dim = shapes["embedding.cls_token"][1]
     registers, bias = shapes.get("embedding.register_tokens"), shapes.get("blocks.0.attention.qkv.bias")
     return {
         "preset": None,
-        "patch_size": isqrt(shapes["embedding.projection.weight"][1] // 3),
+        "channels": channels,
+        "patch_size": isqrt(shapes["embedding.projection.weight"][1] // channels),
         "dim": dim,
         "depth": sum(name.endswith(".scale1.gamma") for name in shapes),
         "mlp": "swiglu" if "blocks.0.mlp.gate_up.weight" in shapes else "gelu",
@@ -147,8 +160,11 @@ def backbone_config_from_timm(
     dim = shapes["embedding.cls_token"][1]
     # all published models have heads of width 64, except the 7B model
     head_width = 128 if dim == 4096 else 64
+    channels = arguments.get("in_chans", 3)
+    if not (isinstance(channels, int) and 1 <= channels <= MAX_CHANNELS):
+        raise StreamtrainError(f"{source}: in_chans {reprlib.repr(channels)} is not supported")
     model = {
-        **model_from_shapes(shapes),
+        **model_from_shapes(shapes, channels),
         "num_heads": arguments.get("num_heads", dim // head_width),
         "rope_base": arguments.get("rope_temperature", 100.0),
     }

@@ -34,14 +34,14 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        # columns in the order (channel, y, x): reshaped to [dim, 3, p, p] it is the published convolution
-        self.projection = Linear(3 * config.patch_size**2, config.dim)
+        # columns in the order (channel, y, x): reshaped to [dim, channels, p, p] it is the published convolution
+        self.projection = Linear(config.channels * config.patch_size**2, config.dim)
         self.cls_token = nn.Parameter(torch.empty(1, config.dim))
         self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.dim))
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-        """Embed and pack crops ``[images, 3, height, width]`` per size, with bool masks ``[images, num_patches]``."""
+        """Embed and pack crops ``[images, channels, height, width]`` per size, with masks ``[images, num_patches]``."""
         patches = [self._unfold(images) for images in crops]
         embedded = self.projection(torch.cat([piece.flatten(0, 1) for piece in patches]))
         prefix = torch.cat([self.cls_token, self.register_tokens])
@@ -55,7 +55,7 @@ class Embedding(nn.Module):
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     def _unfold(self, images: Tensor) -> Tensor:
-        """Reshape ``[images, 3, height, width]`` to ``[images, num_patches, 3 * patch_size²]``."""
+        """Reshape ``[images, channels, height, width]`` to ``[images, num_patches, channels * patch_size²]``."""
         num_images, channels, height, width = images.shape
         size = self.patch_size
         patches = images.reshape(num_images, channels, height // size, size, width // size, size)
@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
         return self.norm_of_cls if self.local_norm is None else self.local_norm
 
     def forward_features(self, images: Tensor, chunk: int = 0) -> Features:
-        """Return features of ``images [images, 3, height, width]`` of any size, without masks: for evaluation."""
+        """Return features of ``[images, channels, height, width]`` of any size, without masks: for evaluation."""
         return self([images], chunk=chunk)[0]
 
     def get_intermediate_layers(

@@ -15,7 +15,7 @@ def activations(s: Sizes) -> Iterator[Part]:
     patches = s.images[0] * (s.global_tokens - 1) + s.images[1] * (s.local_tokens - 1)
     # kept for the gradient of the embedding
     if model.is_trained("embedding.projection.weight"):
-        values = (3 * 3 * model.patch_size**2, "values")
+        values = (3 * model.channels * model.patch_size**2, "values")
         yield part("embedded pixels", "gpu", through, (patches, "patches"), values, item)
     for name, head, rows, _ in s.heads:
         per_row = 2 * model.dim + 2 * head.hidden * (head.layers - 1) + 6 * head.bottleneck

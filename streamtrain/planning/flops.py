@@ -144,7 +144,7 @@ def _block(model: ModelConfig, crops: Crops, images: int) -> tuple[float, float]
 
 def embedding_flops(model: ModelConfig, crops: Crops) -> float:
     """Return the forward FLOPs of the patch embedding."""
-    return 2.0 * crops.images * crops.patches * 3 * model.patch_size**2 * model.dim
+    return 2.0 * crops.images * crops.patches * model.channels * model.patch_size**2 * model.dim
 
 
 def used_share(model: ModelConfig, crops: Crops, used: int) -> float:

@@ -38,13 +38,14 @@ def host_buffers(s: Sizes) -> Iterator[Part]:
     encoded = min(data.read_ahead_bytes, BATCHES_AHEAD * data.micro_batch * s.stored.num_bytes)
     yield part("encoded images ahead", "host", ALWAYS, (encoded, "B"))
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
-    batch, decoded = (data.micro_batch, "images"), 3 * s.stored.pixels
+    batch, decoded = (data.micro_batch, "images"), data.pixels.num_bytes * s.stored.pixels
+    pixels *= data.pixels.crop_bytes
     if s.on_gpu:
-        sample = (3 * pixels + decoded, "B")
+        sample = (pixels + decoded, "B")
         yield part("DALI and pinned crops", "host", ALWAYS, (data.prefetch + 2, "batches"), batch, sample)
         yield part("DALI's buffers", "gpu", ALWAYS, (data.prefetch + 1, "batches"), batch, sample)
     else:
-        yield part("crops ahead", "host", ALWAYS, (2, "batches"), batch, (3 * pixels, "B"))
+        yield part("crops ahead", "host", ALWAYS, (2, "batches"), batch, (pixels, "B"))
         yield part("decoded images", "host", ALWAYS, (data.prefetch + 1, "batches"), batch, (decoded, "B"))
     # checkpoints are read and written one fragment at a time; initial values are drawn for a full parameter
     yield part("one parameter in fp32", "host", ALWAYS, (s.largest_whole, "values"), (4, "B"))
@@ -52,7 +53,7 @@ def host_buffers(s: Sizes) -> Iterator[Part]:
 
 def evaluation_buffers(s: Sizes) -> Iterator[Part]:
     """Yield the buffers of the evaluation while training, beside the teacher's activations."""
-    evaluation, crops = s.config.evaluation, s.config.crops
+    evaluation, crops, pixels = s.config.evaluation, s.config.crops, s.config.data.pixels
     if not evaluation.every or not evaluation.evaluators:
         return
     train, test = evaluation.images, evaluation.images // 4
@@ -69,8 +70,16 @@ def evaluation_buffers(s: Sizes) -> Iterator[Part]:
     yield part("evaluation's similarities", "gpu", EVALUATION, (similarities, "B"))
     # cropped ahead of the network, two batches and the current one, and one decoded image per thread
     batch = (crops.global_count * s.config.data.micro_batch, "images")
-    yield part("evaluation's crops", "host", EVALUATION, (3, "batches"), batch, (3 * crops.global_size**2, "B"))
-    yield part("evaluation's decoded images", "host", EVALUATION, (s.cores, "threads"), (3 * s.stored.pixels, "B"))
+    yield part(
+        "evaluation's crops", "host", EVALUATION, (3, "batches"), batch, (pixels.crop_bytes * crops.global_size**2, "B")
+    )
+    yield part(
+        "evaluation's decoded images",
+        "host",
+        EVALUATION,
+        (s.cores, "threads"),
+        (pixels.num_bytes * s.stored.pixels, "B"),
+    )
 
 
 def kept_memory(s: Sizes, parts: list[Part]) -> Iterator[Part]:

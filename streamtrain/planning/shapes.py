@@ -53,7 +53,7 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
         "embedding.cls_token": (1, dim),
         "embedding.register_tokens": (model.num_registers, dim),
         "embedding.mask_token": (1, dim),
-        "embedding.projection.weight": (dim, 3 * model.patch_size**2),
+        "embedding.projection.weight": (dim, model.channels * model.patch_size**2),
         "embedding.projection.bias": (dim,),
     }
     for index in range(model.depth):

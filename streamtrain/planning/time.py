@@ -327,10 +327,12 @@ class _Model:
     def _embedding(self, phase: str, key: str, crops: list[Crops], passes: float) -> Region:
         model, hardware = self.config.model, self.hardware
         tokens = sum(each.images * each.tokens(model) for each in crops)
-        pixels = sum(each.images * each.patches * 3 * model.patch_size**2 for each in crops)
+        pixels = sum(each.images * each.patches * model.channels * model.patch_size**2 for each in crops)
         kernels, num_bytes = evaluate_counts(f"embedding/{key}", tokens=tokens, dim=model.dim, pixels=pixels)
         flops = passes * sum(embedding_flops(model, each) for each in crops)
-        matmul = hardware.matmul_seconds(flops, 3 * model.patch_size**2, 2.0 * (pixels + tokens * model.dim))
+        matmul = hardware.matmul_seconds(
+            flops, model.channels * model.patch_size**2, 2.0 * (pixels + tokens * model.dim)
+        )
         return Region("embedding", phase, matmul, memory=hardware.memory_seconds(num_bytes), kernels=kernels)
 
     def _head(self, phase: str, name: str, key: str, head: HeadConfig, rows: int, passes: float) -> Region:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from shards.format.pixels import to_rgb8
+from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 
 GAP = 6  # pixels between crops; rows and margins have twice that
@@ -20,22 +23,35 @@ LABEL_HEIGHT, LINE, TEXT_SIZE = 40, 16, 12  # pixels, of the labels above the fi
 MIN_SIDE = 128  # smaller global crops are magnified by an integer factor, up to this side
 
 
-def batch_panel(batch: Batch, samples: int) -> np.ndarray:
+def batch_panel(batch: Batch, config: Config) -> np.ndarray:
     """Draw ``crops_panel`` of a micro-batch."""
-    return crops_panel(batch.global_crops, batch.local_crops, batch.masks.grid_mask, len(batch.slots), samples)
+    show = partial(shown_crops, config=config)
+    samples, size = config.monitor.panel_samples, len(batch.slots)
+    return crops_panel(batch.global_crops, batch.local_crops, batch.masks.grid_mask, size, samples, show)
+
+
+def shown_crops(crops: np.ndarray, config: Config) -> np.ndarray:
+    """Return crops [..., channels] as uint8 [..., 3] to be shown."""
+    return to_rgb8(crops, config.crops.value_range, config.monitor.panel_channels)
 
 
 def crops_panel(
-    global_crops: Tensor, local_crops: Tensor, grid_mask: Tensor, batch_size: int, samples: int
+    global_crops: Tensor,
+    local_crops: Tensor,
+    grid_mask: Tensor,
+    batch_size: int,
+    samples: int,
+    show: Callable[[np.ndarray], np.ndarray] = lambda crops: crops,
 ) -> np.ndarray:
     """Draw the first ``samples`` samples of a micro-batch, one per row, under a row of labels.
 
     Args:
-        global_crops: uint8 [V * B, H, H, 3], view-major.
-        local_crops: uint8 [L * B, h, h, 3], view-major; L may be 0.
+        global_crops: [V * B, H, H, channels], view-major.
+        local_crops: [L * B, h, h, channels], view-major; L may be 0.
         grid_mask: bool [V * B, T], the masked patches of each global crop, row by row of a square grid.
         batch_size: B.
         samples: rows to draw, at most B.
+        show: converts crops [..., channels] to uint8 [..., 3].
 
     Returns:
         uint8 [height, width, 3].
@@ -45,9 +61,9 @@ def crops_panel(
     masks = _first(grid_mask, batch_size, rows)
     global_views = [
         [_magnify(draw_mask(crop, mask), zoom) for crop, mask in zip(crops, masks[row], strict=True)]
-        for row, crops in enumerate(_first(global_crops, batch_size, rows))
+        for row, crops in enumerate(show(_first(global_crops, batch_size, rows)))
     ]
-    local = [[_magnify(crop, zoom) for crop in crops] for crops in _first(local_crops, batch_size, rows)]
+    local = [[_magnify(crop, zoom) for crop in crops] for crops in show(_first(local_crops, batch_size, rows))]
     high, small = int(global_crops.shape[1]) * zoom, int(local_crops.shape[1]) * zoom
     # stack local views in columns about as high as a global view
     column = max(round(high / small), 1)

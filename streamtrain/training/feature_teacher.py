@@ -38,7 +38,7 @@ class FeatureTeacher(nn.Module):
     def __init__(self, config: Config, description: BackboneConfig) -> None:
         """``description``: of the teacher, from ``describe_teacher``."""
         super().__init__()
-        self._mean, self._std = description.mean, description.std
+        self._mean, self._std, self._range = description.mean, description.std, description.value_range
         self._patch_size, self._chunk = config.model.patch_size, config.teacher.chunk
         self.backbone = build_backbone(description.model)
 
@@ -52,7 +52,8 @@ class FeatureTeacher(nn.Module):
         if not weights.global_loss and not weights.patch_loss:
             return TeacherFeatures(None, None, batch.masks.weight)
         crops = batch.global_crops
-        pixels = normalise(crops, self._mean, self._std, next(self.backbone.parameters()).dtype)
+        dtype = next(self.backbone.parameters()).dtype
+        pixels = normalise(crops, self._mean, self._std, dtype, self._range)
         features = self.backbone([pixels], chunk=self._chunk)[0]
         patches = None
         if weights.patch_loss:

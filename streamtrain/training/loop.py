@@ -195,7 +195,7 @@ def dry_run(config: Config, shard_set: AnySet) -> int:
     end_slot = config.data.micro_batch
     with closing(Loader(shard_set, config, rank=0, world_size=1, device="cpu", end_slot=end_slot)) as loader:
         content = io.BytesIO()
-        Image.fromarray(batch_panel(next(loader), config.monitor.panel_samples)).save(content, "png")
+        Image.fromarray(batch_panel(next(loader), config)).save(content, "png")
     write_whole(picture, content.getvalue())
     logger.info("%d samples in %s; crops drawn in %s", shard_set.num_samples, config.data.shards_text, picture)
     return 0

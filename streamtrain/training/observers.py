@@ -35,7 +35,7 @@ from streamtrain.ops.collectives import SharedFailure
 from streamtrain.planning.flops import step_flops
 from streamtrain.planning.memory import Plan
 from streamtrain.planning.peak import peak_flops
-from streamtrain.reporting.panel import batch_panel
+from streamtrain.reporting.panel import batch_panel, shown_crops
 from streamtrain.reporting.profiler import Profiler
 from streamtrain.reporting.sink import BestEffort, MetricsSink
 from streamtrain.reporting.usage import StepClock, Work, memory_scalars
@@ -275,7 +275,7 @@ class CropPictures(Observer):
     def after_step(self, result: StepResult) -> dict[str, float]:
         if self.sink.has_trackers and draws_panels(result.step, self.config):
             with self.sink.stopwatch:
-                picture = batch_panel(result.batches[0], self.config.monitor.panel_samples)
+                picture = batch_panel(result.batches[0], self.config)
                 self.sink.image(result.step, picture)
         return {}
 
@@ -319,14 +319,14 @@ class FeatureMaps(Observer):
         if images is None and self._shard_set.is_remote:
             return []
         background = self._config.data.background_color
-        shown = first_images(self._shard_set, count, background) if images is None else images.test
-        chosen = sample_images(shown, count)
+        chosen = sample_images(images.test, count) if images else first_images(self._shard_set, count, background)
         # all ranks need equally many images, so a grey one replaces an unusable one
         crops = [decode_crop(chosen, index, size, size)[0] for index in range(len(chosen))]
         if reasons := chosen.unusable.new_reasons():
             logger.warning("images shown grey in the feature maps: %s", reasons)
         if crops and self._runtime.rank == 0:
-            self._maps = MapsOverTime(crops, Path(self._config.run.dir) / MAPS_NAME, self._start_step)
+            pictures = [shown_crops(crop, self._config) for crop in crops]
+            self._maps = MapsOverTime(pictures, Path(self._config.run.dir) / MAPS_NAME, self._start_step)
         return crops
 
     def _embed_and_draw(self, step: int) -> None:

@@ -285,7 +285,7 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, crops: Tensor, grid: tuple[int, int]) -> Features:
-        """Return the features of ``crops``, uint8 ``[N, height, width, 3]``.
+        """Return the features of ``crops``, ``[N, height, width, channels]``.
 
         Patches of crops larger than the student's are resized bicubically to ``grid``, the student's patch grid.
         """
@@ -296,5 +296,5 @@ class FrozenBackbone(nn.Module):
 
 
 def pixels(crops: Tensor, config: CropsConfig, backbone: VisionTransformer) -> Tensor:
-    """Convert uint8 ``[N, height, width, 3]`` to normalised ``[N, 3, height, width]`` in the backbone's dtype."""
-    return normalise(crops, config.mean, config.std, next(backbone.parameters()).dtype)
+    """Convert ``[N, height, width, channels]`` to normalised ``[N, channels, height, width]`` in its dtype."""
+    return normalise(crops, config.mean, config.std, next(backbone.parameters()).dtype, config.value_range)

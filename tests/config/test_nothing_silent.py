@@ -64,7 +64,7 @@ def batches(config: Config) -> object:
 def fixed_batch(config: Config) -> Batch:
     draw, crops = torch.Generator().manual_seed(0), config.crops
     images = [
-        torch.randint(0, 256, (count * 4, size, size, 3), dtype=torch.uint8, generator=draw)
+        torch.randint(0, 256, (count * 4, size, size, config.model.channels), dtype=torch.uint8, generator=draw)
         for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
     ]
     patches = (crops.global_size // config.model.patch_size) ** 2
@@ -186,6 +186,11 @@ FEATURES = "teacher={kind: frozen, weights: somewhere, model: {dim: 24, num_head
 DEFAULT_HEAD = "{prototypes: 65536, hidden: 2048, bottleneck: 256}"
 DISTILLED = [FEATURES, *(f"objective.{loss}.head={DEFAULT_HEAD}" for loss in ("global_loss", "patch_loss"))]
 COSINE = ["objective.patch_loss.kind=cosine"]
+# what images of any channels can have
+ANY_CHANNELS = [
+    "crops.mean=[0.5]", "crops.std=[0.2]", "crops.jitter.probability=0", "crops.grey=0",
+    "crops.solarize.global_probability=[0]",
+]  # fmt: skip
 # a key, another value, the function whose result changes, and further overrides that this requires
 EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("run.steps", "10", steps, ["schedules.lr={kind: linear, peak: 1.0, end: 0.0}"]),
@@ -194,6 +199,8 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     ("data.global_batch", "16", batches, []),
     ("data.window", "1", batches, []),
     ("data.lanes", "1", batches, []),
+    ("data.channels", "4", losses, ANY_CHANNELS),
+    ("data.dtype", "uint16", losses, ANY_CHANNELS),
     ("data.augmentations", "own_code:invert", batches, []),
     *((f"crops.{key}", value, batches, []) for key, value in {
         "global_count": "1", "global_size": "48", "global_scale": "[0.5, 0.6]", "local_count": "1", "local_size": "24",
@@ -203,6 +210,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
         "blur.local_probability": "0.0", "solarize.global_probability": "[1.0]",
     }.items()),
     ("crops.solarize.threshold", "64", batches, ["crops.solarize.global_probability=[1.0]"]),
+    ("crops.value_range", "[10, 200]", losses, []),
     ("crops.mean", "[0.1, 0.2, 0.3]", losses, []),
     ("crops.std", "[0.1, 0.2, 0.3]", losses, []),
     *((f"masks.{key}", value, batches, []) for key, value in {
@@ -214,6 +222,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
         "norm_eps": "0.1", "rope_base": "10.0", "rope_rescale": "2.0", "rope_jitter": "2.0", "rope_shift": "0.5",
         "untied_norms": "local_cls",
     }.items()),
+    ("model.channels", "4", losses, ANY_CHANNELS),
     ("model.lora.rank", "2", losses, []),
     *((f"model.lora.{key}", value, losses, ["model.lora.rank=2"]) for key, value in {
         "alpha": "1.0", "targets": "[qkv]", "blocks": "1", "free_blocks": "1",
@@ -280,7 +289,8 @@ READ = {
     "evaluation.test", "evaluation.train", "init.minimum_matched", "init.weights", "monitor.collapse.every",
     "monitor.collapse.images", "monitor.collapse.max_entropy", "monitor.collapse.min_entropy",
     "monitor.collapse.min_rank", "monitor.collapse.min_std", "monitor.collapse.min_usage", "monitor.collapse.start",
-    "monitor.histogram_every", "monitor.panel_every", "monitor.panel_samples", "monitor.peak_flops",
+    "monitor.histogram_every", "monitor.panel_channels", "monitor.panel_every", "monitor.panel_samples",
+    "monitor.peak_flops",
     "monitor.profile.start", "monitor.profile.steps", "monitor.progress", "monitor.project", "monitor.spike_score",
     "monitor.spike_window", "monitor.tensorboard", "monitor.trackers", "objective.chunk_bytes",
     "objective.gram.teacher", "run.checkpoint_every", "run.dir", "run.keep_every", "run.keep_last", "run.max_bad_steps",
@@ -312,6 +322,9 @@ def test_a_setting_changes_results(effect: tuple[str, str, Probe, list[str]], fo
     changed = merge(raw, parse_override(f"{key}={value.replace('FOLDER', str(tmp_path / 'moments'))}"))
     if key == "teacher.kind":
         changed = merge(changed, parse_override(extra[0]))
+    if key == "model.channels":
+        # it follows the images
+        changed = merge(changed, parse_override("data.channels=4"))
     if key == "model.preset":
         # keys given beside a preset replace the preset's values
         changed["model"] = {"preset": value}

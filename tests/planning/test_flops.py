@@ -49,7 +49,13 @@ def counted(config: Config) -> float:
         initialise(network, config.model, seed)
     crops, draw = config.crops, torch.Generator().manual_seed(0)
     images = [
-        torch.randint(0, 256, (count * config.data.micro_batch, size, size, 3), dtype=torch.uint8, generator=draw)
+        torch.randint(
+            0,
+            256,
+            (count * config.data.micro_batch, size, size, config.model.channels),
+            dtype=torch.uint8,
+            generator=draw,
+        )
         for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
     ]
     patches = (crops.global_size // config.model.patch_size) ** 2
@@ -86,6 +92,16 @@ def counted(config: Config) -> float:
         {"model": {"mlp": "swiglu", "drop_path": 0.0}, "objective": {"sinkhorn_iterations": 1}},
         {"objective": {"centering": "softmax", "gram": {"weight": 1.0}}},
         {"objective": {"patch_loss": {"kind": "l2"}}},
+        {
+            "data": {"channels": 13},
+            "crops": {
+                "mean": [0.5],
+                "std": [0.2],
+                "jitter": {"probability": 0},
+                "grey": 0,
+                "solarize": {"global_probability": [0]},
+            },
+        },
         {"model": {"lora": {"rank": 4}}},
         {"model": {"lora": {"rank": 4, "targets": ["qkv"]}}, "engine": {"checkpointing": "block"}},
     ],

@@ -22,6 +22,14 @@ RECIPES = sorted(path.name for path in preset_folders()[0].glob("*.yaml"))
             "model.key_bias=false",
             "model.lora={rank: 2, targets: [qkv, mlp], blocks: 3}",
         ),
+        (
+            "data.channels=13",
+            "crops.mean=[0.5]",
+            "crops.std=[0.2]",
+            "crops.jitter.probability=0",
+            "crops.grey=0",
+            "crops.solarize.global_probability=[0]",
+        ),
     ],
 )
 def test_names_order_and_shapes_equal_the_network(recipe: str, overrides: tuple[str, ...]) -> None:

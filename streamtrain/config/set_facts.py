@@ -1,0 +1,47 @@
+"""Settings that follow the images of ``data.shards``: their channels and dtype, and their statistics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from shards.errors import ShardError
+from shards.format.set_manifest import SetManifest
+from shards.format.statistics import Statistics
+from shards.storage.paths import expand_path
+from shards.storage.store import Store, is_url
+from streamtrain.config.data import DataConfig
+from streamtrain.errors import ConfigError
+
+
+def with_set_pixels(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a raw ``data`` section with the channels and the dtype of a local set that is not 8-bit RGB."""
+    shards = data["shards"]
+    path = shards[0].get("shards") if isinstance(shards, list) and shards and isinstance(shards[0], dict) else shards
+    if not isinstance(path, str) or is_url(path):
+        return data
+    try:
+        pixels = SetManifest.load(expand_path(path)).pixels
+    except ShardError:
+        return data  # opening the set raises it again
+    stated = {} if pixels.is_rgb else asdict(pixels)
+    return {**data, **{name: value for name, value in stated.items() if data.get(name) is None}}
+
+
+def set_statistics(raw: dict[str, Any]) -> Statistics:
+    """Return the statistics of the set of a raw ``data`` section; called only for ``from_set``."""
+    data = DataConfig.model_validate(raw)
+    manifests = [_load_manifest(share.shards, data) for share in data.shares]
+    if len(manifests) > 1:
+        raise ConfigError("from_set needs a single set in data.shards; give crops.mean and crops.std as numbers")
+    if manifests[0].statistics is None:
+        raise ConfigError(
+            f"{data.shards_text} has no statistics for from_set; compute them: streamtrain stats {data.shards_text}"
+        )
+    return manifests[0].statistics
+
+
+def _load_manifest(location: str, data: DataConfig) -> SetManifest:
+    if is_url(location):
+        return SetManifest.fetch(Store(location, data.remote.retry_policy))
+    return SetManifest.load(location)

@@ -1,0 +1,166 @@
+"""Images of any channels and depth in the loader: exact values, the laws of the stream, pictures, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tifffile")
+from channel_images import ramp, tiff, write_ramps
+from data.test_loader import assert_same, group_by_slot, make_loader, take, with_data
+
+from shards.errors import ShardError
+from shards.format.pixels import PixelFormat
+from shards.packing.pack import PackOptions, pack
+from streamtrain.config.crops import CropsConfig, CropSizes
+from streamtrain.config.load import build, load_config, open_shard_set
+from streamtrain.config.tree import Config
+from streamtrain.data.augment import draw_views
+from streamtrain.data.batch import normalise
+from streamtrain.data.pipeline import CropPipeline, _build_graph
+from streamtrain.data.views import CpuViewMaker, recolor_views
+from streamtrain.errors import ConfigError
+from streamtrain.reporting.panel import batch_panel
+
+PLAIN = {"jitter": {"probability": 0}, "grey": 0, "solarize": {"global_probability": [0]}}
+FOUR = PixelFormat(4, "uint16")
+
+
+def small_config(set_path: Path, **crops: Any) -> Config:
+    overrides = [f"data.shards={set_path}", "data.micro_batch=4", "data.decode_threads=1", "data.reader_threads=1",
+                 "data.lanes=4", "data.window=2", "run.seed=5"]  # fmt: skip
+    values = {"mean": "from_set", "std": "from_set", "global_size": 32, "local_size": 16, "local_count": 2} | crops
+    overrides += [f"crops.{key}={value}" for key, value in {**values, **PLAIN}.items()]
+    return load_config("vits16.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def four_bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 26 images of 4 channels of uint16 and of several sizes, in several shards."""
+    folder = tmp_path_factory.mktemp("four")
+    for number in range(26):
+        tiff(ramp(FOUR, number, 40 + 3 * number, 90 - 2 * number), folder / f"{number:02}.tif", compression="deflate")
+    pack(folder, folder / "set", PackOptions(pixels=FOUR, shard_bytes=64 << 10))
+    return folder / "set"
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_crops_without_resampling_have_the_stored_values(tmp_path: Path, channels: int, dtype: str) -> None:
+    pixels = PixelFormat(channels, dtype)
+    write_ramps(tmp_path / "src", pixels)
+    pack(tmp_path / "src", tmp_path / "set", PackOptions(pixels=pixels))
+    # of 40 x 32 pixels, the largest square fits
+    config = small_config(tmp_path / "set", global_scale=[0.8, 0.8], aspect=[1, 1], local_count=0, flip=0,
+                          **{"blur.global_probability": [0]})  # fmt: skip
+    (batch,) = take(make_loader(config), 1)
+    assert batch.global_crops.dtype == (torch.uint8 if dtype == "uint8" else torch.float32)
+    values = ramp(pixels)
+    for crop in batch.global_crops.numpy():
+        assert any(np.array_equal(crop, values[top : top + 32]) for top in range(9))
+    assert sum(map(torch.Tensor.nbytes.__get__, (batch.global_crops, batch.local_crops))) == config.micro_batch_bytes
+    planes = normalise(batch.global_crops, config.crops.mean, config.crops.std, torch.float32, config.crops.value_range)
+    flat = values.reshape(-1, channels).astype(np.float64)
+    expected = (batch.global_crops.double() - torch.from_numpy(flat.mean(0))) / torch.from_numpy(flat.std(0))
+    assert torch.allclose(planes.double(), expected.permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_a_resumed_stream_repeats_bit_for_bit(four_bands: Path) -> None:
+    config = small_config(four_bands)
+    straight = group_by_slot(take(make_loader(config), 9), config)  # more than an epoch of 26 samples
+    resumed = group_by_slot(take(make_loader(config, start_slot=20), 4), config)
+    assert_same(resumed, {slot: parts for slot, parts in straight.items() if slot >= 20})
+
+
+def test_ranks_and_micro_batches_do_not_change_the_stream(four_bands: Path) -> None:
+    config = with_data(small_config(four_bands), global_batch=8, micro_batch=8)
+    one = group_by_slot(take(make_loader(config), 2), config)
+    loaders = [make_loader(with_data(config, micro_batch=2), rank, 2) for rank in range(2)]
+    assert_same(one, group_by_slot([batch for loader in loaders for batch in take(loader, 4)], config))
+
+
+@pytest.mark.parametrize("pixels", [FOUR, PixelFormat(13, "uint8"), PixelFormat(1, "float32")], ids=str)
+def test_dali_and_cpu_views_agree(pixels: PixelFormat) -> None:
+    crops, sizes = CropsConfig(global_size=32, local_size=16, local_count=1, aspect=(1, 1), **PLAIN), CropSizes(32, 16)
+    rows, columns, channels = np.mgrid[:40, :32, : pixels.channels]
+    image = (3 * rows + 2 * columns + channels).astype(pixels.dtype)
+    views = draw_views(crops, 0, np.arange(3), np.tile(np.int32([[32, 40]]), (3, 1)))
+    pipeline = CropPipeline(
+        crops, 3, [sizes], device="cpu", device_id=None, threads=1, prefetch=1, cropping=True, pixels=pixels
+    )
+    pipeline.feed([np.zeros(1, np.uint8)] * 3, views, sizes, dict.fromkeys(range(3), image))
+    taken = [torch.from_dlpack(view.as_tensor()) for view in pipeline.take()]
+    maker = CpuViewMaker(crops, 1, pixels)
+    expected, _, _ = maker.make_views([torch.from_numpy(image)] * 3, views, sizes)
+    maker.close()
+    found = recolor_views(taken[:2], views, 0, pixels)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    # they differ at the edges of boxes, where DALI's filter includes pixels outside the box
+    assert (found.double() - expected.double())[:, 6:-6, 6:-6].abs().mean() < 0.5
+    for cropping in (True, False):
+        _build_graph(
+            crops, "gpu", cropping, (sizes,), pixels, batch_size=3, num_threads=1, device_id=0, prefetch_queue_depth=2
+        )._build_graph()
+
+
+def test_pictures_show_the_chosen_channels(four_bands: Path) -> None:
+    config = small_config(four_bands)
+    (batch,) = take(make_loader(config), 1)
+    panels = [
+        batch_panel(batch, config.model_copy(update={"monitor": config.monitor.model_copy(update=changes)}))
+        for changes in ({}, {"panel_channels": (0, 1, 2)}, {"panel_channels": (3, 1, 0)}, {"panel_channels": (2,)})
+    ]
+    assert np.array_equal(panels[0], panels[1]) and not np.array_equal(panels[0], panels[2])
+    assert all(panel.dtype == np.uint8 and panel.shape == panels[0].shape for panel in panels)
+
+
+def test_damaged_images_are_named(four_bands: Path, tmp_path: Path) -> None:
+    config = small_config(four_bands)
+    wrong = config.model_copy(update={"data": config.data.model_copy(update={"channels": 3})})
+    with pytest.raises(ConfigError, match=r"images of 4 channels of uint16, .* set data.channels=4 data.dtype=uint16$"):
+        open_shard_set(wrong)
+    with pytest.raises(ShardError, match=r"10000000000x1 pixels|more than 1000 pixels|is more than"):
+        take(make_loader(with_data(config, max_pixels=1000)), 1)
+
+
+VALUES = {"mean": [0.5], "std": [0.2]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"crops": {}}, "crops.mean has 3 numbers, but the images have 4 channels of uint16; give one number per "
+         "channel, or from_set"),
+        ({"crops": VALUES | PLAIN | {"value_range": [[0, 1]] * 2}}, "crops.value_range has 2 pairs"),
+        ({"crops": VALUES | PLAIN | {"value_range": [5, 5]}}, "crops.value_range: must be ascending numbers"),
+        ({"crops": VALUES}, "crops.jitter.probability, crops.grey, crops.solarize.global_probability: defined for "
+         "8-bit RGB only, but the images have 4 channels of uint16; set crops.jitter.probability=0 crops.grey=0 "
+         "crops.solarize.global_probability=[0]"),
+        ({"crops": VALUES | PLAIN | {"grey": 0.1}}, "crops.grey: defined for 8-bit RGB only"),
+        ({"crops": VALUES | PLAIN | {"mean": "from_set"}}, "crops.mean: from_set needs a set of images; give "
+         "data.shards"),
+        ({"crops": VALUES | PLAIN, "model": {"channels": 3}}, "model.channels is 3, but the images have 4 channels of "
+         "uint16; set model.channels=4"),
+        ({"crops": VALUES | PLAIN, "monitor": {"panel_channels": [0, 4, 1]}}, "monitor.panel_channels must be one or "
+         "three channels from 0 to 3"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_in_one_line(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build({"data": {"channels": 4, "dtype": "uint16"}, **sections})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_follow_the_set(four_bands: Path, tmp_path: Path) -> None:
+    config = small_config(four_bands)
+    assert (config.data.channels, config.data.dtype, config.model.channels) == (4, "uint16", 4)
+    assert config.crops.value_range == ((0.0, 65535.0),) and len(config.crops.mean) == 4
+    again = build(config.model_dump())
+    assert again == config and small_config(four_bands, value_range="[0, 1000]").crops.value_range == ((0.0, 1000.0),)
+    mixed = f"[{{shards: {four_bands}, weight: 1}}, {{shards: {four_bands}, weight: 1}}]"
+    with pytest.raises(ConfigError, match="from_set needs a single set"):
+        load_config("vits16.yaml", [f"data.shards={mixed}", "crops.mean=from_set"])

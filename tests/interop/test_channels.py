@@ -1,0 +1,63 @@
+"""Networks of any channels: exports, their preprocessing, and patch embeddings that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.test_channels import PLAIN
+from tiny_backbone import CROPS, TINY, tiny_weights
+
+from streamtrain.config.load import build
+from streamtrain.errors import StreamtrainError
+from streamtrain.interop.export import export_backbone
+from streamtrain.interop.load import Backbone, load_backbone, load_untrained
+from streamtrain.interop.load_pretrained import load_pretrained_backbone
+
+
+def backbone_of(channels: int, dtype: str, **crops: object) -> Backbone:
+    values = {"mean": [0.1 * (1 + n) for n in range(channels)], "std": [0.5] * channels}
+    sections = {"data": {"channels": channels, "dtype": dtype}, "model": TINY, "crops": {**CROPS, **PLAIN, **values}}
+    return load_untrained(build({**sections, "crops": sections["crops"] | crops}))
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
+def test_exports_give_the_same_features(tmp_path: Path, channels: int, dtype: str) -> None:
+    ours = backbone_of(channels, dtype, **({} if dtype == "uint8" else {"value_range": [-10, 200]}))
+    image = np.random.default_rng(0).integers(0, 200, (32, 32, channels)).astype(dtype)
+    pixels = ours.preprocess(image)
+    expected = ours.forward_features(pixels).cls
+    low, high = ours.config.value_range[0]
+    by_hand = (image.astype(np.float64) - low) / (high - low) - [0.1 * (1 + n) for n in range(channels)]
+    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), by_hand / 0.5, atol=1e-5)
+    for to in ("hf", "safetensors", *(["timm"] if dtype == "uint8" else [])):
+        export_backbone(ours, to, tmp_path / to)
+        theirs = load_backbone(tmp_path / to)
+        assert theirs.config.model.channels == channels
+        if to != "timm":
+            assert theirs.config.pixels == ours.config.pixels and torch.equal(theirs.preprocess(image), pixels)
+        assert torch.allclose(theirs.forward_features(pixels).cls, expected, atol=1e-6)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == channels
+    from transformers import AutoImageProcessor, AutoModel
+
+    processed = AutoImageProcessor.from_pretrained(tmp_path / "hf")(
+        image, input_data_format="channels_last", return_tensors="pt"
+    )["pixel_values"]
+    assert torch.allclose(processed, pixels, atol=1e-5)
+    pooled = AutoModel.from_pretrained(tmp_path / "hf")(processed).pooler_output
+    assert torch.allclose(pooled, expected, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    ours = backbone_of(4, "uint16")
+    with pytest.raises(StreamtrainError, match=r"cannot state crops.value_range"):
+        export_backbone(ours, "timm", tmp_path / "timm")
+    with pytest.raises(ValueError, match=r"an image array is uint16 \[height, width, 4\], not uint8 \[8, 8, 3\]"):
+        ours.preprocess(np.zeros((8, 8, 3), np.uint8))
+    shapes = {name: value.shape for name, value in ours.model.state_dict().items()}
+    with pytest.raises(StreamtrainError, match=r"needs \[32, 256\]"):
+        with load_pretrained_backbone(tiny_weights(tmp_path / "rgb"), shapes):
+            pass

@@ -1,0 +1,74 @@
+"""Runs on images of 4 channels of 16 bits: kill and resume, and features that use the fourth channel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tifffile")
+from channel_images import tiff
+from ranks import run_ranks
+from tiny_run import HEAD, command, kill_and_resume, logged
+
+from shards.format.pixels import PixelFormat
+from shards.packing.pack import PackOptions, pack
+
+SETTINGS = (
+    "crops.value_range=[0,6000]", "crops.mean=from_set", "crops.std=from_set", "crops.jitter.probability=0",
+    "crops.grey=0", "crops.solarize.global_probability=[0]",
+)  # fmt: skip
+
+
+def pack_bands(folder: Path, bands: int, each: int) -> Path:
+    """Pack images of waves in four classes, which differ by mean and frequency of the fourth of their bands only."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:40, :40] / 40
+
+    def wave(frequency: float) -> np.ndarray:
+        angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
+        return np.sin(2 * np.pi * frequency * (np.cos(angle) * columns + np.sin(angle) * rows) + phase)
+
+    for label, frequency in enumerate((1.5, 3, 5, 8)):
+        (folder / "src" / str(label)).mkdir(parents=True)
+        for number in range(each):
+            others = [wave(rng.uniform(1, 8)) for _ in range(3)]
+            values = np.stack([*others, wave(frequency) + 0.6 * (label - 1.5)], -1) * 1500 + 3000
+            values += rng.normal(0, 100, values.shape)
+            tiff(values[..., :bands].astype(np.uint16), folder / "src" / str(label) / f"{number:03}.tif")
+    pack(folder / "src", folder / "set", PackOptions(pixels=PixelFormat(bands, "uint16"), shard_bytes=500_000))
+    return folder / "set"
+
+
+@pytest.mark.slow
+def test_two_killed_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
+    shards = pack_bands(tmp_path, 4, 10)
+    settings = (*SETTINGS, "run.steps=8", "run.checkpoint_every=2")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert [code for code, _, _ in run_ranks(command(shards, straight, *settings), 2)] == [0, 0]
+    kill_and_resume(command(shards, broken, *settings), broken, 4)
+    assert logged(broken) == logged(straight)
+
+
+@pytest.mark.slow
+def test_features_use_the_fourth_band(tmp_path: Path) -> None:
+    accuracy = {}
+    for bands in (3, 4):
+        folder = tmp_path / str(bands)
+        words = command(
+            pack_bands(folder, bands, 60), folder / "run", *SETTINGS, "run.steps=40", "evaluation.every=40",
+            "run.checkpoint_every=0", "evaluation.max_share=1", "data.micro_batch=16", "model.dim=64",
+            "model.layerscale=0.1", "crops.global_scale=[0.6,1.0]", "crops.local_scale=[0.2,0.5]",
+            "crops.blur.global_probability=[0]", "crops.blur.local_probability=0",
+            f"objective.global_loss.head={HEAD}",
+            "schedules.lr={kind: constant, peak: 2e-3, end: null, warmup: 10}",
+            "schedules.teacher_temperature={kind: constant, peak: 0.05, start: null, end: null, warmup: 0}",
+            "schedules.momentum={kind: constant, peak: 0.95, end: null, warmup: 0}",
+        )  # fmt: skip
+        results = run_ranks(words, 1)
+        assert results[0][0] == 0, results[0][2][-3000:]
+        last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        accuracy[bands] = last["eval/knn_20"]
+    assert accuracy[4] >= accuracy[3] + 0.3, accuracy
