@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from shards.randomness import SIZES, VIEWS, generator, uniforms
+from shards.randomness import SIZES, TURNS, VIEWS, generator, uniforms
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.tree import Config
 
@@ -41,7 +41,8 @@ class ViewParameters:
             (1, 1, 1, 0) leaves the view unchanged, saturation 0 makes it grey.
         sigma: float32 [B, V], standard deviation of the blur in pixels of the view; 0 means no blur.
         solarize: int32 [B, V], threshold at and above which values are inverted; 256 means no inversion.
-        mirror: int32 [B, V], 1 where the view is flipped left to right.
+        mirror, vertical: int32 [B, V], 1 where the view is flipped left to right, and top to bottom.
+        transpose: int32 [B, V], 1 where rows and columns are then exchanged. With flips, this gives quarter turns.
     """
 
     roi_start: npt.NDArray[np.float32]
@@ -50,6 +51,8 @@ class ViewParameters:
     sigma: npt.NDArray[np.float32]
     solarize: npt.NDArray[np.int32]
     mirror: npt.NDArray[np.int32]
+    vertical: npt.NDArray[np.int32]
+    transpose: npt.NDArray[np.int32]
 
     def rows(self, selection: slice) -> ViewParameters:
         return ViewParameters(**{field.name: getattr(self, field.name)[selection] for field in fields(self)})
@@ -66,14 +69,32 @@ def draw_views(
     is_jittered = draws[..., _JITTER] < crops.jitter.probability
     is_solarized = draws[..., _SOLARIZE] < expand_to_views(crops, crops.solarize.global_probability, 0.0)
     is_blurred = draws[..., _BLUR] < expand_to_views(crops, crops.blur.global_probability, crops.blur.local_probability)
+    vertical, turns = _draw_turns(crops, seed, slots, num_views)
     return ViewParameters(
         roi_start=roi_start,
         roi_end=roi_end,
         color=_draw_colors(crops, draws, is_jittered),
         sigma=np.where(is_blurred, _scale_to(crops.blur.sigma, draws[..., _SIGMA]), 0.0).astype(np.float32),
         solarize=np.where(is_solarized, crops.solarize.threshold, NO_SOLARIZE).astype(np.int32),
-        mirror=(draws[..., _FLIP] < crops.flip).astype(np.int32),
+        # a quarter turn to the left is a flip left to right, then the exchange of rows and columns
+        mirror=((draws[..., _FLIP] < crops.flip) ^ ((turns == 1) | (turns == 2))).astype(np.int32),
+        vertical=(vertical ^ (turns >= 2)).astype(np.int32),
+        transpose=turns % 2,
     )
+
+
+def _draw_turns(
+    crops: CropsConfig, seed: int, slots: npt.NDArray[np.int64], num_views: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
+    """Return which views [B, V] are flipped top to bottom, and by how many quarter turns to the left they are turned.
+
+    These draws have a stream of their own, so that the other draws do not depend on them.
+    """
+    if not crops.flip_vertical and not crops.rotate90:
+        return np.zeros((len(slots), num_views), bool), np.zeros((len(slots), num_views), np.int32)
+    flips, turns = np.moveaxis(uniforms(seed, TURNS, slots, 2 * num_views).reshape(len(slots), num_views, 2), -1, 0)
+    quarters = 1 + np.floor(3 * turns / max(crops.rotate90, 1e-9)).clip(0, 2)
+    return flips < crops.flip_vertical, np.where(turns < crops.rotate90, quarters, 0).astype(np.int32)
 
 
 def expand_to_views(crops: CropsConfig, global_values: tuple[float, ...], local_value: float) -> Floats:

@@ -1,7 +1,7 @@
 """The DALI graph: encoded images in, crops (on a GPU) or decoded images (on a CPU) out.
 
 DALI draws no random numbers: every parameter is an input, so a rebuilt pipeline repeats its batches bit for bit. Each
-image is decoded once. A flip is a crop box with left and right exchanged, at no cost. The decoder applies the EXIF
+image is decoded once. A flip is a crop box with two sides exchanged, at no cost. The decoder applies the EXIF
 orientation, and the index stores the sizes of upright images. Images that DALI would decode to other pixels arrive
 decoded (``shards.format.decode``) and join the others before the crops.
 """
@@ -131,9 +131,10 @@ class CropPipeline:
 
 
 def _exchange_flipped_sides(views: ViewParameters) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    flipped = views.mirror.astype(bool)
     roi_start, roi_end = views.roi_start.copy(), views.roi_end.copy()
-    roi_start[flipped, 1], roi_end[flipped, 1] = views.roi_end[flipped, 1], views.roi_start[flipped, 1]
+    for axis, flips in enumerate((views.vertical, views.mirror)):
+        flipped = flips.astype(bool)
+        roi_start[flipped, axis], roi_end[flipped, axis] = views.roi_end[flipped, axis], views.roi_start[flipped, axis]
     return roi_start, roi_end
 
 

@@ -23,7 +23,7 @@ from streamtrain.data.augmentations import UserAugmentation
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.masking import MaskParameters, draw_masks, rasterise, select_every_patch
 from streamtrain.data.pipeline import CropPipeline
-from streamtrain.data.views import CpuViewMaker, CropError, recolor_views
+from streamtrain.data.views import CpuViewMaker, CropError, recolor_views, transpose_views
 
 
 @dataclass
@@ -226,6 +226,8 @@ class Producer:
             local_views = crops[count : count + crops_config.local_count]
             local_crops = recolor_views(local_views, item.views, count, self._pixels) if local_views else empty
             gram_crops = torch.cat(crops[-count:]) if item.sizes.gram_size else None
+            if gram_crops is not None:
+                transpose_views(gram_crops, item.views, 0, count, (1, 2))
             if self._augmentation is not None:
                 for views, is_local in ((global_crops, False), (local_crops, True)):
                     self._augmentation.augment_batch(views, item.samples.slots.tolist(), is_local)

@@ -121,8 +121,17 @@ def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int, pi
     Returns [views * B, S, S, channels] of the same dtype.
     """
     planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
+    transpose_views(planes, views, first, len(crops), (2, 3))
     appearance = Appearance.from_views(views, first, len(crops), planes.shape[-1], pixels)
     return torch.stack(apply_appearance(planes, appearance).unbind(1), dim=-1)
+
+
+def transpose_views(crops: Tensor, views: ViewParameters, first: int, count: int, axes: tuple[int, int]) -> None:
+    """Exchange rows and columns (``axes``) of the view-major crops of ``count`` views in place, where a view has it."""
+    marked = np.flatnonzero(views.transpose[:, first : first + count].T)
+    if len(marked):
+        rows = _upload(marked, crops.device)
+        crops.index_copy_(0, rows, crops.index_select(0, rows).transpose(*axes))
 
 
 class CropError(Exception):
@@ -202,13 +211,24 @@ class CpuViewMaker:
         self._pool.shutdown(cancel_futures=True)
 
 
-def crop_and_resize(planes: Tensor, start: Sequence[int], end: Sequence[int], *, mirror: bool, out: Tensor) -> None:
+def crop_and_resize(
+    planes: Tensor,
+    start: Sequence[int],
+    end: Sequence[int],
+    *,
+    mirror: bool,
+    out: Tensor,
+    vertical: bool = False,
+    transpose: bool = False,
+) -> None:
     """Resize the box ``start`` to ``end`` (y, x in pixels) of [1, channels, H, W] into ``out`` [channels, S, S]."""
     box = planes[:, :, start[0] : end[0], start[1] : end[1]]
     if box.dtype != torch.uint8:
         box = box.float()
     resized = interpolate(box, size=out.shape[1:], mode="bicubic", antialias=True)[0]
-    out.copy_(resized.flip(2) if mirror else resized)
+    if axes := [axis for axis, is_flipped in ((1, vertical), (2, mirror)) if is_flipped]:
+        resized = resized.flip(axes)
+    out.copy_(resized.transpose(1, 2) if transpose else resized)
 
 
 def _disable_intra_op_threads() -> None:
@@ -224,7 +244,7 @@ def _make_sample(
     size = np.array(image.shape[:2])
     starts = np.rint(views.roi_start[row] * size).astype(int).tolist()
     ends = np.rint(views.roi_end[row] * size).astype(int).tolist()
-    mirrored = views.mirror[row].tolist()
+    mirrored, vertical, transposed = (each[row].tolist() for each in (views.mirror, views.vertical, views.transpose))
     planes = image.permute(2, 0, 1)[None]
     for group in groups:
         count, batch_size, side, _, channels = group.out.shape
@@ -233,7 +253,8 @@ def _make_sample(
         dtype = torch.float32 if is_recolored else group.out.dtype
         crops = torch.empty(count, channels, side, side, dtype=dtype)
         for view, out in enumerate(crops, group.first):
-            crop_and_resize(planes, starts[view], ends[view], mirror=mirrored[view], out=out)
+            turn = {"mirror": mirrored[view], "vertical": vertical[view], "transpose": transposed[view]}
+            crop_and_resize(planes, starts[view], ends[view], out=out, **turn)
         if count:
             if group.appearance:
                 crops = apply_appearance(crops, group.appearance.rows(slice(row, None, batch_size)))

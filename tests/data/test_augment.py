@@ -169,3 +169,16 @@ def test_sizes_default_to_the_crops_section_and_are_validated() -> None:
             build({"crops": crops})
     with pytest.raises(ConfigError, match="in every entry or in none"):
         build({"crops": {"sizes": entries}, "objective": {"gram": {"weight": 1.0}}})
+
+
+def test_turns_have_their_share_and_leave_the_other_draws_alone() -> None:
+    plain, turned = (
+        draw_many(CROPS, 500, 400, 2000),
+        draw_many(CROPS.model_copy(update={"flip_vertical": 0.3, "rotate90": 0.6}), 500, 400, 2000),
+    )
+    assert not plain.vertical.any() and not plain.transpose.any()
+    for name in ("roi_start", "roi_end", "color", "sigma", "solarize"):
+        assert np.array_equal(getattr(plain, name), getattr(turned, name))
+    # a quarter or three quarters in two of three turns; half of the views are mirrored, whatever is turned
+    assert abs(turned.transpose.mean() - 0.4) < 0.02 and abs(turned.mirror.mean() - 0.5) < 0.02
+    assert abs(turned.vertical.mean() - (0.3 * 0.6 + 0.7 * 0.4)) < 0.02

@@ -19,6 +19,10 @@ from streamtrain.ops.logits import scaled_logits
 
 CROPS = CropsConfig(global_size=64, local_size=32, local_count=3)
 SAME = (1.0, 1.0, 1.0, 0.0)
+NO_COLOURS = {
+    "jitter": {"probability": 0}, "grey": 0, "solarize": {"global_probability": [0]},
+    "blur": {"global_probability": [0], "local_probability": 0},
+}  # fmt: skip
 
 
 def picture(low: int = 40, high: int = 216) -> np.ndarray:
@@ -195,3 +199,24 @@ def test_concurrent_training_changes_no_pixel() -> None:
         stop.set()
         training.result()
     assert all(same)
+
+
+def test_quarter_turns_and_flips_are_exact() -> None:
+    image = torch.from_numpy(picture().copy())
+    turns = CropsConfig(**NO_COLOURS, flip=0, flip_vertical=0.5, rotate90=0.75, global_scale=(1, 1), aspect=(1, 1))
+    sizes = CropSizes(48, 48, gram_size=48)
+    views = draw_views(turns, 3, np.arange(16), np.tile(np.int32([[48, 48]]), (16, 1)))
+    maker = CpuViewMaker(turns.model_copy(update={"local_count": 0}), 1)
+    crops, _, gram = maker.make_views([image] * 16, views, sizes)
+    maker.close()
+    assert gram is not None and torch.equal(gram, crops)
+    seen = set()
+    for crop in crops:
+        each = [torch.rot90(image if not flipped else image.flip(0), count) for flipped in (0, 1) for count in range(4)]
+        (kind,) = [number for number, expected in enumerate(each) if torch.equal(crop, expected)]
+        seen.add(kind)
+    assert seen == set(range(8))
+    # as on a GPU, where DALI flips and the exchange of rows and columns follows
+    flips = np.stack([views.vertical[:, 0], views.mirror[:, 0]], 1)
+    flipped = torch.stack([image.flip(np.flatnonzero(axes).tolist()) for axes in flips])
+    assert torch.equal(recolor_views([flipped], views, 0), crops[:16])
