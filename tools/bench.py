@@ -40,7 +40,7 @@ from typing import Any
 from benchmarks.results import median_result, save_result
 
 from shards.errors import ShardError
-from streamtrain.config.load import build, load_config, merge, parse_override
+from streamtrain.config.load import build_for_set, load_config, merge, parse_override
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.command_line import CommandParser, local_path
@@ -256,7 +256,7 @@ def _build_config(overrides: list[str]) -> Config:
     raw: dict[str, Any] = {}
     for override in overrides:
         raw = merge(raw, parse_override(override))
-    return build(raw)
+    return build_for_set(raw)
 
 
 def _parse_count(text: str) -> int:

@@ -148,8 +148,8 @@ class SetManifest:
             manifest = cls(shards, tuple(content["classes"]), content["fingerprint"], pixels, statistics)
             stated = content["digest"]
             invalid = _find_error(manifest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ShardError(f"{path} misses a field ({error}); {_REMEDY}") from error
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise ShardError(f"{path} misses a field or has an invalid one ({error}); {_REMEDY}") from error
         if invalid is not None:
             raise ShardError(f"{path} is damaged: {invalid}; {_REMEDY}")
         if stated != manifest.digest:

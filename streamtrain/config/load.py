@@ -264,6 +264,14 @@ def load_config(
     raw = read_raw(find_config(name), reshaped=reshaped)
     for text in overrides:
         raw = override(raw, parse_override(text), reshaped)
+    return build_for_set(raw, world_size)
+
+
+def build_for_set(raw: dict[str, Any], world_size: int = 1) -> Config:
+    """Return the validated configuration of a raw mapping, with the values that follow from ``data.shards``.
+
+    Raises: as ``load_config``.
+    """
     if not (isinstance(raw.get("data"), dict) and raw["data"].get("shards")):
         return build(raw)
     raw = {**raw, "data": with_set_pixels(raw["data"])}

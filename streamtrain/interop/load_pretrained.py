@@ -173,7 +173,7 @@ class BackboneFile:
                 shape = self.state.shapes[group.sources[PROJECTION][0]]
                 return (
                     f"has a patch embedding of {list(shape)}, but this model needs "
-                    f"{list(expected[PROJECTION])} (width, 3 x patch_size²); {advice}"
+                    f"{list(expected[PROJECTION])} (width, channels x patch_size²); {advice}"
                 )
         masked = [name for name in report.reshaped if name.endswith(QKV_BIAS)]
         if masked and minimum > 0 and group.naming is DINOV3 and group.has_bias_mask(names):

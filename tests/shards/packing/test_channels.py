@@ -102,7 +102,9 @@ def test_damaged_statistics_are_an_error_in_one_line(tmp_path: Path) -> None:
     pack(tmp_path / "src", tmp_path / "set", PackOptions(pixels=pixels))
     path = tmp_path / "set" / "manifest.json"
     content = json.loads(path.read_text())
-    for changed in ({"statistics": {"images": 1}}, {"channels": 2}, {"channels": "1"}, {"dtype": "int8"}):
+    huge = {**content["statistics"], "mean": [10**400]}
+    wrong = [{"statistics": each} for each in ({"images": 1}, {**huge, "std": ["nan"]}, huge, [], "x", None)]
+    for changed in (*wrong, {"channels": 2}, {"channels": "1"}, {"channels": 10**9}, {"dtype": "int8"}, {"dtype": []}):
         path.write_text(json.dumps(content | changed))
         with pytest.raises(ShardError):
             ShardSet.open(tmp_path / "set")
