@@ -63,3 +63,9 @@ def test_the_recipes_for_released_weights_protect_them(recipe: str) -> None:
     assert objective.patch_loss.head.bottleneck == bottleneck and config.schedules.freeze_last_layer >= 100 * steps
     # 0.1 times the norm of the prototypes, as above
     assert abs(objective.student_temperature - 0.1 * 0.02 * bottleneck**0.5) < 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_the_recipe_for_bands_takes_any_channels(channels: int) -> None:
+    config = load_config("multispectral.yaml", [f"data.channels={channels}", "data.dtype=uint16"])
+    assert config.model.channels == channels and config.crops.value_range == ((0.0, 10_000.0),)
