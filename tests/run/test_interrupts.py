@@ -165,6 +165,9 @@ def check(status: int, errors: str, number: signal.Signals, name: str) -> None:
     if status == 0:
         return  # it was faster
     stops = name in ("train", "ranks", "main")
+    # `python -m` ends as killed, which a shell shows as 130 too, if the signal came during exec of a string, such as
+    # for a dataclass
+    status = 130 if status == -signal.SIGINT else status
     assert status == (75 if stops and number == signal.SIGTERM else 130), errors
     lines = [line for line in errors.splitlines() if not line.startswith(("warning: ", "step "))]
     # ranks that receive SIGTERM report nothing; a run that has started logs to stdout
