@@ -232,8 +232,9 @@ def _read_model(file: BackboneFile, config: ModelConfig, is_timm: bool, is_forei
         raise StreamtrainError(f"{source} describes {config.depth} blocks, but has {len(file.state.shapes)} tensors")
     try:
         expected = expected_shapes(config)
-    except RuntimeError:
-        raise StreamtrainError(f"{source} describes a network whose size cannot be computed") from None
+    # torch raises either for sizes beyond 64 bits
+    except (RuntimeError, TypeError) as error:
+        raise StreamtrainError(f"{source} describes a network whose size cannot be computed") from error
     read, report = file.match(expected, minimum=0.0)
     # timm has no mask token
     made_up = {"embedding.mask_token"} if is_timm else set()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_backbone import tiny_backbone
 
@@ -129,6 +129,8 @@ def test_edited_documents(kind: str, count: int, tmp_path: Path) -> None:
 
     @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.integers(0, 60), min_size=1, max_size=4), JSON)
+    # the width of the hf document beyond 64 bits
+    @example([0], 2**63)
     def attempt(places: list[int], value: object) -> None:
         text = json.dumps(replace_value(document, places, value)).encode()
         if kind == "header":
