@@ -1,4 +1,4 @@
-"""Losses between projected student features and the features of a frozen teacher, without prototypes."""
+"""Distances between features of the student and of a frozen network, without prototypes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DistanceKind = Literal["cosine", "smooth_l1"]
 def token_distance(kind: DistanceKind, student: Tensor, teacher: Tensor) -> Tensor:
     """Return the distance of each token ``[..., dim]`` to the teacher's, which broadcasts: fp32 ``[...]``.
 
-    ``cosine`` is 1 - cos. ``smooth_l1`` is the mean over the width of the smooth L1 distance to the teacher's token
-    standardised to mean 0 and variance 1, so that it does not depend on the scale of the teacher's features.
+    ``cosine`` is 1 - cosine similarity. ``smooth_l1`` is the smooth L1 distance, averaged over the width, to the
+    teacher's token after its standardisation to mean 0 and variance 1; the scale of that token has no effect.
     """
     student, teacher = at_least_fp32(student), at_least_fp32(teacher)
     if kind == "cosine":
@@ -27,14 +27,17 @@ def token_distance(kind: DistanceKind, student: Tensor, teacher: Tensor) -> Tens
 
 
 def same_view_loss(kind: DistanceKind, student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean distance of tokens of the same crops, ``[rows, dim]`` both: fp32 scalar."""
+    """Return the mean distance between tokens of the same crops, both ``[..., dim]``: fp32 scalar."""
     return token_distance(kind, student, teacher).mean()
 
 
 def local_view_loss(kind: DistanceKind, student: Tensor, teacher: Tensor, images: int) -> Tensor:
-    """Return the mean distance of local crops' CLS ``[L * images, dim]`` to those ``[V * images, dim]`` of all views.
+    """Return the mean distance between local crops and all global crops of the same image: fp32 scalar.
 
-    Both are view-major.
+    Args:
+        student: CLS tokens of the local crops ``[L * images, dim]``, view-major.
+        teacher: CLS tokens of the global crops ``[V * images, dim]``, view-major.
+        images: number of images.
     """
     local, full = student.unflatten(0, (-1, images)), teacher.unflatten(0, (-1, images))
     return token_distance(kind, local[:, None], full[None]).mean()

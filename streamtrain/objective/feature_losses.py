@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamtrain.ops.collectives import consecutive_ranks, gather_rows, world_size
 
-# smooths the logarithm at distance 0, where the gradient then is 0
+# keeps the logarithm finite at distance 0, where the gradient becomes 0
 EPSILON = 1e-8
 
 
@@ -32,9 +32,8 @@ def cosine_loss(student: Tensor, teacher: Tensor, row_weight: Tensor) -> Tensor:
 def koleo_loss(features: Tensor, neighbours: int = 1) -> Tensor:
     """Return ``−mean_i log ‖x_i − x_j‖`` over unit vectors x of ``features [B, dim]``: fp32 scalar.
 
-    j runs over the nearest ``neighbours`` of i, or all others if there are fewer. It is computed in fp32 for any dtype
-    of the features. For B < 2 it is 0; for duplicates it is large but finite, with gradient 0, since no direction
-    separates them.
+    j runs over the nearest ``neighbours`` of i, or all others if there are fewer. 16-bit features are widened to fp32.
+    For B < 2 the loss is 0; for duplicates it is large but finite, with gradient 0, since no direction separates them.
     """
     unit = _unit(features)
     return _spread(unit, unit, 0, neighbours)
