@@ -20,11 +20,11 @@ class Adapter(NamedTuple):
 
     def add_to(self, output: Tensor, rows: Tensor) -> Tensor:
         """Add to ``output [N, outputs]``, in place, the adapter's output for ``rows [N, inputs]``."""
-        # scaled where it is narrow, and added by the matmul: no second [N, outputs] is allocated
+        # scaling the narrow [N, rank] matrix and accumulating in addmm_ avoids a second [N, outputs]
         return output.addmm_(F.linear(rows, self.a) * self.scale, self.b.t())
 
 
 @torch.no_grad()
 def merge(weight: Tensor, adapter: Adapter) -> Tensor:
-    """Return the weight of one linear layer that equals a layer with its adapter, computed in fp32."""
+    """Return ``weight [outputs, inputs]`` of a linear layer with the adapter added, in fp32."""
     return torch.addmm(weight.float(), adapter.b.float(), adapter.a.float(), alpha=adapter.scale)

@@ -16,9 +16,8 @@ KIND = "anchor"
 class StartAnchor:
     """Holds the starting network; does nothing if ``network`` is None because the objective has no anchor.
 
-    Checkpoints contain its values. Reading ``init.weights`` again would not do: the file may have changed or moved, and
-    a run that was started with ``--resume`` has none. What LoRA freezes is shared with the student and keeps the values
-    of the start; checkpoints then contain the others.
+    Checkpoints contain its values, because the file ``init.weights`` may change or move, and a run that began with
+    ``--resume`` has none. Parameters that LoRA freezes are shared with the student, and are not saved a second time.
     """
 
     def __init__(self, config: Config, network: FrozenNetwork | None) -> None:
@@ -28,8 +27,8 @@ class StartAnchor:
         """Fill the network.
 
         Args:
-            teacher: its values are copied if the run is new.
-            reader: of the run's own checkpoint; None for a new run.
+            teacher: source of the values in a new run.
+            reader: source of the values in a resumed run, its own checkpoint; None for a new run.
 
         Raises:
             CheckpointError: if the run started without an anchor.
@@ -38,7 +37,7 @@ class StartAnchor:
         if network is None:
             return
         if reader is None:
-            # partitioned identically, so that no rank needs another rank's values
+            # both networks are partitioned identically, so each rank has the values that it needs
             network.write(lambda name, _: teacher.ema_shard(name))
             return
         if not reader.has(f"{KIND}/{next(iter(network.own))}"):
@@ -49,18 +48,17 @@ class StartAnchor:
         network.write(lambda name, fragment: reader.read(f"{KIND}/{name}", fragment))
 
     def targets(self, batch: Batch, weight: float) -> AnchorTargets | None:
-        """Return the anchor's targets of a micro-batch; None if the term has no weight."""
+        """Return the anchor's targets of a micro-batch; None if ``weight`` is 0 or there is no anchor."""
         if self._network is None or not weight:
             return None
         anchor, patch = self._config.objective.anchor, self._config.model.patch_size
         grid = (batch.global_crops.shape[1] // patch, batch.global_crops.shape[2] // patch)
         features = self._network(batch.global_crops, grid)
-        chunk_bytes = self._config.objective.chunk_size(on_gpu=features.cls.is_cuda)
         return AnchorTargets(
-            features.cls if anchor.cls == "cosine" else None,
-            features.patches if anchor.patches != "none" else None,
-            anchor.patches == "gram",
-            chunk_bytes,
+            cls=features.cls if anchor.cls == "cosine" else None,
+            patches=features.patches if anchor.patches != "none" else None,
+            with_gram=anchor.patches == "gram",
+            chunk_bytes=self._config.objective.chunk_size(on_gpu=features.cls.is_cuda),
         )
 
     def shards(self) -> dict[str, Shard]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ _UNUSED = ("embedding.mask_token", "local_norm.weight", "local_norm.bias")
 
 
 def describe_teacher(config: Config) -> BackboneConfig:
-    """Return the shape ``teacher.model`` with the preprocessing of ``teacher.weights``; errors as in its reader."""
+    """Return ``teacher.model`` with the preprocessing of ``teacher.weights``; errors as in ``describe_backbone``."""
     assert config.teacher.weights is not None
     return describe_backbone(Path(config.teacher.weights), config.model.factory, config.teacher.backbone)
 
@@ -46,7 +45,7 @@ class FeatureTeacher(nn.Module):
     def forward(self, method: str, batch: Batch, weights: LossWeights) -> TeacherFeatures:
         """Return CLS ``[V * B, dim]`` and patches ``[V * B * num_patches, dim]`` on the student's grid.
 
-        Patches of another size than the student's are resized bicubically to its grid.
+        If the patch sizes differ, the patches are resized bicubically to the student's grid.
         """
         assert method == "teacher_features", method
         if not weights.global_loss and not weights.patch_loss:
@@ -71,10 +70,13 @@ def fill_feature_teacher(config: Config, network: FrozenNetwork) -> None:
     """
     path = Path(str(config.teacher.weights))
     shapes = {name.removeprefix(BACKBONE): torch.Size(one.shape) for name, one in network.fragments.items()}
-    with ExitStack() as stack:
-        read, report = stack.enter_context(load_pretrained_backbone(path, shapes, setting="teacher.weights"))
-        absent = [name for name in (*report.missing, *report.reshaped, *report.zeroed) if shapes[name].numel()]
-        if absent := [name for name in absent if name not in _UNUSED]:
+    with load_pretrained_backbone(path, shapes, setting="teacher.weights") as (read, report):
+        absent = [
+            name
+            for name in (*report.missing, *report.reshaped, *report.zeroed)
+            if shapes[name].numel() and name not in _UNUSED
+        ]
+        if absent:
             raise StreamtrainError(f"teacher.weights {path} does not fit teacher.model: it lacks {absent[0]}")
 
         def value(name: str, fragment: Fragment) -> Tensor:

@@ -19,17 +19,21 @@ METRIC = "knn_20"
 
 
 class StartQuality:
-    """Compares each evaluation with the start, as ``evaluation.stop_if_below`` configures it."""
+    """Compares each evaluation with the start, as ``evaluation.stop_if_below`` configures it.
+
+    Attributes:
+        drift: text of the last evaluation from ``describe_drift``; None without one.
+    """
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
-        has_reference = config.evaluation.reference is not None
-        self._tags = (f"reference/{METRIC}", f"drift/reference/{METRIC}") if has_reference else (
-            f"eval/{METRIC}", f"drift/{METRIC}"
-        )  # fmt: skip
-        # of the last evaluation
+        if config.evaluation.reference is None:
+            self._name, self._tag, self._drift_tag = "kNN", f"eval/{METRIC}", f"drift/{METRIC}"
+        else:
+            self._name = "kNN of the reference"
+            self._tag, self._drift_tag = f"reference/{METRIC}", f"drift/reference/{METRIC}"
         self.drift: str | None = None
-        self._fall = ""
+        self._reason = ""
 
     def stop_code(self, metrics: Mapping[str, float]) -> int:
         """Return ``EXIT_DRIFTED`` on all ranks if these metrics of a step are too low, else 0; every rank calls this.
@@ -38,15 +42,14 @@ class StartQuality:
         """
         self.drift = describe_drift(metrics) or self.drift
         share = self._config.evaluation.stop_if_below
-        if share is None or not all(tag in metrics for tag in self._tags):
+        if share is None or self._tag not in metrics or self._drift_tag not in metrics:
             return 0
-        value, change = (metrics[tag] for tag in self._tags)
-        start = value - change
+        value = metrics[self._tag]
+        start = value - metrics[self._drift_tag]
         is_below = torch.tensor(float(value < share * start), device=self._runtime.device)
         dist.broadcast(is_below, 0)
-        of_reference = " of the reference" if self._config.evaluation.reference is not None else ""
-        self._fall = (
-            f"kNN{of_reference} is {value:.1%}, less than {share:.0%} of the {start:.1%} at the start "
+        self._reason = (
+            f"{self._name} is {value:.1%}, less than {share:.0%} of the {start:.1%} at the start "
             "(evaluation.stop_if_below)"
         )
         return EXIT_DRIFTED if is_below else 0
@@ -59,4 +62,4 @@ class StartQuality:
         if best is not None:
             this = ", this one" if best["step"] == step else ""
             name = f"{step_folder(run_dir, best['step'])} ({best['metric']} {best['value']:.1%}{this})"
-        return f"stopped at step {step}, {status}: {self._fall}; best checkpoint: {name}"
+        return f"stopped at step {step}, {status}: {self._reason}; best checkpoint: {name}"
