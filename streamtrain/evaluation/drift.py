@@ -1,4 +1,4 @@
-"""Drift of a continued run: features of the evaluation images, compared with the features at the start."""
+"""Drift of a continued run: compares features of the evaluation images with the features at the start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 class Images(Protocol):
     """A train and a test set, such as ``Study``.
 
-    It has this rank's features, the numbers of images on all ranks, and text that changes with the images.
+    Attributes:
+        train, test: this rank's features and labels.
+        counts: numbers of train and test images on all ranks.
+        identity: text that changes with the images.
     """
 
     @property
@@ -42,9 +45,9 @@ class Images(Protocol):
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Return the linear CKA (Kornblith et al. 2019) of features ``[N, D]`` and ``[N, E]``, whose rows are over ranks.
+    """Return the linear CKA (Kornblith et al. 2019) of features ``[N, D]`` and ``[N, E]``, spread over ranks by rows.
 
-    It is 1 for features that differ by a rotation, a scale and a shift, and 0 if either is constant.
+    It is 1 if the features differ only by a rotation, a scale and a shift, and 0 if either is constant.
     """
     count = sum_over_ranks(torch.tensor([float(len(first))], dtype=torch.float64, device=first.device))
     first, second = (one.double() - sum_over_ranks(one.double().sum(0)) / count for one in (first, second))
@@ -57,17 +60,17 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 
 
 def mean_distance(first: Tensor, second: Tensor) -> float:
-    """Return the mean of 1 − cosine similarity of the rows of ``[N, D]`` features, which are spread over ranks."""
-    # rounding may take the similarity above 1
+    """Return the mean of 1 − cosine similarity of the rows of features ``[N, D]``, spread over ranks by rows."""
+    # rounding may give a similarity above 1
     distance = (1.0 - F.cosine_similarity(first.double(), second.double(), dim=1)).clamp(min=0.0)
     total = sum_over_ranks(torch.stack([distance.sum(), torch.full_like(distance.sum(), len(distance))]))
     return float(total[0] / total[1])
 
 
 class StartFeatures:
-    """The CLS features at the start of all evaluation images, in the run directory: fp32, in the order of the images.
+    """CLS features of all evaluation images at the start, saved in the run directory: fp32, in the order of the images.
 
-    They are read at each evaluation, so that they take no memory between. All methods are collective.
+    Each evaluation reads the file again, so the features take no memory during training. All methods are collective.
     """
 
     def __init__(self, run_dir: Path, runtime: Runtime, failure: SharedFailure) -> None:
@@ -75,12 +78,12 @@ class StartFeatures:
         self._has_warned = False
 
     @property
-    def exist(self) -> bool:
+    def is_saved(self) -> bool:
         """Whether this run has saved features; not collective."""
         return self._path.is_file()
 
     def save(self, sets: Mapping[str, Images]) -> None:
-        """Write the features of each set; a failing disk is only a warning."""
+        """Write the features of each set; a failing disk causes only a warning."""
         tensors = {}
         for name, images in sets.items():
             for part, rows, count in zip(("train", "test"), (images.train, images.test), images.counts, strict=True):
@@ -93,7 +96,7 @@ class StartFeatures:
                 logger.warning("%s cannot be written (%s)", self._path, error.strerror)
 
     def compare(self, name: str, images: Images) -> dict[str, float]:
-        """Return ``cka`` and ``distance`` of the set ``name`` to the start; empty if its features are not known."""
+        """Return ``cka`` and ``distance`` of the set ``name`` to the start; empty if the file has no features of it."""
         start = self._read(name, images)
         if self._failure.has_occurred(start is None):
             if not self._has_warned:
@@ -107,7 +110,7 @@ class StartFeatures:
         return {"cka": linear_cka(start, now), "distance": mean_distance(start, now)}
 
     def _read(self, name: str, images: Images) -> Tensor | None:
-        """Return this rank's features of the train and the test set, padded like the images; None if there are none."""
+        """Return this rank's features of the train and the test set, padded like the images, or None."""
         try:
             with safe_open(self._path, "pt") as file:
                 saved = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118

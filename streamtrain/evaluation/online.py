@@ -178,10 +178,10 @@ class Baselines:
     """Results of the evaluation before the first step, by tag.
 
     Attributes:
-        start: of the starting network, also on the reference.
-        pixels: of the pixels as features; kNN only.
+        start: results of the starting network, also on the reference.
+        pixels: results of the pixels as features; kNN only.
         train_images, test_images: numbers of images.
-        images: identities of the sets of images by name, on rank 0.
+        images: ``Study.identity`` of each set by name; empty on ranks other than 0.
         step: completed steps at the start, above 0 after ``--resume``.
         is_trained: whether the starting network was trained.
     """
@@ -244,11 +244,11 @@ class OnlineEvaluation:
     def run_before_training(self, embed: Embed, wrap: Wrap, step: int, is_trained: bool) -> Baselines | None:
         """Evaluate the starting network and the pixels, set ``study`` and write ``baselines.json``.
 
-        Not counted as time of evaluation.
+        This time does not count against ``evaluation.max_share``.
 
         Args:
             step: completed steps.
-            is_trained: whether the network is another run's; with ``init.weights`` it also counts as trained.
+            is_trained: whether the network comes from another run; with ``init.weights`` it also counts as trained.
         """
         if not self._sets:
             return None
@@ -287,12 +287,12 @@ class OnlineEvaluation:
         return results
 
     def _drift(self, name: str, study: Study, results: Mapping[str, float]) -> dict[str, float]:
-        """Return by tag the differences of ``results`` to the start, and the distance of the features."""
+        """Return by tag the differences between ``results`` and the start, and the drift of the features."""
         if name not in self._start:
-            # of a resumed run; rank 0 reads it, because a shared folder may show ranks different contents
-            found = [self._read_start(name, study) if self._runtime.rank == 0 else None]
-            dist.broadcast_object_list(found, 0)
-            self._start[name] = found[0]
+            # in a resumed run rank 0 reads the start, because a shared folder may show ranks different contents
+            content = [self._read_start(name, study) if self._runtime.rank == 0 else None]
+            dist.broadcast_object_list(content, 0)
+            self._start[name] = content[0]
         if (start := self._start[name]) is None:
             return {}
         prefix = "drift/" if name == EVALUATION else f"drift/{name}/"
@@ -304,16 +304,17 @@ class OnlineEvaluation:
     def _read_start(self, name: str, study: Study) -> Mapping[str, float] | None:
         """Return the results at the start by tag; None if drift from them is not reported.
 
-        That is if the start was untrained and there is no reference, or, with a warning, if the images were others.
+        Drift is not reported if the start was untrained and there is no reference, or, with a warning, if the images
+        have changed.
         """
         baselines, evaluation = read_baselines(Path(self._config.run.dir)), self._config.evaluation
         is_trained = baselines.is_trained
         if is_trained is None:
-            # an older run, which only saved features of a trained start
-            is_trained = self._config.init.weights is not None or self._start_features.exist
+            # runs of earlier versions saved features only if the start was trained
+            is_trained = self._config.init.weights is not None or self._start_features.is_saved
         if not is_trained and evaluation.reference is None:
             return None
-        # older runs do not identify their images
+        # runs of earlier versions do not identify their images
         if baselines.images.get(name) in (None, study.identity):
             return baselines.start
         is_stopping = evaluation.stop_if_below is not None and (name == REFERENCE or evaluation.reference is None)
