@@ -1,4 +1,4 @@
-"""Write the trained parameters of a backbone with LoRA adapters, without the frozen ones."""
+"""Write only the trained parameters of a backbone with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from streamtrain.run.directory import parse_step
 def export_adapters(run_dir: Path, step: int | str | None, which: str, out: Path) -> int:
     """Write the adapters of a run to the safetensors file ``out``, and return the number of their parameters.
 
-    Names are a layer of the backbone, followed by ``lora_a`` and ``lora_b``; blocks that train whole
-    (``model.lora.free_blocks``) are included. The header has the settings of the model and its adapters, and the
-    weights that the adapters belong to.
+    Each adapted layer ``NAME`` has ``NAME.lora_a`` and ``NAME.lora_b``. Blocks that train whole
+    (``model.lora.free_blocks``) are included. The header has the settings of the model and the adapters, and the path
+    of the frozen weights.
 
     Args:
         step: the checkpoint's step, or ``best``; None: the latest.
@@ -37,10 +37,10 @@ def export_adapters(run_dir: Path, step: int | str | None, which: str, out: Path
     if not config.model.lora.rank:
         raise StreamtrainError(f"{run_dir} has no adapters (model.lora.rank is 0): export its backbone with --to")
     step = parse_step(find_checkpoint(run_dir, step, which))
-    wanted = iterate_weights(
+    trained = iterate_weights(
         run_dir, step, which, lambda name: name.startswith(PREFIX) and is_trained(name, config.model)
     )
-    tensors = {name.removeprefix(PREFIX): value for name, value in wanted}
+    tensors = {name.removeprefix(PREFIX): value for name, value in trained}
     header = {
         "lora": {**config.model.lora.model_dump(mode="json"), "scale": config.model.lora.scale},
         "model": config.model.model_dump(mode="json", exclude={"lora"}),

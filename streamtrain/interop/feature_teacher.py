@@ -1,4 +1,4 @@
-"""Describe the backbone of a feature teacher: from its description, or from the shapes of its tensors. Torch-free."""
+"""Find the architecture of a feature teacher in its description or in the shapes of its tensors. Torch-free."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def with_teacher_model(config: Config) -> Config:
     except StreamtrainError as error:
         raise ConfigError(f"teacher.weights: {error}") from None
     updated = teacher.model_copy(update={"model": model.model_dump(mode="json")})
-    found = config.model_copy(update={"teacher": updated})
-    if fault := find_teacher_fault(found):
+    complete = config.model_copy(update={"teacher": updated})
+    if fault := find_teacher_fault(complete):
         raise ConfigError(fault)
-    return found
+    return complete
 
 
 def describe_backbone(path: Path, factory: str | None = None, model: ModelConfig | None = None) -> BackboneConfig:
     """Return the shape and the preprocessing of the backbone in a file or folder.
 
     Args:
-        factory: the class of the caller's own network that the weights may need.
-        model: the shape, if the caller states it; the weights then need no description.
+        factory: class that the caller permits for weights of a network with ``model.factory``.
+        model: the shape, if the caller knows it; the weights then need no description.
 
     Raises:
         StreamtrainError: if the weights cannot be read, have no backbone of this architecture, or do not state their
@@ -111,7 +111,7 @@ def _model_of_tensors(file: BackboneFile) -> dict[str, Any]:
     model = model_from_shapes(shapes)
     norms = [name for name, norm in (("cls", "cls_norm"), ("local_cls", "local_norm")) if f"{norm}.weight" in shapes]
     model["untied_norms"] = "_and_".join(norms) or "none"
-    # an unmasked bias of DINOv3 has a key part
+    # without a mask, the bias of a DINOv3 file includes the keys
     model["key_bias"] |= group.naming is DINOV3 and model["qkv_bias"] and not group.has_bias_mask(file.state.shapes)
     periods = file.state.shapes.get(f"{group.prefix}{_PERIODS}")
     if periods is None or len(periods) != 1 or not periods[0]:
@@ -119,6 +119,6 @@ def _model_of_tensors(file: BackboneFile) -> dict[str, Any]:
             f"{source} does not state its number of attention heads; set teacher.model to its architecture, such as "
             "teacher.model.preset=vitl16"
         )
-    # two axes with as many sines as cosines
+    # each period gives a sine and a cosine on each of two axes
     model["num_heads"] = model["dim"] // (4 * periods[0])
     return model

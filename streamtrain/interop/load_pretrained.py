@@ -1,4 +1,4 @@
-"""Load pretrained backbone weights of any known family: choose the network, report mismatches, refuse other ones."""
+"""Load pretrained backbone weights of a known family: choose the network, report mismatches, refuse other weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from streamtrain.interop.naming import DINOV3, QKV_BIAS, combine
 from streamtrain.interop.state_file import StateFile, describe_names, open_state, readable
 
 PROJECTION = "embedding.projection.weight"
-# larger values are damage: those of released weights are below 1000
+# larger values are refused as damaged; released weights stay below 1000
 MAX_VALUE = 1e4
-# in one file
+# most backbones in one file
 MAX_NETWORKS = 50
-# weights of these layers that are 0 throughout come from a file that was never completely written
+# if one of these tensors is 0 throughout, the file was never completely written
 _NEVER_ZERO = ("norm.weight", "norm1.weight", "norm2.weight", "qkv.weight", PROJECTION)
 
 
@@ -37,7 +37,7 @@ class MatchReport:
     unexpected: tuple[str, ...]
     # biases set to 0, because the weights have none of them
     zeroed: tuple[str, ...]
-    # which network of the file was taken, and the others
+    # the chosen network of the file and the others; parts that were left out
     notes: tuple[str, ...] = ()
 
     @property
@@ -72,7 +72,7 @@ class BackboneFile:
         return _choose(self.state, self.groups)
 
     def refuse_positions(self, group: Group) -> None:
-        """Raise StreamtrainError if the backbone has position embeddings, and so is of another architecture."""
+        """Raise StreamtrainError if the backbone has position embeddings, and so another architecture."""
         if (positions := find_position_embedding(self.state.shapes, group)) is not None:
             raise StreamtrainError(f"{self.state.path} {_describe_positions(positions)}")
 
@@ -189,14 +189,13 @@ class BackboneFile:
             tensors = [torch.empty(self.state.shapes[part], device="meta") for part in parts]
             return combine(name, tensors, group.naming, self._keeps_key_bias(group, name, expected)).shape
         # sizes beyond 64 bits, too few dimensions, different widths
-        except (RuntimeError, IndexError, ValueError, OverflowError):
+        except (RuntimeError, IndexError, ValueError, OverflowError, TypeError):
             return None
 
     def _keeps_key_bias(self, group: Group, name: str, expected: torch.Size | None) -> bool:
+        shapes = self.state.shapes
         is_fused = group.naming is DINOV3 and name.endswith(QKV_BIAS)
-        return is_fused and self.state.shapes[group.sources[name][0]] == expected and not group.has_bias_mask(
-            self.state.shapes
-        )  # fmt: skip
+        return is_fused and shapes[group.sources[name][0]] == expected and not group.has_bias_mask(shapes)
 
     def _read(self, group: Group, name: str, expected: torch.Size) -> Tensor:
         parts = [self.state.read(part) for part in group.sources[name]]
@@ -207,14 +206,17 @@ class BackboneFile:
 
 
 def check_values(value: Tensor, where: str) -> None:
-    """Raise StreamtrainError if a tensor has NaN, Inf or absurd values, or is 0 where a network never is."""
-    # NaN propagates
+    """Raise StreamtrainError if a tensor has NaN, Inf or too large values, or only zeros where no network has them.
+
+    ``where`` begins the message and ends with the tensor's name.
+    """
+    # max() propagates NaN
     largest = float(value.abs().max()) if value.numel() else 1.0
     if not largest <= MAX_VALUE:
         found = f"values up to {largest:.3g}" if largest > MAX_VALUE else "NaN"
-        raise StreamtrainError(f"{where} with {found}; the weights are damaged or diverged, use other ones")
+        raise StreamtrainError(f"{where} with {found}; the weights are damaged or diverged; use other weights")
     if largest == 0 and where.endswith(_NEVER_ZERO):
-        raise StreamtrainError(f"{where} with only zeros; the weights are damaged, use other ones")
+        raise StreamtrainError(f"{where} with only zeros; the weights are damaged; use other weights")
 
 
 @contextmanager
