@@ -34,11 +34,11 @@ class EvaluationConfig(Section):
 
     reference: PathText | None = free(
         None, "Images that are not trained on, labelled or not: a shard set or a folder. Each evaluation also measures "
-        "on them how far a run from init.weights has moved from its start.",
+        "on them how far the network has moved from the start.",
     )  # fmt: skip
     stop_if_below: Probability | None = free(
-        None, "Stop a run from init.weights after a checkpoint, with exit code 3, if its kNN accuracy (knn_20, on the "
-        "reference if given) falls below this share of the start's; null: never.",
+        None, "Stop a run from trained weights after a checkpoint, with exit code 3, if its kNN accuracy (knn_20, on "
+        "the reference if given) falls below this share of the start's; null: never.",
     )  # fmt: skip
 
     @model_validator(mode="after")

@@ -44,8 +44,9 @@ def is_adapter(name: str) -> bool:
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021) of a frozen backbone, for continuing from released weights.
 
-    An adapted linear layer adds ``alpha / rank * B A x``. Everything else in the backbone keeps the values of
-    ``init.weights``, norms and LayerScale included, and is stored once for student and teacher. Heads train whole.
+    An adapted linear layer adds ``alpha / rank * B A x``. Outside the free blocks, everything else in the backbone
+    keeps the values of ``init.weights``, norms and LayerScale included, and is stored once for student, teacher and
+    anchor. Heads train whole.
     """
 
     rank: NonNegative = fixed(0, "Rank of the adapters; 0: no adapters, the whole backbone trains.")
@@ -54,7 +55,7 @@ class LoraConfig(Section):
         ("qkv", "proj", "mlp"), "Linear layers with adapters: qkv and proj of the attention, both layers of the mlp."
     )
     blocks: Literal["all"] | Positive = fixed(
-        "all", "Blocks with adapters: all, or this many of the last ones, counted below the free blocks."
+        "all", "Blocks with adapters: all, or N for the last N blocks before the free blocks."
     )
     free_blocks: NonNegative = fixed(
         0, "Number of last blocks that train whole, without adapters (ExPLoRA, Khanna et al. 2024)."
