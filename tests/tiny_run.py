@@ -34,9 +34,9 @@ def logged(run_dir: Path) -> dict[int, dict[str, Any]]:
     return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "slot", "optim/grad"))} for r in records}
 
 
-def kill_and_resume(words: list[str], run_dir: Path, step: int) -> None:
-    """Start two ranks, kill them once ``step`` is saved, and run the same command to its end."""
-    processes = start_ranks(words, 2)
+def kill_and_resume(words: list[str], run_dir: Path, step: int, ranks: int = 2) -> None:
+    """Start ranks, kill them once ``step`` is saved, and run the same command to its end."""
+    processes = start_ranks(words, ranks)
     deadline = time.monotonic() + 200
     while (checkpoint.saved_steps(run_dir) or [0])[-1] < step:
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
@@ -45,5 +45,5 @@ def kill_and_resume(words: list[str], run_dir: Path, step: int) -> None:
         process.kill()
     for process in processes:
         process.communicate()
-    results = run_ranks(words, 2)
-    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    results = run_ranks(words, ranks)
+    assert [code for code, _, _ in results] == [0] * ranks, results[0][2][-3000:]

@@ -1,11 +1,10 @@
-"""Laws of linear CKA, and features of step 0 that are kept in the run directory."""
+"""Linear CKA, features saved at the start, and runs that stop when they lose their start."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def part_of(features: tuple[torch.Tensor, torch.Tensor], rank: int, ranks: int) 
 
 def store(folder: Path, rank: int, ranks: int) -> StartFeatures:
     runtime = Runtime(Launch(rank, ranks, rank, ranks), torch.device("cpu"), torch.float32)
-    return StartFeatures(folder, runtime, SharedFailure(timedelta(seconds=60).total_seconds()))
+    return StartFeatures(folder, runtime, SharedFailure(60.0))
 
 
 START = random(9, 4), random(5, 4, seed=1)

@@ -1,19 +1,18 @@
-"""Runs with LoRA adapters: frozen base, exact resume, checkpoints, export, evaluation, and starts that cannot work."""
+"""Runs with LoRA adapters: frozen base, exact resume, checkpoints, export, evaluation, and errors at the start."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from drawn_images import draw_folder
-from ranks import RankProcess, run_ranks, start_ranks
+from ranks import run_ranks
 from safetensors import safe_open
 from tiny_backbone import class_folder, tiny_backbone, tiny_weights
-from tiny_run import command, logged
+from tiny_run import command, kill_and_resume, logged
 
 from shards.packing.pack import PackOptions, pack
 from streamtrain.checkpoint import reader as checkpoint
@@ -84,17 +83,7 @@ def test_a_killed_run_resumes_bit_for_bit(ranks: int, folder: Path, tmp_path: Pa
     settings = ("run.steps=8", "run.checkpoint_every=2", "data.global_batch=8", "objective.anchor.weight=1.0")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     expect_success(run_ranks(words(folder, straight, *settings), ranks))
-    processes: list[RankProcess] = start_ranks(words(folder, broken, *settings), ranks)
-    deadline = time.monotonic() + 200
-    while not checkpoint.saved_steps(broken):
-        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-        time.sleep(0.02)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-    assert checkpoint.saved_steps(broken)[-1] in (2, 4, 6)
-    expect_success(run_ranks(words(folder, broken, *settings), ranks))
+    kill_and_resume(words(folder, broken, *settings), broken, 2, ranks)
     losses = logged(straight)
     assert logged(broken) == losses and 0 < losses[1]["loss/anchor"] < losses[8]["loss/anchor"]
     # the anchor shares the frozen parameters
@@ -157,9 +146,10 @@ def test_a_run_and_a_snapshot_are_initial_weights(folder: Path, run: Path, tmp_p
             torch.testing.assert_close(state[f"backbone.{name}"], value, rtol=1e-5, atol=1e-6)
 
 
-def test_evaluation_while_training_measures_the_adapted_teacher(run: Path) -> None:
+def test_a_network_with_adapters_is_evaluated_while_training(run: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert any("eval/knn_20" in record for record in records)
+    # evaluation.max_share may skip the second one
+    assert next(record["step"] for record in records if "eval/knn_20" in record) == 3
 
 
 @pytest.mark.slow
@@ -176,8 +166,6 @@ def test_a_gram_teacher_of_released_weights_has_adapters_of_zero(folder: Path, t
     ("changes", "message"),
     [
         (["init.weights=null"], "set init.weights, or model.lora.rank=0"),
-        (["model.lora.rank=33"], "lora.rank 33 is larger"),
-        (["model.lora.targets=[head]"], "model.lora.targets"),
         (["model.untied_norms=local_cls", "init.minimum_matched=0.5"], "model.lora freezes local_norm.weight"),
     ],
 )
