@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,11 @@ Array = npt.NDArray[Any]
 
 NPY = "NPY"
 MAX_DECODED_BYTES = 1 << 30  # of one image, and of one tile or strip of it
-EXTRA = "images other than 8-bit RGB need tifffile and imagecodecs: pip install 'streamtrain[imagery]'"
+EXTRA = "images other than 8-bit RGB, and tiles, need tifffile and imagecodecs: pip install 'streamtrain[imagery]'"
 _NPY_SIGNATURE = b"\x93NUMPY"
 _MAX_NPY_HEADER = 1024
-_WHITE_IS_ZERO, _PALETTE, _SEPARATE = 0, 3, 2
+_WHITE_IS_ZERO, _PALETTE = 0, 3
+SEPARATE = 2  # planar configuration of a TIFF
 _ORIENTATION_TAG = 274
 
 
@@ -54,9 +55,9 @@ def read_header(payload: bytes, pixels: PixelFormat) -> Header:
         height, width, _ = _array_layout(_read_npy_header(payload)[0], pixels.channels)
         header = Header(NPY, width, height, 1, True)
     elif find_format(payload) == "TIFF":
-        with _open_tiff(payload) as page:
-            turn = page.tags.valueof(_ORIENTATION_TAG, default=1)
-            turn = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+        with open_tiff(io.BytesIO(payload)) as page:
+            _require_supported(page)
+            turn = tiff_orientation(page)
             width, height = page.imagewidth, page.imagelength
             header = Header("TIFF", *((height, width) if turn in SIDEWAYS else (width, height)), turn, True)
     else:
@@ -79,26 +80,45 @@ def load_npy(payload: bytes, pixels: PixelFormat) -> Array:
 
 def load_tiff(payload: bytes, pixels: PixelFormat) -> Array:
     """Return the first page of a TIFF as [height, width, channels], without its orientation; raises as ``decode``."""
-    with _open_tiff(payload) as page:
-        name, samples, is_separate = str(page.dtype), page.samplesperpixel, page.planarconfig == _SEPARATE
-        if page.photometric == _PALETTE:
-            raise ShardError("a TIFF with a palette has no channels; convert it to RGB or grey")
-        # before anything is decoded
-        if (found := PixelFormat(samples, name)) != pixels:
-            raise ShardError(f"it has {found}, not {pixels}")
-        shape = (page.imagelength, page.imagewidth)
-        if math.prod(page.chunks) * pixels.num_bytes > MAX_DECODED_BYTES or page.imagedepth != 1:
-            raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
-        spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-        if len(spans) < math.prod(page.chunked) or any(
-            offset <= 0 or count <= 0 or offset + count > len(payload) for offset, count in spans
-        ):
-            raise ShardError("it is truncated, or tiles are missing")
+    with open_tiff(io.BytesIO(payload)) as page:
+        check_tiff(page, pixels, len(payload))
+        shape, samples = (page.imagelength, page.imagewidth), pixels.channels
         values = page.asarray(maxworkers=1)
+        is_separate = page.planarconfig == SEPARATE
         values = np.moveaxis(values.reshape(samples, *shape), 0, 2) if is_separate else values.reshape(*shape, samples)
-        if page.photometric == _WHITE_IS_ZERO and name != "float32":
-            values = ((1 << page.bitspersample) - 1 - values).astype(name)
+        return invert_white(values, page)
+
+
+def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> None:
+    """Raise a ShardError if a page of a file of ``num_bytes`` has another format, is truncated, or cannot be decoded.
+
+    Nothing is decoded. The whole page may be larger than ``MAX_DECODED_BYTES``, a tile or strip of it may not.
+    """
+    _require_supported(page)
+    if page.photometric == _PALETTE:
+        raise ShardError("a TIFF with a palette has no channels; convert it to RGB or grey")
+    if (found := PixelFormat(page.samplesperpixel, str(page.dtype))) != pixels:
+        raise ShardError(f"it has {found}, not {pixels}")
+    if math.prod(page.chunks) * pixels.num_bytes > MAX_DECODED_BYTES or page.imagedepth != 1:
+        raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
+    spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    if len(spans) < math.prod(page.chunked) or any(
+        offset <= 0 or count <= 0 or offset + count > num_bytes for offset, count in spans
+    ):
+        raise ShardError("it is truncated, or tiles are missing")
+
+
+def invert_white(values: Array, page: Any) -> Array:
+    """Return values of a page with white as the largest value: integers of a white-is-zero page are inverted."""
+    if page.photometric != _WHITE_IS_ZERO or values.dtype == np.float32:
         return values
+    return ((1 << page.bitspersample) - 1 - values).astype(values.dtype)
+
+
+def tiff_orientation(page: Any) -> int:
+    """Return the orientation of a page: 1 to 8, 1 if there is none."""
+    turn = page.tags.valueof(_ORIENTATION_TAG, default=1)
+    return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
 
 def _read_npy_header(payload: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
@@ -130,21 +150,23 @@ def _array_layout(shape: tuple[int, ...], channels: int) -> tuple[int, int, bool
 
 
 @contextmanager
-def _open_tiff(payload: bytes) -> Iterator[Any]:
-    """Yield the first page of a TIFF, whose dtype and number of samples are supported."""
+def open_tiff(file: BinaryIO) -> Iterator[Any]:
+    """Yield the first page of a TIFF, a ``tifffile.TiffPage``; errors inside the block become a ShardError."""
     try:
         import tifffile
     except ImportError:
         raise ShardError(EXTRA) from None
     _silence()
-    with one_line_errors(), tifffile.TiffFile(io.BytesIO(payload)) as file:
-        page = file.pages.first
-        if str(page.dtype) not in DTYPES or not 1 <= page.samplesperpixel <= MAX_CHANNELS:
-            raise ShardError(
-                f"a TIFF of {page.samplesperpixel} samples of {page.dtype} is not supported; convert it to "
-                f"{', '.join(DTYPES)}"
-            )
-        yield page
+    with one_line_errors(), tifffile.TiffFile(file) as tiff:
+        yield tiff.pages.first
+
+
+def _require_supported(page: Any) -> None:
+    if str(page.dtype) not in DTYPES or not 1 <= page.samplesperpixel <= MAX_CHANNELS:
+        raise ShardError(
+            f"a TIFF of {page.samplesperpixel} samples of {page.dtype} is not supported; convert it to "
+            f"{', '.join(DTYPES)}"
+        )
 
 
 @functools.cache

@@ -7,8 +7,10 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from shards.errors import ShardError
@@ -120,10 +122,25 @@ def _keep_values(payload: bytes, header: Header, max_pixels: int, pixels: PixelF
         raise ShardError(f"{header.width}x{header.height} is longer than {MAX_SIDE} pixels on a side; cut it in parts")
     extension = _KEPT_FORMATS.get(header.format)
     if extension is None:
-        buffer = io.BytesIO()
-        np.save(buffer, values, allow_pickle=False)
-        payload, extension = buffer.getvalue(), "npy"
+        payload, extension = _npy(values), "npy"
     return PreparedImage(payload, extension, header.width, header.height)
+
+
+def encode_exact(values: npt.NDArray[Any]) -> PreparedImage:
+    """Encode [height, width, channels]: integers of 1, 3 or 4 channels as PNG, all others as ``.npy``."""
+    height, width, channels = values.shape
+    if values.dtype == np.float32 or channels not in (1, 3, 4):
+        return PreparedImage(_npy(values), "npy", width, height)
+    import imagecodecs
+
+    payload = imagecodecs.png_encode(values[..., 0] if channels == 1 else values)
+    return PreparedImage(bytes(payload), "png", width, height)
+
+
+def _npy(values: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _with_plain_orientation(payload: bytes, header: Header) -> bytes:

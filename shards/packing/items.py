@@ -44,7 +44,9 @@ class SourceUnreachable(ShardError):
 
 
 class Location(Protocol):
-    """Location of an image's bytes; small and picklable."""
+    """Location of an image's bytes; small, picklable and hashable."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def identity(self) -> str:
@@ -82,21 +84,38 @@ class FileSpan:
         return f"{self.offset}\t{length}"
 
     def read(self) -> bytes:
+        return self._retried(self._read)
+
+    def _read(self) -> bytes:
+        length = self._num_bytes()
+        _check_length(length)
+        return self._read_part(0, length)
+
+    def num_bytes(self) -> int:
+        """Return the length of the span in bytes; raises as ``read``."""
+        return self._retried(self._num_bytes)
+
+    def read_part(self, begin: int, end: int) -> bytes:
+        """Return the bytes [begin, end) of the span, fewer if the file is shorter; raises as ``read``."""
+        return self._retried(lambda: self._read_part(begin, end))
+
+    def _retried(self, call: Callable[[], Result]) -> Result:
         try:
-            return read_source(self.path, self._read)
+            return read_source(self.path, call)
         except OSError as error:
             raise ShardError(error.strerror or str(error)) from error
 
-    def _read(self) -> bytes:
+    def _num_bytes(self) -> int:
         status = self.path.stat()
         # opening a named pipe would block until another process writes to it
         if not stat.S_ISREG(status.st_mode):
             raise ShardError("not a regular file")
-        length = status.st_size if self.length is None else self.length
-        _check_length(length)
+        return status.st_size if self.length is None else self.length
+
+    def _read_part(self, begin: int, end: int) -> bytes:
         with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(length)
+            file.seek(self.offset + begin)
+            return file.read(end - begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +209,30 @@ def _check_length(length: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """An image that was found to be unusable before packing."""
+
+    reason: str
+
+    @property
+    def identity(self) -> str:
+        return self.reason
+
+    def read(self) -> bytes:
+        raise ShardError(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     name: str  # relative to the source, with slashes
     label: int
     location: Location
+    tile: tuple[int, int] | None = None  # row and column in the image; None is the whole image
+
+    @property
+    def tile_name(self) -> str:
+        """Text for the row and column of the tile, such as ``r000_c003``; empty for a whole image."""
+        return "r{:03d}_c{:03d}".format(*self.tile) if self.tile else ""
 
 
 @dataclass(frozen=True)
@@ -204,12 +243,14 @@ class Inputs:
         classes: class names by label; empty if labels have no names or there are no labels.
         passed_over: counts of the files and labels that are not used.
         runs: lengths of the runs of items that are read together; empty if each item is read separately.
+        keeps_runs: the items of a run stay in order when packing shuffles.
     """
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
     passed_over: Tally = field(default_factory=Tally)
     runs: tuple[int, ...] = ()
+    keeps_runs: bool = False
 
     def fingerprint(self, options: str) -> str:
         """Return 32 hex digits that identify the packing: the items and the options."""
@@ -221,7 +262,7 @@ class Inputs:
     def order(self, seed: int | None) -> np.ndarray:
         """Return the packing order as item numbers, int64 [num_items]; None keeps the source's order.
 
-        Runs are permuted as a whole and shuffled within, so a shard draws on many runs and each run is read once.
+        Runs are permuted as a whole and shuffled within unless ``keeps_runs``, so that each run is read once.
         """
         if seed is None:
             return np.arange(len(self.items))
@@ -229,14 +270,16 @@ class Inputs:
             return randomness.permutation(seed, randomness.PACKING, len(self.items))
         starts = np.concatenate([[0], np.cumsum(self.runs)])
         runs = randomness.permutation(seed, randomness.PACKING, len(self.runs), 1).tolist()
+        if self.keeps_runs:
+            return np.concatenate([np.arange(starts[run], starts[run + 1]) for run in runs])
         return np.concatenate(
             [starts[run] + randomness.permutation(seed, randomness.PACKING, self.runs[run], 2, run) for run in runs]
         )
 
 
-def sample_key(number: int, name: str) -> str:
-    """Return an image's WebDataset key: its number in the source, which makes it unique, and the end of its path."""
-    stem = str(PurePosixPath(name).with_suffix(""))
+def sample_key(number: int, name: str, tile_name: str = "") -> str:
+    """Return an item's WebDataset key: its number in the source, which makes it unique, and the end of its path."""
+    stem = "_".join(filter(None, (str(PurePosixPath(name).with_suffix("")), tile_name)))
     return f"{number:09d}_{re.sub('[^A-Za-z0-9_-]+', '_', stem)[-_KEY_LENGTH:].strip('_')}".rstrip("_")
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from shards.format import images
 from shards.format.pixels import RGB, PixelFormat
+from shards.packing.tiles import Tiling
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,10 @@ class PackOptions:
     shuffle: int | None = None  # seed: pack in random order
     dedup: bool = False  # leave out images with the same bytes as an earlier one
     pixels: PixelFormat = RGB  # keep values of these channels and dtype; images of another kind are rejected
+    tiles: Tiling | None = None  # cut images into tiles
 
     def identity(self) -> dict[str, object]:
-        """Return the fields for the fingerprint, without ``pixels`` if sets of earlier versions could have them."""
-        return {name: value for name, value in asdict(self).items() if name != "pixels" or not self.pixels.is_rgb}
+        """Return the fields for the fingerprint; newer fields are omitted at their default, as earlier versions do."""
+        omitted = {"pixels"} if self.pixels.is_rgb else set()
+        omitted |= set() if self.tiles else {"tiles"}
+        return {name: value for name, value in asdict(self).items() if name not in omitted}

@@ -11,30 +11,29 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 from tqdm import tqdm
 
 from shards.errors import ShardError, explain_os_error
-from shards.format import images
 from shards.format.files import cache_folder, make_private_folder, partial_path, remove_partials, write_whole
 from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.imagery import require_extra
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
 from shards.format.tally import Tally
 from shards.packing.inputs import list_inputs, needs_unpacking, unpack
-from shards.packing.items import Inputs, Item, SourceUnreachable, sample_key
+from shards.packing.items import Inputs, SourceUnreachable, sample_key
 from shards.packing.options import PackOptions as PackOptions
-from shards.packing.parallel import ordered_map
 from shards.packing.parquet import Columns
+from shards.packing.prepare import prepare_all
 from shards.packing.shard_writer import ShardWriter
 from shards.packing.statistics import compute_statistics
 from shards.packing.summary import count_reasons
+from shards.packing.tiles import SKIPPED_TILES, cut
 from shards.packing.upload import MARKER_NAME, REJECTED_NAME, Upload
 from shards.progress import bar_size
 from shards.reading.shard_set import ShardSet
@@ -43,7 +42,6 @@ from shards.storage.store import is_url
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
 _LOCK = "packing.lock"
 _UNPACKED = "packing.tar"
-_ITEMS_PER_TASK = 16
 _SET_NAMES = {"shards", "index", FILE_NAME, REJECTED_NAME, JOURNAL_NAME, MARKER_NAME, _LOCK, _UNPACKED}
 
 
@@ -81,21 +79,14 @@ class _Progress:
     next_position: int = 0  # of the first item that is in no complete shard
     rejected: list[dict[str, str]] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)  # content hashes, with ``dedup``
+    skipped: int = 0  # tiles of background
 
     def extend(self, later: _Progress) -> None:
         self.shards += later.shards
         self.next_position = later.next_position
         self.rejected += later.rejected
         self.seen |= later.seen
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """Result of a worker for one item: an image, or the reason for its rejection."""
-
-    image: images.PreparedImage | None
-    reason: str
-    content: str  # hash of the source's bytes, with ``dedup``
+        self.skipped += later.skipped
 
 
 def pack(
@@ -129,10 +120,14 @@ def pack(
             hold the set; the message gives the remedy.
     """
     src, upload, folder, options = str(src), None, Path(out), options or PackOptions()
-    if not options.pixels.is_rgb:
+    if options.tiles or not options.pixels.is_rgb:
         require_extra()
+    if options.tiles:
+        options.tiles.check(options.pixels)
         if options.max_side is not None or options.upright:
-            raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}")
+            raise ShardError("--tiles keeps all pixels and stores them upright; remove --max-side and --orientation")
+    if not options.pixels.is_rgb and (options.max_side is not None or options.upright):
+        raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}")
     if is_url(str(out)):
         folder = scratch or scratch_folder(str(out))
         upload = Upload(str(out), folder)
@@ -227,6 +222,9 @@ class _Packing:
             if upload:
                 _remove_unfinished(out)
             return PackReport(*finished, inputs.passed_over, is_new=False)
+        if tiles := self.options.tiles:
+            pixels, max_pixels = self.options.pixels, self.options.max_pixels
+            inputs = cut(inputs, tiles, pixels, max_pixels, self.workers, self.progress)
         self.done = _open_journal(out, fingerprint, check_shards=upload is None)
         if upload:
             try:
@@ -243,6 +241,8 @@ class _Packing:
         done = self.done
         if not done.shards:
             _remove_unfinished(out)
+            if not done.rejected:
+                raise ShardError(f"all {done.skipped} tiles of {self.src} are background; lower --tile-contrast")
             first = done.rejected[0]
             count, reason = len(inputs.items), f"{first['path']}: {first['reason']}"
             advice = "; images of other kinds need --channels and --dtype" if self.options.pixels.is_rgb else ""
@@ -259,6 +259,7 @@ class _Packing:
         else:
             manifest.save(out)
             (out / JOURNAL_NAME).unlink()
+        inputs.passed_over.add(SKIPPED_TILES, done.skipped)
         return PackReport(manifest, count_reasons(listed), inputs.passed_over)
 
     def _write_shards(self, inputs: Inputs) -> None:
@@ -267,16 +268,19 @@ class _Packing:
         writer: ShardWriter | None = None
         since = _Progress()  # since the latest complete shard
         remaining = order[done.next_position :].tolist()
-        outcomes = _outcomes([items[number] for number in remaining], options, self.workers)
+        outcomes = prepare_all([items[number] for number in remaining], options, self.workers)
         bar = tqdm(
-            outcomes, desc="packing", unit=" images", total=len(order), initial=done.next_position,
-            disable=None if self.progress else True, smoothing=0.05, **bar_size(),
+            outcomes, desc="packing", unit=" tiles" if options.tiles else " images", total=len(order),
+            initial=done.next_position, disable=None if self.progress else True, smoothing=0.05, **bar_size(),
         )  # fmt: skip
         try:
             for position, (number, outcome) in enumerate(zip(remaining, bar, strict=True), start=done.next_position):
                 image, reason, label = outcome.image, outcome.reason, items[number].label
                 if options.dedup and (outcome.content in done.seen or outcome.content in since.seen):
                     image, reason = None, "the same bytes as an image before it"
+                if outcome.is_background:
+                    since.skipped += 1
+                    continue
                 if image is None:
                     self._check_source()
                     since.rejected.append({"path": items[number].name, "reason": reason})
@@ -288,12 +292,13 @@ class _Packing:
                 if options.dedup:
                     since.seen.add(outcome.content)
                 # the key is the image's number in the source, whatever the packing order
-                writer.add(sample_key(number, items[number].name), image, label)
+                writer.add(sample_key(number, items[number].name, items[number].tile_name), image, label)
             if writer:
                 self._close_shard(writer, len(order), since)
                 writer = None
             else:
                 done.rejected += since.rejected
+                done.skipped += since.skipped
         finally:
             outcomes.close()
             if writer:
@@ -314,6 +319,8 @@ class _Packing:
             self.upload.send_shard(entry)
         seen = sorted(since.seen)
         line = {"shard": asdict(entry), "next_position": position, "rejected": since.rejected, "seen": seen}
+        if since.skipped:
+            line["skipped"] = since.skipped
         with open(self.out / JOURNAL_NAME, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -371,7 +378,8 @@ def _open_journal(out: Path, fingerprint: str, check_shards: bool) -> _Progress:
         try:
             entry = json.loads(line)
             shard = ShardEntry(**entry["shard"])
-            part = _Progress([shard], entry["next_position"], entry["rejected"], set(entry["seen"]))
+            skipped = int(entry.get("skipped", 0))
+            part = _Progress([shard], entry["next_position"], entry["rejected"], set(entry["seen"]), skipped)
         except (ValueError, TypeError, KeyError):
             break  # torn by the kill
         if check_shards and not _is_complete(out, shard):
@@ -395,36 +403,3 @@ def _remove_unfinished(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in (JOURNAL_NAME, MARKER_NAME, REJECTED_NAME, FILE_NAME):
         (out / name).unlink(missing_ok=True)
-
-
-def _outcomes(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[_Outcome, None, None]:
-    tasks = (items[first : first + _ITEMS_PER_TASK] for first in range(0, len(items), _ITEMS_PER_TASK))
-    with closing(ordered_map(partial(_prepare, options), tasks, workers)) as results:
-        for outcomes in results:
-            yield from outcomes
-
-
-def _prepare(options: PackOptions, items: Sequence[Item]) -> list[_Outcome]:
-    with images.tolerant_pillow():
-        return [_prepare_one(item, options) for item in items]
-
-
-def _prepare_one(item: Item, options: PackOptions) -> _Outcome:
-    content = ""
-    try:
-        payload = item.location.read()
-        if options.dedup:
-            content = blake2b(payload, digest_size=16).hexdigest()
-        image = images.prepare(
-            payload,
-            max_side=options.max_side,
-            max_pixels=options.max_pixels,
-            quality=options.quality,
-            upright=options.upright,
-            pixels=options.pixels,
-        )
-    except SourceUnreachable:
-        raise
-    except ShardError as error:
-        return _Outcome(None, str(error), content)
-    return _Outcome(image, "", content)

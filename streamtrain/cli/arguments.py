@@ -35,6 +35,10 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def non_negative_int(text: str) -> int:
+    return 0 if text == "0" else positive_int(text)
+
+
 def jpeg_quality(text: str) -> int:
     if (quality := positive_int(text)) > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a JPEG quality from 1 to 100")

@@ -23,6 +23,7 @@ from shards.packing.summary import (
     describe_rejected,
     split_warning,
 )
+from shards.packing.tiles import Tiling
 from shards.reading.shard_set import ShardSet
 from streamtrain.cli.arguments import (
     add_command,
@@ -31,6 +32,7 @@ from streamtrain.cli.arguments import (
     jpeg_quality,
     max_pixels,
     max_side,
+    non_negative_int,
     pixel_format,
     positive_int,
     writing,
@@ -49,6 +51,9 @@ on a finished set it changes nothing. The result does not depend on --workers.
 By default images are decoded as 8-bit RGB. With other --channels or --dtype the stored values are kept,
 from PNG, TIFF, .npy and other formats; images with another number of channels or type are left out, and
 mean, deviation and percentiles of each channel are added to the manifest. Needs the extra imagery.
+
+--tiles cuts slides, scenes and scans into tiles, which are stored without loss; tiles of background are
+skipped and counted. Needs the extra imagery.
 
 Before packing it prints the classes that it found, and afterwards the sizes, formats and channels of the
 images. --preview draws 48 of them, as training sees them, with their classes.
@@ -74,6 +79,7 @@ _EXAMPLES = """\
   streamtrain pack --src imagenet/train --out /data/imagenet --max-side 512 --workers 32
   streamtrain pack --src list.txt --out sets/mine --shuffle 1
   streamtrain pack --src tiles/ --out sets/tiles --channels 13 --dtype uint16
+  streamtrain pack --src slides/ --out sets/slides --tiles 512
   streamtrain pack --src hf://datasets/OWNER/NAME/data --out sets/downloaded
   streamtrain pack --src s3://bucket/raw --out s3://bucket/set
 """
@@ -96,6 +102,16 @@ def add_parser(subparsers: Any) -> None:
     add("--max-side", type=max_side, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
     add("--quality", type=jpeg_quality, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
     add_pixel_arguments(parser)
+    add(
+        "--tiles", type=positive_int, metavar="SIDE",
+        help="cut images into tiles of SIDE x SIDE pixels, each a sample; large TIFFs are read tile by tile",
+    )  # fmt: skip
+    add("--overlap", type=non_negative_int, metavar="PIXELS", help="pixels that neighbouring tiles share (default: 0)")
+    add(
+        "--tile-contrast", type=float, metavar="SHARE",
+        help="skip tiles whose 1st and 99th percentile differ by less than this share of the value range in every "
+        "channel; 0 keeps all (default: 0.02 for uint8, 0.0001 for other types)",
+    )  # fmt: skip
     add(
         "--max-pixels", type=max_pixels, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
@@ -131,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         shuffle=arguments.shuffle,
         dedup=arguments.dedup,
         pixels=pixel_format(arguments),
+        tiles=tiling(arguments),
     )
     if not arguments.out.strip():
         raise ShardError("--out is empty; give the folder or the URL of the set")
@@ -168,6 +185,15 @@ def run(arguments: argparse.Namespace) -> int:
         f"{rejected}, {report.num_ignored} other files ignored; digest {manifest.digest}"
     )
     return 0
+
+
+def tiling(arguments: argparse.Namespace) -> Tiling | None:
+    if arguments.tiles is not None:
+        return Tiling(arguments.tiles, arguments.overlap or 0, arguments.tile_contrast)
+    for option, value in (("--overlap", arguments.overlap), ("--tile-contrast", arguments.tile_contrast)):
+        if value is not None:
+            raise ShardError(f"{option} applies to tiles; add --tiles SIDE")
+    return None
 
 
 def print_listing(inputs: Inputs) -> None:

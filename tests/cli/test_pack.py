@@ -94,6 +94,9 @@ def test_user_errors_are_one_line(
         (["--src", "images", "--out", "file/set"], "cannot be written to"),
         (["--src", "images", "--out", "/proc/set"], "cannot be written to"),
         (["--src", "images", "--out", "set", "--shard-size", "many"], "is not a size such as 64MB"),
+        (["--src", "images", "--out", "set", "--overlap", "0"], "--overlap applies to tiles; add --tiles SIDE"),
+        (["--src", "images", "--out", "set", "--tiles", "8"], "--tiles 8 is not a number of pixels from 16 to 65535"),
+        (["--src", "images", "--out", "set", "--tiles", "16", "--tile-contrast", "1"], "10 tiles of images are backgr"),
         (["--src", "images", "--out", "set", "--workers", "0"], "not a whole number above 0"),
     ]
     monkeypatch.chdir(tmp_path)
