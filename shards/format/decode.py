@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 
 from shards.errors import ShardError
-from shards.format import imagery, jpeg_damage
+from shards.format import dicom, imagery, jpeg_damage
 from shards.format.image_files import one_line_errors, open_as
 from shards.format.image_header import SIDEWAYS, Header, find_orientation, png_chunks
 from shards.format.pixels import RGB, PixelFormat
@@ -124,7 +124,7 @@ def _decode_values(payload: bytes, max_pixels: int, pixels: PixelFormat) -> Arra
         return np.require(turn_upright(values, header.orientation), requirements=["C", "W"])
 
 
-_VALUE_LOADERS = {"TIFF": imagery.load_tiff, imagery.NPY: imagery.load_npy}
+_VALUE_LOADERS = {"TIFF": imagery.load_tiff, imagery.NPY: imagery.load_npy, dicom.DICOM: dicom.load_dicom}
 
 
 def read_bounded(payload: bytes, max_pixels: int, pixels: PixelFormat = RGB) -> Header:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ShardError
-from shards.format import image_header
+from shards.format import dicom, image_header
 from shards.format.image_files import find_format, one_line_errors
 from shards.format.image_header import SIDEWAYS, Header
 from shards.format.pixels import DTYPES, MAX_CHANNELS, PixelFormat
@@ -54,6 +54,8 @@ def read_header(payload: bytes, pixels: PixelFormat) -> Header:
     if payload.startswith(_NPY_SIGNATURE):
         height, width, _ = _array_layout(_read_npy_header(payload)[0], pixels.channels)
         header = Header(NPY, width, height, 1, True)
+    elif dicom.is_dicom(payload):
+        header = dicom.read_header(payload)
     elif find_format(payload) == "TIFF":
         with open_tiff(io.BytesIO(payload)) as page:
             _require_supported(page)

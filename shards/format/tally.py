@@ -21,6 +21,7 @@ _ADVICE = {
     ".jxl": "JPEG XL is not supported; convert the files to JPEG",
     ".avif": _AVIF_ADVICE,
     ".npy": ".npy files are images only with --channels and --dtype",
+    ".dcm": "DICOM files are images only with --channels 1 and --dtype",
 }
 
 

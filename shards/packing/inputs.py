@@ -24,6 +24,7 @@ from PIL import features
 
 from shards.credentials import strip_credentials
 from shards.errors import ShardError, explain_os_error
+from shards.format import dicom
 from shards.format.files import partial_path
 from shards.format.pixels import RGB, PixelFormat
 from shards.format.set_manifest import counted
@@ -64,7 +65,7 @@ _SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .gif .bmp .pbm .pgm .ppm .pnm .tga .jp2 .j2k .j2c .jpx .jpf"
 )
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split()) | ({".avif"} if features.check("avif") else set())
-_ARRAY_SUFFIXES = IMAGE_SUFFIXES | {f".{ARRAY_EXTENSION}"}
+_ARRAY_SUFFIXES = IMAGE_SUFFIXES | {f".{ARRAY_EXTENSION}", dicom.SUFFIX}
 _DECOMPRESSORS = {".gz": gzip, ".tgz": gzip, ".xz": lzma, ".txz": lzma, ".bz2": bz2, ".tbz2": bz2}
 _TAR_SUFFIX = ".tar"
 _ZIP_SUFFIX = ".zip"

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards.errors import ShardError, explain_os_error
+from shards.format import dicom
 from shards.format.files import cache_folder, make_private_folder, partial_path, remove_partials, write_whole
 from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.imagery import require_extra
@@ -215,6 +216,8 @@ class _Packing:
         out, upload = self.out, self.upload
         if self.on_listed is not None:
             self.on_listed(inputs)
+        if any(item.name.lower().endswith(dicom.SUFFIX) for item in inputs.items):
+            dicom.require_extra()
         fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, self.options.identity()]))
         finished = upload.find_finished(fingerprint) if upload else _find_finished(out, fingerprint)
         if finished is not None:

@@ -50,7 +50,8 @@ on a finished set it changes nothing. The result does not depend on --workers.
 
 By default images are decoded as 8-bit RGB. With other --channels or --dtype the stored values are kept,
 from PNG, TIFF, .npy and other formats; images with another number of channels or type are left out, and
-mean, deviation and percentiles of each channel are added to the manifest. Needs the extra imagery.
+mean, deviation and percentiles of each channel are added to the manifest. Needs the extra imagery;
+DICOM files (.dcm, one monochrome frame) need the extra dicom too.
 
 --tiles cuts slides, scenes and scans into tiles, which are stored without loss; tiles of background are
 skipped and counted. Needs the extra imagery.
