@@ -36,7 +36,8 @@ def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **opti
         out: folder or URL of the set.
         workers: decoding processes; default: all cores.
         options: fields of ``shards.packing.pack.PackOptions``, such as ``max_side=512``, or
-            ``pixels=shards.format.pixels.PixelFormat(13, "uint16")`` for other channels and depths.
+            ``pixels=shards.format.pixels.PixelFormat(13, "uint16")`` for other channels and depths, or
+            ``tiles=shards.packing.tiles.Tiling(512)``.
 
     Raises:
         ShardError: if there is nothing to pack, or ``out`` cannot be written.

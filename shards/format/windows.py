@@ -31,6 +31,7 @@ Read = Callable[[int, int], bytes]  # returns the bytes [begin, end) of a file
 
 _KEPT_BYTES = 128 << 20  # of decoded tiles and strips
 _PIECE_BYTES = 1 << 20
+_MAX_TAG_BYTES = 64 << 20  # enough for four million tiles or strips
 _SPARE_BYTES = 1 << 16  # encoded parts may have twice their decoded size plus this
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _RGB, _YCBCR = 2, 6  # photometric interpretations
@@ -67,7 +68,16 @@ def open_image(num_bytes: int, read: Read, pixels: PixelFormat, max_pixels: int)
 
 def _open_tiff(num_bytes: int, read: Read, pixels: PixelFormat) -> _TiffImage | None:
     """Return a TIFF; None if it must be decoded whole because its values need a conversion."""
-    file = io.BufferedReader(ObjectFile(read, num_bytes, _PIECE_BYTES))
+    num_read = 0
+
+    def read_tags(begin: int, end: int) -> bytes:
+        nonlocal num_read
+        num_read += end - begin
+        if num_read > _MAX_TAG_BYTES:
+            raise ShardError(f"its tags have more than {_MAX_TAG_BYTES} bytes")
+        return read(begin, end)
+
+    file = io.BufferedReader(ObjectFile(read_tags, num_bytes, _PIECE_BYTES))
     with ExitStack() as stack:
         try:
             page = stack.enter_context(imagery.open_tiff(file))

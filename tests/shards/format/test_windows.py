@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,22 @@ def test_hostile_parts_are_refused(tmp_path: Path) -> None:
         repeated[at + number * size : at + number * size + size] = (2048 * (8 - number)).to_bytes(size, "little")
     with pytest.raises(ShardError, match="overlap"):
         opened(bytes(repeated), PixelFormat(1, "float32"))
+
+
+def test_tables_of_a_billion_parts_are_refused() -> None:
+    tags = [(256, 4, 1, 4), (257, 4, 1, 1 << 30), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 16, 1 << 30, 1000), (277, 3, 1, 1), (278, 4, 1, 1), (279, 16, 1 << 30, 1000)]  # fmt: skip
+    head = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, len(tags)) + b"".join(struct.pack("<HHQQ", *tag) for tag in tags)
+    num_read = 0
+
+    def read(begin: int, end: int) -> bytes:
+        nonlocal num_read
+        num_read += end - begin
+        return head[begin:end].ljust(end - begin, b"\0")
+
+    with pytest.raises(ShardError):
+        windows.open_image(40 << 30, read, PixelFormat(1, "uint8"), 10**9)
+    assert num_read < 1 << 28
 
 
 @settings(max_examples=60, deadline=None)
