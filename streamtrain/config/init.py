@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from streamtrain.config.section import PathText, Probability, Section, Steps, accept, free
 
 DEFAULT_MINIMUM = 0.95
+ChannelRule = Literal["refuse", "repeat", "mean", "zero_extra"]
 
 
 class InitConfig(Section):
@@ -20,6 +23,12 @@ class InitConfig(Section):
     minimum_matched: Probability = free(
         DEFAULT_MINIMUM, "Smallest share of the backbone's tensors that the weights must provide for the run to start."
     )
+    channels: ChannelRule = free(
+        "refuse", "RGB weights for images of other channels: refuse them, or make the patch embedding by a rule. mean: "
+        "the kernel of every channel is the sum of the three, divided by the number of channels. repeat: red, green, "
+        "blue, red, ..., each divided by its number of copies. zero_extra: the first three channels as red, green and "
+        "blue, 0 for the others. repeat and zero_extra need at least 3 channels.",
+    )  # fmt: skip
     freeze_backbone_steps: Steps = accept(
         0, "First steps of the run in which the backbone has learning rate 0, while the heads adapt."
     )
@@ -28,4 +37,6 @@ class InitConfig(Section):
     def _reject_ineffective_keys(self) -> InitConfig:
         if self.weights is None and self.minimum_matched != DEFAULT_MINIMUM:
             raise ValueError("minimum_matched has an effect only with weights")
+        if self.weights is None and self.channels != "refuse":
+            raise ValueError("channels has an effect only with weights")
         return self

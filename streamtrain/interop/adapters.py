@@ -44,7 +44,13 @@ def export_adapters(run_dir: Path, step: int | str | None, which: str, out: Path
     header = {
         "lora": {**config.model.lora.model_dump(mode="json"), "scale": config.model.lora.scale},
         "model": config.model.model_dump(mode="json", exclude={"lora"}),
-        "origin": {"source": which, "step": step, "run": config.run.dir, "base": config.init.weights},
+        "origin": {
+            "source": which,
+            "step": step,
+            "run": config.run.dir,
+            "base": config.init.weights,
+            "channels": config.init.channels,
+        },
     }
     write_whole(out, save(tensors, {"format": "pt", **{key: json.dumps(value) for key, value in header.items()}}))
     return sum(value.numel() for value in tensors.values())

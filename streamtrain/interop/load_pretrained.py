@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shards.format.set_manifest import counted
 from streamtrain.config.init import DEFAULT_MINIMUM
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.groups import Group, find_groups, find_position_embedding, unmatched_names
 from streamtrain.interop.naming import DINOV3, QKV_BIAS, combine
+from streamtrain.interop.patch_embedding import PROJECTION, RgbAdaptation
 from streamtrain.interop.state_file import StateFile, describe_names, open_state, readable
 
-PROJECTION = "embedding.projection.weight"
 # larger values are refused as damaged; released weights stay below 1000
 MAX_VALUE = 1e4
 # most backbones in one file
@@ -62,6 +63,8 @@ class BackboneFile:
 
     state: StateFile
     groups: tuple[Group, ...]
+    # None: weights and backbone must have the same channels
+    adaptation: RgbAdaptation | None = None
 
     def preferred(self) -> Group:
         """Return the backbone of the preferred role.
@@ -130,6 +133,9 @@ class BackboneFile:
         present = [name for name in expected if name in sources]
         matched = {name for name in present if shapes.get(name) == expected[name]}
         notes = []
+        if PROJECTION in matched and self._is_adapted(group, PROJECTION, expected[PROJECTION]):
+            assert self.adaptation is not None
+            notes.append(f"patch embedding: RGB to {self.adaptation.channels} channels ({self.adaptation.rule})")
         if group.prefix or len(self.groups) > 1:
             others = _titles(self.groups, group)
             notes.append(f"taken: {group.title}; also there: {others or 'no other backbone'}")
@@ -171,6 +177,14 @@ class BackboneFile:
                 return "has no patch embedding, so it is not the whole backbone"
             if PROJECTION in report.reshaped:
                 shape = self.state.shapes[group.sources[PROJECTION][0]]
+                adaptation = self.adaptation
+                if adaptation is not None and adaptation.is_rgb(shape, expected[PROJECTION]):
+                    count = counted(adaptation.channels, "channel")
+                    rules = "repeat, mean or zero_extra" if adaptation.channels > 3 else "mean"
+                    return (
+                        f"is for RGB, but this model has {count}; to adapt its patch embedding, set init.channels to "
+                        f"{rules}"
+                    )
                 return (
                     f"has a patch embedding of {list(shape)}, but this model needs "
                     f"{list(expected[PROJECTION])} (width, channels x patch_size²); {advice}"
@@ -187,10 +201,18 @@ class BackboneFile:
         """Return the shape of streamtrain's tensor, or None if its parts do not fit together."""
         try:
             tensors = [torch.empty(self.state.shapes[part], device="meta") for part in parts]
-            return combine(name, tensors, group.naming, self._keeps_key_bias(group, name, expected)).shape
+            shape = combine(name, tensors, group.naming, self._keeps_key_bias(group, name, expected)).shape
+            return expected if expected is not None and self._is_adapted(group, name, expected) else shape
         # sizes beyond 64 bits, too few dimensions, different widths
         except (RuntimeError, IndexError, ValueError, OverflowError, TypeError):
             return None
+
+    def _is_adapted(self, group: Group, name: str, expected: torch.Size) -> bool:
+        """Return whether a tensor is a patch embedding that becomes one for other channels when it is read."""
+        adaptation = self.adaptation
+        if adaptation is None or adaptation.rule == "refuse" or name != PROJECTION:
+            return False
+        return adaptation.is_rgb(self.state.shapes[group.sources[name][0]], expected)
 
     def _keeps_key_bias(self, group: Group, name: str, expected: torch.Size | None) -> bool:
         shapes = self.state.shapes
@@ -202,6 +224,9 @@ class BackboneFile:
         with readable(self.state.path):
             value = combine(name, parts, group.naming, self._keeps_key_bias(group, name, expected)).contiguous()
             check_values(value, f"{self.state.path} has {name}")
+        if self._is_adapted(group, name, expected):
+            assert self.adaptation is not None
+            return self.adaptation.adapt(value)
         return value
 
 
@@ -243,12 +268,17 @@ def open_backbone(path: Path) -> Iterator[BackboneFile]:
 
 @contextmanager
 def load_pretrained_backbone(
-    path: Path, expected: Mapping[str, torch.Size], minimum: float = DEFAULT_MINIMUM, setting: str | None = None
+    path: Path,
+    expected: Mapping[str, torch.Size],
+    minimum: float = DEFAULT_MINIMUM,
+    setting: str | None = None,
+    adaptation: RgbAdaptation | None = None,
 ) -> Iterator[tuple[Callable[[str], Tensor | None], MatchReport]]:
     """Open pretrained weights and match them to a backbone, without reading the tensors.
 
     Args:
         setting: key of the setting that names ``path``, for error messages.
+        adaptation: of RGB weights to other channels; None refuses them.
 
     Yields:
         A function that reads the tensor of one parameter (None if the weights lack it), and the report.
@@ -259,7 +289,8 @@ def load_pretrained_backbone(
     """
     with ExitStack() as stack:
         try:
-            matched = stack.enter_context(open_backbone(path)).match(expected, minimum)
+            file = replace(stack.enter_context(open_backbone(path)), adaptation=adaptation)
+            matched = file.match(expected, minimum)
         except StreamtrainError as error:
             raise error if setting is None else StreamtrainError(f"{setting}: {error}") from None
         yield matched

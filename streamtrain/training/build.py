@@ -25,6 +25,7 @@ from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
 from streamtrain.engine.zero import Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
+from streamtrain.interop.patch_embedding import RgbAdaptation
 from streamtrain.interop.state_file import describe_names
 from streamtrain.model.compiled import compile_blocks
 from streamtrain.model.fp8 import compute_in_fp8
@@ -228,7 +229,8 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE) and not is_adapter(name)
             }
             path = Path(config.init.weights)
-            loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched, "init.weights")
+            adaptation = RgbAdaptation(config.init.channels, config.model.channels)
+            loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched, "init.weights", adaptation)
             pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())
             frozen = [name for name in (*report.missing, *report.reshaped) if BACKBONE + name in student.frozen]

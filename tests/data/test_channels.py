@@ -146,6 +146,9 @@ VALUES = {"mean": [0.5], "std": [0.2]}
          "data.shards"),
         ({"crops": VALUES | PLAIN, "model": {"channels": 3}}, "model.channels is 3, but the images have 4 channels of "
          "uint16; set model.channels=4"),
+        ({"data": {"channels": 2}, "crops": VALUES | PLAIN, "init": {"weights": "rgb", "channels": "repeat"}},
+         "init.channels=repeat needs at least 3 channels, but the images have 2 channels of uint8; use mean"),
+        ({"crops": VALUES | PLAIN, "init": {"channels": "mean"}}, "init: channels has an effect only with weights"),
         ({"crops": VALUES | PLAIN, "monitor": {"panel_channels": [0, 4, 1]}}, "monitor.panel_channels must be one or "
          "three channels from 0 to 3"),
     ],

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("tifffile")
 from channel_images import tiff
 from ranks import run_ranks
+from tiny_backbone import tiny_backbone, tiny_weights
 from tiny_run import HEAD, command, kill_and_resume, logged
+from transformers import AutoModel
 
 from shards.format.pixels import PixelFormat
 from shards.packing.pack import PackOptions, pack
+from streamtrain.checkpoint import reader as checkpoint
+from streamtrain.interop.export import export_backbone
+from streamtrain.interop.load import load_backbone
 
 SETTINGS = (
     "crops.value_range=[0,6000]", "crops.mean=from_set", "crops.std=from_set", "crops.jitter.probability=0",
@@ -40,6 +46,26 @@ def pack_bands(folder: Path, bands: int, each: int) -> Path:
             tiff(values[..., :bands].astype(np.uint16), folder / "src" / str(label) / f"{number:03}.tif")
     pack(folder / "src", folder / "set", PackOptions(pixels=PixelFormat(bands, "uint16"), shard_bytes=500_000))
     return folder / "set"
+
+
+def test_a_lora_run_with_an_anchor_starts_from_rgb_weights(tmp_path: Path) -> None:
+    shards, weights, run_dir = pack_bands(tmp_path, 4, 2), tiny_weights(tmp_path / "weights"), tmp_path / "run"
+    start = (*SETTINGS, f"init.weights={weights}", "run.steps=2", "model.lora={rank: 2, alpha: 4}",
+             "objective.anchor.weight=1.0", "masks.probability=0")  # fmt: skip
+    ((code, _, errors),) = run_ranks(command(shards, run_dir, *start), 1)
+    assert code == 2 and "init.weights: " in errors and "set init.channels to repeat, mean or zero_extra" in errors
+    ((code, output, errors),) = run_ranks(command(shards, run_dir, *start, "init.channels=zero_extra"), 1)
+    assert code == 0 and "patch embedding: RGB to 4 channels (zero_extra)" in output, errors[-3000:]
+    rgb = tiny_backbone().model.state_dict()["embedding.projection.weight"]
+    expected = torch.cat([rgb, torch.zeros(32, 64)], 1)
+    for which in ("student", "teacher"):
+        assert torch.equal(checkpoint.read_weights(run_dir, 2, which)["backbone.embedding.projection.weight"], expected)
+    losses = [values["loss/anchor"] for values in logged(run_dir).values()]
+    assert losses[0] < 1e-5 < losses[1]
+    export_backbone(load_backbone(run_dir), "hf", tmp_path / "hf")
+    exported = AutoModel.from_pretrained(tmp_path / "hf")
+    assert exported.config.num_channels == 4
+    assert torch.equal(exported.state_dict()["embeddings.patch_embeddings.weight"].flatten(1), expected)
 
 
 @pytest.mark.slow
