@@ -20,6 +20,7 @@ MIXTURE = "order/mixture"  # seed of each member of a mixture; counter: member
 PACKING = "pack/shuffle"  # order in which images are packed
 VIEWS = "data/views"  # crop boxes, flips, colour, blur, solarize; counter: slot
 TURNS = "data/turns"  # vertical flips and quarter turns of the views; counter: slot
+PERTURBATIONS = "data/perturbations"  # brightness, contrast, noise, dropped channels of the views; counter: slot
 MASKS = "data/masks"  # rectangles of the block masks; counter: slot
 MASK_GROUPS = "data/mask_groups"  # which crops of a group are masked, and how much; counter: group
 AUGMENTATIONS = "data/augmentations"  # the user's function; counters: slot, 1 for local crops and 0 for global ones

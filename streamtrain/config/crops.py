@@ -133,6 +133,22 @@ class CropsConfig(Section):
     grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
     blur: BlurConfig = BlurConfig()
     solarize: SolarizeConfig = SolarizeConfig()
+    brightness: Probability = accept(
+        0.0, "Maximum relative change of the brightness of a view, for images of any channels: a factor from "
+        "[1 - x, 1 + x] of all values, counted from the lower end of value_range.",
+    )  # fmt: skip
+    contrast: Probability = accept(
+        0.0, "Maximum relative change of the contrast of a view, for images of any channels: about the mean of each "
+        "channel of the view, by the same factor in all channels.",
+    )  # fmt: skip
+    noise: float = accept(
+        0.0, "Standard deviation of Gaussian noise in every value of a view after normalisation, for images of any "
+        "channels.", ge=0.0, le=10.0,
+    )  # fmt: skip
+    channel_dropout: float = accept(
+        0.0, "Probability that a channel of a view is dropped, that is, set to its mean; at least one channel remains.",
+        ge=0.0, lt=1.0,
+    )  # fmt: skip
     value_range: ChannelRanges = accept(
         ((0.0, 255.0),), "Stored values that become 0 and 1: [low, high], or such a pair per channel. By default "
         "[0, 65535] with data.dtype uint16 and [0, 1] with float32.",
@@ -153,6 +169,11 @@ class CropsConfig(Section):
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {list(self.std)}")
         return self
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether views have the augmentations for any channels."""
+        return max(self.brightness, self.contrast, self.noise, self.channel_dropout) > 0
 
     @property
     def rgb_only(self) -> dict[str, str]:

@@ -25,6 +25,8 @@ def find_pixel_fault(config: Config) -> str | None:
     if not pixels.is_rgb and (used := crops.rgb_only):
         remedy = " ".join(f"{key}={value}" for key, value in used.items())
         return f"{', '.join(used)}: defined for 8-bit RGB only, but the images have {pixels}; set {remedy}"
+    if pixels.channels == 1 and crops.channel_dropout:
+        return "crops.channel_dropout needs at least 2 channels, because one always remains; set it to 0"
     if pixels.channels < 3 and config.init.channels in ("repeat", "zero_extra"):
         return f"init.channels={config.init.channels} needs at least 3 channels, but the images have {pixels}; use mean"
     if shown is not None and (len(shown) not in (1, 3) or max(shown) >= pixels.channels):

@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from shards.randomness import SIZES, TURNS, VIEWS, generator, uniforms
+from shards.randomness import PERTURBATIONS, SIZES, TURNS, VIEWS, generator, uniforms
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.tree import Config
 
@@ -43,6 +43,9 @@ class ViewParameters:
         solarize: int32 [B, V], threshold at and above which values are inverted; 256 means no inversion.
         mirror, vertical: int32 [B, V], 1 where the view is flipped left to right, and top to bottom.
         transpose: int32 [B, V], 1 where rows and columns are then exchanged. With flips, this gives quarter turns.
+        factors: float32 [B, V, 2], of brightness and contrast, applied to images of any channels; 1 changes nothing.
+        noise_keys: int64 [B, V], keys of the noise.
+        dropped: bool [B, V, channels], where a channel is dropped.
     """
 
     roi_start: npt.NDArray[np.float32]
@@ -53,13 +56,16 @@ class ViewParameters:
     mirror: npt.NDArray[np.int32]
     vertical: npt.NDArray[np.int32]
     transpose: npt.NDArray[np.int32]
+    factors: npt.NDArray[np.float32]
+    noise_keys: npt.NDArray[np.int64]
+    dropped: npt.NDArray[np.bool_]
 
     def rows(self, selection: slice) -> ViewParameters:
         return ViewParameters(**{field.name: getattr(self, field.name)[selection] for field in fields(self)})
 
 
 def draw_views(
-    crops: CropsConfig, seed: int, slots: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32]
+    crops: CropsConfig, seed: int, slots: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], channels: int = 3
 ) -> ViewParameters:
     """Draw the views of ``slots`` [B] whose images measure ``sizes`` [B, 2] (width, height) pixels."""
     num_views = crops.global_count + crops.local_count
@@ -70,6 +76,7 @@ def draw_views(
     is_solarized = draws[..., _SOLARIZE] < expand_to_views(crops, crops.solarize.global_probability, 0.0)
     is_blurred = draws[..., _BLUR] < expand_to_views(crops, crops.blur.global_probability, crops.blur.local_probability)
     vertical, turns = _draw_turns(crops, seed, slots, num_views)
+    factors, noise_keys, dropped = _draw_perturbations(crops, seed, slots, num_views, channels)
     return ViewParameters(
         roi_start=roi_start,
         roi_end=roi_end,
@@ -80,6 +87,9 @@ def draw_views(
         mirror=((draws[..., _FLIP] < crops.flip) ^ ((turns == 1) | (turns == 2))).astype(np.int32),
         vertical=(vertical ^ (turns >= 2)).astype(np.int32),
         transpose=turns % 2,
+        factors=factors,
+        noise_keys=noise_keys,
+        dropped=dropped,
     )
 
 
@@ -95,6 +105,21 @@ def _draw_turns(
     flips, turns = np.moveaxis(uniforms(seed, TURNS, slots, 2 * num_views).reshape(len(slots), num_views, 2), -1, 0)
     quarters = 1 + np.floor(3 * turns / max(crops.rotate90, 1e-9)).clip(0, 2)
     return flips < crops.flip_vertical, np.where(turns < crops.rotate90, quarters, 0).astype(np.int32)
+
+
+def _draw_perturbations(
+    crops: CropsConfig, seed: int, slots: npt.NDArray[np.int64], num_views: int, channels: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return factors, keys of the noise and dropped channels of ``ViewParameters``, from a stream of their own."""
+    shape = len(slots), num_views
+    if not crops.is_perturbed:
+        return np.ones((*shape, 2), np.float32), np.zeros(shape, np.int64), np.zeros((*shape, channels), bool)
+    draws = uniforms(seed, PERTURBATIONS, slots, num_views * (3 + channels)).reshape(*shape, 3 + channels)
+    factors = 1 + np.array([crops.brightness, crops.contrast]) * (2 * draws[..., :2] - 1)
+    by_channel = draws[..., 3:]
+    # at least the channel of the largest draw remains
+    dropped = (by_channel < crops.channel_dropout) & (by_channel < by_channel.max(-1, keepdims=True))
+    return factors.astype(np.float32), (draws[..., 2] * 2.0**53).astype(np.int64), dropped
 
 
 def expand_to_views(crops: CropsConfig, global_values: tuple[float, ...], local_value: float) -> Floats:

@@ -155,7 +155,7 @@ class Producer:
         return _QueuedBatch(
             samples,
             decoded,
-            draw_views(crops, seed, samples.slots, image_sizes),
+            draw_views(crops, seed, samples.slots, image_sizes, self._pixels.channels),
             draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid(sizes)),
             sizes,
         )
@@ -221,10 +221,12 @@ class Producer:
         assert stream is not None
         with torch.cuda.stream(stream):
             crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
-            global_crops = recolor_views(crops[:count], item.views, 0, self._pixels)
+            global_crops = recolor_views(crops_config, crops[:count], item.views, 0, self._pixels)
             empty = global_crops.new_empty(0, local_size, local_size, self._pixels.channels)
             local_views = crops[count : count + crops_config.local_count]
-            local_crops = recolor_views(local_views, item.views, count, self._pixels) if local_views else empty
+            local_crops = empty
+            if local_views:
+                local_crops = recolor_views(crops_config, local_views, item.views, count, self._pixels)
             gram_crops = torch.cat(crops[-count:]) if item.sizes.gram_size else None
             if gram_crops is not None:
                 transpose_views(gram_crops, item.views, 0, count, (1, 2))

@@ -27,6 +27,7 @@ from torch.nn.functional import interpolate, pad
 from shards.format.pixels import RGB, PixelFormat
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.data.augment import NO_SOLARIZE, ViewParameters
+from streamtrain.data.perturb import Perturbation, perturb, upload
 from streamtrain.errors import UserCodeError
 
 Result = TypeVar("Result")
@@ -49,12 +50,14 @@ class Appearance:
         bands: float32 [N, reach, tile], blur weights of the pixels within reach of a tile for each pixel of the tile.
         is_blurred: bool [N], whether the bands apply.
         solarize: int32 [N], as in ``ViewParameters``.
+        perturbation: of images of any channels; None without one.
     """
 
     table: npt.NDArray[np.float32] | None
     bands: npt.NDArray[np.float32]
     is_blurred: npt.NDArray[np.bool_]
     solarize: npt.NDArray[np.int32]
+    perturbation: Perturbation | None = None
 
     @classmethod
     def from_parameters(
@@ -65,42 +68,53 @@ class Appearance:
 
     @classmethod
     def from_views(
-        cls, views: ViewParameters, first: int, count: int, size: int, pixels: PixelFormat = RGB
+        cls, crops: CropsConfig, views: ViewParameters, first: int, count: int, size: int, pixels: PixelFormat = RGB
     ) -> Appearance:
         """Precompute for ``count`` views from view ``first`` on, in view-major order."""
         selection = slice(first, first + count)
         color = np.ascontiguousarray(views.color[:, selection].swapaxes(0, 1)).reshape(-1, 4)
         sigma, solarize = (values[:, selection].T.reshape(-1) for values in (views.sigma, views.solarize))
         appearance = cls.from_parameters(color, sigma, solarize, size)
-        return appearance if pixels.is_rgb else replace(appearance, table=None)
+        perturbation = Perturbation.from_views(crops, views, first, count) if crops.is_perturbed else None
+        return replace(appearance, table=appearance.table if pixels.is_rgb else None, perturbation=perturbation)
 
     def rows(self, selection: slice) -> Appearance:
         table = None if self.table is None else self.table[selection]
-        return Appearance(table, self.bands[selection], self.is_blurred[selection], self.solarize[selection])
+        perturbation = None if self.perturbation is None else self.perturbation.rows(selection)
+        return Appearance(
+            table, self.bands[selection], self.is_blurred[selection], self.solarize[selection], perturbation
+        )
 
 
 def apply_appearance(planes: Tensor, appearance: Appearance) -> Tensor:
-    """Apply colour, then blur, then solarize to crops [N, 3, S, S] of integer values in 0..255; return uint8.
+    """Apply colour, blur, solarize and perturbation to crops [N, 3, S, S] of integer values in 0..255; return uint8.
 
-    Crops of other images are blurred in place and returned in their dtype. Performs no host sync. On a CPU, call it
-    once per sample: a sample's pixels then do not depend on its batch.
+    Crops of other images are blurred and perturbed in place and returned in their dtype. Performs no host sync. On a
+    CPU, call it once per sample: a sample's pixels then do not depend on its batch.
     """
-    if appearance.table is None:
-        return _blur_other(planes, appearance)
-    values = _recolor(planes.float(), _upload(appearance.table, planes.device))
+    change = _recolor if appearance.table is not None else _blur_other
+    result = change(planes, appearance)
+    if appearance.perturbation is not None:
+        perturb(result, appearance.perturbation)
+    return result
+
+
+def _recolor(planes: Tensor, appearance: Appearance) -> Tensor:
+    assert appearance.table is not None
+    values = _map_colors(planes.float(), upload(appearance.table, planes.device))
     if appearance.is_blurred.all():
-        values = _blur(values, _upload(appearance.bands, planes.device))
+        values = _blur(values, upload(appearance.bands, planes.device))
     elif appearance.is_blurred.any():
-        rows = _upload(np.flatnonzero(appearance.is_blurred), planes.device)
-        bands = _upload(appearance.bands[appearance.is_blurred], planes.device)
+        rows = upload(np.flatnonzero(appearance.is_blurred), planes.device)
+        bands = upload(appearance.bands[appearance.is_blurred], planes.device)
         values.index_copy_(0, rows, _blur(values.index_select(0, rows), bands))
-    # _recolor added one half, so truncating rounds; on a CPU, int16 then uint8 takes half the time of uint8 at once
+    # _map_colors added one half, so truncating rounds; on a CPU, int16 then uint8 takes half the time of uint8 at once
     result = values.to(torch.int16).to(torch.uint8)
     inverted = np.flatnonzero(appearance.solarize < NO_SOLARIZE)
     if len(inverted):
-        rows = _upload(inverted, planes.device)
+        rows = upload(inverted, planes.device)
         selected = result.index_select(0, rows)
-        threshold = _upload(appearance.solarize[inverted].astype(np.uint8), planes.device)[:, None, None, None]
+        threshold = upload(appearance.solarize[inverted].astype(np.uint8), planes.device)[:, None, None, None]
         result.index_copy_(0, rows, torch.where(selected >= threshold, 255 - selected, selected))
     return result
 
@@ -108,21 +122,23 @@ def apply_appearance(planes: Tensor, appearance: Appearance) -> Tensor:
 def _blur_other(planes: Tensor, appearance: Appearance) -> Tensor:
     """Blur crops [N, channels, S, S], uint8 or float32, in place; the others keep their values exactly."""
     if appearance.is_blurred.any():
-        rows = _upload(np.flatnonzero(appearance.is_blurred), planes.device)
-        bands = _upload(appearance.bands[appearance.is_blurred], planes.device)
+        rows = upload(np.flatnonzero(appearance.is_blurred), planes.device)
+        bands = upload(appearance.bands[appearance.is_blurred], planes.device)
         blurred = _blur(planes.index_select(0, rows).float(), bands)
         planes.index_copy_(0, rows, blurred if planes.is_floating_point() else blurred.round_().to(planes.dtype))
     return planes
 
 
-def recolor_views(crops: Sequence[Tensor], views: ViewParameters, first: int, pixels: PixelFormat = RGB) -> Tensor:
+def recolor_views(
+    config: CropsConfig, crops: Sequence[Tensor], views: ViewParameters, first: int, pixels: PixelFormat = RGB
+) -> Tensor:
     """Apply the appearance of the views from ``first`` on to their crops, [B, S, S, channels] per view.
 
     Returns [views * B, S, S, channels] of the same dtype.
     """
     planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
     transpose_views(planes, views, first, len(crops), (2, 3))
-    appearance = Appearance.from_views(views, first, len(crops), planes.shape[-1], pixels)
+    appearance = Appearance.from_views(config, views, first, len(crops), planes.shape[-1], pixels)
     return torch.stack(apply_appearance(planes, appearance).unbind(1), dim=-1)
 
 
@@ -130,7 +146,7 @@ def transpose_views(crops: Tensor, views: ViewParameters, first: int, count: int
     """Exchange rows and columns (``axes``) of the view-major crops of ``count`` views in place, where a view has it."""
     marked = np.flatnonzero(views.transpose[:, first : first + count].T)
     if len(marked):
-        rows = _upload(marked, crops.device)
+        rows = upload(marked, crops.device)
         crops.index_copy_(0, rows, crops.index_select(0, rows).transpose(*axes))
 
 
@@ -188,7 +204,9 @@ class CpuViewMaker:
             *([(0, crops.global_count, sizes.gram_size, False)] if sizes.gram_size else []),
         ):
             out = torch.empty(count, len(images), size, size, channels, dtype=dtype)
-            appearance = Appearance.from_views(views, first, count, size, self._pixels) if has_appearance else None
+            appearance = (
+                Appearance.from_views(crops, views, first, count, size, self._pixels) if has_appearance else None
+            )
             groups.append(_ViewGroup(first, out, appearance))
         tasks = [
             self._pool.submit(_make_sample, image, views, row, groups, augment) for row, image in enumerate(images)
@@ -290,7 +308,7 @@ def _blur_bands(sigma: npt.NDArray[np.float32], tile: int) -> npt.NDArray[np.flo
     return (band / band.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _recolor(planes: Tensor, table: Tensor) -> Tensor:
+def _map_colors(planes: Tensor, table: Tensor) -> Tensor:
     """Map the colours of float32 [N, 3, S, S] in 0..255 and add 0.5, so that truncating the result rounds it."""
     pixels = planes.flatten(2)
     grey = (pixels.mean(2) * table[:, 9:]).sum(1) + 0.5
@@ -315,9 +333,3 @@ def _blur(values: Tensor, bands: Tensor) -> Tensor:
     lines = columns.view(num, channels * height, width).unfold(2, reach, tile).transpose(1, 2)
     rows = torch.matmul(lines, bands[:, None]).view(num, -1, channels, height, tile)
     return rows[..., :size, :].permute(0, 2, 3, 1, 4).reshape(values.shape)
-
-
-def _upload(array: npt.NDArray, device: torch.device) -> Tensor:
-    """Copy to the device, from pinned memory so that the copy is asynchronous."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

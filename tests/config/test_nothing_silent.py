@@ -205,7 +205,8 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     *((f"crops.{key}", value, batches, []) for key, value in {
         "global_count": "1", "global_size": "48", "global_scale": "[0.5, 0.6]", "local_count": "1", "local_size": "24",
         "local_scale": "[0.1, 0.2]", "sizes": "[{share: 1, global_size: 48}]", "aspect": "[1.0, 1.0]", "flip": "0.0",
-        "flip_vertical": "0.5", "rotate90": "0.5",
+        "flip_vertical": "0.5", "rotate90": "0.5", "brightness": "0.5", "contrast": "0.5", "noise": "0.2",
+        "channel_dropout": "0.5",
         "jitter.probability": "0.0", "jitter.brightness": "0.0", "jitter.contrast": "0.0", "jitter.saturation": "0.0",
         "jitter.hue": "0.0", "grey": "1.0", "blur.sigma": "[0.1, 0.2]", "blur.global_probability": "[0.0]",
         "blur.local_probability": "0.0", "solarize.global_probability": "[1.0]",

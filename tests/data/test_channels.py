@@ -28,6 +28,7 @@ from streamtrain.reporting.panel import batch_panel
 
 PLAIN = {"jitter": {"probability": 0}, "grey": 0, "solarize": {"global_probability": [0]}}
 FOUR = PixelFormat(4, "uint16")
+PERTURBED = {"brightness": 0.3, "contrast": 0.3, "noise": 0.1, "channel_dropout": 0.3}
 
 
 def small_config(set_path: Path, **crops: Any) -> Config:
@@ -70,14 +71,14 @@ def test_crops_without_resampling_have_the_stored_values(tmp_path: Path, channel
 
 
 def test_a_resumed_stream_repeats_bit_for_bit(four_bands: Path) -> None:
-    config = small_config(four_bands)
+    config = small_config(four_bands, **PERTURBED)
     straight = group_by_slot(take(make_loader(config), 9), config)  # more than an epoch of 26 samples
     resumed = group_by_slot(take(make_loader(config, start_slot=20), 4), config)
     assert_same(resumed, {slot: parts for slot, parts in straight.items() if slot >= 20})
 
 
 def test_ranks_and_micro_batches_do_not_change_the_stream(four_bands: Path) -> None:
-    config = with_data(small_config(four_bands), global_batch=8, micro_batch=8)
+    config = with_data(small_config(four_bands, **PERTURBED), global_batch=8, micro_batch=8)
     one = group_by_slot(take(make_loader(config), 2), config)
     loaders = [make_loader(with_data(config, micro_batch=2), rank, 2) for rank in range(2)]
     assert_same(one, group_by_slot([batch for loader in loaders for batch in take(loader, 4)], config))
@@ -85,11 +86,12 @@ def test_ranks_and_micro_batches_do_not_change_the_stream(four_bands: Path) -> N
 
 @pytest.mark.parametrize("pixels", [FOUR, PixelFormat(13, "uint8"), PixelFormat(1, "float32")], ids=str)
 def test_dali_and_cpu_views_agree(pixels: PixelFormat) -> None:
-    turns = {"aspect": (1, 1), "flip_vertical": 0.5, "rotate90": 0.75}
-    crops, sizes = CropsConfig(global_size=32, local_size=16, local_count=1, **turns, **PLAIN), CropSizes(32, 16)
+    turns = {"aspect": (1, 1), "flip_vertical": 0.5, "rotate90": 0.75, "mean": [0.5], "std": [0.2]}
+    crops = CropsConfig(global_size=32, local_size=16, local_count=1, **turns, **PERTURBED, **PLAIN)
+    sizes = CropSizes(32, 16)
     rows, columns, channels = np.mgrid[:40, :32, : pixels.channels]
     image = (3 * rows + 2 * columns + channels).astype(pixels.dtype)
-    views = draw_views(crops, 0, np.arange(3), np.tile(np.int32([[32, 40]]), (3, 1)))
+    views = draw_views(crops, 0, np.arange(3), np.tile(np.int32([[32, 40]]), (3, 1)), pixels.channels)
     pipeline = CropPipeline(
         crops, 3, [sizes], device="cpu", device_id=None, threads=1, prefetch=1, cropping=True, pixels=pixels
     )
@@ -98,7 +100,7 @@ def test_dali_and_cpu_views_agree(pixels: PixelFormat) -> None:
     maker = CpuViewMaker(crops, 1, pixels)
     expected, _, _ = maker.make_views([torch.from_numpy(image)] * 3, views, sizes)
     maker.close()
-    found = recolor_views(taken[:2], views, 0, pixels)
+    found = recolor_views(crops, taken[:2], views, 0, pixels)
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     # they differ at the edges of boxes, where DALI's filter includes pixels outside the box
     assert (found.double() - expected.double())[:, 6:-6, 6:-6].abs().mean() < 0.5
@@ -146,6 +148,8 @@ VALUES = {"mean": [0.5], "std": [0.2]}
          "data.shards"),
         ({"crops": VALUES | PLAIN, "model": {"channels": 3}}, "model.channels is 3, but the images have 4 channels of "
          "uint16; set model.channels=4"),
+        ({"data": {"channels": 1}, "crops": VALUES | PLAIN | {"channel_dropout": 0.1}},
+         "crops.channel_dropout needs at least 2 channels, because one always remains; set it to 0"),
         ({"data": {"channels": 2}, "crops": VALUES | PLAIN, "init": {"weights": "rgb", "channels": "repeat"}},
          "init.channels=repeat needs at least 3 channels, but the images have 2 channels of uint8; use mean"),
         ({"crops": VALUES | PLAIN, "init": {"channels": "mean"}}, "init: channels has an effect only with weights"),

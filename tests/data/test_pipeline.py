@@ -82,7 +82,11 @@ def make_views_on(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     cpu_views = CpuViewMaker(CROPS, threads=1)
     expected = cpu_views.make_views([torch.from_numpy(image) for image in decode(payloads)], views, SIZES)
     cpu_views.close()
-    views_of_both = [recolor_views(crops[:2], views, 0), recolor_views(crops[2:], views, 2), *expected[:2]]
+    views_of_both = [
+        recolor_views(CROPS, crops[:2], views, 0),
+        recolor_views(CROPS, crops[2:], views, 2),
+        *expected[:2],
+    ]
     return tuple(part.cpu().int() for part in views_of_both)
 
 

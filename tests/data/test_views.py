@@ -162,7 +162,7 @@ def test_recolor_views_matches_the_cpu_view_maker() -> None:
     expected = workers.make_views(pictures, views, CropSizes(64, 32))[0]
     workers.close()
     crops = torch.stack(pictures)
-    assert torch.equal(recolor_views([crops, crops], views, 0), expected)
+    assert torch.equal(recolor_views(CROPS, [crops, crops], views, 0), expected)
 
 
 def test_gram_crops_have_the_global_boxes_without_colour_changes() -> None:
@@ -219,4 +219,4 @@ def test_quarter_turns_and_flips_are_exact() -> None:
     # as on a GPU, where DALI flips and the exchange of rows and columns follows
     flips = np.stack([views.vertical[:, 0], views.mirror[:, 0]], 1)
     flipped = torch.stack([image.flip(np.flatnonzero(axes).tolist()) for axes in flips])
-    assert torch.equal(recolor_views([flipped], views, 0), crops[:16])
+    assert torch.equal(recolor_views(CROPS, [flipped], views, 0), crops[:16])

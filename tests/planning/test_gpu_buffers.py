@@ -79,7 +79,7 @@ def test_recoloring_a_batch_takes_the_planned_temporaries(recipe: str) -> None:
     for first, count, size in sizes:
         images = [torch.zeros(8, size, size, 3, dtype=torch.uint8) for _ in range(count)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            result = recolor_views(images, views, first)
+            result = recolor_views(crops, images, views, first)
         assert profile.profiler is not None
         events = profile.profiler.kineto_results.events()
         allocated = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
