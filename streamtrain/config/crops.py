@@ -127,7 +127,7 @@ class CropsConfig(Section):
         (3 / 4, 4 / 3), "Range of a crop's width / height before it is resized to a square."
     )
     flip: Probability = accept(0.5, "Share of views that are flipped horizontally.")
-    flip_vertical: Probability = accept(0.0, "Share of views that are flipped vertically, for images of any orientation.")
+    flip_vertical: Probability = accept(0.0, "Share of views that are flipped vertically.")
     rotate90: Probability = accept(0.0, "Share of views that are turned by 90, 180 or 270 degrees.")
     jitter: JitterConfig = JitterConfig()
     grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
