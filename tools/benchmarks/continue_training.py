@@ -1,7 +1,8 @@
 """Continue a small network on images of another kind, and measure kNN on the old and the new images.
 
-A network is trained on drawn images (set A) and continued on other images (set B) in several ways: with the recipes
-that keep what it knows, and without. All runs use the command line.
+A network is trained on drawn images (set A) and continued on other images (set B): with ``continue.yaml``, with
+``continue_lora.yaml``, with these recipes but no anchor, and with the recipe of the first training. All runs use the
+command line.
 """
 
 from __future__ import annotations
@@ -166,5 +167,6 @@ def _call(*words: object) -> str:
         [*map(str, words)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     if done.returncode:
-        raise StreamtrainError(f"{words[3]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        command = words[3] if words[1] == "-m" else Path(str(words[1])).name
+        raise StreamtrainError(f"{command} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     return done.stdout
