@@ -1,4 +1,4 @@
-"""Find the architecture of a feature teacher in its description or in the shapes of its tensors. Torch-free."""
+"""Find the architecture of weights in their description or in the shapes of their tensors. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamtrain.config.feature_teacher import find_teacher_fault
-from streamtrain.config.load import RESOLVED_NAME
+from streamtrain.config.load import RESOLVED_NAME, read_resolved
 from streamtrain.config.tree import Config
 from streamtrain.errors import ConfigError, StreamtrainError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from streamtrain.interop.load_pretrained import BackboneFile
 
 _PERIODS = "rope_embed.periods"
+# settings that change a network's features but no tensor's shape
+_WITHOUT_SHAPE = ("num_heads", "rope_base")
 
 
 def with_teacher_model(config: Config) -> Config:
@@ -52,6 +54,27 @@ def with_teacher_model(config: Config) -> Config:
     if fault := find_teacher_fault(complete):
         raise ConfigError(fault)
     return complete
+
+
+def check_stated_model(path: Path, model: ModelConfig, setting: str) -> None:
+    """Check that weights do not state another number of heads or RoPE base; weights that state nothing pass.
+
+    Args:
+        path: a run directory, or weights as in ``describe_backbone``.
+        setting: key of the setting that names ``path``, for error messages.
+
+    Raises:
+        ConfigError: if they differ; the tensors would fit, but the features would be others.
+    """
+    try:
+        is_run = (path / RESOLVED_NAME).is_file()
+        stated = read_resolved(path).model if is_run else describe_backbone(path, model.factory).model
+    except StreamtrainError:
+        return
+    names = [name for name in _WITHOUT_SHAPE if getattr(stated, name) != getattr(model, name)]
+    if names:
+        differ = ", ".join(f"model.{name} {getattr(stated, name)}, not {getattr(model, name)}" for name in names)
+        raise ConfigError(f"{setting}: {path} has {differ}; set the model section to its architecture")
 
 
 def describe_backbone(path: Path, factory: str | None = None, model: ModelConfig | None = None) -> BackboneConfig:

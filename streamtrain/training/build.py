@@ -24,6 +24,7 @@ from streamtrain.engine.runtime import Runtime
 from streamtrain.engine.teacher import FrozenNetwork, ShardedNetwork, Teacher
 from streamtrain.engine.zero import Student, build_sharded, engine_config
 from streamtrain.errors import CheckpointError, ConfigError
+from streamtrain.interop.feature_teacher import check_stated_model
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.interop.patch_embedding import RgbAdaptation
 from streamtrain.interop.state_file import describe_names
@@ -233,6 +234,8 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
             loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched, "init.weights", adaptation)
             pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())
+            if config.init.minimum_matched > 0:
+                check_stated_model(path, config.model, "init.weights")
             frozen = [name for name in (*report.missing, *report.reshaped) if BACKBONE + name in student.frozen]
             # timm's weights have no mask token; it starts as zeros
             if made_up := [name for name in frozen if name != "embedding.mask_token"]:

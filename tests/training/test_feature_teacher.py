@@ -23,8 +23,8 @@ from streamtrain.config.load import build, load_config, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, normalise
 from streamtrain.data.loader import Loader
-from streamtrain.errors import StreamtrainError
-from streamtrain.interop.feature_teacher import describe_backbone, with_teacher_model
+from streamtrain.errors import ConfigError, StreamtrainError
+from streamtrain.interop.feature_teacher import check_stated_model, describe_backbone, with_teacher_model
 from streamtrain.interop.load import load_backbone
 from streamtrain.model.initialise import initialise
 from streamtrain.objective.targets import TargetMaker, TeacherPrototypes
@@ -170,6 +170,18 @@ def test_a_file_of_meta_states_its_shape_by_its_tensors(tmp_path: Path) -> None:
         describe_backbone(tmp_path / "heads.pth")
     # the caller may state the shape
     assert describe_backbone(tmp_path / "heads.pth", model=model).model == model
+
+
+def test_weights_that_state_another_function_are_refused_though_their_tensors_fit(tmp_path: Path) -> None:
+    weights = tiny_weights(tmp_path / "weights")
+    model = tiny_backbone().config.model
+    check_stated_model(weights, model, "init.weights")
+    other = model.model_copy(update={"num_heads": 1, "rope_base": 10.0})
+    with pytest.raises(ConfigError, match=r"^init.weights: .* model.num_heads 2, not 1, model.rope_base 100.0, not 10"):
+        check_stated_model(weights, other, "init.weights")
+    # a file of tensors alone states neither
+    save_file({"blocks.0.norm1.weight": torch.ones(32)}, tmp_path / "alone.safetensors")
+    check_stated_model(tmp_path / "alone.safetensors", other, "init.weights")
 
 
 def test_wrong_teachers_end_in_one_line(folder: Path, tmp_path: Path) -> None:
