@@ -40,6 +40,7 @@ _MAX_CLASSES = 100
 _MAX_FILES = 1000
 # names listed in messages, and characters of each
 _NAMES_SHOWN, _NAME_LENGTH = 5, 60
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class StateFile:
             value = self._read(name)
             is_dense = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
             if not is_dense or not value.is_floating_point():
-                raise StreamtrainError(f"{self.path} has {name} as {_describe_tensor(value)}, not as plain numbers")
+                kind = _describe_tensor(value)
+                raise StreamtrainError(f"{self.path} has {name} as {kind}, not as a dense floating-point tensor")
             # an expanded tensor can have any number of elements in a file of any size
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise StreamtrainError(f"{self.path} has {name} with {value.numel()} elements, but fewer values")
@@ -135,7 +137,15 @@ def _open(path: Path, stack: ExitStack) -> StateFile:
     # the header of safetensors begins after its length
     if path.suffix == ".safetensors" or head[8:] == b"{":
         return _open_safetensors(path, [path], stack)
+    _refuse_lfs_pointer(path)
     return _open_torch(path, is_zip=head.startswith(b"PK"))
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    """Raise StreamtrainError for the text file that `git clone` without Git LFS leaves in place of weights."""
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise StreamtrainError(f"{path} is a Git LFS pointer without the weights; fetch them with git lfs pull")
 
 
 def _open_checkpoint(path: Path, folder: Path, stack: ExitStack) -> StateFile:
@@ -169,6 +179,7 @@ def _open_safetensors(path: Path, paths: list[Path], stack: ExitStack) -> StateF
     for each in paths:
         if each.exists() and not each.is_file():
             raise StreamtrainError(f"the weights {each} cannot be read: not a regular file")
+        _refuse_lfs_pointer(each)
     files = [stack.enter_context(safe_open(each, "pt")) for each in paths]
     file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
     shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name, file in file_of.items()}

@@ -84,9 +84,12 @@ def test_each_error_is_one_line(tmp_path: Path) -> None:
     other = tiny_backbone(dim=64)
     export_safetensors(other.model, other.config, tmp_path / "other")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "cloned").mkdir()
+    for name in ("pointer.pth", "cloned/model.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     for name, words in {
         "absent": "cannot be read", "text.pth": "cannot be read", "torn.safetensors": "cannot be read",
-        "list.pth": "no vision transformer",
+        "list.pth": "no vision transformer", "pointer.pth": "git lfs pull", "cloned": "git lfs pull",
         "empty": "neither a run with a checkpoint", "other": "set the model section",
     }.items():  # fmt: skip
         with pytest.raises(StreamtrainError, match=words) as caught, load_pretrained_backbone(tmp_path / name, shapes):
