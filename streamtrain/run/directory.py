@@ -232,7 +232,7 @@ def _check_stop(config: Config, source: Path | None) -> None:
     if not 0 < evaluation.every <= config.run.steps:
         raise ConfigError(
             f"evaluation.stop_if_below is never checked: evaluation.every is {evaluation.every}, and the run has "
-            f"{config.run.steps} steps; set evaluation.every to 1 to {config.run.steps}, {never}"
+            f"{config.run.steps} steps; set it to at most {config.run.steps}, {never}"
         )
 
 

@@ -176,5 +176,7 @@ def test_a_run_that_loses_its_start_stops_after_a_checkpoint_and_names_the_best(
     assert code == 2 and "evaluation.stop_if_below needs labels" in text.strip().splitlines()[-1]
     code, text, _ = train("no", "evaluation.reference=null", "evaluation.train=null")
     assert code == 2 and "evaluation.stop_if_below needs labelled images, and" in text.strip().splitlines()[-1]
+    code, text, _ = train("no", "evaluation.every=30")
+    assert code == 2 and "run has 20 steps; set it to at most 20" in text.strip().splitlines()[-1]
     code, text, _ = train("no", "init.weights=null")
     assert code == 2 and "evaluation.stop_if_below needs a starting network" in text.strip().splitlines()[-1]
