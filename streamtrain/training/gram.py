@@ -14,6 +14,7 @@ from streamtrain.data.batch import Batch
 from streamtrain.engine.fragments import Fragment, Shard
 from streamtrain.engine.teacher import FrozenNetwork, Teacher
 from streamtrain.errors import StreamtrainError
+from streamtrain.interop.feature_teacher import check_stated_model
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.interop.naming import KINDS
 from streamtrain.objective.gram import GramTargets
@@ -83,6 +84,7 @@ class GramAnchor:
             missing = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
             if missing:
                 raise StreamtrainError(f"objective.gram.teacher {path} has no {', '.join(missing[:5])}")
+            check_stated_model(path, self._config.model, "objective.gram.teacher")
 
             def value(name: str, fragment: Fragment) -> torch.Tensor:
                 tensor = read(name.removeprefix(BACKBONE))

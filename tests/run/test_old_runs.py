@@ -55,6 +55,7 @@ def test_a_run_of_commit_eb5aab7_resumes_to_the_recorded_losses(tmp_path: Path) 
             assert results[step] == pytest.approx(expected[step], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_new_comment_in_the_code_does_not_prevent_resuming(tmp_path: Path) -> None:
     root = tmp_path / "checkout"
     for name in ("shards", "streamtrain", "configs"):

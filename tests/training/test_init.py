@@ -72,6 +72,8 @@ FROZEN = "teacher.kind=frozen"
                      marks=pytest.mark.slow),
         (["init.weights=wide"], "init.weights: wide has a patch embedding of [64, 192], but this model needs [32, "),
         (["init.weights=tiny", "model.num_heads=1"], "init.weights: weights has model.num_heads 2, not 1; "),
+        pytest.param(["model.num_heads=1", "objective.gram.weight=1.0", "objective.gram.teacher=tiny"],
+                     "objective.gram.teacher: weights has model.num_heads 2, not 1; ", marks=pytest.mark.slow),
         pytest.param(["init.weights=tiny", "objective.gram.weight=1.0", "objective.gram.teacher=wide"],
                      "objective.gram.teacher: wide has a patch embedding of [64, 192]", marks=pytest.mark.slow),
         (["init.weights=tiny", "model.lora={rank: 4, blocks: 2, free_blocks: 1}"], "than depth 2; lower one of them"),

@@ -121,7 +121,9 @@ def launchers(world_size: int) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize(("launcher", "world_size"), [("python", 1), ("deepspeed", 2), ("torchrun", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "world_size"), [("python", 1), ("deepspeed", 2), pytest.param("torchrun", 2, marks=pytest.mark.slow)]
+)
 def test_every_launcher_trains_and_everything_is_logged(
     shards: Path, tmp_path: Path, launcher: str, world_size: int
 ) -> None:

@@ -78,7 +78,8 @@ def test_a_frozen_parameter_is_stored_once(run: Path) -> None:
     assert "backbone.blocks.1.attention.qkv.lora_a" in kinds["master"]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_resumes_bit_for_bit(ranks: int, folder: Path, tmp_path: Path) -> None:
     settings = ("run.steps=8", "run.checkpoint_every=2", "data.global_batch=8", "objective.anchor.weight=1.0")
     straight, broken = tmp_path / "straight", tmp_path / "broken"

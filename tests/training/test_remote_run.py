@@ -112,6 +112,7 @@ def check(run_dir: Path, expected: dict[int, object], said: str, remote: Remote,
     assert last["data/downloaded_bytes"] > 0 and 0 < last["data/cache_hit_share"] <= 1 and "data/retries" in last
 
 
+@pytest.mark.slow
 def test_over_http_two_ranks_train_on_the_same_samples_despite_faults(
     local: ShardSet, expected: dict[int, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
