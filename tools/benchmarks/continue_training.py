@@ -42,14 +42,14 @@ LR = "schedules.lr.peak=1e-3"
 LORA_LR = "schedules.lr.peak=2e-3"
 NO_ANCHOR = "objective.anchor.weight=0"
 # the temperatures of quickstart.yaml assume prototypes of constant norm
-FIRST = "schedules.freeze_last_layer=1000000"
+FROZEN_PROTOTYPES = "schedules.freeze_last_layer=1000000"
 # name of each way: its recipe and settings
 WAYS: dict[str, tuple[str, Sequence[str]]] = {
     "anchor": ("continue.yaml", (*SMALL, LR)),
     "LoRA and anchor": ("continue_lora.yaml", (*SMALL, LORA_LR)),
     "LoRA": ("continue_lora.yaml", (*SMALL, LORA_LR, NO_ANCHOR)),
     "no anchor": ("continue.yaml", (*SMALL, LR, NO_ANCHOR)),
-    "first recipe": ("quickstart.yaml", (FIRST,)),
+    "first recipe": ("quickstart.yaml", (FROZEN_PROTOTYPES,)),
 }
 
 
@@ -69,7 +69,7 @@ def run(
     common = ["monitor.tensorboard=false", "monitor.progress=false", *overrides]
     base, exported = folder / "base", folder / "exported"
     if not exported.exists():
-        _train("quickstart.yaml", sets["a"], base, base_steps, [FIRST, *common, "evaluation.every=0"])
+        _train("quickstart.yaml", sets["a"], base, base_steps, [FROZEN_PROTOTYPES, *common, "evaluation.every=0"])
         _streamtrain("export", "--run", base, "--to", "safetensors", "--out", exported)
     result: dict[str, Any] = {"start": {name: [_accuracy(["--weights", exported], sets[name])] for name in sets}}
     curves = {}
