@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import exit_status
 from drawn_images import all_payloads, draw_folder, file_contents
 
 pytest.importorskip("tifffile")
@@ -108,3 +109,17 @@ def test_damaged_statistics_are_an_error_in_one_line(tmp_path: Path) -> None:
         path.write_text(json.dumps(content | changed))
         with pytest.raises(ShardError):
             ShardSet.open(tmp_path / "set")
+
+
+def test_the_commands_pack_and_measure_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = PixelFormat(4, "uint16")
+    count = write_ramps(tmp_path / "src", pixels)
+    words = ["pack", "--src", tmp_path / "src", "--out", tmp_path / "set", "--workers", "1"]
+    assert exit_status([*words, "--channels", "4", "--dtype", "uint16"]) == 0
+    stored = ShardSet.open(tmp_path / "set").manifest.statistics
+    assert stored is not None
+    assert exit_status(["stats", tmp_path / "set", "--workers", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"stored the statistics of {count} images in the manifest"
+    assert [float(line.split()[1]) for line in printed[-5:-1]] == pytest.approx(list(stored.mean), rel=1e-5)
+    assert exit_status(["stats", tmp_path / "absent"]) == 2
