@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from types import FrameType
 from typing import TypeVar
 
 from shards.errors import ShardError, explain_os_error
@@ -62,13 +63,28 @@ def ordered_map(
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT. Processes started inside inherit this, so only the parent handles Ctrl-C, after the block."""
+    """Handle SIGINT and SIGTERM after the block, so that no worker is left half started.
+
+    Workers started inside ignore Ctrl-C, because they inherit the mask. The mask alone does not protect the block:
+    another thread may receive the signal, and Python then runs the handler in the main thread.
+    """
     resource_tracker.ensure_running()  # starting it inside would unblock SIGINT
+    received: list[int] = []
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be changed
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {int(number): handler for number, handler in found.items() if callable(handler)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: received.append(number))
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for arrived in received:
+        handlers[arrived](arrived, None)
 
 
 def _start_worker() -> None:
