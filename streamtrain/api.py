@@ -240,7 +240,7 @@ def export(
     Args:
         run: run directory.
         out: folder to write; new, empty, or an earlier export.
-        to: ``hf`` (transformers), ``timm`` or ``safetensors``.
+        to: ``hf`` (transformers), ``timm``, ``safetensors`` or ``onnx``.
         step: of the checkpoint, or ``"best"``; default: the latest.
         factory: as in ``load_backbone``.
 

@@ -14,13 +14,15 @@ from streamtrain.reporting.metrics import read_metrics
 from streamtrain.run.command_line import local_path
 from streamtrain.run.directory import METRICS_NAME
 
-FORMATS = ("hf", "timm", "safetensors")
+FORMATS = ("hf", "timm", "safetensors", "onnx")
 
 _SUMMARY = "Write the backbone of a run for use in other libraries."
 _DETAILS = """\
   hf           a folder for transformers' AutoModel.from_pretrained (needs transformers)
   timm         a folder for timm.create_model("local-dir:DIR", pretrained=True)
   safetensors  streamtrain's own names, with the model's config in the file and in a JSON file
+  onnx         model.onnx, for onnxruntime and others without PyTorch (needs onnxscript): pixel_values
+               [batch, channels, height, width] of any multiples of the patch size to cls and patches
 
 The settings of the run are copied to recipe.yaml in the same folder. The adapters of a run with model.lora
 are merged into its weights. With --adapters, only these adapters (and blocks that train whole) are written,
@@ -30,6 +32,7 @@ _EXAMPLES = """\
   streamtrain export --run runs/photos --to hf --out exported
   streamtrain export --run runs/photos --step best --to timm --out exported
   streamtrain export --weights exported --to safetensors --out converted
+  streamtrain export --run runs/photos --to onnx --out exported_onnx
   streamtrain export --run runs/adapted --adapters --out adapters.safetensors
 """
 

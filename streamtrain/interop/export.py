@@ -13,10 +13,11 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import CONFIG_NAME, RECIPE_NAME, export_safetensors, parse_config, read_document
 from streamtrain.interop.hf import CARD_NAME, PREPROCESSOR_NAME, export_hf
 from streamtrain.interop.load import Backbone
+from streamtrain.interop.onnx_folder import ONNX_NAME, export_onnx
 from streamtrain.interop.state_file import INDEX_NAME, WEIGHTS_NAME
 from streamtrain.interop.timm_folder import export_timm, is_own_config
 
-WRITERS = {"hf": export_hf, "timm": export_timm, "safetensors": export_safetensors}
+WRITERS = {"hf": export_hf, "timm": export_timm, "safetensors": export_safetensors, "onnx": export_onnx}
 # a folder inside the export with the files that are being written
 _PARTIAL = ".streamtrain-export-"
 _FILES = (CONFIG_NAME, RECIPE_NAME, CARD_NAME, PREPROCESSOR_NAME, INDEX_NAME)
@@ -42,7 +43,7 @@ def export_backbone(
     """Write a backbone to the folder ``out`` and return the path of the weights file.
 
     Args:
-        to: ``hf`` (for transformers), ``timm`` or ``safetensors`` (for streamtrain itself).
+        to: ``hf`` (for transformers), ``timm``, ``safetensors`` (for streamtrain itself) or ``onnx``.
         out: a folder that is new, empty, or an earlier export, whose files are deleted.
         recipe: the run's resolved config, copied to ``out``/recipe.yaml.
         losses: added to the provenance of the weights.
@@ -61,7 +62,7 @@ def export_backbone(
         WRITERS[to](backbone.model, config, folder)
         if recipe is not None:
             shutil.copyfile(recipe, folder / RECIPE_NAME)
-    return out / WEIGHTS_NAME
+    return out / (ONNX_NAME if to == "onnx" else WEIGHTS_NAME)
 
 
 @contextmanager
@@ -83,7 +84,9 @@ def _new_files(out: Path) -> Iterator[Path]:
         ordinary.touch()
         mode = ordinary.stat().st_mode & 0o777
         ordinary.unlink()
-        files = sorted(partial.iterdir(), key=lambda path: (_is_weights(path.name), path.name == WEIGHTS_NAME))
+        files = sorted(
+            partial.iterdir(), key=lambda path: (_is_weights(path.name), path.name in (WEIGHTS_NAME, ONNX_NAME))
+        )
         # without the earlier weights, a half replaced export cannot be mistaken for a whole one
         for name in sorted(os.listdir(out), key=_is_weights, reverse=True):
             if name in _FILES or _is_weights(name):
@@ -98,8 +101,8 @@ def _new_files(out: Path) -> Iterator[Path]:
 
 
 def _is_weights(name: str) -> bool:
-    """Return whether a name is of a weights file; transformers splits large models into several."""
-    return name.startswith("model") and name.endswith(".safetensors")
+    """Return whether a name is of a weights file; transformers splits large models into several, ONNX in two."""
+    return name.startswith("model") and name.endswith((".safetensors", ".onnx", ".onnx.data"))
 
 
 def _is_own_export(out: Path) -> bool:

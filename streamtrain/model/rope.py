@@ -29,7 +29,7 @@ class Rope:
         """Return the table of ``grid``; with a generator (training) the coordinates are augmented as configured."""
         if generator is None or not (self.shift or self.jitter or self.rescale):
             return _cached_table(grid, self.num_prefix, self.head_dim, self.base, device, dtype)
-        coordinates = self._augment(_coordinates(grid, device), generator)
+        coordinates = self._augment(patch_centres(grid, device), generator)
         return _table(coordinates, self.num_prefix, self.head_dim, self.base, dtype)
 
     def _augment(self, coordinates: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,13 +48,17 @@ class Rope:
         return coordinates
 
 
-def _coordinates(grid: tuple[int, int], device: torch.device) -> Tensor:
+def patch_centres(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Return patch centres (y, x), each axis scaled to [-1, 1]: fp32 ``[num_patches, 2]``, row-major."""
     axes = [2.0 * torch.arange(0.5, size, dtype=torch.float32, device=device) / size - 1.0 for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def _table(coordinates: Tensor, num_prefix: int, head_dim: int, base: float, dtype: torch.dtype) -> RopeTable:
+def rope_factors(coordinates: Tensor, num_prefix: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and signed sines, fp32 ``[num_prefix + num_patches, head_dim]``, for patches at ``coordinates``.
+
+    The prefix (CLS and registers) is not rotated.
+    """
     # fp32 throughout: with 16-bit periods distant patches would get wrong angles
     exponents = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=coordinates.device)
     angles = 2.0 * math.pi * coordinates[:, :, None] * (1 / base**exponents)
@@ -64,6 +68,11 @@ def _table(coordinates: Tensor, num_prefix: int, head_dim: int, base: float, dty
     sine = torch.cat([-sine, sine], dim=1)
     cosine = torch.cat([cosine.new_ones(num_prefix, head_dim), cosine])
     sine = torch.cat([sine.new_zeros(num_prefix, head_dim), sine])
+    return cosine, sine
+
+
+def _table(coordinates: Tensor, num_prefix: int, head_dim: int, base: float, dtype: torch.dtype) -> RopeTable:
+    cosine, sine = rope_factors(coordinates, num_prefix, head_dim, base)
     return RopeTable(cosine.to(dtype)[:, None, None], sine.to(dtype)[:, None, None])
 
 
@@ -73,4 +82,4 @@ def _cached_table(
 ) -> RopeTable:
     # a tensor created in inference mode could not be used in a later training step
     with torch.inference_mode(False):
-        return _table(_coordinates(grid, device), num_prefix, head_dim, base, dtype)
+        return _table(patch_centres(grid, device), num_prefix, head_dim, base, dtype)
