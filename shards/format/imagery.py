@@ -52,7 +52,7 @@ def read_header(payload: bytes, pixels: PixelFormat) -> Header:
     if pixels.is_rgb:
         return image_header.read_header(payload)
     if payload.startswith(_NPY_SIGNATURE):
-        height, width, _ = _array_layout(_read_npy_header(payload)[0], pixels.channels)
+        height, width, _ = array_layout(_read_npy_header(payload)[0], pixels.channels)
         header = Header(NPY, width, height, 1, True)
     elif dicom.is_dicom(payload):
         header = dicom.read_header(payload)
@@ -74,7 +74,7 @@ def read_header(payload: bytes, pixels: PixelFormat) -> Header:
 def load_npy(payload: bytes, pixels: PixelFormat) -> Array:
     """Return the array of a ``.npy`` file as [height, width, channels] in native byte order; raises as ``decode``."""
     shape, is_fortran, dtype, start = _read_npy_header(payload)
-    height, width, is_first = _array_layout(shape, pixels.channels)
+    height, width, is_first = array_layout(shape, pixels.channels)
     values: Array = np.frombuffer(payload, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
     values = np.moveaxis(values, 0, 2) if is_first else values.reshape(height, width, -1)
     return values.astype(dtype.newbyteorder("="), copy=False)
@@ -140,8 +140,12 @@ def _read_npy_header(payload: bytes) -> tuple[tuple[int, ...], bool, np.dtype, i
     return shape, is_fortran, dtype, file.tell()
 
 
-def _array_layout(shape: tuple[int, ...], channels: int) -> tuple[int, int, bool]:
-    """Return height and width of an array, and whether its first axis holds the channels."""
+def array_layout(shape: tuple[int, ...], channels: int) -> tuple[int, int, bool]:
+    """Return height and width of an array, and whether its first axis holds the channels.
+
+    Raises:
+        ShardError: no axis that may hold the channels is ``channels`` long.
+    """
     if len(shape) == 2 and channels == 1:
         return shape[0], shape[1], False
     if len(shape) == 3 and shape[2] == channels:

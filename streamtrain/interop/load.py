@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from shards.errors import ShardError
 from shards.format.files import parse_json
+from shards.format.imagery import array_layout
 from streamtrain.checkpoint.reader import iterate_weights, open_checkpoint, weights_folder
 from streamtrain.checkpoint.retention import read_best
 from streamtrain.config.load import RESOLVED_NAME, read_resolved
@@ -61,8 +63,8 @@ class Backbone(nn.Module):
         The shorter side is resized (bicubic), the central square is cropped, and the channels are normalised.
 
         Args:
-            images: one image or a sequence: path, PIL image (RGB only), or array [height, width, channels] of the
-                dtype of training.
+            images: one image or a sequence: path, PIL image, or array of the dtype of training: [height, width,
+                channels], [channels, height, width] or, of one channel, [height, width].
             size: side in pixels, a multiple of the patch size; default: the size of the training crops. The margin
                 outside the crop, by default none, scales with it.
 
@@ -71,12 +73,13 @@ class Backbone(nn.Module):
 
         Raises:
             StreamtrainError: if a file cannot be read.
-            ValueError: for an array of another shape or dtype, or a size that is not a multiple of the patch size.
+            ValueError: for an array of another shape or dtype, or with NaN or infinite values, or a size that is not a
+                multiple of the patch size.
         """
         size = self.config.image_size if size is None else size
         if size < 1 or size % self.model.patch_size:
             raise ValueError(f"size {size} is not a multiple of the patch size {self.model.patch_size}")
-        is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
+        is_one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
         sources: Any = [images] if is_one else images
         opened = (_open_image(source, self.config) for source in sources)
         resize = self.config.resize_for(size)
@@ -333,10 +336,16 @@ def _open_image(source: ImageSource, config: BackboneConfig) -> Still:
     if isinstance(source, Image.Image) and pixels.is_rgb:
         return upright_rgb(source, config.background)
     array = np.asarray(source)
-    if array.dtype != pixels.dtype or array.ndim != 3 or array.shape[2] != pixels.channels:
-        wanted = f"{pixels.dtype} [height, width, {pixels.channels}]"
-        raise ValueError(f"an image array is {wanted}, not {array.dtype} {list(array.shape)}")
-    return Image.fromarray(array) if pixels.is_rgb else array
+    try:
+        height, width, is_first = array_layout(array.shape, pixels.channels)
+    except ShardError as error:
+        raise ValueError(str(error)) from None
+    if array.dtype.name != pixels.dtype:
+        raise ValueError(f"an image array has values of {array.dtype}, the network takes {pixels}; do not rescale them")
+    array = np.moveaxis(array, 0, 2) if is_first else array.reshape(height, width, -1)
+    if not np.isfinite(array).all():
+        raise ValueError("an image array has NaN or infinite values")
+    return Image.fromarray(np.ascontiguousarray(array)) if pixels.is_rgb else array.astype(pixels.dtype, copy=False)
 
 
 def _read_header(path: Path) -> Any:

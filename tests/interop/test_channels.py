@@ -51,12 +51,30 @@ def test_exports_give_the_same_features(tmp_path: Path, channels: int, dtype: st
     assert torch.allclose(pooled, expected, atol=1e-5)
 
 
+def test_arrays_may_have_their_channels_first() -> None:
+    for channels, dtype in ((1, "float32"), (3, "uint8"), (4, "uint16")):
+        ours = backbone_of(channels, dtype)
+        images = np.random.default_rng(0).integers(0, 200, (2, 40, 32, channels)).astype(dtype)
+        expected, first = ours.preprocess(images), np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        given = [first, torch.from_numpy(first.astype(dtype)), images.astype(images.dtype.newbyteorder(">"))]
+        assert all(torch.equal(ours.preprocess(each), expected) for each in given)
+        assert torch.equal(ours.preprocess(first[0]), expected[:1])
+        if channels == 1:
+            assert torch.equal(ours.preprocess(images[0, ..., 0]), expected[:1])
+
+
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     ours = backbone_of(4, "uint16")
     with pytest.raises(StreamtrainError, match=r"cannot state crops.value_range"):
         export_backbone(ours, "timm", tmp_path / "timm")
-    with pytest.raises(ValueError, match=r"an image array is uint16 \[height, width, 4\], not uint8 \[8, 8, 3\]"):
-        ours.preprocess(np.zeros((8, 8, 3), np.uint8))
+    for array, message in (
+        (np.zeros((8, 8, 3), np.uint16), r"an array of shape \[8, 8, 3\] is not an image of 4 channels"),
+        (np.zeros((8, 8, 4), np.uint8), "an image array has values of uint8, the network takes 4 channels of uint16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours.preprocess(array)
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
+        backbone_of(1, "float32").preprocess(np.full((8, 8), np.nan, np.float32))
     shapes = {name: value.shape for name, value in ours.model.state_dict().items()}
     with pytest.raises(StreamtrainError, match=r"needs \[32, 256\]"):
         with load_pretrained_backbone(tiny_weights(tmp_path / "rgb"), shapes):
