@@ -168,47 +168,39 @@ def load_backbone(
 def embed(
     backbone: Backbone, source: Path | str, *, batch_size: int = 64, device: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Compute the CLS features of every image of a shard set, in memory.
+    """Compute the CLS features of every image of a shard set or a folder, in memory.
 
     Args:
         backbone: as returned by ``load_backbone``.
-        source: folder of the shard set.
+        source: shard set, or folder of images of the channels and dtype of the backbone.
         batch_size: images per forward.
         device: default: a GPU if there is one.
 
     Returns:
-        float32 [images, dim], and the key of each image, without unusable images, which are logged.
+        float32 [images, dim], and the key of each image, in a folder its relative path; without unusable images, which
+        are logged.
 
     Raises:
-        ShardError: if ``source`` is not a shard set.
-        StreamtrainError: if ``batch_size`` is below 1, this machine does not have ``device``, or too many images are
-            unusable.
+        ShardError: if the shard set cannot be read.
+        StreamtrainError: if ``batch_size`` is below 1, this machine does not have ``device``, ``source`` has no images,
+            or too many are unusable.
     """
-    from dataclasses import replace
-
-    import numpy as np
-
-    from shards.reading.shard_set import ShardSet
     from streamtrain.cli.backbone import choose_device
     from streamtrain.evaluation.features import compute_features, report_unusable
-    from streamtrain.evaluation.images import images_of_set
+    from streamtrain.evaluation.images import open_images
 
     if not isinstance(batch_size, int) or batch_size < 1:
         raise StreamtrainError(f"batch_size {batch_size!r} is not a whole number above 0")
     chosen = choose_device(str(device or "auto"))
-    shard_set = ShardSet.open(_expand(source))
     config = backbone.config
-    images = replace(images_of_set(shard_set, np.arange(shard_set.num_samples)), background=config.background)
+    images = open_images(Path(_expand(source)), config.background, allow_unlabelled=True, pixels=config.pixels)
     images.require_pixels(config.pixels)
     features, is_usable = compute_features(
         backbone.to(chosen).model, images, size=config.image_size, resize=config.resize, mean=config.mean,
         std=config.std, value_range=config.value_range, batch_size=batch_size, progress=True,
     )  # fmt: skip
     report_unusable(images, is_usable)
-    keys = [
-        shard_set.key(shard, sample) for shard, size in enumerate(shard_set.sizes.tolist()) for sample in range(size)
-    ]
-    return features[is_usable].numpy(), [key for key, usable in zip(keys, is_usable.tolist(), strict=True) if usable]
+    return features[is_usable].numpy(), [images.sample_key(index) for index in is_usable.nonzero()[:, 0].tolist()]
 
 
 def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **options: Any) -> dict[str, Any]:

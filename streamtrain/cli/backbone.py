@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from streamtrain.config.load import load_config
+from shards.format.pixels import RGB, PixelFormat
+from streamtrain.config.load import load_config, read_resolved
 from streamtrain.errors import StreamtrainError
 from streamtrain.run.command_line import local_path
 
@@ -60,6 +61,25 @@ def load_selected_backbone(arguments: argparse.Namespace) -> Backbone:
             raise StreamtrainError("--step and --student select a checkpoint of --run; --weights has none")
         return load_weights(arguments.weights, factory)
     return load_run(arguments.run, arguments.step, "student" if arguments.student else "teacher", factory)
+
+
+def selected_pixels(arguments: argparse.Namespace) -> PixelFormat:
+    """Return the channels and the dtype of the images of the selected backbone, without loading it.
+
+    They are those of 8-bit RGB if the options select none; loading reports that.
+    """
+    # torch takes seconds to load
+    from streamtrain.interop.load import describe_weights
+    from streamtrain.interop.load_pretrained import open_backbone
+
+    if arguments.run:
+        return read_resolved(arguments.run).data.pixels
+    if arguments.config:
+        return load_config(arguments.config).data.pixels
+    if arguments.weights:
+        with open_backbone(arguments.weights) as file:
+            return describe_weights(arguments.weights, file, arguments.factory).pixels
+    return RGB
 
 
 def describe_backbone(arguments: argparse.Namespace) -> str:

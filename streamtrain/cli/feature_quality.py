@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.errors import printable
-from shards.format.pixels import RGB
-from streamtrain.cli.backbone import choose_device, describe_backbone, load_selected_backbone
+from shards.format.pixels import RGB, PixelFormat
+from streamtrain.cli.backbone import choose_device, describe_backbone, load_selected_backbone, selected_pixels
 from streamtrain.cli.evaluate import BASELINES, MAX_IMAGES_FOR_SPLITS
 from streamtrain.config.load import RESOLVED_NAME
 from streamtrain.errors import StreamtrainError
@@ -73,13 +73,16 @@ def evaluate(arguments: argparse.Namespace) -> Values:
     if arguments.task == "logistic":
         # before the features of many images are computed
         require_scikit_learn()
-    sets = open_sets(arguments.train, arguments.test)
     other = select_baseline(arguments, arguments.compare) if arguments.compare is not None else None
     if other is not None:
         arguments, other = share_factory(arguments, other)
     if arguments.compare == "untrained" and not arguments.untrained:
         # it describes only that network
         arguments = argparse.Namespace(**{**vars(arguments), "config": None})
+    pixels = selected_pixels(arguments)
+    if other is not None and (needed := selected_pixels(other)) != pixels:
+        raise StreamtrainError(f"--compare {arguments.compare} needs images of {needed}, the network has {pixels}")
+    sets = open_sets(arguments.train, arguments.test, pixels)
     began = time.perf_counter()
     source, embedded = features_of(arguments, sets)
     seconds = time.perf_counter() - began
@@ -113,13 +116,16 @@ def evaluate(arguments: argparse.Namespace) -> Values:
     return result
 
 
-def open_sets(train: Path, test: Path | None) -> list[LabelledImages]:
+def open_sets(train: Path, test: Path | None, pixels: PixelFormat) -> list[LabelledImages]:
     """Open the train and the test set; without a test set, only the one that will be split.
+
+    Args:
+        pixels: channels and dtype that the network takes.
 
     Raises:
         StreamtrainError: they cannot be used, or all images have the same label.
     """
-    opened = open_images(train)
+    opened = open_images(train, pixels=pixels)
     if len(np.unique(opened.labels)) < 2:
         raise StreamtrainError(f"all images of {printable(train)} have the same label; give images of several classes")
     if test is not None and test.resolve() == train.resolve():
@@ -128,7 +134,7 @@ def open_sets(train: Path, test: Path | None) -> list[LabelledImages]:
             "a fifth of the images"
         )
     if test is not None:
-        return [opened, match_classes(opened, open_images(test))]
+        return [opened, match_classes(opened, open_images(test, pixels=pixels))]
     # refuse too few images before the features of any are computed
     split_indices(opened)
     return [opened]

@@ -14,9 +14,18 @@ from shards.reading.mixture import AnySet, JoinedSet
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.images import LabelledImages, images_of_set, match_classes, open_images, split_images
+from streamtrain.evaluation.images import (
+    LabelledImages,
+    UnusableImages,
+    images_of_set,
+    match_classes,
+    open_images,
+    split_images,
+)
 
 TRAIN_PER_TEST = 4
+# images that are decoded at once, because all may have other channels than the network takes
+_NUM_TRIED = 4
 _PURPOSE = "evaluation/held out"
 
 
@@ -68,8 +77,13 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
 
 
 def _open(config: Config, path: str, allow_unlabelled: bool = False) -> LabelledImages:
-    images = open_images(Path(path), config.data.background_color, allow_unlabelled)
+    images = open_images(Path(path), config.data.background_color, allow_unlabelled, config.data.pixels)
     images.require_pixels(config.data.pixels)
+    indices = stratified_indices(len(images), _NUM_TRIED)
+    tried = replace(images.subset(indices, images.name), unusable=UnusableImages())
+    if len(tried) and all(tried.decode_if_usable(index) is None for index in range(len(tried))):
+        reasons = tried.unusable.new_reasons()
+        raise StreamtrainError(f"none of {len(tried)} images of {path} that were tried can be used: {reasons}")
     return images
 
 

@@ -59,9 +59,10 @@ class LabelledImages:
         read: returns the encoded bytes of image i, and its name for messages.
         unusable: the images that could not be decoded so far; shared by all subsets.
         background: colour behind transparent images; None drops their alpha channel.
-        pixels: channels and dtype of a set; a folder is decoded as 8-bit RGB.
+        pixels: channels and dtype of the decoded images.
         identify: returns text that changes with the content or the order of the images; None for a subset.
         key: returns text that changes with the content of image i, but not with the folder of the set.
+        sample_key: returns the key of image i in its set, or its path relative to its folder.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LabelledImages:
     pixels: PixelFormat = RGB
     identify: Callable[[], str] | None = None
     key: Callable[[int], str] = str
+    sample_key: Callable[[int], str] = str
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,7 +114,7 @@ class LabelledImages:
     def subset(self, indices: np.ndarray, name: str) -> LabelledImages:
         return replace(
             self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])), identify=None,
-            key=lambda i: self.key(int(indices[i])),
+            key=lambda i: self.key(int(indices[i])), sample_key=lambda i: self.sample_key(int(indices[i])),
         )  # fmt: skip
 
     def digest(self) -> str:
@@ -131,24 +133,27 @@ class LabelledImages:
         return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
-def open_images(path: Path, background: Color | None = WHITE, allow_unlabelled: bool = False) -> LabelledImages:
+def open_images(
+    path: Path, background: Color | None = WHITE, allow_unlabelled: bool = False, pixels: PixelFormat = RGB
+) -> LabelledImages:
     """Open a shard set, or a class folder, whose images are sorted by class and file name.
 
     Args:
         background: colour behind transparent images; None drops their alpha channel.
         allow_unlabelled: missing labels are -1, and a folder needs no class subfolders.
+        pixels: channels and dtype that images of a folder must have; a set states its own.
 
     Raises:
         StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
     """
     if not path.is_dir():
-        raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of class subfolders")
+        raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of images")
     if (path / "manifest.json").is_file():
         shard_set = ShardSet.open(path)
         images = images_of_set(shard_set, np.arange(shard_set.num_samples))
     else:
         try:
-            images = _open_folder(path, allow_unlabelled)
+            images = _open_folder(path, allow_unlabelled, pixels)
         except OSError as error:
             raise StreamtrainError(f"{error.filename or path} cannot be read ({error.strerror})") from None
     unlabelled = int((images.labels < 0).sum())
@@ -211,9 +216,9 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
     return replace(test, labels=renumber[test.labels], classes=train.classes)
 
 
-def _open_folder(path: Path, allow_unlabelled: bool = False) -> LabelledImages:
+def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> LabelledImages:
     """Return the images that ``streamtrain pack`` would take from a folder, with the same labels."""
-    inputs = list_images(path)
+    inputs = list_images(path, pixels)
     labels, classes = np.array([item.label for item in inputs.items], np.int64), inputs.classes
     top = {item.name.rpartition("/")[0].partition("/")[0] for item in inputs.items}
     if not classes and len(top) == 1 and "" not in top:
@@ -252,7 +257,10 @@ def _open_folder(path: Path, allow_unlabelled: bool = False) -> LabelledImages:
         except ShardError:
             return item.name
 
-    return LabelledImages(str(path), labels, classes, read, identify=identify, key=key)
+    return LabelledImages(
+        str(path), labels, classes, read, pixels=pixels, identify=identify, key=key,
+        sample_key=lambda index: inputs.items[index].name,
+    )  # fmt: skip
 
 
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
@@ -285,5 +293,6 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
         return f"{shard_set.digest}\t{shards[index]}\t{samples[index]}"
 
     return LabelledImages(
-        path, labels, shard_set.manifest.classes, read, pixels=shard_set.pixels, identify=identify, key=key
-    )
+        path, labels, shard_set.manifest.classes, read, pixels=shard_set.pixels, identify=identify, key=key,
+        sample_key=lambda index: shard_set.key(int(shards[index]), int(samples[index])),
+    )  # fmt: skip

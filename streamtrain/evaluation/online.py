@@ -125,7 +125,8 @@ class Study:
         used = labels.where(torch.cat(usable), -1)
         counts = sum_over_ranks(torch.stack([(used >= 0).sum(), (used != labels).sum()]))
         if not counts[0]:
-            raise StreamtrainError(f"no image of {images.name} can be used")
+            reasons = images.unusable.new_reasons()
+            raise StreamtrainError(f"no image of {images.name} can be used{reasons and f': {reasons}'}")
         self.num_unusable += int(counts[1])
         return Rows(torch.cat(features), used)
 

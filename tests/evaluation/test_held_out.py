@@ -46,6 +46,14 @@ def test_named_sets_must_have_labels(tmp_path: Path) -> None:
         held_out(config(train=str(tmp_path / "a" / "set")), shard_set)
 
 
+def test_a_folder_of_other_channels_is_refused_at_the_start(tmp_path: Path) -> None:
+    shard_set, folder = packed_set(tmp_path / "a", 8), class_folder(tmp_path / "train", each=5)
+    plain = {"jitter": {"probability": 0}, "grey": 0, "solarize": {"global_probability": [0]}, "mean": [0], "std": [1]}
+    one = build({"data": {"channels": 1}, "crops": plain, "evaluation": {"train": str(folder)}})
+    with pytest.raises(StreamtrainError, match=r"none of 4 images of .* it has 3 channels of uint8, not 1 channel of"):
+        held_out(one, shard_set)
+
+
 def test_strata_are_ascending_and_spread() -> None:
     indices = stratified_indices(10_000_000_000, 100)
     assert len(indices) == 100 and (np.diff(indices) > 0).all() and np.diff(indices).max() < 2.01e8

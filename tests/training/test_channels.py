@@ -55,11 +55,14 @@ def pack_bands(folder: Path, bands: int, each: int) -> Path:
 def test_a_lora_run_with_an_anchor_starts_from_rgb_weights(tmp_path: Path) -> None:
     shards, weights, run_dir = pack_bands(tmp_path, 4, 2), tiny_weights(tmp_path / "weights"), tmp_path / "run"
     start = (*SETTINGS, f"init.weights={weights}", "run.steps=2", "model.lora={rank: 2, alpha: 4}",
-             "objective.anchor.weight=1.0", "masks.probability=0")  # fmt: skip
+             "objective.anchor.weight=1.0", "masks.probability=0", "evaluation.every=2",
+             f"evaluation.train={tmp_path / 'src'}")  # fmt: skip
     ((code, _, errors),) = run_ranks(command(shards, run_dir, *start), 1)
     assert code == 2 and "init.weights: " in errors and "set init.channels to repeat, mean or zero_extra" in errors
     ((code, output, errors),) = run_ranks(command(shards, run_dir, *start, "init.channels=zero_extra"), 1)
     assert code == 0 and "patch embedding: RGB to 4 channels (zero_extra)" in output, errors[-3000:]
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "eval/knn_10" in last and "left out of the evaluation" not in output + errors
     rgb = tiny_backbone().model.state_dict()["embedding.projection.weight"]
     expected = torch.cat([rgb, torch.zeros(32, 64)], 1)
     for which in ("student", "teacher"):
