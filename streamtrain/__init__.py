@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from streamtrain.api import embed, evaluate, export, load_backbone, pack, train, verify
+    from streamtrain.api import embed, embed_files, evaluate, export, load_backbone, pack, train, verify
     from streamtrain.errors import StreamtrainError, TrainingError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "embed",
+    "embed_files",
     "evaluate",
     "export",
     "load_backbone",

@@ -168,11 +168,11 @@ def load_backbone(
 def embed(
     backbone: Backbone, source: Path | str, *, batch_size: int = 64, device: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Compute the CLS features of every image of a shard set or a folder, in memory.
+    """Compute the CLS features of every image, in memory. For many images, see ``embed_files``.
 
     Args:
         backbone: as returned by ``load_backbone``.
-        source: shard set, or folder of images of the channels and dtype of the backbone.
+        source: shard set, folder, list file, tar or zip of images of the channels and dtype of the backbone.
         batch_size: images per forward.
         device: default: a GPU if there is one.
 
@@ -181,19 +181,19 @@ def embed(
         are logged.
 
     Raises:
-        ShardError: if the shard set cannot be read.
-        StreamtrainError: if ``batch_size`` is below 1, this machine does not have ``device``, ``source`` has no images,
-            or too many are unusable.
+        ShardError: if ``source`` cannot be read, or has no images.
+        StreamtrainError: if ``batch_size`` is below 1, this machine does not have ``device``, or too many images are
+            unusable.
     """
     from streamtrain.cli.backbone import choose_device
     from streamtrain.evaluation.features import compute_features, report_unusable
-    from streamtrain.evaluation.images import open_images
+    from streamtrain.evaluation.images import open_source
 
     if not isinstance(batch_size, int) or batch_size < 1:
         raise StreamtrainError(f"batch_size {batch_size!r} is not a whole number above 0")
     chosen = choose_device(str(device or "auto"))
     config = backbone.config
-    images = open_images(Path(_expand(source)), config.background, allow_unlabelled=True, pixels=config.pixels)
+    images = open_source(_expand(source), config.background, config.pixels)
     images.require_pixels(config.pixels)
     features, is_usable = compute_features(
         backbone.to(chosen).model, images, size=config.image_size, resize=config.resize, mean=config.mean,
@@ -201,6 +201,28 @@ def embed(
     )  # fmt: skip
     report_unusable(images, is_usable)
     return features[is_usable].numpy(), [images.sample_key(index) for index in is_usable.nonzero()[:, 0].tolist()]
+
+
+def embed_files(source: Path | str, out: Path | str, **options: Any) -> Path:
+    """Write the features of every image to files, like ``streamtrain embed``; call again to resume.
+
+    Args:
+        source: as in ``embed``, or the URL of a set.
+        out: folder to write.
+        options: options of the command, such as ``run="runs/photos"``, ``features=["cls", "patches"]`` or
+            ``format="parquet"``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        StreamtrainError: for an unknown option, or images or weights that cannot be used.
+        ShardError: if ``source`` cannot be read.
+    """
+    from streamtrain.cli.embed import write_selected
+
+    write_selected(_command_arguments("embed", [str(source)], {**options, "out": out}))
+    return Path(_expand(out))
 
 
 def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **options: Any) -> dict[str, Any]:
@@ -271,7 +293,8 @@ def _command_arguments(command: str, words: list[str], options: Mapping[str, Any
 
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     for name, value in given.items():
-        words = [*words, f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+        words = [*words, f"--{name.replace('_', '-')}", *map(str, values)]
     with redirect_stderr(io.StringIO()) as stderr:
         try:
             return build_parser([command]).parse_args([command, *words])

@@ -75,6 +75,17 @@ def test_embed_keeps_the_order_of_the_set(tmp_path: Path) -> None:
     assert keys == [shard_set.key(*place) for place in places]
 
 
+def test_embed_files_takes_the_options_of_the_command(tmp_path: Path) -> None:
+    shard_set = packed_set(tmp_path, 7)
+    weights = tiny_weights(tmp_path / "weights")
+    out = streamtrain.embed_files(shard_set.path, tmp_path / "out", weights=weights, features=["mean", "cls"], batch=3)
+    features, _ = streamtrain.embed(streamtrain.load_backbone(weights), shard_set.path, batch_size=3)
+    assert np.allclose(np.load(out / "cls.npy"), features, atol=1e-6)
+    assert np.load(out / "mean.npy").shape == (7, 32)
+    with pytest.raises(streamtrain.StreamtrainError, match="unrecognized"):
+        streamtrain.embed_files(shard_set.path, out, weights=weights, colour="cls")
+
+
 def test_embed_leaves_out_unusable_images_with_their_keys(tmp_path: Path) -> None:
     shard_set = packed_set(tmp_path, 12)
     offset = int(shard_set.records(0)["offset"][3])

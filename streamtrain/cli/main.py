@@ -13,7 +13,7 @@ from streamtrain.run import interrupts
 from streamtrain.run.signals import EXIT_INTERRUPTED, EXIT_USAGE
 
 COMMANDS = (
-    "pack", "index", "verify", "stats", "plan", "train", "evaluate", "visualize", "report", "export", "config",
+    "pack", "index", "verify", "stats", "plan", "train", "evaluate", "embed", "visualize", "report", "export", "config",
 )  # fmt: skip
 
 _DESCRIPTION = """\

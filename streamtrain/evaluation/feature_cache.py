@@ -53,7 +53,7 @@ def feature_key(images: LabelledImages, model: VisionTransformer | None, setting
         return None
     parts = {"images": identity, "settings": settings, "code": _code_digest()}
     if model is not None:
-        parts |= {"weights": _weights_digest(model), "arithmetic": _arithmetic(next(model.parameters()))}
+        parts |= {"weights": weights_digest(model), "arithmetic": _arithmetic(next(model.parameters()))}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -110,7 +110,8 @@ def store_features(key: str, features: Tensor) -> None:
             (folder / f".{key}.safetensors.partial").unlink(missing_ok=True)
 
 
-def _weights_digest(model: VisionTransformer) -> str:
+def weights_digest(model: VisionTransformer) -> str:
+    """Return a digest of the names, types, shapes and values of a network's weights."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())

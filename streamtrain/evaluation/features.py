@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -36,23 +36,27 @@ def decode_crop(images: LabelledImages, index: int, resize: int, size: int) -> t
 
 
 def crop_batches(
-    images: LabelledImages, resize: int, size: int, batch_size: int, workers: int
+    images: LabelledImages, resize: int, size: int, batch_size: int, workers: int, spans: Iterable[range] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches in order, decoded by ``workers`` threads at most two batches ahead.
+
+    With ``spans`` the batches are these images, otherwise all, ``batch_size`` at a time.
 
     Each batch is [B, size, size, channels], uint8 or float32, and bool [B]: False where a grey crop replaces an
     unusable image.
     """
 
-    def load(start: int) -> list[Future[tuple[np.ndarray, bool]]]:
-        stop = min(start + batch_size, len(images))
-        return [pool.submit(decode_crop, images, index, resize, size) for index in range(start, stop)]
+    def load(span: range) -> list[Future[tuple[np.ndarray, bool]]]:
+        return [pool.submit(decode_crop, images, index, resize, size) for index in span]
+
+    if spans is None:
+        spans = (range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size))
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
         ahead: deque[list[Future[tuple[np.ndarray, bool]]]] = deque()
         try:
-            for start in range(0, len(images), batch_size):
-                ahead.append(load(start))
+            for span in spans:
+                ahead.append(load(span))
                 if len(ahead) > 2:
                     yield _stack(ahead.popleft())
             while ahead:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.errors import ShardError
+from shards.errors import SampleError, ShardError
 from shards.format.decode import WHITE, Color
 from shards.format.pixels import RGB, PixelFormat
-from shards.packing.inputs import list_images
-from shards.packing.items import SourceUnreachable
+from shards.packing.inputs import list_images, list_inputs, needs_unpacking
+from shards.packing.items import Inputs, SourceUnreachable
 from shards.randomness import permutation
 from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
+from shards.storage.store import is_url
 from streamtrain.data.still_images import Still, decode_image
 from streamtrain.errors import StreamtrainError
 
@@ -63,6 +64,7 @@ class LabelledImages:
         identify: returns text that changes with the content or the order of the images; None for a subset.
         key: returns text that changes with the content of image i, but not with the folder of the set.
         sample_key: returns the key of image i in its set, or its path relative to its folder.
+        stops_if_unreachable: a shard or source that cannot be reached is an error, not an unusable image.
     """
 
     name: str
@@ -75,6 +77,7 @@ class LabelledImages:
     identify: Callable[[], str] | None = None
     key: Callable[[int], str] = str
     sample_key: Callable[[int], str] = str
+    stops_if_unreachable: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,12 +95,15 @@ class LabelledImages:
 
         Raises:
             StreamtrainError: if it cannot be read or decoded.
+            ShardError: with ``stops_if_unreachable``, if the shard or the source of the image cannot be reached.
         """
         name = f"image {index} of {self.name}"
         try:
             content, name = self.read(index)
             return decode_image(content, name, self.background, self.pixels)
         except Exception as error:
+            if self.stops_if_unreachable and isinstance(error, ShardError) and not isinstance(error, SampleError):
+                raise
             # an unforeseen exception of a decoder costs only this image
             is_explained = isinstance(error, StreamtrainError | ShardError)
             reason = str(error) if is_explained else f"cannot read the image {name}: {type(error).__name__}: {error}"
@@ -216,6 +222,30 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
     return replace(test, labels=renumber[test.labels], classes=train.classes)
 
 
+def open_source(source: str, background: Color | None, pixels: PixelFormat) -> LabelledImages:
+    """Open a shard set, or anything else that ``streamtrain pack`` reads without unpacking it; labels may be missing.
+
+    Args:
+        source: path, or URL of a set.
+        background, pixels: as ``open_images``.
+
+    Raises:
+        ShardError: the source cannot be read, or has no images.
+    """
+    if is_url(source) or (Path(source) / "manifest.json").is_file():
+        shard_set = ShardSet.open(source)
+        images = images_of_set(shard_set, np.arange(shard_set.num_samples))
+    elif needs_unpacking(source):
+        raise ShardError(f"{source} is compressed: unpack it, or pack a set of it")
+    else:
+        try:
+            inputs = list_inputs(source, pixels=pixels)
+        except ShardError as error:
+            raise ShardError(str(error).removeprefix("--src ")) from None
+        images = _images_of_inputs(Path(source), inputs, pixels)
+    return replace(images, background=background)
+
+
 def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> LabelledImages:
     """Return the images that ``streamtrain pack`` would take from a folder, with the same labels."""
     inputs = list_images(path, pixels)
@@ -229,6 +259,11 @@ def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> Lab
         what = "images but no class subfolders" if inputs.items else missing
         needs = "evaluation needs one subfolder per class, or a shard set"
         raise StreamtrainError(f"{path} has {what}: {needs}{inputs.passed_over.clauses()}")
+    return replace(_images_of_inputs(path, inputs, pixels), labels=labels, classes=classes)
+
+
+def _images_of_inputs(path: Path, inputs: Inputs, pixels: PixelFormat) -> LabelledImages:
+    """Return the listed images of ``path``, a folder, a list or an archive."""
     for line in inputs.passed_over.lines():
         logger.info("%s: %s", path, line)
 
@@ -242,14 +277,6 @@ def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> Lab
         except ShardError as error:
             raise StreamtrainError(f"{name} cannot be read ({error})") from error
 
-    def identify() -> str:
-        digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape"))
-        for item in inputs.items:
-            status = (path / item.name).stat()
-            text = f"\n{item.name}\t{status.st_size}\t{status.st_mtime_ns}\t{status.st_ctime_ns}"
-            digest.update(text.encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
     def key(index: int) -> str:
         item = inputs.items[index]
         try:
@@ -257,8 +284,17 @@ def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> Lab
         except ShardError:
             return item.name
 
+    def identify() -> str:
+        digest = hashlib.sha256(inputs.fingerprint(str(path.resolve())).encode())
+        for file in dict.fromkeys(getattr(item.location, "path", path) for item in inputs.items):
+            status = file.stat() if file.exists() else None
+            stated = status and (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            digest.update(f"\n{stated}".encode())
+        return digest.hexdigest()
+
+    labels = np.array([item.label for item in inputs.items], np.int64)
     return LabelledImages(
-        str(path), labels, classes, read, pixels=pixels, identify=identify, key=key,
+        str(path), labels, inputs.classes, read, pixels=pixels, identify=identify, key=key,
         sample_key=lambda index: inputs.items[index].name,
     )  # fmt: skip
 
