@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,13 @@ class Statistics:
 
 
 class StatisticsBuilder:
-    """Accumulates the statistics of images in one pass and bounded memory; the order of exact sums does not matter."""
+    """Accumulates the statistics of images in one pass and bounded memory; the order of the images does not matter."""
 
     def __init__(self, pixels: PixelFormat) -> None:
         self.pixels = pixels
         self.num_images = 0
-        self._sums = np.zeros((2, pixels.channels))  # of float32 values and their squares
+        # exact sums of float32 values and of their squares, by channel
+        self._sums = [[Fraction()] * pixels.channels for _ in range(2)]
         self._counts = np.zeros((pixels.channels, 256 if pixels.dtype == "uint8" else _FLOAT_KEYS), np.int64)
 
     def add(self, image: npt.NDArray[Any]) -> None:
@@ -54,13 +56,16 @@ class StatisticsBuilder:
             values = np.ascontiguousarray(image[..., channel]).ravel()
             if self.pixels.dtype == "float32":
                 exact = values.astype(np.float64)
-                self._sums[:, channel] += exact.sum(), (exact * exact).sum()
+                for sums, value in zip(self._sums, (exact.sum(), (exact * exact).sum()), strict=True):
+                    sums[channel] += Fraction(float(value))
                 values = _float_keys(values)
             self._counts[channel] += np.bincount(values, minlength=self._counts.shape[1])
 
     def merge(self, other: StatisticsBuilder) -> None:
         self.num_images += other.num_images
-        self._sums += other._sums
+        self._sums = [
+            [one + two for one, two in zip(*rows, strict=True)] for rows in zip(self._sums, other._sums, strict=True)
+        ]
         self._counts += other._counts
 
     def result(self) -> Statistics:
@@ -69,7 +74,7 @@ class StatisticsBuilder:
         values = _float_values(keys) if self.pixels.dtype == "float32" else keys.astype(np.float64)
         totals = self._counts.sum(1)
         if self.pixels.dtype == "float32":
-            mean, square = self._sums / totals
+            mean, square = np.array([[float(total) for total in sums] for sums in self._sums]) / totals
             variance = np.maximum(square - mean**2, 0)
         else:
             mean = self._counts @ values / totals

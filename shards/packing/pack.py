@@ -25,6 +25,7 @@ from shards.format.files import cache_folder, make_private_folder, partial_path,
 from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.imagery import require_extra
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
+from shards.format.statistics import StatisticsBuilder
 from shards.format.tally import Tally
 from shards.packing.inputs import list_inputs, needs_unpacking, unpack
 from shards.packing.items import Inputs, SourceUnreachable, sample_key
@@ -32,12 +33,11 @@ from shards.packing.options import PackOptions as PackOptions
 from shards.packing.parquet import Columns
 from shards.packing.prepare import prepare_all
 from shards.packing.shard_writer import ShardWriter
-from shards.packing.statistics import compute_statistics
+from shards.packing.statistics import measure, result_of
 from shards.packing.summary import count_reasons
 from shards.packing.tiles import SKIPPED_TILES, cut
 from shards.packing.upload import MARKER_NAME, REJECTED_NAME, Upload
 from shards.progress import bar_size
-from shards.reading.shard_set import ShardSet
 from shards.storage.store import is_url
 
 _FORMAT = 1  # of the shards; part of a packing's fingerprint
@@ -209,6 +209,7 @@ class _Packing:
         self.src, self.out, self.options, self.upload = src, out, options, upload
         self.workers, self.progress, self.on_listed = workers, progress, on_listed
         self.done = _Progress()
+        self._sent = StatisticsBuilder(options.pixels)  # of the shards that this process has sent
         self._identity = _identify(src)
 
     def run(self, inputs: Inputs) -> PackReport:
@@ -240,8 +241,8 @@ class _Packing:
         (out / "index").mkdir(exist_ok=True)
         for folder in (out, out / "shards", out / "index"):
             remove_partials(folder)
+        done, num_resumed = self.done, len(self.done.shards)
         self._write_shards(inputs)
-        done = self.done
         if not done.shards:
             _remove_unfinished(out)
             if not done.rejected:
@@ -253,9 +254,11 @@ class _Packing:
         listed = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected).encode()
         write_whole(out / REJECTED_NAME, listed)
         manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint, self.options.pixels)
-        if not (self.options.pixels.is_rgb or upload):
-            statistics = compute_statistics(ShardSet(out, manifest), self.workers, self.progress)
-            manifest = replace(manifest, statistics=statistics)
+        if not self.options.pixels.is_rgb:
+            place, left = (upload.url, manifest.shards[:num_resumed]) if upload else (str(out), manifest.shards)
+            total = measure(place, replace(manifest, shards=left), self.workers, self.progress)
+            total.merge(self._sent)
+            manifest = replace(manifest, statistics=result_of(total, place))
         if upload:
             upload.finish(manifest)
             _remove_unfinished(out)
@@ -319,6 +322,9 @@ class _Packing:
         entry = writer.finish()
         since.shards, since.next_position = [entry], position
         if self.upload:
+            if not self.options.pixels.is_rgb:
+                packed = SetManifest((entry,), pixels=self.options.pixels)
+                self._sent.merge(measure(self.out, packed, self.workers, progress=False))
             self.upload.send_shard(entry)
         seen = sorted(since.seen)
         line = {"shard": asdict(entry), "next_position": position, "rejected": since.rejected, "seen": seen}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from shards.format.index import make_dali_index
 from shards.format.records import UNREADABLE, load_index
 from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.format.tar_members import Sample, read_samples
+from shards.packing.fetch import fetched_shard, tar_location
 from shards.packing.parallel import ordered_map
 from shards.progress import bar_size
 from shards.reading.shard_set import ShardSet
@@ -129,38 +128,12 @@ def _open(location: str) -> ShardSet:
 
 def _check_remote(location: str, manifest: SetManifest, shard: int, max_pixels: int) -> Iterator[Fault]:
     """Fetch a shard from a store and check it as a local set of one shard."""
-    entry = manifest.shards[shard]
-    stem = entry.name.removesuffix(".tar")
-    tar = entry.url or f"{location.rstrip('/')}/shards/{entry.name}"
-    with tempfile.TemporaryDirectory(prefix="verify_shards-") as folder:
-        copy = Path(folder)
-        for name, source in (
-            (f"shards/{entry.name}", tar),
-            (f"index/{stem}.npy", f"{location.rstrip('/')}/index/{stem}.npy"),
-            (f"index/{stem}.idx", f"{location.rstrip('/')}/index/{stem}.idx"),
-        ):
-            (copy / name).parent.mkdir(exist_ok=True)
-            if not _fetch(source, copy / name) and source == tar:
-                yield Fault(name, f"{tar} does not exist")
-                return
-        fetched = ShardSet(copy, SetManifest((replace(entry, url=""),), manifest.classes))
+    with fetched_shard(location, manifest, shard) as fetched:
+        if not fetched.tar_path(0).exists():
+            yield Fault(f"shards/{fetched.name(0)}", f"{tar_location(location, manifest, shard)} does not exist")
+            return
         yield from _check_files(fetched, 0)
-        yield from _check_images(fetched, 0, range(entry.samples), max_pixels)
-
-
-def _fetch(source: str, target: Path) -> bool:
-    if not is_url(source):
-        if Path(source).is_file():
-            shutil.copyfile(source, target)
-        return target.exists()
-    folder, _, name = source.rpartition("/")
-    try:
-        Store(folder).copy(name, target)
-    except ShardError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return False
-        raise
-    return True
+        yield from _check_images(fetched, 0, range(manifest.shards[shard].samples), max_pixels)
 
 
 def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import exit_status
 from drawn_images import all_payloads, draw_folder, file_contents
+from faulty_server import faulty_server
 
 pytest.importorskip("tifffile")
 from channel_images import ramp, write_ramps
@@ -18,11 +19,12 @@ from channel_images import ramp, write_ramps
 from shards.errors import ShardError
 from shards.format.decode import decode
 from shards.format.pixels import PixelFormat
-from shards.format.set_manifest import SetManifest
+from shards.format.set_manifest import SetManifest, ShardEntry
 from shards.packing.index_tars import index_tars
 from shards.packing.pack import PackOptions, pack
 from shards.packing.statistics import store_statistics
 from shards.packing.summary import contact_sheet, describe_images
+from shards.packing.upload import Upload
 from shards.packing.verify import verify
 from shards.reading.mixture import open_sets
 from shards.reading.shard_set import ShardSet
@@ -73,7 +75,7 @@ def test_rgb_sets_have_no_new_fields_and_pass_arrays_over(tmp_path: Path) -> Non
     content = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert not {"channels", "dtype", "statistics"} & content.keys()
     tars = [(each.name, each.sha256) for each in report.manifest.shards]
-    assert store_statistics(str(tmp_path / "set")).statistics is not None
+    assert not store_statistics(str(tmp_path / "set")).fault
     after = SetManifest.load(tmp_path / "set")
     assert [(each.name, each.sha256) for each in after.shards] == tars and after.digest == report.manifest.digest
     assert after.pixels.is_rgb and verify(tmp_path / "set") == []
@@ -123,3 +125,40 @@ def test_the_commands_pack_and_measure_a_set(tmp_path: Path, capsys: pytest.Capt
     assert printed[-1] == f"stored the statistics of {count} images in the manifest"
     assert [float(line.split()[1]) for line in printed[-5:-1]] == pytest.approx(list(stored.mean), rel=1e-5)
     assert exit_status(["stats", tmp_path / "absent"]) == 2
+
+
+def test_a_set_at_a_url_has_the_statistics_of_a_local_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels, url = PixelFormat(4, "float32"), f"file://{tmp_path}/remote"
+    options = PackOptions(pixels=pixels, shard_bytes=60_000)
+    write_ramps(tmp_path / "src", pixels)
+    expected = pack(tmp_path / "src", tmp_path / "local", options).manifest
+    assert len(expected.shards) > 2
+    with monkeypatch.context() as patch:
+        send, left = Upload.send_shard, iter((True, True, False))
+
+        def interrupt(upload: Upload, entry: ShardEntry) -> None:
+            if not next(left):
+                raise KeyboardInterrupt
+            send(upload, entry)
+
+        patch.setattr(Upload, "send_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pack(tmp_path / "src", url, options, scratch=tmp_path / "scratch")
+    assert pack(tmp_path / "src", url, options, scratch=tmp_path / "scratch").manifest == expected
+    assert verify(url) == []
+    path = tmp_path / "remote" / "manifest.json"
+    packed = path.read_bytes()
+    replace(expected, statistics=None).save(path.parent)
+    with faulty_server(tmp_path / "remote") as server:
+        assert exit_status(["stats", server.url, "--workers", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert f"not stored: {server.url} is read-only" in printed[-2] and "crops.value_range=[0,1]" in printed[-2]
+    assert printed[-1].startswith(f"crops.mean=[{expected.statistics.mean[0]:.6g},")
+    assert SetManifest.load(url).statistics is None
+    assert exit_status(["stats", url, "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stored") and path.read_bytes() == packed
+    (tmp_path / "remote" / "shards" / "000001.tar").unlink()
+    assert exit_status(["stats", url, "--workers", "1"]) == 2
+    assert "remote/shards/000001.tar does not exist" in capsys.readouterr().err
