@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -37,6 +38,27 @@ class Statistics:
             if len(row) != pixels.channels or not all(map(math.isfinite, row)):
                 raise ValueError(f"statistics of {pixels} are {list(row)}")
         return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and population standard deviation of each channel, in stored units."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of_mixture(cls, parts: Sequence[Statistics], weights: Sequence[float]) -> Moments:
+        """Return the moments of a mixture of sets of equal channels, by the law of total variance.
+
+        Args:
+            weights: share of each set, of any scale.
+        """
+        shares = np.array(weights, np.float64)[:, None] / np.sum(weights)
+        means, deviations = (np.array([getattr(part, name) for part in parts]) for name in ("mean", "std"))
+        mean = (shares * means).sum(0)
+        variance = (shares * (deviations**2 + (means - mean) ** 2)).sum(0)
+        return cls(tuple(mean.tolist()), tuple(np.sqrt(variance).tolist()))
 
 
 class StatisticsBuilder:

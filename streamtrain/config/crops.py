@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from shards.format.statistics import Statistics
+from shards.format.statistics import Moments
 from streamtrain.config.section import (
     SET_STATISTICS,
     VALUE_TYPE,
@@ -28,7 +28,7 @@ def _set_values(value: Any, info: ValidationInfo) -> Any:
     """Replace ``from_set`` by the statistics of the images, scaled by ``value_range``; return other values."""
     if value != FROM_SET:
         return value
-    statistics: Callable[[], Statistics] | None = (info.context or {}).get(SET_STATISTICS)
+    statistics: Callable[[], Moments] | None = (info.context or {}).get(SET_STATISTICS)
     ranges = info.data.get("value_range")
     if statistics is None or ranges is None:
         raise ValueError(f"{FROM_SET} needs a set of images; give data.shards")
@@ -155,7 +155,7 @@ class CropsConfig(Section):
     )  # fmt: skip
     mean: ChannelValues = accept(
         (0.485, 0.456, 0.406), "Mean of each channel after value_range, which is subtracted: one number per channel, "
-        "or one for all. from_set: that of data.shards (streamtrain stats).",
+        "or one for all. from_set: that of data.shards (streamtrain stats), of several sets by their weights.",
     )  # fmt: skip
     std: ChannelValues = accept(
         (0.229, 0.224, 0.225), "Standard deviation of each channel after value_range to divide by; from_set as for "

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from shards.credentials import strip_values
 from shards.format.imagery import require_extra
-from shards.format.statistics import Statistics
+from shards.format.statistics import Moments
 from shards.reading.mixture import AnySet, open_sets
 from shards.storage.paths import expand_path
 from streamtrain.config.data import DataConfig
@@ -281,7 +281,7 @@ def build_for_set(raw: dict[str, Any], world_size: int = 1) -> Config:
 def build(
     raw: dict[str, Any],
     steps_per_epoch: Callable[[], float] | None = None,
-    set_statistics: Callable[[], Statistics] | None = None,
+    set_statistics: Callable[[], Moments] | None = None,
 ) -> Config:
     """Return the validated configuration of a raw mapping.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from shards.credentials import strip_credentials
 from shards.errors import ShardError
 from shards.format.set_manifest import SetManifest
-from shards.format.statistics import Statistics
+from shards.format.statistics import Moments
 from shards.storage.paths import expand_path
 from shards.storage.store import Store, is_url
 from streamtrain.config.data import DataConfig
@@ -28,17 +29,19 @@ def with_set_pixels(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, **{name: value for name, value in stated.items() if data.get(name) is None}}
 
 
-def set_statistics(raw: dict[str, Any]) -> Statistics:
-    """Return the statistics of the set of a raw ``data`` section; called only for ``from_set``."""
+def set_statistics(raw: dict[str, Any]) -> Moments:
+    """Return mean and deviation of the images of a raw ``data`` section; called only for ``from_set``."""
     data = DataConfig.model_validate(raw)
+    names = [strip_credentials(share.shards) for share in data.shares]
     manifests = [_load_manifest(share.shards, data) for share in data.shares]
-    if len(manifests) > 1:
-        raise ConfigError("from_set needs a single set in data.shards; give crops.mean and crops.std as numbers")
-    if manifests[0].statistics is None:
-        raise ConfigError(
-            f"{data.shards_text} has no statistics for from_set; compute them: streamtrain stats {data.shards_text}"
-        )
-    return manifests[0].statistics
+    for name, manifest in zip(names, manifests, strict=True):
+        if manifest.statistics is None:
+            raise ConfigError(f"{name} has no statistics for from_set; compute them: streamtrain stats {name}")
+        if manifest.pixels != manifests[0].pixels:
+            first = f"{names[0]} has {manifests[0].pixels}"
+            raise ConfigError(f"{first}, but {name} has {manifest.pixels}; from_set needs sets of equal images")
+    statistics = [manifest.statistics for manifest in manifests if manifest.statistics is not None]
+    return Moments.of_mixture(statistics, [share.weight for share in data.shares])
 
 
 def _load_manifest(location: str, data: DataConfig) -> SetManifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from data.test_loader import assert_same, group_by_slot, make_loader, take, with
 
 from shards.errors import ShardError
 from shards.format.pixels import PixelFormat
+from shards.format.set_manifest import SetManifest
 from shards.packing.pack import PackOptions, pack
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.load import build, load_config, open_shard_set
@@ -169,6 +171,33 @@ def test_settings_follow_the_set(four_bands: Path, tmp_path: Path) -> None:
     assert config.crops.value_range == ((0.0, 65535.0),) and len(config.crops.mean) == 4
     again = build(config.model_dump())
     assert again == config and small_config(four_bands, value_range="[0, 1000]").crops.value_range == ((0.0, 1000.0),)
-    mixed = f"[{{shards: {four_bands}, weight: 1}}, {{shards: {four_bands}, weight: 1}}]"
-    with pytest.raises(ConfigError, match="from_set needs a single set"):
-        load_config("vits16.yaml", [f"data.shards={mixed}", "crops.mean=from_set"])
+
+
+def test_the_statistics_of_a_mixture_follow_its_weights(tmp_path: Path) -> None:
+    pixels, sets, values = PixelFormat(2, "float32"), [], []
+    for number, (mean, std) in enumerate(((10, 2), (-5, 1), (300, 40))):
+        drawn = np.random.default_rng(number).normal((mean, 0), (std, 5), (3, 32, 32, 2)).astype(np.float32)
+        (tmp_path / str(number)).mkdir()
+        for index, image in enumerate(drawn):
+            np.save(tmp_path / str(number) / f"{index}.npy", image)
+        pack(tmp_path / str(number), tmp_path / f"set{number}", PackOptions(pixels=pixels))
+        sets.append(tmp_path / f"set{number}")
+        values.append(drawn.reshape(-1, 2).astype(np.float64))
+
+    def mixed(weights: tuple[int, ...]) -> CropsConfig:
+        shares = ", ".join(f"{{shards: {each}, weight: {w}}}" for each, w in zip(sets, weights, strict=False))
+        return small_config(Path(f"[{shares}]"), value_range="[[-100, 400], [0, 10]]").crops
+
+    # each set has equally many pixels, so that repeating them gives the mixture
+    joined = np.concatenate([np.tile(each, (n, 1)) for each, n in zip(values, (1, 5, 2), strict=True)])
+    found, low, width = mixed((1, 5, 2)), np.array([-100, 0]), np.array([500, 10])
+    assert np.allclose(found.mean, (joined.mean(0) - low) / width) and np.allclose(found.std, joined.std(0) / width)
+    alone = small_config(sets[0], value_range="[[-100, 400], [0, 10]]").crops
+    assert mixed((7,)) == alone
+    replace(SetManifest.load(sets[1]), statistics=None).save(sets[1])
+    with pytest.raises(ConfigError, match=rf"{sets[1]} has no statistics for from_set; compute them: streamtrain sta"):
+        mixed((1, 5, 2))
+    other = replace(SetManifest.load(sets[0]), pixels=PixelFormat(2, "uint16"))
+    other.save(sets[1])
+    with pytest.raises(ConfigError, match=r"set0 has 2 channels of float32, but .*set1 has 2 channels of uint16"):
+        mixed((1, 5, 2))
