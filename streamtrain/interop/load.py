@@ -341,7 +341,9 @@ def _open_image(source: ImageSource, config: BackboneConfig) -> Still:
     except ShardError as error:
         raise ValueError(str(error)) from None
     if array.dtype.name != pixels.dtype:
-        raise ValueError(f"an image array has values of {array.dtype}, the network takes {pixels}; do not rescale them")
+        raise ValueError(
+            f"an image array has values of {array.dtype}, the network takes {pixels}; give the stored values"
+        )
     array = np.moveaxis(array, 0, 2) if is_first else array.reshape(height, width, -1)
     if not np.isfinite(array).all():
         raise ValueError("an image array has NaN or infinite values")

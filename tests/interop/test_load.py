@@ -131,7 +131,7 @@ def test_a_backbone_preprocesses_and_computes_features(tmp_path: Path) -> None:
     assert backbone.bfloat16().preprocess(pixels).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="size 30 is not a multiple of the patch size 8"):
         backbone.preprocess(pixels, 30)
-    with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\], not float64"):
+    with pytest.raises(ValueError, match=r"values of float64, the network takes 3 channels of uint8"):
         backbone.preprocess(pixels / 255)
     with pytest.raises(StreamtrainError, match=r"cannot read the image .*nothing\.png"):
         backbone.preprocess(tmp_path / "nothing.png")
