@@ -23,6 +23,7 @@ from streamtrain.model.vit import VisionTransformer
 CONFIG_NAME = "config.json"
 # settings of the run, next to the weights exported from it
 RECIPE_NAME = "recipe.yaml"
+_OWN_KEY, _OWN_FIELDS = "streamtrain", ("value_range", "mean", "std", "dtype", "image_size", "resize")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Deviation = Annotated[float, Field(gt=0)]
@@ -79,9 +80,37 @@ class BackboneConfig(Section):
         """Channels and dtype of the images."""
         return PixelFormat(self.model.channels, self.dtype)
 
+    @property
+    def is_scaled_by_255(self) -> bool:
+        """Whether the values are 8-bit and become 0..1 by a division by 255, as other libraries do it."""
+        return self.dtype == "uint8" and self.value_range == UNIT_RANGE
+
+    def moments(self, unit: float = 1.0) -> dict[str, list[float]]:
+        """Return ``mean`` and ``std``, a number per channel, that normalise stored values divided by ``unit``."""
+        means, deviations = [], []
+        for n in range(self.model.channels):
+            low, high = self.value_range[n % len(self.value_range)]
+            mean, std = self.mean[n % len(self.mean)], self.std[n % len(self.std)]
+            # without rounding where nothing changes
+            is_same = (low, high) == (0, unit)
+            means.append(mean if is_same else (low + mean * (high - low)) / unit)
+            deviations.append(std if is_same else std * (high - low) / unit)
+        return {"mean": means, "std": deviations}
+
     def resize_for(self, size: int) -> int:
         """Return the shorter side in pixels before a crop of ``size`` pixels, with the margin of the default crop."""
         return max(size, round(size * self.resize / self.image_size))
+
+
+def own_preprocessing(config: BackboneConfig) -> dict[str, Any]:
+    """Return an entry for a config of another library, with the fields that it cannot state."""
+    return {_OWN_KEY: {name: getattr(config, name) for name in _OWN_FIELDS}}
+
+
+def read_own_preprocessing(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``own_preprocessing`` in a config of another library; empty if it has none."""
+    own = document.get(_OWN_KEY)
+    return {name: own[name] for name in _OWN_FIELDS if name in own} if isinstance(own, dict) else {}
 
 
 def read_document(path: Path) -> dict[str, Any]:

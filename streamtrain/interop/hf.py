@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from streamtrain.errors import StreamtrainError
@@ -18,7 +17,9 @@ from streamtrain.interop.folder import (
     RECIPE_NAME,
     BackboneConfig,
     check_one_norm,
+    own_preprocessing,
     parse_config,
+    read_own_preprocessing,
 )
 from streamtrain.interop.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
@@ -29,8 +30,6 @@ BICUBIC = 3  # Pillow's constant
 # works with and without torchvision, and from transformers 4.56 on
 IMAGE_PROCESSOR = "BitImageProcessor"
 BACKGROUND = "background"
-# of images other than 8-bit RGB
-STREAMTRAIN, _OWN_FIELDS = "streamtrain", ("value_range", "mean", "std", "dtype", "image_size", "resize")
 # keys of DINOv3ViTConfig and the fields of ModelConfig with the same values
 _FIELDS = {
     "num_channels": "channels",
@@ -159,6 +158,7 @@ def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
     """
     if not config.pixels.is_rgb:
         return _value_preprocessor_config(config)
+    moments = config.moments(255)
     return {
         "image_processor_type": IMAGE_PROCESSOR,
         "do_convert_rgb": True,
@@ -170,28 +170,26 @@ def preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
+        "image_mean": moments["mean"],
+        "image_std": moments["std"],
         # only read by streamtrain
         BACKGROUND: config.background,
+        **({} if config.is_scaled_by_255 else own_preprocessing(config)),
     }
 
 
 def _value_preprocessor_config(config: BackboneConfig) -> dict[str, Any]:
-    ranges, means, deviations = (
-        [each[channel % len(each)] for channel in range(config.model.channels)]
-        for each in (np.array(config.value_range), np.array(config.mean), np.array(config.std))
-    )
+    moments = config.moments()
     return {
         "image_processor_type": IMAGE_PROCESSOR,
         **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale"), False),
         "do_center_crop": True,
         "crop_size": {"height": config.image_size, "width": config.image_size},
         "do_normalize": True,
-        "image_mean": [float(low + mean * (high - low)) for (low, high), mean in zip(ranges, means, strict=True)],
-        "image_std": [float(std * (high - low)) for (low, high), std in zip(ranges, deviations, strict=True)],
+        "image_mean": moments["mean"],
+        "image_std": moments["std"],
         # only read by streamtrain
-        STREAMTRAIN: {name: getattr(config, name) for name in _OWN_FIELDS},
+        **own_preprocessing(config),
     }
 
 
@@ -203,9 +201,10 @@ def preprocessing_from_hf(preprocessor: Mapping[str, Any], source: str) -> dict[
     Raises:
         StreamtrainError: for a crop that is not square, or pixels that are not scaled to 0..1.
     """
+    background = {"background": preprocessor[BACKGROUND]} if BACKGROUND in preprocessor else {}
+    if own := read_own_preprocessing(preprocessor):
+        return own | background
     fields: dict[str, Any] = {}
-    if isinstance(own := preprocessor.get(STREAMTRAIN), dict):
-        return {name: own[name] for name in _OWN_FIELDS if name in own}
     scale = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1
     if not (isinstance(scale, int | float) and abs(255 * scale - 1) < 1e-3):
         raise StreamtrainError(f"{source}: rescale_factor {reprlib.repr(scale)} is not supported, only 1/255")
@@ -222,7 +221,7 @@ def preprocessing_from_hf(preprocessor: Mapping[str, Any], source: str) -> dict[
         fields |= {name: value for name, value in stated.items() if value is not None}
     else:
         fields |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    return fields | ({"background": preprocessor[BACKGROUND]} if BACKGROUND in preprocessor else {})
+    return fields | background
 
 
 def _shorter_side(size: object) -> object:

@@ -11,15 +11,16 @@ from typing import Any
 
 from shards.format.pixels import MAX_CHANNELS
 from streamtrain.config.model import ModelConfig
-from streamtrain.data.batch import UNIT_RANGE
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     BackboneConfig,
     check_one_norm,
+    own_preprocessing,
     parse_config,
     read_mapping,
+    read_own_preprocessing,
     write_folder,
 )
 from streamtrain.interop.naming import to_timm
@@ -38,10 +39,6 @@ def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
         StreamtrainError: if timm's family cannot express the model.
     """
     check_one_norm(config, "timm")
-    if config.value_range != UNIT_RANGE or len({len(config.mean), len(config.std), config.model.channels}) > 1:
-        raise StreamtrainError(
-            "a timm folder cannot state crops.value_range, and needs a mean and std per channel; export it with --to hf"
-        )
     if config.model.norm_eps != NORM_EPS:
         raise StreamtrainError(f"timm's DINOv3 models have norm_eps {NORM_EPS}, this one {config.model.norm_eps}")
     if config.model.key_bias:
@@ -56,18 +53,24 @@ def export_timm(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
 
 
 def timm_config(config: BackboneConfig) -> dict[str, Any]:
-    """Return the ``config.json`` of a timm folder."""
-    model, size = config.model, config.image_size
+    """Return the ``config.json`` of a timm folder.
+
+    ``mean`` and ``std`` are for 8-bit values divided by 255, as timm's transforms divide them, or for stored values of
+    other types, which these transforms cannot read.
+    """
+    model, size, is_rgb = config.model, config.image_size, config.model.channels == 3
+    values = "8-bit values divided by 255" if config.dtype == "uint8" else f"stored values ({config.dtype}, not scaled)"
     return {
         "architecture": ARCHITECTURE,
         "num_classes": 0,
         "num_features": model.dim,
         # only read by streamtrain; timm rejects unknown keys in pretrained_cfg
         "background": config.background,
+        **({} if config.is_scaled_by_255 else own_preprocessing(config)),
         "model_args": {
             "img_size": size,
             "patch_size": model.patch_size,
-            **({"in_chans": model.channels} if model.channels != 3 else {}),
+            **({} if is_rgb else {"in_chans": model.channels}),
             "embed_dim": model.dim,
             "depth": model.depth,
             "num_heads": model.num_heads,
@@ -84,11 +87,12 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
             "interpolation": "bicubic",
             "crop_pct": crop_share(size, config.resize),
             "crop_mode": "center",
-            "mean": list(config.mean),
-            "std": list(config.std),
+            **config.moments(255 if config.dtype == "uint8" else 1),
+            **({} if config.pixels.is_rgb else {"description": f"mean and std are those of {values}"}),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
+            # timm 1.0.22 would initialise this layer at random if it has other channels than 3; 1.0.31 reads it
+            "first_conv": "patch_embed.proj" if is_rgb else None,
             "classifier": "head",
         },
     }
@@ -176,6 +180,7 @@ def backbone_config_from_timm(
             "mean": pretrained.get("mean", IMAGENET_MEAN),
             "std": pretrained.get("std", IMAGENET_STD),
             **({"background": document["background"]} if "background" in document else {}),
+            **read_own_preprocessing(document),
             "origin": {"source": "timm"},
         },
         source,

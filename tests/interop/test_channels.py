@@ -24,23 +24,36 @@ def backbone_of(channels: int, dtype: str, **crops: object) -> Backbone:
     return load_untrained(build({**sections, "crops": sections["crops"] | crops}))
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (4, "uint16"), (13, "float32")])
-def test_exports_give_the_same_features(tmp_path: Path, channels: int, dtype: str) -> None:
-    ours = backbone_of(channels, dtype, **({} if dtype == "uint8" else {"value_range": [-10, 200]}))
-    image = np.random.default_rng(0).integers(0, 200, (32, 32, channels)).astype(dtype)
+@pytest.mark.parametrize(
+    ("channels", "dtype", "ranges"),
+    [
+        (1, "uint8", [0, 255]),
+        (3, "uint8", [10, 200]),
+        (4, "uint16", [100, 10000]),
+        (4, "uint16", [[100, 10000], [0, 5000], [2000, 2500], [0, 65535]]),
+        (13, "float32", [-10, 200]),
+    ],
+)
+def test_exports_give_the_same_features(tmp_path: Path, channels: int, dtype: str, ranges: list) -> None:
+    ours = backbone_of(channels, dtype, value_range=ranges)
+    low, high = np.broadcast_to(np.array(ranges, np.float64), (channels, 2)).T
+    image = np.random.default_rng(0).uniform(low, high, (32, 32, channels)).astype(dtype)
     pixels = ours.preprocess(image)
     expected = ours.forward_features(pixels).cls
-    low, high = ours.config.value_range[0]
-    by_hand = (image.astype(np.float64) - low) / (high - low) - [0.1 * (1 + n) for n in range(channels)]
-    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), by_hand / 0.5, atol=1e-5)
-    for to in ("hf", "safetensors", *(["timm"] if dtype == "uint8" else [])):
+    by_hand = ((image - low) / (high - low) - [0.1 * (1 + n) for n in range(channels)]) / 0.5
+    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), by_hand, atol=1e-5)
+    for to in ("hf", "safetensors", "timm"):
         export_backbone(ours, to, tmp_path / to)
         theirs = load_backbone(tmp_path / to)
-        assert theirs.config.model.channels == channels
-        if to != "timm":
-            assert theirs.config.pixels == ours.config.pixels and torch.equal(theirs.preprocess(image), pixels)
+        assert theirs.config.pixels == ours.config.pixels and torch.equal(theirs.preprocess(image), pixels)
         assert torch.allclose(theirs.forward_features(pixels).cls, expected, atol=1e-6)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == channels
+    stated = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    values = image / 255 if dtype == "uint8" else image.astype(np.float64)
+    assert np.allclose((values - stated["mean"]) / stated["std"], by_hand)
+    if channels != 3:
+        unit = "8-bit values divided by 255" if dtype == "uint8" else f"stored values ({dtype}, not scaled)"
+        assert stated["description"].endswith(unit) and stated["first_conv"] is None
     from transformers import AutoImageProcessor, AutoModel
 
     processed = AutoImageProcessor.from_pretrained(tmp_path / "hf")(
@@ -65,8 +78,6 @@ def test_arrays_may_have_their_channels_first() -> None:
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     ours = backbone_of(4, "uint16")
-    with pytest.raises(StreamtrainError, match=r"cannot state crops.value_range"):
-        export_backbone(ours, "timm", tmp_path / "timm")
     for array, message in (
         (np.zeros((8, 8, 3), np.uint16), r"an array of shape \[8, 8, 3\] is not an image of 4 channels"),
         (np.zeros((8, 8, 4), np.uint8), "an image array has values of uint8, the network takes 4 channels of uint16"),
