@@ -69,16 +69,14 @@ def selected_pixels(arguments: argparse.Namespace) -> PixelFormat:
     They are those of 8-bit RGB if the options select none; loading reports that.
     """
     # torch takes seconds to load
-    from streamtrain.interop.load import describe_weights
-    from streamtrain.interop.load_pretrained import open_backbone
+    from streamtrain.interop.load import read_weights_config
 
     if arguments.run:
         return read_resolved(arguments.run).data.pixels
     if arguments.config:
         return load_config(arguments.config).data.pixels
     if arguments.weights:
-        with open_backbone(arguments.weights) as file:
-            return describe_weights(arguments.weights, file, arguments.factory).pixels
+        return read_weights_config(arguments.weights, arguments.factory).pixels
     return RGB
 
 

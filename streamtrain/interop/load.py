@@ -183,6 +183,13 @@ def load_weights(path: Path, factory: str | None = None) -> Backbone:
         return Backbone(_read_model(file, config.model, is_timm, is_foreign), config)
 
 
+def read_weights_config(path: Path, factory: str | None = None) -> BackboneConfig:
+    """Return the description of weights without loading them; arguments and errors as in ``load_weights``."""
+    _read_description(path)
+    with open_backbone(path) as file:
+        return describe_weights(path, file, factory)
+
+
 def describe_weights(path: Path, file: BackboneFile, factory: str | None = None) -> BackboneConfig:
     """Return the description that weights come with; arguments and errors as in ``load_weights``.
 
