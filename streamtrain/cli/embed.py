@@ -9,7 +9,7 @@ from typing import Any
 from streamtrain.cli.arguments import add_command, positive_int, writing
 from streamtrain.cli.backbone import add_backbone_arguments, add_device_argument
 from streamtrain.errors import StreamtrainError
-from streamtrain.run.command_line import local_path
+from streamtrain.run.command_line import local_path, path_or_url
 
 FEATURES = ("cls", "mean", "patches")
 FORMATS = ("npy", "parquet", "tar")
@@ -40,7 +40,9 @@ _EXAMPLES = """\
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "embed", _SUMMARY, _DETAILS, _EXAMPLES)
-    parser.add_argument("source", metavar="IMAGES", help="shard set (also a URL), folder, list file, tar or zip")
+    parser.add_argument(
+        "source", type=path_or_url, metavar="IMAGES", help="shard set (also a URL), folder, list file, tar or zip"
+    )
     add_backbone_arguments(parser)
     parser.add_argument("--out", type=local_path, required=True, help="folder to write: new, empty, or to resume")
     parser.add_argument(
@@ -81,7 +83,6 @@ def write_selected(arguments: argparse.Namespace) -> str:
     # torch takes seconds to load
     import torch
 
-    from shards.storage.paths import expand_path
     from streamtrain.cli.backbone import choose_device, load_selected_backbone
     from streamtrain.evaluation.embed import EmbedOptions, write_features
     from streamtrain.evaluation.images import open_source
@@ -94,7 +95,7 @@ def write_selected(arguments: argparse.Namespace) -> str:
     size = arguments.size or config.image_size
     if size % config.model.patch_size:
         raise StreamtrainError(f"--size {size} is not a multiple of the patch size, {config.model.patch_size}")
-    images = open_source(expand_path(arguments.source), config.background, config.pixels)
+    images = open_source(arguments.source, config.background, config.pixels)
     images.require_pixels(config.pixels)
     options = EmbedOptions(
         size, config.resize_for(size), config.mean, config.std, config.value_range,
