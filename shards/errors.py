@@ -69,6 +69,10 @@ class ShardError(ValueError):
         super().__init__(printable(message))
 
 
+class SourceUnreachable(ShardError):
+    """The source cannot be reached: the command ends, because skipping the image would change its result."""
+
+
 class SampleError(ShardError):
     """One image of a set is unusable.
 

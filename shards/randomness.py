@@ -19,6 +19,7 @@ SUBSTITUTE = "order/substitute"  # replacement of an unusable sample; counters: 
 MIXTURE = "order/mixture"  # seed of each member of a mixture; counter: member
 PACKING = "pack/shuffle"  # order in which images are packed
 VIEWS = "data/views"  # crop boxes, flips, colour, blur, solarize; counter: slot
+WINDOWS = "data/windows"  # window of a large image that all views of a sample come from; counter: slot
 TURNS = "data/turns"  # vertical flips and quarter turns of the views; counter: slot
 PERTURBATIONS = "data/perturbations"  # brightness, contrast, noise, dropped channels of the views; counter: slot
 MASKS = "data/masks"  # rectangles of the block masks; counter: slot

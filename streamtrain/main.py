@@ -123,9 +123,8 @@ def check(
         changes += check_state(saved["data"], stream_identity(shard_set, order), accepted)
         versions = version_changes(config, source, saved)
     load_user_functions(config)
-    notes = check_resources(
-        config, launch, accepted, on_gpu=uses_gpu(config.engine, launch), images=stored_images(shard_set)
-    )
+    images = stored_images(shard_set, config.crops.window)
+    notes = check_resources(config, launch, accepted, on_gpu=uses_gpu(config.engine, launch), images=images)
     make_run_dir(Path(config.run.dir), launch.rank)
     check_cache_folder(config)
     if changes:

@@ -130,8 +130,7 @@ _VALUE_LOADERS = {"TIFF": imagery.load_tiff, imagery.NPY: imagery.load_npy, dico
 def read_bounded(payload: bytes, max_pixels: int, pixels: PixelFormat = RGB) -> Header:
     """Read the header of an image of at most ``max_pixels``. Raises as ``decode``."""
     header = imagery.read_header(payload, pixels)
-    if header.width * header.height > max_pixels:
-        raise ShardError(f"{header.width}x{header.height} is more than {max_pixels} pixels")
+    imagery.check_size(header, pixels, max_pixels)
     return header
 
 

@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 NPY = "NPY"
 MAX_DECODED_BYTES = 1 << 30  # of one image, and of one tile or strip of it
-EXTRA = "images other than 8-bit RGB, and tiles, need tifffile and imagecodecs: pip install 'streamtrain[imagery]'"
+EXTRA = "images other than 8-bit RGB, tiles and windows need the extra imagery: pip install 'streamtrain[imagery]'"
 _NPY_SIGNATURE = b"\x93NUMPY"
 _MAX_NPY_HEADER = 1024
 _WHITE_IS_ZERO, _PALETTE = 0, 3
@@ -44,10 +44,10 @@ def require_extra() -> None:
 
 
 def read_header(payload: bytes, pixels: PixelFormat) -> Header:
-    """Read the header of an image of a set with ``pixels``.
+    """Read the header of an image of a set with ``pixels``, which may be too large to decode.
 
     Raises:
-        ShardError: not an image, without a readable size, or too large; gives the reason.
+        ShardError: not an image, or without a readable size; gives the reason.
     """
     if pixels.is_rgb:
         return image_header.read_header(payload)
@@ -66,9 +66,16 @@ def read_header(payload: bytes, pixels: PixelFormat) -> Header:
         header = image_header.read_header(payload)
     if min(header.width, header.height) < 1:
         raise ShardError(f"it has {header.width}x{header.height} pixels")
-    if (needed := header.width * header.height * pixels.num_bytes) > MAX_DECODED_BYTES:
-        raise ShardError(f"{header.width}x{header.height} pixels of {pixels} are {needed} bytes, too many to decode")
     return header
+
+
+def check_size(header: Header, pixels: PixelFormat, max_pixels: int) -> None:
+    """Raise a ShardError if an image has more than ``max_pixels``, or more bytes than may be decoded at once."""
+    size = f"{header.width}x{header.height}"
+    if (count := header.width * header.height) > max_pixels:
+        raise ShardError(f"{size} is more than {max_pixels} pixels")
+    if not pixels.is_rgb and (needed := count * pixels.num_bytes) > MAX_DECODED_BYTES:
+        raise ShardError(f"{size} pixels of {pixels} are {needed} bytes, too many to decode")
 
 
 def load_npy(payload: bytes, pixels: PixelFormat) -> Array:
@@ -91,10 +98,13 @@ def load_tiff(payload: bytes, pixels: PixelFormat) -> Array:
         return invert_white(values, page)
 
 
-def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> None:
-    """Raise a ShardError if a page of a file of ``num_bytes`` has another format, is truncated, or cannot be decoded.
+def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np.uint64]:
+    """Return offset and length of each tile or strip of a page of a file of ``num_bytes``, [num_parts, 2].
 
     Nothing is decoded. The whole page may be larger than ``MAX_DECODED_BYTES``, a tile or strip of it may not.
+
+    Raises:
+        ShardError: the page has another format, is truncated, or cannot be decoded.
     """
     _require_supported(page)
     if page.photometric == _PALETTE:
@@ -103,11 +113,13 @@ def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> None:
         raise ShardError(f"it has {found}, not {pixels}")
     if math.prod(page.chunks) * pixels.num_bytes > MAX_DECODED_BYTES or page.imagedepth != 1:
         raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
-    spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    if len(spans) < math.prod(page.chunked) or any(
-        offset <= 0 or count <= 0 or offset + count > num_bytes for offset, count in spans
-    ):
+    # there may be millions
+    spans = np.array([page.dataoffsets, page.databytecounts], np.uint64).T
+    offsets, counts = spans.T
+    is_inside = (counts <= num_bytes) & (offsets <= np.uint64(num_bytes) - np.minimum(counts, num_bytes))
+    if len(spans) < math.prod(page.chunked) or not (spans.all() and is_inside.all()):
         raise ShardError("it is truncated, or tiles are missing")
+    return spans
 
 
 def invert_white(values: Array, page: Any) -> Array:
@@ -168,6 +180,8 @@ def open_tiff(file: BinaryIO) -> Iterator[Any]:
 
 
 def _require_supported(page: Any) -> None:
+    if not all(isinstance(side, int) for side in (page.imagewidth, page.imagelength)):
+        raise ShardError("its width or height is not one whole number")
     if str(page.dtype) not in DTYPES or not 1 <= page.samplesperpixel <= MAX_CHANNELS:
         raise ShardError(
             f"a TIFF of {page.samplesperpixel} samples of {page.dtype} is not supported; convert it to "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ def open_image(num_bytes: int, read: Read, pixels: PixelFormat, max_pixels: int)
     Raises:
         ShardError: not an image of this format, truncated or too large; gives the reason.
     """
-    image = _open_tiff(num_bytes, read, pixels) if read(0, 4) in _TIFF_SIGNATURES else None
+    image = open_tiff(num_bytes, read, pixels)
     if image is not None:
         return image
     if num_bytes > MAX_BYTES:
@@ -66,8 +66,28 @@ def open_image(num_bytes: int, read: Read, pixels: PixelFormat, max_pixels: int)
     return _WholeImage(read(0, num_bytes), pixels, max_pixels)
 
 
-def _open_tiff(num_bytes: int, read: Read, pixels: PixelFormat) -> _TiffImage | None:
-    """Return a TIFF; None if it must be decoded whole because its values need a conversion."""
+def open_oversized(payload: bytes, pixels: PixelFormat, max_pixels: int) -> TiffImage | None:
+    """Return an image that is too large to be decoded whole, but can be read by windows; None for all others.
+
+    Raises:
+        ShardError: it has no readable header, or a part of it is too large.
+    """
+    header = imagery.read_header(payload, pixels)
+    try:
+        imagery.check_size(header, pixels, max_pixels)
+    except ShardError:
+        return open_tiff(len(payload), lambda begin, end: payload[begin:end], pixels, max_pixels)
+    return None
+
+
+def open_tiff(num_bytes: int, read: Read, pixels: PixelFormat, max_part_pixels: int | None = None) -> TiffImage | None:
+    """Open a TIFF; return None for other formats, and if its values need a conversion, so that it is decoded whole.
+
+    Raises:
+        ShardError: not an image of this format, truncated, or with parts of more than ``max_part_pixels``.
+    """
+    if read(0, 4) not in _TIFF_SIGNATURES:
+        return None
     num_read = 0
 
     def read_tags(begin: int, end: int) -> bytes:
@@ -87,7 +107,11 @@ def _open_tiff(num_bytes: int, read: Read, pixels: PixelFormat) -> _TiffImage | 
             raise
         if pixels.is_rgb and not _is_plain_rgb(page):
             return None
-        return _TiffImage(page, num_bytes, read, pixels)
+        image = TiffImage(page, num_bytes, read, pixels)
+        if max_part_pixels is not None and math.prod(image.part) > max_part_pixels:
+            size = "x".join(map(str, image.part[::-1]))
+            raise ShardError(f"its tiles or strips of {size} are more than {max_part_pixels} pixels")
+        return image
 
 
 def _is_plain_rgb(page: Any) -> bool:
@@ -111,8 +135,13 @@ class _WholeImage:
         return self._values[top:bottom, left:right]
 
 
-class _TiffImage:
+class TiffImage:
     """The first page of a TIFF; its file need not stay open.
+
+    Attributes:
+        height, width: in pixels, upright.
+        part: height and width of a tile or strip, as stored.
+        num_decoded: tiles and strips that have been decoded.
 
     Args:
         page: a ``tifffile.TiffPage`` of an open file.
@@ -124,16 +153,15 @@ class _TiffImage:
     def __init__(self, page: Any, num_bytes: int, read: Read, pixels: PixelFormat) -> None:
         import tifffile
 
-        imagery.check_tiff(page, pixels, num_bytes)
+        self._spans = imagery.check_tiff(page, pixels, num_bytes)
         self._page, self._read, self._pixels = page, read, pixels
-        self._spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
         # otherwise a small file could repeat one part of itself in a huge image
-        if sum(count for _, count in self._spans) > num_bytes:
+        if self._spans[:, 1].sum() > num_bytes:
             raise ShardError("its tiles or strips overlap in the file")
         self._is_separate = page.planarconfig == imagery.SEPARATE and pixels.channels > 1
         self._height, self._width = page.imagelength, page.imagewidth
-        self._part = page.chunks[:2]
-        self._grid = math.ceil(self._height / self._part[0]), math.ceil(self._width / self._part[1])
+        self.part: tuple[int, int] = page.chunks[:2]
+        self._grid = math.ceil(self._height / self.part[0]), math.ceil(self._width / self.part[1])
         self._part_bytes = math.prod(page.chunks) * pixels.num_bytes
         self._has_codec_header = page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS
         self._tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
@@ -141,7 +169,8 @@ class _TiffImage:
         is_sideways = self._turn in SIDEWAYS
         self.height, self.width = (self._width, self._height) if is_sideways else (self._height, self._width)
         self._kept: OrderedDict[int, Array] = OrderedDict()
-        self.num_decoded = 0  # tiles and strips
+        self._kept_bytes = 0
+        self.num_decoded = 0
 
     def read(self, top: int, left: int, bottom: int, right: int) -> Array:
         # undo turn_upright, in reverse
@@ -151,14 +180,28 @@ class _TiffImage:
             top, bottom = self.height - bottom, self.height - top
         if self._turn in SIDEWAYS:
             top, left, bottom, right = left, top, right, bottom
-        values = imagery.invert_white(self._read_stored(top, left, bottom, right), self._page)
-        if self._pixels.dtype == "float32" and not np.isfinite(values).all():
-            raise ShardError("it has NaN or infinite values; replace them before packing")
-        return np.ascontiguousarray(turn_upright(values, self._turn))
+        return np.ascontiguousarray(turn_upright(self._read_stored(top, left, bottom, right), self._turn))
+
+    def parts(self) -> Iterator[Array]:
+        """Yield the pixels of each tile or strip [rows, columns, channels] as stored; each is decoded once.
+
+        Raises:
+            ShardError: as ``read``.
+        """
+        height, width = self.part
+        for top in range(0, self._height, height):
+            for left in range(0, self._width, width):
+                yield self._read_stored(top, left, min(top + height, self._height), min(left + width, self._width))
 
     def _read_stored(self, top: int, left: int, bottom: int, right: int) -> Array:
+        values = imagery.invert_white(self._join_parts(top, left, bottom, right), self._page)
+        if self._pixels.dtype == "float32" and not np.isfinite(values).all():
+            raise ShardError("it has NaN or infinite values; replace them before packing")
+        return values
+
+    def _join_parts(self, top: int, left: int, bottom: int, right: int) -> Array:
         out = np.empty((bottom - top, right - left, self._pixels.channels), self._pixels.dtype)
-        height, width = self._part
+        height, width = self.part
         for plane in range(self._pixels.channels if self._is_separate else 1):
             channels = slice(plane, plane + 1) if self._is_separate else slice(None)
             for row in range(top // height, (bottom - 1) // height + 1):
@@ -179,7 +222,7 @@ class _TiffImage:
         if index in self._kept:
             self._kept.move_to_end(index)
             return self._kept[index]
-        offset, count = self._spans[index]
+        offset, count = self._spans[index].tolist()
         if count > 2 * self._part_bytes + _SPARE_BYTES:
             raise ShardError(f"a tile or strip has {count} bytes, more than its pixels need")
         payload = self._read(offset, offset + count)
@@ -191,8 +234,9 @@ class _TiffImage:
             raise ShardError(f"a tile or strip has {values.dtype}, not {self._pixels.dtype}")
         self.num_decoded += 1
         self._kept[index] = values
-        while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self._kept_bytes += values.nbytes
+        while len(self._kept) > 1 and self._kept_bytes > _KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return values
 
     def _check_codec_header(self, payload: bytes) -> None:
@@ -201,5 +245,5 @@ class _TiffImage:
             header = image_header.read_header((self._tables["jpegheader"] or b"") + payload)
         except ShardError as error:
             raise ShardError(f"a tile or strip of compression {self._page.compression}: {error}") from error
-        if header.height > self._part[0] or header.width > self._part[1]:
+        if header.height > self.part[0] or header.width > self.part[1]:
             raise ShardError(f"a tile or strip has {header.width}x{header.height} pixels, more than its tags say")

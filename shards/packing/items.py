@@ -20,7 +20,7 @@ import numpy as np
 
 from shards import randomness
 from shards.credentials import split_query, strip_credentials
-from shards.errors import ShardError, explain_os_error, is_source_failure
+from shards.errors import ShardError, SourceUnreachable, explain_os_error, is_source_failure
 from shards.format import images
 from shards.format.tally import Tally
 from shards.format.tar_members import NO_LABEL
@@ -37,10 +37,6 @@ _KEY_LENGTH = 60
 _PAUSES = (0.2, 1.0)  # seconds before a read is tried again
 
 Result = TypeVar("Result")
-
-
-class SourceUnreachable(ShardError):
-    """The source cannot be reached: packing stops, because skipping the image would change the set."""
 
 
 class Location(Protocol):

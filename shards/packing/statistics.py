@@ -12,9 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards.errors import SampleError, ShardError, explain_os_error
-from shards.format.decode import decode
+from shards.format.decode import DEFAULT_MAX_PIXELS, decode
 from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.format.statistics import Statistics, StatisticsBuilder
+from shards.format.windows import open_oversized
 from shards.packing.fetch import fetched_shard, tar_location
 from shards.packing.parallel import ordered_map
 from shards.progress import bar_size
@@ -114,5 +115,18 @@ def _measure(location: str, manifest: SetManifest, task: tuple[int, int, int]) -
             except SampleError:
                 continue  # training replaces it too
             with suppress(ShardError):  # also of an image that cannot be decoded
-                found.add(decode(payload, pixels=manifest.pixels))
+                add_image(found, payload)
     return found
+
+
+def add_image(found: StatisticsBuilder, payload: bytes) -> None:
+    """Add an image; one that is too large to be decoded whole, by its tiles or strips."""
+    large = open_oversized(payload, found.pixels, DEFAULT_MAX_PIXELS)
+    if large is None:
+        found.add(decode(payload, pixels=found.pixels))
+        return
+    parts = StatisticsBuilder(found.pixels)  # of an image with a damaged part, none counts
+    for values in large.parts():
+        parts.add(values)
+    parts.num_images = 1
+    found.merge(parts)

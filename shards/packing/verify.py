@@ -13,9 +13,11 @@ from shards.errors import SampleError, ShardError, explain_os_error, is_source_f
 from shards.format import images
 from shards.format.files import file_sha256
 from shards.format.index import make_dali_index
+from shards.format.pixels import PixelFormat
 from shards.format.records import UNREADABLE, load_index
 from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.format.tar_members import Sample, read_samples
+from shards.format.windows import open_oversized
 from shards.packing.fetch import fetched_shard, tar_location
 from shards.packing.parallel import ordered_map
 from shards.progress import bar_size
@@ -56,8 +58,30 @@ class _Task:
     remote: bool = False
 
 
+@dataclass(frozen=True)
+class _Decoder:
+    """Decodes an image in full; attributes as the arguments of ``verify``."""
+
+    max_pixels: int
+    windows: bool
+
+    def read_size(self, payload: bytes, pixels: PixelFormat) -> tuple[int, int]:
+        """Return (width, height) in pixels of an image that can be decoded; raises a ShardError for all others."""
+        if self.windows and (image := open_oversized(payload, pixels, self.max_pixels)) is not None:
+            for _ in image.parts():
+                pass
+            return image.width, image.height
+        prepared = images.prepare(payload, max_pixels=self.max_pixels, pixels=pixels)
+        return prepared.width, prepared.height
+
+
 def verify(
-    location: Path | str, *, workers: int = 1, max_pixels: int = images.DEFAULT_MAX_PIXELS, progress: bool = False
+    location: Path | str,
+    *,
+    workers: int = 1,
+    max_pixels: int = images.DEFAULT_MAX_PIXELS,
+    windows: bool = False,
+    progress: bool = False,
 ) -> list[Fault]:
     """Return every fault of a set, in the order of its shards; an empty list means that the set is intact.
 
@@ -65,6 +89,8 @@ def verify(
         location: folder or URL of the set; each worker fetches remote shards one by one to a temporary folder.
         workers: number of decoding processes; 1 decodes in the calling process.
         max_pixels: images with more pixels are faults.
+        windows: TIFFs that are too large to be decoded whole are faults only if they cannot be read by windows. All
+            their tiles or strips are decoded, one at a time.
         progress: show a progress bar on stderr if it is a terminal.
 
     Raises:
@@ -80,7 +106,7 @@ def verify(
         smoothing=0.05, **bar_size(),
     )  # fmt: skip
     with bar:
-        results = ordered_map(partial(_check, location, max_pixels), tasks, workers)
+        results = ordered_map(partial(_check, location, _Decoder(max_pixels, windows)), tasks, workers)
         for task, task_faults in zip(tasks, results, strict=True):
             faults += task_faults
             bar.update(0 if task.begin is None else task.end - task.begin)
@@ -110,14 +136,14 @@ def _unlisted_files(location: str, manifest: SetManifest) -> list[Fault]:
     return [Fault(f"shards/{name}", "the manifest does not list this file") for name in present if name not in listed]
 
 
-def _check(location: str, max_pixels: int, task: _Task) -> list[Fault]:
+def _check(location: str, decoder: _Decoder, task: _Task) -> list[Fault]:
     shard_set = _open(location)
     with images.tolerant_pillow():
         if task.remote:
-            return list(_check_remote(location, shard_set.manifest, task.shard, max_pixels))
+            return list(_check_remote(location, shard_set.manifest, task.shard, decoder))
         if task.begin is None:
             return list(_check_files(shard_set, task.shard))
-        return list(_check_images(shard_set, task.shard, range(task.begin, task.end), max_pixels))
+        return list(_check_images(shard_set, task.shard, range(task.begin, task.end), decoder))
 
 
 @lru_cache(maxsize=1)
@@ -126,14 +152,14 @@ def _open(location: str) -> ShardSet:
     return ShardSet(Path(location), SetManifest.load(location))
 
 
-def _check_remote(location: str, manifest: SetManifest, shard: int, max_pixels: int) -> Iterator[Fault]:
+def _check_remote(location: str, manifest: SetManifest, shard: int, decoder: _Decoder) -> Iterator[Fault]:
     """Fetch a shard from a store and check it as a local set of one shard."""
     with fetched_shard(location, manifest, shard) as fetched:
         if not fetched.tar_path(0).exists():
             yield Fault(f"shards/{fetched.name(0)}", f"{tar_location(location, manifest, shard)} does not exist")
             return
         yield from _check_files(fetched, 0)
-        yield from _check_images(fetched, 0, range(manifest.shards[shard].samples), max_pixels)
+        yield from _check_images(fetched, 0, range(manifest.shards[shard].samples), decoder)
 
 
 def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
@@ -202,7 +228,7 @@ def _check_dali_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Ite
         yield Fault(name, "does not match the tar")
 
 
-def _check_images(shard_set: ShardSet, shard: int, numbers: range, max_pixels: int) -> Iterator[Fault]:
+def _check_images(shard_set: ShardSet, shard: int, numbers: range, decoder: _Decoder) -> Iterator[Fault]:
     """Check each image's checksum and size, and decode it in full."""
     name = f"shards/{shard_set.manifest.shards[shard].name}"
     for number in numbers:
@@ -222,11 +248,11 @@ def _check_images(shard_set: ShardSet, shard: int, numbers: range, max_pixels: i
                 return  # reported by _check_files
             raise
         try:
-            image = images.prepare(payload, max_pixels=max_pixels, pixels=shard_set.pixels)
+            size = decoder.read_size(payload, shard_set.pixels)
         except ShardError as error:
             yield Fault(name, str(error), number, shard_set.key(shard, number))
             continue
         if record["flags"] & UNREADABLE:
             yield Fault(name, "has the flag of an unreadable image in the index", number, shard_set.key(shard, number))
-        elif (image.width, image.height) != (int(record["width"]), int(record["height"])):
+        elif size != (int(record["width"]), int(record["height"])):
             yield Fault(name, "the index has another width or height", number, shard_set.key(shard, number))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -185,6 +185,11 @@ class JoinedSet:
         """See ``ShardSet.read``; a SampleError names the shard as ``name`` does."""
         with self._naming(shard) as (member, own):
             return member.read(own, sample)
+
+    def part_reader(self, shard: int, sample: int) -> Callable[[int, int], bytes]:
+        """See ``ShardSet.part_reader``; a SampleError of this call names the shard as ``name`` does."""
+        with self._naming(shard) as (member, own):
+            return member.part_reader(own, sample)
 
     def key(self, shard: int, sample: int) -> str:
         member, own = self._own(shard)

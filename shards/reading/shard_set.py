@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from shards.errors import SampleError, ShardError, explain_os_error, printable, read_remedy
+from shards.errors import SampleError, ShardError, SourceUnreachable, explain_os_error, printable, read_remedy
 from shards.format.pixels import PixelFormat
 from shards.format.records import (
     RECORD,
@@ -246,11 +246,38 @@ class ShardSet:
                 and key.
             ShardError: the shard is missing or unreachable.
         """
+        record = self._sound_record(shard, sample)
+        return self._use(shard, lambda opened: self._read_verified(opened, record, shard, sample))
+
+    def part_reader(self, shard: int, sample: int) -> Callable[[int, int], bytes]:
+        """Return a function that reads the bytes [begin, end) of one image, which are not compared with its CRC-32.
+
+        The function raises a SampleError if these bytes cannot be read, and a SourceUnreachable where ``read`` raises
+        a ShardError.
+
+        Raises:
+            SampleError: the record is damaged.
+        """
+        record = self._sound_record(shard, sample)
+        offset, length = int(record["offset"]), int(record["length"])
+
+        def read_part(begin: int, end: int) -> bytes:
+            num_bytes = max(0, min(end, length) - begin)
+            try:
+                return self._use(shard, lambda each: self._read_exactly(each, shard, sample, num_bytes, offset + begin))
+            except SampleError:
+                raise
+            except ShardError as error:
+                raise SourceUnreachable(str(error)) from error
+
+        return read_part
+
+    def _sound_record(self, shard: int, sample: int) -> np.void:
         record = self.record(shard, sample)
         fault = find_record_fault(record, self.manifest.shards[shard].bytes, len(self.manifest.classes))
         if fault is not None:
             raise self._sample_error(shard, sample, f"its index record is damaged: {fault}")
-        return self._use(shard, lambda opened: self._read_verified(opened, record, shard, sample))
+        return record
 
     def key(self, shard: int, sample: int) -> str:
         """Return the WebDataset key of a sample, read from the tar; empty if its header is damaged."""
@@ -287,20 +314,27 @@ class ShardSet:
         length, offset = int(record["length"]), int(record["offset"])
         # an index without checksums is compared with the header that precedes the image in the tar
         header_bytes = 0 if opened.index.has_checksums else tarfile.BLOCKSIZE
-        try:
-            content = opened.read(header_bytes + length, offset - header_bytes) if offset >= header_bytes else b""
-        except FileNotFoundError as error:  # the whole shard is missing, not one image
-            raise ShardError(f"shard {self.tar_path(shard)} is gone; restore it and re-run to resume") from error
-        except OSError as error:
-            raise self._sample_error(shard, sample, f"cannot be read ({explain_os_error(error)})") from error
+        if offset < header_bytes:
+            raise self._sample_error(shard, sample, f"its index record is damaged: offset {offset}")
+        content = self._read_exactly(opened, shard, sample, header_bytes + length, offset - header_bytes)
         payload = content[header_bytes:] if header_bytes else content
-        if len(payload) != length:
-            raise self._sample_error(shard, sample, f"has {len(payload)} bytes instead of {length}")
         if zlib.crc32(payload) != int(record["crc32"]):
             raise self._sample_error(shard, sample, "differs from the packed image (wrong CRC-32)")
         if header_bytes and not _is_header_of(content[:header_bytes], length):
             raise self._sample_error(shard, sample, "the header before it in the tar is damaged, or of another member")
         return payload
+
+    def _read_exactly(self, opened: OpenShard, shard: int, sample: int, length: int, offset: int) -> bytes:
+        """Return bytes of a tar; the errors are those of one of its images."""
+        try:
+            content = opened.read(length, offset)
+        except FileNotFoundError as error:  # the whole shard is missing, not one image
+            raise ShardError(f"shard {self.tar_path(shard)} is gone; restore it and re-run to resume") from error
+        except OSError as error:
+            raise self._sample_error(shard, sample, f"cannot be read ({explain_os_error(error)})") from error
+        if len(content) != length:
+            raise self._sample_error(shard, sample, f"has {len(content)} bytes instead of {length}")
+        return content
 
     def _sample_error(self, shard: int, sample: int, reason: str) -> SampleError:
         return SampleError(self.name(shard), sample, self.key(shard, sample), reason)

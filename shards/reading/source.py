@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.errors import SampleError, ShardError
+from shards.errors import SampleError, ShardError, SourceUnreachable
 from shards.format import images
 from shards.format.records import RECORD, UNREADABLE
+from shards.format.windows import open_tiff
 from shards.reading.mixture import AnyOrder, AnySet
 from shards.reading.quarantine import MAX_SUBSTITUTES, Quarantine
+from shards.reading.random_window import RandomWindow
 
 _SAMPLES_PER_TASK = 8
 BATCHES_AHEAD = 16
@@ -21,10 +23,11 @@ BATCHES_AHEAD = 16
 
 @dataclass(frozen=True)
 class Samples:
-    """The encoded images of B slots."""
+    """The encoded images of B slots, and the decoded windows of large TIFFs, whose encoded images are empty."""
 
     slots: np.ndarray  # int64 [B]
     payloads: list[np.ndarray]  # B arrays uint8 [num_bytes]
+    windows: dict[int, np.ndarray]  # by row: [height, width, channels]
     sizes: np.ndarray  # int32 [B, 2]: width, height in pixels, EXIF orientation applied
     labels: np.ndarray  # int32 [B]: -1 for no label
     shards: np.ndarray  # int64 [B]
@@ -43,7 +46,8 @@ class _Image:
     shard: int
     sample: int
     record: np.void
-    payload: bytes
+    payload: bytes = b""
+    window: np.ndarray | None = None
 
 
 _Pending = tuple[_Plan, list[Future[list[_Image]]]]
@@ -59,6 +63,8 @@ class Source:
         quarantine: log of unusable images, which are replaced by others that depend only on the slot; without it, an
             unusable image is an error.
         max_pixels: images with more pixels are unusable.
+        window: of a TIFF that is larger, only this window is read and decoded, where possible. ``max_pixels`` then is a
+            limit on each of its tiles or strips, and the image is not compared with its CRC-32.
         on_read: called after each batch with the slot that follows its last one; slots must ascend.
     """
 
@@ -71,10 +77,13 @@ class Source:
         max_bytes_in_flight: int = 256 << 20,
         quarantine: Quarantine | None = None,
         max_pixels: int | None = None,
+        window: RandomWindow | None = None,
         on_read: Callable[[int], None] | None = None,
     ) -> None:
         self.shard_set, self.order, self.max_bytes_in_flight = shard_set, order, max_bytes_in_flight
-        self.quarantine, self.max_pixels = quarantine, max_pixels
+        self.quarantine, self.max_pixels, self.window = quarantine, max_pixels, window
+        # by shard: whether all large images so far were read by window, which the index cannot say
+        self._reads_windows: dict[int, bool] = {}
         self._on_read = on_read
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-reader")
 
@@ -121,12 +130,15 @@ class Source:
         image = self._image(slot, shard, sample)
         payloads = list(batch.payloads)
         payloads[row] = np.frombuffer(image.payload, dtype=np.uint8)
+        windows = {each: values for each, values in batch.windows.items() if each != row}
+        if image.window is not None:
+            windows[row] = image.window
         sizes, labels, shards, samples = (
             column.copy() for column in (batch.sizes, batch.labels, batch.shards, batch.samples)
         )
         sizes[row] = image.record["width"], image.record["height"]
         labels[row], shards[row], samples[row] = image.record["label"], image.shard, image.sample
-        return Samples(batch.slots, payloads, sizes, labels, shards, samples)
+        return Samples(batch.slots, payloads, windows, sizes, labels, shards, samples)
 
     def locate(self, slots: np.ndarray) -> list[tuple[int, int]]:
         """Return (shard, sample) of the images at slots (int64 [B]), with known unusable ones replaced."""
@@ -153,9 +165,13 @@ class Source:
 
     def _length(self, shard: int, sample: int) -> int:
         try:
-            return min(int(self.shard_set.record(shard, sample)["length"]), images.MAX_BYTES)
+            record = self.shard_set.record(shard, sample)
         except SampleError:
             return 0  # quarantined when it is read
+        window = self.window
+        if window is not None and self._reads_windows.get(shard) and window.applies_to(*_size(record)):
+            return window.side**2 * self.shard_set.pixels.num_bytes
+        return min(int(record["length"]), images.MAX_BYTES)
 
     def _start(self, plan: _Plan) -> _Pending:
         starts = range(0, len(plan.reads), _SAMPLES_PER_TASK)
@@ -173,11 +189,11 @@ class Source:
         """Read the image of a slot, or a substitute if it is unusable."""
         quarantine = self.quarantine
         if quarantine is None:
-            return self._usable_image(shard, sample)
+            return self._usable_image(slot, shard, sample)
         for attempt in range(MAX_SUBSTITUTES):
             if not quarantine.is_unusable(slot, self.shard_set.name(shard), sample):
                 try:
-                    return self._usable_image(shard, sample)
+                    return self._usable_image(slot, shard, sample)
                 except SampleError as error:
                     quarantine.add(slot, error, "read")
             shard, sample = self.order.substitute(slot, attempt)
@@ -186,16 +202,21 @@ class Source:
             "check the set with streamtrain verify"
         )
 
-    def _usable_image(self, shard: int, sample: int) -> _Image:
-        """Read an image.
+    def _usable_image(self, slot: int, shard: int, sample: int) -> _Image:
+        """Read an image, or its window at ``slot``.
 
         Raises:
             SampleError: the image is unusable: according to its record, when it is read, or because they disagree.
         """
         record = self.shard_set.record(shard, sample)
-        width, height = int(record["width"]), int(record["height"])
+        width, height = _size(record)
         if record["flags"] & UNREADABLE:
             raise self._unusable(shard, sample, "its header could not be read during indexing")
+        if self.window is not None and self.window.applies_to(width, height):
+            values = self._read_window(self.window, slot, shard, sample, (width, height))
+            self._reads_windows[shard] = self._reads_windows.get(shard, True) and values is not None
+            if values is not None:
+                return _Image(shard, sample, record, window=values)
         if self.max_pixels is not None and width * height > self.max_pixels:
             raise self._unusable(shard, sample, f"{width}x{height} is more than {self.max_pixels} pixels")
         payload = self.shard_set.read(shard, sample)
@@ -209,9 +230,28 @@ class Source:
             record = record.copy()
             record["width"], record["height"] = size
         elif size != (width, height):
-            stated = f"the index has {width}x{height} pixels, the image's header {size[0]}x{size[1]}"
-            raise self._unusable(shard, sample, stated)
+            raise self._unusable(shard, sample, _describe_sizes((width, height), size))
         return _Image(shard, sample, record, payload)
+
+    def _read_window(
+        self, window: RandomWindow, slot: int, shard: int, sample: int, stated: tuple[int, int]
+    ) -> np.ndarray | None:
+        """Return the window of a TIFF of ``stated`` width and height; None for images that are decoded whole."""
+        num_bytes = int(self.shard_set.record(shard, sample)["length"])
+        read = self.shard_set.part_reader(shard, sample)
+        try:
+            image = open_tiff(num_bytes, read, self.shard_set.pixels, self.max_pixels)
+            if image is None:
+                return None
+            size = image.width, image.height
+            if size not in (stated, stated[::-1]):
+                raise ShardError(_describe_sizes(stated, size))
+            return image.read(*window.draw(slot, *size))
+        except SourceUnreachable:
+            raise
+        except ShardError as error:
+            reason = error.reason if isinstance(error, SampleError) else str(error)
+            raise self._unusable(shard, sample, reason) from error
 
     def _unusable(self, shard: int, sample: int, reason: str) -> SampleError:
         return SampleError(self.shard_set.name(shard), sample, self.shard_set.key(shard, sample), reason)
@@ -223,8 +263,17 @@ class Source:
         return Samples(
             slots=plan.slots,
             payloads=[np.frombuffer(image.payload, dtype=np.uint8) for image in found],
+            windows={row: image.window for row, image in enumerate(found) if image.window is not None},
             sizes=np.stack([records["width"], records["height"]], axis=1).astype(np.int32),
             labels=records["label"].astype(np.int32),
             shards=np.array([image.shard for image in found], dtype=np.int64),
             samples=np.array([image.sample for image in found], dtype=np.int64),
         )
+
+
+def _size(record: np.void) -> tuple[int, int]:
+    return int(record["width"]), int(record["height"])
+
+
+def _describe_sizes(stated: tuple[int, int], found: tuple[int, int]) -> str:
+    return f"the index has {stated[0]}x{stated[1]} pixels, the image's header {found[0]}x{found[1]}"

@@ -35,11 +35,15 @@ def add_parser(subparsers: Any) -> None:
         default=DEFAULT_MAX_PIXELS,
         help="report larger images (default: %(default)s)",
     )
+    parser.add_argument(
+        "--windows", action="store_true", help="do not report larger TIFFs that crops.window can read; decode all parts"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     manifest = SetManifest.load(arguments.set)
-    faults = verify(arguments.set, workers=arguments.workers, max_pixels=arguments.max_pixels, progress=True)
+    limits = {"max_pixels": arguments.max_pixels, "windows": arguments.windows}
+    faults = verify(arguments.set, workers=arguments.workers, progress=True, **limits)
     for fault in faults:
         print(fault)
     print(f"read {manifest.extent}: {counted(len(faults), 'fault') if faults else 'no faults'}")

@@ -117,6 +117,10 @@ class CropsConfig(Section):
     global_count: Positive = accept(2, "Global views per image.")
     global_size: Positive = accept(224, "Side of global crops in pixels, a multiple of model.patch_size.")
     global_scale: Scale = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
+    window: Positive | None = accept(
+        None, "Side in pixels of a random window of each larger image, from which all its views come; of a TIFF in "
+        "tiles or strips, only this part is read and decoded. null: views come from the whole image.",
+    )  # fmt: skip
     local_count: NonNegative = accept(8, "Local views per image.")
     local_size: Positive = accept(96, "Side of local crops in pixels, a multiple of model.patch_size.")
     local_scale: Scale = accept((0.05, 0.32), "Range of a local crop's share of the image's area.")

@@ -317,7 +317,7 @@ def open_shard_set(config: Config) -> AnySet:
             f"{config.data.shards_text} has images of {found}, the settings say {pixels}; set "
             f"data.channels={found.channels} data.dtype={found.dtype}"
         )
-    if not pixels.is_rgb:
+    if not pixels.is_rgb or config.crops.window is not None:
         require_extra()
     return shard_set
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
 
+from shards.format.imagery import MAX_DECODED_BYTES
 from shards.format.pixels import RGB, VALUE_RANGES
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
@@ -80,9 +81,24 @@ class Config(Section):
         for name, size in sizes.items():
             if size and size % patch:
                 raise ValueError(f"{name} {size} is not a multiple of model.patch_size {patch}")
+        self._check_window()
         if len({entry.gram_size is None for entry in self.crops.sizes}) > 1 and not self.objective.gram.size:
             raise ValueError("crops.sizes: give gram_size in every entry or in none, or objective.gram.size")
         return self
+
+    def _check_window(self) -> None:
+        """Raise a ValueError if windows are smaller than every crop, or too large to be decoded."""
+        if (side := self.crops.window) is None:
+            return
+        smallest = min(
+            size for sizes in self.crop_sizes for size in (sizes.global_size, sizes.local_size, sizes.gram_size) if size
+        )
+        if side < smallest:
+            raise ValueError(f"crops.window {side} is smaller than the smallest crop, which has {smallest} pixels")
+        pixels = self.data.pixels
+        most = min(self.data.max_pixels, MAX_DECODED_BYTES // pixels.num_bytes)
+        if side**2 > most:
+            raise ValueError(f"crops.window {side} has {side**2} pixels of {pixels}, more than {most}; lower it")
 
     @model_validator(mode="after")
     def _check_augmentations(self) -> Config:

@@ -63,6 +63,18 @@ class ViewParameters:
     def rows(self, selection: slice) -> ViewParameters:
         return ViewParameters(**{field.name: getattr(self, field.name)[selection] for field in fields(self)})
 
+    def shift(
+        self, row: int, corner: tuple[int, int], window: npt.NDArray[np.int32], image: npt.NDArray[np.int32]
+    ) -> None:
+        """Make the crop boxes of a sample, drawn for a window, relative to its whole image, in place.
+
+        Args:
+            corner: first pixel (y, x) of the window in the image.
+            window, image: their sizes int32 [2] (width, height).
+        """
+        for corners in (self.roi_start, self.roi_end):
+            corners[row] = (np.rint(corners[row] * window[::-1]) + corner) / image[::-1]
+
 
 def draw_views(
     crops: CropsConfig, seed: int, slots: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], channels: int = 3

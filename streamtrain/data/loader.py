@@ -23,6 +23,7 @@ import torch
 from shards.reading.cache import ShardCache
 from shards.reading.mixture import AnySet
 from shards.reading.quarantine import Quarantine
+from shards.reading.random_window import RandomWindow
 from shards.reading.source import Source
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import SizeSchedule
@@ -109,6 +110,7 @@ class Loader:
             max_bytes_in_flight=config.data.read_ahead_bytes,
             quarantine=quarantine,
             max_pixels=config.data.max_pixels,
+            window=None if config.crops.window is None else RandomWindow(config.crops.window, config.run.seed),
             on_read=None if self._cache is None else self._cache.mark_consumed,
         )
         self._quarantine, self._source = quarantine, source

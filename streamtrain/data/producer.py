@@ -14,6 +14,7 @@ import torch
 
 from shards.errors import ShardError
 from shards.format.decode import Array, decode, read_bounded
+from shards.reading.random_window import Box
 from shards.reading.source import Samples, Source
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
@@ -152,20 +153,38 @@ class Producer:
         seed, crops = self._config.run.seed, self._config.crops
         sizes = self._size_schedule.sizes_at(int(samples.slots[0]))
         samples, image_sizes, decoded = self._decode_on_host(samples)
+        windows = self._draw_windows(samples, image_sizes)
+        view_sizes = image_sizes.copy()
+        for row, (top, left, bottom, right) in windows.items():
+            view_sizes[row] = right - left, bottom - top
+        views = draw_views(crops, seed, samples.slots, view_sizes, self._pixels.channels)
+        for row, (top, left, _, _) in windows.items():
+            views.shift(row, (top, left), view_sizes[row], image_sizes[row])
         return _QueuedBatch(
             samples,
             decoded,
-            draw_views(crops, seed, samples.slots, image_sizes, self._pixels.channels),
+            views,
             draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid(sizes)),
             sizes,
         )
+
+    def _draw_windows(self, samples: Samples, sizes: npt.NDArray[np.int32]) -> dict[int, Box]:
+        """Return the windows of the images that are decoded whole although they are larger, by row.
+
+        Their views come from these parts of the image, so that DALI can still decode it.
+        """
+        window = self._source.window
+        if window is None:
+            return {}
+        sized = zip(samples.slots.tolist(), sizes.tolist(), strict=True)
+        return {row: window.draw(slot, *size) for row, (slot, size) in enumerate(sized) if window.applies_to(*size)}
 
     def _decode_on_host(self, samples: Samples) -> tuple[Samples, npt.NDArray[np.int32], dict[int, Array]]:
         """Decode images that DALI would decode to other pixels, and replace undecodable ones.
 
         Returns:
-            the samples with substitutes, the sizes int32 [B, 2] (width, height) that their headers give, and the
-            decoded images [height, width, channels] by row.
+            the samples with substitutes, the sizes int32 [B, 2] (width, height) of their images, or of the windows that
+            the source has decoded, and the decoded images [height, width, channels] by row.
         """
         sizes = np.empty((len(samples.slots), 2), np.int32)
         decoded: dict[int, Array] = {}
@@ -174,6 +193,10 @@ class Producer:
             failed = {}
             decoding = {}
             for row in rows:
+                if row in samples.windows:
+                    decoded[row] = samples.windows[row]
+                    sizes[row] = decoded[row].shape[1::-1]
+                    continue
                 payload = _as_bytes(samples.payloads[row])
                 try:
                     header = read_bounded(payload, self._config.data.max_pixels, self._pixels)

@@ -153,9 +153,8 @@ def _plan(config: Config, runtime: Runtime, shard_set: AnySet) -> Plan:
         log_start_notes(config, runtime.world_size)
     on_gpu, bf16 = runtime.on_gpu, runtime.dtype == torch.bfloat16
     kernels = not on_gpu and is_enabled(runtime.dtype)
-    planned = plan_of_start(
-        config, runtime.launch, on_gpu=on_gpu, bf16=bf16, kernels=kernels, images=stored_images(shard_set)
-    )
+    images = stored_images(shard_set, config.crops.window)
+    planned = plan_of_start(config, runtime.launch, on_gpu=on_gpu, bf16=bf16, kernels=kernels, images=images)
     logger.info(start_summary(planned))
     return planned
 

@@ -267,6 +267,7 @@ EFFECTS: list[tuple[str, str, Probe, list[str]]] = [
     *((f"schedules.{key}", value, steps, []) for key, value in {
         "lr": "0.5", "weight_decay": "0.5", "momentum": "0.5", "teacher_temperature": "0.5", "freeze_last_layer": "3",
     }.items()),
+    ("crops.window", "24", batches, []),
     ("engine.checkpointing", "none", engine, []),
     ("engine.compile", "on", blocks, []),
     ("engine.fp8", "true", blocks, []),

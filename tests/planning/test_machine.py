@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drawn_images import packed_set
 
+from shards.packing.index_tars import index_tars
+from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import load_config
 from streamtrain.planning.images import configured_images, stored_images
 from streamtrain.planning.machine import CORE_FLOPS, Machine, core_flops
@@ -42,6 +46,17 @@ def test_images_of_a_set_are_measured(tmp_path: Path) -> None:
     assert configured_images(config) == measured
     absent = load_config("vits16.yaml", (f"data.shards={tmp_path}/absent",))
     assert configured_images(absent) is None
+
+
+def test_windows_of_large_tiffs_are_small_images(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((300, 50, 3), np.uint8), tile=(16, 16), photometric="rgb")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x.tif", "x.tif")
+    index_tars([str(tmp_path / "x.tar")], tmp_path / "set")
+    shard_set = ShardSet.open(tmp_path / "set")
+    found = [stored_images(shard_set, window) for window in (None, 100, 300)]
+    assert [images.pixels for images in found if images] == [15_000, 5_000, 15_000]
 
 
 def test_large_images_need_memory_to_decode() -> None:

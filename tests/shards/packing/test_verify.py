@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,8 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
+from shards.format.pixels import RGB
 from shards.format.records import UNREADABLE, load_index, save_index
 from shards.format.set_manifest import SetManifest
+from shards.format.statistics import StatisticsBuilder
+from shards.packing.index_tars import index_tars
+from shards.packing.statistics import add_image
 from shards.packing.verify import verify
 from shards.reading.shard_set import ShardSet
 
@@ -174,3 +181,31 @@ def test_every_changed_bit_of_an_index_without_checksums_is_found(small_set: Sha
         assert verify(small_set.path) != [] or np.array_equal(load_index(path), records)
     finally:
         path.write_bytes(whole)
+
+
+def test_tiffs_that_are_read_by_windows_are_decoded_part_by_part(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, damaged in enumerate((False, True)):
+            path = tmp_path / f"{number}.tif"
+            tifffile.imwrite(path, values, tile=(64, 64), photometric="rgb", compression="zlib")
+            if damaged:
+                path.write_bytes(path.read_bytes()[:-400] + bytes(400))
+            tar.add(path, path.name)
+    index_tars([str(tmp_path / "x.tar")], tmp_path / "set")
+    shard_set = ShardSet.open(tmp_path / "set")
+    assert [fault.reason for fault in verify(shard_set.path, max_pixels=50_000)][-2:] == [
+        "300x200 is more than 50000 pixels"
+    ] * 2
+    faults = verify(shard_set.path, max_pixels=50_000, windows=True)
+    assert [(fault.index, "libdeflate" in fault.reason) for fault in faults if fault.index is not None] == [(1, True)]
+    (fault,) = (each for each in verify(shard_set.path, max_pixels=64, windows=True) if each.index == 0)
+    assert fault.reason == "its tiles or strips of 64x64 are more than 64 pixels"
+    whole, parts = StatisticsBuilder(RGB), StatisticsBuilder(RGB)
+    whole.add(values)
+    with patch("shards.packing.statistics.DEFAULT_MAX_PIXELS", 50_000):
+        for sample in (0, 1):
+            with suppress(ShardError):
+                add_image(parts, shard_set.read(0, sample))
+    assert parts.result() == whole.result()
