@@ -1,8 +1,9 @@
 """Stored values of images of any channels and depth: TIFF by tifffile, and NumPy's ``.npy``.
 
-Values are never scaled. A TIFF has the samples of its first page, whose white-is-zero integers are inverted and whose
-orientation is applied by the caller. An array is [height, width], [height, width, channels] or, if only the first axis
-has the set's number of channels, [channels, height, width]. Sizes in headers are checked before any memory is taken.
+Values are never scaled. A TIFF has the samples of its first page, or one channel per page if it has as many pages of
+one sample as the set has channels. White-is-zero integers are inverted; the caller applies the orientation. An array is
+[height, width], [height, width, channels] or, if only the first axis has the set's number of channels, [channels,
+height, width]. Sizes in headers are checked before any memory is taken.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ EXTRA = "images other than 8-bit RGB, tiles and windows need the extra imagery: 
 _NPY_SIGNATURE = b"\x93NUMPY"
 _MAX_NPY_HEADER = 1024
 _WHITE_IS_ZERO, _PALETTE = 0, 3
+MAX_TAG_BYTES = 64 << 20  # enough for four million tiles or strips
 SEPARATE = 2  # planar configuration of a TIFF
 _ORIENTATION_TAG = 274
 
@@ -88,14 +90,53 @@ def load_npy(payload: bytes, pixels: PixelFormat) -> Array:
 
 
 def load_tiff(payload: bytes, pixels: PixelFormat) -> Array:
-    """Return the first page of a TIFF as [height, width, channels], without its orientation; raises as ``decode``."""
+    """Return a TIFF as [height, width, channels], without its orientation; raises as ``decode``."""
     with open_tiff(io.BytesIO(payload)) as page:
-        check_tiff(page, pixels, len(payload))
+        pages = channel_pages(page, pixels)
+        stored = PixelFormat(pixels.channels // len(pages), pixels.dtype)
+        for each in pages:
+            check_tiff(each, stored, len(payload))
+        if len(pages) > 1:
+            values = np.stack([each.asarray(maxworkers=1).reshape(page.imagelength, -1) for each in pages], axis=-1)
+            return invert_white(values, page)
         shape, samples = (page.imagelength, page.imagewidth), pixels.channels
         values = page.asarray(maxworkers=1)
         is_separate = page.planarconfig == SEPARATE
         values = np.moveaxis(values.reshape(samples, *shape), 0, 2) if is_separate else values.reshape(*shape, samples)
         return invert_white(values, page)
+
+
+def channel_pages(page: Any, pixels: PixelFormat) -> list[Any]:
+    """Return the pages that hold the channels of a TIFF: the first, or one per channel.
+
+    Raises:
+        ShardError: there are several pages of one sample, but not as many equal ones as channels.
+    """
+    _require_supported(page)
+    count = pixels.channels
+    if page.samplesperpixel != 1 or count == 1:
+        return [page]
+    pages, tag_bytes = [page], 0
+    # pages are counted up to one too many, because there may be millions
+    for number in range(1, count + 1):
+        try:
+            following = page.parent.pages[number]
+        except IndexError:
+            break
+        # pages may share the arrays of their tags in the file
+        tag_bytes += sum(tag.valuebytecount for tag in following.tags)
+        if tag_bytes > MAX_TAG_BYTES:
+            raise ShardError(f"its tags have more than {MAX_TAG_BYTES} bytes")
+        pages.append(following)
+        kinds = [(each.hash, each.shape, each.jpegtables, each.jpegheader) for each in (page, following)]
+        if number < count and (kinds[0] != kinds[1] or tiff_orientation(following) != tiff_orientation(page)):
+            raise ShardError(
+                f"page {number + 1} differs from the first in size, type or compression, so pages cannot be channels"
+            )
+    if len(pages) not in (1, count):
+        found = f"more than {count}" if len(pages) > count else str(len(pages))
+        raise ShardError(f"it has {found} pages of {PixelFormat(1, str(page.dtype))}, not {pixels}")
+    return pages
 
 
 def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np.uint64]:
@@ -119,7 +160,7 @@ def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np
     is_inside = (counts <= num_bytes) & (offsets <= np.uint64(num_bytes) - np.minimum(counts, num_bytes))
     if len(spans) < math.prod(page.chunked) or not (spans.all() and is_inside.all()):
         raise ShardError("it is truncated, or tiles are missing")
-    return spans
+    return spans[: math.prod(page.chunked)]
 
 
 def invert_white(values: Array, page: Any) -> Array:

@@ -31,7 +31,6 @@ Read = Callable[[int, int], bytes]  # returns the bytes [begin, end) of a file
 
 _KEPT_BYTES = 128 << 20  # of decoded tiles and strips
 _PIECE_BYTES = 1 << 20
-_MAX_TAG_BYTES = 64 << 20  # enough for four million tiles or strips
 _SPARE_BYTES = 1 << 16  # encoded parts may have twice their decoded size plus this
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _RGB, _YCBCR = 2, 6  # photometric interpretations
@@ -93,8 +92,8 @@ def open_tiff(num_bytes: int, read: Read, pixels: PixelFormat, max_part_pixels: 
     def read_tags(begin: int, end: int) -> bytes:
         nonlocal num_read
         num_read += end - begin
-        if num_read > _MAX_TAG_BYTES:
-            raise ShardError(f"its tags have more than {_MAX_TAG_BYTES} bytes")
+        if num_read > imagery.MAX_TAG_BYTES:
+            raise ShardError(f"its tags have more than {imagery.MAX_TAG_BYTES} bytes")
         return read(begin, end)
 
     file = io.BufferedReader(ObjectFile(read_tags, num_bytes, _PIECE_BYTES))
@@ -136,7 +135,7 @@ class _WholeImage:
 
 
 class TiffImage:
-    """The first page of a TIFF; its file need not stay open.
+    """The first page of a TIFF, or the pages that are its channels; its file need not stay open.
 
     Attributes:
         height, width: in pixels, upright.
@@ -144,21 +143,23 @@ class TiffImage:
         num_decoded: tiles and strips that have been decoded.
 
     Args:
-        page: a ``tifffile.TiffPage`` of an open file.
+        page: the first page, a ``tifffile.TiffPage`` of an open file.
         num_bytes: length of the file.
         read: reads the file.
-        pixels: format that the page must have.
+        pixels: format that the image must have.
     """
 
     def __init__(self, page: Any, num_bytes: int, read: Read, pixels: PixelFormat) -> None:
         import tifffile
 
-        self._spans = imagery.check_tiff(page, pixels, num_bytes)
+        self._pages = imagery.channel_pages(page, pixels)
+        stored = PixelFormat(pixels.channels // len(self._pages), pixels.dtype)
+        self._spans = np.concatenate([imagery.check_tiff(each, stored, num_bytes) for each in self._pages])
         self._page, self._read, self._pixels = page, read, pixels
         # otherwise a small file could repeat one part of itself in a huge image
         if self._spans[:, 1].sum() > num_bytes:
             raise ShardError("its tiles or strips overlap in the file")
-        self._is_separate = page.planarconfig == imagery.SEPARATE and pixels.channels > 1
+        self._is_separate = pixels.channels > 1 and (page.planarconfig == imagery.SEPARATE or len(self._pages) > 1)
         self._height, self._width = page.imagelength, page.imagewidth
         self.part: tuple[int, int] = page.chunks[:2]
         self._grid = math.ceil(self._height / self.part[0]), math.ceil(self._width / self.part[1])
@@ -223,13 +224,14 @@ class TiffImage:
             self._kept.move_to_end(index)
             return self._kept[index]
         offset, count = self._spans[index].tolist()
+        number, part = divmod(index, len(self._spans) // len(self._pages))
         if count > 2 * self._part_bytes + _SPARE_BYTES:
             raise ShardError(f"a tile or strip has {count} bytes, more than its pixels need")
         payload = self._read(offset, offset + count)
         with one_line_errors():
             if self._has_codec_header:
                 self._check_codec_header(payload)
-            values = self._page.decode(payload, index, **self._tables)[0][0]
+            values = self._pages[number].decode(payload, part, **self._tables)[0][0]
         if values.dtype != self._pixels.dtype:
             raise ShardError(f"a tile or strip has {values.dtype}, not {self._pixels.dtype}")
         self.num_decoded += 1

@@ -68,6 +68,35 @@ def test_orientation_inverted_grey_and_packed_bits(tmp_path: Path) -> None:
     check_windows((tmp_path / "d.tif").read_bytes(), PixelFormat(1, "uint16"))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_equal_pages_are_channels(dtype: str) -> None:
+    pixels, values = PixelFormat(4, dtype), ramp(PixelFormat(4, dtype))
+    planes = np.ascontiguousarray(values.transpose(2, 0, 1))
+    for options in ({}, {"tile": (16, 16), "compression": "zlib"}, {"rowsperstrip": 7, "byteorder": ">"}):
+        payload = written(planes, **options)
+        assert np.array_equal(decode(payload, pixels=pixels), values)
+        image = check_windows(payload, pixels)
+        assert sum(part.size for part in image.parts()) == values.size
+    others = [written(planes[:count]) for count in (2, 3)] + [written(np.concatenate([planes, planes]))]
+    others += [written(planes[:1]), written(planes[0], *planes[1:, :20]), written(planes[0], *planes[1:].astype("f2"))]
+    for payload, reason in zip(
+        others, ["has 2 pages of 1 channel", "has 3 pages", "has more than 4 pages", f"it has 1 channel of {dtype}",
+                 "page 2 differs from the first in size", "page 2 differs"], strict=True,
+    ):  # fmt: skip
+        for read in (decode, lambda payload, pixels: opened(payload, pixels)):
+            with pytest.raises(ShardError, match=reason):
+                read(payload, pixels=pixels)
+    assert np.array_equal(decode(written(planes), pixels=PixelFormat(1, dtype)), values[..., :1])
+
+
+def written(*pages: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, byteorder=options.pop("byteorder", "<")) as file:
+        for page in pages:
+            file.write(page, photometric="minisblack", metadata=None, **options)
+    return buffer.getvalue()
+
+
 def test_rgb_is_read_by_windows_where_no_conversion_is_needed(tmp_path: Path) -> None:
     values = ramp(RGB)
     for options in ({}, {"compression": "zlib"}, {"compression": "jpeg"}, {"compression": "webp"}):
