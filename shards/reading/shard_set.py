@@ -37,6 +37,7 @@ DAMAGED_LABEL = -2
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _MAX_OPEN_SHARDS = 10_000  # of a local set; each takes about a kilobyte, and its files may be closed
+_WRONG_HEADER = "the header before it in the tar is damaged, or of another member"
 _MAX_INDEX_BYTES = 512 << 20  # memory for the indexes of a remote set
 
 
@@ -257,9 +258,19 @@ class ShardSet:
 
         Raises:
             SampleError: the record is damaged.
+            ShardError: the shard is missing or unreachable.
         """
         record = self._sound_record(shard, sample)
         offset, length = int(record["offset"]), int(record["length"])
+
+        def is_sound(opened: OpenShard) -> bool:
+            block = tarfile.BLOCKSIZE
+            return opened.index.has_checksums or _is_header_of(
+                self._read_exactly(opened, shard, sample, block, offset - block), length
+            )
+
+        if not self._use(shard, is_sound):
+            raise self._sample_error(shard, sample, _WRONG_HEADER)
 
         def read_part(begin: int, end: int) -> bytes:
             num_bytes = max(0, min(end, length) - begin)
@@ -321,7 +332,7 @@ class ShardSet:
         if zlib.crc32(payload) != int(record["crc32"]):
             raise self._sample_error(shard, sample, "differs from the packed image (wrong CRC-32)")
         if header_bytes and not _is_header_of(content[:header_bytes], length):
-            raise self._sample_error(shard, sample, "the header before it in the tar is damaged, or of another member")
+            raise self._sample_error(shard, sample, _WRONG_HEADER)
         return payload
 
     def _read_exactly(self, opened: OpenShard, shard: int, sample: int, length: int, offset: int) -> bytes:

@@ -163,3 +163,15 @@ def test_failed_reads_cost_an_image_but_a_missing_shard_ends_the_run(
     with pytest.raises(ShardError, match="is gone; restore it and re-run") as error:
         read(ShardSet(shard_set.path, shard_set.manifest))
     assert not isinstance(error.value, SampleError)
+
+
+def test_an_index_without_checksums_is_compared_with_the_tar(make_set: Callable[..., ShardSet]) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
+    shard_set = make_set({"a.tif": tiff(values), "b.tif": tiff(values[::-1])})
+    records = np.array(shard_set.records(0))
+    np.save(shard_set.index_path(0), records)
+    assert len(read(ShardSet.open(shard_set.path)).windows) == 16
+    records["length"][0] -= 16  # of padding
+    np.save(shard_set.index_path(0), records)
+    with pytest.raises(SampleError, match="key 'a'.*the header before it in the tar is damaged"):
+        read(ShardSet.open(shard_set.path))
