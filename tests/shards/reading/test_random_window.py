@@ -173,5 +173,5 @@ def test_an_index_without_checksums_is_compared_with_the_tar(make_set: Callable[
     assert len(read(ShardSet.open(shard_set.path)).windows) == 16
     records["length"][0] -= 16  # of padding
     np.save(shard_set.index_path(0), records)
-    with pytest.raises(SampleError, match="key 'a'.*the header before it in the tar is damaged"):
+    with pytest.raises(SampleError, match=r"key 'a'.*the header before it in the tar is damaged"):
         read(ShardSet.open(shard_set.path))
