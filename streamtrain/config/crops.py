@@ -12,6 +12,8 @@ from shards.format.statistics import Moments
 from streamtrain.config.section import (
     SET_STATISTICS,
     VALUE_TYPE,
+    CropSize,
+    ImageSize,
     NonNegative,
     Positive,
     Probability,
@@ -97,42 +99,49 @@ class SizesConfig(Section):
     """One of several sets of crop sizes that alternate from step to step."""
 
     share: float = accept(..., "Share of the steps with these sizes, relative to the other shares.", gt=0.0)
-    global_size: Positive | None = accept(None, "Side of global crops in pixels; null: crops.global_size.")
-    local_size: Positive | None = accept(None, "Side of local crops in pixels; null: crops.local_size.")
-    gram_size: Positive | None = accept(None, "Side of the Gram teacher's crops in pixels; null: objective.gram.size.")
+    global_size: CropSize | None = accept(None, "Size of global crops in pixels; null: crops.global_size.")
+    local_size: CropSize | None = accept(None, "Size of local crops in pixels; null: crops.local_size.")
+    gram_size: CropSize | None = accept(None, "Size of the Gram teacher's crops in pixels; null: objective.gram.size.")
 
 
 @dataclass(frozen=True)
 class CropSizes:
-    """Sides of the views of a step, in pixels; without ``gram_size`` the Gram teacher gets the global views."""
+    """Sizes of the views of a step; without ``gram_size`` the Gram teacher gets the global views."""
 
-    global_size: int
-    local_size: int
-    gram_size: int | None = None
+    global_size: ImageSize
+    local_size: ImageSize
+    gram_size: ImageSize | None = None
+
+    @classmethod
+    def of(cls, global_size: Any, local_size: Any, gram_size: Any = None) -> CropSizes:
+        """Return the sizes given as in the settings."""
+        return cls(ImageSize.of(global_size), ImageSize.of(local_size), gram_size and ImageSize.of(gram_size))
 
 
 class CropsConfig(Section):
     """Views of an image. Sizes in pixels, scales as shares of the image's area."""
 
     global_count: Positive = accept(2, "Global views per image.")
-    global_size: Positive = accept(224, "Side of global crops in pixels, a multiple of model.patch_size.")
+    global_size: CropSize = accept(224, "Size of global crops in pixels: multiples of model.patch_size.")
     global_scale: Scale = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
     window: Positive | None = accept(
         None, "Side in pixels of a random window of each larger image, from which all its views come; of a TIFF in "
         "tiles or strips, only this part is read and decoded. null: views come from the whole image.",
     )  # fmt: skip
     local_count: NonNegative = accept(8, "Local views per image.")
-    local_size: Positive = accept(96, "Side of local crops in pixels, a multiple of model.patch_size.")
+    local_size: CropSize = accept(96, "Size of local crops in pixels: multiples of model.patch_size.")
     local_scale: Scale = accept((0.05, 0.32), "Range of a local crop's share of the image's area.")
     sizes: tuple[SizesConfig, ...] = accept(
         (), "Sets of sizes that alternate from step to step, each with its share; empty: always the sizes above."
     )
     aspect: Annotated[Range, within("aspect", 0.05, 20.0)] = accept(
-        (3 / 4, 4 / 3), "Range of a crop's width / height before it is resized to a square."
+        (3 / 4, 4 / 3),
+        "Range of a crop's width / height before it is resized, relative to that of its size: objects "
+        "are stretched by at most these factors.",
     )
     flip: Probability = accept(0.5, "Share of views that are flipped horizontally.")
     flip_vertical: Probability = accept(0.0, "Share of views that are flipped vertically.")
-    rotate90: Probability = accept(0.0, "Share of views that are turned by 90, 180 or 270 degrees.")
+    rotate90: Probability = accept(0.0, "Share of views that are turned by 90, 180 or 270 degrees; needs squares.")
     jitter: JitterConfig = JitterConfig()
     grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
     blur: BlurConfig = BlurConfig()

@@ -27,7 +27,7 @@ def find_teacher_fault(config: Config) -> str | None:
             f"{config.data.pixels}; use a teacher of the same channels"
         )
     for sizes in config.crop_sizes:
-        if sizes.global_size % teacher.patch_size:
+        if not sizes.global_size.fits(teacher.patch_size):
             return (
                 f"global crops of {sizes.global_size} pixels are not a multiple of the patches of {teacher.patch_size} "
                 f"pixels of the teacher in {config.teacher.weights}; change crops.global_size"

@@ -89,9 +89,8 @@ def _never_due(config: Config) -> Iterator[str]:
 
 
 def _masked_counts(config: Config) -> list[int]:
-    return group_counts(
-        config.masks, config.crops.global_count, (config.crops.global_size // config.model.patch_size) ** 2
-    )
+    patches = config.crops.global_size.patches(config.model.patch_size)
+    return group_counts(config.masks, config.crops.global_count, patches)
 
 
 def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:

@@ -8,7 +8,18 @@ from pydantic import model_validator
 
 from streamtrain.config.model import HeadConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import NonNegative, PathText, Positive, Section, Size, Steps, accept, fixed, free
+from streamtrain.config.section import (
+    CropSize,
+    NonNegative,
+    PathText,
+    Positive,
+    Section,
+    Size,
+    Steps,
+    accept,
+    fixed,
+    free,
+)
 from streamtrain.errors import ConfigError
 
 
@@ -95,8 +106,8 @@ class GramConfig(Section):
         "ema", "Backbone as in init.weights, or ema: a copy of the EMA teacher at the first step with weight > 0."
     )
     refresh: RefreshConfig = RefreshConfig()
-    size: Positive | None = accept(
-        None, "Side of the Gram teacher's crops in pixels (boxes and flips of the global views, without colour "
+    size: CropSize | None = accept(
+        None, "Size of the Gram teacher's crops in pixels (boxes and flips of the global views, without colour "
         "changes); null: the global views.",
     )  # fmt: skip
     level: Literal["image", "batch"] = accept("image", "Compare pairs of patches within an image or a micro-batch.")

@@ -5,9 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic.fields import FieldInfo
 
 from shards.format.pixels import MAX_CHANNELS
@@ -55,6 +66,67 @@ Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Range = tuple[float, float]
+
+
+class ImageSize(NamedTuple):
+    """Height and width of an image in pixels."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, value: Any) -> ImageSize:
+        """Return the size that a setting states: the side of a square, or ``[height, width]``.
+
+        Raises:
+            ValueError: it states neither.
+        """
+        try:
+            return cls(*_SIDES.validate_python(value if isinstance(value, list | tuple) else (value, value)))
+        except ValidationError:
+            raise ValueError("must be a whole number of pixels above 0, or two: [height, width]") from None
+
+    def __str__(self) -> str:
+        return str(self.height) if self.is_square else f"{self.height}x{self.width}"
+
+    @property
+    def is_square(self) -> bool:
+        return self.height == self.width
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def aspect(self) -> float:
+        """Width / height."""
+        return self.width / self.height
+
+    def fits(self, patch_size: int) -> bool:
+        """Return whether both sides are multiples of the patch size."""
+        return not (self.height % patch_size or self.width % patch_size)
+
+    def grid(self, patch_size: int) -> tuple[int, int]:
+        """Return the number of patches (down, across)."""
+        return self.height // patch_size, self.width // patch_size
+
+    def patches(self, patch_size: int) -> int:
+        rows, columns = self.grid(patch_size)
+        return rows * columns
+
+
+def _as_setting(size: ImageSize) -> int | list[int]:
+    return size.height if size.is_square else list(size)
+
+
+_SIDES = TypeAdapter(tuple[Positive, Positive])
+_SIZE_TYPE: dict[str, Any] = {VALUE_TYPE: "side of a square, or [height, width]"}
+CropSize = Annotated[
+    ImageSize,
+    PlainValidator(ImageSize.of),
+    PlainSerializer(_as_setting),
+    Field(json_schema_extra=_SIZE_TYPE),
+]
 
 # Text that is a path. Every setting that holds a path has this type, so that `~` and variables are expanded.
 EXPANDED = AfterValidator(expand_path)

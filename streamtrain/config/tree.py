@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, cast
@@ -24,7 +25,7 @@ from streamtrain.config.objective import ObjectiveConfig
 from streamtrain.config.pixels import find_pixel_fault
 from streamtrain.config.run import RunConfig
 from streamtrain.config.schedules import Schedule, SchedulesConfig
-from streamtrain.config.section import RESUME_RULE, ResumeRule, Section, is_path
+from streamtrain.config.section import RESUME_RULE, ImageSize, ResumeRule, Section, is_path
 from streamtrain.errors import ConfigError
 
 # most crops that the loader keeps ready on a GPU
@@ -71,7 +72,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_sizes(self) -> Config:
         patch = self.model.patch_size
-        sizes: dict[str, int | None] = {"objective.gram.size": self.objective.gram.size}
+        sizes: dict[str, ImageSize | None] = {"objective.gram.size": self.objective.gram.size}
         sizes |= {f"crops.{name}": getattr(self.crops, name) for name in ("global_size", "local_size")}
         for index, entry in enumerate(self.crops.sizes):
             for name in ("global_size", "local_size", "gram_size"):
@@ -79,9 +80,21 @@ class Config(Section):
             if entry.gram_size and not self.objective.gram.is_active:
                 raise ValueError(f"crops.sizes.{index}.gram_size has an effect only with objective.gram.weight above 0")
         for name, size in sizes.items():
-            if size and size % patch:
+            if size and not size.fits(patch):
                 raise ValueError(f"{name} {size} is not a multiple of model.patch_size {patch}")
         self._check_window()
+        for one in self.crop_sizes:
+            gram, full = one.gram_size, one.global_size
+            if gram and gram.height * full.width != gram.width * full.height:
+                raise ValueError(
+                    f"objective.gram.size or gram_size {gram} does not have the proportions of the global crops, {full}; "
+                    "choose a multiple of crops.global_size"
+                )
+            if self.crops.rotate90 and not (full.is_square and one.local_size.is_square):
+                raise ValueError(
+                    "crops.rotate90 needs square crops, because a quarter turn exchanges height and width; set it to 0 "
+                    "(crops.flip and crops.flip_vertical remain), or make crops.global_size and local_size square"
+                )
         if len({entry.gram_size is None for entry in self.crops.sizes}) > 1 and not self.objective.gram.size:
             raise ValueError("crops.sizes: give gram_size in every entry or in none, or objective.gram.size")
         return self
@@ -91,7 +104,10 @@ class Config(Section):
         if (side := self.crops.window) is None:
             return
         smallest = min(
-            size for sizes in self.crop_sizes for size in (sizes.global_size, sizes.local_size, sizes.gram_size) if size
+            max(size)
+            for sizes in self.crop_sizes
+            for size in (sizes.global_size, sizes.local_size, sizes.gram_size)
+            if size
         )
         if side < smallest:
             raise ValueError(f"crops.window {side} is smaller than the smallest crop, which has {smallest} pixels")
@@ -158,10 +174,19 @@ class Config(Section):
     def micro_batch_bytes(self) -> int:
         """Bytes of the crops of a micro-batch of one rank."""
         crops, gram = self.crops, self.objective.gram
-        pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
+        pixels = crops.global_count * crops.global_size.pixels + crops.local_count * crops.local_size.pixels
         if gram.is_active and gram.size:
-            pixels += crops.global_count * gram.size**2
+            pixels += crops.global_count * gram.size.pixels
         return self.data.pixels.crop_bytes * pixels * self.data.micro_batch
+
+    @property
+    def square_side(self) -> int:
+        """Side in pixels of the square inputs of evaluations, feature maps and exports.
+
+        It is the side of the global crops, or of the largest square of whole patches in the area of rectangular ones.
+        """
+        patch = self.model.patch_size
+        return max(math.isqrt(self.crops.global_size.pixels) // patch, 1) * patch
 
     def batches_ahead(self, world_size: int, *, on_gpu: bool) -> int:
         """Return the number of micro-batches to keep ready: on a GPU all of a step, within ``AHEAD_BYTES``.

@@ -77,13 +77,22 @@ class ViewParameters:
 
 
 def draw_views(
-    crops: CropsConfig, seed: int, slots: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], channels: int = 3
+    crops: CropsConfig,
+    seed: int,
+    slots: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int32],
+    channels: int = 3,
+    crop_sizes: CropSizes | None = None,
 ) -> ViewParameters:
-    """Draw the views of ``slots`` [B] whose images measure ``sizes`` [B, 2] (width, height) pixels."""
+    """Draw the views of ``slots`` [B] whose images measure ``sizes`` [B, 2] (width, height) pixels.
+
+    ``crop_sizes``: of the step; None: those of ``crops``.
+    """
+    target = crop_sizes or CropSizes(crops.global_size, crops.local_size)
     num_views = crops.global_count + crops.local_count
     draws = uniforms(seed, VIEWS, slots, num_views * DRAWS_PER_VIEW)
     draws = draws.reshape(len(slots), num_views, DRAWS_PER_VIEW)
-    roi_start, roi_end = _draw_boxes(crops, draws, np.asarray(sizes, np.float64))
+    roi_start, roi_end = _draw_boxes(crops, draws, np.asarray(sizes, np.float64), target)
     is_jittered = draws[..., _JITTER] < crops.jitter.probability
     is_solarized = draws[..., _SOLARIZE] < expand_to_views(crops, crops.solarize.global_probability, 0.0)
     is_blurred = draws[..., _BLUR] < expand_to_views(crops, crops.blur.global_probability, crops.blur.local_probability)
@@ -167,23 +176,27 @@ def _scale_to(bounds: tuple[float, float], draw: Floats) -> Floats:
 
 
 def _draw_boxes(
-    crops: CropsConfig, draws: Floats, sizes: Floats
+    crops: CropsConfig, draws: Floats, sizes: Floats, target: CropSizes
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Random resized crop: return the first of ``TRIES`` boxes that fits, in whole pixels, or the clipped centre."""
+    """Random resized crop: return the first of ``TRIES`` boxes that fits, in whole pixels, or the clipped centre.
+
+    The width / height of a box is that of its crop in ``target``, times a factor from ``crops.aspect``.
+    """
     width, height = sizes[:, 0, None, None], sizes[:, 1, None, None]
     low = expand_to_views(crops, (crops.global_scale[0],), crops.local_scale[0])[:, None]
     high = expand_to_views(crops, (crops.global_scale[1],), crops.local_scale[1])[:, None]
     side = np.sqrt((low + (high - low) * draws[..., _AREA]) * (width * height))
     log_low, log_high = np.log(crops.aspect)
-    root = np.exp(0.5 * (log_low + (log_high - log_low) * draws[..., _ASPECT]))
+    shape = expand_to_views(crops, (target.global_size.aspect,), target.local_size.aspect)
+    root = np.exp(0.5 * (log_low + (log_high - log_low) * draws[..., _ASPECT])) * np.sqrt(shape)[:, None]
     tried_width, tried_height = np.rint(side * root), np.rint(side / root)
     fits = (tried_width >= 1) & (tried_width <= width) & (tried_height >= 1) & (tried_height <= height)
     first = fits.argmax(-1)[..., None]
     any_fits = fits.any(-1)
 
     width, height = width[..., 0], height[..., 0]
-    centre_width = np.minimum(width, np.rint(height * crops.aspect[1]))
-    centre_height = np.minimum(height, np.rint(width / crops.aspect[0]))
+    centre_width = np.minimum(width, np.rint(height * (crops.aspect[1] * shape)))
+    centre_height = np.minimum(height, np.rint(width / (crops.aspect[0] * shape)))
     box_width = np.where(any_fits, np.take_along_axis(tried_width, first, -1)[..., 0], centre_width)
     box_height = np.where(any_fits, np.take_along_axis(tried_height, first, -1)[..., 0], centre_height)
     top = np.where(any_fits, np.floor(draws[..., _TOP] * (height - box_height + 1)), (height - box_height) // 2)

@@ -35,7 +35,7 @@ class UserAugmentation:
         self._calls = itertools.count()
 
     def __call__(self, crops: Tensor, slot: int, is_local: bool) -> Tensor:
-        """Return the augmented crops of one sample, uint8 [views, 3, S, S]; they may share memory with ``crops``.
+        """Return the augmented crops of one sample, uint8 [views, 3, H, W]; they may share memory with ``crops``.
 
         Raises:
             UserCodeError: if the function fails, returns something else, or is not deterministic.
@@ -51,7 +51,7 @@ class UserAugmentation:
         return result
 
     def augment_batch(self, crops: Tensor, slots: Sequence[int], is_local: bool) -> None:
-        """Replace the crops uint8 [views * B, S, S, 3] (view-major) of ``slots`` in place."""
+        """Replace the crops uint8 [views * B, H, W, 3] (view-major) of ``slots`` in place."""
         for row, slot in enumerate(slots):
             views = crops[row :: len(slots)]
             if len(views):

@@ -41,8 +41,8 @@ class Batch:
         global_crops: [V*B, H, W, channels], view-major.
         local_crops: [L*B, h, w, channels], view-major; L may be 0.
         masks: masks of the global crops.
-        gram_crops: [V*B, S, S, channels], the boxes of the global crops without colour changes, for a Gram teacher
-            with its own input size; None without one.
+        gram_crops: [V*B, height, width, channels], the boxes of the global crops without colour changes, for a Gram
+            teacher with its own input size; None without one.
     """
 
     slots: np.ndarray

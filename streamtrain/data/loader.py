@@ -8,6 +8,7 @@ rebuilt pipeline.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import queue
 import threading
@@ -91,8 +92,8 @@ class Loader:
         self.wait_seconds = 0.0
         self.seconds = 0.0
         self._first_at: float | None = None
-        # side of the latest global crops in pixels, if several sizes alternate
-        self._size: int | None = None
+        # side of the latest global crops in pixels, or of squares of their area, if several sizes alternate
+        self._side: float | None = None
         self._has_several_sizes = len(config.crop_sizes) > 1
         self._failure: BaseException | None = None
         ahead = config.batches_ahead(world_size, on_gpu=torch.device(device).type == "cuda")
@@ -149,7 +150,7 @@ class Loader:
             self.seconds = now - self._first_at
         batch = item.wait()
         if self._has_several_sizes:
-            self._size = batch.global_crops.shape[1]
+            self._side = math.sqrt(batch.global_crops.shape[1] * batch.global_crops.shape[2])
         return batch
 
     def state_dict(self, next_slot: int) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Loader:
 
     def scalars(self) -> dict[str, float]:
         """Return this rank's running counts by metric tag, and the latest global crop size if several alternate."""
-        scalars = {} if self._size is None else {"data/global_size": float(self._size)}
+        scalars = {} if self._side is None else {"data/global_size": self._side}
         if self._quarantine is not None:
             scalars["data/quarantined"] = float(self._quarantine.num_entries)
         if self._remote_set is not None:

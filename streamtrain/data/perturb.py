@@ -72,7 +72,7 @@ class Perturbation:
 
 
 def perturb(planes: Tensor, perturbation: Perturbation) -> None:
-    """Change crops [N, channels, S, S], uint8 or float32, in place; uint8 is rounded and clipped. No host sync."""
+    """Change crops [N, channels, H, W], uint8 or float32, in place; uint8 is rounded and clipped. No host sync."""
     gain, pull, shift, noise, fill, keys, dropped = (
         upload(np.ascontiguousarray(getattr(perturbation, field.name)), planes.device) for field in fields(perturbation)
     )

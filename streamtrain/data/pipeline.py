@@ -9,7 +9,6 @@ decoded (``shards.format.decode``) and join the others before the crops.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -105,7 +104,7 @@ class CropPipeline:
             self._pipeline.feed_input("roi_start", roi_start)
             self._pipeline.feed_input("roi_end", roi_end)
         if self._has_size_inputs:
-            for name, size in asdict(sizes).items():
+            for name, size in vars(sizes).items():
                 if size:
                     self._pipeline.feed_input(name, np.full((self._batch_size, 2), size, np.float32))
         # DALI's first run consumes all prefetched batches and fails if one is missing
@@ -116,9 +115,9 @@ class CropPipeline:
     def take(self, cuda_stream: torch.cuda.Stream | None = None) -> list[Any]:
         """Return the output of the oldest batch in the queue as DALI ``TensorList``s.
 
-        With ``cropping``, one list per view, [B, size, size, channels], the Gram teacher's views last; else one list of
-        B images uint8 [height, width, 3]. Crops are uint8, or float32 for images of another dtype. They are ordered on
-        ``cuda_stream`` if given, and valid until ``release``.
+        With ``cropping``, one list per view, [B, height, width, channels], the Gram teacher's views last; else one list
+        of B images uint8 [height, width, 3]. Crops are uint8, or float32 for images of another dtype. They are ordered
+        on ``cuda_stream`` if given, and valid until ``release``.
 
         Raises:
             RuntimeError: an image of the batch could not be decoded.
@@ -163,8 +162,8 @@ def _build_graph(
     roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=2)
     size_inputs = {
         # one size is a constant of the graph; several sizes alternate through an input
-        name: [size, size] if len(sizes) == 1 else fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
-        for name, size in asdict(sizes[0]).items()
+        name: list(size) if len(sizes) == 1 else fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
+        for name, size in vars(sizes[0]).items()
         if size
     }
     global_views = [(view, size_inputs["global_size"]) for view in range(crops.global_count)]

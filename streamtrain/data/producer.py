@@ -145,26 +145,23 @@ class Producer:
             item.feed_to(pipeline)
         return pipeline
 
-    def _grid(self, sizes: CropSizes) -> tuple[int, int]:
-        side = sizes.global_size // self._config.model.patch_size
-        return side, side
-
     def _draw_parameters(self, samples: Samples) -> _QueuedBatch:
         seed, crops = self._config.run.seed, self._config.crops
         sizes = self._size_schedule.sizes_at(int(samples.slots[0]))
+        grid = sizes.global_size.grid(self._config.model.patch_size)
         samples, image_sizes, decoded = self._decode_on_host(samples)
         windows = self._draw_windows(samples, image_sizes)
         view_sizes = image_sizes.copy()
         for row, (top, left, bottom, right) in windows.items():
             view_sizes[row] = right - left, bottom - top
-        views = draw_views(crops, seed, samples.slots, view_sizes, self._pixels.channels)
+        views = draw_views(crops, seed, samples.slots, view_sizes, self._pixels.channels, sizes)
         for row, (top, left, _, _) in windows.items():
             views.shift(row, (top, left), view_sizes[row], image_sizes[row])
         return _QueuedBatch(
             samples,
             decoded,
             views,
-            draw_masks(self._config.masks, seed, samples.slots, crops.global_count, self._grid(sizes)),
+            draw_masks(self._config.masks, seed, samples.slots, crops.global_count, grid),
             sizes,
         )
 
@@ -245,7 +242,7 @@ class Producer:
         with torch.cuda.stream(stream):
             crops = [torch.from_dlpack(view.as_tensor()) for view in decoded]
             global_crops = recolor_views(crops_config, crops[:count], item.views, 0, self._pixels)
-            empty = global_crops.new_empty(0, local_size, local_size, self._pixels.channels)
+            empty = global_crops.new_empty(0, *local_size, self._pixels.channels)
             local_views = crops[count : count + crops_config.local_count]
             local_crops = empty
             if local_views:
@@ -262,7 +259,7 @@ class Producer:
         return PendingBatch(Batch(item.samples.slots, global_crops, local_crops, masks, gram_crops), event)
 
     def _rasterise_masks(self, item: _QueuedBatch) -> Masks:
-        config, grid = self._config, self._grid(item.sizes)
+        config, grid = self._config, item.sizes.global_size.grid(self._config.model.patch_size)
         batch, views = config.data.micro_batch, config.crops.global_count
         if config.teacher.kind == "frozen":
             return select_every_patch(batch * views, grid[0] * grid[1], self._device)

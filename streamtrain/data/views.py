@@ -31,7 +31,7 @@ from streamtrain.data.perturb import Perturbation, perturb, upload
 from streamtrain.errors import UserCodeError
 
 Result = TypeVar("Result")
-# crops uint8 [views, 3, S, S] of a row of the batch, and whether they are local -> augmented crops
+# crops uint8 [views, 3, H, W] of a row of the batch, and whether they are local -> augmented crops
 AugmentRow = Callable[[Tensor, int, bool], Tensor]
 
 BLUR_RADIUS = 4
@@ -61,15 +61,17 @@ class Appearance:
 
     @classmethod
     def from_parameters(
-        cls, color: npt.NDArray[np.float32], sigma: npt.NDArray[np.float32], solarize: npt.NDArray[np.int32], size: int
-    ) -> Appearance:
-        """Precompute for N crops of ``size`` x ``size`` pixels; the parameters are those of ``ViewParameters``."""
-        return cls(_color_table(color), _blur_bands(sigma, math.gcd(size, 16)), sigma > 0, solarize)
+        cls, color: npt.NDArray[np.float32], sigma: npt.NDArray[np.float32], solarize: npt.NDArray[np.int32],
+        size: Sequence[int],
+    ) -> Appearance:  # fmt: skip
+        """Precompute for N crops of ``size`` (height, width); the parameters are those of ``ViewParameters``."""
+        return cls(_color_table(color), _blur_bands(sigma, math.gcd(*size, 16)), sigma > 0, solarize)
 
     @classmethod
     def from_views(
-        cls, crops: CropsConfig, views: ViewParameters, first: int, count: int, size: int, pixels: PixelFormat = RGB
-    ) -> Appearance:
+        cls, crops: CropsConfig, views: ViewParameters, first: int, count: int, size: Sequence[int],
+        pixels: PixelFormat = RGB,
+    ) -> Appearance:  # fmt: skip
         """Precompute for ``count`` views from view ``first`` on, in view-major order."""
         selection = slice(first, first + count)
         color = np.ascontiguousarray(views.color[:, selection].swapaxes(0, 1)).reshape(-1, 4)
@@ -87,7 +89,7 @@ class Appearance:
 
 
 def apply_appearance(planes: Tensor, appearance: Appearance) -> Tensor:
-    """Apply colour, blur, solarize and perturbation to crops [N, 3, S, S] of integer values in 0..255; return uint8.
+    """Apply colour, blur, solarize and perturbation to crops [N, 3, H, W] of integer values in 0..255; return uint8.
 
     Crops of other images are blurred and perturbed in place and returned in their dtype. Performs no host sync. On a
     CPU, call it once per sample: a sample's pixels then do not depend on its batch.
@@ -120,7 +122,7 @@ def _recolor(planes: Tensor, appearance: Appearance) -> Tensor:
 
 
 def _blur_other(planes: Tensor, appearance: Appearance) -> Tensor:
-    """Blur crops [N, channels, S, S], uint8 or float32, in place; the others keep their values exactly."""
+    """Blur crops [N, channels, H, W], uint8 or float32, in place; the others keep their values exactly."""
     if appearance.is_blurred.any():
         rows = upload(np.flatnonzero(appearance.is_blurred), planes.device)
         bands = upload(appearance.bands[appearance.is_blurred], planes.device)
@@ -132,13 +134,13 @@ def _blur_other(planes: Tensor, appearance: Appearance) -> Tensor:
 def recolor_views(
     config: CropsConfig, crops: Sequence[Tensor], views: ViewParameters, first: int, pixels: PixelFormat = RGB
 ) -> Tensor:
-    """Apply the appearance of the views from ``first`` on to their crops, [B, S, S, channels] per view.
+    """Apply the appearance of the views from ``first`` on to their crops, [B, H, W, channels] per view.
 
-    Returns [views * B, S, S, channels] of the same dtype.
+    Returns [views * B, H, W, channels] of the same dtype.
     """
     planes = torch.stack(torch.cat(list(crops)).unbind(-1), dim=1)
     transpose_views(planes, views, first, len(crops), (2, 3))
-    appearance = Appearance.from_views(config, views, first, len(crops), planes.shape[-1], pixels)
+    appearance = Appearance.from_views(config, views, first, len(crops), planes.shape[2:], pixels)
     return torch.stack(apply_appearance(planes, appearance).unbind(1), dim=-1)
 
 
@@ -160,7 +162,7 @@ class CropError(Exception):
 
 @dataclass(frozen=True)
 class _ViewGroup:
-    """Views of one size: index of the first view, output [views, B, S, S, channels], appearance (None: plain crops)."""
+    """Views of one size: index of the first view, output [views, B, H, W, channels], appearance (None: plain crops)."""
 
     first: int
     out: Tensor
@@ -185,7 +187,7 @@ class CpuViewMaker:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return global, local and Gram crops of B images [H, W, channels], all view-major.
 
-        Shapes are [V*B, S, S, channels], [L*B, s, s, channels] and [V*B, g, g, channels]; the last is None without a
+        Shapes are [crops, height, width, channels] of V*B, L*B and V*B crops of ``sizes``; the last is None without a
         Gram size. Crops of uint8 are uint8, all others float32.
 
         Args:
@@ -203,7 +205,7 @@ class CpuViewMaker:
             (crops.global_count, crops.local_count, sizes.local_size, True),
             *([(0, crops.global_count, sizes.gram_size, False)] if sizes.gram_size else []),
         ):
-            out = torch.empty(count, len(images), size, size, channels, dtype=dtype)
+            out = torch.empty(count, len(images), *size, channels, dtype=dtype)
             appearance = (
                 Appearance.from_views(crops, views, first, count, size, self._pixels) if has_appearance else None
             )
@@ -239,7 +241,7 @@ def crop_and_resize(
     vertical: bool = False,
     transpose: bool = False,
 ) -> None:
-    """Resize the box ``start`` to ``end`` (y, x in pixels) of [1, channels, H, W] into ``out`` [channels, S, S]."""
+    """Resize the box ``start`` to ``end`` (y, x in pixels) of [1, channels, H, W] into ``out`` [channels, H, W]."""
     box = planes[:, :, start[0] : end[0], start[1] : end[1]]
     if box.dtype != torch.uint8:
         box = box.float()
@@ -265,11 +267,11 @@ def _make_sample(
     mirrored, vertical, transposed = (each[row].tolist() for each in (views.mirror, views.vertical, views.transpose))
     planes = image.permute(2, 0, 1)[None]
     for group in groups:
-        count, batch_size, side, _, channels = group.out.shape
+        count, batch_size, height, width, channels = group.out.shape
         # float32 where apply_appearance needs it
         is_recolored = group.appearance is not None and group.appearance.table is not None
         dtype = torch.float32 if is_recolored else group.out.dtype
-        crops = torch.empty(count, channels, side, side, dtype=dtype)
+        crops = torch.empty(count, channels, height, width, dtype=dtype)
         for view, out in enumerate(crops, group.first):
             turn = {"mirror": mirrored[view], "vertical": vertical[view], "transpose": transposed[view]}
             crop_and_resize(planes, starts[view], ends[view], out=out, **turn)
@@ -309,7 +311,7 @@ def _blur_bands(sigma: npt.NDArray[np.float32], tile: int) -> npt.NDArray[np.flo
 
 
 def _map_colors(planes: Tensor, table: Tensor) -> Tensor:
-    """Map the colours of float32 [N, 3, S, S] in 0..255 and add 0.5, so that truncating the result rounds it."""
+    """Map the colours of float32 [N, 3, H, W] in 0..255 and add 0.5, so that truncating the result rounds it."""
     pixels = planes.flatten(2)
     grey = (pixels.mean(2) * table[:, 9:]).sum(1) + 0.5
     result = torch.baddbmm(grey[:, None, None].expand(-1, 3, 1), table[:, :9].view(-1, 3, 3), pixels)
@@ -317,12 +319,12 @@ def _map_colors(planes: Tensor, table: Tensor) -> Tensor:
 
 
 def _blur(values: Tensor, bands: Tensor) -> Tensor:
-    """Gaussian blur of float32 [n, channels, S, S] as matmuls of tiles with a band: fewer passes than shifts."""
-    num, channels, size, _ = values.shape
+    """Gaussian blur of float32 [n, channels, H, W] as matmuls of tiles with a band: fewer passes than shifts."""
+    num, channels, inner_height, _ = values.shape
     reach, tile = bands.shape[1:]
     # planes padded to a whole number of tiles and stacked, so that all windows [reach, width] are evenly spaced views;
     # the few windows that straddle two planes are computed and ignored
-    below = BLUR_RADIUS + -(size + 2 * BLUR_RADIUS) % tile
+    below = BLUR_RADIUS + -(inner_height + 2 * BLUR_RADIUS) % tile
     padded = pad(values, (BLUR_RADIUS, BLUR_RADIUS, BLUR_RADIUS, below), mode="reflect")
     height, width = padded.shape[2:]
     windows = padded.view(-1, width).unfold(0, reach, tile).transpose(1, 2)
@@ -332,4 +334,4 @@ def _blur(values: Tensor, bands: Tensor) -> Tensor:
 
     lines = columns.view(num, channels * height, width).unfold(2, reach, tile).transpose(1, 2)
     rows = torch.matmul(lines, bands[:, None]).view(num, -1, channels, height, tile)
-    return rows[..., :size, :].permute(0, 2, 3, 1, 4).reshape(values.shape)
+    return rows[..., :inner_height, :].permute(0, 2, 3, 1, 4).reshape(values.shape)

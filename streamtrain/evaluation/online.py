@@ -79,7 +79,7 @@ class Study:
     def identity(self) -> str:
         """Text that changes with the images and with their preprocessing; not collective."""
         crops = self.config.crops
-        parts = (self.images.digest, crops.global_size, crops.mean, crops.std, crops.value_range)
+        parts = (self.images.digest, self.config.square_side, crops.mean, crops.std, crops.value_range)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @cached_property
@@ -97,11 +97,11 @@ class Study:
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
 
     def crops(self, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches [B, side, side, channels] of this rank's images at the size of the global crops, on the device.
+        """Yield batches [B, side, side, channels] of this rank's images on the device; ``Config.square_side``.
 
         Also yields bool [B]: False where a grey crop replaces an unusable image.
         """
-        size, batch = self.config.crops.global_size, self.config.crops.global_count * self.config.data.micro_batch
+        size, batch = self.config.square_side, self.config.crops.global_count * self.config.data.micro_batch
         batches = crop_batches(images, size, size, batch, self.runtime.launch.cores)
 
         def load() -> tuple[Tensor, Tensor]:

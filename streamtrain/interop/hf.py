@@ -249,7 +249,7 @@ tags: [dinov3, self-supervised, streamtrain]
 
 Trained without labels by streamtrain with the DINOv3 objective (arXiv:2508.10104):
 patches of {model.patch_size} px, {model.num_heads} heads, {model.num_registers} register tokens, {model.mlp} MLP,
-axial RoPE; global crops of {config.image_size} px.
+axial RoPE; input of {config.image_size} px.
 
 ```python
 from transformers import AutoImageProcessor, AutoModel

@@ -305,7 +305,7 @@ def _without_adapters(config: Config) -> Config:
 def _config_of_run(config: Config, origin: Origin) -> BackboneConfig:
     crops = config.crops
     return BackboneConfig(
-        model=config.model, image_size=crops.global_size, resize=crops.global_size, mean=crops.mean, std=crops.std,
+        model=config.model, image_size=config.square_side, resize=config.square_side, mean=crops.mean, std=crops.std,
         dtype=config.data.dtype or "uint8", value_range=crops.value_range, background=config.data.background_color,
         origin=origin,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Literal
 from streamtrain.config.crops import CropSizes
 from streamtrain.config.masks import max_rows
 from streamtrain.config.model import HeadConfig, ModelConfig, is_adapter
+from streamtrain.config.section import ImageSize
 from streamtrain.config.tree import Config
 from streamtrain.planning.shapes import backbone_shapes, block_shapes, projector_shapes
 
@@ -66,9 +67,9 @@ class Crops:
     kept: int
 
     @classmethod
-    def of(cls, model: ModelConfig, images: int, size: int, drop_path: float) -> Crops:
+    def of(cls, model: ModelConfig, images: int, size: ImageSize, drop_path: float) -> Crops:
         kept = max(1, round((1.0 - drop_path) * images)) if images else 0
-        return cls(images, (size // model.patch_size) ** 2, kept)
+        return cls(images, size.patches(model.patch_size), kept)
 
     def tokens(self, model: ModelConfig) -> int:
         """Return the number of tokens of one crop."""

@@ -50,8 +50,8 @@ def _loader_stream(s: Sizes) -> Iterator[Part]:
     """Yield the temporaries of one batch's colours, which the loader's stream keeps; global and local crops follow."""
     crops = s.config.crops
     values = [
-        images * s.config.model.channels * side**2
-        for images, side in zip(s.images, (crops.global_size, crops.local_size), strict=True)
+        images * s.config.model.channels * size.pixels
+        for images, size in zip(s.images, (crops.global_size, crops.local_size), strict=True)
     ]
     factors = (max(values), "values of crops"), (RECOLOR_BYTES, "B")
     yield part("temporaries of the loader's stream", "gpu", ALWAYS, *factors)

@@ -37,7 +37,7 @@ def host_buffers(s: Sizes) -> Iterator[Part]:
     yield part("process and libraries (allowance)", "host", ALWAYS, (PROCESS_BYTES, "B"))
     encoded = min(data.read_ahead_bytes, BATCHES_AHEAD * data.micro_batch * s.stored.num_bytes)
     yield part("encoded images ahead", "host", ALWAYS, (encoded, "B"))
-    pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
+    pixels = crops.global_count * crops.global_size.pixels + crops.local_count * crops.local_size.pixels
     batch, decoded = (data.micro_batch, "images"), data.pixels.num_bytes * s.stored.pixels
     pixels *= data.pixels.crop_bytes
     if s.on_gpu:
@@ -70,9 +70,8 @@ def evaluation_buffers(s: Sizes) -> Iterator[Part]:
     yield part("evaluation's similarities", "gpu", EVALUATION, (similarities, "B"))
     # cropped ahead of the network, two batches and the current one, and one decoded image per thread
     batch = (crops.global_count * s.config.data.micro_batch, "images")
-    yield part(
-        "evaluation's crops", "host", EVALUATION, (3, "batches"), batch, (pixels.crop_bytes * crops.global_size**2, "B")
-    )
+    crop = (pixels.crop_bytes * s.config.square_side**2, "B")
+    yield part("evaluation's crops", "host", EVALUATION, (3, "batches"), batch, crop)
     yield part(
         "evaluation's decoded images",
         "host",

@@ -74,23 +74,25 @@ class Sizes:
         frozen = {name: shape for name, shape in shapes.items() if name not in trained}
         part, frozen_part = (partition(each, config, world_size) for each in (trained, frozen))
         prefix = 1 + config.model.num_registers
-        sides = [size // config.model.patch_size for size in (config.crops.global_size, config.crops.local_size)]
         crops, batch = config.crops, config.data.micro_batch
+        patches, local_patches = (
+            size.patches(config.model.patch_size) for size in (crops.global_size, crops.local_size)
+        )
         block = sum(map(math.prod, block_shapes(config.model).values()))
         trained_block = max(
             sum(math.prod(shape) for name, shape in trained.items() if name.startswith(f"backbone.blocks.{index}."))
             for index in {config.model.trained_blocks[0], config.model.depth - 1}
         )
-        rows = max_rows(config.masks, batch, crops.global_count, sides[0] ** 2, math.gcd(batch, config.masks.group))
+        rows = max_rows(config.masks, batch, crops.global_count, patches, math.gcd(batch, config.masks.group))
         if config.teacher.kind == "frozen":
             # its student learns from all patches
-            rows = batch * crops.global_count * sides[0] ** 2
+            rows = batch * crops.global_count * patches
         return cls(
             config, world_size, on_gpu, _implementation(config, on_gpu, supported),
             not on_gpu and config.engine.cpu_kernels and supported == CPU_KERNELS, 2 if bf16 else 4, accumulation,
             part.numel + frozen_part.numel, part.shard_numel, frozen_part.shard_numel, part.numel, part.flat_numels,
             max(part.largest_numel, frozen_part.largest_numel), part.largest_numel, block, trained_block,
-            prefix + sides[0] ** 2, prefix + sides[1] ** 2, rows, stored or ASSUMED_IMAGES, cores,
+            prefix + patches, prefix + local_patches, rows, stored or ASSUMED_IMAGES, cores,
         )  # fmt: skip
 
     @property
@@ -104,8 +106,8 @@ class Sizes:
         """The backbone of a feature teacher and its tokens in a micro-batch; None without one."""
         if (model := self.config.teacher.backbone) is None:
             return None
-        side = self.config.crops.global_size // model.patch_size
-        return model, self.images[0] * (1 + model.num_registers + side**2)
+        patches = self.config.crops.global_size.patches(model.patch_size)
+        return model, self.images[0] * (1 + model.num_registers + patches)
 
     @property
     def tokens(self) -> int:

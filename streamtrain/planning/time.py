@@ -232,8 +232,8 @@ class _Model:
         for name, head, _, rows in self.heads:
             yield self._head(TEACHER, f"{name} head", "teacher/forward", head, rows, 1.0)
         if self.config.objective.gram.is_active:
-            side = self.sizes.gram_size or self.sizes.global_size
-            gram = Crops.of(self.config.model, self.full.images, side, 0.0)
+            size = self.sizes.gram_size or self.sizes.global_size
+            gram = Crops.of(self.config.model, self.full.images, size, 0.0)
             yield from self._teacher_blocks(gram, gram.images * gram.tokens(self.config.model))
         if self.config.objective.anchor.is_active:
             anchor = Crops.of(self.config.model, self.full.images, self.sizes.global_size, 0.0)

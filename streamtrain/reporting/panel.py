@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -46,9 +47,9 @@ def crops_panel(
     """Draw the first ``samples`` samples of a micro-batch, one per row, under a row of labels.
 
     Args:
-        global_crops: [V * B, H, H, channels], view-major.
-        local_crops: [L * B, h, h, channels], view-major; L may be 0.
-        grid_mask: bool [V * B, T], the masked patches of each global crop, row by row of a square grid.
+        global_crops: [V * B, H, W, channels], view-major.
+        local_crops: [L * B, h, w, channels], view-major; L may be 0.
+        grid_mask: bool [V * B, T], the masked patches of each global crop, row by row.
         batch_size: B.
         samples: rows to draw, at most B.
         show: converts crops [..., channels] to uint8 [..., 3].
@@ -57,30 +58,30 @@ def crops_panel(
         uint8 [height, width, 3].
     """
     rows = min(samples, batch_size)
-    zoom = max(MIN_SIDE // int(global_crops.shape[1]), 1)
+    zoom = max(MIN_SIDE // max(global_crops.shape[1:3]), 1)
     masks = _first(grid_mask, batch_size, rows)
     global_views = [
         [_magnify(draw_mask(crop, mask), zoom) for crop, mask in zip(crops, masks[row], strict=True)]
         for row, crops in enumerate(show(_first(global_crops, batch_size, rows)))
     ]
     local = [[_magnify(crop, zoom) for crop in crops] for crops in show(_first(local_crops, batch_size, rows))]
-    high, small = int(global_crops.shape[1]) * zoom, int(local_crops.shape[1]) * zoom
+    (high, wide), (small, narrow) = ([side * zoom for side in each.shape[1:3]] for each in (global_crops, local_crops))
     # stack local views in columns about as high as a global view
     column = max(round(high / small), 1)
     columns = -(-len(local[0]) // column)
-    width = len(global_views[0]) * (high + GAP) + columns * (small + GAP) + 3 * GAP
+    width = len(global_views[0]) * (wide + GAP) + columns * (narrow + GAP) + 3 * GAP
     row_height = max(high, column * (small + GAP) - GAP if columns else 0)
     panel = np.full((LABEL_HEIGHT + rows * (row_height + 2 * GAP), width, 3), BACKGROUND, np.uint8)
     for row in range(rows):
         top, left = LABEL_HEIGHT + row * (row_height + 2 * GAP), 2 * GAP
         for crop in global_views[row]:
-            panel[top : top + high, left : left + high] = crop
-            left += high + GAP
+            panel[top : top + high, left : left + wide] = crop
+            left += wide + GAP
         for index, crop in enumerate(local[row]):
-            y, x = top + (index % column) * (small + GAP), left + (index // column) * (small + GAP)
-            panel[y : y + small, x : x + small] = crop
+            y, x = top + (index % column) * (small + GAP), left + (index // column) * (narrow + GAP)
+            panel[y : y + small, x : x + narrow] = crop
     labels = [(f"global view {view + 1}", "masked: dark") for view in range(len(global_views[0]))]
-    starts = [2 * GAP + view * (high + GAP) for view in range(len(labels) + bool(columns))]
+    starts = [2 * GAP + view * (wide + GAP) for view in range(len(labels) + bool(columns))]
     if columns:
         labels.append((f"{len(local[0])} local views", "never masked"))
     _draw_labels(panel, labels, starts)
@@ -103,11 +104,11 @@ def _magnify(crop: np.ndarray, zoom: int) -> np.ndarray:
 
 
 def draw_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Darken the masked patches of a crop uint8 [H, W, 3]; ``mask``: bool [T] of a square grid."""
-    side = round(len(mask) ** 0.5)
-    assert side * side == len(mask) and crop.shape[0] % side == 0, (crop.shape, len(mask))
-    patch = crop.shape[0] // side
-    covered = np.kron(mask.reshape(side, side), np.ones((patch, patch), bool))[..., None]
+    """Darken the masked patches of a crop uint8 [H, W, 3]; ``mask``: bool [T], row by row."""
+    height, width = crop.shape[:2]
+    patch = math.isqrt(height * width // len(mask))
+    assert patch**2 * len(mask) == height * width and height % patch == 0, (crop.shape, len(mask))
+    covered = np.kron(mask.reshape(height // patch, width // patch), np.ones((patch, patch), bool))[..., None]
     return np.where(covered, crop * (1 - MASK_OPACITY) + MASK_COLOUR * MASK_OPACITY, crop).astype(np.uint8)
 
 

@@ -212,11 +212,11 @@ class SpeedMeter(Observer):
 
     def _work(self, batch: Batch) -> Work:
         """Return the work of a step; ``batch`` is one of its micro-batches."""
-        gram_size = None if batch.gram_crops is None else batch.gram_crops.shape[1]
-        sizes = CropSizes(batch.global_crops.shape[1], batch.local_crops.shape[1], gram_size)
+        gram_size = None if batch.gram_crops is None else tuple(batch.gram_crops.shape[1:3])
+        sizes = CropSizes.of(tuple(batch.global_crops.shape[1:3]), tuple(batch.local_crops.shape[1:3]), gram_size)
         model, crops = self._config.model, self._config.crops
         tokens = sum(
-            count * (1 + model.num_registers + (size // model.patch_size) ** 2)
+            count * (1 + model.num_registers + size.patches(model.patch_size))
             for count, size in ((crops.global_count, sizes.global_size), (crops.local_count, sizes.local_size))
         )
         return Work(self._global_batch, self._global_batch * tokens, self._flops(sizes))
@@ -315,7 +315,7 @@ class FeatureMaps(Observer):
     def _read_crops(self) -> list[np.ndarray]:
         """Return centre crops larger than the global crops, none for a remote set; rank 0 prepares their maps."""
         count, images = self._config.monitor.panel_samples, self._held_out
-        size = map_size(self._config.crops.global_size, self._config.model.patch_size)
+        size = map_size(self._config.square_side, self._config.model.patch_size)
         if images is None and self._shard_set.is_remote:
             return []
         background = self._config.data.background_color
@@ -334,9 +334,8 @@ class FeatureMaps(Observer):
         if not self._images:
             return
         # each chunk needs as much memory as the teacher pass of a step
-        crops = self._config.crops
-        relative_area = (len(self._images[0]) / crops.global_size) ** 2
-        chunk = max(1, int(crops.global_count * self._config.data.micro_batch / relative_area))
+        relative_area = (len(self._images[0]) / self._config.square_side) ** 2
+        chunk = max(1, int(self._config.crops.global_count * self._config.data.micro_batch / relative_area))
         features: list[Tensor] = []
         for start in range(0, len(self._images), chunk):
             images = [image.to(self._runtime.device) for image in self._images[start : start + chunk]]

@@ -64,10 +64,10 @@ def batches(config: Config) -> object:
 def fixed_batch(config: Config) -> Batch:
     draw, crops = torch.Generator().manual_seed(0), config.crops
     images = [
-        torch.randint(0, 256, (count * 4, size, size, config.model.channels), dtype=torch.uint8, generator=draw)
+        torch.randint(0, 256, (count * 4, *size, config.model.channels), dtype=torch.uint8, generator=draw)
         for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
     ]
-    patches = (crops.global_size // config.model.patch_size) ** 2
+    patches = crops.global_size.patches(config.model.patch_size)
     mask = torch.rand(len(images[0]), patches, generator=draw) < 0.5
     mask[:, 0] = True
     index = mask.flatten().nonzero()[:, 0]

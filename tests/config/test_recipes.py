@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from commands import exit_status
 
+from streamtrain.config.crops import CropSizes
 from streamtrain.config.load import load_config
 from streamtrain.config.schedules import value_at
 
@@ -18,14 +19,13 @@ def test_the_gram_stage_refreshes_three_times_and_ramps_its_weights() -> None:
     assert at == [0.0, 0.0, 1.0, 2.0, 2.0]
     local = config.objective.global_loss.local_weight
     assert [value_at(local, step, steps) for step in (0, 1_000_000, 1_001_000)] == [1.0, 1.0, 0.5]
-    assert [(s.global_size, s.local_size, s.gram_size) for s in config.crop_sizes] == [(256, 112, 512)]
+    assert config.crop_sizes == (CropSizes.of(256, 112, 512),)
 
 
 def test_the_high_resolution_stage_alternates_sizes_and_keeps_its_gram_teacher() -> None:
     config = load_config("giant_highres.yaml")
-    sizes = [(s.global_size, s.local_size, s.gram_size) for s in config.crop_sizes]
-    large = [(768, side, 1152) for side in (112, 160, 224, 336)]
-    assert sizes == [(512, 112, 768), *large]
+    large = [CropSizes.of(768, side, 1152) for side in (112, 160, 224, 336)]
+    assert config.crop_sizes == (CropSizes.of(512, 112, 768), *large)
     assert [entry.share for entry in config.crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
     assert not any(config.objective.gram.refresh.is_due(step) for step in (1_010_000, 1_200_000, 1_210_000))
     assert config.objective.koleo.samples(config.data.micro_batch, 256) == 16

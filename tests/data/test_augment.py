@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtrain.config.crops import BlurConfig, CropsConfig, JitterConfig, SolarizeConfig
+from streamtrain.config.crops import BlurConfig, CropsConfig, CropSizes, JitterConfig, SolarizeConfig
 from streamtrain.config.load import build
 from streamtrain.config.tree import Config
 from streamtrain.data.augment import SizeSchedule, ViewParameters, draw_views
@@ -160,7 +160,7 @@ def test_sizes_default_to_the_crops_section_and_are_validated() -> None:
     gram = {"objective": {"gram": {"weight": 1.0, "size": 64}}}
     entries = [{"share": 1, "local_size": 32}, {"share": 2, "global_size": 128, "gram_size": 96}]
     sizes = build({**gram, "crops": {"sizes": entries, "global_size": 64}}).crop_sizes
-    assert [(size.global_size, size.local_size, size.gram_size) for size in sizes] == [(64, 32, 64), (128, 96, 96)]
+    assert sizes == (CropSizes.of(64, 32, 64), CropSizes.of(128, 96, 96))
     for crops, message in (
         ({"sizes": [{"share": 1, "local_size": 31}]}, "crops.sizes.0.local_size 31 is not a multiple"),
         ({"sizes": [{"share": 0}]}, "crops.sizes.0.share"),

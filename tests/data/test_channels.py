@@ -90,7 +90,7 @@ def test_ranks_and_micro_batches_do_not_change_the_stream(four_bands: Path) -> N
 def test_dali_and_cpu_views_agree(pixels: PixelFormat) -> None:
     turns = {"aspect": (1, 1), "flip_vertical": 0.5, "rotate90": 0.75, "mean": [0.5], "std": [0.2]}
     crops = CropsConfig(global_size=32, local_size=16, local_count=1, **turns, **PERTURBED, **PLAIN)
-    sizes = CropSizes(32, 16)
+    sizes = CropSizes.of(32, 16)
     rows, columns, channels = np.mgrid[:40, :32, : pixels.channels]
     image = (3 * rows + 2 * columns + channels).astype(pixels.dtype)
     views = draw_views(crops, 0, np.arange(3), np.tile(np.int32([[32, 40]]), (3, 1)), pixels.channels)

@@ -132,12 +132,13 @@ def test_decoded_images_join_the_graph_of_a_gpu() -> None:
     assert 20 < len(decoded) < len(payloads) - 20
     sizes = np.tile(np.int32([[SIDE, SIDE]]), (len(payloads), 1))
     views = draw_views(crops, 0, np.arange(len(payloads)), sizes)
+    crop_sizes = CropSizes.of(SIDE, 32)
     pipeline = CropPipeline(
-        crops, len(payloads), (CropSizes(SIDE, 32),), device="cpu", device_id=None, threads=1, prefetch=1, cropping=True
+        crops, len(payloads), (crop_sizes,), device="cpu", device_id=None, threads=1, prefetch=1, cropping=True
     )
     for rows in (decoded, {}, {row: decode(each) for row, each in enumerate(payloads)}):
         usable = [saved(Image.fromarray(decode(each)), "PNG") for each in payloads] if not rows else payloads
-        pipeline.feed([np.frombuffer(each, np.uint8) for each in usable], views, CropSizes(SIDE, 32), rows)
+        pipeline.feed([np.frombuffer(each, np.uint8) for each in usable], views, crop_sizes, rows)
         output = torch.from_dlpack(pipeline.take()[0].as_tensor()).numpy().copy()
         pipeline.release()
         for name, payload, pixels in zip(names, payloads, output, strict=True):

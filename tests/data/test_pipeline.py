@@ -34,7 +34,7 @@ def parameters(count: int) -> ViewParameters:
     return draw_views(CROPS, 0, np.arange(count), np.tile(np.int32([[90, 70]]), (count, 1)))
 
 
-SIZES = CropSizes(48, 32)
+SIZES = CropSizes.of(48, 32)
 
 
 def make_pipeline(
@@ -102,17 +102,17 @@ def test_dali_and_cpu_views_agree(device: str) -> None:
 
 
 def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
-    sizes = (CropSizes(48, 32, gram_size=64), CropSizes(64, 16, gram_size=80))
+    sizes = (CropSizes.of(48, 32, gram_size=64), CropSizes.of(64, 16, gram_size=80))
     pipeline = make_pipeline(3, cropping=True, sizes=sizes)
     views, payloads = parameters(3), [payload(picture())] * 3
     for chosen in (sizes[0], sizes[1], sizes[0]):
         pipeline.feed(payloads, views, chosen)
         crops = [torch.from_dlpack(view.as_tensor()).clone() for view in pipeline.take()]
         pipeline.release()
-        sides = [chosen.global_size] * 2 + [chosen.local_size] * 2 + [chosen.gram_size] * 2
-        assert [tuple(crop.shape) for crop in crops] == [(3, side, side, 3) for side in sides]
-    single = make_pipeline(3, cropping=True, sizes=(CropSizes(64, 16),))
-    single.feed(payloads, views, CropSizes(64, 16))
+        shapes = [chosen.global_size] * 2 + [chosen.local_size] * 2 + [chosen.gram_size] * 2
+        assert [tuple(crop.shape) for crop in crops] == [(3, *size, 3) for size in shapes]
+    single = make_pipeline(3, cropping=True, sizes=(CropSizes.of(64, 16),))
+    single.feed(payloads, views, CropSizes.of(64, 16))
     # the Gram crop has the global view's box
     assert torch.equal(torch.from_dlpack(single.take()[0].as_tensor()), crops[4])
 

@@ -37,7 +37,7 @@ def recolored(
     """Return the image after ``apply_appearance``, in a batch with an image without changes."""
     planes = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].repeat(2, 1, 1, 1)
     appearance = Appearance.from_parameters(
-        np.float32([color, SAME]), np.float32([sigma, 0]), np.array([solarize, NO_SOLARIZE], np.int32), len(image)
+        np.float32([color, SAME]), np.float32([sigma, 0]), np.array([solarize, NO_SOLARIZE], np.int32), image.shape[:2]
     )
     result = apply_appearance(planes, appearance)
     assert torch.equal(result[1], planes[1])
@@ -106,7 +106,7 @@ def test_gpu_matches_cpu_without_host_sync() -> None:
     planes = torch.from_numpy(picture().transpose(2, 0, 1).copy())[None].repeat(4, 1, 1, 1)
     color = np.float32([SAME, (1.2, 0.7, 0.9, 20), (0.8, 1.1, 0, 0), (1.2, 1.2, 1.2, -20)])
     sigma, solarize = np.float32([0, 1.1, 0.4, 2]), np.int32([256, 256, 128, 128])
-    appearance = Appearance.from_parameters(color, sigma, solarize, 48)
+    appearance = Appearance.from_parameters(color, sigma, solarize, (48, 48))
     expected = apply_appearance(planes, appearance)
     on_gpu = planes.cuda()
     apply_appearance(on_gpu, appearance)
@@ -141,7 +141,7 @@ def test_rows_are_view_major_and_independent_of_the_batch() -> None:
     torch.rand(2**17).exp()  # large enough for torch to use several threads
     counts = [workers.submit(lambda: (torch.rand(2**17).exp(), torch.get_num_threads())[1]) for _ in range(4)]
     assert {count.result() for count in counts} == {1}
-    sizes = CropSizes(64, 32, gram_size=48)
+    sizes = CropSizes.of(64, 32, gram_size=48)
     together = workers.make_views(pictures, views, sizes)
     assert together[2].shape == (10, 48, 48, 3)
     assert together[0].shape == (10, 64, 64, 3) and together[1].shape == (15, 32, 32, 3)
@@ -159,7 +159,7 @@ def test_recolor_views_matches_the_cpu_view_maker() -> None:
     views = draw_views(CROPS, 3, np.arange(4), sizes)
     views.roi_start[:], views.roi_end[:], views.mirror[:] = 0, 1, 0
     workers = CpuViewMaker(CROPS, threads=1)
-    expected = workers.make_views(pictures, views, CropSizes(64, 32))[0]
+    expected = workers.make_views(pictures, views, CropSizes.of(64, 32))[0]
     workers.close()
     crops = torch.stack(pictures)
     assert torch.equal(recolor_views(CROPS, [crops, crops], views, 0), expected)
@@ -174,17 +174,16 @@ def test_gram_crops_have_the_global_boxes_without_colour_changes() -> None:
         sigma=np.zeros_like(views.sigma), solarize=np.full_like(views.solarize, 256),
     )  # fmt: skip
     workers = CpuViewMaker(CROPS, threads=1)
-    coloured, _, gram = workers.make_views(pictures, views, CropSizes(64, 32, gram_size=64))
-    uncoloured, _, none = workers.make_views(pictures, plain, CropSizes(64, 32))
+    coloured, _, gram = workers.make_views(pictures, views, CropSizes.of(64, 32, gram_size=64))
+    uncoloured, _, none = workers.make_views(pictures, plain, CropSizes.of(64, 32))
     workers.close()
     assert none is None and torch.equal(gram, uncoloured) and not torch.equal(gram, coloured)
 
 
 def test_concurrent_training_changes_no_pixel() -> None:
     crops = torch.rand(4, 3, 96, 96).mul_(255).round_()
-    appearance = Appearance.from_parameters(
-        np.tile(np.float32([1.2, 0.8, 1.1, 10]), (4, 1)), np.full(4, 1.3, np.float32), np.full(4, 256, np.int32), 96
-    )
+    color, sigma = np.tile(np.float32([1.2, 0.8, 1.1, 10]), (4, 1)), np.full(4, 1.3, np.float32)
+    appearance = Appearance.from_parameters(color, sigma, np.full(4, 256, np.int32), (96, 96))
     expected = apply_appearance(crops, appearance)
     features, prototypes = torch.randn(256, 64).bfloat16(), torch.randn(8192, 64).bfloat16()
     stop = Event()
@@ -204,7 +203,7 @@ def test_concurrent_training_changes_no_pixel() -> None:
 def test_quarter_turns_and_flips_are_exact() -> None:
     image = torch.from_numpy(picture().copy())
     turns = CropsConfig(**NO_COLOURS, flip=0, flip_vertical=0.5, rotate90=0.75, global_scale=(1, 1), aspect=(1, 1))
-    sizes = CropSizes(48, 48, gram_size=48)
+    sizes = CropSizes.of(48, 48, gram_size=48)
     views = draw_views(turns, 3, np.arange(16), np.tile(np.int32([[48, 48]]), (16, 1)))
     maker = CpuViewMaker(turns.model_copy(update={"local_count": 0}), 1)
     crops, _, gram = maker.make_views([image] * 16, views, sizes)

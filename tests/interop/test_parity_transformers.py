@@ -34,7 +34,7 @@ def backbone(preset: str, depth: int) -> tuple[VisionTransformer, BackboneConfig
             value.normal_(0.0, value.shape[1] ** -0.5, generator=generator)
         else:
             value.normal_(0.0, 0.2, generator=generator)
-    return model, BackboneConfig(model=config, image_size=CropsConfig().global_size)
+    return model, BackboneConfig(model=config, image_size=CropsConfig().global_size.height)
 
 
 @pytest.mark.parametrize(

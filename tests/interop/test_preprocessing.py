@@ -257,4 +257,4 @@ def test_another_size_keeps_the_margin() -> None:
     assert [preset_shaped(224, 256).config.resize_for(size) for size in (112, 224, 448)] == [128, 256, 512]
     assert [preset_shaped(224).config.resize_for(size) for size in (16, 224, 518)] == [16, 224, 518]
     config = tiny_config()
-    assert tiny_backbone().config.resize == config.crops.global_size
+    assert tiny_backbone().config.resize == config.square_side

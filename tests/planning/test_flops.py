@@ -52,13 +52,13 @@ def counted(config: Config) -> float:
         torch.randint(
             0,
             256,
-            (count * config.data.micro_batch, size, size, config.model.channels),
+            (count * config.data.micro_batch, *size, config.model.channels),
             dtype=torch.uint8,
             generator=draw,
         )
         for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
     ]
-    patches = (crops.global_size // config.model.patch_size) ** 2
+    patches = crops.global_size.patches(config.model.patch_size)
     # masks of half of the crops, with ratios spread over [0.1, 0.5], as in the stream
     counts = [round((0.1 + 0.4 * (k + 0.5) / 4) * patches) for k in range(4)]
     mask = torch.zeros(len(images[0]), patches, dtype=torch.bool)
@@ -75,8 +75,7 @@ def counted(config: Config) -> float:
         if config.objective.gram.is_active:
             anchor = FrozenBackbone(config)
             initialise(anchor, config.model, 2)
-            side = crops.global_size // config.model.patch_size
-            features = anchor(images[0], (side, side)).patches
+            features = anchor(images[0], crops.global_size.grid(config.model.patch_size)).patches
             targets = type(targets)(**{**vars(targets), "gram": GramTargets(features, "image", "keep", "all", 2**20)})
         student.student_losses(batch, targets, weights)["total"].backward()
     return float(counter.get_total_flops())

@@ -77,7 +77,7 @@ def test_recoloring_a_batch_takes_the_planned_temporaries(recipe: str) -> None:
     views = draw_views(crops, 0, np.arange(8), np.full((8, 2), 400, np.int32))
     sizes = ((0, crops.global_count, crops.global_size), (crops.global_count, crops.local_count, crops.local_size))
     for first, count, size in sizes:
-        images = [torch.zeros(8, size, size, 3, dtype=torch.uint8) for _ in range(count)]
+        images = [torch.zeros(8, *size, 3, dtype=torch.uint8) for _ in range(count)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = recolor_views(crops, images, views, first)
         assert profile.profiler is not None
@@ -86,7 +86,7 @@ def test_recoloring_a_batch_takes_the_planned_temporaries(recipe: str) -> None:
         peaks.append(int(allocated.max()) / result.nbytes - 1)
     # the result itself is among the crops of the step
     assert 0.85 * RECOLOR_BYTES < max(peaks) < 1.02 * RECOLOR_BYTES
-    values = max(8 * count * 3 * size**2 for _, count, size in sizes)
+    values = max(8 * count * 3 * size.pixels for _, count, size in sizes)
     planned = parts_of(recipe, "data.micro_batch=8", "data.global_batch=null")
     assert planned["temporaries of the loader's stream"].num_bytes == values * RECOLOR_BYTES
 

@@ -123,7 +123,7 @@ def test_evaluation_on_two_ranks_agrees_with_the_checkpoint_on_one(run: Path) ->
     config, backbone = read_resolved(run), load_run(run)
     images, _ = held_out(config, ShardSet.open(run.parent / "set"))
     assert images is not None and backbone.config.origin["step"] == STEPS
-    crops = {"size": config.crops.global_size, "mean": config.crops.mean, "std": config.crops.std}
+    crops = {"size": config.square_side, "mean": config.crops.mean, "std": config.crops.std}
     train, test = (
         (compute_features(backbone.model, each, **crops)[0], torch.from_numpy(each.labels))
         for each in (images.train, images.test)

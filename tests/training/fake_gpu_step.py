@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from streamtrain.config.load import load_config
 from streamtrain.config.masks import max_rows
+from streamtrain.config.section import ImageSize
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch, Masks
 from streamtrain.data.masking import select_every_patch
@@ -83,10 +84,10 @@ def batch_for(config: Config) -> Batch:
     """Return a micro-batch of the recipe's crops and masks."""
     sizes, count, local = config.crop_sizes[0], config.crops.global_count, config.crops.local_count
     images = config.data.micro_batch
-    patches = (sizes.global_size // config.model.patch_size) ** 2
+    patches = sizes.global_size.patches(config.model.patch_size)
 
-    def crops(number: int, side: int) -> torch.Tensor:
-        return torch.empty(number * images, side, side, 3, dtype=torch.uint8, device=CUDA)
+    def crops(number: int, size: ImageSize) -> torch.Tensor:
+        return torch.empty(number * images, *size, 3, dtype=torch.uint8, device=CUDA)
 
     if config.teacher.kind == "frozen":
         masks = select_every_patch(count * images, patches, CUDA)

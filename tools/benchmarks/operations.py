@@ -214,7 +214,7 @@ def trace_step(config: Config) -> dict[str, Count]:
     """Count a step of one micro-batch of the whole network, eager, by phase as in ``planning/time.py``."""
     crops, objective, batch_size = config.crops, config.objective, config.data.micro_batch
     images = crops.global_count * batch_size
-    patches = (crops.global_size // config.model.patch_size) ** 2
+    patches = crops.global_size.patches(config.model.patch_size)
     weights = LossWeights(gram=0.0)
     with gpu_paths():
         with _bf16():
@@ -225,7 +225,7 @@ def trace_step(config: Config) -> dict[str, Count]:
             torch.empty(images, patches, dtype=torch.bool), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
         )
         pixels = [
-            torch.empty(count * batch_size, size, size, 3, dtype=torch.uint8)
+            torch.empty(count * batch_size, *size, 3, dtype=torch.uint8)
             for count, size in ((crops.global_count, crops.global_size), (crops.local_count, crops.local_size))
         ]
         batch = Batch(np.arange(batch_size), pixels[0], pixels[1], masks)
@@ -233,8 +233,7 @@ def trace_step(config: Config) -> dict[str, Count]:
         prototypes = TeacherPrototypes(*(PlainWeight(head.prototypes.weight) if head else None for head in heads))
         for size in (crops.global_size, crops.local_size):
             # computed once in a run
-            side = size // config.model.patch_size
-            student.backbone.rope.table((side, side), masks.index.device, torch.bfloat16, None)
+            student.backbone.rope.table(size.grid(config.model.patch_size), masks.index.device, torch.bfloat16, None)
         with Recorder() as recorder:
             marks = [0]
 

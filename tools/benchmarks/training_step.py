@@ -20,6 +20,7 @@ from benchmarks.plain_step import PlainStep
 from benchmarks.process_usage import call_with_portable_errors, process_age_seconds
 from streamtrain.config.load import open_shard_set
 from streamtrain.config.masks import max_rows
+from streamtrain.config.section import ImageSize
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
@@ -249,14 +250,14 @@ def make_noise_batch(config: Config, device: torch.device) -> Batch:
     crops, size = config.crops, config.data.micro_batch
     draw = np.random.default_rng(0)
 
-    def noise(count: int, side: int) -> torch.Tensor:
-        return torch.from_numpy(draw.integers(0, 256, (count * size, side, side, 3), dtype=np.uint8)).to(device)
+    def noise(count: int, shape: ImageSize) -> torch.Tensor:
+        return torch.from_numpy(draw.integers(0, 256, (count * size, *shape, 3), dtype=np.uint8)).to(device)
 
     slots = np.arange(size)
-    side = crops.global_size // config.model.patch_size
-    parameters = draw_masks(config.masks, config.run.seed, slots, crops.global_count, (side, side))
-    rows = max_rows(config.masks, size, crops.global_count, side * side, config.masks.group)
-    masks = rasterise(parameters, (side, side), rows, device)
+    grid = crops.global_size.grid(config.model.patch_size)
+    parameters = draw_masks(config.masks, config.run.seed, slots, crops.global_count, grid)
+    rows = max_rows(config.masks, size, crops.global_count, grid[0] * grid[1], config.masks.group)
+    masks = rasterise(parameters, grid, rows, device)
     return Batch(slots, noise(crops.global_count, crops.global_size), noise(crops.local_count, crops.local_size), masks)
 
 

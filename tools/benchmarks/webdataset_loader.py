@@ -13,13 +13,14 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from streamtrain.config.crops import CropsConfig
+from streamtrain.config.section import ImageSize
 from streamtrain.data.augment import expand_to_views
 
 Views = list[npt.NDArray[np.uint8]]
 
 
 def batches(set_path: Path, crops: CropsConfig, batch_size: int) -> Iterator[Views]:
-    """Yield batches endlessly: one array uint8 [batch_size, size, size, 3] per view."""
+    """Yield batches endlessly: one array uint8 [batch_size, height, width, 3] per view."""
     urls = sorted(str(path) for path in (set_path / "shards").glob("*.tar"))
     dataset = webdataset.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(500).decode("pil")
     pending: list[Views] = []
@@ -54,9 +55,10 @@ def make_views(image: Image.Image, crops: CropsConfig) -> Views:
 
 
 def _random_resized_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], aspect: tuple[float, float]
+    image: Image.Image, size: ImageSize, scale: tuple[float, float], aspect: tuple[float, float]
 ) -> Image.Image:
     width, height = image.size
+    aspect = (aspect[0] * size.aspect, aspect[1] * size.aspect)
     for _ in range(10):
         area = random.uniform(*scale) * width * height
         ratio = math.exp(random.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -67,7 +69,7 @@ def _random_resized_crop(
     else:
         wide, tall = min(width, round(height * aspect[1])), min(height, round(width / aspect[0]))
         left, top = (width - wide) // 2, (height - tall) // 2
-    return image.crop((left, top, left + wide, top + tall)).resize((size, size), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + wide, top + tall)).resize((size.width, size.height), Image.Resampling.BICUBIC)
 
 
 def _jitter(picture: Image.Image, crops: CropsConfig) -> Image.Image:
