@@ -135,9 +135,7 @@ class CropsConfig(Section):
         (), "Sets of sizes that alternate from step to step, each with its share; empty: always the sizes above."
     )
     aspect: Annotated[Range, within("aspect", 0.05, 20.0)] = accept(
-        (3 / 4, 4 / 3),
-        "Range of a crop's width / height before it is resized, relative to that of its size: objects "
-        "are stretched by at most these factors.",
+        (3 / 4, 4 / 3), "Range of a box's width / height, divided by the width / height of the crop made of it."
     )
     flip: Probability = accept(0.5, "Share of views that are flipped horizontally.")
     flip_vertical: Probability = accept(0.0, "Share of views that are flipped vertically.")

@@ -87,8 +87,8 @@ class Config(Section):
             gram, full = one.gram_size, one.global_size
             if gram and gram.height * full.width != gram.width * full.height:
                 raise ValueError(
-                    f"objective.gram.size or gram_size {gram} does not have the proportions of the global crops, {full}; "
-                    "choose a multiple of crops.global_size"
+                    f"objective.gram.size or gram_size {gram} does not have the proportions of the global crops, "
+                    f"{full}; choose a multiple of crops.global_size"
                 )
             if self.crops.rotate90 and not (full.is_square and one.local_size.is_square):
                 raise ValueError(

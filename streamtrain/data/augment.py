@@ -180,7 +180,7 @@ def _draw_boxes(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Random resized crop: return the first of ``TRIES`` boxes that fits, in whole pixels, or the clipped centre.
 
-    The width / height of a box is that of its crop in ``target``, times a factor from ``crops.aspect``.
+    The width / height of a box is the width / height of its crop in ``target`` times a factor from ``crops.aspect``.
     """
     width, height = sizes[:, 0, None, None], sizes[:, 1, None, None]
     low = expand_to_views(crops, (crops.global_scale[0],), crops.local_scale[0])[:, None]

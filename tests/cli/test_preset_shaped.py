@@ -186,6 +186,9 @@ def test_features_of_the_python_api(kernels: str, folder: Path) -> None:
 STAGES = {
     "gram": ["objective.gram={weight: 1.0, size: 96, refresh: {first: 2, every: 1}}",
              "crops.sizes=[{share: 0.5}, {share: 0.5, global_size: 96, gram_size: 128}]"],
+    "rectangles": ["crops.global_size=[64, 96]", "crops.local_size=[32, 48]", "monitor.tensorboard=true",
+                   "monitor.panel_every=2", "evaluation.every=2", "evaluation.max_share=1.0", "model.rope_jitter=1.5",
+                   "objective.gram={weight: 1.0, size: [128, 192]}"],
     "distill": ["teacher.kind=frozen", "teacher.weights=RUN", "model.dim=64", "model.num_heads=1"],
     "init": ["init.weights=RUN", "init.freeze_backbone_steps=2"],
     "recompute": ["engine.checkpointing=selective", "engine.view_groups=2", "engine.moments=disk",

@@ -94,6 +94,13 @@ def test_recipes_are_found_with_and_without_suffix_and_by_path(tmp_path: Path) -
         ("schedules.lr=abc", "schedules.lr: must be a number or a schedule"),
         ("model.preset=vitx", "unknown preset 'vitx'; choose one of vits16"),
         ("crops.global_size=225", "crops.global_size 225 is not a multiple of model.patch_size 16"),
+        ("crops.local_size=[30, 32]", "crops.local_size 30x32 is not a multiple of model.patch_size 16"),
+        *(
+            (f"crops.global_size={value}", "crops.global_size: must be a whole number of pixels above 0, or two: [")
+            for value in ("[0, 32]", "[32]", "[32, 32, 32]", "text", ".nan", "[.nan, 32]", "{a: 1}", "null")
+        ),
+        ("crops.sizes=[{share: 1, local_size: [0, 16]}]", "crops.sizes.0.local_size: must be a whole number of pixels"),
+        ("objective.gram.size=[16]", "objective.gram.size: must be a whole number of pixels above 0"),
         ("crops.global_scale=[0.9, 0.1]", "crops.global_scale"),
         ("data.micro_batch=0", "data.micro_batch: must be at least 1 (got 0)"),
         ("run.steps=0", "run.steps: must be at least 1 (got 0)"),

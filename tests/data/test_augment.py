@@ -65,6 +65,27 @@ def test_area_and_aspect_follow_the_recipe_on_true_pixels() -> None:
     assert abs(share[:, 2:].mean() - (0.05 + 0.32) / 2) < 0.01  # uniform in area
 
 
+@pytest.mark.parametrize(("image", "tall", "wide"), [((1200, 1000), 96, 64), ((900, 1300), 48, 64)])
+def test_boxes_have_the_proportions_of_rectangular_crops(image: tuple[int, int], tall: int, wide: int) -> None:
+    """The sizes of a step count, not the crops section; boxes are stretched as little as for squares."""
+    slots, sizes = np.arange(400), np.tile(np.int32([image]), (400, 1))
+    crops = CropsConfig(global_scale=(0.1, 0.3))
+    views = draw_views(crops, 1, slots, sizes, crop_sizes=CropSizes.of([tall, wide], [wide, 2 * wide]))
+    extent = (views.roi_end - views.roi_start) * image[::-1]
+    stretch = extent[..., 1] / extent[..., 0] / np.array([wide / tall] * 2 + [2.0] * 8)
+    assert 0.74 < stretch.min() < 0.78 and 1.29 < stretch.max() < 1.35 and abs(np.log(stretch).mean()) < 0.02
+    share = extent.prod(-1) / np.prod(image)
+    assert abs(share[:, :2].mean() - 0.2) < 0.01 and abs(share[:, 2:].mean() - (0.05 + 0.32) / 2) < 0.01
+
+
+def test_a_box_that_does_not_fit_a_rectangle_falls_back_to_the_centre() -> None:
+    """A crop of 1 : 4 of a square image, with at least 0.9 of its area."""
+    views = draw_many(CropsConfig(global_scale=(0.9, 1.0), global_size=[16, 64]), 800, 800, 4)
+    extent = (views.roi_end - views.roi_start)[:, :2] * 800
+    np.testing.assert_allclose(extent, np.broadcast_to([800 / 3, 800], extent.shape), atol=1)
+    np.testing.assert_allclose((views.roi_start + views.roi_end)[:, :2], 1, atol=2e-3)
+
+
 def test_a_panorama_falls_back_to_its_clipped_centre() -> None:
     views = draw_many(CropsConfig(global_scale=(0.9, 1.0)), 4000, 100, 4)
     np.testing.assert_allclose(views.roi_start[:, :2, 0], 0)
@@ -165,9 +186,13 @@ def test_sizes_default_to_the_crops_section_and_are_validated() -> None:
         ({"sizes": [{"share": 1, "local_size": 31}]}, "crops.sizes.0.local_size 31 is not a multiple"),
         ({"sizes": [{"share": 0}]}, "crops.sizes.0.share"),
         ({"sizes": [{"share": 1, "gram_size": 32}]}, "only with objective.gram.weight"),
+        ({"rotate90": 0.1, "local_size": [32, 48]}, "crops.rotate90 needs square crops"),
+        ({"rotate90": 0.1, "sizes": [{"share": 1, "global_size": [32, 48]}]}, "crops.rotate90 needs square crops"),
     ):
         with pytest.raises(ConfigError, match=message):
             build({"crops": crops})
+    with pytest.raises(ConfigError, match="gram_size 64 does not have the proportions of the global crops, 32x48"):
+        build({**gram, "crops": {"global_size": [32, 48]}})
     with pytest.raises(ConfigError, match="in every entry or in none"):
         build({"crops": {"sizes": entries}, "objective": {"gram": {"weight": 1.0}}})
 

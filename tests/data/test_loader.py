@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -272,8 +273,9 @@ def test_the_interpreter_exits_with_an_open_loader(config: Config) -> None:
 def test_alternating_sizes_repeat_bit_for_bit_from_any_start_and_on_any_rank(config: Config, set_path: Path) -> None:
     raw = config.model_dump(mode="json")
     raw["crops"]["sizes"] = [
-        {"share": 0.5, "gram_size": 96}, {"share": 0.5, "global_size": 32, "local_size": 16, "gram_size": 64},
-    ]  # fmt: skip
+        {"share": 0.5, "gram_size": 96},
+        {"share": 0.5, "global_size": [32, 48], "local_size": 16, "gram_size": [64, 96]},
+    ]
     raw["objective"]["gram"]["weight"] = 1.0
     raw["data"]["global_batch"] = 8
     config = build(raw)
@@ -284,12 +286,16 @@ def test_alternating_sizes_repeat_bit_for_bit_from_any_start_and_on_any_rank(con
             return list(itertools.islice(loader, count))
 
     straight = take_batches(0, 0, 12)
-    sides = [(batch.global_crops.shape[1], batch.local_crops.shape[1], batch.gram_crops.shape[1]) for batch in straight]
+    shapes = [
+        tuple(tuple(crops.shape[1:3]) for crops in (batch.global_crops, batch.local_crops, batch.gram_crops))
+        for batch in straight
+    ]
     # two micro-batches a step
-    assert sides[::2] == sides[1::2] and set(sides) == {(64, 32, 96), (32, 16, 64)}
+    assert shapes[::2] == shapes[1::2]
+    assert set(shapes) == {((64, 64), (32, 32), (96, 96)), ((32, 48), (16, 16), (64, 96))}
     for batch in straight:
         assert batch.gram_crops.shape[0] == batch.global_crops.shape[0]
-        assert batch.masks.grid_mask.shape[1] == (batch.global_crops.shape[1] // 16) ** 2
+        assert batch.masks.grid_mask.shape[1] == math.prod(batch.global_crops.shape[1:3]) // 16**2
     resumed, second_rank = take_batches(0, 24, 6), take_batches(1, 24, 3)
     pairs = [*zip(resumed, straight[6:], strict=True), *zip(second_rank, straight[7::2], strict=True)]
     for batch, expected in pairs:

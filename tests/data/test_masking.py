@@ -37,6 +37,11 @@ def test_counts_are_exact_and_shapes_static(
     real = int(parameters.counts.sum())
     assert torch.equal(result.index[:real], result.grid_mask.flatten().nonzero()[:, 0])
     assert not result.index[real:].any() and not result.weight[real:].any()
+    for mask, count, rectangles in zip(result.grid_mask, parameters.counts, parameters.rectangles, strict=True):
+        top, left, height, width = rectangles[0]
+        assert top + height <= grid[0] and left + width <= grid[1]
+        # the first rectangle is filled first
+        assert mask.view(grid)[top : top + height, left : left + width].sum() == min(count, height * width)
     counts = torch.from_numpy(parameters.counts)[result.index[:real] // num_patches]
     assert torch.equal(result.weight[:real], 1 / counts.float())
 

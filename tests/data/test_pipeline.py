@@ -18,7 +18,7 @@ from streamtrain.data.augment import ViewParameters, draw_views
 from streamtrain.data.pipeline import CropPipeline, _build_graph
 from streamtrain.data.views import CpuViewMaker, recolor_views
 
-CROPS = CropsConfig(global_size=48, local_size=32, local_count=2)
+CROPS = CropsConfig(global_size=[40, 56], local_size=[32, 24], local_count=2)
 
 
 def picture(width: int = 90, height: int = 70) -> Image.Image:
@@ -34,7 +34,7 @@ def parameters(count: int) -> ViewParameters:
     return draw_views(CROPS, 0, np.arange(count), np.tile(np.int32([[90, 70]]), (count, 1)))
 
 
-SIZES = CropSizes.of(48, 32)
+SIZES = CropSizes(CROPS.global_size, CROPS.local_size)
 
 
 def make_pipeline(
@@ -93,8 +93,8 @@ def make_views_on(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_dali_and_cpu_views_agree(device: str) -> None:
     dali_global, dali_local, cpu_global, cpu_local = make_views_on(device)
-    assert dali_global.shape == cpu_global.shape == (12, 48, 48, 3)
-    assert dali_local.shape == cpu_local.shape == (12, 32, 32, 3)
+    assert dali_global.shape == cpu_global.shape == (12, 40, 56, 3)
+    assert dali_local.shape == cpu_local.shape == (12, 32, 24, 3)
     # they differ at the edges of boxes, where DALI's filter includes pixels outside the box
     for dali, cpu in ((dali_global, cpu_global), (dali_local, cpu_local)):
         assert (dali - cpu).abs().float().mean() < 2
@@ -102,7 +102,7 @@ def test_dali_and_cpu_views_agree(device: str) -> None:
 
 
 def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
-    sizes = (CropSizes.of(48, 32, gram_size=64), CropSizes.of(64, 16, gram_size=80))
+    sizes = (CropSizes.of([40, 56], 32, [64, 80]), CropSizes.of([64, 80], [16, 32], 80))
     pipeline = make_pipeline(3, cropping=True, sizes=sizes)
     views, payloads = parameters(3), [payload(picture())] * 3
     for chosen in (sizes[0], sizes[1], sizes[0]):
@@ -111,8 +111,8 @@ def test_sizes_alternate_within_one_pipeline_and_gram_crops_are_last() -> None:
         pipeline.release()
         shapes = [chosen.global_size] * 2 + [chosen.local_size] * 2 + [chosen.gram_size] * 2
         assert [tuple(crop.shape) for crop in crops] == [(3, *size, 3) for size in shapes]
-    single = make_pipeline(3, cropping=True, sizes=(CropSizes.of(64, 16),))
-    single.feed(payloads, views, CropSizes.of(64, 16))
+    single = make_pipeline(3, cropping=True, sizes=sizes[1:])
+    single.feed(payloads, views, sizes[1])
     # the Gram crop has the global view's box
     assert torch.equal(torch.from_dlpack(single.take()[0].as_tensor()), crops[4])
 

@@ -72,10 +72,10 @@ def test_hue_rotates_in_the_direction_of_hsv() -> None:
     assert rotated[1] > rotated[2] and rotated[1] > 60  # towards yellow, like increasing hue in HSV
 
 
-@pytest.mark.parametrize("size", [48, 40, 30, 13])
+@pytest.mark.parametrize("size", [(48, 48), (40, 48), (30, 16), (13, 13)])
 @pytest.mark.parametrize("sigma", [0.1, 0.28, 0.8, 1.4, 2.0])
-def test_blur_is_a_gaussian_of_nine_taps_with_reflected_edges(sigma: float, size: int) -> None:
-    image = picture()[:size, :size]
+def test_blur_is_a_gaussian_of_nine_taps_with_reflected_edges(sigma: float, size: tuple[int, int]) -> None:
+    image = picture()[: size[0], : size[1]]
     offsets = np.arange(-4, 5)
     kernel = np.exp(-(offsets**2) / (2 * sigma**2))
     expected = image.astype(float)
@@ -130,6 +130,28 @@ def test_crops_match_pillow() -> None:
         expected_crop = np.asarray(expected)[:, ::-1] if mirror else np.asarray(expected)
         # on white noise, clipping between the two passes depends on their order
         assert abs(out.permute(1, 2, 0).numpy().astype(int) - expected_crop).mean() < 0.5
+
+
+@pytest.mark.parametrize("mirrored", [0, 1])
+def test_ramps_show_that_height_and_width_are_not_exchanged(mirrored: int) -> None:
+    """Red grows with x and green with y, in an image with the proportions of the crops."""
+    y, x = np.mgrid[0:128, 0:192]
+    ramps = np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8)
+    crops = CropsConfig(
+        **NO_COLOURS, global_size=[64, 96], local_size=[32, 48], local_count=1, global_count=1, flip=mirrored,
+        global_scale=(1, 1), local_scale=(1, 1), aspect=(1, 1),
+    )  # fmt: skip
+    views = draw_views(crops, 0, np.arange(2), np.tile(np.int32([[192, 128]]), (2, 1)))
+    maker = CpuViewMaker(crops, 1)
+    made = maker.make_views([torch.from_numpy(ramps)] * 2, views, CropSizes.of([64, 96], [32, 48], [128, 192]))
+    maker.close()
+    for each, reduction in zip(made, (2, 4, 1), strict=True):
+        assert each is not None and each.shape == (2, 128 // reduction, 192 // reduction, 3)
+        centres = [(np.arange(0, size, reduction) + (reduction - 1) / 2) for size in (128, 192)]
+        red = centres[1][::-1] if mirrored else centres[1]
+        # at the borders, the filter is cut
+        shown = each.numpy()[:, 1:-1, 1:-1].astype(float)
+        assert abs(shown[..., 0] - red[1:-1]).max() <= 1 and abs(shown[..., 1] - centres[0][1:-1, None]).max() <= 1
 
 
 def test_rows_are_view_major_and_independent_of_the_batch() -> None:

@@ -44,6 +44,8 @@ from host_syncs import ForbidHostSyncs
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3
+# height and width in pixels
+GLOBAL, LOCAL = (16, 64), (16, 16)
 WEIGHTS = LossWeights(1.0, 1.0, 0.1)
 TEMPERATURE, MOMENTUM = 0.05, 0.9
 
@@ -56,7 +58,7 @@ def config_of(dtype: str, checkpointing: str, view_groups: str, compile: str = "
         {
             "run": {"dir": "nowhere"},
             "data": {"micro_batch": MICRO_BATCH},
-            "crops": {"global_size": 32, "local_size": 16, "local_count": 2},
+            "crops": {"global_size": GLOBAL, "local_size": LOCAL, "local_count": 2},
             "model": {"patch_size": 8, "depth": 3, "layerscale": 0.5, **sizes, **random},
             # chunks of four and two of the six images
             "teacher": {"chunk": 4},
@@ -80,11 +82,11 @@ def batch_of(config: Config, step: int, rank: int, micro: int) -> Batch:
     """Return a micro-batch of noise, which any rank can reproduce."""
     draw = generator(0, "noise", step * 100 + rank * 10 + micro)
     slots = (step * 100 + rank * 10 + micro * MICRO_BATCH) + torch.arange(MICRO_BATCH).numpy()
-    grid = (4, 4)
+    grid = config.crops.global_size.grid(config.model.patch_size)
     parameters = draw_masks(config.masks, 0, slots, 2, grid)
     pixels = [
-        torch.from_numpy(draw.integers(0, 256, (count * MICRO_BATCH, size, size, 3), dtype="uint8"))
-        for count, size in ((2, 32), (2, 16))
+        torch.from_numpy(draw.integers(0, 256, (count * MICRO_BATCH, *size, 3), dtype="uint8"))
+        for count, size in ((2, GLOBAL), (2, LOCAL))
     ]
     masks = rasterise(parameters, grid, max_rows(config.masks, MICRO_BATCH, 2, 16, 1), "cpu")
     return Batch(slots, pixels[0], pixels[1], masks)

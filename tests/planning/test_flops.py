@@ -91,6 +91,7 @@ def counted(config: Config) -> float:
         {"model": {"mlp": "swiglu", "drop_path": 0.0}, "objective": {"sinkhorn_iterations": 1}},
         {"objective": {"centering": "softmax", "gram": {"weight": 1.0}}},
         {"objective": {"patch_loss": {"kind": "l2"}}},
+        {"crops": {"global_size": [32, 72], "local_size": [16, 32]}, "objective": {"gram": {"weight": 1.0}}},
         {
             "data": {"channels": 13},
             "crops": {

@@ -13,7 +13,14 @@ from streamtrain.checkpoint import reader as checkpoint
 
 RELOAD = Path(__file__).with_name("reload_checkpoint.py")
 # divisible by 1, 2 and 3 ranks x micro-batches of 2, which is also the size of KoLeo's groups
-FIXED = ("data.global_batch=12", "data.micro_batch=2", "run.keep_last=0", "run.checkpoint_every=0")
+FIXED = (
+    "crops.global_size=[24, 40]",
+    "crops.local_size=[24, 16]",
+    "data.global_batch=12",
+    "data.micro_batch=2",
+    "run.keep_last=0",
+    "run.checkpoint_every=0",
+)
 # schedules that do not depend on run.steps
 CONSTANT = {"lr": "peak: 1.0e-3, warmup: 2", "weight_decay": "peak: 0.04", "momentum": "peak: 0.99",
             "teacher_temperature": "peak: 0.05, warmup: 2"}  # fmt: skip

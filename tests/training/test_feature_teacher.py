@@ -35,7 +35,7 @@ from streamtrain.training.feature_teacher import FeatureTeacher, describe_teache
 from streamtrain.training.ssl_model import LossWeights, SSLModel
 
 STUDENT = {"preset": None, "patch_size": 8, "dim": 16, "depth": 2, "num_heads": 2}
-CROPS = {"global_size": 32, "local_size": 16, "local_count": 1}
+CROPS = {"global_size": [24, 40], "local_size": 16, "local_count": 1}
 # another width, depth, MLP and patch size than the student's
 TEACHER = {"patch_size": 4, "dim": 48, "depth": 1, "num_heads": 3, "mlp": "swiglu", "mlp_hidden": 40}
 
@@ -190,13 +190,13 @@ def test_wrong_teachers_end_in_one_line(folder: Path, tmp_path: Path) -> None:
     dinov2 = {f"encoder.layer.0.attention.attention.{part}.weight": torch.ones(8, 8) for part in ("query", "key")}
     save_file({"embeddings.position_embeddings": torch.ones(1, 5, 8), **dinov2}, tmp_path / "dinov2/model.safetensors")
     (tmp_path / "dinov2" / "config.json").write_text(json.dumps({"model_type": "dinov2", "hidden_size": 8}))
-    odd = {"model": {"patch_size": 4}, "crops": {"global_size": 36}}
+    odd = {"model": {"patch_size": 4}, "crops": {"global_size": [32, 36]}}
     head = {"global_loss": {"head": {"prototypes": 64}}, "student_temperature": 0.2}
     for weights, sections, message in (
         (tmp_path / "absent", {}, "teacher.weights: there is no file or folder"),
         (tmp_path / "empty", {}, "empty"),
         (tmp_path / "dinov2", {}, "position embeddings"),
-        (tiny_weights(tmp_path / "odd"), odd, "global crops of 36 pixels are not a multiple of the patches of 8 pixel"),
+        (tiny_weights(tmp_path / "odd"), odd, "global crops of 32x36 pixels are not a multiple of the patches of 8"),
         (folder / "teacher", {"objective": head}, "objective.student_temperature, objective.global_loss.head;"),
         (folder / "teacher", {"objective": {"patch_loss": {"kind": "l2"}}}, "no effect: objective.patch_loss.kind;"),
         (folder / "teacher", {"schedules": {"teacher_temperature": 0.1}}, "no effect: schedules.teacher_temperature;"),

@@ -30,6 +30,8 @@ from streamtrain.ops.cpu import build as cpu_build
 from streamtrain.training.ssl_model import RECIPE_WEIGHTS, FrozenBackbone, LossWeights, SSLModel
 
 B, V, L, PATCH = 3, 2, 3, 4
+# global crops are rectangles of 16 patches
+GLOBAL, LOCAL, GRID = (8, 32), (8, 8), (2, 8)
 TEMPERATURE = 0.07
 
 
@@ -38,7 +40,7 @@ def config_of(objective: dict[str, Any] | None = None, **model: Any) -> Config:
     backbone = {"patch_size": PATCH, "dim": 24, "depth": 2, "num_heads": 2, "num_registers": 2, "layerscale": 0.5}
     return build(
         {
-            "crops": {"global_size": 16, "local_size": 8, "global_count": V, "local_count": L},
+            "crops": {"global_size": GLOBAL, "local_size": LOCAL, "global_count": V, "local_count": L},
             "model": {**backbone, "drop_path": 0.0, **model},
             "objective": {
                 "chunk_bytes": 2**16,
@@ -63,8 +65,8 @@ def ssl_model_of(config: Config, seed: int) -> SSLModel:
 def batch_of(seed: int, masked: bool = True, size: int = B, identical: bool = False) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     pixels = [
-        torch.randint(0, 256, (count * size, side, side, 3), dtype=torch.uint8, generator=draw)
-        for count, side in ((V, 16), (L, 8))
+        torch.randint(0, 256, (count * size, *shape, 3), dtype=torch.uint8, generator=draw)
+        for count, shape in ((V, GLOBAL), (L, LOCAL))
     ]
     if identical:
         pixels = [crops[:1].expand_as(crops).contiguous() for crops in pixels]
@@ -98,7 +100,7 @@ def with_frozen_targets(config: Config, teacher: SSLModel, batch: Batch, targets
     """Return ``targets`` with the teacher as Gram teacher and as anchor."""
     start = FrozenBackbone(config).to(next(teacher.parameters()).dtype)
     start.load_state_dict({key: value for key, value in teacher.state_dict().items() if key.startswith("backbone.")})
-    features = start(batch.global_crops, (4, 4))
+    features = start(batch.global_crops, GRID)
     with_gram = config.objective.anchor.patches == "gram"
     return replace(
         targets,
@@ -314,8 +316,8 @@ def test_gram_features_of_larger_crops_are_resized_to_the_student_grid() -> None
     config = config_of()
     gram_teacher = FrozenBackbone(config)
     initialise(gram_teacher, config.model, 0)
-    crops = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    assert gram_teacher(crops, (4, 4)).patches.shape == (2, 16, config.model.dim)
+    crops = torch.randint(0, 256, (2, 16, 64, 3), dtype=torch.uint8)
+    assert gram_teacher(crops, GRID).patches.shape == (2, 16, config.model.dim)
 
 
 @pytest.mark.parametrize("patches", ["gram", "cosine", "none"])
@@ -381,7 +383,7 @@ def test_students_and_teachers_use_the_kernels_if_enabled(
     exact = ssl_model_of(config, 0).double().features(batch_of(0).global_crops).patches
     called = record_kernel_calls(monkeypatch.setattr)
     with torch.no_grad():
-        for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, (4, 4)).patches):
+        for found in (model.features(batch_of(0).global_crops).patches, gram(batch_of(0).global_crops, GRID).patches):
             assert (found.float() - exact).norm() < 0.05 * exact.norm()
     # two blocks of two branches in each network
     assert len(called) == (8 if kernels else 0)

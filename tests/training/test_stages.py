@@ -22,7 +22,7 @@ GRAM = (
     "run.steps=11", "objective.gram.weight={peak: 2.0, delay: 3, warmup: 2}", "objective.gram.size=48",
     "objective.gram.refresh={first: 6, every: 2, limit: 2}", "run.keep_last=3",
     "objective.global_loss.local_weight={start: 1.0, peak: 0.5, delay: 3, warmup: 2}",
-    "crops.sizes=[{share: 0.5}, {share: 0.5, global_size: 48, gram_size: 64}]",
+    "crops.sizes=[{share: 0.5}, {share: 0.5, global_size: [32, 48], local_size: [16, 8], gram_size: [64, 96]}]",
     "optim.clip_per=module", "optim.clip=1.0",
 )  # fmt: skip
 
