@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import math
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from streamtrain.config.load import build, open_shard_set
 from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader, micro_batch_slots
+from streamtrain.data.masking import draw_masks, rasterise
 from streamtrain.data.stream import check_state
 from streamtrain.errors import CheckpointError, ConfigError
 
@@ -295,7 +295,10 @@ def test_alternating_sizes_repeat_bit_for_bit_from_any_start_and_on_any_rank(con
     assert set(shapes) == {((64, 64), (32, 32), (96, 96)), ((32, 48), (16, 16), (64, 96))}
     for batch in straight:
         assert batch.gram_crops.shape[0] == batch.global_crops.shape[0]
-        assert batch.masks.grid_mask.shape[1] == math.prod(batch.global_crops.shape[1:3]) // 16**2
+        grid = (batch.global_crops.shape[1] // 16, batch.global_crops.shape[2] // 16)
+        drawn = draw_masks(config.masks, config.run.seed, batch.slots, 2, grid)
+        expected = rasterise(drawn, grid, int(drawn.counts.sum()), "cpu").grid_mask
+        assert torch.equal(batch.masks.grid_mask, expected)
     resumed, second_rank = take_batches(0, 24, 6), take_batches(1, 24, 3)
     pairs = [*zip(resumed, straight[6:], strict=True), *zip(second_rank, straight[7::2], strict=True)]
     for batch, expected in pairs:
