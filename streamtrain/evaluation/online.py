@@ -97,7 +97,7 @@ class Study:
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
 
     def crops(self, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches [B, side, side, channels] of this rank's images on the device; ``Config.square_side``.
+        """Yield batches [B, side, side, channels] of this rank's images on the device (``Config.square_side``).
 
         Also yields bool [B]: False where a grey crop replaces an unusable image.
         """

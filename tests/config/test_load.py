@@ -127,6 +127,17 @@ def test_an_invalid_override_raises_a_one_line_error(override: str, message: str
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_square_crops_are_recorded_as_numbers_and_rectangles_as_lists() -> None:
+    """As in the run directories of earlier versions."""
+    sizes = [{"share": 1, "global_size": [32, 32]}, {"share": 2, "local_size": [48, 16]}]
+    config = build({"crops": {"global_size": [64, 64], "local_size": [32, 48], "sizes": sizes}})
+    raw = parse_yaml(to_yaml(config).encode())
+    assert raw["crops"]["global_size"] == 64 and raw["crops"]["local_size"] == [32, 48]
+    assert [entry["global_size"] for entry in raw["crops"]["sizes"]] == [32, None]
+    assert build(raw) == build(config.model_dump()) == config
+    assert raw["objective"]["gram"]["size"] is None
+
+
 @pytest.mark.parametrize(
     "text",
     [

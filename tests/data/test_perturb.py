@@ -39,7 +39,7 @@ def perturbed(crops: CropsConfig, planes: torch.Tensor, views: ViewParameters) -
 
 def test_defaults_change_no_bit() -> None:
     views = draw(CropsConfig(), 3, 2)
-    assert Appearance.from_views(CropsConfig(), views, 0, 2, 32, RGB).perturbation is None
+    assert Appearance.from_views(CropsConfig(), views, 0, 2, (32, 32), RGB).perturbation is None
     assert all(np.array_equal(getattr(views, name), values) for name, values in OFF.items())
     # a setting that is on for other views only
     planes = torch.randn(4, 3, 8, 8).mul_(1000)
