@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("tifffile")
 from channel_images import ramp, tiff, write_ramps
@@ -30,6 +34,8 @@ from streamtrain.reporting.panel import batch_panel
 
 PLAIN = {"jitter": {"probability": 0}, "grey": 0, "solarize": {"global_probability": [0]}}
 FOUR = PixelFormat(4, "uint16")
+Stream = tuple[Config, dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+StreamOf = Callable[[PixelFormat], Stream]
 PERTURBED = {"brightness": 0.3, "contrast": 0.3, "noise": 0.1, "channel_dropout": 0.3}
 
 
@@ -72,18 +78,52 @@ def test_crops_without_resampling_have_the_stored_values(tmp_path: Path, channel
     assert torch.allclose(planes.double(), expected.permute(0, 3, 1, 2), atol=1e-5)
 
 
-def test_a_resumed_stream_repeats_bit_for_bit(four_bands: Path) -> None:
-    config = small_config(four_bands, **PERTURBED)
-    straight = group_by_slot(take(make_loader(config), 9), config)  # more than an epoch of 26 samples
-    resumed = group_by_slot(take(make_loader(config, start_slot=20), 4), config)
-    assert_same(resumed, {slot: parts for slot, parts in straight.items() if slot >= 20})
+@pytest.fixture(scope="module")
+def stream_of(tmp_path_factory: pytest.TempPathFactory) -> StreamOf:
+    """A function that returns the settings and the first 48 samples of a set of 14 images, which it makes once."""
+
+    @cache
+    def make(pixels: PixelFormat) -> Stream:
+        folder = tmp_path_factory.mktemp("stream")
+        (folder / "src").mkdir()
+        for number in range(14):
+            np.save(folder / "src" / f"{number:02}.npy", ramp(pixels, number, 24 + number, 40 - number))
+        shard_bytes = 4 * 40 * 30 * pixels.num_bytes
+        pack(folder / "src", folder / "set", PackOptions(pixels=pixels, shard_bytes=shard_bytes))
+        config = small_config(folder / "set", **PERTURBED | ({"channel_dropout": 0} if pixels.channels == 1 else {}))
+        config = with_data(config, global_batch=8, micro_batch=8)
+        return config, group_by_slot(take(make_loader(config), 6), config)
+
+    return make
 
 
-def test_ranks_and_micro_batches_do_not_change_the_stream(four_bands: Path) -> None:
-    config = with_data(small_config(four_bands, **PERTURBED), global_batch=8, micro_batch=8)
-    one = group_by_slot(take(make_loader(config), 2), config)
-    loaders = [make_loader(with_data(config, micro_batch=2), rank, 2) for rank in range(2)]
-    assert_same(one, group_by_slot([batch for loader in loaders for batch in take(loader, 4)], config))
+STREAMS = {
+    "pixels": st.builds(PixelFormat, st.sampled_from([1, 2, 4, 13]), st.sampled_from(["uint8", "uint16", "float32"])),
+    "start": st.integers(0, 32), "ranks": st.sampled_from([1, 2, 4]), "micro": st.sampled_from([1, 2]),
+    "threads": st.integers(1, 2),
+}  # fmt: skip
+
+
+def check_stream(stream_of: StreamOf, pixels: PixelFormat, start: int, ranks: int, micro: int, threads: int) -> None:
+    """Check that two steps from any slot on have the samples of the whole stream, on any ranks and micro-batches."""
+    config, whole = stream_of(pixels)
+    config = with_data(config, micro_batch=micro, decode_threads=threads)
+    loaders = [make_loader(config, rank, ranks, start_slot=start) for rank in range(ranks)]
+    taken = [batch for loader in loaders for batch in take(loader, 16 // (ranks * micro))]
+    assert_same(group_by_slot(taken, config), {slot: whole[slot] for slot in range(start, start + 16)})
+
+
+@settings(max_examples=3)
+@given(**STREAMS)
+def test_a_sample_depends_on_the_slot_only(stream_of: StreamOf, **drawn: Any) -> None:
+    check_stream(stream_of, **drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=80)
+@given(**STREAMS)
+def test_many_samples_depend_on_the_slot_only(stream_of: StreamOf, **drawn: Any) -> None:
+    check_stream(stream_of, **drawn)
 
 
 @pytest.mark.parametrize("pixels", [FOUR, PixelFormat(13, "uint8"), PixelFormat(1, "float32")], ids=str)
@@ -154,7 +194,10 @@ VALUES = {"mean": [0.5], "std": [0.2]}
          "crops.channel_dropout needs at least 2 channels, because one always remains; set it to 0"),
         ({"data": {"channels": 2}, "crops": VALUES | PLAIN, "init": {"weights": "rgb", "channels": "repeat"}},
          "init.channels=repeat needs at least 3 channels, but the images have 2 channels of uint8; use mean"),
-        ({"crops": VALUES | PLAIN, "init": {"channels": "mean"}}, "init: channels has an effect only with weights"),
+        ({"crops": VALUES | PLAIN, "init": {"channels": "mean"}}, "init.channels has an effect only with init.weights"),
+        ({"data": {"dtype": "uint16"}, "crops": VALUES | PLAIN, "init": {"weights": "rgb", "channels": "mean"}},
+         "init.channels has no effect, because the images have 3 channels of uint16"),
+        ({"data": {"channels": 4, "background": "black"}, "crops": VALUES | PLAIN}, "data.background has an effect"),
         ({"crops": VALUES | PLAIN, "monitor": {"panel_channels": [0, 4, 1]}}, "monitor.panel_channels must be one or "
          "three channels from 0 to 3"),
     ],
