@@ -193,6 +193,8 @@ def _reason(error: Exception) -> str:
     """Return an error as one line, without Pillow's object addresses."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "its header cannot be read"
+    if str(error) == "unknown pixel mode":  # of Pillow
+        return "its pixels cannot be converted to 8-bit RGB"
     return " ".join(str(error).split()) or type(error).__name__
 
 

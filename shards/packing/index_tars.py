@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error
+from shards.format.decode import decode
 from shards.format.files import file_sha256, write_whole
 from shards.format.imagery import require_extra
 from shards.format.index import build_index, make_dali_index
@@ -27,8 +28,12 @@ from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry, count
 from shards.format.tally import Tally
 from shards.packing.inputs import is_compressed_tar, refuse_zstd
 from shards.packing.parallel import ordered_map
+from shards.packing.summary import spread
 from shards.progress import bar_size
+from shards.reading.shard_set import ShardSet
 from shards.storage.store import Store, is_url
+
+_NUM_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ def index_tars(
         out: folder of the set, new or empty; receives the indexes and the manifest.
         workers: number of processes; 1 uses the calling process.
         progress: show a progress bar on stderr if it is a terminal.
-        pixels: of all images; images of another kind fail to decode later, which ``verify`` reports.
+        pixels: of all images; images of another kind fail to decode later, which ``verify`` reports. If none of the
+            images that are tried has them, nothing is made.
 
     Raises:
         ShardError: there are no tars or no images, a tar is damaged, or the folder cannot hold the set.
@@ -123,6 +129,7 @@ def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool
         raise ShardError(
             f"no images in {counted(len(locations), 'tar')}, such as {locations[0]}{passed_over.clauses()}"
         )
+    _check_pixels(ShardSet(out, manifest))
     manifest.save(out)
     return IndexReport(
         manifest,
@@ -130,6 +137,22 @@ def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool
         tuple(f"{one.entry.url}: {one.dali_error}" for one in done if one.dali_error),
         tuple(one.entry.url for one in done if not one.entry.samples),
         passed_over,
+    )
+
+
+def _check_pixels(shard_set: ShardSet) -> None:
+    """Raise a ShardError if none of the images that are tried can be decoded with the set's pixels."""
+    reasons = []
+    for shard, sample in spread(shard_set, _NUM_TRIED):
+        payload = shard_set.read(shard, sample)
+        try:
+            decode(payload, pixels=shard_set.pixels)
+            return
+        except ShardError as error:
+            reasons.append(f"{shard_set.key(shard, sample)}: {error}")
+    raise ShardError(
+        f"none of the {counted(len(reasons), 'image')} tried can be decoded as {shard_set.pixels}; the first: "
+        f"{reasons[0]}; check --channels and --dtype"
     )
 
 

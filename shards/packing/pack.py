@@ -24,6 +24,7 @@ from shards.format import dicom
 from shards.format.files import cache_folder, make_private_folder, partial_path, remove_partials, write_whole
 from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.imagery import require_extra
+from shards.format.images import DEFAULT_QUALITY
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
 from shards.format.statistics import StatisticsBuilder
 from shards.format.tally import Tally
@@ -128,7 +129,9 @@ def pack(
         if options.max_side is not None or options.upright:
             raise ShardError("--tiles keeps all pixels and stores them upright; remove --max-side and --orientation")
     if not options.pixels.is_rgb and (options.max_side is not None or options.upright):
-        raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}")
+        raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}; remove them")
+    if options.quality != DEFAULT_QUALITY and (options.tiles or not options.pixels.is_rgb):
+        raise ShardError("--quality applies to re-encoded JPEGs, but tiles and other pixels are exact; remove it")
     if is_url(str(out)):
         folder = scratch or scratch_folder(str(out))
         upload = Upload(str(out), folder)
@@ -249,8 +252,9 @@ class _Packing:
                 raise ShardError(f"all {done.skipped} tiles of {self.src} are background; lower --tile-contrast")
             first = done.rejected[0]
             count, reason = len(inputs.items), f"{first['path']}: {first['reason']}"
-            advice = "; images of other kinds need --channels and --dtype" if self.options.pixels.is_rgb else ""
-            raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}{advice}")
+            is_rgb = self.options.pixels.is_rgb
+            advice = "images of other kinds need --channels and --dtype" if is_rgb else "check --channels and --dtype"
+            raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}; {advice}")
         listed = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected).encode()
         write_whole(out / REJECTED_NAME, listed)
         manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint, self.options.pixels)

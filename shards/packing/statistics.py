@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from shards.errors import SampleError, ShardError, explain_os_error
 from shards.format.decode import DEFAULT_MAX_PIXELS, decode
+from shards.format.imagery import require_extra
 from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.format.statistics import Statistics, StatisticsBuilder
 from shards.format.windows import open_oversized
@@ -46,6 +47,8 @@ def store_statistics(location: str, *, workers: int = 1, progress: bool = False)
     manifest = ShardSet.open(location).manifest
     if manifest.faults:
         raise ShardError(f"manifest.json of {location} is damaged; check the set with streamtrain verify")
+    if not any(entry.samples for entry in manifest.shards):
+        raise ShardError(f"{location} has no images; pack a set of images")
     statistics = result_of(measure(location, manifest, workers, progress), location)
     manifest = replace(manifest, statistics=statistics)
     try:
@@ -76,6 +79,8 @@ def measure(location: Path | str, manifest: SetManifest, workers: int, progress:
     Raises:
         ShardError: the set cannot be read.
     """
+    if not manifest.pixels.is_rgb:
+        require_extra()
     tasks = list(_tasks(str(location), manifest))
     total = StatisticsBuilder(manifest.pixels)
     work = ordered_map(partial(_measure, str(location), manifest), tasks, workers)

@@ -89,7 +89,7 @@ def describe_images(shard_set: ShardSet) -> list[str]:
     sizes = f"median {_size(middle)}, smallest {_size(smallest)}, largest {_size(largest)} pixels"
     sizes = sizes if pixels.min() < pixels.max() else f"all {_size(middle)} pixels"
     lines = [f"sizes{_share_text(len(records), shard_set)}: {sizes}"]
-    picked = _spread(shard_set, _SAMPLED_REMOTE if shard_set.is_remote else _SAMPLED)
+    picked = spread(shard_set, _SAMPLED_REMOTE if shard_set.is_remote else _SAMPLED)
     kinds = Counter(_kind_of(shard_set, *place) for place in picked)
     ranked = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
     lines.append(f"formats{_share_text(len(picked), shard_set)}: {ranked}")
@@ -111,7 +111,8 @@ def count_reasons(rejected: bytes) -> Counter[str]:
             reason = str(json.loads(line)["reason"])
         except (ValueError, TypeError, KeyError):
             reason = "unknown reason"
-        counts[re.sub(r"[0-9]+", "N", reason.partition("; ")[0])] += 1
+        # the numbers of a pixel format remain, such as 4 channels of uint16
+        counts[re.sub(r"(?<!uint)(?<!float)(?<![0-9])[0-9]+(?![0-9])(?! channel)", "N", reason.partition("; ")[0])] += 1
     return counts
 
 
@@ -134,7 +135,7 @@ def contact_sheet(shard_set: ShardSet, classes: Sequence[str], count: int = 48) 
         ShardError, OSError: the set cannot be read.
     """
     tiles = []
-    for shard, sample in _spread(shard_set, count):
+    for shard, sample in spread(shard_set, count):
         label = int(shard_set.record(shard, sample)["label"])
         try:
             values = decode(shard_set.read(shard, sample), pixels=shard_set.pixels)
@@ -162,7 +163,7 @@ def _share_text(count: int, shard_set: ShardSet) -> str:
     return "" if count == shard_set.num_samples else f" of {count} images, spread over the set"
 
 
-def _spread(shard_set: ShardSet, count: int) -> list[tuple[int, int]]:
+def spread(shard_set: ShardSet, count: int) -> list[tuple[int, int]]:
     """Return (shard, sample) of at most ``count`` images, evenly spread over the set."""
     ends = np.cumsum(shard_set.sizes)
     total = int(ends[-1])

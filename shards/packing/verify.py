@@ -12,6 +12,7 @@ from tqdm import tqdm
 from shards.errors import SampleError, ShardError, explain_os_error, is_source_failure
 from shards.format import images
 from shards.format.files import file_sha256
+from shards.format.imagery import require_extra
 from shards.format.index import make_dali_index
 from shards.format.pixels import PixelFormat
 from shards.format.records import UNREADABLE, load_index
@@ -98,6 +99,8 @@ def verify(
     """
     location = str(location)
     manifest = SetManifest.load(location)
+    if not manifest.pixels.is_rgb:
+        require_extra()
     _open.cache_clear()  # the files may have changed since an earlier call
     faults = [Fault(FILE_NAME, reason) for reason in manifest.faults] + _unlisted_files(location, manifest)
     tasks = list(_tasks(location, manifest))

@@ -36,7 +36,9 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    return 0 if text == "0" else positive_int(text)
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
 
 
 def jpeg_quality(text: str) -> int:
@@ -84,7 +86,7 @@ def add_pixel_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pixel_format(arguments: argparse.Namespace) -> PixelFormat:
     if arguments.channels > MAX_CHANNELS:
-        raise StreamtrainError(f"--channels {arguments.channels} is more than {MAX_CHANNELS}")
+        raise StreamtrainError(f"--channels {arguments.channels} is not a number from 1 to {MAX_CHANNELS}")
     return PixelFormat(arguments.channels, arguments.dtype)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from shards.format.statistics import Moments
 from streamtrain.config.section import (
+    FOLLOWS,
     SET_STATISTICS,
     VALUE_TYPE,
     CropSize,
@@ -20,21 +22,30 @@ from streamtrain.config.section import (
     Range,
     Section,
     accept,
+    ask,
     within,
 )
 
 FROM_SET = "from_set"
+_PAIRS_TEXT = "must be ascending numbers [low, high], or a list of such pairs"
 
 
 def _set_values(value: Any, info: ValidationInfo) -> Any:
     """Replace ``from_set`` by the statistics of the images, scaled by ``value_range``; return other values."""
-    if value != FROM_SET:
+    if not isinstance(value, str):
         return value
+    if value != FROM_SET:
+        raise ValueError(f"must be a list of numbers, or {FROM_SET}")
     statistics: Callable[[], Moments] | None = (info.context or {}).get(SET_STATISTICS)
-    ranges = info.data.get("value_range")
-    if statistics is None or ranges is None:
+    if statistics is None:
         raise ValueError(f"{FROM_SET} needs a set of images; give data.shards")
-    found, is_std = statistics(), info.field_name == "std"
+    ranges = info.data.get("value_range")
+    if ranges is None:
+        raise PydanticCustomError(FOLLOWS, "follows from invalid settings")
+    found, is_std = ask(statistics), info.field_name == "std"
+    if is_std and 0 in found.std:
+        channel = found.std.index(0)
+        raise ValueError(f"channel {channel} has the same value in all images, so {FROM_SET} is 0; give numbers")
     pairs = [ranges[channel % len(ranges)] for channel in range(len(found.mean))]
     if is_std:
         return [std / (high - low) for std, (low, high) in zip(found.std, pairs, strict=True)]
@@ -43,13 +54,17 @@ def _set_values(value: Any, info: ValidationInfo) -> Any:
 
 def _as_pairs(value: Any) -> Any:
     """Return ``[low, high]`` as a list of one pair."""
-    is_pair = isinstance(value, list | tuple) and len(value) == 2 and not isinstance(value[0], list | tuple)
-    return [value] if is_pair else value
+    nested = [isinstance(item, list | tuple) for item in value] if isinstance(value, list | tuple) else [False]
+    if all(nested):
+        return value
+    if any(nested) or len(nested) != 2:
+        raise ValueError(_PAIRS_TEXT)
+    return [value]
 
 
 def _check_pairs(pairs: tuple[Range, ...]) -> tuple[Range, ...]:
     if not pairs or any(low >= high for low, high in pairs):
-        raise ValueError(f"must be ascending numbers [low, high], or a list of such pairs, not {list(pairs)}")
+        raise ValueError(_PAIRS_TEXT)
     return pairs
 
 

@@ -23,7 +23,7 @@ def find_teacher_fault(config: Config) -> str | None:
         return "teacher.model has an effect only with teacher.kind: frozen"
     if teacher.channels != config.model.channels:
         return (
-            f"the teacher in {config.teacher.weights} takes {teacher.channels} channels, but the images have "
+            f"teacher.weights: {config.teacher.weights} takes {teacher.channels} channels, but the images have "
             f"{config.data.pixels}; use a teacher of the same channels"
         )
     for sizes in config.crop_sizes:

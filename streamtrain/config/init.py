@@ -24,10 +24,10 @@ class InitConfig(Section):
         DEFAULT_MINIMUM, "Smallest share of the backbone's tensors that the weights must provide for the run to start."
     )
     channels: ChannelRule = free(
-        "refuse", "RGB weights for images of other channels: refuse them, or make the patch embedding by a rule. mean: "
-        "the kernel of every channel is the sum of the three, divided by the number of channels. repeat: red, green, "
-        "blue, red, ..., each divided by its number of copies. zero_extra: the first three channels as red, green and "
-        "blue, 0 for the others. repeat and zero_extra need at least 3 channels.",
+        "refuse", "RGB weights for images of other channels, also in objective.gram.teacher: refuse them, or make the "
+        "patch embedding by a rule. mean: the kernel of every channel is the sum of the three, divided by the number "
+        "of channels. repeat: red, green, blue, red, ..., each divided by its number of copies. zero_extra: the first "
+        "three channels as red, green and blue, 0 for the others. repeat and zero_extra need at least 3 channels.",
     )  # fmt: skip
     freeze_backbone_steps: Steps = accept(
         0, "First steps of the run in which the backbone has learning rate 0, while the heads adapt."
@@ -37,6 +37,4 @@ class InitConfig(Section):
     def _reject_ineffective_keys(self) -> InitConfig:
         if self.weights is None and self.minimum_matched != DEFAULT_MINIMUM:
             raise ValueError("minimum_matched has an effect only with weights")
-        if self.weights is None and self.channels != "refuse":
-            raise ValueError("channels has an effect only with weights")
         return self

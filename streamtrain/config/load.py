@@ -22,7 +22,7 @@ from shards.reading.mixture import AnySet, open_sets
 from shards.storage.paths import expand_path
 from streamtrain.config.data import DataConfig
 from streamtrain.config.schedules import Schedule
-from streamtrain.config.section import SET_STATISTICS, STEPS_PER_EPOCH
+from streamtrain.config.section import FOLLOWS, SET_STATISTICS, STEPS_PER_EPOCH
 from streamtrain.config.set_facts import set_statistics, with_set_pixels
 from streamtrain.config.tree import Config, walk_settings
 from streamtrain.errors import ConfigError
@@ -34,7 +34,7 @@ _MAX_DIGITS = 1000
 _MAX_FAULTS = 20  # in one message
 # required kind of value, by the beginning of pydantic's error type
 _TYPES = {"int_": "a whole number", "float_": "a number", "bool_": "true or false", "string_type": "text",
-          "tuple_type": "a list, such as [0.5, 1]"}  # fmt: skip
+          "tuple_type": "a list, such as [0.5, 1]", "finite_number": "a finite number"}  # fmt: skip
 # bounds of a number: pydantic's name in the error's context, and the wording of the message
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -351,6 +351,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for fault in faults:
         if fault["type"] == "too_short" and any(loc[: len(fault["loc"])] == fault["loc"] != loc for loc in faulty):
             continue  # the list is too short because of invalid items, which have faults of their own
+        if fault["type"] == FOLLOWS:
+            continue
         key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         if fault["type"] == "extra_forbidden":
             yield unknown_key_message(key)

@@ -120,6 +120,11 @@ class GramConfig(Section):
     def is_active(self) -> bool:
         return self.weight.is_ever_positive
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the Gram teacher starts with the weights of a file or folder."""
+        return self.is_active and self.teacher != "ema"
+
 
 class AnchorConfig(Section):
     """Anchor: keeps the student's features of global crops close to the starting network's; off with weight 0.

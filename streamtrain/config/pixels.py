@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from streamtrain.config.data import DataConfig
+
 if TYPE_CHECKING:
     from streamtrain.config.tree import Config
 
@@ -27,10 +29,24 @@ def find_pixel_fault(config: Config) -> str | None:
         return f"{', '.join(used)}: defined for 8-bit RGB only, but the images have {pixels}; set {remedy}"
     if pixels.channels == 1 and crops.channel_dropout:
         return "crops.channel_dropout needs at least 2 channels, because one always remains; set it to 0"
-    if pixels.channels < 3 and config.init.channels in ("repeat", "zero_extra"):
-        return f"init.channels={config.init.channels} needs at least 3 channels, but the images have {pixels}; use mean"
+    if config.init.channels != "refuse" and (fault := _find_rule_fault(config)):
+        return fault
+    if not pixels.is_rgb and config.data.background != DataConfig.model_fields["background"].default:
+        return f"data.background has an effect only on 8-bit RGB, but the images have {pixels}; remove it"
     if shown is not None and (len(shown) not in (1, 3) or max(shown) >= pixels.channels):
         return (
             f"monitor.panel_channels must be one or three channels from 0 to {pixels.channels - 1}, not {list(shown)}"
         )
+    return None
+
+
+def _find_rule_fault(config: Config) -> str | None:
+    """Return why ``init.channels`` has no effect or cannot be used, or None."""
+    rule, pixels, gram = config.init.channels, config.data.pixels, config.objective.gram
+    if config.init.weights is None and not gram.has_weights:
+        return "init.channels has an effect only with init.weights or weights in objective.gram.teacher; remove it"
+    if pixels.channels == 3:
+        return f"init.channels has no effect, because the images have {pixels}, as RGB weights need; remove it"
+    if pixels.channels < 3 and rule != "mean":
+        return f"init.channels={rule} needs at least 3 channels, but the images have {pixels}; use mean"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,7 @@ from pydantic import (
     ValidationInfo,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from shards.format.pixels import MAX_CHANNELS
 from shards.storage.paths import expand_path
@@ -156,6 +157,19 @@ def is_path(field: FieldInfo) -> bool:
 STEPS_PER_EPOCH = "steps_per_epoch"
 # key of the validation context: a function without arguments that returns the statistics of the images
 SET_STATISTICS = "set_statistics"
+# error type of a value that follows from settings which have faults of their own
+FOLLOWS = "follows"
+_Answer = TypeVar("_Answer")
+
+
+def ask(question: Callable[[], _Answer]) -> _Answer:
+    """Return the result of a function of the validation context, or raise ``FOLLOWS`` if its settings are invalid."""
+    try:
+        return question()
+    except ValidationError:
+        raise PydanticCustomError(FOLLOWS, "follows from invalid settings") from None
+
+
 _EPOCHS = re.compile(r"^\s*(\d+(?:\.\d*)?)\s*epochs?\s*$")
 
 
@@ -167,7 +181,7 @@ def _epochs_to_steps(value: Any, info: ValidationInfo) -> Any:
     steps_per_epoch: Callable[[], float] | None = (info.context or {}).get(STEPS_PER_EPOCH)
     if steps_per_epoch is None:
         raise ValueError("a length in epochs needs a set of images; give data.shards")
-    return round(float(match[1]) * steps_per_epoch())
+    return round(float(match[1]) * ask(steps_per_epoch))
 
 
 _STEPS: dict[str, Any] = {VALUE_TYPE: 'steps (or "N epochs")'}

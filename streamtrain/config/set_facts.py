@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,11 @@ from streamtrain.errors import ConfigError
 
 
 def with_set_pixels(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a raw ``data`` section with the channels and the dtype of a local set that is not 8-bit RGB."""
+    """Return a raw ``data`` section with the channels and the dtype of a local set that is not 8-bit RGB.
+
+    Raises:
+        ConfigError: the section says otherwise.
+    """
     shards = data["shards"]
     path = shards[0].get("shards") if isinstance(shards, list) and shards and isinstance(shards[0], dict) else shards
     if not isinstance(path, str) or is_url(path):
@@ -25,8 +30,13 @@ def with_set_pixels(data: dict[str, Any]) -> dict[str, Any]:
         pixels = SetManifest.load(expand_path(path)).pixels
     except ShardError:
         return data  # opening the set raises it again
-    stated = {} if pixels.is_rgb else asdict(pixels)
-    return {**data, **{name: value for name, value in stated.items() if data.get(name) is None}}
+    for name, value in asdict(pixels).items():
+        if data.get(name) not in (None, value):
+            raise ConfigError(
+                f"data.{name} is {reprlib.repr(data[name])}, but {path} has images of {pixels}; remove data.{name}, "
+                "which follows the set"
+            )
+    return {**data, **({} if pixels.is_rgb else asdict(pixels))}
 
 
 def set_statistics(raw: dict[str, Any]) -> Moments:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
 
 from shards.format.imagery import MAX_DECODED_BYTES
-from shards.format.pixels import RGB, VALUE_RANGES
+from shards.format.pixels import MAX_CHANNELS, RGB, VALUE_RANGES
 from streamtrain.config.crops import CropsConfig, CropSizes
 from streamtrain.config.data import DataConfig
 from streamtrain.config.engine import EngineConfig, OptimConfig, TeacherConfig
@@ -57,7 +57,7 @@ class Config(Section):
             return sections
         channels, dtype = (_value(data, name) for name in ("channels", "dtype"))
         filled = dict(sections)
-        if type(channels) is int and channels != RGB.channels:
+        if type(channels) is int and channels != RGB.channels and 1 <= channels <= MAX_CHANNELS:
             filled["model"] = _with_default(sections.get("model"), "channels", channels)
         if dtype in VALUE_RANGES and dtype != RGB.dtype:
             filled["crops"] = _with_default(sections.get("crops"), "value_range", (VALUE_RANGES[dtype],))

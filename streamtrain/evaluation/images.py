@@ -12,6 +12,7 @@ import numpy as np
 
 from shards.errors import SampleError, ShardError
 from shards.format.decode import WHITE, Color
+from shards.format.imagery import require_extra
 from shards.format.pixels import RGB, PixelFormat
 from shards.packing.inputs import list_images, list_inputs, needs_unpacking
 from shards.packing.items import Inputs, SourceUnreachable
@@ -302,8 +303,11 @@ def _images_of_inputs(path: Path, inputs: Inputs, pixels: PixelFormat) -> Labell
 def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
     """Return a set's images at ``indices`` (int64, ascending, counted over all shards); missing labels are -1.
 
-    Images whose label in the index is damaged are left out, with a warning.
+    Images whose label in the index is damaged are left out, with a warning. Raises ShardError without an extra that
+    decodes the images.
     """
+    if not shard_set.pixels.is_rgb:
+        require_extra()
     ends = np.cumsum(shard_set.sizes)
     shards = np.searchsorted(ends, indices, side="right")
     samples = indices - (ends - shard_set.sizes)[shards]

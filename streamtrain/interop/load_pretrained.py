@@ -116,6 +116,12 @@ class BackboneFile:
             raise StreamtrainError(f"{self.state.path} {faults[closest.prefix]}{others}")
         group = _choose(self.state, fitting)
         report = reports[group.prefix]
+        rule = self.adaptation.rule if self.adaptation is not None and self.adaptation.is_needed else "refuse"
+        if rule != "refuse" and not self._is_adapted(group, PROJECTION, expected[PROJECTION]):
+            raise StreamtrainError(
+                f"{self.state.path} has the channels of the images already, so init.channels={rule} has no effect; "
+                "remove it"
+            )
 
         def read(name: str) -> Tensor | None:
             if name in report.zeroed:

@@ -14,10 +14,15 @@ PROJECTION = "embedding.projection.weight"
 
 @dataclass(frozen=True)
 class RgbAdaptation:
-    """The rule for RGB weights in a network whose images have other channels (``init.channels``)."""
+    """The rule for RGB weights in a network whose images have other channels (``init.channels``).
+
+    Attributes:
+        is_needed: refuse weights that are not for RGB, because the rule has no other effect.
+    """
 
     rule: ChannelRule
     channels: int
+    is_needed: bool = False
 
     def is_rgb(self, stored: torch.Size, expected: torch.Size) -> bool:
         """Return whether a stored patch embedding, [dim, 3, p, p] or [dim, 3 * p²], only differs in the channels.

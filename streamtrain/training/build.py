@@ -230,7 +230,9 @@ def starting_values(config: Config, student: Student) -> Iterator[Callable[[str,
                 if name.startswith(BACKBONE) and not is_adapter(name)
             }
             path = Path(config.init.weights)
-            adaptation = RgbAdaptation(config.init.channels, config.model.channels)
+            adaptation = RgbAdaptation(
+                config.init.channels, config.model.channels, is_needed=not config.objective.gram.has_weights
+            )
             loaded = load_pretrained_backbone(path, shapes, config.init.minimum_matched, "init.weights", adaptation)
             pretrained, report = stack.enter_context(loaded)
             logger.info("backbone from %s: %s", path, report.text())

@@ -28,6 +28,11 @@ def frozen_teacher_config(config: Config) -> Config:
             f"the teacher in {config.teacher.weights} has a network of its author's own code, {teacher.model.factory}, "
             "which can only teach a student with the same model.factory"
         )
+    if teacher.model.channels != config.model.channels:
+        raise ConfigError(
+            f"teacher.weights: {config.teacher.weights} takes {teacher.model.channels} channels, but the images have "
+            f"{config.data.pixels}; use a teacher of the same channels"
+        )
     objective, patch = config.objective, config.objective.patch_loss
     keys = ["model.patch_size", "objective.global_loss.head.prototypes"]
     is_ibot = patch.kind == "ibot"

@@ -17,6 +17,7 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.interop.feature_teacher import check_stated_model
 from streamtrain.interop.load_pretrained import load_pretrained_backbone
 from streamtrain.interop.naming import KINDS
+from streamtrain.interop.patch_embedding import RgbAdaptation
 from streamtrain.objective.gram import GramTargets
 
 BACKBONE = "backbone."
@@ -80,11 +81,13 @@ class GramAnchor:
             for name, one in network.fragments.items()
             if not is_adapter(name)
         }
-        with load_pretrained_backbone(path, shapes, setting="objective.gram.teacher") as (read, report):
+        init, setting = self._config.init, "objective.gram.teacher"
+        adaptation = RgbAdaptation(init.channels, self._config.model.channels, is_needed=init.weights is None)
+        with load_pretrained_backbone(path, shapes, setting=setting, adaptation=adaptation) as (read, report):
             missing = [name for name in (*report.missing, *report.reshaped) if name not in _UNUSED]
             if missing:
-                raise StreamtrainError(f"objective.gram.teacher {path} has no {', '.join(missing[:5])}")
-            check_stated_model(path, self._config.model, "objective.gram.teacher")
+                raise StreamtrainError(f"{setting} {path} has no {', '.join(missing[:5])}")
+            check_stated_model(path, self._config.model, setting)
 
             def value(name: str, fragment: Fragment) -> torch.Tensor:
                 tensor = read(name.removeprefix(BACKBONE))

@@ -240,7 +240,7 @@ def _kinds_clash(a: object, b: object) -> bool:
     return isinstance(a, dict) != isinstance(b, dict)
 
 
-@given(st.lists(st.sampled_from(["run", "x", "steps"]), min_size=1), st.integers())
+@given(st.lists(st.sampled_from(["run", "x", "steps"]), min_size=1, max_size=40), st.integers())
 def test_an_override_becomes_a_nested_mapping(path: list[str], value: int) -> None:
     nested = parse_override(f"{'.'.join(path)}={value}")
     for key in path:
@@ -270,7 +270,7 @@ def test_shards_are_a_path_or_a_list_with_weights(tmp_path: Path) -> None:
         ("[]", "data.shards: must have at least 1 item"),
         ("[{shards: a}]", "data.shards.0.weight: Field required"),
         ("[{shards: a, weight: 0}]", "data.shards.0.weight: must be above 0.0 (got 0)"),
-        ("[{shards: a, weight: .inf}]", "data.shards.0.weight: Input should be a finite number"),
+        ("[{shards: a, weight: .inf}]", "data.shards.0.weight: must be a finite number"),
         ("[{shards: '', weight: 1}]", "data.shards.0.shards: String should have at least 1 character"),
         ("[{shards: a, weigth: 1, weight: 1}]", "unknown key data.shards.0.weigth"),
         ("[a, b]", "data.shards.0: must be a mapping, {key: value, ...} (got 'a')"),

@@ -78,3 +78,6 @@ def test_only_the_channels_may_differ(tmp_path: Path) -> None:
         with pytest.raises(StreamtrainError, match=message):
             with load_pretrained_backbone(path, shapes_of(**model), adaptation=adaptation):
                 pass
+    with pytest.raises(StreamtrainError, match=r"already, so init.channels=mean has no effect"):
+        with load_pretrained_backbone(path, shapes_of(3), adaptation=RgbAdaptation("mean", 3, is_needed=True)):
+            pass

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("tifffile")
 from channel_images import tiff
+from interop.test_channels import backbone_of
 from ranks import ROOT, run_ranks
 from tiny_backbone import tiny_backbone, tiny_weights
 from tiny_run import command, kill_and_resume, logged
@@ -55,8 +56,8 @@ def pack_bands(folder: Path, bands: int, each: int) -> Path:
 def test_a_lora_run_with_an_anchor_starts_from_rgb_weights(tmp_path: Path) -> None:
     shards, weights, run_dir = pack_bands(tmp_path, 4, 2), tiny_weights(tmp_path / "weights"), tmp_path / "run"
     start = (*SETTINGS, f"init.weights={weights}", "run.steps=2", "model.lora={rank: 2, alpha: 4}",
-             "objective.anchor.weight=1.0", "masks.probability=0", "evaluation.every=2",
-             f"evaluation.train={tmp_path / 'src'}")  # fmt: skip
+             "objective.anchor.weight=1.0", "objective.gram.weight=1.0", f"objective.gram.teacher={weights}",
+             "masks.probability=0", "evaluation.every=2", f"evaluation.train={tmp_path / 'src'}")  # fmt: skip
     ((code, _, errors),) = run_ranks(command(shards, run_dir, *start), 1)
     assert code == 2 and "init.weights: " in errors and "set init.channels to repeat, mean or zero_extra" in errors
     ((code, output, errors),) = run_ranks(command(shards, run_dir, *start, "init.channels=zero_extra"), 1)
@@ -67,12 +68,26 @@ def test_a_lora_run_with_an_anchor_starts_from_rgb_weights(tmp_path: Path) -> No
     expected = torch.cat([rgb, torch.zeros(32, 64)], 1)
     for which in ("student", "teacher"):
         assert torch.equal(checkpoint.read_weights(run_dir, 2, which)["backbone.embedding.projection.weight"], expected)
+    with checkpoint.open_checkpoint(checkpoint.step_folder(run_dir, 2)) as reader:
+        gram = {name: reader.read_full(f"gram/backbone.{name}") for name in tiny_backbone().model.state_dict()}
+    assert torch.equal(gram["embedding.projection.weight"], expected)
+    assert_grey_has_the_tokens_of_rgb(gram)
     losses = [values["loss/anchor"] for values in logged(run_dir).values()]
     assert losses[0] < 1e-5 < losses[1]
     export_backbone(load_backbone(run_dir), "hf", tmp_path / "hf")
     exported = AutoModel.from_pretrained(tmp_path / "hf")
     assert exported.config.num_channels == 4
     assert torch.equal(exported.state_dict()["embeddings.patch_embeddings.weight"].flatten(1), expected)
+
+
+def assert_grey_has_the_tokens_of_rgb(state: dict[str, torch.Tensor]) -> None:
+    ours, grey = backbone_of(4, "uint16").model, torch.rand(2, 1, 32, 32)
+    ours.load_state_dict(state)
+    pixels = grey.expand(-1, 4, -1, -1), grey.expand(-1, 3, -1, -1)
+    found, expected = (
+        model([each])[0].patches for model, each in zip((ours, tiny_backbone().model), pixels, strict=True)
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -86,7 +86,9 @@ def test_options_and_mixtures_that_do_not_fit_are_refused(tmp_path: Path) -> Non
     write_ramps(tmp_path / "src", pixels)
     with pytest.raises(ShardError, match="--max-side and --orientation apply write 8-bit RGB JPEGs, not 4 channels"):
         pack(tmp_path / "src", tmp_path / "set", PackOptions(pixels=pixels, max_side=64))
-    with pytest.raises(ShardError, match=r"first: array.npy: an array of shape .* is not an image of 2 channels$"):
+    with pytest.raises(ShardError, match="--quality applies to re-encoded JPEGs"):
+        pack(tmp_path / "src", tmp_path / "set", PackOptions(pixels=pixels, quality=50))
+    with pytest.raises(ShardError, match=r"first: array.npy: an array of shape .* is not an image of 2 channels; "):
         pack(tmp_path / "src", tmp_path / "set", PackOptions(pixels=replace(pixels, channels=2)))
     for name in ("array", "first", "swapped"):
         (tmp_path / "arrays").mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from shards.format.tar_members import NO_LABEL
 from shards.packing.pack import pack
-from shards.packing.summary import contact_sheet, describe_classes, describe_images, split_warning
+from shards.packing.summary import contact_sheet, count_reasons, describe_classes, describe_images, split_warning
 from shards.reading.shard_set import ShardSet
 
 
@@ -79,3 +80,10 @@ def test_the_sheet_shows_images_of_every_shard(tmp_path: Path) -> None:
     assert page.shape == (6 * 190 + 12, 8 * 172 + 12, 3)
     tiles = page[12:, 12:].reshape(6, 190, 8, 172, 3)[:, :160, :, :160]
     assert all(np.ptp(tiles[row, :, column]) > 50 for row in range(6) for column in range(8))
+
+
+def test_reasons_are_counted_without_sizes_but_with_the_pixel_format() -> None:
+    reasons = ["900x60 pixels are too many; raise --max-pixels", "80x7 pixels are too many"]
+    reasons += ["it has 3 channels of uint8, not 13 channels of uint16"] * 2
+    counts = count_reasons("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons).encode())
+    assert counts == {"NxN pixels are too many": 2, "it has 3 channels of uint8, not 13 channels of uint16": 2}
