@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from streamtrain.planning.crops import appearance_bytes
 from streamtrain.planning.parts import ALWAYS, BACKWARD, CHECKPOINT, LOSS, Part, part
 from streamtrain.planning.sizes import Sizes
 
 # DALI's defaults (``device_memory_padding``, ``host_memory_padding``), for each thread of the decoder
 NVJPEG_DEVICE_BYTES, NVJPEG_PINNED_BYTES, NVJPEG_PINNED_BUFFERS = 16 * 2**20, 8 * 2**20, 2
-# The peak of ``data.views.recolor_views`` beside its result, per value of the crops: fp32 planes, padded planes, and
-# the factors and results of the matmuls that blur them.
-RECOLOR_BYTES = 17
 # per value of a moment that a checkpoint reads: fp32; of 8-bit moments also the codes as indices and their values
 READ_BYTES = {"host": 4, "disk": 4, "8bit": 12}
 
@@ -48,13 +46,8 @@ def gpu_buffers(s: Sizes) -> Iterator[Part]:
 
 def _loader_stream(s: Sizes) -> Iterator[Part]:
     """Yield the temporaries of one batch's colours, which the loader's stream keeps; global and local crops follow."""
-    crops = s.config.crops
-    values = [
-        images * s.config.model.channels * size.pixels
-        for images, size in zip(s.images, (crops.global_size, crops.local_size), strict=True)
-    ]
-    factors = (max(values), "values of crops"), (RECOLOR_BYTES, "B")
-    yield part("temporaries of the loader's stream", "gpu", ALWAYS, *factors)
+    num_bytes = appearance_bytes(s.config, s.config.data.micro_batch)
+    yield part("temporaries of the loader's stream", "gpu", ALWAYS, (num_bytes, "B"))
 
 
 def _saver_stream(s: Sizes) -> Iterator[Part]:

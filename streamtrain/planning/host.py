@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from shards.reading.source import BATCHES_AHEAD
 from streamtrain.ops.configure import KEPT_BYTES, MAPPED_BYTES
+from streamtrain.planning.crops import sample_bytes
 from streamtrain.planning.parts import (
     ALWAYS,
     BACKWARD,
@@ -47,6 +48,8 @@ def host_buffers(s: Sizes) -> Iterator[Part]:
     else:
         yield part("crops ahead", "host", ALWAYS, (2, "batches"), batch, (pixels, "B"))
         yield part("decoded images", "host", ALWAYS, (data.prefetch + 1, "batches"), batch, (decoded, "B"))
+        threads = (min(data.decode_threads or s.cores, data.micro_batch), "threads")
+        yield part("temporaries of crops", "host", ALWAYS, threads, (sample_bytes(s.config, s.stored.pixels), "B"))
     # checkpoints are read and written one fragment at a time; initial values are drawn for a full parameter
     yield part("one parameter in fp32", "host", ALWAYS, (s.largest_whole, "values"), (4, "B"))
 

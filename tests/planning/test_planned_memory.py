@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drawn_images import draw_folder, drawn_image
 from ranks import ROOT, run_ranks
 
+from shards.format.pixels import PixelFormat
+from shards.packing.pack import PackOptions
+from shards.packing.pack import pack as pack_exactly
 from streamtrain import pack
 from streamtrain.config.load import load_config
 from streamtrain.interop.folder import export_safetensors
@@ -97,6 +101,19 @@ def test_resumed_run(photographs: Path, tmp_path: Path) -> None:
         settings = (*VITS16, f"run.steps={steps}", "run.checkpoint_every=0", "--accept-changes")
         ratio = measured_over_planned(tmp_path / "run", photographs, settings)
         assert 0.88 < ratio < 1.12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("perturbed", [(), ("crops.noise=0.1", "crops.contrast=0.3", "crops.channel_dropout=0.2")])
+def test_images_of_13_channels(perturbed: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        np.save(tmp_path / "images" / f"{number}.npy", rng.random((375, 500, 13), np.float32))
+    pack_exactly(tmp_path / "images", tmp_path / "set", PackOptions(pixels=PixelFormat(13, "float32")))
+    settings = (*VITS16, "run.steps=3", "run.checkpoint_every=0", "crops.mean=[0.5]", "crops.std=[0.3]",
+                "crops.jitter.probability=0", "crops.grey=0", "crops.solarize.global_probability=[0]")  # fmt: skip
+    assert 0.88 < measured_over_planned(tmp_path / "run", tmp_path / "set", (*settings, *perturbed)) < 1.12
 
 
 @pytest.mark.slow
