@@ -95,7 +95,6 @@ TRAIN data.channels=2.5 | data.channels: must be a whole number (got 2.5)
 TRAIN data.dtype=float64 | data.dtype: must be 'uint8', 'uint16' or 'float32' (got 'float64')
 TRAIN data.shards=[{shards:~four,weight:~1},{shards:~eight,weight:~1}] FIT crops.mean=[0] crops.std=[1] | mix equal
 TRAIN data.shards=[{shards:~set,weight:~1},{shards:~four,weight:~1}] | mix equal sets
-TRAIN data.shards=[{shards:~four,weight:~1},{shards:~four,weight:~1}] FIT | from_set needs a single set in data.shards
 OWN | crops.mean has 3 numbers, but the images have 4 channels of uint16; give one number per channel, or from_set
 OWN FIT crops.grey=0.1 | crops.grey: defined for 8-bit RGB only, but the images have 4 channels of uint16; set
 OWN FIT crops.jitter.probability=0.5 | set crops.jitter.probability=0
