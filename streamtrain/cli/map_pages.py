@@ -7,6 +7,7 @@ import argparse
 from PIL import Image
 
 from streamtrain.cli.backbone import choose_device, load_selected_backbone
+from streamtrain.cli.visualize import is_html
 from streamtrain.data.still_images import Still, as_picture, decode_image, still_size
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import (
@@ -19,13 +20,15 @@ from streamtrain.evaluation.maps import (
     similarity_maps,
 )
 from streamtrain.evaluation.pages import attention_page, pca_page, similarity_page
+from streamtrain.evaluation.similarity_html import similarity_html
 from streamtrain.interop.folder import BackboneConfig
 
 # shorter side in pixels of an image on the page
 SHOWN_SIDE = 400
 
 
-def draw_maps(arguments: argparse.Namespace) -> Image.Image:
+def draw_maps(arguments: argparse.Namespace) -> Image.Image | bytes:
+    """Return a picture, or with a path to an HTML file a page for a browser."""
     device = choose_device(arguments.device)
     backbone = load_selected_backbone(arguments)
     config = backbone.config
@@ -51,6 +54,10 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image:
         components = foreground_components(features) if arguments.foreground else principal_components(features)
         return pca_page(shown, names, components, subtitle, arguments.smooth, arguments.foreground)
     patches = arguments.patch or [(features[0].shape[0] // 2, features[0].shape[1] // 2)]
+    if is_html(arguments.out):
+        if len(patches) > 1:
+            raise StreamtrainError("an HTML page starts with one --patch; others are chosen in the browser")
+        return similarity_html(shown, names, features, patches[0], subtitle, arguments.smooth)
     similarities = [similarity_maps(features, patch) for patch in patches]
     return similarity_page(shown, names, similarities, patches, subtitle, arguments.smooth)
 

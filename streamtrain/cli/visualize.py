@@ -24,7 +24,8 @@ CURVES = (
 )  # fmt: skip
 
 _SUMMARIES = {
-    "similarity": "Cosine similarity of the patch under the red cross to all other patches, also of further images.",
+    "similarity": "Cosine similarity of a patch to all other patches, also of further images; --out P.html: of any "
+    "patch that is clicked, in a browser.",
     "pca": "The first three principal components of the patch features of all images as red, green and blue.",
     "attention": "Attention of the CLS token in the last block, one map per head, each on its own scale.",
     "crops": "Training crops and masks of an image; look at them before a long run.",
@@ -33,6 +34,7 @@ _SUMMARIES = {
 _EXAMPLES = """\
 examples:
   streamtrain visualize similarity --run runs/photos --image cat.jpg dog.jpg --patch 7,7 --out similarity.png
+  streamtrain visualize similarity --run runs/photos --image cat.jpg dog.jpg --out similarity.html
   streamtrain visualize pca --weights exported --image cat.jpg --out pca.png
   streamtrain visualize attention --run runs/photos --image cat.jpg --out attention.png
   streamtrain visualize crops --config vits16.yaml --image cat.jpg --out crops.png crops.local_count=4
@@ -76,11 +78,14 @@ def add_parser(subparsers: Any) -> None:
     add = of_kind["curves"].add_argument
     add("--run", type=local_path, nargs="+", required=True, help="run directories, one line each")
     add("--tags", nargs="+", default=CURVES, help=f"tags to draw (default: {' '.join(CURVES)})")
-    for kind_parser in of_kind.values():
-        kind_parser.add_argument("--out", type=parse_image_path, required=True, metavar="P.png", help="file to write")
+    for kind, kind_parser in of_kind.items():
+        parse = parse_page_path if kind == "similarity" else parse_image_path
+        shown = "picture, or P.html for a page in a browser" if kind == "similarity" else "file to write"
+        kind_parser.add_argument("--out", type=parse, required=True, metavar="P.png", help=shown)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    page: Image.Image | bytes
     if arguments.kind == "curves":
         page = draw_curves(arguments)
     elif arguments.kind == "crops":
@@ -95,8 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
         page = draw_maps(arguments)
     with writing(arguments.out):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.out, encode_page(page, arguments.out))
-    print(f"wrote {arguments.out} ({page.width} x {page.height})")
+        write_whole(arguments.out, page if isinstance(page, bytes) else encode_page(page, arguments.out))
+    size = f"{len(page) / 1e6:.1f} MB" if isinstance(page, bytes) else f"{page.width} x {page.height}"
+    print(f"wrote {arguments.out} ({size})")
     return 0
 
 
@@ -117,6 +123,15 @@ def parse_image_path(text: str) -> Path:
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise argparse.ArgumentTypeError(f"{text} has no image suffix, such as .png")
     return path
+
+
+def is_html(path: Path) -> bool:
+    return path.suffix.lower() in (".html", ".htm")
+
+
+def parse_page_path(text: str) -> Path:
+    path = local_path(text)
+    return path if is_html(path) else parse_image_path(text)
 
 
 def parse_patch(text: str) -> tuple[int, int]:
