@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from shards.credentials import split_query, strip_credentials
 from shards.errors import ShardError, explain_os_error
-from shards.format.decode import decode
+from shards.format.decode import DEFAULT_MAX_PIXELS, decode
 from shards.format.files import file_sha256, write_whole
 from shards.format.imagery import require_extra
 from shards.format.index import build_index, make_dali_index
@@ -26,6 +26,7 @@ from shards.format.pixels import RGB, PixelFormat
 from shards.format.records import UNREADABLE, save_index
 from shards.format.set_manifest import FILE_NAME, SetManifest, ShardEntry, counted
 from shards.format.tally import Tally
+from shards.format.windows import open_oversized
 from shards.packing.inputs import is_compressed_tar, refuse_zstd
 from shards.packing.parallel import ordered_map
 from shards.packing.summary import spread
@@ -75,11 +76,11 @@ def index_tars(
         out: folder of the set, new or empty; receives the indexes and the manifest.
         workers: number of processes; 1 uses the calling process.
         progress: show a progress bar on stderr if it is a terminal.
-        pixels: of all images; images of another kind fail to decode later, which ``verify`` reports. If none of the
-            images that are tried has them, nothing is made.
+        pixels: of all images; images of another kind fail to decode later, which ``verify`` reports. A few are tried.
 
     Raises:
-        ShardError: there are no tars or no images, a tar is damaged, or the folder cannot hold the set.
+        ShardError: there are no tars or no images, none of the images tried has ``pixels``, a tar is damaged, or the
+            folder cannot hold the set.
     """
     out = Path(out)
     if not pixels.is_rgb:
@@ -146,7 +147,11 @@ def _check_pixels(shard_set: ShardSet) -> None:
     for shard, sample in spread(shard_set, _NUM_TRIED):
         payload = shard_set.read(shard, sample)
         try:
-            decode(payload, pixels=shard_set.pixels)
+            image = open_oversized(payload, shard_set.pixels, DEFAULT_MAX_PIXELS)
+            if image is None:
+                decode(payload, pixels=shard_set.pixels)
+            else:
+                next(image.parts())  # training reads it by windows
             return
         except ShardError as error:
             reasons.append(f"{shard_set.key(shard, sample)}: {error}")

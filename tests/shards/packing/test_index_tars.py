@@ -15,6 +15,8 @@ from drawn_images import add_to_tar, all_labels, drawn_image, encoded, packed_se
 from faulty_server import faulty_server
 
 from shards.errors import ShardError
+from shards.format.decode import DEFAULT_MAX_PIXELS
+from shards.format.pixels import PixelFormat
 from shards.packing.index_tars import index_tars
 from shards.packing.verify import verify
 from shards.reading.order import Order
@@ -130,6 +132,21 @@ def test_command_prints_errors_in_one_line(tmp_path: Path) -> None:
             assert "indexed 3 images in 1 shard," in ended.stdout
     ended = subprocess.run([*tool[:-1], "", "--src", "good.tar"], capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (2, "error: --out is empty; give the folder of the set\n")
+
+
+def test_images_that_only_windows_can_read_are_indexed(tmp_path: Path) -> None:
+    tifffile, side = pytest.importorskip("tifffile"), 14_000
+    assert side**2 > DEFAULT_MAX_PIXELS
+    tile = np.zeros((2000, 2000), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "x.tif", (tile for _ in range(49)), shape=(side, side), dtype=tile.dtype, tile=tile.shape[::-1],
+        compression="zlib",
+    )  # fmt: skip
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x.tif", "x.tif")
+    assert index_tars([str(tmp_path / "x.tar")], tmp_path / "set", pixels=PixelFormat(1)).num_unreadable == 0
+    with pytest.raises(ShardError, match="none of the 1 image tried can be decoded as 2 channels of uint8"):
+        index_tars([str(tmp_path / "x.tar")], tmp_path / "other", pixels=PixelFormat(2))
 
 
 def test_command_prints_what_it_passes_over(tmp_path: Path) -> None:
