@@ -152,7 +152,7 @@ def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np
         raise ShardError("a TIFF with a palette has no channels; convert it to RGB or grey")
     if (found := PixelFormat(page.samplesperpixel, str(page.dtype))) != pixels:
         raise ShardError(f"it has {found}, not {pixels}")
-    if math.prod(page.chunks) * pixels.num_bytes > MAX_DECODED_BYTES or page.imagedepth != 1:
+    if part_bytes(page) > MAX_DECODED_BYTES or page.imagedepth != 1:
         raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
     # there may be millions
     spans = np.array([page.dataoffsets, page.databytecounts], np.uint64).T
@@ -161,6 +161,12 @@ def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np
     if len(spans) < math.prod(page.chunked) or not (spans.all() and is_inside.all()):
         raise ShardError("it is truncated, or tiles are missing")
     return spans[: math.prod(page.chunked)]
+
+
+def part_bytes(page: Any) -> int:
+    """Return the number of bytes of a decoded tile or strip of a page."""
+    # the shape of a part includes its samples
+    return math.prod(page.chunks) * int(page.dtype.itemsize)
 
 
 def invert_white(values: Array, page: Any) -> Array:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ShardError
+from shards.errors import SampleError, ShardError, SourceUnreachable
 from shards.format import image_header, imagery
 from shards.format.decode import decode, read_bounded, turn_upright
 from shards.format.image_files import one_line_errors
@@ -100,8 +100,8 @@ def open_tiff(num_bytes: int, read: Read, pixels: PixelFormat, max_part_pixels: 
     with ExitStack() as stack:
         try:
             page = stack.enter_context(imagery.open_tiff(file))
-        except ShardError:
-            if pixels.is_rgb:
+        except ShardError as error:
+            if pixels.is_rgb and not isinstance(error, SampleError | SourceUnreachable):
                 return None  # Pillow gives the pixels or the reason
             raise
         if pixels.is_rgb and not _is_plain_rgb(page):
@@ -163,7 +163,7 @@ class TiffImage:
         self._height, self._width = page.imagelength, page.imagewidth
         self.part: tuple[int, int] = page.chunks[:2]
         self._grid = math.ceil(self._height / self.part[0]), math.ceil(self._width / self.part[1])
-        self._part_bytes = math.prod(page.chunks) * pixels.num_bytes
+        self._part_bytes = imagery.part_bytes(page)
         self._has_codec_header = page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS
         self._tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
         self._turn = imagery.tiff_orientation(page)

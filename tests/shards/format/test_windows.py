@@ -19,7 +19,7 @@ from channel_images import ramp, tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import ShardError
+from shards.errors import SampleError, ShardError, SourceUnreachable
 from shards.format import windows
 from shards.format.decode import decode
 from shards.format.pixels import RGB, PixelFormat
@@ -130,6 +130,26 @@ def test_only_the_parts_of_a_window_are_read_and_decoded(tmp_path: Path) -> None
     assert image.num_decoded == 6 and num_read == 6 * 128 * 128 * 3
     image.read(120, 120, 128, 130)
     assert image.num_decoded == 6
+
+
+def test_tiles_of_many_channels_are_read() -> None:
+    pixels = PixelFormat(512, "uint16")
+    values = np.arange(64 * 64 * 512, dtype=np.uint16).reshape(64, 64, 512)
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, photometric="minisblack", planarconfig="contig", tile=(64, 64))
+    assert np.array_equal(decode(buffer.getvalue(), pixels=pixels), values)
+    assert np.array_equal(opened(buffer.getvalue(), pixels).read(8, 9, 10, 11), values[8:10, 9:11])
+
+
+@pytest.mark.parametrize("error", [SourceUnreachable("no route to host"), SampleError("a.tar", 0, "x", "cut off")])
+def test_failed_reads_of_tags_are_not_taken_for_another_format(error: ShardError) -> None:
+    def read(begin: int, end: int) -> bytes:
+        if end > 4:
+            raise error
+        return b"II*\0"
+
+    with pytest.raises(type(error)):
+        windows.open_tiff(10_000, read, RGB)
 
 
 def test_memory_is_bounded_by_the_kept_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
