@@ -40,7 +40,8 @@ DESCRIPTION, KEYS, UNUSABLE = "embed.json", "keys.txt", "unusable.txt"
 _PART_BYTES = 64 << 20
 _MAX_PART_IMAGES = 4096
 _PARTS, _LOCK = ".parts", ".lock"
-_TAR_KEY = re.compile("[A-Za-z0-9_/-]{1,90}")
+# with the longest extension, .patches.npy, at most the 100 characters of a name in a tar
+_TAR_KEY = re.compile("[A-Za-z0-9_-][A-Za-z0-9_/-]{,87}")
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
@@ -167,7 +168,7 @@ def _prepare(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     stated = _read_description(path)
     if other := [key for key, value in settings.items() if stated.get(key) != value]:
         raise StreamtrainError(
-            f"{out} was begun with other settings ({other[0].replace('_', ' ')}); delete it, or choose another --out"
+            f"{out} was started with other settings ({other[0].replace('_', ' ')}); delete it, or choose another --out"
         )
     return stated
 
@@ -184,10 +185,14 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Lock ``out``; wait while another share has the lock, which it keeps only to begin and to join the parts."""
+    """Lock ``out``, waiting for other shares, which hold the lock only while they start or join the parts."""
     while True:
         with suppress(FolderInUse), lock_folder(out, _LOCK):
-            yield
+            try:
+                yield
+            finally:
+                # the folder may belong to something else
+                (out / _LOCK).unlink(missing_ok=True)
             return
         time.sleep(0.05)
 
@@ -276,7 +281,7 @@ def _tar(keys: Sequence[str], features: Arrays, start: int) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, key in enumerate(keys):
-            # a path or a name with dots is not a WebDataset key
+            # WebDataset splits names at dots
             stem = key if _TAR_KEY.fullmatch(key) else sample_key(start + row, printable(key))
             members = {f"{name}.npy": _npy(array[row]) for name, array in features.items()}
             for extension, content in members.items():
@@ -301,7 +306,6 @@ def _finish(out: Path, num_parts: int, options: EmbedOptions, shapes: Shapes) ->
             write_whole(out / DESCRIPTION, _json(description))
         # a command that was killed here left them behind
         remove_tree(out / _PARTS)
-        (out / _LOCK).unlink(missing_ok=True)
     return Written(rows=description["rows"], unusable=description["unusable"])
 
 
