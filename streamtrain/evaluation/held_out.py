@@ -20,11 +20,12 @@ from streamtrain.evaluation.images import (
     images_of_set,
     match_classes,
     open_images,
+    open_source,
     split_images,
 )
 
 TRAIN_PER_TEST = 4
-# images that are decoded at once, because all may have other channels than the network takes
+# images that are decoded at the start, to report early that a folder has images of other channels than the network
 _NUM_TRIED = 4
 _PURPOSE = "evaluation/held out"
 
@@ -76,9 +77,10 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     return HeldOut(*split_images(images)), ""
 
 
-def _open(config: Config, path: str, allow_unlabelled: bool = False) -> LabelledImages:
-    images = open_images(Path(path), config.data.background_color, allow_unlabelled, config.data.pixels)
-    images.require_pixels(config.data.pixels)
+def _open(config: Config, path: str, needs_labels: bool = True) -> LabelledImages:
+    background, pixels = config.data.background_color, config.data.pixels
+    images = open_images(Path(path), background, pixels) if needs_labels else open_source(path, background, pixels)
+    images.require_pixels(pixels)
     indices = stratified_indices(len(images), _NUM_TRIED)
     tried = replace(images.subset(indices, images.name), unusable=UnusableImages())
     if len(tried) and all(tried.decode_if_usable(index) is None for index in range(len(tried))):
@@ -105,7 +107,7 @@ def reference_images(config: Config) -> HeldOut | None:
     evaluation = config.evaluation
     if evaluation.reference is None or not evaluation.every:
         return None
-    images = _open(config, evaluation.reference, allow_unlabelled=True)
+    images = _open(config, evaluation.reference, needs_labels=False)
     images = sample_images(images, evaluation.images + evaluation.images // TRAIN_PER_TEST)
     is_labelled = bool((images.labels >= 0).all()) and len(set(images.labels.tolist())) > 1
     if not is_labelled:

@@ -1,4 +1,4 @@
-"""Labelled images for evaluation: a shard set with labels, or a folder of class subfolders."""
+"""Images for evaluation and ``streamtrain embed``: of a shard set, folder, list or archive, labelled or not."""
 
 from __future__ import annotations
 
@@ -140,36 +140,31 @@ class LabelledImages:
         return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
-def open_images(
-    path: Path, background: Color | None = WHITE, allow_unlabelled: bool = False, pixels: PixelFormat = RGB
-) -> LabelledImages:
-    """Open a shard set, or a class folder, whose images are sorted by class and file name.
+def open_images(path: Path, background: Color | None = WHITE, pixels: PixelFormat = RGB) -> LabelledImages:
+    """Open a labelled shard set, or a folder of class subfolders, whose images are sorted by class and file name.
 
     Args:
         background: colour behind transparent images; None drops their alpha channel.
-        allow_unlabelled: missing labels are -1, and a folder needs no class subfolders.
         pixels: channels and dtype that images of a folder must have; a set states its own.
 
     Raises:
-        StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
+        ShardError, StreamtrainError: if ``path`` is neither, cannot be read, is empty, or has no labels.
     """
     if not path.is_dir():
         raise StreamtrainError(f"{path} is not a folder: give a shard set or a folder of images")
     if (path / "manifest.json").is_file():
-        shard_set = ShardSet.open(path)
-        images = images_of_set(shard_set, np.arange(shard_set.num_samples))
+        images = open_source(str(path), background, pixels)
     else:
         try:
-            images = _open_folder(path, allow_unlabelled, pixels)
+            images = replace(_open_class_folder(path, pixels), background=background)
         except OSError as error:
             raise StreamtrainError(f"{error.filename or path} cannot be read ({error.strerror})") from None
-    unlabelled = int((images.labels < 0).sum())
-    if unlabelled and not allow_unlabelled:
+    if unlabelled := int((images.labels < 0).sum()):
         raise StreamtrainError(
             f"{unlabelled} of the {len(images)} images of {path} have no label: evaluation needs class subfolders, "
             "or shards packed from them (with .cls)"
         )
-    return replace(images, background=background)
+    return images
 
 
 def split_images(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
@@ -224,7 +219,7 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> LabelledImages
 
 
 def open_source(source: str, background: Color | None, pixels: PixelFormat) -> LabelledImages:
-    """Open a shard set, or anything else that ``streamtrain pack`` reads without unpacking it; labels may be missing.
+    """Open a shard set, or any source that ``streamtrain pack`` reads without unpacking it; missing labels are -1.
 
     Args:
         source: path, or URL of a set.
@@ -236,6 +231,8 @@ def open_source(source: str, background: Color | None, pixels: PixelFormat) -> L
     if is_url(source) or (Path(source) / "manifest.json").is_file():
         shard_set = ShardSet.open(source)
         images = images_of_set(shard_set, np.arange(shard_set.num_samples))
+        if not len(images):
+            raise ShardError(f"{source} has no images; pack a set of images")
     elif needs_unpacking(source):
         raise ShardError(f"{source} is compressed: unpack it, or pack a set of it")
     else:
@@ -247,7 +244,7 @@ def open_source(source: str, background: Color | None, pixels: PixelFormat) -> L
     return replace(images, background=background)
 
 
-def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> LabelledImages:
+def _open_class_folder(path: Path, pixels: PixelFormat) -> LabelledImages:
     """Return the images that ``streamtrain pack`` would take from a folder, with the same labels."""
     inputs = list_images(path, pixels)
     labels, classes = np.array([item.label for item in inputs.items], np.int64), inputs.classes
@@ -255,7 +252,7 @@ def _open_folder(path: Path, allow_unlabelled: bool, pixels: PixelFormat) -> Lab
     if not classes and len(top) == 1 and "" not in top:
         # a single class has no label in a set, but can be tested against a set of several
         labels, classes = np.zeros_like(labels), tuple(top)
-    if not classes and not (allow_unlabelled and inputs.items):
+    if not classes:
         missing = "no images in class subfolders, nor a manifest.json"
         what = "images but no class subfolders" if inputs.items else missing
         needs = "evaluation needs one subfolder per class, or a shard set"
@@ -318,7 +315,7 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
     path = str(shard_set.path)
     is_sound = labels != DAMAGED_LABEL
     if not is_sound.all():
-        logger.warning("%s: %d images have damaged labels and are not evaluated", path, int((~is_sound).sum()))
+        logger.warning("%s: %d images have damaged labels and are left out", path, int((~is_sound).sum()))
         labels, shards, samples = labels[is_sound], shards[is_sound], samples[is_sound]
 
     def read(index: int) -> tuple[bytes, str]:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from drawn_images import draw_folder, drawn_image, encoded
 
+from shards.errors import ShardError
+from shards.format.pixels import RGB
+from shards.format.set_manifest import SetManifest
 from shards.packing.inputs import list_images
 from shards.packing.pack import pack
 from streamtrain.errors import StreamtrainError
-from streamtrain.evaluation.images import open_images
+from streamtrain.evaluation.images import open_images, open_source
 
 
 def test_evaluation_takes_the_images_that_packing_takes(tmp_path: Path) -> None:
@@ -37,3 +40,9 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (folder / "cat" / "image 000.jpg").unlink()
     with pytest.raises(StreamtrainError, match=r"cat/image 000\.jpg cannot be read \(No such file or directory\)"):
         found.decode(0)
+
+
+def test_a_set_without_images_is_an_error_in_one_line(tmp_path: Path) -> None:
+    SetManifest(()).save(tmp_path)
+    with pytest.raises(ShardError, match="has no images; pack a set of images"):
+        open_source(str(tmp_path), None, RGB)
