@@ -229,21 +229,20 @@ def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **
     """Measure features on labelled images, like ``streamtrain evaluate``, and return its JSON object.
 
     Args:
-        task: ``knn``, ``linear`` or ``logistic``.
-        train: shard set, or folder with one subfolder per class, to learn from.
+        task: ``knn``, ``linear`` or ``logistic``; ``segmentation`` or ``depth``, with the option ``labels``.
+        train: shard set, or folder with one subfolder per class, to learn from; any folder if there are ``labels``.
         test: images to predict; default: a fixed fifth of ``train`` is held out.
         options: options of the command, such as ``run="runs/photos"`` or ``weights="exported"``.
 
     Raises:
         StreamtrainError: for an unknown option, or images or weights that cannot be used.
     """
-    from streamtrain.cli.evaluate import TASKS
-    from streamtrain.cli.feature_quality import evaluate as evaluate_features
+    from streamtrain.cli.evaluate import DENSE_TASKS, TASKS, measure
 
-    if task not in TASKS:
-        raise StreamtrainError(f"task {task!r} is not one of {', '.join(TASKS)}")
+    if task not in (tasks := TASKS + DENSE_TASKS):
+        raise StreamtrainError(f"task {task!r} is not one of {', '.join(tasks)}")
     given = {**options, "train": train, "test": test}
-    return evaluate_features(_command_arguments("evaluate", [task], given))
+    return measure(_command_arguments("evaluate", [task], given))[0]
 
 
 def export(

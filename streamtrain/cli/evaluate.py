@@ -1,4 +1,4 @@
-"""``streamtrain evaluate``: measure how well frozen features separate the classes of labelled images."""
+"""``streamtrain evaluate``: measure how well frozen features show classes of images, classes of pixels, or depth."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import argparse
 import json
 from typing import Any
 
-from streamtrain.cli.arguments import add_command, positive_int
+from streamtrain.cli.arguments import add_command, non_negative_int, positive_int
 from streamtrain.cli.backbone import add_backbone_arguments, add_device_argument
+from streamtrain.errors import StreamtrainError
 from streamtrain.run.command_line import local_path
 
+# on features of whole images, and of patches
 TASKS = ("knn", "linear", "logistic")
+DENSE_TASKS = ("segmentation", "depth")
 
 # networks of --compare that have a name
 BASELINES = ("pixels", "untrained")
 # above these numbers of images only one split is tested: five take too long
 MAX_IMAGES_FOR_SPLITS = {"knn": 30_000, "linear": 5_000, "logistic": 1_000}
 
-_SUMMARY = "Measure the accuracy of kNN, a linear probe or logistic regression on frozen features."
+_SUMMARY = "Measure frozen features: classes of images, segmentation, depth."
 _DETAILS = """\
+  knn, linear, logistic   accuracy of kNN, a linear probe or logistic regression on the CLS token
+  segmentation            mIoU of a linear probe and of kNN on patch tokens
+  depth                   RMSE and delta1 of a linear head on patch tokens
+
 SET is a shard set, or a folder with one subfolder per class. Without --test, a fixed fifth of --train is
 held out for testing; the split is the same for every network and every run. If the set is small enough, all
 five splits are tested as well, so that every image is tested once.
@@ -26,8 +33,12 @@ five splits are tested as well, so that every image is tested once.
 Every accuracy is printed with its 95% interval (±), and with the difference to another network that is more
 than chance. --compare tests the difference itself, image by image, which needs fewer images.
 
-Features are kept in ~/.cache/streamtrain (XDG_CACHE_HOME; at most 4 GiB): another task on the same images
-with the same weights starts at once.
+For segmentation and depth, SET is a folder of images, at any depth, and --labels a folder with a file of the same name
+for each: .png with class ids (grey of 8 or 16 bits, or a palette; 255 or 65535 is unlabelled), or depth as .npy
+(float32 [height, width]) or .png (16 bits, millimetres).
+
+Features of whole images are kept in ~/.cache/streamtrain (XDG_CACHE_HOME; at most 4 GiB): another task on the same
+images with the same weights starts at once.
 """
 _EXAMPLES = """\
   streamtrain evaluate knn --run runs/photos --train sets/train --test sets/test --json
@@ -35,16 +46,23 @@ _EXAMPLES = """\
   streamtrain evaluate linear --weights exported --train sets/train --test sets/test
   streamtrain evaluate logistic --run runs/photos --step best --train sets/train
   streamtrain evaluate knn --pixels --train sets/train
+  streamtrain evaluate segmentation --run runs/photos --train photos --labels masks --compare untrained
+  streamtrain evaluate depth --run runs/photos --train train --labels train-depth --test test --test-labels test-depth
 """
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "evaluate", _SUMMARY, _DETAILS, _EXAMPLES)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=TASKS + DENSE_TASKS)
     add_backbone_arguments(parser)
     parser.add_argument("--pixels", action="store_true", help="use the pixels themselves as features, no network")
     parser.add_argument("--train", type=local_path, required=True, metavar="SET", help="labelled images to learn from")
     parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
+    parser.add_argument("--labels", type=local_path, metavar="DIR", help="maps of --train, for segmentation and depth")
+    parser.add_argument("--test-labels", type=local_path, metavar="DIR", help="maps of --test (default: as --labels)")
+    parser.add_argument(
+        "--ignore", type=non_negative_int, nargs="+", metavar="ID", help="segmentation: ids that count as unlabelled"
+    )
     parser.add_argument(
         "--compare", type=parse_network, metavar="NETWORK",
         help="test the difference to: pixels, untrained (of --run or --config), another run, or other weights",
@@ -65,14 +83,34 @@ def parse_network(text: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # torch takes seconds to load
-    from streamtrain.cli.feature_quality import evaluate
-
-    result = evaluate(arguments)
-    print(format_result(result))
+    result, text = measure(arguments)
+    print(text)
     if arguments.json:
         print(json.dumps(result))
     return 0
+
+
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the measured values, and the lines to print.
+
+    Raises:
+        StreamtrainError: options, images or weights that cannot be used.
+    """
+    # torch takes seconds to load
+    if arguments.task in DENSE_TASKS:
+        from streamtrain.cli import dense_quality
+
+        dense = dense_quality.evaluate(arguments)
+        return dense, dense_quality.format_result(dense)
+    from streamtrain.cli.feature_quality import evaluate
+
+    for option, value in (("--labels", arguments.labels), ("--test-labels", arguments.test_labels)):
+        if value is not None:
+            raise StreamtrainError(f"{option} belongs to {' and '.join(DENSE_TASKS)}; remove it for {arguments.task}")
+    if arguments.ignore:
+        raise StreamtrainError(f"--ignore belongs to segmentation; remove it for {arguments.task}")
+    result = evaluate(arguments)
+    return result, format_result(result)
 
 
 def format_result(result: dict[str, Any]) -> str:

@@ -73,15 +73,7 @@ def evaluate(arguments: argparse.Namespace) -> Values:
     if arguments.task == "logistic":
         # before the features of many images are computed
         require_scikit_learn()
-    other = select_baseline(arguments, arguments.compare) if arguments.compare is not None else None
-    if other is not None:
-        arguments, other = share_factory(arguments, other)
-    if arguments.compare == "untrained" and not arguments.untrained:
-        # it describes only that network
-        arguments = argparse.Namespace(**{**vars(arguments), "config": None})
-    pixels = selected_pixels(arguments)
-    if other is not None and (needed := selected_pixels(other)) != pixels:
-        raise StreamtrainError(f"--compare {arguments.compare} needs images of {needed}, the network has {pixels}")
+    arguments, other, pixels = select_networks(arguments)
     sets = open_sets(arguments.train, arguments.test, pixels)
     began = time.perf_counter()
     source, embedded = features_of(arguments, sets)
@@ -114,6 +106,26 @@ def evaluate(arguments: argparse.Namespace) -> Values:
         others = measure(arguments.task, split_rows(arguments.task, sets, other_embedded))
         result |= {"compared_with": arguments.compare} | describe_differences(measured, others)
     return result
+
+
+def select_networks(
+    arguments: argparse.Namespace,
+) -> tuple[argparse.Namespace, argparse.Namespace | None, PixelFormat]:
+    """Return the arguments that select the network, and that of ``--compare`` if there is one, and their pixels.
+
+    Raises:
+        StreamtrainError: the options of ``--compare`` do not fit, or the networks take different images.
+    """
+    other = select_baseline(arguments, arguments.compare) if arguments.compare is not None else None
+    if other is not None:
+        arguments, other = share_factory(arguments, other)
+    if arguments.compare == "untrained" and not arguments.untrained:
+        # it describes only that network
+        arguments = argparse.Namespace(**{**vars(arguments), "config": None})
+    pixels = selected_pixels(arguments)
+    if other is not None and (needed := selected_pixels(other)) != pixels:
+        raise StreamtrainError(f"--compare {arguments.compare} needs images of {needed}, the network has {pixels}")
+    return arguments, other, pixels
 
 
 def open_sets(train: Path, test: Path | None, pixels: PixelFormat) -> list[LabelledImages]:

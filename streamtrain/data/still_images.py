@@ -82,17 +82,22 @@ def as_picture(image: Still, ranges: Sequence[Range], channels: Sequence[int] | 
     return image if isinstance(image, Image.Image) else Image.fromarray(to_rgb8(image, ranges, channels))
 
 
+def centre_spans(width: int, height: int, resize: int, size: int) -> list[tuple[float, float]]:
+    """Return (start, end) of ``centre_crop`` in pixels of an image: horizontal, then vertical."""
+    spans = []
+    for edge in (width, height):
+        scaled = int(resize * edge / min(width, height))
+        start = (scaled - size) // 2
+        spans.append((start * edge / scaled, (start + size) * edge / scaled))
+    return spans
+
+
 def centre_crop(image: Still, resize: int, size: int) -> np.ndarray:
     """Resize the shorter side to ``resize`` pixels (bicubic) and return the central square: [size, size, channels].
 
     The longer side and the margin before the crop are rounded down to whole pixels, as transformers does, so that an
     exported image processor gives the same pixels, but for rounding.
     """
-    spans = []
-    for edge in still_size(image):
-        scaled = int(resize * edge / min(still_size(image)))
-        start = (scaled - size) // 2
-        spans.append((start * edge / scaled, (start + size) * edge / scaled))
-    (left, right), (top, bottom) = spans
+    (left, right), (top, bottom) = centre_spans(*still_size(image), resize, size)
     # resample the square only; its margin is never computed
     return np.array(resize_still(image, (size, size), (left, top, right, bottom)))

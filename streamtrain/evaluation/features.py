@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from streamtrain.run.progress import progress_bar
 GREY = 128
 # a command fails if more images are unusable
 MAX_UNUSABLE_SHARE = 0.1
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
@@ -38,29 +40,35 @@ def decode_crop(images: LabelledImages, index: int, resize: int, size: int) -> t
 def crop_batches(
     images: LabelledImages, resize: int, size: int, batch_size: int, workers: int, spans: Iterable[range] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches in order, decoded by ``workers`` threads at most two batches ahead.
+    """Yield batches in order, as ``ordered_batches``.
 
     With ``spans`` the batches are these images, otherwise all, ``batch_size`` at a time.
 
     Each batch is [B, size, size, channels], uint8 or float32, and bool [B]: False where a grey crop replaces an
     unusable image.
     """
-
-    def load(span: range) -> list[Future[tuple[np.ndarray, bool]]]:
-        return [pool.submit(decode_crop, images, index, resize, size) for index in span]
-
     if spans is None:
-        spans = (range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size))
+        spans = batch_spans(len(images), batch_size)
+    for batch in ordered_batches(lambda index: decode_crop(images, index, resize, size), spans, workers):
+        crops, is_usable = zip(*batch, strict=True)
+        yield torch.from_numpy(np.stack(crops)), torch.tensor(is_usable)
 
+
+def batch_spans(count: int, batch_size: int) -> Iterator[range]:
+    return (range(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
+
+
+def ordered_batches(read: Callable[[int], Item], spans: Iterable[range], workers: int) -> Iterator[list[Item]]:
+    """Yield the results of ``read`` for each span of indices, in order, from threads at most two batches ahead."""
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        ahead: deque[list[Future[tuple[np.ndarray, bool]]]] = deque()
+        ahead: deque[list[Future[Item]]] = deque()
         try:
             for span in spans:
-                ahead.append(load(span))
+                ahead.append([pool.submit(read, index) for index in span])
                 if len(ahead) > 2:
-                    yield _stack(ahead.popleft())
+                    yield [future.result() for future in ahead.popleft()]
             while ahead:
-                yield _stack(ahead.popleft())
+                yield [future.result() for future in ahead.popleft()]
         finally:
             for futures in ahead:
                 for future in futures:
@@ -143,8 +151,3 @@ def _read_crops(
         for crops, is_usable in crop_batches(images, resize, size, batch_size, threads):
             yield crops, is_usable
             bar.update(len(crops))
-
-
-def _stack(futures: list[Future[tuple[np.ndarray, bool]]]) -> tuple[Tensor, Tensor]:
-    crops, is_usable = zip(*(future.result() for future in futures), strict=True)
-    return torch.from_numpy(np.stack(crops)), torch.tensor(is_usable)

@@ -28,6 +28,23 @@ class LinearResult:
     is_right: Tensor = field(repr=False, compare=False)
 
 
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier of features that are first standardised."""
+
+    # [D]
+    mean: Tensor
+    deviation: Tensor
+    # [D, classes], [1, classes]
+    weight: Tensor
+    bias: Tensor
+    learning_rate: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits [..., classes] of features [..., D]."""
+        return (features - self.mean) / self.deviation @ self.weight + self.bias[0]
+
+
 def linear_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -36,22 +53,40 @@ def linear_accuracy(
     epochs: int = EPOCHS,
     report: Callable[[int], object] | None = None,
 ) -> LinearResult:
-    """Train linear classifiers by SGD with momentum and a cosine schedule, and return the test accuracy of the best.
+    """Train a linear probe and return its test accuracy; arguments as ``train_probe``, test labels int64 [M]."""
+    num_classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
+    probe = train_probe(train_features, train_labels, num_classes, epochs, report)
+    test = (test_features - probe.mean) / probe.deviation
+    is_right = _is_right(test, test_labels, probe.weight[None], probe.bias[None])[0]
+    return LinearResult(float(is_right.double().mean()), probe.learning_rate, is_right)
+
+
+def train_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    num_classes: int,
+    epochs: int = EPOCHS,
+    report: Callable[[int], object] | None = None,
+    order: Tensor | None = None,
+) -> LinearProbe:
+    """Train linear classifiers by SGD with momentum and a cosine schedule, and return the best.
 
     The learning rate is chosen on a held-out tenth of the training data. Features are standardised by the mean and
     deviation of the training data, so that one grid of learning rates suits every network.
 
     Args:
-        train_features, test_features: fp32 [N, D], [M, D].
-        train_labels, test_labels: int64 [N], [M].
+        train_features: fp32 [N, D].
+        train_labels: int64 [N].
         report: called after each epoch with the number of completed epochs.
+        order: int64 [N], a permutation whose first tenth is held out; default: a random one.
     """
     mean, deviation = train_features.mean(0), train_features.std(0).clamp_min(1e-6)
-    train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
-    order = torch.from_numpy(permutation(0, _PURPOSE, len(train), 0)).to(train.device)
+    train = (train_features - mean) / deviation
+    if order is None:
+        order = torch.from_numpy(permutation(0, _PURPOSE, len(train), 0))
+    order = order.to(train.device)
     num_held = max(int(len(train) * HELD_OUT_SHARE), 1)
     held, kept = order[:num_held], order[num_held:]
-    num_classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
 
     weight = train.new_zeros(len(LEARNING_RATES), train.shape[1], num_classes)
     bias = train.new_zeros(len(LEARNING_RATES), 1, num_classes)
@@ -74,8 +109,7 @@ def linear_accuracy(
             report(epoch + 1)
 
     best = int(_is_right(train[held], train_labels[held], weight, bias).double().mean(1).argmax())
-    is_right = _is_right(test, test_labels, weight[best : best + 1], bias[best : best + 1])[0]
-    return LinearResult(float(is_right.double().mean()), LEARNING_RATES[best], is_right)
+    return LinearProbe(mean, deviation, weight[best], bias[best], LEARNING_RATES[best])
 
 
 def _is_right(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

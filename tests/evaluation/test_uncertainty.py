@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamtrain.evaluation.uncertainty import accuracy_margin, difference_margin, paired_difference
+from streamtrain.evaluation.uncertainty import (
+    RESAMPLES,
+    accuracy_margin,
+    bootstrap,
+    bootstrap_margin,
+    difference_margin,
+    paired_difference,
+)
 
 
 @pytest.mark.parametrize(("truth", "count"), [(0.5, 30), (0.1, 40), (0.97, 100), (0.54, 168), (0.4, 4000)])
@@ -47,3 +54,16 @@ def test_equal_predictions_still_have_a_margin() -> None:
     difference, margin = paired_difference(same, same)
     assert difference == 0.0 and 0 < margin < 0.1
     assert paired_difference(same, ~same)[0] == 1.0
+
+
+def test_the_bootstrap_has_the_margin_of_a_mean_and_pairs_its_draws() -> None:
+    sums = (np.random.default_rng(3).random((400, 1)) < 0.3).astype(float)
+
+    def share(totals: np.ndarray) -> np.ndarray:
+        return totals[..., 0] / 400
+
+    scores = bootstrap(sums, share)
+    assert scores.shape == (RESAMPLES,) and scores.mean() == pytest.approx(share(sums.sum(0)), abs=0.01)
+    assert bootstrap_margin(scores) == pytest.approx(accuracy_margin(float(share(sums.sum(0))), 400), rel=0.1)
+    # the difference to a network that is a little better on every image is certain
+    assert bootstrap_margin(bootstrap(sums + 0.1, share) - scores) < 1e-9
