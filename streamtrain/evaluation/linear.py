@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -88,10 +89,11 @@ def train_probe(
     num_held = max(int(len(train) * HELD_OUT_SHARE), 1)
     held, kept = order[:num_held], order[num_held:]
 
-    weight = train.new_zeros(len(LEARNING_RATES), train.shape[1], num_classes)
-    bias = train.new_zeros(len(LEARNING_RATES), 1, num_classes)
+    # one matrix for the classifiers of all learning rates: many narrow matmuls take several times as long
+    shape = (len(LEARNING_RATES), num_classes)
+    weight, bias = train.new_zeros(train.shape[1], math.prod(shape)), train.new_zeros(1, math.prod(shape))
     state = [(value, torch.zeros_like(value)) for value in (weight, bias)]
-    rates = train.new_tensor(LEARNING_RATES).reshape(-1, 1, 1)
+    rates = train.new_tensor(LEARNING_RATES).repeat_interleave(num_classes)
     batches = -(-len(kept) // BATCH_SIZE)
     for epoch in range(epochs):
         shuffled = kept[torch.from_numpy(permutation(0, _PURPOSE, len(kept), epoch + 1)).to(train.device)]
@@ -100,14 +102,16 @@ def train_probe(
             scale = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi))).item()
             features = train[rows]
             # gradient of the mean cross-entropy of all classifiers, in closed form
-            error = (features @ weight + bias).softmax(-1) - F.one_hot(train_labels[rows], num_classes)
-            gradients = (features.T @ error / len(rows), error.mean(1, keepdim=True))
+            shares = (features @ weight + bias).unflatten(1, shape).softmax(-1)
+            error = (shares - F.one_hot(train_labels[rows], num_classes)[:, None]).flatten(1)
+            gradients = (features.T @ error / len(rows), error.mean(0, keepdim=True))
             for (value, velocity), gradient in zip(state, gradients, strict=True):
                 velocity.mul_(0.9).add_(gradient)
                 value.addcmul_(velocity, rates, value=-scale)
         if report is not None:
             report(epoch + 1)
 
+    weight, bias = (value.unflatten(1, shape).transpose(0, 1) for value in (weight, bias))
     best = int(_is_right(train[held], train_labels[held], weight, bias).double().mean(1).argmax())
     return LinearProbe(mean, deviation, weight[best], bias[best], LEARNING_RATES[best])
 

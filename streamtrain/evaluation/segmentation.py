@@ -28,7 +28,7 @@ NEIGHBOURS = 20
 MAX_PIXELS, MAX_PATCHES, MAX_BYTES = 200_000, 100_000, 1 << 29
 MAX_PER_IMAGE = 256
 # rows of all epochs
-_EPOCH_ROWS = 3_000_000
+_EPOCH_ROWS = 2_000_000
 _LOGITS_BYTES = 1 << 26
 _HELD, _PIXELS, _PATCHES = "evaluation/dense held out", "evaluation/dense pixels", "evaluation/dense patches"
 
