@@ -5,13 +5,14 @@ nearly every crop shows the class. Colours, positions, sizes, rotations, clutter
 distribution in all classes, so mean colour and raw pixels carry little information: only structure separates the
 classes. All images share one palette, because in a few minutes of training a network would otherwise learn to match
 crops by colour. Shapes are signed distances and textures are functions of the object's coordinates, so an image can be
-drawn at any size. NumPy and Pillow only.
+drawn at any size, and its mask and depth are exact. NumPy and Pillow only.
 """
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -221,8 +222,24 @@ def _rotate(x: Field, y: Field, turn: float, stretch: float) -> tuple[Field, Fie
     return (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
 
 
-def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Draw one image of the class ``name``: uint8 [height, width, 3]."""
+class Drawing(NamedTuple):
+    """An image uint8 [height, width, 3] with its maps [height, width].
+
+    The mask, uint8, has 0 for the background and 1 + the number of the class for its objects. Depth, uint16 in
+    millimetres, follows from the sizes of the objects, as if all were equally large: 1 m / size; the background is a
+    wall at ``WALL``.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    depth: np.ndarray
+
+
+WALL = 4000
+
+
+def draw(name: str, rng: np.random.Generator, width: int, height: int) -> Drawing:
+    """Draw one image of the class ``name``, with its mask and its depth."""
     shape, texture = CLASSES[name]
     half = min(width, height) / 2
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -237,6 +254,7 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
     offset = rng.uniform(-9, 9, 2)
     printed = texture(u / period + offset[0], v / period + offset[1]) - 0.5
     image += (rng.uniform(0.3, 0.5) * printed)[..., None]
+    mask, depth = np.zeros((height, width), np.uint8), np.full((height, width), WALL, np.uint16)
     for cx, cy, size in _place_objects(rng, int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))):
         turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
         shadow_u, shadow_v = _rotate(x - cx + 0.05 * np.cos(light), y - cy + 0.05 * np.sin(light), turn, stretch)
@@ -252,7 +270,10 @@ def draw(name: str, rng: np.random.Generator, width: int, height: int) -> np.nda
         shade = shade * (0.72 + 0.28 * np.clip(-distance / 0.05, 0, 1))
         cover = np.clip(0.5 - distance * half, 0, 1)
         image += cover[..., None] * (fill * shade[..., None] - image)
+        mask[distance <= 0] = 1 + list(CLASSES).index(name)
+        depth[distance <= 0] = round(1000 / size)
     exposure = rng.uniform(0.85, 1.15)
     noise = rng.normal(0, rng.uniform(0.005, 0.03), (height, width, 1)).astype(np.float32)
     grain = rng.normal(0, 0.01, image.shape).astype(np.float32)
-    return (np.clip(image * exposure + noise + grain, 0, 1) * 255 + 0.5).astype(np.uint8)
+    pixels = (np.clip(image * exposure + noise + grain, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Drawing(pixels, mask, depth)

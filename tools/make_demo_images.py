@@ -2,6 +2,7 @@
 """Draw a labelled demo set: JPEGs in one folder per class, identical for the same seed on any machine.
 
 python tools/make_demo_images.py --out DIR [--count 2400] [--size 112] [--seed 0] [--workers N]
+python tools/make_demo_images.py --out LABELS --labels    # LABELS/masks and LABELS/depth of the same images
 """
 
 from __future__ import annotations
@@ -35,20 +36,31 @@ VERSION = 5
 RECORD = ".demo.json"
 
 
-def write_images(folder: Path, seed: int, size: int, indices: range) -> int:
-    """Draw and write images ``indices``, each a pure function of (seed, size, index); return their number."""
+def write_images(folder: Path, seed: int, size: int, labels: bool, indices: range) -> int:
+    """Draw and write images ``indices``, each a pure function of (seed, size, index); return their number.
+
+    Args:
+        labels: write the masks and the depth of these images instead.
+    """
     names = list(CLASSES)
     for index in indices:
         rng = np.random.default_rng([seed, index])
         name = names[index % len(names)]
         # sizes and JPEG qualities vary, as in photographs
         width, height = (int(side) for side in np.rint(size * rng.uniform(0.86, 1.14, 2)))
-        image = Image.fromarray(draw(name, rng, width, height))
-        image.save(folder / name / f"{index:06d}.jpg", quality=int(rng.integers(82, 95)))
+        drawing = draw(name, rng, width, height)
+        if labels:
+            Image.fromarray(drawing.mask).save(folder / "masks" / name / f"{index:06d}.png")
+            Image.fromarray(drawing.depth).save(folder / "depth" / name / f"{index:06d}.png")
+        else:
+            image = Image.fromarray(drawing.image)
+            image.save(folder / name / f"{index:06d}.jpg", quality=int(rng.integers(82, 95)))
     return len(indices)
 
 
-def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True) -> bool:
+def make_demo_images(
+    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True, labels: bool = False
+) -> bool:
     """Write the set to ``out`` unless it is complete; return whether it was drawn now.
 
     The images are drawn in ``OUT.partial``, which is renamed to ``out`` when complete.
@@ -56,7 +68,7 @@ def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, 
     Raises:
         ValueError: ``out`` contains something else.
     """
-    record = {"version": VERSION, "count": count, "size": size, "seed": seed}
+    record = {"version": VERSION, "count": count, "size": size, "seed": seed} | ({"labels": True} if labels else {})
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         path = out / RECORD
         if not path.is_file():
@@ -67,11 +79,12 @@ def make_demo_images(out: Path, count: int, size: int, seed: int, workers: int, 
         return False
     folder = out.with_name(f"{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
+    for kind in ("masks", "depth") if labels else ("",):
+        for name in CLASSES:
+            (folder / kind / name).mkdir(parents=True)
     parts = [range(start, min(start + 40, count)) for start in range(0, count, 40)]
     with (
-        closing(ordered_map(partial(write_images, folder, seed, size), parts, workers)) as written,
+        closing(ordered_map(partial(write_images, folder, seed, size, labels), parts, workers)) as written,
         progress_bar("drawing", count, "images", shown=progress) as bar,
     ):
         for number in written:
@@ -90,12 +103,13 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=112, help="approximate side in pixels (default 112)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--labels", action="store_true", help="write masks and depth of the images instead")
     arguments = parser.parse_args()
     out, workers = arguments.out, arguments.workers
     try:
         if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
             raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
-        new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers)
+        new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers, labels=arguments.labels)
     except KeyboardInterrupt:
         interrupts.report()
         return EXIT_INTERRUPTED
@@ -106,7 +120,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     word = "drew" if new else "found"
-    print(f"{word} {arguments.count} images of {len(CLASSES)} classes in {out}")
+    what = "masks and depth maps" if arguments.labels else "images"
+    print(f"{word} {arguments.count} {what} of {len(CLASSES)} classes in {out}")
     return 0
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
-from demo_images import CLASSES, draw  # noqa: E402
+from demo_images import CLASSES, WALL, draw  # noqa: E402
 from make_demo_images import make_demo_images, write_images  # noqa: E402
 
 
@@ -65,11 +65,31 @@ def test_raw_pixels_hardly_separate_classes(demo: Path) -> None:
 def test_bytes_depend_on_the_seed_and_not_on_the_split(demo: Path, tmp_path: Path) -> None:
     for name in CLASSES:
         (tmp_path / name).mkdir()
-    write_images(tmp_path, 0, 96, range(37, 43))
+    write_images(tmp_path, 0, 96, False, range(37, 43))
     for file in tmp_path.glob("*/*.jpg"):
         assert file.read_bytes() == (demo / file.parent.name / file.name).read_bytes()
     first, second = (draw("striped_disc", np.random.default_rng([seed, 0]), 64, 64) for seed in (0, 1))
-    assert not np.array_equal(first, second)
+    assert not np.array_equal(first.image, second.image)
+
+
+def test_masks_and_depth_are_those_of_the_images(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels"
+    assert make_demo_images(out, 30, 96, 0, 2, progress=False, labels=True)
+    names = list(CLASSES)
+    contrasts = []
+    for path in sorted(out.glob("masks/*/*.png")):
+        name = path.parent.name
+        mask, depth = np.asarray(Image.open(path)), np.asarray(Image.open(out / "depth" / name / path.name))
+        image = np.asarray(Image.open(demo / name / f"{path.stem}.jpg").convert("L"), np.float32)
+        assert mask.shape == depth.shape == image.shape and depth.dtype == np.uint16
+        assert set(np.unique(mask).tolist()) == {0, 1 + names.index(name)}
+        assert (depth[mask == 0] == WALL).all() and 1200 < depth[mask > 0].max() < 2900
+        contrasts.append(image[mask > 0].std() - image[mask == 0].std())
+    assert len(contrasts) == 30
+    # objects have dark and pale ink, the background a faint print
+    assert np.mean(np.array(contrasts) > 10) > 0.9
+    with pytest.raises(ValueError, match="is a different demo set"):
+        make_demo_images(out, 30, 96, 0, 2, progress=False)
 
 
 def test_a_finished_set_is_reused_and_a_different_one_raises(tmp_path: Path) -> None:
