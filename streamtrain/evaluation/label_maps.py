@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ShardError, printable
+from shards.format.decode import WHITE
 from shards.format.label_maps import UNLABELLED, decode_class_ids, decode_depth
 from shards.format.pixels import PixelFormat
 from shards.packing.items import FileSpan
 from streamtrain.data.still_images import centre_crop, centre_spans, still_size
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import decode_crop
-from streamtrain.evaluation.images import LabelledImages, open_images, split_indices
+from streamtrain.evaluation.images import LabelledImages, open_source, split_indices
 
 Array = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ def open_mapped(
         raise StreamtrainError(f"{path} is a shard set; give the folder of its images, beside --labels")
     if not maps.is_dir():
         raise StreamtrainError(f"--labels {maps} is not a folder; give the folder of the label files")
-    images = open_images(path, allow_unlabelled=True, pixels=pixels)
+    if not path.is_dir():
+        raise StreamtrainError(f"{path} is not a folder: give the folder of the images, beside --labels")
+    images = open_source(str(path), WHITE, pixels)
     found: list[int] = []
     paths: list[Path] = []
     missing: list[str] = []
