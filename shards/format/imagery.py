@@ -1,9 +1,9 @@
 """Stored values of images of any channels and depth: TIFF by tifffile, and NumPy's ``.npy``.
 
-Values are never scaled. A TIFF has the samples of its first page, or one channel per page if it has as many pages of
-one sample as the set has channels. White-is-zero integers are inverted; the caller applies the orientation. An array is
-[height, width], [height, width, channels] or, if only the first axis has the set's number of channels, [channels,
-height, width]. Sizes in headers are checked before any memory is taken.
+Values are never scaled. The first page of a TIFF has all channels, or there is one page of one sample per channel.
+White-is-zero integers are inverted; the caller applies the orientation. An array is [height, width], [height, width,
+channels] or, if only the first axis has the set's number of channels, [channels, height, width]. Sizes in headers are
+checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 NPY = "NPY"
 MAX_DECODED_BYTES = 1 << 30  # of one image, and of one tile or strip of it
-EXTRA = "images other than 8-bit RGB, tiles and windows need the extra imagery: pip install 'streamtrain[imagery]'"
+EXTRA = "tiles, windows and images other than 8-bit RGB need the extra imagery: pip install 'streamtrain[imagery]'"
 _NPY_SIGNATURE = b"\x93NUMPY"
 _MAX_NPY_HEADER = 1024
 _WHITE_IS_ZERO, _PALETTE = 0, 3
@@ -110,7 +110,8 @@ def channel_pages(page: Any, pixels: PixelFormat) -> list[Any]:
     """Return the pages that hold the channels of a TIFF: the first, or one per channel.
 
     Raises:
-        ShardError: there are several pages of one sample, but not as many equal ones as channels.
+        ShardError: there are several pages of one sample, but not one per channel, or they differ in size, type or
+            compression, or have too many bytes of tags.
     """
     _require_supported(page)
     count = pixels.channels
@@ -154,7 +155,7 @@ def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np
         raise ShardError(f"it has {found}, not {pixels}")
     if part_bytes(page) > MAX_DECODED_BYTES or page.imagedepth != 1:
         raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
-    # there may be millions
+    # arrays, because there may be millions of parts
     spans = np.array([page.dataoffsets, page.databytecounts], np.uint64).T
     offsets, counts = spans.T
     is_inside = (counts <= num_bytes) & (offsets <= np.uint64(num_bytes) - np.minimum(counts, num_bytes))
@@ -203,7 +204,7 @@ def array_layout(shape: tuple[int, ...], channels: int) -> tuple[int, int, bool]
     """Return height and width of an array, and whether its first axis holds the channels.
 
     Raises:
-        ShardError: no axis that may hold the channels is ``channels`` long.
+        ShardError: the shape is not that of an image of ``channels`` channels.
     """
     if len(shape) == 2 and channels == 1:
         return shape[0], shape[1], False

@@ -131,7 +131,9 @@ def pack(
     if not options.pixels.is_rgb and (options.max_side is not None or options.upright):
         raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}; remove them")
     if options.quality != DEFAULT_QUALITY and (options.tiles or not options.pixels.is_rgb):
-        raise ShardError("--quality applies to re-encoded JPEGs, but tiles and other pixels are exact; remove it")
+        raise ShardError(
+            "--quality applies to re-encoded JPEGs, not to tiles or to other pixels than 8-bit RGB; remove it"
+        )
     if is_url(str(out)):
         folder = scratch or scratch_folder(str(out))
         upload = Upload(str(out), folder)
@@ -259,10 +261,11 @@ class _Packing:
         write_whole(out / REJECTED_NAME, listed)
         manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint, self.options.pixels)
         if not self.options.pixels.is_rgb:
-            place, left = (upload.url, manifest.shards[:num_resumed]) if upload else (str(out), manifest.shards)
-            total = measure(place, replace(manifest, shards=left), self.workers, self.progress)
+            # shards of an earlier process are only in the store
+            location, shards = (upload.url, manifest.shards[:num_resumed]) if upload else (str(out), manifest.shards)
+            total = measure(location, replace(manifest, shards=shards), self.workers, self.progress)
             total.merge(self._sent)
-            manifest = replace(manifest, statistics=result_of(total, place))
+            manifest = replace(manifest, statistics=result_of(total, location))
         if upload:
             upload.finish(manifest)
             _remove_unfinished(out)

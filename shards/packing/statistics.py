@@ -119,18 +119,22 @@ def _measure(location: str, manifest: SetManifest, task: tuple[int, int, int]) -
                 payload = shard_set.read(number, sample)
             except SampleError:
                 continue  # training replaces it too
-            with suppress(ShardError):  # also of an image that cannot be decoded
+            with suppress(ShardError):  # training replaces it too
                 add_image(found, payload)
     return found
 
 
 def add_image(found: StatisticsBuilder, payload: bytes) -> None:
-    """Add an image; one that is too large to be decoded whole, by its tiles or strips."""
+    """Add an encoded image; one that is too large to be decoded whole is decoded part by part.
+
+    Raises:
+        ShardError: it cannot be decoded; nothing is added.
+    """
     large = open_oversized(payload, found.pixels, DEFAULT_MAX_PIXELS)
     if large is None:
         found.add(decode(payload, pixels=found.pixels))
         return
-    parts = StatisticsBuilder(found.pixels)  # of an image with a damaged part, none counts
+    parts = StatisticsBuilder(found.pixels)  # apart, because an image with a damaged part does not count
     for values in large.parts():
         parts.add(values)
     parts.num_images = 1

@@ -336,7 +336,7 @@ class ShardSet:
         return payload
 
     def _read_exactly(self, opened: OpenShard, shard: int, sample: int, length: int, offset: int) -> bytes:
-        """Return bytes of a tar; the errors are those of one of its images."""
+        """Return ``length`` bytes of a tar from ``offset`` on, which belong to one image; raises as ``read``."""
         try:
             content = opened.read(length, offset)
         except FileNotFoundError as error:  # the whole shard is missing, not one image

@@ -63,8 +63,8 @@ class Source:
         quarantine: log of unusable images, which are replaced by others that depend only on the slot; without it, an
             unusable image is an error.
         max_pixels: images with more pixels are unusable.
-        window: of a TIFF that is larger, only this window is read and decoded, where possible. ``max_pixels`` then is a
-            limit on each of its tiles or strips, and the image is not compared with its CRC-32.
+        window: draws a window of each larger image. Of a TIFF, only the tiles or strips that it touches are read and
+            decoded, where possible. ``max_pixels`` then limits each of them, and the CRC-32 is not checked.
         on_read: called after each batch with the slot that follows its last one; slots must ascend.
     """
 
@@ -236,7 +236,15 @@ class Source:
     def _read_window(
         self, window: RandomWindow, slot: int, shard: int, sample: int, stated: tuple[int, int]
     ) -> np.ndarray | None:
-        """Return the window of a TIFF of ``stated`` width and height; None for images that are decoded whole."""
+        """Return the window of a TIFF, [height, width, channels]; None for images that must be decoded whole.
+
+        Args:
+            stated: width and height in the index.
+
+        Raises:
+            SampleError: the image is unusable.
+            ShardError: the shard is missing or unreachable.
+        """
         num_bytes = int(self.shard_set.record(shard, sample)["length"])
         read = self.shard_set.part_reader(shard, sample)
         try:

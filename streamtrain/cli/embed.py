@@ -29,7 +29,7 @@ Rows are in the order of the images. Images that cannot be decoded are left out 
   tar          part-*.tar, WebDataset shards with KEY.cls.npy, KEY.mean.npy, KEY.patches.npy
 
 Run the same command again to resume: files are the same however often it was interrupted. With several GPUs or
-machines, run one command per GPU, each with its --share; the last one to end joins the parts.
+machines, run one command per GPU, each with its own --share; the last one to finish joins the parts.
 """
 _EXAMPLES = """\
   streamtrain embed photos/ --run runs/photos --out features
@@ -48,15 +48,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--features", nargs="+", choices=FEATURES, default=["cls"], metavar="F", help="of cls (default), mean, patches"
     )
-    parser.add_argument("--format", choices=FORMATS, default="npy", help="of the files (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of stored values (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="npy", help="file format (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the files (default: %(default)s)")
     parser.add_argument(
         "--compute", choices=COMPUTE, default="float32", help="dtype of the network (default: %(default)s)"
     )
     parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
     parser.add_argument("--batch", type=positive_int, default=64, help="images per forward (default: %(default)s)")
     parser.add_argument(
-        "--share", type=parse_share, default=(0, 1), metavar="I/N", help="compute only share I, from 0, of N"
+        "--share", type=parse_share, default=(0, 1), metavar="I/N", help="compute only part I of N, counted from 0"
     )
     add_device_argument(parser)
 

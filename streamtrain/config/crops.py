@@ -22,7 +22,7 @@ from streamtrain.config.section import (
     Range,
     Section,
     accept,
-    ask,
+    resolve,
     within,
 )
 
@@ -42,7 +42,7 @@ def _set_values(value: Any, info: ValidationInfo) -> Any:
     ranges = info.data.get("value_range")
     if ranges is None:
         raise PydanticCustomError(FOLLOWS, "follows from invalid settings")
-    found, is_std = ask(statistics), info.field_name == "std"
+    found, is_std = resolve(statistics), info.field_name == "std"
     if is_std and 0 in found.std:
         channel = found.std.index(0)
         raise ValueError(f"channel {channel} has the same value in all images, so {FROM_SET} is 0; give numbers")
@@ -140,7 +140,7 @@ class CropsConfig(Section):
     global_size: CropSize = accept(224, "Size of global crops in pixels: multiples of model.patch_size.")
     global_scale: Scale = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
     window: Positive | None = accept(
-        None, "Side in pixels of a random window of each larger image, from which all its views come; of a TIFF in "
+        None, "Side of a window in pixels. All views of a larger image come from one random window of it; of a TIFF in "
         "tiles or strips, only this part is read and decoded. null: views come from the whole image.",
     )  # fmt: skip
     local_count: NonNegative = accept(8, "Local views per image.")
@@ -150,11 +150,11 @@ class CropsConfig(Section):
         (), "Sets of sizes that alternate from step to step, each with its share; empty: always the sizes above."
     )
     aspect: Annotated[Range, within("aspect", 0.05, 20.0)] = accept(
-        (3 / 4, 4 / 3), "Range of a box's width / height, divided by the width / height of the crop made of it."
+        (3 / 4, 4 / 3), "Range of a box's aspect ratio (width / height), relative to the aspect ratio of its crop."
     )
     flip: Probability = accept(0.5, "Share of views that are flipped horizontally.")
     flip_vertical: Probability = accept(0.0, "Share of views that are flipped vertically.")
-    rotate90: Probability = accept(0.0, "Share of views that are turned by 90, 180 or 270 degrees; needs squares.")
+    rotate90: Probability = accept(0.0, "Share of views that are turned by 90, 180 or 270 degrees; needs square crops.")
     jitter: JitterConfig = JitterConfig()
     grey: Probability = accept(0.2, "Share of views that are converted to greyscale.")
     blur: BlurConfig = BlurConfig()
@@ -181,7 +181,8 @@ class CropsConfig(Section):
     )  # fmt: skip
     mean: ChannelValues = accept(
         (0.485, 0.456, 0.406), "Mean of each channel after value_range, which is subtracted: one number per channel, "
-        "or one for all. from_set: that of data.shards (streamtrain stats), of several sets by their weights.",
+        "or one for all. from_set: from the statistics of data.shards (streamtrain stats); several sets count by their "
+        "weights.",
     )  # fmt: skip
     std: ChannelValues = accept(
         (0.229, 0.224, 0.225), "Standard deviation of each channel after value_range to divide by; from_set as for "

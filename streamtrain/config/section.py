@@ -159,13 +159,13 @@ STEPS_PER_EPOCH = "steps_per_epoch"
 SET_STATISTICS = "set_statistics"
 # error type of a value that follows from settings which have faults of their own
 FOLLOWS = "follows"
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
-def ask(question: Callable[[], _Answer]) -> _Answer:
+def resolve(function: Callable[[], _Result]) -> _Result:
     """Return the result of a function of the validation context, or raise ``FOLLOWS`` if its settings are invalid."""
     try:
-        return question()
+        return function()
     except ValidationError:
         raise PydanticCustomError(FOLLOWS, "follows from invalid settings") from None
 
@@ -181,7 +181,7 @@ def _epochs_to_steps(value: Any, info: ValidationInfo) -> Any:
     steps_per_epoch: Callable[[], float] | None = (info.context or {}).get(STEPS_PER_EPOCH)
     if steps_per_epoch is None:
         raise ValueError("a length in epochs needs a set of images; give data.shards")
-    return round(float(match[1]) * ask(steps_per_epoch))
+    return round(float(match[1]) * resolve(steps_per_epoch))
 
 
 _STEPS: dict[str, Any] = {VALUE_TYPE: 'steps (or "N epochs")'}

@@ -48,8 +48,8 @@ def set_statistics(raw: dict[str, Any]) -> Moments:
         if manifest.statistics is None:
             raise ConfigError(f"{name} has no statistics for from_set; compute them: streamtrain stats {name}")
         if manifest.pixels != manifests[0].pixels:
-            first = f"{names[0]} has {manifests[0].pixels}"
-            raise ConfigError(f"{first}, but {name} has {manifest.pixels}; from_set needs sets of equal images")
+            found = f"{names[0]} has {manifests[0].pixels}, but {name} has {manifest.pixels}"
+            raise ConfigError(f"{found}; from_set needs sets of the same channels and dtype")
     statistics = [manifest.statistics for manifest in manifests if manifest.statistics is not None]
     return Moments.of_mixture(statistics, [share.weight for share in data.shares])
 

@@ -183,7 +183,7 @@ class Config(Section):
     def square_side(self) -> int:
         """Side in pixels of the square inputs of evaluations, feature maps and exports.
 
-        It is the side of the global crops, or of the largest square of whole patches in the area of rectangular ones.
+        For rectangular global crops: the side of the largest square of whole patches that has no more pixels.
         """
         patch = self.model.patch_size
         return max(math.isqrt(self.crops.global_size.pixels) // patch, 1) * patch

@@ -187,8 +187,9 @@ class CpuViewMaker:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return global, local and Gram crops of B images [H, W, channels], all view-major.
 
-        Shapes are [crops, height, width, channels] of V*B, L*B and V*B crops of ``sizes``; the last is None without a
-        Gram size. Crops of uint8 are uint8, all others float32.
+        Shapes are [V*B, height, width, channels], [L*B, height, width, channels] and [V*B, height, width, channels],
+        with the heights and widths of ``sizes``; the last is None without a Gram size. Crops of uint8 are uint8, all
+        others float32.
 
         Args:
             augment: applied to the global and to the local crops of each image.

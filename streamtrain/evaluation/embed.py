@@ -1,4 +1,4 @@
-"""Write the features of many images to files, in parts: an interrupted command resumes at the first missing part."""
+"""Write the features of many images to files, in parts; an interrupted command resumes at the first missing part."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from streamtrain.run.machine import available_cores
 from streamtrain.run.progress import progress_bar
 
 DESCRIPTION, KEYS, UNUSABLE = "embed.json", "keys.txt", "unusable.txt"
-# of the features of a part, which are held in memory
+# maximum size of the features of a part, which are held in memory
 _PART_BYTES = 64 << 20
 _MAX_PART_IMAGES = 4096
 _PARTS, _LOCK = ".parts", ".lock"
@@ -97,7 +97,7 @@ def write_features(
 
     Args:
         model: the backbone, in eval mode; its device and dtype are used.
-        origin: of the weights; stored in embed.json.
+        origin: provenance of the weights, stored in embed.json.
 
     Raises:
         StreamtrainError: ``out`` has other files, or features of other images, weights or options; or no image is
@@ -134,7 +134,7 @@ def write_features(
 def _describe(
     model: VisionTransformer, images: LabelledImages, options: EmbedOptions, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return everything that the files depend on, as JSON values."""
+    """Return all settings and inputs that the files depend on, as JSON values."""
     assert images.identify is not None
     chosen = {key: value for key, value in asdict(options).items() if key != "share"}
     described = {

@@ -42,7 +42,7 @@ def crop_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches in order, as ``ordered_batches``.
 
-    With ``spans`` the batches are these images, otherwise all, ``batch_size`` at a time.
+    ``spans`` are the images of each batch; None: all images, ``batch_size`` at a time.
 
     Each batch is [B, size, size, channels], uint8 or float32, and bool [B]: False where a grey crop replaces an
     unusable image.

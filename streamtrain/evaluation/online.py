@@ -97,9 +97,9 @@ class Study:
         return images.subset(np.minimum(indices, len(images) - 1), images.name)
 
     def crops(self, images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches [B, side, side, channels] of this rank's images on the device (``Config.square_side``).
+        """Yield batches [B, side, side, channels] of this rank's images on the device.
 
-        Also yields bool [B]: False where a grey crop replaces an unusable image.
+        The side is ``Config.square_side``. Also yields bool [B]: False where a grey crop replaces an unusable image.
         """
         size, batch = self.config.square_side, self.config.crops.global_count * self.config.data.micro_batch
         batches = crop_batches(images, size, size, batch, self.runtime.launch.cores)

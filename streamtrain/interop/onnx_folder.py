@@ -22,7 +22,7 @@ from streamtrain.model.vit import VisionTransformer
 from streamtrain.ops.attention import add_key_bias
 
 ONNX_NAME = "model.onnx"
-# of September 2023, which onnxruntime reads from 1.16 on
+# supported by onnxruntime 1.16 and newer
 OPSET = 18
 INPUT, OUTPUTS = "pixel_values", ("cls", "patches")
 
@@ -42,7 +42,7 @@ def export_onnx(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
         raise StreamtrainError("export to onnx needs onnxscript: pip install 'streamtrain[onnx]'") from error
     patch = config.model.patch_size
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
-    # the exporter takes a size of 1 in the example for a constant, and equal sizes for the same
+    # the exporter treats example sizes of 1 as constants, and equal sizes as one dimension
     example = torch.zeros(2, config.model.channels, 3 * patch, 5 * patch)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -113,7 +113,7 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop the notes of the exporter, which are about its own code."""
+    """Silence the exporter's warnings, which concern only its own code."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -17,7 +17,7 @@ class RgbAdaptation:
     """The rule for RGB weights in a network whose images have other channels (``init.channels``).
 
     Attributes:
-        is_needed: refuse weights that are not for RGB, because the rule has no other effect.
+        is_needed: raise for weights that are not for RGB, because the rule would have no effect.
     """
 
     rule: ChannelRule

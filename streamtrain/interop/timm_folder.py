@@ -88,7 +88,7 @@ def timm_config(config: BackboneConfig) -> dict[str, Any]:
             "crop_pct": crop_share(size, config.resize),
             "crop_mode": "center",
             **config.moments(255 if config.dtype == "uint8" else 1),
-            **({} if config.pixels.is_rgb else {"description": f"mean and std are those of {values}"}),
+            **({} if config.pixels.is_rgb else {"description": f"mean and std are for {values}"}),
             "num_classes": 0,
             "pool_size": None,
             # timm 1.0.22 would initialise this layer at random if it has other channels than 3; 1.0.31 reads it

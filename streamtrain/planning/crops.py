@@ -24,7 +24,7 @@ def appearance_bytes(config: Config, samples: int) -> int:
 
 
 def sample_bytes(config: Config, stored_pixels: int) -> int:
-    """Return the bytes with which a CPU thread makes the crops of an image: its crops, and the larger temporaries.
+    """Return the peak bytes of a CPU thread that makes the crops of an image: its crops, plus the temporaries.
 
     Values other than uint8 become fp32 before they are resized; a crop has at most the pixels of the whole image.
     """
