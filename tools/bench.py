@@ -13,6 +13,7 @@ python tools/bench.py stream --set SET --samples 50000 [--loader]
 python tools/bench.py operations [--write]
 python tools/bench.py predicted
 python tools/bench.py continue --folder DIR --images DIR|TAR [--seeds 3] [--steps 400] [a.b=value ...]
+python tools/bench.py health --folder DIR --images DIR|TAR [--runs 30] [--first-seed 100] [--steps 40]
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
 versions and hardware, for benchmarks/results/) and settings as a.b=value.
@@ -154,6 +155,15 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--seeds", type=_parse_count, default=3, help="continued runs of each kind")
     add_option("--base-steps", type=_parse_count, default=2000, help="steps of the first training")
     add_option("--steps", type=_parse_count, default=400, help="steps of the continued runs")
+
+    add_option = add("health", run_health, "verdicts on runs with and without faults: the confusion matrix")
+    add_option(
+        "--folder", type=local_path, required=True, help="folder for sets and runs; existing ones are used again"
+    )
+    add_option("--images", type=local_path, required=True, help="photographs: class folders, or a tar with train")
+    add_option("--runs", type=_parse_count, default=30, help="number of runs; the faults take turns")
+    add_option("--first-seed", type=_parse_count, default=100, help="seed of the first run; the others count up")
+    add_option("--steps", type=_parse_count, default=40, help="steps of each run")
     return parser.parse_args()
 
 
@@ -249,6 +259,14 @@ def run_continue(arguments: argparse.Namespace) -> dict[str, Any]:
 
     return continue_training.run(
         arguments.images, arguments.folder, arguments.seeds, arguments.base_steps, arguments.steps, arguments.overrides
+    )
+
+
+def run_health(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import run_health
+
+    return run_health.run(
+        arguments.images, arguments.folder, arguments.runs, arguments.first_seed, arguments.steps, arguments.overrides
     )
 
 

@@ -23,6 +23,7 @@ from streamtrain.config.recipes import nearest_recipe
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.charts import Baseline, svg_chart
+from streamtrain.evaluation.health import judge_health
 from streamtrain.evaluation.report_html import Page, Picture, render
 from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.evaluation.verdict import (
@@ -111,6 +112,7 @@ def report_page(
         facts=_facts(run, config, environment, records, period),
         findings=[
             judge_learning(records, headline, baselines, start_name),
+            judge_health(records, config),
             *filter(None, [judge_drift(records, baselines)]),
             judge_stability(records, warnings),
         ],

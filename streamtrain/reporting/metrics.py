@@ -42,15 +42,19 @@ class MetricsLog:
         self._log.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path, stride: int = 1) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics file in order: ``step``, ``slot``, and each scalar as a float or None.
+
+    Of the lines without collapse metrics, only each ``stride``-th is read.
 
     Invalid lines and values are skipped, and lines are counted in a warning. A torn last line is expected: the run was
     killed, or is still writing it.
     """
     num_skipped = 0
     with path.open("rb") as file:
-        for _, line in _lines(file):
+        for number, (_, line) in enumerate(_lines(file)):
+            if number % stride and b'"watch/collapse"' not in line:
+                continue
             record = _parse(line)
             if record is not None:
                 yield _clean(record)

@@ -72,8 +72,9 @@ def describe_drift(metrics: Mapping[str, float]) -> str | None:
 
 
 def completed_text(
-    config: Config, steps: int, step_time: str, total_time: str, labelled: str | None, drift: str | None = None
-) -> str:
+    config: Config, steps: int, step_time: str, total_time: str, labelled: str | None, drift: str | None = None,
+    health: str | None = None,
+) -> str:  # fmt: skip
     """Return where the results of a complete run are, and commands that use them.
 
     Args:
@@ -82,6 +83,7 @@ def completed_text(
         total_time: duration of this start.
         labelled: path of a set to evaluate with; None: there is no such set.
         drift: of ``describe_drift``.
+        health: the verdict on the run's metrics.
     """
     run_dir = Path(config.run.dir)
     commands = [["evaluate", "knn", "--run", run_dir, "--train", labelled]] if labelled is not None else []
@@ -92,7 +94,7 @@ def completed_text(
     lines = [
         f"completed {counted(config.run.steps, 'step')}; this start: {steps:,} in {step_time}, {total_time} in all",
         f"results in {run_dir}: {step_folder('', config.run.steps)}, {METRICS_NAME}, {TENSORBOARD_NAME}/",
-        *([drift] if drift is not None else []),
+        *(line for line in (drift, health) if line is not None),
         "next:",
         *(f"  {command_text(words)}" for words in commands),
     ]

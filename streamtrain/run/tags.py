@@ -101,6 +101,14 @@ TAGS = {
         "Time for monitoring", "Share of the time since the start spent on metrics and pictures.", "share"
     ),
     "data/wait_share": Tag("Wait for images", "Share of the step spent waiting for images.", "share"),
+    "data/pixel_mean": Tag("Mean of the inputs", "Mean of the normalised pixels; near 0 if crops.mean fits."),
+    "data/pixel_std": Tag("Spread of the inputs", "Standard deviation of the normalised pixels; near 1 if it fits."),
+    "data/pixel_structure": Tag(
+        "Structure of the inputs", "Correlation of pixels an eighth of a crop apart; near 0 in noise."
+    ),
+    "data/view_correlation": Tag(
+        "Correlation of views", "Of the detail in two crops of an image; near 0 if all images are equal."
+    ),
     "data/quarantined": Tag("Unusable training images", "Total unusable training images of rank 0.", "images"),
     "data/downloaded_bytes": Tag("Downloaded", "Total bytes downloaded by rank 0.", "bytes"),
     "data/retries": Tag("Retries of reads", "Total repeated reads of remote storage by rank 0.", "reads"),

@@ -40,6 +40,7 @@ from streamtrain.run.resume_policy import check_resume
 from streamtrain.run.signals import EXIT_DRIFTED, SAVE, Requests
 from streamtrain.training.build import Networks, StartState, build_loader, restore
 from streamtrain.training.checkpoints import CheckpointPolicy
+from streamtrain.training.health import describe_health
 from streamtrain.training.observers import build_observers
 from streamtrain.training.start_checks import plan_of_start, start_facts
 from streamtrain.training.start_quality import StartQuality
@@ -135,9 +136,9 @@ def train(
         else:
             logger.info(end_summary(planned, peak_bytes(runtime.device)))
             times = duration(step_seconds), duration(time.monotonic() - began)
-            logger.info(
-                completed_text(config, step - start.step, *times, labelled_set(config, shard_set), quality.drift)
-            )
+            labelled = labelled_set(config, shard_set)
+            health = describe_health(run_dir, config) if runtime.rank == 0 else None
+            logger.info(completed_text(config, step - start.step, *times, labelled, quality.drift, health))
     return exit_code
 
 

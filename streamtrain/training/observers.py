@@ -21,6 +21,7 @@ from streamtrain.config.tree import Config
 from streamtrain.data.batch import Batch
 from streamtrain.data.loader import Loader
 from streamtrain.diagnostics.collapse import CollapseDetector
+from streamtrain.diagnostics.inputs import measure_inputs
 from streamtrain.diagnostics.non_finite import NonFiniteSteps
 from streamtrain.diagnostics.spikes import SpikeDetector
 from streamtrain.engine.runtime import Runtime
@@ -151,7 +152,7 @@ class Diagnostics(Observer):
         sink: MetricsSink,
     ) -> None:  # fmt: skip
         """``describe_images``: returns shard and key of the image at each slot."""
-        self._non_finite, self._describe_images, self._sink = non_finite, describe_images, sink
+        self._config, self._sink, self._non_finite, self._describe_images = config, sink, non_finite, describe_images
         self._spikes = SpikeDetector(config.monitor.spike_window, config.monitor.spike_score)
         self._collapse = CollapseDetector(config.monitor.collapse)
 
@@ -172,7 +173,7 @@ class Diagnostics(Observer):
             first, last = result.batches[0].slots[0], result.batches[-1].slots[-1]
             self._sink.warn(result.step, f"{warning} (slots {first} to {last} on rank 0)")
         if result.collapse is not None:
-            metrics |= result.collapse.values
+            metrics |= result.collapse.values | measure_inputs(result.batches[0].global_crops, self._config.crops)
             for line in self._collapse.warnings(result.step, result.collapse):
                 self._sink.warn(result.step, line)
             metrics["watch/collapse"] = float(self._collapse.num_out_of_bounds)

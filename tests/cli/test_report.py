@@ -270,6 +270,17 @@ def test_warnings_of_the_run_are_listed_and_a_collapse_is_the_verdict(tmp_path: 
     assert "1 warning, listed below." in words and "collapsing <b>" in words
 
 
+def test_the_page_names_a_fault_with_its_metric_and_advice(tmp_path: Path) -> None:
+    run = evaluated_run(tmp_path, 0.9, known(0.5, 0.4))
+    assert exit_status(["report", "--run", run]) == 0
+    assert "Too early to judge the run's health" in Page((run / "report.html").read_text()).words
+    lines = [json.dumps({"step": step, "slot": step, "data/pixel_std": 60.0}) for step in range(1, 9)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert exit_status(["report", "--run", run]) == 0
+    words = Page((run / "report.html").read_text()).words
+    assert "normalisation look wrong" in words and "60 (data/pixel_std)" in words and "crops.std may be" in words
+
+
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     run = hostile_run(tmp_path, "run")
     rng = np.random.default_rng(0)

@@ -48,6 +48,7 @@ def test_the_end_names_results_and_commands_for_a_shell() -> None:
     assert [command[:2] for command in words] == [["streamtrain", name] for name in ("evaluate", "report", "export")]
     assert all("my runs/a" in command for command in words)
     assert "evaluate" not in completed_text(config, 3, "2.50 s", "1.10 min", None)
+    assert completed_text(config, 3, "2.50 s", "1.10 min", None, health="health: x").splitlines()[2] == "health: x"
     assert command_text(["train", "a.b=c d"]) == "streamtrain train 'a.b=c d'"
     typed = ["train", "--gpus", "2", "data.shards=https://me:secret@host/set", "run.dir=a"]
     assert typed_command(typed) == "streamtrain train --gpus 2 data.shards=https://host/set run.dir=a"
