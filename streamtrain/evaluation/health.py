@@ -15,10 +15,19 @@ from streamtrain.config.tree import Config
 from streamtrain.evaluation.verdict import Finding
 
 Records = Sequence[Mapping[str, Any]]
+USED_TAGS = (
+    "step", "loss/global", "loss/patch", "optim/gradient_norm", "optim/skipped_steps", "teacher/temperature",
+    "teacher/entropy", "teacher/prototype_usage", "features/rank", "features/std", "data/pixel_mean", "data/pixel_std",
+    "data/pixel_structure", "data/view_correlation",
+)  # fmt: skip
 # measurements of the collapse metrics, below which only the inputs are judged, and the last ones that are averaged
 MIN_MEASURED, _LAST = 4, 3
 # share of log(prototypes) below which assignments are sharp
 _SHARP = 0.15
+# features/std from which the features of a new network differ enough to judge their assignments
+_DISTINCT = 0.3
+# the latest steps whose gradient norms are compared
+_NORMS = 1000
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,8 @@ def judge_health(records: Records, config: Config | None) -> HealthFinding:
             "(monitor.collapse.every).", "too early",
         )  # fmt: skip
     known = "; ".join(f"{name} {facts[fact]:{form}}" for fact, name, form in _SHOWN if fact in facts)
-    return HealthFinding("good", "No fault is visible in the metrics", f"At the end: {known}.", "healthy")
+    text = f"At the end: {known}." if known else "Few metrics were logged."
+    return HealthFinding("good", "No fault is visible in the metrics", text, "healthy")
 
 
 _SHOWN = (
@@ -167,16 +177,18 @@ def collect_facts(records: Records, config: Config | None) -> dict[str, float]:
     if len(found := values("data/view_correlation")) >= MIN_MEASURED:
         facts["views"] = mean(found)
     if skipped := values("optim/skipped_steps"):
-        facts["skipped"] = max(skipped) / last_step
-    if ranks:
-        facts["rank_kept"] = median(sorted(ranks)[:2]) / max(ranks[0], 1.0)
+        facts["skipped"] = max(skipped) / max(last_step, 1)
     if config is not None:
         facts |= _facts_with_bounds(ranks, spreads, entropies, usages, config, last_step)
+        if ranks and config.init.weights is None:
+            # on images of another kind, a trained network may keep fewer dimensions
+            facts["rank_kept"] = median(sorted(ranks)[:2]) / max(ranks[0], 1.0)
         warmup = config.schedules.lr.delay + config.schedules.lr.warmup
-        norms = [value for record in records if record["step"] > 2 * warmup
-                 and (value := record.get("optim/gradient_norm"))]  # fmt: skip
+        late = (record for record in records if record["step"] > 2 * warmup)
+        norms = sorted([value for record in late if (value := record.get("optim/gradient_norm"))][-_NORMS:])
         if len(norms) >= 20:
-            facts["gradient_peak"] = max(norms) / median(norms)
+            # of many steps, some have a large gradient in healthy runs too
+            facts["gradient_peak"] = norms[-1 - len(norms) // 200] / median(norms)
     if (rise := _loss_rise(records)) is not None:
         facts["loss_rise"] = rise
     return facts
@@ -201,7 +213,7 @@ def _facts_with_bounds(
         facts["rank"] = median(shares[-_LAST:])
     prototypes = config.objective.global_loss.head.prototypes
     # equal features have equal assignments, which says nothing about the temperature
-    if entropies and prototypes > 1 and (is_late or facts.get("std", 0.0) >= collapse.min_std):
+    if entropies and prototypes > 1 and (is_late or facts.get("std", 0.0) >= _DISTINCT):
         facts["entropy"] = median(entropies[-_LAST:]) / math.log(prototypes)
         # broad assignments have few nearest prototypes in healthy runs too
         if usages and facts["entropy"] < _SHARP:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from streamtrain.config.load import load_config
-from streamtrain.evaluation.health import HealthFinding, judge_health
+from streamtrain.evaluation.health import USED_TAGS, HealthFinding, judge_health
 
 STEPS = 100
 CONFIG = load_config("quickstart.yaml", [f"run.steps={STEPS}", "data.shards=set", "monitor.collapse.every=10"])
@@ -27,6 +27,7 @@ def verdict(changed: dict[str, Any], steps: int = STEPS) -> HealthFinding:
     for step in range(1, steps + 1):
         tags = normal | (measured if step == 1 or step % 10 == 0 else {})
         tags = {tag: changed.get(tag, value) for tag, value in tags.items()}
+        assert tags.keys() <= {*USED_TAGS, "watch/collapse"}
         records.append({"step": step} | {tag: each(step) if callable(each) else each for tag, each in tags.items()})
     return judge_health(records, CONFIG)
 

@@ -35,6 +35,13 @@ def test_full_precision_and_null_for_non_finite_values(tmp_path: Path) -> None:
     assert record == {"step": 1, "slot": 8, "loss/total": 0.1 + 0.2, "optim/gradient_norm": None}
 
 
+def test_a_stride_keeps_the_lines_with_collapse_metrics(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    for step in range(1, 11):
+        log.write(step, step, {"watch/collapse": 0.0} if step in (5, 8) else {"loss/total": 1.0})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl", 4)] == [1, 5, 8, 9]
+
+
 @settings(max_examples=25, deadline=None)
 @given(last=st.integers(0, 12), keep=st.integers(0, 14), torn=st.binary(max_size=30))
 def test_a_truncated_log_continues_as_if_never_interrupted(

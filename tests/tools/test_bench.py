@@ -256,3 +256,19 @@ def stripes(rng: np.random.Generator, angle: float) -> Image.Image:
     first, second = rng.uniform(0, 255, (2, 3))
     pixels = np.where(wave[..., None] > 0, first, second) + rng.normal(0, 20, (48, 48, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.slow
+def test_health_tells_faults_from_healthy_runs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in range(4):
+        folder = tmp_path / "stripes" / str(name)
+        folder.mkdir(parents=True)
+        for number in range(40):
+            stripes(rng, name * np.pi / 4).save(folder / f"{number}.png")
+    given = ("--images", tmp_path / "stripes", "--runs", "4", "--first-seed", "1")
+    done = bench("health", "--folder", tmp_path / "runs", *given, "--json", timeout=1800)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["runs"] == 4 and result["right"] >= 3
+    assert result["matrix"]["temperature 1"] == {"entropy collapse": 1}
