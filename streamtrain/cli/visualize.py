@@ -24,8 +24,7 @@ CURVES = (
 )  # fmt: skip
 
 _SUMMARIES = {
-    "similarity": "Cosine similarity of a patch to all other patches, also of further images; --out P.html: of any "
-    "patch that is clicked, in a browser.",
+    "similarity": "Cosine similarity of a patch to all others, also of further images; in P.html of any clicked patch.",
     "pca": "The first three principal components of the patch features of all images as red, green and blue.",
     "attention": "Attention of the CLS token in the last block, one map per head, each on its own scale.",
     "crops": "Training crops and masks of an image; look at them before a long run.",
