@@ -83,8 +83,8 @@ def _interrupts_blocked() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for arrived in received:
-        handlers[arrived](arrived, None)
+        for arrived in received:
+            handlers[arrived](arrived, None)
 
 
 def _start_worker() -> None:

@@ -166,7 +166,8 @@ def _prepare(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             write_whole(path, _json(settings))
             return settings
     stated = _read_description(path)
-    if other := [key for key, value in settings.items() if stated.get(key) != value]:
+    # the same images may be given by another relative path
+    if other := [key for key, value in settings.items() if key != "source" and stated.get(key) != value]:
         raise StreamtrainError(
             f"{out} was started with other settings ({other[0].replace('_', ' ')}); delete it, or choose another --out"
         )

@@ -119,6 +119,8 @@ def test_files_are_the_same_whichever_write_fails(
     assert num_failures > 8
     again = write_features(backbone.model, images, tmp_path / "whole", chosen, {})
     assert (again.computed, again.rows) == (0, 18)
+    elsewhere = write_features(backbone.model, replace(images, name="../images"), tmp_path / "whole", chosen, {})
+    assert (elsewhere.computed, elsewhere.rows) == (0, 18)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -191,7 +193,7 @@ def test_a_shard_that_is_missing_stops_the_command(backbone: Backbone, tmp_path:
         (lambda out: (out / "other").write_text(""), r"is not empty \(it has other\)"),
         (lambda out: (out / "embed.json").write_text("[]"), "is not a description of features"),
         (lambda out: (out / "embed.json").write_text("{"), r"embed.json cannot be read"),
-        (lambda out: (out / "embed.json").write_text("{}"), r"was started with other settings \(source\)"),
+        (lambda out: (out / "embed.json").write_text("{}"), r"was started with other settings \(images\)"),
     ],
 )
 def test_other_folders_are_kept(

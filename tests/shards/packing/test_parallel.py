@@ -34,6 +34,17 @@ def test_a_signal_to_another_thread_waits_for_the_block(number: signal.Signals) 
     assert reached == ["end of the block"]
 
 
+def test_a_signal_is_not_lost_if_the_block_fails() -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with _interrupts_blocked():
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise OSError
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
