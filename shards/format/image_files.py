@@ -195,6 +195,9 @@ def _reason(error: Exception) -> str:
         return "its header cannot be read"
     if str(error) == "unknown pixel mode":  # of Pillow
         return "its pixels cannot be converted to 8-bit RGB"
+    # decoders fail with these on fields that contradict each other; their text ("0") explains nothing
+    if isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError, struct.error)):
+        return f"it is damaged or unusual ({' '.join(f'{type(error).__name__}: {error}'.split())})"
     return " ".join(str(error).split()) or type(error).__name__
 
 

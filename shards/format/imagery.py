@@ -35,7 +35,7 @@ _NPY_SIGNATURE = b"\x93NUMPY"
 _MAX_NPY_HEADER = 1024
 _WHITE_IS_ZERO, _PALETTE = 0, 3
 MAX_TAG_BYTES = 64 << 20  # enough for four million tiles or strips
-SEPARATE = 2  # planar configuration of a TIFF
+CONTIGUOUS, SEPARATE = 1, 2  # planar configurations of a TIFF
 _ORIENTATION_TAG = 274
 
 
@@ -155,6 +155,10 @@ def check_tiff(page: Any, pixels: PixelFormat, num_bytes: int) -> npt.NDArray[np
         raise ShardError(f"it has {found}, not {pixels}")
     if part_bytes(page) > MAX_DECODED_BYTES or page.imagedepth != 1:
         raise ShardError(f"its tiles or strips of {'x'.join(map(str, page.chunks))} samples are too large")
+    if page.planarconfig not in (CONTIGUOUS, SEPARATE):
+        raise ShardError(f"its planar configuration is {page.planarconfig}, which is not defined")
+    if len(page.dataoffsets) != len(page.databytecounts):
+        raise ShardError("it is truncated, or tiles are missing")
     # arrays, because there may be millions of parts
     spans = np.array([page.dataoffsets, page.databytecounts], np.uint64).T
     offsets, counts = spans.T

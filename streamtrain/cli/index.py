@@ -18,9 +18,9 @@ from streamtrain.run.machine import available_cores
 _SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
 _DETAILS = """\
 Writes an index of every image, DALI's index, and a manifest that points to the tars. Each tar is
-read once. The image of a sample is its first .jpg, .jpeg, .png, .webp, .tif or .tiff member; its
-label is the integer in the .cls member of the same name, up to the last dot. Members that are
-passed over are counted by kind.
+read once. The image of a sample is its first .jpg, .jpeg, .png, .webp, .tif or .tiff member, or
+with --channels or --dtype its .npy member; its label is the integer in the .cls member of the same
+name, up to the last dot. Members that are passed over are counted by kind.
 """
 _EXAMPLES = """\
   streamtrain index --src /data/wds --out sets/wds

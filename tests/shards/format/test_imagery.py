@@ -97,6 +97,18 @@ def test_tiffs_of_another_kind_are_refused(tmp_path: Path) -> None:
         decode(whole, pixels=FOUR, max_pixels=1000)
 
 
+def test_tiffs_whose_tags_contradict_each_other_are_refused_in_words(tmp_path: Path) -> None:
+    tiled = tiff_bytes(ramp(FOUR), tmp_path, tile=(16, 16), compression="zlib")
+    faults = {
+        "it is damaged or unusual": tiled[:8],
+        "its planar configuration is 9": _with_tag(tiled, 284, 9),
+        "it is truncated, or tiles are missing": _with_tag(tiled, 324, 1 << 31),
+    }
+    for reason, payload in faults.items():
+        with pytest.raises(ShardError, match=reason):
+            decode(payload, pixels=FOUR)
+
+
 def test_values_that_are_not_finite_are_refused() -> None:
     pixels, values = PixelFormat(1, "float32"), ramp(PixelFormat(1, "float32"))
     values[3, 4] = np.nan
