@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,9 @@ _CONVERTED_MODES = {"1": "L", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "PA"
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 258, 262, 284
 _WHITE_IS_ZERO = 0
 _WIDE_GREY_FORMATS = ("PPM", "PNG")  # whose mode I has 16 bits
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
+# column and row of the first pixel of each pass of an interlaced PNG, and the distances to the next ones
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,32 @@ def _without_metadata(payload: bytes) -> bytes:
     return payload
 
 
+def _check_png_rows(payload: bytes, chunks: Sequence[tuple[bytes, int, int]], image: Image.Image) -> None:
+    """Decode a PNG, and raise a ShardError if its data end before the last row: Pillow fills the rest with zeros."""
+    image.load()
+    width, height = image.size
+    is_interlaced = payload[28] != 0
+    # a last row that is not zero was decoded; with interlacing, earlier rows may be missing
+    if not is_interlaced and np.asarray(image.crop((0, height - 1, width, height))).any():
+        return
+    bits = payload[24] * _PNG_SAMPLES[payload[25]]
+    expected = 0
+    for left, top, across, down in _ADAM7 if is_interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    inflate, found = zlib.decompressobj(), 0
+    try:
+        for kind, start, end in chunks:
+            rest = payload[start:end] if kind == b"IDAT" else b""
+            while rest and found < expected:
+                found += len(inflate.decompress(rest, 1 << 20))
+                rest = inflate.unconsumed_tail
+    except zlib.error as error:
+        raise ShardError(f"the image data are damaged ({error})") from error
+    if found < expected:
+        raise ShardError("the image data end before the last row")
+
+
 def _load_png(payload: bytes, header: Header) -> Decoded:
     """Decode the image data with Pillow; palette, transparent colour and 16 bits follow here, without loss."""
     chunks = png_chunks(payload)
@@ -251,8 +280,8 @@ def _load_png(payload: bytes, header: Header) -> Decoded:
         fields = b"IHDR" + payload[16:24] + bytes([8, 6]) + payload[26:29]
         parts[1] = struct.pack(">I", 13) + fields + struct.pack(">I", zlib.crc32(fields))
     image = open_as("PNG", b"".join(parts))
+    _check_png_rows(payload, chunks, image)
     if color == 3:
-        image.load()
         return Decoded(header, (image,), _palette_lookup(palette, transparency), image.mode)
     # the transparent colour is stored with 16 bits a channel at any depth
     scale = 255 // ((1 << depth) - 1) if depth < 8 else 1

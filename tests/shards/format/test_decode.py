@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import drawn_pixels, image_files, png, saved, tiff16
+from image_files import drawn_pixels, image_files, png, png_chunk, saved, tiff16
 from PIL import Image
 
 from shards.errors import ShardError
@@ -79,3 +81,27 @@ def test_hostile_structures_take_linear_time() -> None:
     with pytest.raises(ShardError, match="chunks"):
         read_header(png(drawn_pixels(3), 2, 8, bytes(4) + b"".join([b"aaAa\0\0\0\0\0\0\0\0"] * 300_000)))
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(
+    ("color", "depth"), [(0, 1), (0, 8), (0, 16), (2, 8), (2, 16), (3, 4), (4, 8), (4, 16), (6, 8), (6, 16)]
+)
+def test_a_png_without_its_last_rows_is_refused(color: int, depth: int, interlaced: bool) -> None:
+    width, height, samples = 13, 9, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    grids = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = []
+    for left, top, across, down in grids if interlaced else ((0, 0, 1, 1),):
+        columns = len(range(left, width, across))
+        rows += [bytes(1 + -(-columns * samples * depth // 8)) for _ in range(top, height, down) if columns]
+    palette = png_chunk(b"PLTE", bytes(48)) if color == 3 else b""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced))
+
+    def file(rows: list[bytes]) -> bytes:
+        data = png_chunk(b"IDAT", zlib.compress(b"".join(rows)))
+        return b"\x89PNG\r\n\x1a\n" + header + palette + data + png_chunk(b"IEND", b"")
+
+    assert decode(file(rows)).shape == (height, width, 3)  # black is no fault
+    for kept in (0, 1, len(rows) - 1):
+        with pytest.raises(ShardError, match=r"end before|truncated|broken|damaged|cannot"):
+            decode(file(rows[:kept]))
