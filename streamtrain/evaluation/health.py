@@ -67,7 +67,8 @@ RULES = (
         "The images or their normalisation look wrong",
         (
             Bound("pixel_mean", "the normalised pixels have the mean {:.3g} (data/pixel_mean), not about 0", -1.5, 1.5),
-            Bound("pixel_std", "they have the standard deviation {:.3g} (data/pixel_std), not about 1", 0.4, 2.5),
+            Bound("pixel_std", "the normalised pixels have the standard deviation {:.3g} (data/pixel_std), not about 1",
+                  0.4, 2.5),
             Bound("structure", "pixels at a distance are not correlated: {:.3f} (data/pixel_structure)", low=0.12),
             Bound("structure", "the images have no detail: data/pixel_structure is {:.3f}", high=0.995),
             Bound("views", "two views of an image differ as much as two images: data/view_correlation is {:.2f}",
