@@ -80,7 +80,7 @@ def run(images: Path, folder: Path, runs: int, first_seed: int, steps: int, over
         fault = list(FAULTS)[index % len(FAULTS)]
         expected, kind, choices = FAULTS[fault]
         turn = index // len(FAULTS) + first_seed
-        recipe, source = RECIPES[(turn + index) % len(RECIPES)], list(sources)[(turn + index // 2) % len(sources)]
+        recipe, source = RECIPES[(turn + index) % len(RECIPES)], list(sources)[index // 2 % len(sources)]
         shards = _pack(folder, source, sources[source], kind)
         given = [_fill(text, recipe, steps) for text in choices[turn % len(choices)]]
         path = folder / f"run-{first_seed + index}-{fault.replace(' ', '_')}"
