@@ -39,7 +39,6 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.results import median_result, save_result
-
 from shards.errors import ShardError
 from streamtrain.config.load import build_for_set, load_config, merge, parse_override
 from streamtrain.config.tree import Config

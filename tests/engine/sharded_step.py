@@ -38,9 +38,10 @@ from streamtrain.training.ssl_model import LossWeights, SSLModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.collective_traffic import Traffic
 from cpu_kernels import record_kernel_calls
 from host_syncs import ForbidHostSyncs
+
+from benchmarks.collective_traffic import Traffic
 
 HEADS = ("global_head", "patch_head")
 STEPS, ACCUMULATION, MICRO_BATCH = 5, 2, 3

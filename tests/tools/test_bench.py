@@ -161,9 +161,9 @@ TINY = (
 def test_plain_step_has_the_same_losses_and_gradients() -> None:
     sys.path.insert(0, str(BENCH.parent))
     import torch
+
     from benchmarks.plain_step import PlainStep
     from benchmarks.training_step import make_noise_batch
-
     from streamtrain.config.load import load_config
     from streamtrain.model.initialise import initialise
     from streamtrain.objective.prototypes import PlainWeight
