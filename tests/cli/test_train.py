@@ -34,6 +34,7 @@ LINES = [
     r"resuming at step \d+ from \S+",
     r"step \d+/\d+: loss \d+\.\d{4}(, \d+\.\d images/s)?(, \d\d:\d\d left)?",
     r"memory: measured .*",
+    r"health: .*",
     r"completed \d+ steps?; this start: \d+ in \S+ \w+, \S+ \w+ in all",
     r"results in \S+: checkpoints/step-\d{9}, metrics\.jsonl, tensorboard/",
     r"next:",

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shards.format.decode import decode
+
 
 def _shuffle(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the pixels of an image in random order, each with its colour."""
@@ -41,8 +43,7 @@ def write_images(source: Path, target: Path, fault: str, count: int) -> None:
     paths = [path for files in listed for path in files[:each]][:count]
     change, rng = FAULTS[fault], np.random.default_rng(0)
     for number, path in enumerate(paths):
-        with Image.open(paths[0] if change is None else path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = decode((paths[0] if change is None else path).read_bytes())
         folder = target / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels if change is None else change(pixels, rng)).save(folder / f"{number:05d}.png")
