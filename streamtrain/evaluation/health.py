@@ -145,8 +145,8 @@ def judge_health(records: Records, config: Config | None) -> HealthFinding:
     if is_short:
         return HealthFinding(
             "open", "Too early to judge the run's health",
-            f"It has {facts.get('measured', 0):.0f} of the {MIN_MEASURED} measurements of the collapse metrics that this "
-            "needs (monitor.collapse.every).", "too early",
+            f"It has {facts.get('measured', 0):.0f} of the {MIN_MEASURED} measurements of the collapse metrics "
+            "that this needs (monitor.collapse.every).", "too early",
         )  # fmt: skip
     known = "; ".join(f"{name} {facts[fact]:{form}}" for fact, name, form in _SHOWN if fact in facts)
     text = f"At the end: {known}." if known else "Few metrics were logged."
