@@ -96,10 +96,12 @@ def describe_images(shard_set: ShardSet) -> list[str]:
     if shard_set.pixels.is_rgb and any("16 bits" in kind for kind in kinds):
         lines.append("images of 16 bits were packed as 8-bit RGB; --channels 1 --dtype uint16 keeps their values")
     if np.median(pixels) > _LARGE_PIXELS:
-        lines.append(
-            "large images: decoding them can take longer than training on them; --max-side 512 packs them at a size "
-            "that suits crops of 224 pixels"
-        )
+        # values other than 8-bit RGB are never resized
+        advice = (
+            "--max-side 512 packs them at a size that suits crops of 224 pixels" if shard_set.pixels.is_rgb else
+            "--tiles 512 cuts them, or crops.window reads a part of each TIFF in training"
+        )  # fmt: skip
+        lines.append(f"large images: decoding them can take longer than training on them; {advice}")
     return lines
 
 

@@ -11,8 +11,9 @@ import pytest
 from drawn_images import draw_folder, packed_set
 from PIL import Image
 
+from shards.format.pixels import PixelFormat
 from shards.format.tar_members import NO_LABEL
-from shards.packing.pack import pack
+from shards.packing.pack import PackOptions, pack
 from shards.packing.summary import contact_sheet, count_reasons, describe_classes, describe_images, split_warning
 from shards.reading.shard_set import ShardSet
 
@@ -71,6 +72,16 @@ def test_large_images_are_advised_to_be_shrunk(tmp_path: Path) -> None:
     pack(tmp_path / "images", tmp_path / "set")
     sizes, _, advice = describe_images(ShardSet.open(tmp_path / "set"))
     assert sizes == "sizes: all 2000 x 1500 pixels" and "--max-side 512" in advice
+
+
+def test_large_images_of_other_channels_are_advised_to_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tifffile")
+    monkeypatch.setattr("shards.packing.summary._LARGE_PIXELS", 100)
+    (tmp_path / "src").mkdir()
+    np.save(tmp_path / "src" / "a.npy", np.ones((20, 30, 4), np.uint16))
+    pack(str(tmp_path / "src"), str(tmp_path / "set"), PackOptions(pixels=PixelFormat(4, "uint16")))
+    line = describe_images(ShardSet.open(tmp_path / "set"))[-1]
+    assert line.startswith("large images: ") and "--tiles 512" in line and "--max-side" not in line
 
 
 def test_the_sheet_shows_images_of_every_shard(tmp_path: Path) -> None:
