@@ -13,6 +13,7 @@ python tools/bench.py stream --set SET --samples 50000 [--loader]
 python tools/bench.py operations [--write]
 python tools/bench.py predicted
 python tools/bench.py continue --folder DIR --images DIR|TAR [--seeds 3] [--steps 400] [a.b=value ...]
+python tools/bench.py accuracy --folder DIR --images DIR|TAR [--config cifar10.yaml] [--seeds 3] [a.b=value ...]
 python tools/bench.py health --folder DIR --images DIR|TAR [--runs 30] [--first-seed 100] [--steps 40]
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
@@ -155,6 +156,14 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--base-steps", type=_parse_count, default=2000, help="steps of the first training")
     add_option("--steps", type=_parse_count, default=400, help="steps of the continued runs")
 
+    add_option = add("accuracy", run_accuracy, "kNN and a linear layer after training a recipe with several seeds")
+    add_option(
+        "--folder", type=local_path, required=True, help="folder for sets and runs; finished runs are used again"
+    )
+    add_option("--images", type=local_path, required=True, help="class folders in train and test, or a tar of them")
+    add_option("--config", default="cifar10.yaml", help="recipe, as for training")
+    add_option("--seeds", type=_parse_count, default=3, help="number of runs")
+
     add_option = add("health", run_health, "verdicts on runs with and without faults: the confusion matrix")
     add_option(
         "--folder", type=local_path, required=True, help="folder for sets and runs; existing ones are used again"
@@ -258,6 +267,14 @@ def run_continue(arguments: argparse.Namespace) -> dict[str, Any]:
 
     return continue_training.run(
         arguments.images, arguments.folder, arguments.seeds, arguments.base_steps, arguments.steps, arguments.overrides
+    )
+
+
+def run_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import recipe_accuracy
+
+    return recipe_accuracy.run(
+        arguments.config, arguments.images, arguments.folder, arguments.seeds, arguments.overrides
     )
 
 

@@ -228,13 +228,7 @@ def test_step_ratios_and_shares() -> None:
 @pytest.mark.slow
 def test_continue_keeps_what_the_network_knew(tmp_path: Path) -> None:
     """Continued on stripes, a network forgets drawn images without an anchor; with it and adapters, it does not."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 300), ("test", 60)):
-        for name in range(4):
-            folder = tmp_path / "stripes" / part / str(name)
-            folder.mkdir(parents=True)
-            for number in range(count):
-                stripes(rng, name * np.pi / 4).save(folder / f"{number}.png")
+    draw_stripes(tmp_path / "stripes", train=300, test=60)
     given = ("--images", tmp_path / "stripes", "--base-steps", "600", "--steps", "200", "--seeds", "1")
     done = bench("continue", "--folder", tmp_path / "runs", *given, "--json", timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -246,6 +240,31 @@ def test_continue_keeps_what_the_network_knew(tmp_path: Path) -> None:
     assert "| anchor |" in done.stdout
     curve = result["curves"]["anchor-0"]
     assert curve["step"] == [0, 50, 100, 150, 200] and curve["cka_a"][0] == 1.0 and len(curve["knn_b"]) == 5
+
+
+@pytest.mark.slow
+def test_accuracy_compares_seeds_with_pixels_and_no_training(tmp_path: Path) -> None:
+    """The table has the accuracies of both tasks; a second call trains nothing and prints the same."""
+    draw_stripes(tmp_path / "stripes", train=40, test=20)
+    given = ["--images", tmp_path / "stripes", "--folder", tmp_path / "runs", "--seeds", "2", "run.steps=20"]
+    given += ["schedules.lr.warmup=4", "evaluation.every=0", "--json"]
+    printed = [bench("accuracy", *given, timeout=900) for _ in range(2)]
+    assert printed[0].returncode == 0, printed[0].stderr
+    result = json.loads(printed[0].stdout.splitlines()[-1])
+    assert len(result["accuracies"]["trained"]["knn"]) == len(result["accuracies"]["trained"]["linear"]) == 2
+    assert 0 < min(result["cpu_hours"]) < 0.5 and "| trained, 2 seeds | " in printed[0].stdout
+    assert printed[1].stdout == printed[0].stdout
+    assert (tmp_path / "runs/run-0/config.yaml").exists() and result["accuracies"]["pixels"]["knn"] > 20
+
+
+def draw_stripes(folder: Path, train: int, test: int) -> None:
+    """Write images of stripes in four classes, their angles."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for name in range(4):
+            (folder / part / str(name)).mkdir(parents=True)
+            for number in range(count):
+                stripes(rng, name * np.pi / 4).save(folder / part / str(name) / f"{number}.png")
 
 
 def stripes(rng: np.random.Generator, angle: float) -> Image.Image:

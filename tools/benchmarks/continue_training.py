@@ -8,18 +8,14 @@ command line.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from streamtrain.errors import StreamtrainError
+from benchmarks.commands import ROOT, call, find_class_folders, streamtrain
 
-ROOT = Path(__file__).resolve().parents[2]
 # values of an evaluation by their names in curves
 TAGS = {
     "knn_a": "reference/knn_20", "knn_b": "eval/knn_20", "cka_a": "drift/reference/cka",
@@ -70,7 +66,7 @@ def run(
     base, exported = folder / "base", folder / "exported"
     if not exported.exists():
         _train("quickstart.yaml", sets["a"], base, base_steps, [FROZEN_PROTOTYPES, *common, "evaluation.every=0"])
-        _streamtrain("export", "--run", base, "--to", "safetensors", "--out", exported)
+        streamtrain("export", "--run", base, "--to", "safetensors", "--out", exported)
     result: dict[str, Any] = {"start": {name: [_accuracy(["--weights", exported], sets[name])] for name in sets}}
     curves = {}
     for way, (recipe, settings) in WAYS.items():
@@ -89,22 +85,15 @@ def run(
 
 def _make_sets(images: Path, folder: Path) -> dict[str, dict[str, Path]]:
     """Return the shard set, the training and the test images of the sets A and B; make them at the first call."""
-    folder.mkdir(parents=True, exist_ok=True)
+    images = find_class_folders(images, folder)
     drawn = folder / "drawn"
     for seed, (name, count) in enumerate((("train", 4800), ("test", 3000))):
         script = ROOT / "tools" / "make_demo_images.py"
-        _call(sys.executable, script, "--out", drawn / name, "--count", count, "--size", 64, "--seed", seed)
-    if images.is_file():
-        if not (folder / "unpacked").exists():
-            with tarfile.open(images) as tar:
-                tar.extractall(folder / "unpacked", filter="data")
-        images = next((path.parent for path in sorted(folder.glob("unpacked/**/train"))), folder)
+        call(sys.executable, script, "--out", drawn / name, "--count", count, "--size", 64, "--seed", seed)
     sets = {}
     for name, path in (("a", drawn), ("b", images)):
         sets[name] = {"train": path / "train", "test": path / "test", "shards": folder / f"set-{name}"}
-        if not (path / "train").is_dir() or not (path / "test").is_dir():
-            raise StreamtrainError(f"{path} has no folders train and test with one subfolder per class")
-        _streamtrain("pack", "--src", path / "train", "--out", sets[name]["shards"])
+        streamtrain("pack", "--src", path / "train", "--out", sets[name]["shards"])
     return sets
 
 
@@ -119,12 +108,12 @@ def _evaluation(sets: dict[str, dict[str, Path]], steps: int) -> list[str]:
 
 def _train(recipe: str, paths: dict[str, Path], run_dir: Path, steps: int, settings: Sequence[str]) -> None:
     given = [f"data.shards={paths['shards']}", f"run.dir={run_dir}", f"run.steps={steps}", *settings]
-    _streamtrain("train", "--config", recipe, *given)
+    streamtrain("train", "--config", recipe, *given)
 
 
 def _accuracy(network: Sequence[str | Path], paths: dict[str, Path]) -> float:
     """Return the kNN accuracy (k = 20) on all test images in per cent."""
-    printed = _streamtrain("evaluate", "knn", *network, "--train", paths["train"], "--test", paths["test"], "--json")
+    printed = streamtrain("evaluate", "knn", *network, "--train", paths["train"], "--test", paths["test"], "--json")
     return 100.0 * float(json.loads(printed.splitlines()[-1])["knn_20"])
 
 
@@ -156,17 +145,3 @@ def _table(result: dict[str, dict[str, list[float]]]) -> str:
             ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _streamtrain(*words: object) -> str:
-    return _call(sys.executable, "-m", "streamtrain.cli.main", *words)
-
-
-def _call(*words: object) -> str:
-    done = subprocess.run(
-        [*map(str, words)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    if done.returncode:
-        command = words[3] if words[1] == "-m" else Path(str(words[1])).name
-        raise StreamtrainError(f"{command} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    return done.stdout
