@@ -1,4 +1,4 @@
-"""``streamtrain visualize`` pca, similarity and attention: compute maps of images and draw them."""
+"""``streamtrain visualize`` pca, similarity, matches and attention: compute maps of images and draw them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from streamtrain.evaluation.maps import (
     cls_attention,
     fit_to_patches,
     foreground_components,
+    foreground_masks,
     map_size,
     patch_features,
     principal_components,
     similarity_maps,
 )
-from streamtrain.evaluation.pages import attention_page, pca_page, similarity_page
+from streamtrain.evaluation.matching import mutual_matches
+from streamtrain.evaluation.pages import attention_page, matches_page, pca_page, similarity_page
 from streamtrain.evaluation.similarity_html import similarity_html
 from streamtrain.interop.folder import BackboneConfig
 
@@ -50,6 +52,18 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image | bytes:
         maps = [cls_attention(model, image, config.mean, config.std, config.value_range) for image in inputs]
         return attention_page(shown, names, maps, subtitle, arguments.smooth)
     features = [patch_features(model, image, config.mean, config.std, config.value_range) for image in inputs]
+    if arguments.kind == "matches":
+        masks = foreground_masks(features) if arguments.foreground else None
+        matches = mutual_matches(features[0], features[1], arguments.count, masks)
+        if not len(matches):
+            raise StreamtrainError("no foreground patch has a match in the other image's foreground; omit --foreground")
+        if is_html(arguments.out):
+            best = (int(matches.first[0, 0]), int(matches.first[0, 1]))
+            return similarity_html(shown, names, features, best, subtitle, matches=matches)
+        low, high = matches.similarity[-1], matches.similarity[0]
+        found = f"{subtitle} · {len(matches)} matches, similarity {low:.2f} to {high:.2f}"
+        grids = [(feature.shape[0], feature.shape[1]) for feature in features]
+        return matches_page(shown, names, grids, matches, found)
     if arguments.kind == "pca":
         components = foreground_components(features) if arguments.foreground else principal_components(features)
         return pca_page(shown, names, components, subtitle, arguments.smooth, arguments.foreground)

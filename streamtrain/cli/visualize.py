@@ -25,6 +25,7 @@ CURVES = (
 
 _SUMMARIES = {
     "similarity": "Cosine similarity of a patch to all others, also of further images; in P.html of any clicked patch.",
+    "matches": "The most similar mutual nearest patches of two images, joined by lines; in P.html of a clicked patch.",
     "pca": "The first three principal components of the patch features of all images as red, green and blue.",
     "attention": "Attention of the CLS token in the last block, one map per head, each on its own scale.",
     "crops": "Training crops and masks of an image; look at them before a long run.",
@@ -34,6 +35,7 @@ _EXAMPLES = """\
 examples:
   streamtrain visualize similarity --run runs/photos --image cat.jpg dog.jpg --patch 7,7 --out similarity.png
   streamtrain visualize similarity --run runs/photos --image cat.jpg dog.jpg --out similarity.html
+  streamtrain visualize matches --run runs/photos --image cat.jpg dog.jpg --count 30 --out matches.png
   streamtrain visualize pca --weights exported --image cat.jpg --out pca.png
   streamtrain visualize attention --run runs/photos --image cat.jpg --out attention.png
   streamtrain visualize crops --config vits16.yaml --image cat.jpg --out crops.png crops.local_count=4
@@ -52,21 +54,27 @@ def add_parser(subparsers: Any) -> None:
     )
     pictures = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     of_kind = {kind: pictures.add_parser(kind, description=summary) for kind, summary in _SUMMARIES.items()}
-    for kind in ("similarity", "pca", "attention"):
+    for kind in ("similarity", "matches", "pca", "attention"):
         add = of_kind[kind].add_argument
         add_backbone_arguments(of_kind[kind])
-        add("--image", type=local_path, nargs="+", required=True, metavar="X", help="image files")
+        if kind == "matches":
+            add("--image", type=local_path, nargs=2, required=True, metavar=("A", "B"), help="two image files")
+            add("--count", type=positive_int, default=40, metavar="N", help="matches at most (default: 40)")
+        else:
+            add("--image", type=local_path, nargs="+", required=True, metavar="X", help="image files")
         add(
             "--size",
             type=positive_int,
             help="shorter side of the input in pixels (default: twice the training size or more)",
         )
-        add("--smooth", action="store_true", help="interpolate the maps between patches")
+        if kind != "matches":
+            add("--smooth", action="store_true", help="interpolate the maps between patches")
         add_device_argument(of_kind[kind])
     of_kind["similarity"].add_argument(
         "--patch", type=parse_patch, nargs="+", metavar="ROW,COL",
         help="patches of the first image: one row each, or a grid if there is one image (default: the middle patch)",
     )  # fmt: skip
+    of_kind["matches"].add_argument("--foreground", action="store_true", help="match patches of the foreground only")
     of_kind["pca"].add_argument("--foreground", action="store_true", help="leave the background black")
     add = of_kind["crops"].add_argument
     add("--run", type=local_path, help="run directory whose recipe is used")
@@ -78,8 +86,9 @@ def add_parser(subparsers: Any) -> None:
     add("--run", type=local_path, nargs="+", required=True, help="run directories, one line each")
     add("--tags", nargs="+", default=CURVES, help=f"tags to draw (default: {' '.join(CURVES)})")
     for kind, kind_parser in of_kind.items():
-        parse = parse_page_path if kind == "similarity" else parse_image_path
-        shown = "picture, or P.html for a page in a browser" if kind == "similarity" else "file to write"
+        has_html = kind in ("similarity", "matches")
+        parse = parse_page_path if has_html else parse_image_path
+        shown = "picture, or P.html for a page in a browser" if has_html else "file to write"
         kind_parser.add_argument("--out", type=parse, required=True, metavar="P.png", help=shown)
 
 

@@ -64,14 +64,29 @@ class Tile:
     grid: tuple[int, int] = (1, 1)
 
 
+@dataclass(frozen=True)
+class Link:
+    """A line between points of two tiles of the first row.
+
+    Attributes:
+        start, end: (tile, x, y); x and y are shares of the tile's width and height.
+        colour: RGB in 0..1.
+    """
+
+    start: tuple[int, float, float]
+    end: tuple[int, float, float]
+    colour: tuple[float, float, float]
+
+
 def photo(image: Image.Image, caption: str = "", marks: Sequence[tuple[int, int]] = (),
           grid: tuple[int, int] = (1, 1)) -> Tile:  # fmt: skip
     return Tile(np.asarray(image), image.size, caption, marks=marks, grid=grid)
 
 
 def draw_page(
-    title: str, subtitle: str, rows: Sequence[Sequence[Tile]], colour_label: str | None = None
-) -> Image.Image:
+    title: str, subtitle: str, rows: Sequence[Sequence[Tile]], colour_label: str | None = None,
+    links: Sequence[Link] = (),
+) -> Image.Image:  # fmt: skip
     """Draw a titled page of rows of tiles; with ``colour_label``, a colour bar is below the first map."""
     heights = [max(tile.size[1] + (CAPTION if tile.caption else 0) for tile in row) for row in rows]
     widths = [sum(tile.size[0] for tile in row) + GAP * (len(row) - 1) for row in rows]
@@ -87,11 +102,13 @@ def draw_page(
     _write(axes, MARGIN, MARGIN + 18, title, INK, TITLE_SIZE)
     _write(axes, MARGIN, MARGIN + 46, subtitle, SOFT_INK, TEXT_SIZE)
     bar: tuple[int, Tile] | None = None
+    corners: list[tuple[int, int]] = []
     top = MARGIN + header
     for row, row_height in zip(rows, heights, strict=True):
         left = MARGIN
         for tile in row:
             right, bottom = left + tile.size[0], top + tile.size[1]
+            corners.append((left, top))
             axes.imshow(
                 tile.values, COLOURS, aspect="auto", extent=(left, right, bottom, top),
                 vmin=tile.limits[0], vmax=tile.limits[1], interpolation="bicubic" if tile.smooth else "nearest",
@@ -112,6 +129,17 @@ def draw_page(
                 bar = (left, tile)
             left = right + GAP
         top += row_height + GAP
+    for link in links:
+        xs, ys = zip(
+            *(
+                (corners[tile][0] + x * rows[0][tile].size[0], corners[tile][1] + y * rows[0][tile].size[1])
+                for tile, x, y in (link.start, link.end)
+            ),
+            strict=True,
+        )
+        # a dark rim separates the line from any image
+        axes.plot(xs, ys, "-o", color="black", linewidth=2.6, markersize=7, alpha=0.45)
+        axes.plot(xs, ys, "-o", color=link.colour, linewidth=1.4, markersize=5)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     if colour_label is not None and bar is not None:

@@ -151,21 +151,13 @@ def principal_components(features: Sequence[Tensor], count: int = 3) -> list[np.
 def foreground_components(features: Sequence[Tensor]) -> list[np.ndarray]:
     """Return the first three principal components of the foreground patches; background patches are black.
 
-    The first component over all patches is split at the threshold with the largest variance between the two sides
-    (Otsu 1979). The foreground is the side with the smaller share of the images' borders.
-
     Args:
         features: [h_i, w_i, D] for each image.
 
     Returns:
         float32 [h_i, w_i, 3] in 0..1 for each image.
     """
-    first = [component[..., 0] for component in principal_components(features, 1)]
-    threshold = _otsu(np.concatenate([component.ravel() for component in first]))
-    bright = [component > threshold for component in first]
-    borders = np.concatenate([np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]) for mask in bright])
-    if borders.mean() > np.concatenate([mask.ravel() for mask in bright]).mean():
-        bright = [~mask for mask in bright]
+    bright = foreground_masks(features)
     kept = [feature[torch.from_numpy(mask)] for feature, mask in zip(features, bright, strict=True)]
     if sum(map(len, kept)) < 3:
         return principal_components(features)
@@ -178,6 +170,24 @@ def foreground_components(features: Sequence[Tensor]) -> list[np.ndarray]:
         painted[mask] = piece
         maps.append(painted)
     return maps
+
+
+def foreground_masks(features: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return which patches are foreground: bool [h_i, w_i] for each image.
+
+    The first component over all patches is split at the threshold with the largest variance between the two sides
+    (Otsu 1979). The foreground is the side with the smaller share of the images' borders.
+
+    Args:
+        features: [h_i, w_i, D] for each image.
+    """
+    first = [component[..., 0] for component in principal_components(features, 1)]
+    threshold = _otsu(np.concatenate([component.ravel() for component in first]))
+    bright = [component > threshold for component in first]
+    borders = np.concatenate([np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]) for mask in bright])
+    if borders.mean() > np.concatenate([mask.ravel() for mask in bright]).mean():
+        bright = [~mask for mask in bright]
+    return bright
 
 
 def _otsu(values: np.ndarray) -> float:

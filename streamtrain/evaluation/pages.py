@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from streamtrain.evaluation.figures import Tile, draw_page, photo
+from streamtrain.evaluation.figures import Link, Tile, draw_page, photo
+from streamtrain.evaluation.matching import Matches
 
 HEADS_SHOWN = 6
 
@@ -106,6 +108,37 @@ def similarity_page(
                 tiles += [photo(image, name), map_tile(values, image, None)]
             rows.append(tiles)
     return draw_page(title, subtitle, rows, "cosine similarity")
+
+
+def matches_page(
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    grids: Sequence[tuple[int, int]],
+    matches: Matches,
+    subtitle: str,
+) -> Image.Image:
+    """Draw two images side by side, and a line between the centres of each pair of matching patches.
+
+    Args:
+        grids: (rows, columns) of patches of each image.
+    """
+    colours = position_colours(matches.first, grids[0])
+    ends = [
+        (cells[:, ::-1] + 0.5) / grid[::-1] for cells, grid in zip((matches.first, matches.second), grids, strict=True)
+    ]
+    links = [
+        Link((0, *first.tolist()), (1, *second.tolist()), colour)
+        # the best match is drawn last, over the others
+        for first, second, colour in reversed(list(zip(*ends, colours, strict=True)))
+    ]
+    photos = [photo(image, name) for image, name in zip(images, names, strict=True)]
+    return draw_page("Mutual nearest patches", subtitle, [photos], links=links)
+
+
+def position_colours(cells: np.ndarray, grid: tuple[int, int]) -> list[tuple[float, float, float]]:
+    """Return a colour, RGB in 0..1, for each (row, column) [M, 2]: the hue by column, paler towards the top."""
+    places = (cells + 0.5) / grid
+    return [colorsys.hsv_to_rgb(0.85 * x, 0.45 + 0.55 * y, 1.0) for y, x in places.tolist()]
 
 
 def crops_page(

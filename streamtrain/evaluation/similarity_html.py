@@ -7,15 +7,19 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
 from shards.errors import printable
 from streamtrain.evaluation.figures import COLOURS
 from streamtrain.evaluation.maps import similarity_maps
+from streamtrain.evaluation.matching import Matches
+from streamtrain.evaluation.pages import position_colours
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e26; --soft: #646874; --paper: #fff; }
@@ -56,7 +60,8 @@ const images = data.images.map((image) => {
   return {...image, features, canvas, picture};
 });
 let chosen = {image: 0, row: data.patch[0], column: data.patch[1]};
-const opacity = document.getElementById("opacity");
+const opacity = document.getElementById("opacity"), dots = document.getElementById("dots");
+const radius = (canvas) => Math.max(5, Math.min(canvas.width, canvas.height) / 60);
 
 function similarities(image) {
   const query = images[chosen.image], start = (chosen.row * query.columns + chosen.column) * data.dim;
@@ -97,6 +102,12 @@ function draw() {
         context.strokeRect(column * width, row * height, width, height);
       }
     };
+    if (dots && dots.checked) for (const [cells, colour] of data.matches) {
+      context.beginPath();
+      context.arc((cells[index][1] + 0.5) * width, (cells[index][0] + 0.5) * height, radius(canvas), 0, 7);
+      context.fillStyle = colour; context.fill();
+      context.lineWidth = 2; context.strokeStyle = "#000"; context.stroke();
+    }
     const isChosen = index === chosen.image;
     if (isChosen) frame(chosen.row, chosen.column, "#ff4040");
     else frame(Math.floor(best / columns), best % columns, "#ffffff");
@@ -128,7 +139,7 @@ images.forEach((image, index) => {
     else choose(index, Math.floor(image.rows / 2), Math.floor(image.columns / 2));
   });
 });
-for (const name of ["opacity", "smooth"]) document.getElementById(name).addEventListener("input", draw);
+for (const name of ["opacity", "smooth", "dots"]) document.getElementById(name)?.addEventListener("input", draw);
 const bar = document.getElementById("bar");
 bar.width = 256; bar.height = 1;
 const scale = new ImageData(256, 1);
@@ -140,7 +151,7 @@ Promise.all(images.map((image) => image.picture.decode())).then(draw);
 
 def similarity_html(
     images: Sequence[Image.Image], names: Sequence[str], features: Sequence[Tensor], patch: tuple[int, int],
-    subtitle: str, smooth: bool = False,
+    subtitle: str, smooth: bool = False, matches: Matches | None = None,
 ) -> bytes:  # fmt: skip
     """Return the page as UTF-8.
 
@@ -151,12 +162,13 @@ def similarity_html(
         features: normalised patch features, fp32 [h_i, w_i, D] for each image.
         patch: (row, column) in the first image that is chosen at first.
         smooth: interpolate between patches at first.
+        matches: of two images, marked by dots whose colours agree.
 
     Raises:
         StreamtrainError: if the patch is outside the first image.
     """
     similarity_maps(features[:1], patch)  # checks the patch
-    entries = []
+    entries: list[dict[str, Any]] = []
     for image, name, feature in zip(images, names, features, strict=True):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90)
@@ -170,20 +182,28 @@ def similarity_html(
             }
         )  # fmt: skip
     colours = np.rint(matplotlib.colormaps[COLOURS](np.arange(256))[:, :3] * 255).astype(int).tolist()
-    content = {"dim": features[0].shape[-1], "colours": colours, "patch": patch, "images": entries}
+    content: dict[str, Any] = {"dim": features[0].shape[-1], "colours": colours, "patch": patch, "images": entries}
+    if matches is not None:
+        colours_of = position_colours(matches.first, (entries[0]["rows"], entries[0]["columns"]))
+        content["matches"] = [
+            [[first.tolist(), second.tolist()], to_hex(colour)]
+            for first, second, colour in zip(matches.first, matches.second, colours_of, strict=True)
+        ]
     data = json.dumps(content).replace("<", "\\u003c")
-    title = "Cosine similarity to a patch"
+    title = "Cosine similarity to a patch" if matches is None else "Mutual nearest patches"
+    hint = "" if matches is None else " Dots of the same colour mark a match."
+    dots = "" if matches is None else '<label><input id="dots" type="checkbox" checked> Matches</label>\n'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>{_STYLE}</style></head>
 <body>
 <h1>{title}</h1>
-<p>Click a patch, or move it with the arrow keys. {html.escape(printable(subtitle))}</p>
+<p>Click a patch, or move it with the arrow keys.{hint} {html.escape(printable(subtitle))}</p>
 <form>
 <label>Map <input id="opacity" type="range" min="0" max="100" value="70" aria-label="opacity of the map"></label>
 <label><input id="smooth" type="checkbox"{" checked" if smooth else ""}> Smooth</label>
-<span class="scale"><span id="low"></span><canvas id="bar"></canvas><span>1.00</span></span>
+{dots}<span class="scale"><span id="low"></span><canvas id="bar"></canvas><span>1.00</span></span>
 </form>
 <div id="images"></div>
 <script id="data" type="application/json">{data}</script>

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -52,6 +54,26 @@ def test_pca_page(folder: Path) -> None:
     page = np.asarray(Image.open(folder / "new" / "p.png"))
     assert page.shape[0] > 480 and page.shape[1] > 1200 and len(red_cross(page)) == 0
     assert len(np.unique(page.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_matches_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    images = ["--size", "64", "--image", "wide.png", "wide.png"]
+    command = ["visualize", "matches", "--weights", "weights", *images, "--count", "7", "--out"]
+    assert exit_status([*command, "m.png"]) == 0
+    page = np.asarray(Image.open("m.png")).astype(int)
+    assert page.shape[0] > 480 and page.shape[1] > 2 * 600
+    # the noise is grey; matches of an image with itself are level lines over the gap between the two
+    gap = page[98:498, 624:638]
+    is_colour = np.ptp(gap, axis=-1) > 60
+    assert 1 <= is_colour.all(1).sum() <= 3 * 7 and not is_colour[~is_colour.all(1)].any()
+    assert exit_status([*command, "m.html", "--foreground"]) == 0
+    (found,) = re.findall(r'"matches": (\[.*\])\}', Path("m.html").read_text())
+    matches = json.loads(found)
+    assert 1 <= len(matches) <= 7 and all(first == second for (first, second), _ in matches)
+    capsys.readouterr()
+    assert exit_status([*command[:-4], "--image", "wide.png", "--out", "x.png"]) == 2
+    assert "expected 2 arguments" in capsys.readouterr().err
 
 
 def test_several_patches_of_one_image_are_drawn_in_a_grid(folder: Path) -> None:
