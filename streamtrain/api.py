@@ -225,11 +225,14 @@ def embed_files(source: Path | str, out: Path | str, **options: Any) -> Path:
     return Path(_expand(out))
 
 
-def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(
+    task: str, *, train: Path | str | None = None, test: Path | str | None = None, **options: Any
+) -> dict[str, Any]:
     """Measure features on labelled images, like ``streamtrain evaluate``, and return its JSON object.
 
     Args:
-        task: ``knn``, ``linear`` or ``logistic``; ``segmentation`` or ``depth``, with the option ``labels``.
+        task: ``knn``, ``linear`` or ``logistic``; ``segmentation`` or ``depth``, with the option ``labels``;
+                ``correspondence``, with the option ``pairs`` alone.
         train: shard set, or folder with one subfolder per class, to learn from; any folder if there are ``labels``.
         test: images to predict; default: a fixed fifth of ``train`` is held out.
         options: options of the command, such as ``run="runs/photos"`` or ``weights="exported"``.
@@ -237,9 +240,9 @@ def evaluate(task: str, *, train: Path | str, test: Path | str | None = None, **
     Raises:
         StreamtrainError: for an unknown option, or images or weights that cannot be used.
     """
-    from streamtrain.cli.evaluate import DENSE_TASKS, TASKS, measure
+    from streamtrain.cli.evaluate import DENSE_TASKS, PAIR_TASKS, TASKS, measure
 
-    if task not in (tasks := TASKS + DENSE_TASKS):
+    if task not in (tasks := TASKS + DENSE_TASKS + PAIR_TASKS):
         raise StreamtrainError(f"task {task!r} is not one of {', '.join(tasks)}")
     given = {**options, "train": train, "test": test}
     return measure(_command_arguments("evaluate", [task], given))[0]

@@ -3,6 +3,7 @@
 
 python tools/make_demo_images.py --out DIR [--count 2400] [--size 112] [--seed 0] [--workers N]
 python tools/make_demo_images.py --out LABELS --labels    # LABELS/masks and LABELS/depth of the same images
+python tools/make_demo_images.py --out PAIRS --pairs      # PAIRS/pairs.jsonl: two views of a scene each, and points
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from demo_images import CLASSES, draw
+from demo_pairs import draw_pair
 from PIL import Image
 
 from shards.packing.parallel import ordered_map
@@ -58,8 +60,34 @@ def write_images(folder: Path, seed: int, size: int, labels: bool, indices: rang
     return len(indices)
 
 
+def write_pairs(folder: Path, seed: int, size: int, indices: range) -> int:
+    """Draw and write pairs ``indices``, each a pure function of (seed, size, index); return their number."""
+    names = list(CLASSES)
+    for index in indices:
+        # other scenes than the images of the same seed
+        pair = draw_pair(names[index % len(names)], np.random.default_rng([seed, index, 1]), size)
+        record: dict[str, object] = {}
+        for letter, image, points in zip("ab", pair.images, pair.points, strict=True):
+            name = f"images/{index:06d}-{letter}.jpg"
+            Image.fromarray(image).save(folder / name, quality=90)
+            record |= {f"image_{letter}": name, f"points_{letter}": points.round(2).tolist()}
+        # one file each, because the processes finish in any order
+        (folder / f"{index:06d}.json").write_text(json.dumps(record) + "\n")
+    return len(indices)
+
+
+def join_records(folder: Path) -> None:
+    """Join the records of all pairs to ``pairs.jsonl``, without scenes whose objects are not in both views."""
+    with open(folder / "pairs.jsonl", "w") as file:
+        for path in sorted(folder.glob("*.json")):
+            line = path.read_text()
+            if json.loads(line)["points_a"]:
+                file.write(line)
+            path.unlink()
+
+
 def make_demo_images(
-    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True, labels: bool = False
+    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True, kind: str = "images"
 ) -> bool:
     """Write the set to ``out`` unless it is complete; return whether it was drawn now.
 
@@ -68,7 +96,9 @@ def make_demo_images(
     Raises:
         ValueError: ``out`` contains something else.
     """
-    record = {"version": VERSION, "count": count, "size": size, "seed": seed} | ({"labels": True} if labels else {})
+    record = {"version": VERSION, "count": count, "size": size, "seed": seed}
+    if kind != "images":
+        record[kind] = True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         path = out / RECORD
         if not path.is_file():
@@ -79,16 +109,24 @@ def make_demo_images(
         return False
     folder = out.with_name(f"{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
-    for kind in ("masks", "depth") if labels else ("",):
-        for name in CLASSES:
-            (folder / kind / name).mkdir(parents=True)
+    if kind == "pairs":
+        (folder / "images").mkdir(parents=True)
+    else:
+        for part in ("masks", "depth") if kind == "labels" else ("",):
+            for name in CLASSES:
+                (folder / part / name).mkdir(parents=True)
+    write = partial(write_pairs, folder, seed, size)
+    if kind != "pairs":
+        write = partial(write_images, folder, seed, size, kind == "labels")
     parts = [range(start, min(start + 40, count)) for start in range(0, count, 40)]
     with (
-        closing(ordered_map(partial(write_images, folder, seed, size, labels), parts, workers)) as written,
+        closing(ordered_map(write, parts, workers)) as written,
         progress_bar("drawing", count, "images", shown=progress) as bar,
     ):
         for number in written:
             bar.update(number)
+    if kind == "pairs":
+        join_records(folder)
     (folder / RECORD).write_text(json.dumps(record) + "\n")
     if out.exists():
         out.rmdir()  # empty, as checked above
@@ -103,13 +141,16 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=112, help="approximate side in pixels (default 112)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--labels", action="store_true", help="write masks and depth of the images instead")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--labels", action="store_true", help="write masks and depth of the images instead")
+    kinds.add_argument("--pairs", action="store_true", help="write pairs of views, and corresponding points, instead")
     arguments = parser.parse_args()
     out, workers = arguments.out, arguments.workers
+    kind = "labels" if arguments.labels else "pairs" if arguments.pairs else "images"
     try:
         if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
             raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
-        new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers, labels=arguments.labels)
+        new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers, kind=kind)
     except KeyboardInterrupt:
         interrupts.report()
         return EXIT_INTERRUPTED
@@ -120,7 +161,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     word = "drew" if new else "found"
-    what = "masks and depth maps" if arguments.labels else "images"
+    what = {"labels": "masks and depth maps", "pairs": "pairs of views", "images": "images"}[kind]
     print(f"{word} {arguments.count} {what} of {len(CLASSES)} classes in {out}")
     return 0
 

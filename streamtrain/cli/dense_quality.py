@@ -26,8 +26,11 @@ from streamtrain.interop.folder import IMAGENET_MEAN, IMAGENET_STD
 PIXELS_SIZE, PIXELS_PATCH = 224, 16
 # classes in the printed table
 _MAX_PRINTED = 40
-_SEGMENTATION_NAMES = {"linear_miou": "linear probe mIoU", "knn_miou": "kNN mIoU"}
-_DEPTH_NAMES = {"rmse": "depth RMSE", "delta1": "δ1"}
+_NAMES = {
+    "segmentation": {"linear_miou": "linear probe mIoU", "knn_miou": "kNN mIoU"},
+    "depth": {"rmse": "depth RMSE", "delta1": "δ1"},
+    "correspondence": {"pck_0.1": "PCK@0.1", "pck_0.05": "PCK@0.05"},
+}
 
 Score = Callable[[np.ndarray], np.ndarray]
 logger = logging.getLogger(__name__)
@@ -200,25 +203,28 @@ def describe_differences(measured: DenseMeasurement, other: DenseMeasurement) ->
 
 def format_result(result: Values) -> str:
     """Return the lines to print: scores, those of each class, the difference beyond chance, and the comparison."""
-    is_depth = result["task"] == "depth"
-    names = _DEPTH_NAMES if is_depth else _SEGMENTATION_NAMES
+    task = str(result["task"])
+    names = _NAMES[task]
     step = f" at step {result['step']}" if "step" in result and result["features"] != "untrained" else ""
     scores = ", ".join(
         f"{label} {_format(name, result[name])} ± {_format(f'margin_{name}', result[f'margin_{name}'])}"
         for name, label in names.items()
     )
-    classes = ""
-    if not is_depth:
-        classes = f", {result['classes']} classes (the largest has {result['largest_class']:.0%} of the pixels)"
+    if task == "correspondence":
+        tested = f"{result['test_points']} points of {result['test_pairs']} pairs"
+    else:
+        tested = f"{result['train_images']} train and {result['test_images']} test images"
+    if task == "segmentation":
+        tested += f", {result['classes']} classes (the largest has {result['largest_class']:.0%} of the pixels)"
     lines = [
-        f"{scores}: {result['features']}{step}, {result['size']} px in patches of {result['patch_size']}, "
-        f"{result['train_images']} train and {result['test_images']} test images{classes}"
+        f"{scores}: {result['features']}{step}, {result['size']} px in patches of {result['patch_size']}, {tested}"
     ]
-    if not is_depth:
+    if task == "segmentation":
         lines += _class_table(result)
+    drawn = "pairs" if task == "correspondence" else "test images"
     least = " and ".join(_format(name, result[f"real_difference_{name}"], "-") for name in names)
     lines.append(
-        "± is a 95% interval, from draws of the test images; two networks differ by more than chance if they are "
+        f"± is a 95% interval, from draws of the {drawn}; two networks differ by more than chance if they are "
         f"{least} apart (--compare NETWORK often needs less)"
     )
     if "compared_with" in result:

@@ -1,4 +1,4 @@
-"""``streamtrain evaluate``: measure how well frozen features show classes of images, classes of pixels, or depth."""
+"""``streamtrain evaluate``: measure how well frozen features show classes, depth, or corresponding points."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from streamtrain.run.command_line import local_path
 # on features of whole images, and of patches
 TASKS = ("knn", "linear", "logistic")
 DENSE_TASKS = ("segmentation", "depth")
+PAIR_TASKS = ("correspondence",)
 
 # networks of --compare that have a name
 BASELINES = ("pixels", "untrained")
 # above these numbers of images only one split is tested: five take too long
 MAX_IMAGES_FOR_SPLITS = {"knn": 30_000, "linear": 5_000, "logistic": 1_000}
 
-_SUMMARY = "Measure frozen features: classes of images, segmentation, depth."
+_SUMMARY = "Measure frozen features: classes of images, segmentation, depth, correspondence."
 _DETAILS = """\
   knn, linear, logistic   accuracy of kNN, a linear probe or logistic regression on the CLS token
   segmentation            mIoU of a linear probe and of kNN on patch tokens
   depth                   RMSE and delta1 of a linear head on patch tokens
+  correspondence          share of points of an image that patch tokens find in another (PCK), without training
 
 SET is a shard set, or a folder with one subfolder per class. Without --test, a fixed fifth of --train is
 held out for testing; the split is the same for every network and every run. If the set is small enough, all
@@ -37,6 +39,10 @@ For segmentation and depth, SET is a folder of images, at any depth, and --label
 for each: .png with class ids (grey of 8 or 16 bits, or a palette; 255 or 65535 is unlabelled), or depth as .npy
 (float32 [height, width]) or .png (16 bits, millimetres).
 
+For correspondence, --pairs is a file with a JSON object per line: image_a and image_b (paths relative to the file),
+points_a and points_b (lists of [x, y] in pixels), and box_b ([left, top, right, bottom]) if there is one. --size is
+the shorter side, by default twice that of training or more.
+
 Features of whole images are kept in ~/.cache/streamtrain (XDG_CACHE_HOME; at most 4 GiB): another task on the same
 images with the same weights starts at once.
 """
@@ -48,21 +54,23 @@ _EXAMPLES = """\
   streamtrain evaluate knn --pixels --train sets/train
   streamtrain evaluate segmentation --run runs/photos --train photos --labels masks --compare untrained
   streamtrain evaluate depth --run runs/photos --train train --labels train-depth --test test --test-labels test-depth
+  streamtrain evaluate correspondence --run runs/photos --pairs pairs.jsonl --compare untrained
 """
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "evaluate", _SUMMARY, _DETAILS, _EXAMPLES)
-    parser.add_argument("task", choices=TASKS + DENSE_TASKS)
+    parser.add_argument("task", choices=TASKS + DENSE_TASKS + PAIR_TASKS)
     add_backbone_arguments(parser)
     parser.add_argument("--pixels", action="store_true", help="use the pixels themselves as features, no network")
-    parser.add_argument("--train", type=local_path, required=True, metavar="SET", help="labelled images to learn from")
+    parser.add_argument("--train", type=local_path, metavar="SET", help="labelled images to learn from")
     parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
     parser.add_argument("--labels", type=local_path, metavar="DIR", help="maps of --train, for segmentation and depth")
     parser.add_argument("--test-labels", type=local_path, metavar="DIR", help="maps of --test (default: as --labels)")
     parser.add_argument(
         "--ignore", type=non_negative_int, nargs="+", metavar="ID", help="segmentation: ids that count as unlabelled"
     )
+    parser.add_argument("--pairs", type=local_path, metavar="FILE", help="correspondence: pairs of images, as above")
     parser.add_argument(
         "--compare", type=parse_network, metavar="NETWORK",
         help="test the difference to: pixels, untrained (of --run or --config), another run, or other weights",
@@ -96,7 +104,16 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises:
         StreamtrainError: options, images or weights that cannot be used.
     """
-    # torch takes seconds to load
+    if arguments.task in PAIR_TASKS:
+        # torch takes seconds to load
+        from streamtrain.cli import correspondence_quality, dense_quality
+
+        found = correspondence_quality.evaluate(arguments)
+        return found, dense_quality.format_result(found)
+    if arguments.pairs is not None:
+        raise StreamtrainError(f"--pairs belongs to {' and '.join(PAIR_TASKS)}; remove it for {arguments.task}")
+    if arguments.train is None:
+        raise StreamtrainError(f"evaluate {arguments.task} needs --train: labelled images to learn from")
     if arguments.task in DENSE_TASKS:
         from streamtrain.cli import dense_quality
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -81,11 +82,18 @@ class PointFinder:
     def __init__(self, features: Tensor, patch_size: int) -> None:
         self.features = features
         self.size = (features.shape[0] * patch_size, features.shape[1] * patch_size)
-        planes = features.permute(2, 0, 1)
-        squares = torch.zeros(self.size)
-        for part in planes.split(max(_BLOCK // squares.numel(), 1)):
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * (self.features.numel() + self.size[0] * self.size[1])
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        """The norms of the interpolated features, fp32 [height, width]."""
+        squares = torch.zeros(self.size, device=self.features.device)
+        for part in self.features.permute(2, 0, 1).split(max(_BLOCK // squares.numel(), 1)):
             squares += self._to_pixels(part).square().sum(0)
-        self._norms = squares.sqrt_().clamp_min_(1e-12)
+        return squares.sqrt_().clamp_min_(1e-12)
 
     def _to_pixels(self, maps: Tensor) -> Tensor:
         """Interpolate maps [N, h, w] to the pixels of the input [N, height, width]."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -74,7 +75,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_split(demo: Path, tmp_path: Pat
 
 def test_masks_and_depth_are_those_of_the_images(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
-    assert make_demo_images(out, 30, 96, 0, 2, progress=False, labels=True)
+    assert make_demo_images(out, 30, 96, 0, 2, progress=False, kind="labels")
     names = list(CLASSES)
     contrasts = []
     for path in sorted(out.glob("masks/*/*.png")):
@@ -90,6 +91,26 @@ def test_masks_and_depth_are_those_of_the_images(demo: Path, tmp_path: Path) -> 
     assert np.mean(np.array(contrasts) > 10) > 0.9
     with pytest.raises(ValueError, match="is a different demo set"):
         make_demo_images(out, 30, 96, 0, 2, progress=False)
+
+
+def test_points_of_pairs_show_the_same_place(tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    assert make_demo_images(out, 20, 96, 0, 1, progress=False, kind="pairs")
+    lines = (out / "pairs.jsonl").read_text().splitlines()
+    assert len(lines) > 15 and not list(out.glob("0*.json"))
+    values, others = [], []
+    for record in map(json.loads, lines):
+        views = [
+            np.asarray(Image.open(out / record[f"image_{letter}"]).convert("L").filter(ImageFilter.GaussianBlur(1)))
+            for letter in "ab"
+        ]
+        places = [np.array(record[f"points_{letter}"]) for letter in "ab"]
+        assert views[0].shape == (96, 96) and all(((part > 0) & (part < 96)).all() for part in places)
+        a, b = (view[tuple(part.astype(int).T[::-1])] for view, part in zip(views, places, strict=True))
+        values.append(np.stack([a, b]))
+        others.append(np.stack([a, np.roll(b, 1)]))
+    # exposure and noise differ, but bright places stay bright
+    assert np.corrcoef(np.concatenate(values, 1))[0, 1] > 0.9 > 0.7 > np.corrcoef(np.concatenate(others, 1))[0, 1]
 
 
 def test_a_finished_set_is_reused_and_a_different_one_raises(tmp_path: Path) -> None:
