@@ -25,8 +25,8 @@ from streamtrain.evaluation.pages import attention_page, matches_page, pca_page,
 from streamtrain.evaluation.similarity_html import similarity_html
 from streamtrain.interop.folder import BackboneConfig
 
-# shorter side in pixels of an image on the page
-SHOWN_SIDE = 400
+# shorter side in pixels of an image on the page: as in the network's input, within these bounds
+MIN_SHOWN, MAX_SHOWN = 400, 1024
 
 
 def draw_maps(arguments: argparse.Namespace) -> Image.Image | bytes:
@@ -79,7 +79,8 @@ def draw_maps(arguments: argparse.Namespace) -> Image.Image | bytes:
 def shown_size(image: Still) -> tuple[int, int]:
     """Return (width, height) in pixels of an image on the page."""
     width, height = still_size(image)
-    scale = SHOWN_SIDE / min(width, height)
+    side = min(width, height)
+    scale = min(max(side, MIN_SHOWN), MAX_SHOWN) / side
     return round(width * scale), round(height * scale)
 
 

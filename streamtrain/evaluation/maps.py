@@ -19,6 +19,8 @@ from streamtrain.ops.attention import rotate
 
 LEGIBLE_PATCHES = 24
 MAX_ASPECT = 8
+# of an input; memory grows with their number, time with its square
+MAX_PIXELS = 2**25
 
 
 def map_size(image_size: int, patch_size: int) -> int:
@@ -30,10 +32,15 @@ def fit_to_patches(image: Still, size: int, patch_size: int) -> Still:
     """Resize to a shorter side of about ``size`` pixels, with both sides multiples of the patch size.
 
     A side longer than ``MAX_ASPECT`` times the other is compressed, since memory and time grow with the pixels.
+
+    Raises:
+        StreamtrainError: the image would have more than ``MAX_PIXELS`` pixels.
     """
     scale = size / min(still_size(image))
     sides = (min(side * scale, MAX_ASPECT * size) for side in still_size(image))
     width, height = (max(round(side / patch_size), 1) * patch_size for side in sides)
+    if width * height > MAX_PIXELS:
+        raise StreamtrainError(f"--size {size} makes an input of {width}x{height} pixels; choose a smaller --size")
     return resize_still(image, (width, height))
 
 

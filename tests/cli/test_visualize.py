@@ -76,6 +76,21 @@ def test_matches_page(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "expected 2 arguments" in capsys.readouterr().err
 
 
+def test_pca_of_a_large_input_is_drawn_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    pages = []
+    for options in ([], ["--smooth"]):
+        command = ["visualize", "pca", "--weights", "weights", "--image", "images/down/000.png", "--size", "512"]
+        assert exit_status([*command, *options, "--out", "large.png"]) == 0
+        pages.append(np.asarray(Image.open("large.png")).astype(int))
+    side = min(Image.open("images/down/000.png").size)
+    assert min(pages[0].shape[:2]) > 512 and pages[0].shape[1] > 2 * 512 and side < 50
+    # 64 patches: every eighth column may differ from its left neighbour, if nothing is interpolated
+    left = 24 + pages[0].shape[1] // 2 - 24 + 14
+    changes = [np.abs(np.diff(page[150:450, left : left + 400], axis=1)).sum(-1).max(0) > 0 for page in pages]
+    assert changes[0].mean() < 0.2 and changes[1].mean() > 0.9
+
+
 def test_several_patches_of_one_image_are_drawn_in_a_grid(folder: Path) -> None:
     patches = ["0,0", "3,5", "7,1"]
     done = visualize(

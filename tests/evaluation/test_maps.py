@@ -93,6 +93,9 @@ def test_images_are_resized_to_whole_patches() -> None:
     assert fit_to_patches(Image.new("RGB", (10, 4000)), 32, 16).size == (32, 256)
     assert fit_to_patches(Image.new("RGB", (300, 1)), 448, 16).size == (3584, 448)
     assert fit_to_patches(Image.new("RGB", (50, 50)), 8, 16).size == (16, 16)
+    assert fit_to_patches(Image.new("RGB", (1, 99)), 2048, 16).size == (2048, 16384)
+    with pytest.raises(StreamtrainError, match="--size 1000000 makes an input of 1000000x"):
+        fit_to_patches(Image.new("RGB", (50, 50)), 10**6, 8)
 
 
 def test_similarity_is_cosine_and_one_at_the_patch() -> None:

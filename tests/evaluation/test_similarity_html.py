@@ -19,17 +19,19 @@ from tiny_backbone import tiny_weights
 
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.maps import similarity_maps
+from streamtrain.evaluation.matching import mutual_matches
 from streamtrain.evaluation.similarity_html import similarity_html
 
 NAMES = ("a.jpg", "</script><script>alert(1)</script>.jpg")
 
 
-def page(dim: int) -> tuple[bytes, list[torch.Tensor]]:
+def page(dim: int, has_matches: bool = False) -> tuple[bytes, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(dim)
     grids = ((3, 4), (5, 2))
     features = [F.normalize(torch.randn(*grid, dim, generator=generator), dim=-1) for grid in grids]
     images = [drawn_image(number, 40 * columns, 40 * rows) for number, (rows, columns) in enumerate(grids)]
-    return similarity_html(images, NAMES, features, (1, 2), "a < b"), features
+    matches = mutual_matches(*features) if has_matches else None
+    return similarity_html(images, NAMES, features, (1, 2), "a < b", matches=matches), features
 
 
 @pytest.mark.parametrize("dim", [32, 1024])
@@ -72,13 +74,15 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.mark.slow
-def test_a_browser_draws_the_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_matches", [False, True])
+def test_a_browser_draws_the_page(has_matches: bool, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium")
-    content, features = page(64)
+    content, features = page(64, has_matches)
     (tmp_path / "page.html").write_bytes(content)
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    assert (b'id="dots"' in content) == has_matches
     ended = subprocess.run([*words, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", ended.stdout)
     values = similarity_maps(features, (1, 2))[1]
