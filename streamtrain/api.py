@@ -37,7 +37,7 @@ def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **opti
         workers: decoding processes; default: all cores.
         options: fields of ``shards.packing.pack.PackOptions``, such as ``max_side=512``, or
             ``pixels=shards.format.pixels.PixelFormat(13, "uint16")`` for other channels and depths, or
-            ``tiles=shards.packing.tiles.Tiling(512)``.
+            ``tiles=shards.packing.tiles.Tiling(512)``; ``seg`` and ``depth`` are folders of maps.
 
     Raises:
         ShardError: if there is nothing to pack, or ``out`` cannot be written.
@@ -49,6 +49,7 @@ def pack(src: Path | str, out: Path | str, *, workers: int | None = None, **opti
     known = [field.name for field in dataclasses.fields(PackOptions)]
     if unknown := sorted(options.keys() - set(known)):
         raise StreamtrainError(f"pack has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    options |= {name: _expand(options[name]) for name in ("seg", "depth") if options.get(name) is not None}
     source, target = _expand(src), _expand(out)
     report = pack_images(source, target, PackOptions(**options), workers=_check_workers(workers), progress=True)
     return report.manifest
@@ -231,8 +232,8 @@ def evaluate(
     """Measure features on labelled images, like ``streamtrain evaluate``, and return its JSON object.
 
     Args:
-        task: ``knn``, ``linear`` or ``logistic``; ``segmentation`` or ``depth``, with the option ``labels``;
-                ``correspondence``, with the option ``pairs`` alone.
+        task: ``knn``, ``linear`` or ``logistic``; ``segmentation`` or ``depth``, of a set with maps, or of a folder
+            with the option ``labels``; ``correspondence``, with the option ``pairs`` alone.
         train: shard set, or folder with one subfolder per class, to learn from; any folder if there are ``labels``.
         test: images to predict; default: a fixed fifth of ``train`` is held out.
         options: options of the command, such as ``run="runs/photos"`` or ``weights="exported"``.

@@ -18,7 +18,7 @@ from shards.format.records import RECORD, UNREADABLE
 from shards.format.records import load_index as load_index  # scripts of earlier versions import these two from here
 from shards.format.records import save_index as save_index
 from shards.format.tally import Tally
-from shards.format.tar_members import Sample, read_samples
+from shards.format.tar_members import MAP_EXTENSIONS, NO_LABEL, Sample, read_samples
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class ShardIndex:
 
     records: np.ndarray
     samples: tuple[Sample, ...]
+    # records [num_samples] of the maps of each kind that occurs, of length 0 where an image has none
+    maps: dict[str, np.ndarray]
 
 
 def build_index(archive: BinaryIO, name: str, tally: Tally | None = None, pixels: PixelFormat = RGB) -> ShardIndex:
@@ -47,7 +49,25 @@ def build_index(archive: BinaryIO, name: str, tally: Tally | None = None, pixels
             raise ShardError(f"{name}: {image.name!r} has {image.length} bytes, more than {images.MAX_BYTES}")
         archive.seek(image.offset)
         records[row] = make_record(image.offset, archive.read(image.length), sample.label, pixels)
-    return ShardIndex(records, samples)
+    return ShardIndex(records, samples, _index_maps(archive, name, samples))
+
+
+def _index_maps(archive: BinaryIO, name: str, samples: tuple[Sample, ...]) -> dict[str, np.ndarray]:
+    maps: dict[str, np.ndarray] = {}
+    for kind in MAP_EXTENSIONS:
+        found = [(row, part) for row, sample in enumerate(samples) if (part := sample.map_of(kind)) is not None]
+        for row, part in found:
+            if part.length > images.MAX_BYTES:
+                raise ShardError(f"{name}: {part.name!r} has {part.length} bytes, more than {images.MAX_BYTES}")
+            archive.seek(part.offset)
+            records = maps.setdefault(kind, np.zeros(len(samples), dtype=RECORD))
+            records[row] = make_map_record(part.offset, archive.read(part.length))
+    return maps
+
+
+def make_map_record(offset: int, payload: bytes) -> np.ndarray:
+    """Return the record of a map at an offset of a tar; its size is not stored."""
+    return np.array((offset, len(payload), zlib.crc32(payload), 0, 0, NO_LABEL, 0), dtype=RECORD)
 
 
 def make_record(offset: int, payload: bytes, label: int, pixels: PixelFormat = RGB) -> np.ndarray:

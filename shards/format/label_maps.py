@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,7 +13,9 @@ from shards.format.decode import DEFAULT_MAX_PIXELS, load_pixels, read_bounded
 from shards.format.image_files import find_format, one_line_errors
 from shards.format.imagery import load_npy
 from shards.format.pixels import PixelFormat
+from shards.format.tar_members import MAP_EXTENSIONS
 
+Array = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 MAX_CLASSES = 1024
 # mark of a pixel without a class
 UNLABELLED = -1
@@ -81,3 +86,46 @@ def _decode_png(payload: bytes, max_pixels: int, content: str) -> npt.NDArray[np
         values = decoded.read_values(0, decoded.images[0].size[1])[..., 0]
         # few bits are decoded as shades from 0 to 255
         return values if bits >= 8 else values // np.uint8(255 // ((1 << bits) - 1))
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """A kind of map.
+
+    Attributes:
+        name: in extensions of members and in manifests.
+        title: for messages.
+        decode: decodes a file.
+        missing: value of a pixel without a label.
+    """
+
+    name: str
+    title: str
+    decode: Callable[[bytes], Array]
+    missing: int
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of files, the preferred one first."""
+        return tuple(extension.removeprefix(self.name) for extension in MAP_EXTENSIONS[self.name])
+
+    def decode_for(self, payload: bytes, width: int, height: int) -> Array:
+        """Decode the map of an image that has ``width`` x ``height`` pixels upright.
+
+        Raises:
+            ShardError: as ``decode``, or the map has another shape than the image.
+        """
+        values = self.decode(payload)
+        rows, columns = values.shape
+        # a map of another resolution has the same aspect but for the rounding of a side
+        if abs(columns * height - width * rows) > max(columns, rows, width, height):
+            raise ShardError(
+                f"it has {columns}x{rows} pixels, its image {width}x{height}: the shape must be the same; make the map "
+                "for the upright image"
+            )
+        return values
+
+
+CLASS_IDS = MapKind("seg", "mask", decode_class_ids, UNLABELLED)
+DEPTH = MapKind("depth", "depth map", decode_depth, 0)
+MAP_KINDS = {kind.name: kind for kind in (CLASS_IDS, DEPTH)}

@@ -3,6 +3,7 @@
 set/ shards/000000.tar   WebDataset tars
      index/000000.npy    one record per sample (shards/format/index.py)
      index/000000.idx    DALI's index
+     index/000000.seg.npy, index/000000.depth.npy    the same records of the images' maps, if there are any
      manifest.json       this manifest
 """
 
@@ -21,6 +22,7 @@ from shards.errors import ShardError, explain_os_error, read_remedy
 from shards.format.files import MAX_JSON_BYTES, parse_json, write_whole
 from shards.format.pixels import DTYPES, MAX_CHANNELS, RGB, PixelFormat
 from shards.format.statistics import Statistics
+from shards.format.tar_members import MAP_EXTENSIONS
 from shards.storage.store import Store, is_url
 
 VERSION = 1
@@ -28,7 +30,7 @@ VERSION = 1
 _NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 FILE_NAME = "manifest.json"
 _FIELDS = ("version", "num_samples", "num_bytes", "digest", "fingerprint", "classes", "shards", "checksum")
-_OPTIONAL_FIELDS = ("channels", "dtype", "statistics")
+_OPTIONAL_FIELDS = ("channels", "dtype", "statistics", "maps")
 _HEX = re.compile("[0-9a-f]*")
 _REMEDY = "copy the set again, or pack it again"
 JOURNAL_NAME = "packing.jsonl"  # progress of a packing; deleted once the manifest is written
@@ -49,6 +51,10 @@ class ShardEntry:
         """File name of the shard's index in index/."""
         return self.name.removesuffix(".tar") + ".npy"
 
+    def map_index_name(self, kind: str) -> str:
+        """File name in index/ of the records of the maps of a kind."""
+        return f"{self.name.removesuffix('.tar')}.{kind}.npy"
+
 
 @dataclass(frozen=True)
 class SetManifest:
@@ -60,6 +66,7 @@ class SetManifest:
         fingerprint: identifies the source and the packing options; empty if the tars were indexed, not packed.
         pixels: channels and dtype of all images; in the file only if it is not 8-bit RGB.
         statistics: of the images, if they were computed.
+        maps: number of images with a map in each shard, by the kind of map; absent kinds are left out.
         faults: defects of the file that do not affect reading the images, as text.
     """
 
@@ -68,6 +75,7 @@ class SetManifest:
     fingerprint: str = ""
     pixels: PixelFormat = RGB
     statistics: Statistics | None = None
+    maps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     faults: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -103,6 +111,8 @@ class SetManifest:
             content |= asdict(self.pixels)
         if self.statistics is not None:
             content["statistics"] = asdict(self.statistics)
+        if self.maps:
+            content["maps"] = dict(self.maps)
         content["checksum"] = _checksum(content)
         write_whole(Path(set_dir) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -145,10 +155,12 @@ class SetManifest:
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
             pixels = PixelFormat(content.get("channels", RGB.channels), content.get("dtype", RGB.dtype))
             statistics = Statistics.parse(content["statistics"], pixels) if "statistics" in content else None
-            manifest = cls(shards, tuple(content["classes"]), content["fingerprint"], pixels, statistics)
+            # versions to come may have other kinds of maps
+            maps = {kind: tuple(counts) for kind, counts in content.get("maps", {}).items() if kind in MAP_EXTENSIONS}
+            manifest = cls(shards, tuple(content["classes"]), content["fingerprint"], pixels, statistics, maps)
             stated = content["digest"]
             invalid = _find_error(manifest)
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ShardError(f"{path} misses a field or has an invalid one ({error}); {_REMEDY}") from error
         if invalid is not None:
             raise ShardError(f"{path} is damaged: {invalid}; {_REMEDY}")
@@ -177,6 +189,12 @@ def _find_error(manifest: SetManifest) -> str | None:
         for number in (shard.bytes, shard.samples):
             if type(number) is not int or not 0 <= number < 2**53:
                 return f"{number!r} is not a number of bytes or samples"
+    for kind, counts in manifest.maps.items():
+        if len(counts) != len(manifest.shards) or any(
+            type(count) is not int or not 0 <= count <= shard.samples
+            for count, shard in zip(counts, manifest.shards, strict=False)
+        ):
+            return f"the numbers of {kind} maps do not match the shards"
     return None
 
 

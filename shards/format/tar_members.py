@@ -3,6 +3,9 @@
 An image and its label belong together if their names differ in the last suffix only: ``IMG.0001.jpg`` and
 ``IMG.0001.cls``. WebDataset's rule, which ends a key at the first dot, applies where that leaves no doubt:
 ``s0000.input.jpg`` gets the label of ``s0000.cls`` if no other image can claim it.
+
+``X.seg.png``, ``X.depth.png`` and ``X.depth.npy`` are maps of the image ``X.jpg``: class ids or depth of its pixels.
+Without an image of that name they are files like any other.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import itertools
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import BinaryIO
@@ -24,6 +27,8 @@ from shards.format.tally import Tally, is_hidden
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 ARRAY_EXTENSION = "npy"  # of images in sets of other pixels than 8-bit RGB
 LABEL_EXTENSION = "cls"
+# kinds of maps, and the extensions of each, the first one preferred
+MAP_EXTENSIONS = {"seg": ("seg.png",), "depth": ("depth.npy", "depth.png")}
 NO_LABEL = -1
 MAX_LABEL_BYTES = 1 << 10
 _MAX_HEADER_BYTES = 1 << 20  # of a tar member, with its long name and attributes
@@ -75,6 +80,12 @@ class Sample:
     image: Component
     label: int = NO_LABEL
 
+    def map_of(self, kind: str) -> Component | None:
+        """Return the map of a kind of ``MAP_EXTENSIONS``."""
+        named = ((split_map(component.name), component) for component in reversed(self.components))
+        by_extension = {parts[1]: component for parts, component in named if parts and parts[0] == self.key}
+        return next((by_extension[name] for name in MAP_EXTENSIONS[kind] if name in by_extension), None)
+
 
 def split_name(name: str) -> tuple[str, str]:
     """Split a member's name into key and extension at the first dot after the last slash, as WebDataset and DALI do."""
@@ -88,6 +99,30 @@ def split_suffix(name: str) -> tuple[str, str]:
     slash = name.rfind("/") + 1
     dot = name.rfind(".", slash)
     return (name, "") if dot <= slash else (name[:dot], name[dot + 1 :].lower())
+
+
+def split_map(name: str) -> tuple[str, str] | None:
+    """Return the stem and the extension of a name that a map of an image has, such as ``seg.png``, otherwise None."""
+    stem, suffix = split_suffix(name)
+    stem, kind = split_suffix(stem)
+    extension = f"{kind}.{suffix}"
+    return (stem, extension) if any(extension in known for known in MAP_EXTENSIONS.values()) else None
+
+
+def find_maps(members: Iterable[Member], suffixes: Container[str]) -> dict[Member, str]:
+    """Return the members that are maps, and the stem of the image that each belongs to.
+
+    Args:
+        suffixes: of images, in lower case.
+    """
+    candidates: dict[Member, str] = {}
+    stems: set[tuple[int, str]] = set()
+    for member in members:
+        if (parts := split_map(member.name)) is not None:
+            candidates[member] = parts[0]
+        elif (parts := split_suffix(member.name))[1] in suffixes:
+            stems.add((member.archive, parts[0]))
+    return {member: stem for member, stem in candidates.items() if (member.archive, stem) in stems}
 
 
 def read_samples(
@@ -227,8 +262,11 @@ def _visible(members: Iterable[Member], tally: Tally) -> Iterator[Member]:
 def _split_run(members: list[Member], tally: Tally, extensions: Sequence[str]) -> Iterator[tuple[Member, list[Member]]]:
     """Yield the image of each sample of a run, and the sample's members; count what belongs to no sample."""
     images = []
+    maps = find_maps(members, extensions)
     for member in members:
         suffix = split_suffix(member.name)[1]
+        if member in maps:
+            continue
         if suffix in extensions:
             images.append(member)
         elif suffix != LABEL_EXTENSION:
@@ -241,7 +279,7 @@ def _split_run(members: list[Member], tally: Tally, extensions: Sequence[str]) -
     else:
         parts = defaultdict(list)
         for member in members:
-            parts[split_suffix(member.name)[0]].append(member)
+            parts[maps.get(member, split_suffix(member.name)[0])].append(member)
         yield from ((stems[stem], parts[stem]) for stem in dict.fromkeys(split_suffix(i.name)[0] for i in images))
         num_taken = len(stems)
     if images:
@@ -249,7 +287,8 @@ def _split_run(members: list[Member], tally: Tally, extensions: Sequence[str]) -
 
 
 def _component(member: Member, stem: str) -> Component:
-    is_own = split_suffix(member.name)[0] == stem
+    found = split_map(member.name)
+    is_own = split_suffix(member.name)[0] == stem or (found is not None and found[0] == stem)
     extension = member.name[len(stem) + 1 :] if is_own else split_name(member.name)[1]
     return Component(extension, member.offset, member.length, member.name)
 

@@ -39,9 +39,11 @@ def fetched_shard(location: str, manifest: SetManifest, shard: int) -> Iterator[
         for name in ("shards", "index"):
             (copy / name).mkdir()
         if _fetch(*tar, copy / "shards" / entry.name):
-            for name in (f"index/{stem}.npy", f"index/{stem}.idx"):
+            maps = [f"index/{entry.map_index_name(kind)}" for kind, counts in manifest.maps.items() if counts[shard]]
+            for name in (f"index/{stem}.npy", f"index/{stem}.idx", *maps):
                 _fetch(location, name, copy / name)
-        yield ShardSet(copy, replace(manifest, shards=(replace(entry, url=""),)))
+        counts_here = {kind: (counts[shard],) for kind, counts in manifest.maps.items()}
+        yield ShardSet(copy, replace(manifest, shards=(replace(entry, url=""),), maps=counts_here))
 
 
 def _fetch(folder: str, name: str, target: Path) -> bool:

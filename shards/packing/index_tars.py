@@ -61,6 +61,7 @@ class _IndexedTar:
     num_unreadable: int
     dali_error: str
     passed_over: Tally
+    num_maps: dict[str, int]  # by kind
 
 
 def index_tars(
@@ -69,7 +70,7 @@ def index_tars(
     """Make a shard set of existing WebDataset tars, which stay where they are.
 
     A sample's image is its first member with an image extension, its label the integer in the ``.cls`` member of the
-    same name; see ``tar_members``.
+    same name, and its maps have the same name too; see ``tar_members``.
 
     Args:
         sources: tars, folders of tars, or patterns of local tars; tars and folders may be URLs.
@@ -122,7 +123,10 @@ def _index_all(locations: Sequence[str], out: Path, workers: int, progress: bool
     work = ordered_map(partial(_index_one, out, pixels), tasks, workers)
     shown = None if progress else True
     done = list(tqdm(work, desc="indexing", unit=" tars", total=len(tasks), disable=shown, **bar_size()))
-    manifest = SetManifest(tuple(one.entry for one in done if one.entry.samples), pixels=pixels)
+    used = [one for one in done if one.entry.samples]
+    kinds = dict.fromkeys(kind for one in used for kind in one.num_maps)
+    maps = {kind: tuple(one.num_maps.get(kind, 0) for one in used) for kind in kinds}
+    manifest = SetManifest(tuple(one.entry for one in used), pixels=pixels, maps=maps)
     passed_over = Tally()
     for one in done:
         passed_over.merge(one.passed_over)
@@ -218,8 +222,12 @@ def _index_file(tar: Path, out: Path, entry: ShardEntry, pixels: PixelFormat) ->
     if entry.samples:
         path = out / "index" / entry.index_name
         save_index(index.records, path)
+        for kind, records in index.maps.items():
+            save_index(records, path.with_name(entry.map_index_name(kind)))
         try:
             write_whole(path.with_suffix(".idx"), make_dali_index(index.samples))
         except ShardError as error:
             dali_error = str(error)
-    return _IndexedTar(entry, int((index.records["flags"] & UNREADABLE != 0).sum()), dali_error, passed_over)
+    num_unreadable = int((index.records["flags"] & UNREADABLE != 0).sum())
+    num_maps = {kind: int((records["length"] > 0).sum()) for kind, records in index.maps.items()}
+    return _IndexedTar(entry, num_unreadable, dali_error, passed_over, num_maps)

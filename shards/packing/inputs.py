@@ -12,7 +12,6 @@ import bz2
 import gzip
 import lzma
 import os
-import re
 import stat
 import zipfile
 import zlib
@@ -22,7 +21,6 @@ from urllib.parse import unquote
 
 from PIL import features
 
-from shards.credentials import strip_credentials
 from shards.errors import ShardError, explain_os_error
 from shards.format import dicom
 from shards.format.files import partial_path
@@ -35,7 +33,6 @@ from shards.format.tar_members import (
     MAX_LABEL_BYTES,
     NO_LABEL,
     Member,
-    check_label,
     pair_labels,
     parse_label,
     read_label,
@@ -43,7 +40,6 @@ from shards.format.tar_members import (
     split_suffix,
 )
 from shards.packing.items import (
-    MAX_ITEMS,
     ZIP_ERRORS,
     FileSpan,
     Inputs,
@@ -52,12 +48,12 @@ from shards.packing.items import (
     RemoteObject,
     ZipMember,
     label_by_folder,
-    number_classes,
     open_zip,
 )
+from shards.packing.list_file import list_file
+from shards.packing.maps import maps_of, take_maps
 from shards.packing.parquet import SUFFIX as PARQUET_SUFFIX
 from shards.packing.parquet import Columns, list_parquet
-from shards.storage.paths import expand_path
 from shards.storage.store import BULK_POLICY, Store, is_url
 
 # Files with other suffixes are passed over and counted; a file with one of these that fails to decode is rejected.
@@ -70,9 +66,6 @@ _DECOMPRESSORS = {".gz": gzip, ".tgz": gzip, ".xz": lzma, ".txz": lzma, ".bz2": 
 _TAR_SUFFIX = ".tar"
 _ZIP_SUFFIX = ".zip"
 _SOURCES = "a folder of images, a list file, a tar, a zip, a parquet or a URL"
-_LIST_FORM = "a list is a text file with one path per line"
-_NUMBER = re.compile(r"[+-]?[0-9]{1,1000}(\.[0-9]{0,1000})?")
-_MAX_LINE = 1 << 16  # characters of a list file
 _PIECE_BYTES = 1 << 20
 # an archive of images hardly gets smaller by compression; one that unpacks to more than this is refused
 _MAX_EXPANSION = 100
@@ -163,7 +156,7 @@ def _list_source(src: str, columns: Columns, suffixes: frozenset[str]) -> Inputs
     if path.suffix.lower() == PARQUET_SUFFIX:
         return list_parquet([src], [path.name], columns, Tally())
     _refuse_by_name(src)
-    return _list_file(path)
+    return list_file(path)
 
 
 def is_compressed_tar(src: str) -> bool:
@@ -362,7 +355,8 @@ def _list_archive(
     """List the images among the members of an archive, with labels from its ``.cls`` members or its folders."""
     images: list[Member] = []
     labels: list[Member] = []
-    for member in members:
+    rest, maps = take_maps(list(members), suffixes, locate)
+    for member in rest:
         if _is_image_name(member.name, suffixes):
             images.append(member)
         elif split_suffix(member.name)[1] == LABEL_EXTENSION and not is_hidden(member.name):
@@ -371,60 +365,8 @@ def _list_archive(
             passed_over.add_file(member.name)
     values = pair_labels(images, labels, read, src, passed_over)
     names = [image.name.removeprefix("./").lstrip("/") for image in images]
-    items = [Item(*entry) for entry in zip(names, values, map(locate, images), strict=True)]
+    items = [
+        Item(name, label, locate(image), maps=maps_of(image, maps))
+        for name, label, image in zip(names, values, images, strict=True)
+    ]
     return Inputs(tuple(items), (), passed_over) if labels else label_by_folder(items, passed_over)
-
-
-def _list_file(src: Path) -> Inputs:
-    names: list[str] = []
-    stated: list[str] = []
-    try:
-        with open(src, encoding="utf-8-sig") as file:  # some editors write a byte order mark
-            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), ""), start=1):
-                if "\0" in line:
-                    raise ShardError(f"--src {src}: NUL byte in line {number}; {_LIST_FORM}")
-                if len(line) == _MAX_LINE:
-                    raise ShardError(f"--src {src}: line {number} is longer than {_MAX_LINE} characters; {_LIST_FORM}")
-                if not line.strip():
-                    continue
-                if len(names) == MAX_ITEMS:
-                    raise ShardError(f"--src {src} lists more than {MAX_ITEMS} images; make several sets of it")
-                path, _, text = line.partition("\t")
-                names.append(path.strip())
-                stated.append(text.strip())
-    except UnicodeDecodeError as error:
-        raise ShardError(
-            f"--src {src} is neither a folder, a tar nor a text file with one path per line; unpack other archives"
-        ) from error
-    if not names:
-        raise ShardError(f"--src {src} lists no images; {_LIST_FORM}")
-    classes, labels = _parse_labels(stated, names, src)
-    items = []
-    for name, label in zip(names, labels, strict=True):
-        folder, _, file_name = name.rpartition("/")
-        location = RemoteObject(folder, file_name) if is_url(name) else FileSpan(_listed_path(src, name))
-        items.append(Item(strip_credentials(name), label, location))
-    return Inputs(tuple(items), classes)
-
-
-def _listed_path(src: Path, name: str) -> Path:
-    """Return the path of an image in a list, relative to the list; ``~`` is the home folder unless a file has it."""
-    path = src.parent / name
-    return Path(expand_path(name)) if name.startswith("~") and not os.path.lexists(path) else path
-
-
-def _parse_labels(stated: Sequence[str], names: Sequence[str], src: Path) -> tuple[tuple[str, ...], list[int]]:
-    """Return the classes and labels of a list with numbers or names as labels; errors name the list and the image."""
-    numbers = [_NUMBER.fullmatch(label) is not None for label in stated]
-    if not any(numbers):
-        return number_classes(stated)
-    labels = []
-    for label, is_number, name in zip(stated, numbers, names, strict=True):
-        if label and not is_number:
-            raise ShardError(
-                f"{src}: {name}: the label {label!r} is a name, but {stated[numbers.index(True)]!r} is a number; "
-                "give every image a number, or every image a name"
-            )
-        value = float(label) if "." in label else int(label or NO_LABEL)
-        labels.append(check_label(value, f"{src}: {name}"))
-    return (), labels

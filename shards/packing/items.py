@@ -219,11 +219,21 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemMap:
+    """A map of an image that is to be packed."""
+
+    kind: str  # of MAP_KINDS
+    extension: str  # of the member, such as seg.png
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     name: str  # relative to the source, with slashes
     label: int
     location: Location
     tile: tuple[int, int] | None = None  # row and column in the image; None is the whole image
+    maps: tuple[ItemMap, ...] = ()
 
     @property
     def tile_name(self) -> str:
@@ -253,6 +263,8 @@ class Inputs:
         digest = hashlib.sha256(options.encode())
         for item in self.items:
             digest.update(f"\n{item.name}\t{item.label}\t{item.location.identity}".encode(errors="surrogateescape"))
+            for each in item.maps:
+                digest.update(f"\t{each.extension}\t{each.location.identity}".encode())
         return digest.hexdigest()[:32]
 
     def order(self, seed: int | None) -> np.ndarray:

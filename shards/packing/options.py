@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from shards.format import images
 from shards.format.pixels import RGB, PixelFormat
+from shards.format.tar_members import MAP_EXTENSIONS
 from shards.packing.tiles import Tiling
 
 
@@ -22,9 +24,19 @@ class PackOptions:
     dedup: bool = False  # leave out images with the same bytes as an earlier one
     pixels: PixelFormat = RGB  # keep values of these channels and dtype; images of another kind are rejected
     tiles: Tiling | None = None  # cut images into tiles
+    seg: Path | str | None = None  # folder of masks of class ids, of the same relative names as the images
+    depth: Path | str | None = None  # folder of depth maps, likewise
+
+    @property
+    def map_folders(self) -> dict[str, Path]:
+        """Folders of maps, by the kind of map."""
+        return {kind: Path(folder) for kind in MAP_EXTENSIONS if (folder := getattr(self, kind)) is not None}
 
     def identity(self) -> dict[str, object]:
-        """Return the fields for the fingerprint; newer fields are omitted at their default, as earlier versions do."""
-        omitted = {"pixels"} if self.pixels.is_rgb else set()
+        """Return the fields for the fingerprint; newer fields are omitted at their default, as earlier versions do.
+
+        Maps are omitted too: each belongs to the identity of its image.
+        """
+        omitted = {"seg", "depth"} | ({"pixels"} if self.pixels.is_rgb else set())
         omitted |= set() if self.tiles else {"tiles"}
         return {name: value for name, value in asdict(self).items() if name not in omitted}

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -25,17 +24,19 @@ from shards.format.files import cache_folder, make_private_folder, partial_path,
 from shards.format.folder_lock import FolderInUse, lock_folder
 from shards.format.imagery import require_extra
 from shards.format.images import DEFAULT_QUALITY
-from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
+from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest
 from shards.format.statistics import StatisticsBuilder
 from shards.format.tally import Tally
 from shards.packing.inputs import list_inputs, needs_unpacking, unpack
 from shards.packing.items import Inputs, SourceUnreachable, sample_key
+from shards.packing.journal import Progress, find_finished, open_journal, record_shard, remove_unfinished
+from shards.packing.maps import check_maps, pair_folders
 from shards.packing.options import PackOptions as PackOptions
 from shards.packing.parquet import Columns
 from shards.packing.prepare import prepare_all
 from shards.packing.shard_writer import ShardWriter
 from shards.packing.statistics import measure, result_of
-from shards.packing.summary import count_reasons
+from shards.packing.summary import LEFT_OUT, count_reasons
 from shards.packing.tiles import SKIPPED_TILES, cut
 from shards.packing.upload import MARKER_NAME, REJECTED_NAME, Upload
 from shards.progress import bar_size
@@ -52,8 +53,8 @@ class PackReport:
     """Result of a packing.
 
     Attributes:
-        rejected: counts of the images in ``rejected.jsonl`` by reason; None if that file was deleted from a finished
-            set.
+        rejected: counts of the images and maps in ``rejected.jsonl`` by reason; None if that file was deleted from a
+            finished set.
         passed_over: counts of the files and labels that are not used, by kind.
         is_new: False if the set was already complete.
     """
@@ -65,30 +66,15 @@ class PackReport:
 
     @property
     def num_rejected(self) -> int | None:
-        return None if self.rejected is None else self.rejected.total()
+        """Number of images that are not in the set."""
+        if self.rejected is None:
+            return None
+        return sum(count for reason, count in self.rejected.items() if not reason.startswith(LEFT_OUT))
 
     @property
     def num_ignored(self) -> int:
         """Number of files that are not images."""
         return self.passed_over.num_files
-
-
-@dataclass
-class _Progress:
-    """Progress of a packing; each line of the journal extends it."""
-
-    shards: list[ShardEntry] = field(default_factory=list)
-    next_position: int = 0  # of the first item that is in no complete shard
-    rejected: list[dict[str, str]] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)  # content hashes, with ``dedup``
-    skipped: int = 0  # tiles of background
-
-    def extend(self, later: _Progress) -> None:
-        self.shards += later.shards
-        self.next_position = later.next_position
-        self.rejected += later.rejected
-        self.seen |= later.seen
-        self.skipped += later.skipped
 
 
 def pack(
@@ -102,9 +88,10 @@ def pack(
     scratch: Path | None = None,
     on_listed: Callable[[Inputs], object] | None = None,
 ) -> PackReport:
-    """Pack the images of a folder, a list file, a tar or Parquet files into a shard set.
+    """Pack the images of a folder, a list file, a tar or Parquet files into a shard set, with their maps.
 
-    Every image is decoded in full; an unusable one is left out and listed in ``rejected.jsonl`` of the set. A second
+    Every image is decoded in full; an unusable one is left out and listed in ``rejected.jsonl`` of the set. A map that
+    is unusable, or has another shape than its image, is listed there too, and its image packed without it. A second
     call with the same arguments resumes an interrupted packing, and changes nothing in a finished set.
 
     Args:
@@ -130,6 +117,8 @@ def pack(
             raise ShardError("--tiles keeps all pixels and stores them upright; remove --max-side and --orientation")
     if not options.pixels.is_rgb and (options.max_side is not None or options.upright):
         raise ShardError(f"--max-side and --orientation apply write 8-bit RGB JPEGs, not {options.pixels}; remove them")
+    if options.tiles and options.map_folders:
+        raise ShardError("--tiles cuts images but not their maps; remove --tiles, or --seg and --depth")
     if options.quality != DEFAULT_QUALITY and (options.tiles or not options.pixels.is_rgb):
         raise ShardError(
             "--quality applies to re-encoded JPEGs, not to tiles or to other pixels than 8-bit RGB; remove it"
@@ -141,13 +130,17 @@ def pack(
     option = "--scratch" if upload else "--out"
     if not needs_unpacking(src) or not (is_url(src) or Path(src).is_file()):
         inputs = list_inputs(src, columns, options.pixels)  # before the folder is created
+        inputs = pair_folders(inputs, src, options.map_folders)
+        check_maps(inputs, options)
         with _locked_folder(folder, option):
             return packing.run(inputs)
     with _locked_folder(folder, option):
         plain = folder / _UNPACKED
         try:
             unpack(src, plain, options.pixels)
-            return packing.run(list_inputs(str(plain), pixels=options.pixels))
+            inputs = pair_folders(list_inputs(str(plain), pixels=options.pixels), src, options.map_folders)
+            check_maps(inputs, options)
+            return packing.run(inputs)
         finally:
             plain.unlink(missing_ok=True)
 
@@ -213,7 +206,7 @@ class _Packing:
     ) -> None:
         self.src, self.out, self.options, self.upload = src, out, options, upload
         self.workers, self.progress, self.on_listed = workers, progress, on_listed
-        self.done = _Progress()
+        self.done = Progress()
         self._sent = StatisticsBuilder(options.pixels)  # of the shards that this process has sent
         self._identity = _identify(src)
 
@@ -225,22 +218,24 @@ class _Packing:
         if any(item.name.lower().endswith(dicom.SUFFIX) for item in inputs.items):
             dicom.require_extra()
         fingerprint = inputs.fingerprint(json.dumps([_FORMAT, inputs.classes, self.options.identity()]))
-        finished = upload.find_finished(fingerprint) if upload else _find_finished(out, fingerprint)
+        finished = upload.find_finished(fingerprint) if upload else find_finished(out, fingerprint)
         if finished is not None:
             (out / JOURNAL_NAME).unlink(missing_ok=True)
             if upload:
-                _remove_unfinished(out)
+                remove_unfinished(out)
             return PackReport(*finished, inputs.passed_over, is_new=False)
         if tiles := self.options.tiles:
             pixels, max_pixels = self.options.pixels, self.options.max_pixels
+            num_maps = sum(len(item.maps) for item in inputs.items)
+            inputs.passed_over.add("maps of images that are cut into tiles, passed over", num_maps)
             inputs = cut(inputs, tiles, pixels, max_pixels, self.workers, self.progress)
-        self.done = _open_journal(out, fingerprint, check_shards=upload is None)
+        self.done = open_journal(out, fingerprint, check_shards=upload is None)
         if upload:
             try:
                 upload.begin(fingerprint, self.done.shards)
             except ShardError:
                 if not self.done.shards:
-                    _remove_unfinished(out)
+                    remove_unfinished(out)
                 raise
         (out / "shards").mkdir(exist_ok=True)
         (out / "index").mkdir(exist_ok=True)
@@ -249,7 +244,7 @@ class _Packing:
         done, num_resumed = self.done, len(self.done.shards)
         self._write_shards(inputs)
         if not done.shards:
-            _remove_unfinished(out)
+            remove_unfinished(out)
             if not done.rejected:
                 raise ShardError(f"all {done.skipped} tiles of {self.src} are background; lower --tile-contrast")
             first = done.rejected[0]
@@ -259,7 +254,8 @@ class _Packing:
             raise ShardError(f"none of the {count} images in {self.src} can be used; the first: {reason}; {advice}")
         listed = "".join(json.dumps(rejection) + "\n" for rejection in done.rejected).encode()
         write_whole(out / REJECTED_NAME, listed)
-        manifest = SetManifest(tuple(done.shards), inputs.classes, fingerprint, self.options.pixels)
+        shards, maps = tuple(done.shards), done.count_maps()
+        manifest = SetManifest(shards, inputs.classes, fingerprint, self.options.pixels, maps=maps)
         if not self.options.pixels.is_rgb:
             # shards of an earlier process are only in the store
             location, shards = (upload.url, manifest.shards[:num_resumed]) if upload else (str(out), manifest.shards)
@@ -268,7 +264,7 @@ class _Packing:
             manifest = replace(manifest, statistics=result_of(total, location))
         if upload:
             upload.finish(manifest)
-            _remove_unfinished(out)
+            remove_unfinished(out)
         else:
             manifest.save(out)
             (out / JOURNAL_NAME).unlink()
@@ -279,7 +275,7 @@ class _Packing:
         items, options, done = inputs.items, self.options, self.done
         order = inputs.order(options.shuffle)
         writer: ShardWriter | None = None
-        since = _Progress()  # since the latest complete shard
+        since = Progress()  # since the latest complete shard
         remaining = order[done.next_position :].tolist()
         outcomes = prepare_all([items[number] for number in remaining], options, self.workers)
         bar = tqdm(
@@ -298,14 +294,17 @@ class _Packing:
                     self._check_source()
                     since.rejected.append({"path": items[number].name, "reason": reason})
                     continue
-                if writer and writer.num_bytes + ShardWriter.bytes_for(image, label) > options.shard_bytes:
+                num_bytes = ShardWriter.bytes_for(image, label, outcome.maps)
+                if writer and writer.num_bytes + num_bytes > options.shard_bytes:
                     self._close_shard(writer, position, since)
-                    writer, since = None, _Progress()
+                    writer, since = None, Progress()
                 writer = writer or ShardWriter(self.out, len(done.shards))
+                since.rejected += [{"path": items[number].name, "reason": text} for text in outcome.left_out]
                 if options.dedup:
                     since.seen.add(outcome.content)
                 # the key is the image's number in the source, whatever the packing order
-                writer.add(sample_key(number, items[number].name, items[number].tile_name), image, label)
+                key = sample_key(number, items[number].name, items[number].tile_name)
+                writer.add(key, image, label, outcome.maps)
             if writer:
                 self._close_shard(writer, len(order), since)
                 writer = None
@@ -324,23 +323,16 @@ class _Packing:
                 f"--src {self.src} was removed, replaced or unmounted; once it is back, re-run to resume"
             )
 
-    def _close_shard(self, writer: ShardWriter, position: int, since: _Progress) -> None:
+    def _close_shard(self, writer: ShardWriter, position: int, since: Progress) -> None:
         """Finish a shard and record it in the journal, after which it is never packed again."""
         entry = writer.finish()
-        since.shards, since.next_position = [entry], position
+        since.shards, since.next_position, since.maps = [entry], position, [writer.num_maps]
         if self.upload:
             if not self.options.pixels.is_rgb:
                 packed = SetManifest((entry,), pixels=self.options.pixels)
                 self._sent.merge(measure(self.out, packed, self.workers, progress=False))
             self.upload.send_shard(entry)
-        seen = sorted(since.seen)
-        line = {"shard": asdict(entry), "next_position": position, "rejected": since.rejected, "seen": seen}
-        if since.skipped:
-            line["skipped"] = since.skipped
-        with open(self.out / JOURNAL_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        record_shard(self.out, since)
         self.done.extend(since)
 
 
@@ -351,71 +343,3 @@ def _identify(src: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
-
-
-def _find_finished(out: Path, fingerprint: str) -> tuple[SetManifest, Counter[str] | None] | None:
-    """Return the finished set in a folder and its rejected images by reason, or None; refuse another set."""
-    if not (out / FILE_NAME).exists():
-        return None
-    manifest = SetManifest.load(out)
-    if manifest.fingerprint != fingerprint:
-        reason = "already contains another shard set, of other images or options"
-        raise ShardError(f"--out {out} {reason}; choose a new folder, or delete it")
-    log = out / REJECTED_NAME
-    return manifest, count_reasons(log.read_bytes()) if log.exists() else None
-
-
-def _open_journal(out: Path, fingerprint: str, check_shards: bool) -> _Progress:
-    """Return the progress of an interrupted packing; start a journal if there is none.
-
-    Args:
-        check_shards: complete shards must still exist; those from the first missing one on are packed again.
-
-    Raises:
-        ShardError: the folder contains an interrupted packing of something else.
-    """
-    path = out / JOURNAL_NAME
-    done = _Progress()
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    if not lines:
-        write_whole(path, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
-        return done
-    try:
-        is_same = json.loads(lines[0])["fingerprint"] == fingerprint
-    except (ValueError, TypeError, KeyError):
-        is_same = False
-    if not is_same:
-        raise ShardError(
-            f"--out {out} contains an interrupted packing of another source or with other options; delete it or choose "
-            "a new folder"
-        )
-    valid = [lines[0]]
-    for line in lines[1:]:
-        try:
-            entry = json.loads(line)
-            shard = ShardEntry(**entry["shard"])
-            skipped = int(entry.get("skipped", 0))
-            part = _Progress([shard], entry["next_position"], entry["rejected"], set(entry["seen"]), skipped)
-        except (ValueError, TypeError, KeyError):
-            break  # torn by the kill
-        if check_shards and not _is_complete(out, shard):
-            break
-        valid.append(line)
-        done.extend(part)
-    write_whole(path, ("\n".join(valid) + "\n").encode())
-    return done
-
-
-def _is_complete(out: Path, shard: ShardEntry) -> bool:
-    tar, records = out / "shards" / shard.name, out / "index" / shard.index_name
-    try:
-        return tar.stat().st_size == shard.bytes and records.is_file() and records.with_suffix(".idx").is_file()
-    except OSError:
-        return False
-
-
-def _remove_unfinished(out: Path) -> None:
-    for name in ("shards", "index"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (JOURNAL_NAME, MARKER_NAME, REJECTED_NAME, FILE_NAME):
-        (out / name).unlink(missing_ok=True)

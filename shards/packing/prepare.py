@@ -11,6 +11,7 @@ from hashlib import blake2b
 from shards.errors import ShardError
 from shards.format import images
 from shards.packing.items import Item, SourceUnreachable
+from shards.packing.maps import PreparedMap, prepare_maps
 from shards.packing.options import PackOptions
 from shards.packing.parallel import ordered_map
 from shards.packing.tiles import close_images, prepare_tile
@@ -26,6 +27,8 @@ class Outcome:
     reason: str
     content: str  # hash of the source's bytes, or of the stored tile, with ``dedup``
     is_background: bool = False  # a tile that is skipped
+    maps: tuple[PreparedMap, ...] = ()
+    left_out: tuple[str, ...] = ()  # reasons why other maps of the image are not packed
 
 
 def prepare_all(items: Sequence[Item], options: PackOptions, workers: int) -> Generator[Outcome, None, None]:
@@ -68,7 +71,7 @@ def _prepare_one(item: Item, options: PackOptions) -> Outcome:
         raise
     except ShardError as error:
         return Outcome(None, str(error), content)
-    return Outcome(image, "", content)
+    return Outcome(image, "", content, False, *prepare_maps(item, image.width, image.height))
 
 
 def _hash(payload: bytes) -> str:

@@ -21,6 +21,8 @@ from shards.reading.shard_set import ShardSet
 
 _SHOWN_CLASSES = 12
 _SHOWN_REASONS = 5
+# begins the reason of an image whose map cannot be used
+LEFT_OUT = "packed without"
 # images whose headers are read for the formats; a read from a store takes much longer
 _SAMPLED, _SAMPLED_REMOTE = 2000, 50
 # shards whose index is read for the sizes, since a set may have more images than fit into memory
@@ -106,7 +108,7 @@ def describe_images(shard_set: ShardSet) -> list[str]:
 
 
 def count_reasons(rejected: bytes) -> Counter[str]:
-    """Return how many images of a ``rejected.jsonl`` have each reason, without sizes and advice."""
+    """Return how many images and maps of a ``rejected.jsonl`` have each reason, without sizes and advice."""
     counts: Counter[str] = Counter()
     for line in rejected.splitlines():
         try:
@@ -119,14 +121,17 @@ def count_reasons(rejected: bytes) -> Counter[str]:
 
 
 def describe_rejected(reasons: Counter[str], log: str) -> list[str]:
-    """Return lines about rejected images: the most frequent reasons, and the path ``log`` of the list of images."""
-    if not reasons:
-        return []
-    shown = reasons.most_common(_SHOWN_REASONS)
-    lines = [f"rejected {counted(reasons.total(), 'image')}, listed in {log}:"]
-    lines += [f"  {count} x {reason}" for reason, count in shown]
-    if others := reasons.total() - sum(count for _, count in shown):
-        lines.append(f"  {others} x other reasons")
+    """Return lines about rejected images and maps: the most frequent reasons, and the path ``log`` of their list."""
+    lines = []
+    for what, is_map in (("image", False), ("map", True)):
+        chosen = Counter({text: count for text, count in reasons.items() if text.startswith(LEFT_OUT) == is_map})
+        if not chosen:
+            continue
+        shown = chosen.most_common(_SHOWN_REASONS)
+        lines.append(f"rejected {counted(chosen.total(), what)}, listed in {log}:")
+        lines += [f"  {count} x {reason}" for reason, count in shown]
+        if others := chosen.total() - sum(count for _, count in shown):
+            lines.append(f"  {others} x other reasons")
     return lines
 
 

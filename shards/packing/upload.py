@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shards.errors import ShardError
 from shards.format.set_manifest import FILE_NAME, JOURNAL_NAME, SetManifest, ShardEntry
+from shards.format.tar_members import MAP_EXTENSIONS
 from shards.packing.summary import count_reasons
 from shards.storage.store import BULK_POLICY, Store
 
@@ -88,7 +89,9 @@ class Upload:
             marker.write_bytes(_marker(self._fingerprint))
             self._send(marker, JOURNAL_NAME)
         stem = entry.name.removesuffix(".tar")
-        for name in (f"index/{stem}.npy", f"index/{stem}.idx", f"shards/{entry.name}"):
+        indexes = [f"index/{entry.map_index_name(kind)}" for kind in MAP_EXTENSIONS]
+        of_maps = [name for name in indexes if (self.folder / name).exists()]
+        for name in (*of_maps, f"index/{stem}.npy", f"index/{stem}.idx", f"shards/{entry.name}"):
             self._send(self.folder / name, name)
 
     def finish(self, manifest: SetManifest) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from shards.errors import SampleError, ShardError, explain_os_error, is_source_failure
@@ -14,8 +15,9 @@ from shards.format import images
 from shards.format.files import file_sha256
 from shards.format.imagery import require_extra
 from shards.format.index import make_dali_index
+from shards.format.label_maps import MAP_KINDS, MapKind
 from shards.format.pixels import PixelFormat
-from shards.format.records import UNREADABLE, load_index
+from shards.format.records import RECORD, UNREADABLE, load_index
 from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.format.tar_members import Sample, read_samples
 from shards.format.windows import open_oversized
@@ -190,6 +192,8 @@ def _check_files(shard_set: ShardSet, shard: int) -> Iterator[Fault]:
         yield Fault(tar_name, f"has {len(samples)} images, the manifest says {entry.samples}")
     yield from _check_index(index, index_name, samples, len(shard_set.manifest.classes))
     yield from _check_dali_index(index.with_suffix(".idx"), f"index/{index.stem}.idx", samples)
+    for kind in MAP_KINDS.values():
+        yield from _check_maps(shard_set, shard, kind, samples)
 
 
 def _check_index(path: Path, name: str, samples: tuple[Sample, ...], num_classes: int) -> Iterator[Fault]:
@@ -215,6 +219,35 @@ def _check_index(path: Path, name: str, samples: tuple[Sample, ...], num_classes
             yield Fault(name, f"has unknown flags {flags:#x}", number, sample.key)
         elif flags == UNREADABLE and size != (0, 0):
             yield Fault(name, f"has a size of {size[0]}x{size[1]} for an unreadable image", number, sample.key)
+
+
+def _check_maps(shard_set: ShardSet, shard: int, kind: MapKind, samples: tuple[Sample, ...]) -> Iterator[Fault]:
+    """Check the records of a shard's maps, and decode each map. Sets of earlier versions have no records of maps."""
+    entry, counts = shard_set.manifest.shards[shard], shard_set.manifest.maps.get(kind.name)
+    if counts is None:
+        return
+    name = f"index/{entry.map_index_name(kind.name)}"
+    parts = [sample.map_of(kind.name) for sample in samples]
+    if (found := sum(part is not None for part in parts)) != counts[shard]:
+        yield Fault(f"shards/{entry.name}", f"has {found} {kind.title}s, the manifest says {counts[shard]}")
+    try:
+        index = shard_set.map_index(shard, kind.name)
+        records = np.zeros(len(samples), RECORD) if index is None else index.records()
+    except ShardError as error:
+        yield Fault(name, str(error))
+        return
+    for number, (part, record, sample) in enumerate(zip(parts, records, samples, strict=False)):
+        place = (0, 0) if part is None else (part.offset, part.length)
+        if (int(record["offset"]), int(record["length"])) != place:
+            yield Fault(name, f"has a wrong offset or length for the {kind.title}", number, sample.key)
+        elif part is not None:
+            try:
+                image = shard_set.record(shard, number)
+                payload = shard_set.read_map(shard, number, record)
+                kind.decode_for(payload, int(image["width"]), int(image["height"]))
+            except ShardError as error:
+                reason = error.reason if isinstance(error, SampleError) else str(error)
+                yield Fault(f"shards/{entry.name}", f"its {kind.title}: {reason}", number, sample.key)
 
 
 def _check_dali_index(path: Path, name: str, samples: tuple[Sample, ...]) -> Iterator[Fault]:

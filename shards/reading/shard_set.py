@@ -17,18 +17,18 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from shards.errors import SampleError, ShardError, SourceUnreachable, explain_os_error, printable, read_remedy
+from shards.format import images
 from shards.format.pixels import PixelFormat
 from shards.format.records import (
     RECORD,
     DamagedIndexError,
     Index,
     find_record_fault,
-    open_bytes,
     sealed_bytes,
-    unreadable_index,
 )
 from shards.format.set_manifest import SetManifest, ShardEntry
 from shards.format.tar_members import NO_LABEL, split_suffix
+from shards.reading.index_files import fetch_index, open_local_index
 from shards.reading.local_files import LocalFile
 from shards.storage.store import MAX_DOCUMENT_BYTES, RetryPolicy, Store, Traffic, is_url
 
@@ -250,6 +250,22 @@ class ShardSet:
         record = self._sound_record(shard, sample)
         return self._use(shard, lambda opened: self._read_verified(opened, record, shard, sample))
 
+    def map_index(self, shard: int, kind: str) -> Index | None:
+        """Open the index of a shard's maps of a kind, as ``record`` does; None if the shard has none."""
+        is_any = kind in self.manifest.maps and self.manifest.maps[kind][shard] > 0
+        return self._load_index(self.manifest.shards[shard], kind) if is_any else None
+
+    def read_map(self, shard: int, sample: int, record: np.void) -> bytes:
+        """Return the bytes of a map whose record is given; raises as ``read``."""
+        num_bytes = self.manifest.shards[shard].bytes
+        offset, length = int(record["offset"]), int(record["length"])
+        if offset + length > num_bytes or length > images.MAX_BYTES:
+            raise self._sample_error(shard, sample, f"its map's record is damaged: {length} bytes at offset {offset}")
+        content = self._use(shard, lambda opened: self._read_exactly(opened, shard, sample, length, offset))
+        if zlib.crc32(content) != int(record["crc32"]):
+            raise self._sample_error(shard, sample, "its map differs from the packed one (wrong CRC-32)")
+        return content
+
     def part_reader(self, shard: int, sample: int) -> Callable[[int, int], bytes]:
         """Return a function that reads the bytes [begin, end) of one image, which are not compared with its CRC-32.
 
@@ -385,40 +401,18 @@ class ShardSet:
     def _is_remote(self, entry: ShardEntry) -> bool:
         return is_url(entry.url) if entry.url else self._store is not None
 
-    def _load_index(self, entry: ShardEntry) -> Index:
-        """Open the index of a shard; raises a ShardError if it is missing, damaged or of another shard."""
+    def _load_index(self, entry: ShardEntry, kind: str = "") -> Index:
+        """Open the index of a shard or its maps; raises a ShardError if it is missing, damaged or of another shard."""
+        name = entry.map_index_name(kind) if kind else entry.index_name
         if self._store is None:
-            index = _open_local_index(self.path / "index" / entry.index_name)
+            index = open_local_index(self.path / "index" / name)
         else:
             max_bytes = min(MAX_DOCUMENT_BYTES + sealed_bytes(entry.samples), _MAX_INDEX_BYTES)
-            index = _fetch_index(self._store, f"index/{entry.index_name}", max_bytes)
+            index = fetch_index(self._store, f"index/{name}", max_bytes)
         if len(index) != entry.samples:
             counts = f"{len(index)} samples, the manifest says {entry.samples}"
-            raise ShardError(f"index {entry.index_name} has {counts}; copy the set again, or pack it again")
+            raise ShardError(f"index {name} has {counts}; copy the set again, or pack it again")
         return index
-
-
-def _open_local_index(path: Path) -> Index:
-    file = LocalFile(path)
-    try:
-        return Index.open(file.read, file.num_bytes(), str(path))
-    except OSError as error:
-        raise unreadable_index(path, error) from error
-
-
-def _fetch_index(store: Store, name: str, max_bytes: int) -> Index:
-    """Fetch an index; damage to some of its blocks is no error if it remains after the store's retries."""
-    opened: list[Index] = []
-
-    def parse(content: bytes) -> None:
-        opened[:] = [open_bytes(content, store.url_of(name))]
-        opened[0].records()
-
-    try:
-        store.load(name, parse, max_bytes)
-    except DamagedIndexError as error:
-        logger.warning("%s", error)
-    return opened[0]
 
 
 def _is_header_of(header: bytes, length: int) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardError, printable
+from shards.format.label_maps import MAP_KINDS
+from shards.format.set_manifest import counted
 from shards.packing.index_tars import index_tars
 from shards.packing.summary import describe_images
 from shards.reading.shard_set import ShardSet
@@ -20,7 +22,8 @@ _DETAILS = """\
 Writes an index of every image, DALI's index, and a manifest that points to the tars. Each tar is
 read once. The image of a sample is its first .jpg, .jpeg, .png, .webp, .tif or .tiff member, or
 with --channels or --dtype its .npy member; its label is the integer in the .cls member of the same
-name, up to the last dot. Members that are passed over are counted by kind.
+name, up to the last dot, and its maps are the members NAME.seg.png (class ids) and NAME.depth.npy
+or .png (depth), which are not decoded. Members that are passed over are counted by kind.
 """
 _EXAMPLES = """\
   streamtrain index --src /data/wds --out sets/wds
@@ -50,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     lines = report.passed_over.lines()
     lines += (f"left out, no images: {url}" for url in report.empty)
     lines += (f"no index for DALI's own reader: {refusal}" for refusal in report.without_dali)
+    maps = report.manifest.maps
+    lines += (f"maps: {counted(sum(maps[kind]), 'image')} with a {MAP_KINDS[kind].title}" for kind in maps)
     lines += describe_images(ShardSet.open(arguments.out))
     for line in lines:
         print(printable(line))

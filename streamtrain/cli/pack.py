@@ -13,6 +13,8 @@ from tqdm import tqdm
 from shards.errors import ShardError, printable
 from shards.format.files import write_whole
 from shards.format.images import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
+from shards.format.label_maps import MAP_KINDS
+from shards.format.set_manifest import counted
 from shards.packing.items import Inputs
 from shards.packing.pack import PackOptions, pack
 from shards.packing.parquet import Columns
@@ -56,6 +58,11 @@ DICOM files (.dcm, one monochrome frame) need the extra dicom too.
 --tiles cuts slides, scenes and scans into tiles, which are stored without loss; tiles of background are
 skipped and counted. Needs the extra imagery.
 
+--seg and --depth pack a map of class ids or of depth with each image that has one, byte for byte, for
+streamtrain evaluate segmentation and depth and for evaluation while training; training itself ignores them. In a
+tar or zip, maps are members with the name of the image: a.seg.png, a.depth.npy, a.depth.png for a.jpg. Maps that
+cannot be used are listed in SET/rejected.jsonl, and their images packed without them.
+
 Before packing it prints the classes that it found, and afterwards the sizes, formats and channels of the
 images. --preview draws 48 of them, as training sees them, with their classes.
 
@@ -81,6 +88,7 @@ _EXAMPLES = """\
   streamtrain pack --src list.txt --out sets/mine --shuffle 1
   streamtrain pack --src tiles/ --out sets/tiles --channels 13 --dtype uint16
   streamtrain pack --src slides/ --out sets/slides --tiles 512
+  streamtrain pack --src images/ --seg masks/ --depth depth/ --out sets/dense
   streamtrain pack --src hf://datasets/OWNER/NAME/data --out sets/downloaded
   streamtrain pack --src s3://bucket/raw --out s3://bucket/set
 """
@@ -113,6 +121,11 @@ def add_parser(subparsers: Any) -> None:
         help="skip tiles whose 1st and 99th percentile differ by less than this share of the value range in every "
         "channel; 0 keeps all (default: 0.02 for uint8, 0.0001 for other types)",
     )  # fmt: skip
+    add(
+        "--seg", type=local_path, metavar="DIR",
+        help="masks of class ids: for images/a/1.jpg of --src, DIR/a/1.png",
+    )  # fmt: skip
+    add("--depth", type=local_path, metavar="DIR", help="depth maps, likewise as .npy or .png")
     add(
         "--max-pixels", type=max_pixels, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
@@ -149,6 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
         dedup=arguments.dedup,
         pixels=pixel_format(arguments),
         tiles=tiling(arguments),
+        seg=arguments.seg,
+        depth=arguments.depth,
     )
     if not arguments.out.strip():
         raise ShardError("--out is empty; give the folder or the URL of the set")
@@ -180,6 +195,8 @@ def run(arguments: argparse.Namespace) -> int:
         with writing(arguments.preview, "--preview"):
             write_whole(arguments.preview, contact_sheet(shard_set, manifest.classes))
         print(printable(f"wrote {arguments.preview}"))
+    for kind, counts in manifest.maps.items():
+        print(f"maps: {counted(sum(counts), 'image')} with a {MAP_KINDS[kind].title}")
     size = f"{tqdm.format_sizeof(manifest.num_bytes)}B"
     print(
         f"{'packed' if report.is_new else 'already packed:'} {manifest.extent}, {size}; "

@@ -112,7 +112,7 @@ def test_labels_of_dotted_names() -> None:
         (["f.left.png", "f.right.png", "f.cls"], [-1, -1], "labels that several images could claim, passed over: 1"),
         (["a.jpg", "a.x.cls"], [-1], "labels without an image of their name, passed over: 1"),
         (["a.jpg", "a.cls", "b.jpg"], [0, -1], "images without a label of their name: 1"),
-        (["a.jpg", "a.png", "a.seg.png"], [-1], "second images of a sample, passed over: 2"),
+        (["a.jpg", "a.png", "a.mask.png", "a.seg.png"], [-1], "second images of a sample, passed over: 2"),
         (["a.jpg", "b.jpg", "a.jpg"], [-1, -1], "images with the name of another image, taken as well: 1"),
         (["a.jpg", "._a.jpg", ".b/.c"], [-1], "hidden files, such as ._NAME of macOS, passed over: 2"),
         (["a.jpg", "a.gif", "b.gif", "c.txt", "d"], [-1], ".gif 2, .txt 1, no suffix 1"),

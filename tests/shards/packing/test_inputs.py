@@ -18,7 +18,7 @@ from PIL import features
 
 from shards.errors import ShardError
 from shards.format.tally import Tally
-from shards.packing import inputs
+from shards.packing import inputs, list_file
 from shards.packing.inputs import list_inputs
 from shards.packing.pack import pack
 from shards.packing.verify import verify
@@ -133,7 +133,7 @@ def test_folder_of_tars_points_to_the_index_command(tmp_path: Path) -> None:
 
 
 def test_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "MAX_ITEMS", 3)
+    monkeypatch.setattr(list_file, "MAX_ITEMS", 3)
     path = tmp_path / "list.txt"
     path.write_text("a.jpg\n" * 4)
     with pytest.raises(ShardError, match="lists more than 3 images; make several sets of it"):
