@@ -59,8 +59,6 @@ def evaluate(arguments: argparse.Namespace) -> Values:
     Raises:
         StreamtrainError: options, images or maps that cannot be used.
     """
-    if arguments.labels is None:
-        raise StreamtrainError(f"evaluate {arguments.task} needs --labels: a folder with a map for each image")
     if arguments.ignore and arguments.task == "depth":
         raise StreamtrainError("--ignore names class ids, for evaluate segmentation")
     arguments, other, pixels = select_networks(arguments)
@@ -74,7 +72,7 @@ def evaluate(arguments: argparse.Namespace) -> Values:
         "patch_size": network.patch_size,
         "train": str(arguments.train),
         "test": str(arguments.test or arguments.train),
-        "labels": str(arguments.labels),
+        "labels": str(arguments.labels or arguments.train),
         "test_images": len(measured.images),
         **measured.facts,
         **describe_scores(measured),
@@ -100,7 +98,10 @@ def open_sets(arguments: argparse.Namespace, pixels: PixelFormat) -> tuple[Mappe
         return split_mapped(train)
     if arguments.test.resolve() == arguments.train.resolve():
         logger.warning("--test is --train, so the labels of the test images are known; leave out --test")
-    return train, open_mapped(arguments.test, arguments.test_labels or arguments.labels, kind, pixels, ignored)
+    test_labels = arguments.test_labels
+    if test_labels is None and not (arguments.test / "manifest.json").is_file():
+        test_labels = arguments.labels
+    return train, open_mapped(arguments.test, test_labels, kind, pixels, ignored)
 
 
 def with_background(mapped: MappedImages, background: tuple[int, int, int] | None) -> MappedImages:

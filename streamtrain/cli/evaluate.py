@@ -35,9 +35,9 @@ five splits are tested as well, so that every image is tested once.
 Every accuracy is printed with its 95% interval (±), and with the difference to another network that is more
 than chance. --compare tests the difference itself, image by image, which needs fewer images.
 
-For segmentation and depth, SET is a folder of images, at any depth, and --labels a folder with a file of the same name
-for each: .png with class ids (grey of 8 or 16 bits, or a palette; 255 or 65535 is unlabelled), or depth as .npy
-(float32 [height, width]) or .png (16 bits, millimetres).
+For segmentation and depth, SET is a shard set that was packed with maps (--seg, --depth), or a folder of images, at any
+depth, with --labels, a folder with a file of the same name for each: .png with class ids (grey of 8 or 16 bits, or a
+palette; 255 or 65535 is unlabelled), or depth as .npy (float32 [height, width]) or .png (16 bits, millimetres).
 
 For correspondence, --pairs is a file with a JSON object per line: image_a and image_b (paths relative to the file),
 points_a and points_b (lists of [x, y] in pixels), and box_b ([left, top, right, bottom]) if there is one. --size is
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--pixels", action="store_true", help="use the pixels themselves as features, no network")
     parser.add_argument("--train", type=local_path, metavar="SET", help="labelled images to learn from")
     parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
-    parser.add_argument("--labels", type=local_path, metavar="DIR", help="maps of --train, for segmentation and depth")
+    parser.add_argument("--labels", type=local_path, metavar="DIR", help="maps of --train, if it is a folder")
     parser.add_argument("--test-labels", type=local_path, metavar="DIR", help="maps of --test (default: as --labels)")
     parser.add_argument(
         "--ignore", type=non_negative_int, nargs="+", metavar="ID", help="segmentation: ids that count as unlabelled"

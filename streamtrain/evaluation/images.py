@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from shards.format.pixels import RGB, PixelFormat
 from shards.packing.inputs import list_images, list_inputs, needs_unpacking
 from shards.packing.items import Inputs, SourceUnreachable
 from shards.randomness import permutation
+from shards.reading.set_maps import SetMaps
 from shards.reading.shard_set import DAMAGED_LABEL, ShardSet
 from shards.storage.store import is_url
 from streamtrain.data.still_images import Still, decode_image
@@ -51,6 +52,41 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class PackedMaps:
+    """The maps in a shard set of N of its images.
+
+    Attributes:
+        by_kind: the maps of each kind.
+        shards, samples: of the images, int64 [N].
+        name: of the set, for messages.
+    """
+
+    by_kind: Mapping[str, SetMaps]
+    shards: np.ndarray
+    samples: np.ndarray
+    name: str
+
+    def subset(self, indices: np.ndarray) -> PackedMaps:
+        return replace(self, shards=self.shards[indices], samples=self.samples[indices])
+
+    def exist(self, kind: str) -> np.ndarray:
+        """Return which images have a map of a kind, bool [N]; raises ShardError."""
+        found = np.zeros(len(self.shards), bool)
+        if (maps := self.by_kind.get(kind)) is not None:
+            for shard in np.unique(self.shards).tolist():
+                rows = self.shards == shard
+                found[rows] = maps.exist(shard, self.samples[rows])
+        return found
+
+    def read(self, kind: str, index: int) -> tuple[bytes, str]:
+        """Return the encoded bytes of the map of image ``index``, and its name for messages; raises ShardError."""
+        shard, sample = int(self.shards[index]), int(self.samples[index])
+        return self.by_kind[kind].read(
+            shard, sample
+        ), f"the {kind} map of sample {sample} of {self.name}, shard {shard}"
+
+
+@dataclass(frozen=True)
 class LabelledImages:
     """N images that can be read individually, from any thread.
 
@@ -65,6 +101,7 @@ class LabelledImages:
         identify: returns text that changes with the content or the order of the images; None for a subset.
         key: returns text that changes with the content of image i, but not with the folder of the set.
         sample_key: returns the key of image i in its set, or its path relative to its folder.
+        maps: of class ids or depth that were packed with the images; None without any.
         stops_if_unreachable: a shard or source that cannot be reached is an error, not an unusable image.
     """
 
@@ -78,6 +115,7 @@ class LabelledImages:
     identify: Callable[[], str] | None = None
     key: Callable[[int], str] = str
     sample_key: Callable[[int], str] = str
+    maps: PackedMaps | None = None
     stops_if_unreachable: bool = False
 
     def __len__(self) -> int:
@@ -122,6 +160,7 @@ class LabelledImages:
         return replace(
             self, name=name, labels=self.labels[indices], read=lambda i: self.read(int(indices[i])), identify=None,
             key=lambda i: self.key(int(indices[i])), sample_key=lambda i: self.sample_key(int(indices[i])),
+            maps=self.maps and self.maps.subset(indices),
         )  # fmt: skip
 
     def digest(self) -> str:
@@ -329,7 +368,9 @@ def images_of_set(shard_set: ShardSet, indices: np.ndarray) -> LabelledImages:
     def key(index: int) -> str:
         return f"{shard_set.digest}\t{shards[index]}\t{samples[index]}"
 
+    by_kind = {kind: SetMaps(shard_set, kind) for kind in shard_set.manifest.maps}
+    maps = PackedMaps(by_kind, shards, samples, path) if by_kind else None
     return LabelledImages(
         path, labels, shard_set.manifest.classes, read, pixels=shard_set.pixels, identify=identify, key=key,
-        sample_key=lambda index: shard_set.key(int(shards[index]), int(samples[index])),
+        sample_key=lambda index: shard_set.key(int(shards[index]), int(samples[index])), maps=maps,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Images with a map of class ids or of depth each, in a parallel folder."""
+"""Images with a map of class ids or of depth each, in a parallel folder or in the same shard set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import numpy.typing as npt
 
 from shards.errors import ShardError, printable
 from shards.format.decode import WHITE
-from shards.format.label_maps import UNLABELLED, decode_class_ids, decode_depth
+from shards.format.label_maps import CLASS_IDS as CLASS_IDS
+from shards.format.label_maps import DEPTH as DEPTH
+from shards.format.label_maps import Array as Array
+from shards.format.label_maps import MapKind
 from shards.format.pixels import PixelFormat
 from shards.packing.items import FileSpan
 from streamtrain.data.still_images import centre_crop, centre_spans, still_size
@@ -20,21 +23,7 @@ from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import decode_crop
 from streamtrain.evaluation.images import LabelledImages, open_source, split_indices
 
-Array = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MapKind:
-    """A kind of map: how to decode a file of it, its suffixes, and the value of a pixel without a label."""
-
-    decode: Callable[[bytes], Array]
-    suffixes: tuple[str, ...]
-    missing: int
-
-
-CLASS_IDS = MapKind(decode_class_ids, (".png",), UNLABELLED)
-DEPTH = MapKind(decode_depth, (".npy", ".png"), 0)
 
 
 @dataclass(frozen=True)
@@ -43,21 +32,20 @@ class MappedImages:
 
     Attributes:
         images: without labels of their own.
-        paths: of the maps.
+        read: returns the encoded bytes of the map of image i, and its name for messages.
         ignored: class ids of pixels that count as unlabelled.
     """
 
     images: LabelledImages
-    paths: tuple[Path, ...]
+    read: Callable[[int], tuple[bytes, str]]
     kind: MapKind
     ignored: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def subset(self, indices: np.ndarray, name: str) -> MappedImages:
-        paths = tuple(self.paths[index] for index in indices.tolist())
-        return replace(self, images=self.images.subset(indices, name), paths=paths)
+        return replace(self, images=self.images.subset(indices, name), read=lambda i: self.read(int(indices[i])))
 
     def crop(self, index: int, resize: int, size: int) -> tuple[np.ndarray, Array | None]:
         """Return the centre crops of an image [size, size, channels] and its map [size, size].
@@ -65,46 +53,63 @@ class MappedImages:
         The map is resampled to the nearest value. It is None, and the image grey, if the image is unusable.
 
         Raises:
-            StreamtrainError: the map cannot be read, or has another aspect than the image; names its file.
+            StreamtrainError: the map cannot be read, or has another shape than the image; names it.
         """
         image = self.images.decode_if_usable(index)
         if image is None:
             return decode_crop(self.images, index, resize, size)[0], None
-        values, (width, height) = self.read_map(index), still_size(image)
+        width, height = still_size(image)
+        values = self.read_map(index, width, height)
         rows, columns = values.shape
-        # a map of another resolution has the same aspect but for the rounding of a side
-        if abs(columns * height - width * rows) > max(columns, rows, width, height):
-            raise StreamtrainError(
-                f"{printable(self.paths[index])} has {columns}x{rows} pixels, its image {width}x{height}: the shape "
-                "must be the same; make the map for the upright image"
-            )
         left_right, top_bottom = centre_spans(width, height, resize, size)
         across = _nearest(*left_right, size, columns / width, columns)
         down = _nearest(*top_bottom, size, rows / height, rows)
         return centre_crop(image, resize, size), values[down[:, None], across]
 
-    def read_map(self, index: int) -> Array:
-        """Return the map of an image [height, width]; raises StreamtrainError."""
-        path = self.paths[index]
+    def read_map(self, index: int, width: int, height: int) -> Array:
+        """Return the map of an image of ``width`` x ``height`` pixels [rows, columns]; raises StreamtrainError."""
+        name = f"the {self.kind.title} of image {index} of {self.images.name}"
         try:
-            values = self.kind.decode(FileSpan(path).read())
+            payload, name = self.read(index)
+            values = self.kind.decode_for(payload, width, height)
         except ShardError as error:
-            raise StreamtrainError(f"cannot use {printable(path)}: {error}") from None
+            raise StreamtrainError(printable(f"cannot use {name}: {error}")) from None
         return np.where(np.isin(values, self.ignored), values.dtype.type(self.kind.missing), values)
 
 
 def open_mapped(
-    path: Path, maps: Path, kind: MapKind, pixels: PixelFormat, ignored: Sequence[int] = ()
+    path: Path, maps: Path | None, kind: MapKind, pixels: PixelFormat, ignored: Sequence[int] = ()
 ) -> MappedImages:
-    """Open a folder of images, at any depth, and their maps: ``maps/A/B.png`` for ``path/A/B.jpg``.
+    """Open a folder of images, at any depth, and their maps, or a shard set that was packed with maps.
 
     Images without a map are left out, with a warning.
 
+    Args:
+        maps: folder of the maps, ``maps/A/B.png`` for ``path/A/B.jpg``; None for a shard set.
+
     Raises:
-        StreamtrainError: a folder is missing or is a shard set, or no image has a map.
+        StreamtrainError: a folder is missing, or no image has a map.
+        ShardError: a set cannot be read.
     """
     if (path / "manifest.json").is_file():
-        raise StreamtrainError(f"{path} is a shard set; give the folder of its images, beside --labels")
+        if maps is not None:
+            raise StreamtrainError(
+                f"{path} is a shard set, whose maps are in the set; remove --labels, or give the folder of its images"
+            )
+        images = open_source(str(path), WHITE, pixels)
+        images.require_pixels(pixels)
+        mapped = mapped_images(images, kind, ignored)
+        if mapped is None:
+            raise StreamtrainError(f"{path} has no {kind.title}s; pack it with --{kind.name} DIR")
+        if num_missing := len(images) - len(mapped):
+            logger.warning(
+                "%d of %d images of %s have no %s and are left out", num_missing, len(images), path, kind.title
+            )
+        return mapped
+    if maps is None:
+        raise StreamtrainError(
+            f"{path} is not a shard set with {kind.title}s; give the folder of the {kind.title}s with --labels"
+        )
     if not maps.is_dir():
         raise StreamtrainError(f"--labels {maps} is not a folder; give the folder of the label files")
     if not path.is_dir():
@@ -129,7 +134,26 @@ def open_mapped(
             "%d of %d images of %s have no label file and are left out: %s",
             len(missing), len(images), path, printable(missing[0]),
         )  # fmt: skip
-    return MappedImages(images.subset(np.array(found), images.name), tuple(paths), kind, tuple(ignored))
+
+    def read(index: int) -> tuple[bytes, str]:
+        return FileSpan(paths[index]).read(), str(paths[index])
+
+    return MappedImages(images.subset(np.array(found), images.name), read, kind, tuple(ignored))
+
+
+def mapped_images(images: LabelledImages, kind: MapKind, ignored: Sequence[int] = ()) -> MappedImages | None:
+    """Return the images of a shard set that have a map of a kind; None if there are none. Raises ShardError."""
+    if images.maps is None:
+        return None
+    found = np.flatnonzero(images.maps.exist(kind.name))
+    if not len(found):
+        return None
+    maps = images.maps
+
+    def read(index: int) -> tuple[bytes, str]:
+        return maps.read(kind.name, int(found[index]))
+
+    return MappedImages(images.subset(found, images.name), read, kind, tuple(ignored))
 
 
 def split_mapped(mapped: MappedImages) -> tuple[MappedImages, MappedImages]:

@@ -76,10 +76,37 @@ def test_depth_and_its_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["rmse"] == result["rmse"]
 
 
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_a_set_gives_the_numbers_of_the_folders_it_was_packed_from(
+    task: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = "masks" if task == "segmentation" else "depth"
+    if not (folder / "set").exists():
+        assert exit_status(["pack", "--src", "images", "--seg", "masks", "--depth", "depth", "--out", "set"]) == 0
+        assert "maps: 20 images with a depth map" in capsys.readouterr().out
+    network = ("--weights", "weights", "--compare", "pixels")
+    _, expected = evaluate_here(capsys, task, "--train", "images", "--labels", labels, *network)
+    lines, result = evaluate_here(capsys, task, "--train", "set", *network)
+    different = {key for key in expected if result[key] != expected[key]}
+    assert different == {"train", "test", "labels"} and "4 test images" in lines[0]
+    # a folder to learn from, and a set to predict
+    both = ("--weights", "weights", "--train", "images", "--labels", labels)
+    _, mixed = evaluate_here(capsys, task, *both, "--test", "set")
+    _, folders = evaluate_here(capsys, task, *both, "--test", "images")
+    assert {key for key in mixed if mixed[key] != folders[key]} == {"test"}
+
+
+def test_a_set_without_maps_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["pack", "--src", "images", "--depth", "depth", "--out", "half"]) == 0
+    capsys.readouterr()
+    assert exit_status(["evaluate", "segmentation", "--weights", "weights", "--train", "half"]) == 2
+    assert "half has no masks; pack it with --seg DIR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("task", "arguments", "words"),
     [
-        ("segmentation", [], "needs --labels"),
+        ("segmentation", [], "with --labels"),
         ("segmentation", ["--labels", "depth"], "has a label file"),
         ("segmentation", ["--labels", "masks", "--ignore", "0"], "have the same class"),
         ("segmentation", ["--labels", "masks", "--size", "30"], "not a multiple"),

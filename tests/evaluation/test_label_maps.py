@@ -42,21 +42,23 @@ def test_images_without_a_map_are_left_out(folder: Path, caplog: pytest.LogCaptu
     assert len(mapped) == 9 and "1 of 10 images" in caplog.text and "3.png" in caplog.text
     train, test = split_mapped(mapped)
     assert len(train) == 8 and len(test) == 1
-    assert {path.name for path in train.paths} | {path.name for path in test.paths} == {
-        f"{index}.png" for index in range(10) if index != 3
-    }
+    names = {Path(each.read(index)[1]).name for each in (train, test) for index in range(len(each))}
+    assert names == {f"{index}.png" for index in range(10) if index != 3}
 
 
 def test_each_image_has_its_own_map(folder: Path) -> None:
     mapped = open_mapped(folder / "images", folder / "depth", DEPTH, RGB)
     for index in range(len(mapped)):
-        assert Path(mapped.images.sample_key(index)).stem == mapped.paths[index].stem
-        assert np.array_equal(mapped.read_map(index), np.load(mapped.paths[index]))
+        path = Path(mapped.read(index)[1])
+        assert Path(mapped.images.sample_key(index)).stem == path.stem
+        height, width = (expected := np.load(path)).shape
+        assert np.array_equal(mapped.read_map(index, width, height), expected)
 
 
 def test_ignored_ids_are_unlabelled(folder: Path) -> None:
     mapped = open_mapped(folder / "images", folder / "masks", CLASS_IDS, RGB, ignored=(0,))
-    assert set(np.unique(mapped.read_map(0)).tolist()) == {-1, 3}
+    height, width = np.load(folder / "depth" / "a" / "0.npy").shape
+    assert set(np.unique(mapped.read_map(0, width, height)).tolist()) == {-1, 3}
 
 
 def test_an_unusable_image_has_no_map(folder: Path) -> None:
@@ -69,10 +71,10 @@ def test_an_unusable_image_has_no_map(folder: Path) -> None:
 
 def test_maps_that_do_not_fit_are_refused(folder: Path) -> None:
     mapped = open_mapped(folder / "images", folder / "masks", CLASS_IDS, RGB)
-    Image.new("L", (40, 80)).save(mapped.paths[0])
-    with pytest.raises(StreamtrainError, match=r"0.png has 40x80 pixels, its image \d+x\d+"):
+    Image.new("L", (40, 80)).save(mapped.read(0)[1])
+    with pytest.raises(StreamtrainError, match=r"0.png: it has 40x80 pixels, its image \d+x\d+"):
         mapped.crop(0, 32, 32)
-    Image.new("RGB", (40, 80)).save(mapped.paths[1])
+    Image.new("RGB", (40, 80)).save(mapped.read(1)[1])
     with pytest.raises(StreamtrainError, match="picture in colour"):
         mapped.crop(1, 32, 32)
 
@@ -83,5 +85,5 @@ def test_folders_that_do_not_fit_are_refused(folder: Path) -> None:
     with pytest.raises(StreamtrainError, match=r"--labels .* is not a folder"):
         open_mapped(folder / "images", folder / "nowhere", CLASS_IDS, RGB)
     (folder / "images" / "manifest.json").write_text("{}")
-    with pytest.raises(StreamtrainError, match="is a shard set"):
+    with pytest.raises(StreamtrainError, match="is a shard set, whose maps are in the set; remove --labels"):
         open_mapped(folder / "images", folder / "masks", CLASS_IDS, RGB)
