@@ -2,7 +2,7 @@
 """Draw a labelled demo set: JPEGs in one folder per class, identical for the same seed on any machine.
 
 python tools/make_demo_images.py --out DIR [--count 2400] [--size 112] [--seed 0] [--workers N]
-python tools/make_demo_images.py --out LABELS --labels    # LABELS/masks and LABELS/depth of the same images
+python tools/make_demo_images.py --out DIR --labels LABELS    # also LABELS/masks and LABELS/depth of these images
 python tools/make_demo_images.py --out PAIRS --pairs      # PAIRS/pairs.jsonl: two views of a scene each, and points
 """
 
@@ -38,11 +38,12 @@ VERSION = 5
 RECORD = ".demo.json"
 
 
-def write_images(folder: Path, seed: int, size: int, labels: bool, indices: range) -> int:
+def write_images(folder: Path | None, labels: Path | None, seed: int, size: int, indices: range) -> int:
     """Draw and write images ``indices``, each a pure function of (seed, size, index); return their number.
 
     Args:
-        labels: write the masks and the depth of these images instead.
+        folder: of the images; None leaves them out.
+        labels: folder of their masks and depth; None leaves these out.
     """
     names = list(CLASSES)
     for index in indices:
@@ -51,10 +52,10 @@ def write_images(folder: Path, seed: int, size: int, labels: bool, indices: rang
         # sizes and JPEG qualities vary, as in photographs
         width, height = (int(side) for side in np.rint(size * rng.uniform(0.86, 1.14, 2)))
         drawing = draw(name, rng, width, height)
-        if labels:
-            Image.fromarray(drawing.mask).save(folder / "masks" / name / f"{index:06d}.png")
-            Image.fromarray(drawing.depth).save(folder / "depth" / name / f"{index:06d}.png")
-        else:
+        if labels is not None:
+            Image.fromarray(drawing.mask).save(labels / "masks" / name / f"{index:06d}.png")
+            Image.fromarray(drawing.depth).save(labels / "depth" / name / f"{index:06d}.png")
+        if folder is not None:
             image = Image.fromarray(drawing.image)
             image.save(folder / name / f"{index:06d}.jpg", quality=int(rng.integers(82, 95)))
     return len(indices)
@@ -87,38 +88,39 @@ def join_records(folder: Path) -> None:
 
 
 def make_demo_images(
-    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True, kind: str = "images"
+    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True, labels: Path | None = None,
+    kind: str = "images",
 ) -> bool:
-    """Write the set to ``out`` unless it is complete; return whether it was drawn now.
+    """Write the set to ``out``, and its masks and depth to ``labels``, unless complete; return whether it was drawn.
 
-    The images are drawn in ``OUT.partial``, which is renamed to ``out`` when complete.
+    Each folder is written as ``FOLDER.partial``, which is renamed when complete.
 
     Raises:
-        ValueError: ``out`` contains something else.
+        ValueError: a folder contains something else.
     """
     record = {"version": VERSION, "count": count, "size": size, "seed": seed}
     if kind != "images":
         record[kind] = True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        path = out / RECORD
-        if not path.is_file():
-            raise ValueError(f"{out} exists and is not a demo set; choose another --out, or remove it")
-        existing = json.loads(path.read_text())
-        if existing != record:
-            raise ValueError(f"{out} is a different demo set ({existing}); remove it, or choose another --out")
+    missing = {}
+    for folder, expected in ((out, record), *([(labels, record | {"labels": True})] if labels is not None else [])):
+        if not _is_complete(folder, expected):
+            missing[folder] = expected
+    if not missing:
         return False
-    folder = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    if kind == "pairs":
-        (folder / "images").mkdir(parents=True)
-    else:
-        for part in ("masks", "depth") if kind == "labels" else ("",):
-            for name in CLASSES:
-                (folder / part / name).mkdir(parents=True)
-    write = partial(write_pairs, folder, seed, size)
-    if kind != "pairs":
-        write = partial(write_images, folder, seed, size, kind == "labels")
+    partials = {folder: folder.with_name(f"{folder.name}.partial") for folder in missing}
+    for folder, partial_folder in partials.items():
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        if kind == "pairs":
+            (partial_folder / "images").mkdir(parents=True)
+        else:
+            for part in ("",) if folder == out else ("masks", "depth"):
+                for name in CLASSES:
+                    (partial_folder / part / name).mkdir(parents=True)
     parts = [range(start, min(start + 40, count)) for start in range(0, count, 40)]
+    write = (
+        partial(write_pairs, partials[out], seed, size) if kind == "pairs" else
+        partial(write_images, partials.get(out), None if labels is None else partials.get(labels), seed, size)
+    )  # fmt: skip
     with (
         closing(ordered_map(write, parts, workers)) as written,
         progress_bar("drawing", count, "images", shown=progress) as bar,
@@ -126,11 +128,25 @@ def make_demo_images(
         for number in written:
             bar.update(number)
     if kind == "pairs":
-        join_records(folder)
-    (folder / RECORD).write_text(json.dumps(record) + "\n")
-    if out.exists():
-        out.rmdir()  # empty, as checked above
-    os.replace(folder, out)
+        join_records(partials[out])
+    for folder, expected in missing.items():
+        (partials[folder] / RECORD).write_text(json.dumps(expected) + "\n")
+        if folder.exists():
+            folder.rmdir()  # empty, as checked above
+        os.replace(partials[folder], folder)
+    return True
+
+
+def _is_complete(folder: Path, expected: dict[str, int]) -> bool:
+    """Return whether a folder has the set; raises ValueError if it contains something else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{folder} exists and is not a demo set; choose another folder, or remove it")
+    existing = json.loads(path.read_text())
+    if existing != expected:
+        raise ValueError(f"{folder} is a different demo set ({existing}); remove it, or choose another folder")
     return True
 
 
@@ -142,15 +158,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--labels", action="store_true", help="write masks and depth of the images instead")
+    kinds.add_argument(
+        "--labels", type=local_path, metavar="LABELS", help="folder to write with the masks and the depth of the images"
+    )
     kinds.add_argument("--pairs", action="store_true", help="write pairs of views, and corresponding points, instead")
     arguments = parser.parse_args()
     out, workers = arguments.out, arguments.workers
-    kind = "labels" if arguments.labels else "pairs" if arguments.pairs else "images"
+    kind = "pairs" if arguments.pairs else "images"
     try:
         if arguments.count < len(CLASSES) or arguments.size < 32 or workers < 1:
             raise ValueError(f"--count must be at least {len(CLASSES)}, --size 32, --workers 1")
-        new = make_demo_images(out, arguments.count, arguments.size, arguments.seed, workers, kind=kind)
+        new = make_demo_images(
+            out, arguments.count, arguments.size, arguments.seed, workers, labels=arguments.labels, kind=kind
+        )
     except KeyboardInterrupt:
         interrupts.report()
         return EXIT_INTERRUPTED
@@ -161,8 +181,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     word = "drew" if new else "found"
-    what = {"labels": "masks and depth maps", "pairs": "pairs of views", "images": "images"}[kind]
-    print(f"{word} {arguments.count} {what} of {len(CLASSES)} classes in {out}")
+    what = "pairs of views" if arguments.pairs else "images"
+    also = f", their masks and depth in {arguments.labels}" if arguments.labels else ""
+    print(f"{word} {arguments.count} {what} of {len(CLASSES)} classes in {out}{also}")
     return 0
 
 

@@ -80,12 +80,12 @@ work_started=$SECONDS
 set_dir=$out/shards
 if [ -z "$images" ]; then
     version=$(sed -n 's/^VERSION = //p' tools/make_demo_images.py)
-    images=$out/images-v$version set_dir=$out/shards-v$version
-    stage images "" python tools/make_demo_images.py --out "$images"
+    images=$out/images-v$version labels=$out/labels-v$version set_dir=$out/mapped-v$version
+    stage images "" python tools/make_demo_images.py --out "$images" --labels "$labels"
 fi
 # The recipe for photographs trains with crops of 64 pixels: small images are decoded faster, at every epoch.
-packing=()
-if [ "$recipe" = photos.yaml ]; then packing=(--max-side 256); fi
+packing=(--max-side 256)
+if [ "$recipe" = quickstart.yaml ]; then packing=(--seg "$labels/masks" --depth "$labels/depth"); fi
 stage pack "" streamtrain pack --src "$images" --out "$set_dir" "${packing[@]}"
 
 # The remaining stages depend on the images, the recipe and the overrides. A run resumes only with the settings that
@@ -158,6 +158,22 @@ if [ -z "$no_labels" ]; then
     printf 'The trained network, image by image\n'
     sed -n 's/^compared with/   &/p' "$out"/logs/knn-trained{,-pixels}.log
 fi
+# of the evaluations while training
+python -c 'import json, sys
+from pathlib import Path
+run = Path(sys.argv[1])
+try:
+    start = json.loads((run / "baselines.json").read_text())["start"]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = next(record for record in map(json.loads, reversed(lines)) if "eval/depth_rmse" in record)
+    rows = [(f"mIoU of {name}", f"eval/segmentation_{key}_miou", "6.1%") for name, key in
+            (("patch kNN", "knn"), ("linear layer", "linear"))]
+    rows += [("depth RMSE in m", "eval/depth_rmse", "6.3f"), ("depth within 1.25", "eval/depth_delta1", "6.1%")]
+    table = [f"   {name:18} {start[tag]:{form}}    {last[tag]:{form}}" for name, tag, form in rows]
+    step = last["step"]
+    print("\n".join(["Patch features on held-out images, untrained and at step {}".format(step), *table]))
+except (OSError, ValueError, KeyError, StopIteration):
+    pass' "$run"
 cat <<EOF
 
 Results

@@ -8,17 +8,23 @@ from pydantic import model_validator
 
 from streamtrain.config.section import PathText, Probability, Section, Steps, free
 
-# names of each evaluator's metrics below eval/
-METRICS = {"knn": ("knn_10", "knn_20"), "linear": ("linear",), "patches": ("patch_retrieval",)}
+# evaluators of maps, and the kind of map that each needs
+DENSE = {"segmentation": "seg", "depth": "depth"}
+# names of each evaluator's metrics below eval/ of which the best checkpoint has the highest
+METRICS = {
+    "knn": ("knn_10", "knn_20"), "linear": ("linear",), "patches": ("patch_retrieval",),
+    "segmentation": ("segmentation_knn_miou", "segmentation_linear_miou"), "depth": ("depth_delta1",),
+}  # fmt: skip
 
 
 class EvaluationConfig(Section):
     """Evaluation of the EMA teacher on held-out images; affects no result."""
 
     every: Steps = free(1000, "Steps between evaluations; 0: never.")
-    evaluators: tuple[Literal["knn", "linear", "patches"], ...] = free(
-        ("knn",), "Classification by k-NN (knn) or a linear layer (linear), and retrieval of the patches of an "
-        "enlarged, mirrored view (patches).",
+    evaluators: tuple[Literal["knn", "linear", "patches", "segmentation", "depth"], ...] = free(
+        ("knn", "segmentation", "depth"), "Classification by k-NN (knn) or a linear layer (linear), retrieval of the "
+        "patches of an enlarged, mirrored view (patches), and segmentation and depth of images that were packed with "
+        "maps; without maps these two measure nothing.",
     )  # fmt: skip
     train: PathText | None = free(
         None, "Labelled training images: a shard set or a folder of class subfolders; null: data.shards if labelled."

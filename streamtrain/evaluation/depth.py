@@ -30,19 +30,20 @@ _HELD, _PIXELS = "evaluation/depth held out", "evaluation/depth pixels"
 
 
 class Moments:
-    """Sums over pixels of the products of features, target and a constant 1, in fp64."""
+    """Sums over pixels of the products of D features, T targets and a constant 1, in fp64."""
 
-    def __init__(self, dim: int, device: torch.device) -> None:
-        self.products = torch.zeros(dim + 2, dim + 2, dtype=torch.float64, device=device)
+    def __init__(self, dim: int, device: torch.device, targets: int = 1) -> None:
+        self.dim, self.targets = dim, targets
+        self.products = torch.zeros(dim + targets + 1, dim + targets + 1, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor, target: Tensor) -> None:
-        """Add features [P, D] and their target [P]."""
-        ones = torch.ones_like(target)
-        rows = torch.cat([features.double(), target.double()[:, None], ones.double()[:, None]], 1)
+        """Add features [P, D] and their targets [P, T], or [P] of one."""
+        ones = features.new_ones(len(features), 1, dtype=torch.float64)
+        rows = torch.cat([features.double(), target.double().view(len(features), -1), ones], 1)
         self.products += rows.T @ rows
 
     def joined(self, other: Moments) -> Moments:
-        both = Moments(len(self.products) - 2, self.products.device)
+        both = Moments(self.dim, self.products.device, self.targets)
         both.products = self.products + other.products
         return both
 
@@ -51,14 +52,14 @@ class Moments:
         return float(self.products[-1, -1])
 
     def covariance(self) -> tuple[Tensor, Tensor]:
-        """Return mean [D + 1] and covariance [D + 1, D + 1] of features and target."""
+        """Return mean [D + T] and covariance [D + T, D + T] of features and targets."""
         mean = self.products[:-1, -1] / self.count
         return mean, self.products[:-1, :-1] / self.count - mean[:, None] * mean
 
 
 @dataclass(frozen=True)
 class DepthHead:
-    """A linear head for log depth, and the range of log depth in training, to which predictions are clamped."""
+    """A linear head for log depth, weight [D, 1], and the range of log depth in training, which bounds predictions."""
 
     weight: Tensor
     bias: Tensor
@@ -67,7 +68,7 @@ class DepthHead:
 
     def depth(self, features: Tensor, network: PatchNetwork) -> Tensor:
         """Return the depth [size, size] from patch features [patches, D]."""
-        logs = features @ self.weight.to(features)[:, None] + self.bias.to(features)
+        logs = features @ self.weight.to(features) + self.bias.to(features)
         return upsampled(logs, network.side, network.size)[..., 0].clamp(*self.range).exp()
 
 
@@ -129,19 +130,19 @@ def train_head(network: PatchNetwork, train: MappedImages) -> tuple[DepthHead, i
 
 
 def fit_ridge(moments: Moments, penalties: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-    """Return weight [D] and bias [] in fp64 for each penalty: of standardised features, per pixel."""
-    mean, covariance = moments.covariance()
-    deviation = covariance.diagonal()[:-1].clamp_min(1e-12).sqrt()
-    values, vectors = torch.linalg.eigh(covariance[:-1, :-1] / (deviation[:, None] * deviation))
-    projected = vectors.T @ (covariance[:-1, -1] / deviation)
-    weights = [vectors @ (projected / (values.clamp_min(0) + penalty)) / deviation for penalty in penalties]
-    return [(weight, mean[-1] - mean[:-1] @ weight) for weight in weights]
+    """Return weight [D, T] and bias [T] in fp64 for each penalty: of standardised features, per pixel."""
+    (mean, covariance), dim = moments.covariance(), moments.dim
+    deviation = covariance.diagonal()[:dim].clamp_min(1e-12).sqrt()[:, None]
+    values, vectors = torch.linalg.eigh(covariance[:dim, :dim] / (deviation * deviation.T))
+    projected = vectors.T @ (covariance[:dim, dim:] / deviation)
+    weights = [vectors @ (projected / (values.clamp_min(0) + penalty)[:, None]) / deviation for penalty in penalties]
+    return [(weight, mean[dim:] - mean[:dim] @ weight) for weight in weights]
 
 
 def squared_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
-    """Return the mean squared error of a head over the pixels of ``moments``."""
-    residual = torch.cat([weight, weight.new_tensor([-1.0]), bias[None]])
-    return float(residual @ moments.products @ residual) / moments.count
+    """Return the mean squared error of a head over the pixels of ``moments``, summed over the targets."""
+    residual = torch.cat([weight, -torch.eye(moments.targets).to(weight), bias[None]])
+    return float((residual * (moments.products @ residual)).sum()) / moments.count
 
 
 def sum_errors(depth: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from shards.format.decode import WHITE, Color
+from shards.format.set_manifest import FILE_NAME, SetManifest
 from shards.randomness import uniforms
 from shards.reading.mixture import AnySet, JoinedSet
 from shards.reading.shard_set import ShardSet
+from streamtrain.config.evaluation import DENSE
 from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.images import (
@@ -55,26 +57,54 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     # train and test images
     count = evaluation.images + evaluation.images // TRAIN_PER_TEST
     if evaluation.train is not None:
-        train = _open(config, evaluation.train)
+        needs_labels = not _measures_maps(config, evaluation.train)
+        train = _open(config, evaluation.train, needs_labels)
+        is_labelled = needs_labels or _is_labelled(train)
         if evaluation.test is not None:
-            test = match_classes(train, _open(config, evaluation.test))
-            return HeldOut(
-                sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
-            ), ""
-        return HeldOut(*split_images(sample_images(train, count))), ""
+            test = _open(config, evaluation.test, is_labelled)
+            if is_labelled:
+                test = match_classes(train, test)
+            parts = sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
+        else:
+            parts = split_images(sample_images(train, count))
+        return _held_out(parts, is_labelled), ""
     if isinstance(shard_set, JoinedSet) or shard_set.is_remote:
         return None, "data.shards is not one local set"
     images = images_of_set(shard_set, stratified_indices(shard_set.num_samples, count))
     images = replace(images, background=background)
-    if (images.labels < 0).all():
-        return None, "data.shards has no labels"
-    if (images.labels < 0).any():
-        return None, "some images of data.shards have no label"
-    if len(set(images.labels.tolist())) < 2:
-        return None, "all images of data.shards have the same label"
     if len(images) <= TRAIN_PER_TEST:
         return None, "data.shards has too few images"
-    return HeldOut(*split_images(images)), ""
+    if not _is_labelled(images) and not _measures_maps(config, str(shard_set.path)):
+        if (images.labels < 0).all():
+            return None, "data.shards has no labels"
+        if (images.labels < 0).any():
+            return None, "some images of data.shards have no label"
+        return None, "all images of data.shards have the same label"
+    return _held_out(split_images(images), _is_labelled(images)), ""
+
+
+def _is_labelled(images: LabelledImages) -> bool:
+    """Return whether all images have a label, of at least two classes."""
+    return bool((images.labels >= 0).all()) and len(set(images.labels.tolist())) > 1
+
+
+def _measures_maps(config: Config, path: str) -> bool:
+    """Return whether a set has maps that an evaluator measures, so that it needs no labels.
+
+    ``evaluation.stop_if_below`` needs labels.
+    """
+    evaluation = config.evaluation
+    kinds = {kind for name, kind in DENSE.items() if name in evaluation.evaluators}
+    if evaluation.stop_if_below is not None or not kinds or not (Path(path) / FILE_NAME).is_file():
+        return False
+    return not kinds.isdisjoint(SetManifest.load(path).maps)
+
+
+def _held_out(parts: tuple[LabelledImages, LabelledImages], is_labelled: bool) -> HeldOut:
+    if is_labelled:
+        return HeldOut(*parts)
+    train, test = (replace(part, labels=np.zeros_like(part.labels)) for part in parts)
+    return HeldOut(train, test, is_labelled=False)
 
 
 def _open(config: Config, path: str, needs_labels: bool = True) -> LabelledImages:
@@ -109,15 +139,13 @@ def reference_images(config: Config) -> HeldOut | None:
         return None
     images = _open(config, evaluation.reference, needs_labels=False)
     images = sample_images(images, evaluation.images + evaluation.images // TRAIN_PER_TEST)
-    is_labelled = bool((images.labels >= 0).all()) and len(set(images.labels.tolist())) > 1
-    if not is_labelled:
-        if evaluation.stop_if_below is not None:
-            raise StreamtrainError(
-                f"evaluation.stop_if_below needs labels, and evaluation.reference {evaluation.reference} has none, or "
-                "only one class; give a labelled set, or evaluation.stop_if_below=null"
-            )
-        images = replace(images, labels=np.zeros_like(images.labels))
-    return HeldOut(*split_images(images), is_labelled)
+    is_labelled = _is_labelled(images)
+    if not is_labelled and evaluation.stop_if_below is not None:
+        raise StreamtrainError(
+            f"evaluation.stop_if_below needs labels, and evaluation.reference {evaluation.reference} has none, or only "
+            "one class; give a labelled set, or evaluation.stop_if_below=null"
+        )
+    return _held_out(split_images(images), is_labelled)
 
 
 def first_images(shard_set: AnySet, count: int, background: Color | None = WHITE) -> LabelledImages:

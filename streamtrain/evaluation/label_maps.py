@@ -60,11 +60,7 @@ class MappedImages:
             return decode_crop(self.images, index, resize, size)[0], None
         width, height = still_size(image)
         values = self.read_map(index, width, height)
-        rows, columns = values.shape
-        left_right, top_bottom = centre_spans(width, height, resize, size)
-        across = _nearest(*left_right, size, columns / width, columns)
-        down = _nearest(*top_bottom, size, rows / height, rows)
-        return centre_crop(image, resize, size), values[down[:, None], across]
+        return centre_crop(image, resize, size), crop_map(values, (width, height), resize, size)
 
     def read_map(self, index: int, width: int, height: int) -> Array:
         """Return the map of an image of ``width`` x ``height`` pixels [rows, columns]; raises StreamtrainError."""
@@ -160,6 +156,20 @@ def split_mapped(mapped: MappedImages) -> tuple[MappedImages, MappedImages]:
     """Split like ``split_images``."""
     train, test = split_indices(mapped.images)[0]
     return mapped.subset(train, f"4/5 of {mapped.images.name}"), mapped.subset(test, f"1/5 of {mapped.images.name}")
+
+
+def crop_map(values: Array, image: tuple[int, int], resize: int, size: int) -> Array:
+    """Return the part [size, size] of a map that the centre crop shows, resampled to the nearest value.
+
+    Args:
+        image: width and height of the image.
+    """
+    (rows, columns), (width, height) = values.shape, image
+    left_right, top_bottom = centre_spans(width, height, resize, size)
+    across = _nearest(*left_right, size, columns / width, columns)
+    down = _nearest(*top_bottom, size, rows / height, rows)
+    cropped: Array = values[down[:, None], across]
+    return cropped
 
 
 def _nearest(start: float, end: float, size: int, scale: float, length: int) -> npt.NDArray[np.int64]:

@@ -32,6 +32,7 @@ from streamtrain.evaluation.held_out import HeldOut
 from streamtrain.evaluation.images import LabelledImages
 from streamtrain.evaluation.knn import Rows, knn_predict_over_ranks
 from streamtrain.evaluation.linear import linear_accuracy
+from streamtrain.evaluation.online_dense import measure as measure_maps
 from streamtrain.evaluation.retrieval import match_patches, second_view
 from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.evaluation.verdict import read_baselines
@@ -65,7 +66,7 @@ class Study:
     def __init__(
         self, embed: Embed, images: HeldOut, config: Config, runtime: Runtime, wrap: Wrap, failure: SharedFailure
     ) -> None:
-        self.embed, self.images, self.config, self.runtime, self._wrap = embed, images, config, runtime, wrap
+        self.embed, self.images, self.config, self.runtime, self.wrap = embed, images, config, runtime, wrap
         self.failure = failure
         # of all ranks
         self.num_unusable = 0
@@ -109,7 +110,7 @@ class Study:
             return crops.to(self.runtime.device), is_usable.to(self.runtime.device)
 
         # every rank has equally many batches
-        for _ in self._wrap(range(-(-len(images) // batch))):
+        for _ in self.wrap(range(-(-len(images) // batch))):
             yield self.failure.run(load)
 
     def _rows(self, images: LabelledImages) -> Rows:
@@ -169,7 +170,7 @@ def patches(study: Study) -> dict[str, float]:
     return {"patch_retrieval": right / total}
 
 
-# by their names in evaluation.evaluators
+# by their names in evaluation.evaluators; those of maps are in online_dense
 EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "patches": patches}
 NEED_LABELS = ("knn", "linear")
 
@@ -263,7 +264,7 @@ class OnlineEvaluation:
                 start |= _by_tag(name, study, self._evaluate(name, study))
             if has_drift:
                 self._start_features.save(studies)
-            if self._images is not None and "knn" in self._config.evaluation.evaluators:
+            if self._images is not None and self._images.is_labelled and "knn" in self._config.evaluation.evaluators:
                 pixels = self._study(EVALUATION, partial(_embed_pixels, self._config.crops), wrap)
                 by_pixels = _by_tag(EVALUATION, pixels, knn(pixels))
         finally:
@@ -280,12 +281,12 @@ class OnlineEvaluation:
         return Study(embed, self._sets[name], self._config, self._runtime, wrap, self._failure)
 
     def _evaluate(self, name: str, study: Study) -> dict[str, float]:
-        """Return the results of all evaluators that the set ``name`` has labels for."""
+        """Return the results of all evaluators that the set ``name`` has labels or maps for."""
         results: dict[str, float] = {}
         for evaluator in self._config.evaluation.evaluators:
-            if self._sets[name].is_labelled or evaluator not in NEED_LABELS:
+            if evaluator in EVALUATORS and (self._sets[name].is_labelled or evaluator not in NEED_LABELS):
                 results |= EVALUATORS[evaluator](study)
-        return results
+        return results | measure_maps(study)
 
     def _drift(self, name: str, study: Study, results: Mapping[str, float]) -> dict[str, float]:
         """Return by tag the differences between ``results`` and the start, and the drift of the features."""

@@ -41,7 +41,7 @@ from streamtrain.planning.units import duration, significant, size
 from streamtrain.run.directory import CHECKPOINTS, METRICS_NAME, TENSORBOARD_NAME, saved_steps
 from streamtrain.run.machine import folder_bytes
 from streamtrain.run.provenance import ENVIRONMENT_NAME, PLANNED_PEAK
-from streamtrain.run.tags import pinned_cards_url
+from streamtrain.run.tags import describe_tag, pinned_cards_url
 
 logger = logging.getLogger(__name__)
 Records = Sequence[Mapping[str, Any]]
@@ -344,19 +344,24 @@ def _plan_table(run: Path, config: Config, environment: Mapping[str, Any], recor
 
 
 def _evaluation_table(records: Records, baselines: KnownBaselines) -> list[list[str]]:
-    """Return the baselines and the first, highest and last value of each metric; without any, only the header row."""
+    """Return the baselines and the first, best and last value of each metric; without any, only the header row."""
     has_start, has_pixels = bool(baselines.start), bool(baselines.pixels)
     known = [*(["pixels"] if has_pixels else []), *([f"step {baselines.step}"] if has_start else [])]
-    rows = [["", *known, "first", "highest", "last"]]
+    rows = [["", *known, "first", "best", "last"]]
     tags = dict.fromkeys(tag for record in records for tag in record if tag.startswith("eval/"))
     for tag in list(tags)[:MAX_ROWS]:
         values = [(record[tag], record["step"]) for record in records if record.get(tag) is not None]
         if values and tag not in ("eval/seconds", "eval/time_share", "eval/unusable_images"):
             shares = [baselines.pixels.get(tag)] if has_pixels else []
             shares += [baselines.start.get(tag)] if has_start else []
-            cells = ["" if value is None else f"{value:.1%}" for value in shares]
-            shown = (values[0], max(values), values[-1])
-            rows.append([tag.removeprefix("eval/"), *cells, *(f"{value:.1%} (step {step})" for value, step in shown)])
+            # an error is no share, and best where it is lowest
+            is_share = describe_tag(tag).unit in ("", "share")
+            form = ".1%" if is_share else ".3f"
+            cells = ["" if value is None else f"{value:{form}}" for value in shares]
+            shown = (values[0], (max if is_share else min)(values), values[-1])
+            rows.append(
+                [tag.removeprefix("eval/"), *cells, *(f"{value:{form}} (step {step})" for value, step in shown)]
+            )
     return rows
 
 

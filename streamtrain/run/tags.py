@@ -55,6 +55,18 @@ TAGS = {
     "eval/patch_retrieval": Tag(
         "Patch retrieval", "Share of patches matched between an image and its enlarged, mirrored view.", "share"
     ),
+    "eval/segmentation_knn_miou": Tag(
+        "mIoU of kNN", "Mean IoU of classes of pixels by the nearest neighbours of their patch.", "share"
+    ),
+    "eval/segmentation_linear_miou": Tag(
+        "mIoU of a linear layer", "Mean IoU of classes of pixels by a linear layer on patch features.", "share"
+    ),
+    "eval/depth_rmse": Tag(
+        "Depth RMSE", "Root mean squared error of the depth by a linear layer on patch features.", "units of depth"
+    ),
+    "eval/depth_delta1": Tag(
+        "Depth within 1.25", "Share of pixels whose depth is wrong by a factor below 1.25.", "share"
+    ),
     "eval/unusable_images": Tag("Unusable evaluation images", "Evaluation images left out as unusable.", "images"),
     "eval/seconds": Tag("Duration of an evaluation", "Duration of the evaluation.", "seconds"),
     "eval/time_share": Tag("Time for evaluation", "Share of the time since the start spent on evaluation.", "share"),
@@ -120,7 +132,10 @@ TAGS = {
 
 
 _ON_REFERENCE = (("", ""), ("reference/", " on the reference"))
-for _metric in ("knn_10", "knn_20", "linear", "patch_retrieval"):
+for _metric in (
+    "knn_10", "knn_20", "linear", "patch_retrieval", "segmentation_knn_miou", "segmentation_linear_miou", "depth_rmse",
+    "depth_delta1",
+):  # fmt: skip
     _tag = TAGS[f"eval/{_metric}"]
     TAGS[f"reference/{_metric}"] = Tag(f"{_tag.title} on the reference", _tag.description, _tag.unit)
     for _prefix, _suffix in _ON_REFERENCE:
@@ -143,6 +158,7 @@ for _prefix, _suffix in _ON_REFERENCE:
 # metrics of evaluations, the most telling first, with short names for the progress
 HEADLINES = {
     "eval/knn_20": "kNN", "eval/knn_10": "kNN", "eval/linear": "linear probe", "eval/patch_retrieval": "patches",
+    "eval/segmentation_knn_miou": "kNN mIoU", "eval/segmentation_linear_miou": "linear mIoU", "eval/depth_delta1": "δ1",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_the_head_is_ridge_regression_of_standardised_features() -> None:
     mean, deviation = features.mean(0), features.std(0, correction=0)
     for penalty, (weight, bias) in zip((1e-3, 1.0), fit_ridge(moments, (1e-3, 1.0)), strict=True):
         model = linear_model.Ridge(alpha=penalty * 500).fit(((features - mean) / deviation).numpy(), target.numpy())
-        predicted = (features.double() @ weight + bias).numpy()
+        predicted = (features.double() @ weight + bias)[:, 0].numpy()
         np.testing.assert_allclose(
             predicted, model.predict(((features - mean) / deviation).numpy()), rtol=1e-3, atol=1e-3
         )

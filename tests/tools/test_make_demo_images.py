@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_raw_pixels_hardly_separate_classes(demo: Path) -> None:
 def test_bytes_depend_on_the_seed_and_not_on_the_split(demo: Path, tmp_path: Path) -> None:
     for name in CLASSES:
         (tmp_path / name).mkdir()
-    write_images(tmp_path, 0, 96, False, range(37, 43))
+    write_images(tmp_path, None, 0, 96, range(37, 43))
     for file in tmp_path.glob("*/*.jpg"):
         assert file.read_bytes() == (demo / file.parent.name / file.name).read_bytes()
     first, second = (draw("striped_disc", np.random.default_rng([seed, 0]), 64, 64) for seed in (0, 1))
@@ -75,13 +76,22 @@ def test_bytes_depend_on_the_seed_and_not_on_the_split(demo: Path, tmp_path: Pat
 
 def test_masks_and_depth_are_those_of_the_images(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
-    assert make_demo_images(out, 30, 96, 0, 2, progress=False, kind="labels")
+    images = tmp_path / "images"
+    assert make_demo_images(images, 30, 96, 0, 2, progress=False, labels=out)
+    assert not make_demo_images(images, 30, 96, 0, 2, progress=False, labels=out)
+    # labels are added to images of an earlier run, which are kept
+    stamp = (images / ".demo.json").stat().st_mtime_ns
+    shutil.rmtree(out)
+    assert make_demo_images(images, 30, 96, 0, 2, progress=False, labels=out)
+    assert (images / ".demo.json").stat().st_mtime_ns == stamp
     names = list(CLASSES)
     contrasts = []
     for path in sorted(out.glob("masks/*/*.png")):
         name = path.parent.name
         mask, depth = np.asarray(Image.open(path)), np.asarray(Image.open(out / "depth" / name / path.name))
-        image = np.asarray(Image.open(demo / name / f"{path.stem}.jpg").convert("L"), np.float32)
+        jpeg = images / name / f"{path.stem}.jpg"
+        assert jpeg.read_bytes() == (demo / name / jpeg.name).read_bytes()
+        image = np.asarray(Image.open(jpeg).convert("L"), np.float32)
         assert mask.shape == depth.shape == image.shape and depth.dtype == np.uint16
         assert set(np.unique(mask).tolist()) == {0, 1 + names.index(name)}
         assert (depth[mask == 0] == WALL).all() and 1200 < depth[mask > 0].max() < 2900

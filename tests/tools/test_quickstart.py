@@ -89,7 +89,9 @@ def test_each_set_of_images_recipe_and_settings_has_its_own_run_directory(checko
     checkout.run()
     (other_images,) = checkout.trained_in()
     assert "--out quickstart/images-v4" in checkout.log.read_text()
-    assert "data.shards=quickstart/shards-v4" in checkout.log.read_text()
+    commands = checkout.log.read_text()
+    assert "--labels quickstart/labels-v4" in commands and "data.shards=quickstart/mapped-v4" in commands
+    assert "--seg quickstart/labels-v4/masks --depth quickstart/labels-v4/depth" in commands
     checkout.run("--ranks", "2")
     (two_ranks,) = checkout.trained_in()
     assert len({first, shorter, other_recipe, other_images, two_ranks}) == 5
