@@ -10,7 +10,7 @@ from streamtrain.config.section import PathText, Probability, Section, Steps, fr
 
 # evaluators of maps, and the kind of map that each needs
 DENSE = {"segmentation": "seg", "depth": "depth"}
-# names of each evaluator's metrics below eval/ of which the best checkpoint has the highest
+# metrics of each evaluator, below eval/, that are highest at the best checkpoint; not an error such as depth_rmse
 METRICS = {
     "knn": ("knn_10", "knn_20"), "linear": ("linear",), "patches": ("patch_retrieval",),
     "segmentation": ("segmentation_knn_miou", "segmentation_linear_miou"), "depth": ("depth_delta1",),

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 TRAIN_IMAGES, TEST_IMAGES = 192, 96
 # of a training image: pixels for the linear layers, patches that are searched; and pixels of a test image
-PIXELS, PATCHES, TEST_PIXELS = 64, 32, 256
+PIXELS, PATCHES, TEST_PIXELS = 128, 32, 256
 # of the features of training pixels, and of training patches
 _MAX_BYTES = 1 << 28
 # of standardised features, relative to the number of pixels
-PENALTY = 1e-2
+PENALTY = 1e-3
 # images per forward and rank, whatever the number of ranks, so that features are the same to the last bit
 _BATCH = 32
 _PIXELS, _PATCHES, _TESTED = "evaluation/online pixels", "evaluation/online patches", "evaluation/online tested"
@@ -212,7 +212,11 @@ def measure(study: Study) -> dict[str, float]:
     fitted = {kind: task for kind, task in tasks.items() if task.fit()}
     for kind in kinds:
         if kind not in fitted and train.has_map[kind].any():
-            logger.warning("the %s maps of %s are too few, or all alike, to be evaluated", kind, train.images.name)
+            logger.warning(
+                "the %s maps of %s are not evaluated: they have fewer than two classes, or no known depth",
+                kind,
+                train.images.name,
+            )
     for number, features, maps in _features(study, test):
         for kind in fitted.keys() & maps.keys():
             fitted[kind].add_test(number, features, maps[kind])

@@ -7,15 +7,18 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from drawn_images import packed_set
 from faulty_server import faulty_server
+from PIL import Image
 from ranks import ROOT, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import class_folder, tiny_weights
 from tiny_run import command
 
+from shards.packing.pack import PackOptions, pack
 from shards.reading.shard_set import ShardSet
 from streamtrain.config.load import read_resolved
 from streamtrain.evaluation.features import compute_features, pixel_features, read_pixels
@@ -33,7 +36,8 @@ EVERYTHING = (
     f"run.steps={STEPS}", "monitor.tensorboard=true", "monitor.panel_every=20", "monitor.histogram_every=10",
     "monitor.peak_flops=1e12", "monitor.collapse={every: 2, start: 1, min_rank: 1.0}", "optim.clip_per=module",
     "objective.gram.weight=1.0", "objective.anchor.weight=0.1", "evaluation.every=10",
-    "evaluation.evaluators=[knn, linear, patches]", "evaluation.max_share=1.0", "evaluation.best=knn_20",
+    "evaluation.evaluators=[knn, linear, patches, segmentation, depth]", "evaluation.max_share=1.0",
+    "evaluation.best=knn_20",
     "monitor.profile={start: 2, steps: 1}",
     "run.checkpoint_every=5", "run.keep_last=1", "schedules.lr=1e-3", "model.layerscale=0.5",
 )  # fmt: skip
@@ -51,11 +55,27 @@ def documented() -> dict[str, set[str]]:
     return tags
 
 
+def mapped_set(folder: Path, images: Path) -> Path:
+    """Pack images with masks of two classes and with depth."""
+    for path in sorted(images.rglob("*.*")):
+        width, height = Image.open(path).size
+        halves = np.arange(width) >= width // 2
+        for name in ("masks", "depth"):
+            (folder / name / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.tile(halves.astype(np.uint8), (height, 1))).save(
+            folder / "masks" / path.parent.name / f"{path.stem}.png"
+        )
+        depth = np.tile(np.where(halves, 1.0, 3.0).astype(np.float32), (height, 1))
+        np.save(folder / "depth" / path.parent.name / f"{path.stem}.npy", depth)
+    pack(images, folder / "labelled", PackOptions(seg=folder / "masks", depth=folder / "depth"))
+    return folder / "labelled"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("monitoring")
     packed_set(folder, 40, shard_bytes=8_000)
-    labelled = class_folder(folder / "labelled", CLASSES, each=20)
+    labelled = mapped_set(folder, class_folder(folder / "images of classes", CLASSES, each=20))
     with faulty_server(folder) as server:
         shards = f"{server.url}/set"
         cache = f"data.cache={{dir: {folder / 'cache'}, limit: 1MB}}"
