@@ -88,7 +88,13 @@ def join_records(folder: Path) -> None:
 
 
 def make_demo_images(
-    out: Path, count: int, size: int, seed: int, workers: int, progress: bool = True, labels: Path | None = None,
+    out: Path,
+    count: int,
+    size: int,
+    seed: int,
+    workers: int,
+    progress: bool = True,
+    labels: Path | None = None,
     kind: str = "images",
 ) -> bool:
     """Write the set to ``out``, and its masks and depth to ``labels``, unless complete; return whether it was drawn.

@@ -169,7 +169,7 @@ try:
     rows = [(f"mIoU of {name}", f"eval/segmentation_{key}_miou", "6.1%") for name, key in
             (("patch kNN", "knn"), ("linear layer", "linear"))]
     rows += [("depth RMSE in m", "eval/depth_rmse", "6.3f"), ("depth within 1.25", "eval/depth_delta1", "6.1%")]
-    table = [f"   {name:18} {start[tag]:{form}}    {last[tag]:{form}}" for name, tag, form in rows]
+    table = [f"   {name:21} {start[tag]:{form}}    {last[tag]:{form}}" for name, tag, form in rows]
     step = last["step"]
     print("\n".join(["Patch features on held-out images, untrained and at step {}".format(step), *table]))
 except (OSError, ValueError, KeyError, StopIteration):
