@@ -20,6 +20,7 @@ from tiny_backbone import class_folder
 from tiny_run import command
 
 from streamtrain import __version__
+from streamtrain.evaluation.reference_curve import stored_curves
 from streamtrain.ops.cpu import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ KERNELS = {
     for path in (ROOT / "streamtrain" / "ops" / "cpu").iterdir()
     if path.suffix in (".cpp", ".h")
 }
+CURVES = {path.relative_to(ROOT).as_posix() for path in stored_curves()}
 
 LOAD_ALL = """
 import sys
@@ -83,6 +85,7 @@ def test_the_wheel_has_both_packages_with_types_and_every_recipe(wheel: Path) ->
         assert modules <= names, "list the package in tool.setuptools.packages of pyproject.toml"
         assert f"{package}/py.typed" in names
     assert KERNELS and names >= KERNELS
+    assert CURVES and names >= CURVES
     assert not [name for name in names if name.startswith(("tests/", "tools/", "configs/"))]
     assert any(name.endswith("LICENSE") for name in names)
 
@@ -103,7 +106,7 @@ def test_the_source_distribution_has_everything_that_the_wheel_needs(source: Pat
     (built,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(built) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert KERNELS | {f"configs/{preset}" for preset in PRESETS} <= names
+    assert KERNELS | CURVES | {f"configs/{preset}" for preset in PRESETS} <= names
     assert {"pyproject.toml", "CHANGELOG.md", "shards/py.typed", "streamtrain/py.typed"} <= names
 
 

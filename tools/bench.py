@@ -15,6 +15,7 @@ python tools/bench.py predicted
 python tools/bench.py continue --folder DIR --images DIR|TAR [--seeds 3] [--steps 400] [a.b=value ...]
 python tools/bench.py accuracy --folder DIR --images DIR|TAR [--config cifar10.yaml] [--seeds 3] [a.b=value ...]
 python tools/bench.py health --folder DIR --images DIR|TAR [--runs 30] [--first-seed 100] [--steps 40]
+python tools/bench.py reference --run RUN --images "2,400 drawn images" [--recipe NAME.yaml] [--out FILE]
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
 versions and hardware, for benchmarks/results/) and settings as a.b=value.
@@ -172,6 +173,12 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--runs", type=_parse_count, default=30, help="number of runs; the faults take turns")
     add_option("--first-seed", type=_parse_count, default=100, help="seed of the first run; the others count up")
     add_option("--steps", type=_parse_count, default=40, help="steps of each run")
+
+    add_option = add("reference", run_reference, "store the curves of a healthy run, for reports of later runs")
+    add_option("--run", dest="run_dir", type=local_path, required=True, help="completed run directory")
+    add_option("--images", required=True, help="words for its images, shown in reports")
+    add_option("--recipe", help="shipped recipe of the run (default: the closest one)")
+    add_option("--out", type=local_path, help="file to write (default: in the package, by recipe)")
     return parser.parse_args()
 
 
@@ -284,6 +291,12 @@ def run_health(arguments: argparse.Namespace) -> dict[str, Any]:
     return run_health.run(
         arguments.images, arguments.folder, arguments.runs, arguments.first_seed, arguments.steps, arguments.overrides
     )
+
+
+def run_reference(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import reference_run
+
+    return reference_run.run(arguments.run_dir, arguments.images, arguments.recipe, arguments.out)
 
 
 def _build_config(overrides: list[str]) -> Config:

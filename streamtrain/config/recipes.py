@@ -31,6 +31,13 @@ def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
     return min(found, key=lambda each: len(each[1]), default=("", changed_settings(config, Config())))
 
 
+def read_recipe(name: str) -> Config:
+    """Return the shipped recipe ``name``, with epochs of one step; raises ConfigError if there is none."""
+    if name not in _recipes():
+        raise ConfigError(f"{name} is no shipped recipe; they are {', '.join(_recipes())}")
+    return _recipes()[name]
+
+
 def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted key and the value of each setting."""
     for name in type(section).model_fields:

@@ -45,6 +45,7 @@ CHART_STYLE = """
 .plot text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .plot .grid { stroke: var(--line); }
 .plot polyline { fill: none; stroke: var(--curve); stroke-width: 2; stroke-linejoin: round; }
+.plot .reference { stroke: var(--soft); stroke-width: 3; opacity: .4; }
 .plot .raw { stroke-width: 1; opacity: .35; }
 .plot polyline, .plot polygon { vector-effect: non-scaling-stroke; }
 .plot .band { fill: var(--curve); opacity: .14; }
@@ -69,6 +70,7 @@ def svg_chart(
     start: tuple[int, float] | None = None,
     half_widths: Mapping[int, float] | None = None,
     is_wide: bool = False,
+    reference: Line | None = None,
 ) -> str:
     """Return a ``<figure>`` with the curve of a tag; text is escaped, and bytes are bounded.
 
@@ -77,6 +79,7 @@ def svg_chart(
         baselines: drawn as labelled horizontal lines.
         start: step and value where the curve begins.
         half_widths: half of the interval of confidence at each step, drawn as a band.
+        reference: a curve for comparison, drawn faintly as far as the steps of the records go.
     """
     info = describe_tag(tag)
     (line,) = read_lines({"": records}, tag) or [Line("", np.zeros(0), np.zeros(0))]
@@ -94,10 +97,14 @@ def svg_chart(
     if half_widths:
         half = np.array([half_widths.get(int(step), 0.0) for step in line.steps]) * factor
         spans += [values - half, values + half]
+    first, last = line.steps[0], line.steps[-1] if line.steps[-1] > line.steps[0] else line.steps[0] + 1
+    other = None if reference is None else _between(reference, first, last)
+    if other is not None:
+        other = Line("", other.steps, other.values * factor)
+        spans.append(other.values)
     is_log = is_log_scale(tag, [mean, *spans[2:]])
     spans = [mean, *spans[2:]] if is_log else spans
     low, high = value_range(spans, is_log)
-    first, last = line.steps[0], line.steps[-1] if line.steps[-1] > line.steps[0] else line.steps[0] + 1
 
     def height(at: Any) -> Any:
         """Return the distance from the top as a share of the plot."""
@@ -110,6 +117,9 @@ def svg_chart(
     across = (line.steps - first) / (last - first)
     parts = [_y_axis(low, high, is_log, height, "%" if unit == "%" else ""), _x_axis(first, last)]
     curves = ""
+    if other is not None:
+        points = _points((other.steps - first) / (last - first), height(other.values))
+        curves += f'<polyline class="reference" points="{points}"/>'
     if half_widths:
         outline = [_points(across, height(values + half)), _points(across[::-1], height(values - half)[::-1])]
         curves += f'<polygon class="band" points="{" ".join(outline)}"/>'
@@ -122,6 +132,15 @@ def svg_chart(
     parts += _labelled(fixed, height, unit)
     now = f"{_number(mean[-1])}{unit} at step {int(line.steps[-1]):,}"
     return _figure(info, tag, now, "".join(parts), is_wide)
+
+
+def _between(line: Line, first: float, last: float) -> Line | None:
+    """Return the part of a curve at steps from ``first`` to ``last``, with its ends interpolated; None if empty."""
+    if not len(line.steps) or line.steps[-1] < first or line.steps[0] > last:
+        return None
+    ends = np.clip([first, last], line.steps[0], line.steps[-1])
+    steps = np.unique([*ends, *line.steps[(line.steps > first) & (line.steps < last)]])
+    return Line(line.name, steps, np.interp(steps, line.steps, line.values))
 
 
 def _figure(info: Tag, tag: str, now: str, drawing: str, is_wide: bool) -> str:

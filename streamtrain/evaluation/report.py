@@ -24,6 +24,7 @@ from streamtrain.config.tree import Config
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.charts import Baseline, svg_chart
 from streamtrain.evaluation.health import judge_health
+from streamtrain.evaluation.reference_curve import MAX_CHANGED, Comparison, find_comparison
 from streamtrain.evaluation.report_html import Page, Picture, render
 from streamtrain.evaluation.uncertainty import accuracy_margin
 from streamtrain.evaluation.verdict import (
@@ -65,8 +66,6 @@ _CAPTIONS = {
 # charts on a page, in all and of one group
 MAX_CHARTS, MAX_CHARTS_OF_GROUP = 120, 60
 MAX_PICTURES, MAX_ROWS, MAX_CHANGES = 100, 100, 5
-# with more changed settings, a run has a recipe of its own
-_MAX_OF_RECIPE = 15
 _MAX_TEXT_BYTES, _MAX_FACT = 1 << 20, 300
 
 
@@ -106,7 +105,8 @@ def report_page(
     # older runs do not record whether their start was trained
     is_trained = baselines.is_trained or (config is not None and config.init.weights is not None)
     start_name = "initial" if is_trained else "untrained"
-    charts, more, note = _draw_curves(records, headline, baselines, start_name)
+    comparison = find_comparison(config, baselines) if config is not None else None
+    charts, more, note = _draw_curves(records, headline, baselines, start_name, comparison)
     page = Page(
         title=f"Run {run.resolve().name}",
         facts=_facts(run, config, environment, records, period),
@@ -119,6 +119,7 @@ def report_page(
         numbers=_summary(records),
         charts=charts,
         more_charts=more,
+        caption=comparison.caption(sorted({tag for record in records for tag in record})) if comparison else "",
         note=note,
         pictures=_pictures(images),
         tables=tables,
@@ -128,7 +129,7 @@ def report_page(
 
 
 def _draw_curves(
-    records: Records, headline: str | None, baselines: KnownBaselines, start_name: str
+    records: Records, headline: str | None, baselines: KnownBaselines, start_name: str, comparison: Comparison | None
 ) -> tuple[list[str], dict[str, list[str]], str]:
     """Return the main charts, the others by topic, and a note about tags that are left out."""
     tags = sorted({tag for record in records for tag in record} - {"step", "slot"}, key=_tag_order)
@@ -143,7 +144,8 @@ def _draw_curves(
             points = [(baselines.step, start), *((record["step"], record.get(tag)) for record in records)]
             shares = {step: value for step, value in points if value is not None and 0 <= value <= 1}
             widths = {step: accuracy_margin(value, count) for step, value in shares.items()}
-        return svg_chart(tag, records, lines, None if start is None else (baselines.step, start), widths, is_wide)
+        begin = None if start is None else (baselines.step, start)
+        return svg_chart(tag, records, lines, begin, widths, is_wide, comparison.line(tag) if comparison else None)
 
     main = _main_tags(headline, tags)
     topics: dict[str, list[str]] = {}
@@ -255,7 +257,7 @@ def _facts(
 
 def _recipe_text(config: Config) -> str:
     recipe, changed = nearest_recipe(config)
-    if not recipe or len(changed) > _MAX_OF_RECIPE:
+    if not recipe or len(changed) > MAX_CHANGED:
         closest = f"; the closest shipped one is {recipe}" if recipe else ""
         return f"own recipe{closest} ({len(changed)} settings differ)"
     if not changed:

@@ -47,6 +47,7 @@ td, th { text-align: right; padding: 6px 14px; border-bottom: 1px solid var(--li
   white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 9em; }
 th { color: var(--soft); font-size: 13px; }
+.caption { margin: -6px 0 12px; }
 .charts + details { margin-top: 24px; }
 details { border-top: 1px solid var(--line); padding: 12px 0; } summary { cursor: pointer; font-weight: 600; }
 summary span { color: var(--soft); font-weight: 400; } details[open] > summary { margin-bottom: 12px; }
@@ -80,7 +81,7 @@ class Page:
         facts: text by its name: recipe, data, hardware and so on.
         findings: the verdict; then ``numbers``, further sentences by title.
         charts: SVG figures always shown; ``more_charts`` are folded by topic.
-        note: below the charts.
+        caption: of the charts; ``note`` is below them.
         tables: rows by title; the first row holds the column headers.
         texts: folded, by title.
     """
@@ -91,6 +92,7 @@ class Page:
     numbers: Mapping[str, str]
     charts: Sequence[str] = ()
     more_charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    caption: str = ""
     note: str = ""
     pictures: Sequence[Picture] = ()
     tables: Mapping[str, list[list[str]]] = field(default_factory=dict)
@@ -108,7 +110,8 @@ def render(page: Page) -> str:
         f'<ul class="verdict">{findings}</ul>',
     ]
     if page.charts:
-        parts.append(f'<h2>Curves</h2><div class="charts">{"".join(page.charts)}</div>')
+        caption = f'<p class="soft caption">{_escape(page.caption)}</p>' if page.caption else ""
+        parts.append(f'<h2>Curves</h2>{caption}<div class="charts">{"".join(page.charts)}</div>')
     for topic, charts in page.more_charts.items():
         parts.append(_folded(topic, f"{len(charts)}", f'<div class="charts">{"".join(charts)}</div>'))
     parts += [f'<p class="soft">{_escape(page.note)}</p>'] if page.note else []
