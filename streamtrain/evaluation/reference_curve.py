@@ -41,8 +41,8 @@ _RANGES = {
     "optim/gradient_norm": (*_LOSSES, "model."),
     "features/rank": ("model.dim", "data.micro_batch", "data.global_batch", "monitor.collapse.images"),
 }
-# accuracies depend on the images; ``drift/`` has differences of them
-_OF_IMAGES = ("eval/", "reference/")
+# accuracies depend on the images, and so do their changes since the start
+_ACCURACIES = ("knn_", "linear", "patch_retrieval")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Comparison:
     def _left_out(self, tag: str) -> bool:
         keys = next((keys for start, keys in _RANGES.items() if tag.startswith(start)), ())
         is_other = any(key.startswith(keys) for key in self.changed) if keys else False
-        return is_other or (tag.startswith(_OF_IMAGES) and not self.has_same_images)
+        is_accuracy = tag.rpartition("/")[2].startswith(_ACCURACIES)
+        return is_other or (is_accuracy and not self.has_same_images)
 
     def caption(self, tags: Sequence[str]) -> str:
         """Return a sentence or two about the grey curves, if this run logged ``tags``; else the empty string."""

@@ -14,7 +14,8 @@ from ranks import ROOT
 
 from streamtrain.config.load import load_config, preset_folders
 from streamtrain.config.recipes import changed_settings
-from streamtrain.evaluation.reference_curve import MAX_POINTS, read_curves, stored_curves
+from streamtrain.evaluation.reference_curve import MAX_POINTS, find_comparison, read_curves, stored_curves
+from streamtrain.evaluation.verdict import KnownBaselines
 from streamtrain.run.directory import describe_run
 from streamtrain.run.tags import TAGS
 
@@ -83,6 +84,15 @@ def test_the_quick_start_is_compared_with_a_healthy_run(tmp_path: Path) -> None:
     points = re.search(r'class="reference" points="([^"]*)"', chart(page, "Spread of the features"))
     assert points and all(0 <= int(pair.split(",")[0]) <= 1000 for pair in points[1].split())
     assert points[1].split()[0].startswith("0,") and points[1].split()[-1].startswith("1000,")
+
+
+def test_curves_of_another_range_or_of_other_images_are_left_out() -> None:
+    comparison = find_comparison(load_config("continue.yaml", ["data.shards=set", "init.weights=w"]), KnownBaselines())
+    assert comparison is not None and comparison.reference.recipe == "continue.yaml"
+    drawn = {tag for tag in comparison.reference.curves if comparison.line(tag) is not None}
+    assert {"loss/total", "loss/anchor", "teacher/entropy", "drift/reference/cka"} <= drawn
+    # of a narrower network, and accuracies
+    assert not drawn & {"features/rank", "optim/gradient_norm", "eval/knn_20", "drift/reference/knn_20"}
 
 
 def test_a_recipe_without_a_stored_run_has_no_grey_curves(tmp_path: Path) -> None:
