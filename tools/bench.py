@@ -14,7 +14,7 @@ python tools/bench.py operations [--write]
 python tools/bench.py predicted
 python tools/bench.py continue --folder DIR --images DIR|TAR [--seeds 3] [--steps 400] [a.b=value ...]
 python tools/bench.py accuracy --folder DIR --images DIR|TAR [--config cifar10.yaml] [--seeds 3] [a.b=value ...]
-python tools/bench.py health --folder DIR --images DIR|TAR [--runs 30] [--first-seed 100] [--steps 40]
+python tools/bench.py health --folder DIR --images DIR|TAR [--runs 30] [--first-seed 100] [--faults NAME ...]
 python tools/bench.py reference --run RUN --images "2,400 drawn images" [--recipe NAME.yaml] [--out FILE]
 
 All take --json, --repeats N (report the median of N runs), --save FILE (write the result with command, commit,
@@ -173,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     add_option("--runs", type=_parse_count, default=30, help="number of runs; the faults take turns")
     add_option("--first-seed", type=_parse_count, default=100, help="seed of the first run; the others count up")
     add_option("--steps", type=_parse_count, default=40, help="steps of each run")
+    add_option("--faults", nargs="+", default=(), metavar="FAULT", help="faults, by name (default: all)")
 
     add_option = add("reference", run_reference, "store the curves of a healthy run, for reports of later runs")
     add_option("--run", dest="run_dir", type=local_path, required=True, help="completed run directory")
@@ -289,8 +290,9 @@ def run_health(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import run_health
 
     return run_health.run(
-        arguments.images, arguments.folder, arguments.runs, arguments.first_seed, arguments.steps, arguments.overrides
-    )
+        arguments.images, arguments.folder, arguments.runs, arguments.first_seed, arguments.steps, arguments.overrides,
+        arguments.faults,
+    )  # fmt: skip
 
 
 def run_reference(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -26,6 +26,10 @@ MIN_MEASURED, _LAST = 4, 3
 _SHARP = 0.15
 # features/std from which the features of a new network differ enough to judge their assignments
 _DISTINCT = 0.3
+# features/std from which the features span a number of dimensions, and the possible dimensions that make few a fault
+_SPREAD, _MIN_RANGE = 0.25, 16
+# values that have risen by more than this factor over the last measurements belong to features that still form
+_RISING = 1.2
 # the latest steps whose gradient norms are compared
 _NORMS = 1000
 
@@ -95,6 +99,8 @@ RULES = (
         "Collapse of the features",
         (
             Bound("rank", "the features span few dimensions: features/rank is at {:.1%} of its range", low=0.05),
+            Bound("dimensions", "the features of the images differ, but span few dimensions: features/rank is {:.1f}",
+                  low=5.0),
             Bound("std", "the features of all images are nearly equal: features/std is {:.2f}", low=0.1),
         ),
         "Lower schedules.lr, raise objective.koleo.weight, or lengthen schedules.freeze_last_layer.",
@@ -201,17 +207,22 @@ def _facts_with_bounds(
 ) -> dict[str, float]:  # fmt: skip
     """Return the shares of the possible values, as far as they may be judged.
 
-    A new network may have equal features for all images, so before ``monitor.collapse.start`` a value counts only after
-    it was within its bounds.
+    A new network may have equal features for all images, so before ``monitor.collapse.start`` a low value counts only
+    after it was within its bounds, and unless it rises.
     """
     collapse, facts = config.monitor.collapse, {}
     is_late = last_step >= collapse.start
     most = min(collapse.images, config.data.global_batch or config.data.micro_batch, config.model.dim)
-    if spreads and (is_late or max(spreads) >= collapse.min_std):
-        facts["std"] = median(spreads[-_LAST:])
+    spread = median(spreads[-_LAST:]) if spreads else 0.0
+    is_forming = spread < collapse.min_std and _is_rising(spreads)
+    if spreads and (is_late or (max(spreads) >= collapse.min_std and not is_forming)):
+        facts["std"] = spread
     shares = [(rank - 1) / (most - 1) for rank in ranks] if most > 1 else []
-    if shares and (is_late or max(shares) >= collapse.min_rank):
+    if shares and (is_late or (max(shares) >= collapse.min_rank and not _is_rising(ranks))):
         facts["rank"] = median(shares[-_LAST:])
+    # at any step: unlike nearly equal features, these do not belong to a new network
+    if ranks and most >= _MIN_RANGE and facts.get("std", 0.0) >= _SPREAD and not _is_rising(ranks):
+        facts["dimensions"] = median(ranks[-_LAST:])
     prototypes = config.objective.global_loss.head.prototypes
     # equal features have equal assignments, which says nothing about the temperature
     if entropies and prototypes > 1 and (is_late or facts.get("std", 0.0) >= _DISTINCT):
@@ -220,6 +231,11 @@ def _facts_with_bounds(
         if usages and facts["entropy"] < _SHARP:
             facts["usage"] = median(usages[-_LAST:])
     return facts
+
+
+def _is_rising(values: list[float]) -> bool:
+    last = values[-_LAST:]
+    return bool(last) and last[-1] > _RISING * last[0]
 
 
 def _loss_rise(records: Records) -> float | None:

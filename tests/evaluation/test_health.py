@@ -43,6 +43,13 @@ def verdict(changed: dict[str, Any], steps: int = STEPS) -> HealthFinding:
         ("entropy collapse", {"teacher/entropy": UNIFORM}, "lower schedules.teacher_temperature"),
         ("entropy collapse", {"teacher/entropy": lambda step: 3.0 / step**3}, "at 0.0"),
         ("rank collapse", {"features/rank": lambda step: 1 + 11 / step}, "features/rank"),
+        # from the first step on, and also while the entropy looks normal
+        ("rank collapse", {"features/rank": 4.0}, "features/rank is 4.0"),
+        ("healthy", {"features/rank": 6.0}, ""),
+        # from LayerScale 1e-5, features form one dimension after the other
+        ("healthy", {"features/rank": lambda step: 1 + (step / 50) ** 2}, ""),
+        ("healthy", {"features/rank": 4.0, "features/std": 0.2}, ""),
+        ("healthy", {"features/std": lambda step: 0.02 + (step / 180) ** 4, "features/rank": 1.0}, ""),
         # the features of a new network may be equal, and so are their assignments
         ("healthy", {"features/rank": 1.0, "features/std": 0.01, "teacher/entropy": UNIFORM}, ""),
         ("learning rate", {"features/rank": lambda step: 12.0 if step in (1, 100) else 6.0}, "fell to 50%"),

@@ -46,6 +46,10 @@ FAULTS: dict[str, tuple[str, str, Sequence[Sequence[str]]]] = {
         (("schedules.teacher_temperature=1.0",),
          ("schedules.teacher_temperature=1.0", "objective.student_temperature=1.0")),
     ),
+    "features of few dimensions": (
+        "rank collapse", "good",
+        (("model.factory=benchmarks.low_rank_backbone:two",), ("model.factory=benchmarks.low_rank_backbone:four",)),
+    ),
     "no centring": ("entropy collapse", "good", (_NO_CENTRE,)),
     "temperature warm-up": (
         "schedule", "good",
@@ -63,7 +67,10 @@ FAULTS: dict[str, tuple[str, str, Sequence[Sequence[str]]]] = {
 }  # fmt: skip
 
 
-def run(images: Path, folder: Path, runs: int, first_seed: int, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+def run(
+    images: Path, folder: Path, runs: int, first_seed: int, steps: int, overrides: Sequence[str],
+    faults: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Train, judge and count; return the confusion matrix by fault, the share that is right, and each run.
 
     Args:
@@ -73,13 +80,17 @@ def run(images: Path, folder: Path, runs: int, first_seed: int, steps: int, over
         first_seed: seed of the first run, from which the other seeds count up.
         steps: of each run.
         overrides: further settings of all runs.
+        faults: of ``FAULTS``; default: all.
     """
+    faults = faults or list(FAULTS)
+    if unknown := [fault for fault in faults if fault not in FAULTS]:
+        raise StreamtrainError(f"there is no fault {unknown[0]!r}; choose among {', '.join(FAULTS)}")
     sources = _sources(images, folder)
     rows = []
     for index in range(runs):
-        fault = list(FAULTS)[index % len(FAULTS)]
+        fault = faults[index % len(faults)]
         expected, kind, choices = FAULTS[fault]
-        turn = index // len(FAULTS) + first_seed
+        turn = index // len(faults) + first_seed
         recipe, source = RECIPES[(turn + index) % len(RECIPES)], list(sources)[index // 2 % len(sources)]
         shards = _pack(folder, source, sources[source], kind)
         given = [_fill(text, recipe, steps) for text in choices[turn % len(choices)]]
@@ -93,7 +104,7 @@ def run(images: Path, folder: Path, runs: int, first_seed: int, steps: int, over
         )  # fmt: skip
         print(f"{index + 1}/{runs} {fault}: {finding.verdict} ({recipe}, {source})", file=sys.stderr, flush=True)
     right = sum(row["expected"] == row["verdict"] for row in rows)
-    matrix = {fault: dict(Counter(row["verdict"] for row in rows if row["fault"] == fault)) for fault in FAULTS}
+    matrix = {fault: dict(Counter(row["verdict"] for row in rows if row["fault"] == fault)) for fault in faults}
     return {
         "runs": runs, "right": right, "share": right / runs, "margin": accuracy_margin(right / runs, runs),
         "matrix": matrix, "of_runs": rows,
