@@ -157,7 +157,7 @@ def _train(path: Path, words: Sequence[str]) -> None:
 def _call(log: Path, words: Sequence[str]) -> None:
     """Run a command line in a fork of a process that has imported the libraries, which saves their import."""
     context = multiprocessing.get_context("forkserver")
-    # not this package: before the server knows sys.path, its name is the folder of results
+    # not this package: in the server, its name is still the folder of results
     context.set_forkserver_preload(["torch", "deepspeed", "streamtrain.training.loop"])
     process = context.Process(target=_main, args=(log, words))
     process.start()
