@@ -2,7 +2,8 @@
 # Create .venv in the checkout and install streamtrain into it; does nothing if that is already done.
 #
 #   tools/setup_env.sh [EXTRA ...]      EXTRA: hf (export for transformers), 8bit (8-bit Adam moments), eval (logistic
-#                                       regression), onnx, http, s3, gcs (remote shards), parquet, wandb, mlflow, test.
+#                                       regression), onnx, http, s3, gcs (remote shards), parquet, wandb, mlflow, docs,
+#                                       test.
 #                                       The extra for DALI is chosen from the GPU driver. With test, the versions of
 #                                       requirements/test.lock are installed if Python's version matches.
 #
