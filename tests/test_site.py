@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,3 +30,13 @@ def test_generated_pages_are_current() -> None:
     command = [sys.executable, "tools/generate_docs.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_results_state_their_command_and_hardware() -> None:
+    """Every file of benchmarks/results has the facts that a reader needs to repeat it."""
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"command", "commit", "hardware"} <= set(result), path.name
+        if "rows" in result:
+            assert {"title", "n", "spread"} <= set(result), path.name
+            assert {len(row) for row in result["rows"]} == {len(result["columns"])}, path.name

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Write the generated pages of the documentation: docs/config.md and docs/cli.md.
+"""Write the generated parts of the documentation: docs/config.md, docs/cli.md, and tables of results.
+
+A page that contains `<!-- result: NAME -->` and `<!-- end of result -->` has the table of benchmarks/results/NAME.json
+between them. The file has `columns` (name, unit, decimals), `rows`, and `command`, `hardware` and `n`.
 
 python tools/generate_docs.py            write them
 python tools/generate_docs.py --check    exit with status 1 if a page is not current
@@ -8,14 +11,20 @@ python tools/generate_docs.py --check    exit with status 1 if a page is not cur
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from streamtrain.cli import main as command_line
 from streamtrain.config.reference import render_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RESULT = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end of result -->)", re.DOTALL)
 
 CLI_HEADER = """\
 # Command line
@@ -51,6 +60,34 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path and the current text of every generated page."""
     yield ROOT / "docs" / "config.md", render_markdown()
     yield ROOT / "docs" / "cli.md", render_commands()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        if RESULT.search(text):
+            yield path, RESULT.sub(lambda match: f"{match[1]}\n{render_result(match[2])}\n{match[3]}", text)
+
+
+def render_result(name: str) -> str:
+    """Return the table of a result file, and a line with the number of samples, the hardware and the file."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    columns = result["columns"]
+    heads = [column["name"] + (f" ({column['unit']})" if "unit" in column else "") for column in columns]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(columns) + "|"]
+    for row in result["rows"]:
+        cells = [_number(value, column) for value, column in zip(row, columns, strict=True)]
+        lines.append("| " + " | ".join(cells) + " |")
+    labels = {"n": "Samples", "hardware": "Hardware", "spread": "Uncertainty", "note": "Note"}
+    facts = [f"{label}: {result[key]}." for key, label in labels.items() if result.get(key)]
+    facts.append(f"Command and data: `benchmarks/results/{name}.json`.")
+    return "\n".join([*lines, "", textwrap.fill(f"*{' '.join(facts)}*", 118, break_on_hyphens=False), ""])
+
+
+def _number(value: Any, column: dict[str, Any]) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        decimals = max(len(str(value).partition(".")[2]), column.get("decimals", 1))
+        return f"{value:.{decimals}f}"
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) and value >= 1000 else str(value)
 
 
 def render_commands() -> str:

@@ -23,7 +23,7 @@ from streamtrain.planning.parts import (
 from streamtrain.planning.shapes import backbone_shapes
 from streamtrain.planning.sizes import Sizes
 
-# Python with torch, DeepSpeed and DALI, in the middle of what runs measured (docs/measurements.md)
+# Python with torch, DeepSpeed and DALI, in the middle of what runs measured (benchmarks/results/memory_of_runs.json)
 PROCESS_BYTES = 870_000_000
 # the share of the available memory that the copies of checkpoints may use
 COPY_SHARE = 0.8

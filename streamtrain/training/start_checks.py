@@ -23,7 +23,7 @@ from streamtrain.run.machine import Space, disk_space, folder_bytes, host_memory
 from streamtrain.run.provenance import program_versions
 from streamtrain.run.resume_policy import DISK_KEY, MEMORY_KEY
 
-# plans were accurate within about 10 % (docs/measurements.md)
+# plans were accurate within about 10 % (benchmarks/results/memory_of_runs.json)
 _PLAN_MARGIN = 1.1
 # up to this width, the host is estimated to limit a step on a GPU (not measured); micro-batches to recommend, largest
 # first
