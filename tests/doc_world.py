@@ -44,9 +44,12 @@ STUBS = "tensorboard() { :; }; pip() { :; }; source() { :; }\n"
 
 def environment(folder: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # features of evaluations stay in the folder; compiled kernels are shared
+    cache = Path(kept.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kernels = kept.get("TORCH_EXTENSIONS_DIR") or str(cache / "torch_extensions")
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), kept["PATH"]])
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"),
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+            "TORCH_EXTENSIONS_DIR": kernels, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
 def run_shell(script: str, folder: Path) -> None:

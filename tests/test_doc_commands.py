@@ -74,7 +74,7 @@ def test_commands_have_known_options_and_valid_settings(block: Block, words: lis
 
 @cache
 def known_options(program: str, kind: str) -> set[str]:
-    """Return the options that a script lists in its help and in that of the subcommand ``kind``."""
+    """Return the options that a script lists in its help; of tools/bench.py, in the help of the subcommand ``kind``."""
     command = ["bash" if program.endswith(".sh") else sys.executable, program]
     command += [kind] if program == "tools/bench.py" else []
     text = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -32,7 +32,7 @@ def at_toy_size(text: str) -> str:
 
 
 def remove_outputs(text: str, folder: Path) -> None:
-    """Remove what the block writes anew; a run that it resumes stays."""
+    """Remove the outputs of the block, except a run that it resumes."""
     names = re.findall(r"--out (\S+)|run\.dir=(\S+)", text)
     if "--accept" not in text:
         for name in {first or second for first, second in names}:
