@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -102,7 +103,9 @@ def test_yaml_is_a_valid_recipe(block: Block, tmp_path: Path) -> None:
 
 def test_blocks_that_do_not_run_have_a_reason() -> None:
     for block in BLOCKS:
-        assert block.language in ("bash", "python", "yaml", "text"), f"{block} has no language"
+        assert block.language in ("bash", "python", "yaml", "json", "text"), f"{block} has no language"
+        if block.language == "json":
+            json.loads(block.text)
         if block.not_run is not None:
             assert block.not_run.startswith(REASONS), f"{block}: {block.not_run}"
             if block.not_run.startswith("tests/"):
