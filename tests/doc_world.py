@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 from doc_blocks import ROOT
+from PIL import Image
 from tiny_backbone import class_folder
 
 HEAD = {"prototypes": 32, "hidden": 32, "bottleneck": 16}
@@ -91,6 +92,7 @@ def build(folder: Path) -> Path:
 
 def _draw(folder: Path) -> None:
     class_folder(folder / "photos", ("across", "down"), each=20)
+    _draw_maps(folder)
     for name in ("cat", "dog"):
         shutil.copy(folder / "photos" / "down" / "000.png", folder / f"{name}.jpg")
     rng = np.random.default_rng(0)
@@ -104,3 +106,15 @@ def _draw(folder: Path) -> None:
         for path in sorted((folder / "scenes").glob("*.tif")):
             tar.add(path, path.name)
     tifffile.imwrite(folder / "slides" / "0.tif", rng.integers(0, 255, (600, 600, 3), dtype=np.uint8), tile=(256, 256))
+
+
+def _draw_maps(folder: Path) -> None:
+    """Write `images`, and a mask and a depth map of each: the left and the right half."""
+    shutil.copytree(folder / "photos", folder / "images")
+    for path in sorted((folder / "images").rglob("*.png")):
+        with Image.open(path) as image:
+            right = np.arange(image.width)[None].repeat(image.height, 0) > image.width // 2
+        for name in ("masks", "depth"):
+            (folder / name / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(right.astype(np.uint8)).save(folder / "masks" / path.parent.name / path.name)
+        np.save(folder / "depth" / path.parent.name / f"{path.stem}.npy", 1 + right.astype(np.float32))
