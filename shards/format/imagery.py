@@ -13,7 +13,7 @@ import importlib.util
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -54,7 +54,7 @@ def read_header(payload: bytes, pixels: PixelFormat) -> Header:
     if pixels.is_rgb:
         return image_header.read_header(payload)
     if payload.startswith(_NPY_SIGNATURE):
-        height, width, _ = array_layout(_read_npy_header(payload)[0], pixels.channels)
+        height, width, _ = array_layout(read_npy_header(payload)[0], pixels.channels)
         header = Header(NPY, width, height, 1, True)
     elif dicom.is_dicom(payload):
         header = dicom.read_header(payload)
@@ -82,7 +82,7 @@ def check_size(header: Header, pixels: PixelFormat, max_pixels: int) -> None:
 
 def load_npy(payload: bytes, pixels: PixelFormat) -> Array:
     """Return the array of a ``.npy`` file as [height, width, channels] in native byte order; raises as ``decode``."""
-    shape, is_fortran, dtype, start = _read_npy_header(payload)
+    shape, is_fortran, dtype, start = read_npy_header(payload)
     height, width, is_first = array_layout(shape, pixels.channels)
     values: Array = np.frombuffer(payload, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
     values = np.moveaxis(values, 0, 2) if is_first else values.reshape(height, width, -1)
@@ -187,8 +187,14 @@ def tiff_orientation(page: Any) -> int:
     return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
 
-def _read_npy_header(payload: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Return shape, order, dtype and the start of the data, which the file holds exactly."""
+def read_npy_header(
+    payload: bytes, dtypes: Sequence[str] = tuple(DTYPES)
+) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, order, dtype and the start of the data, which the file holds exactly.
+
+    Raises:
+        ShardError: no such file, too large, or of a type that is not in ``dtypes``.
+    """
     file = io.BytesIO(payload[:_MAX_NPY_HEADER])
     try:
         version = np.lib.format.read_magic(file)
@@ -196,8 +202,8 @@ def _read_npy_header(payload: bytes) -> tuple[tuple[int, ...], bool, np.dtype, i
         shape, is_fortran, dtype = readers[version](file, max_header_size=_MAX_NPY_HEADER)
     except Exception as error:  # the header is a Python literal, which can fail in many ways
         raise ShardError("its header cannot be read") from error
-    if dtype.newbyteorder("=").name not in DTYPES:
-        raise ShardError(f"an array of {dtype} is not supported; convert it to {', '.join(DTYPES)}")
+    if dtype.newbyteorder("=").name not in dtypes:
+        raise ShardError(f"an array of {dtype} is not supported; convert it to {', '.join(dtypes)}")
     needed = math.prod(shape) * dtype.itemsize
     if needed > MAX_DECODED_BYTES or file.tell() + needed != len(payload):
         raise ShardError(f"its header promises {needed} bytes of values, the file has {len(payload) - file.tell()}")

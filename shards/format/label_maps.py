@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from shards.errors import ShardError
 from shards.format.decode import DEFAULT_MAX_PIXELS, load_pixels, read_bounded
-from shards.format.image_files import find_format, one_line_errors
-from shards.format.imagery import load_npy
+from shards.format.image_files import one_line_errors
+from shards.format.imagery import load_npy, read_npy_header
 from shards.format.pixels import PixelFormat
 from shards.format.tar_members import MAP_EXTENSIONS
 
@@ -21,7 +21,7 @@ MAX_CLASSES = 1024
 UNLABELLED = -1
 # class id of an unlabelled pixel, by bytes per pixel
 _IGNORED = {1: 255, 2: 65_535}
-_NPY = b"\x93NUMPY"
+_NPY, _PNG = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"
 _MILLIMETRES = np.float32(1000.0)
 
 
@@ -35,7 +35,7 @@ def decode_class_ids(payload: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> np
     Raises:
         ShardError: not such a PNG, damaged, too large, or an id is too large.
     """
-    values = _decode_png(payload, max_pixels, "class ids")
+    values = _decode_png(payload, max_pixels, "class ids", "a PNG")
     is_labelled = values != _IGNORED[values.dtype.itemsize]
     if is_labelled.any() and (largest := int(values[is_labelled].max())) >= MAX_CLASSES:
         raise ShardError(f"it has the class id {largest}, the largest possible is {MAX_CLASSES - 1}; renumber the ids")
@@ -56,23 +56,24 @@ def decode_depth(payload: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
     if payload.startswith(_NPY):
         depth_pixels = PixelFormat(1, "float32")
         with one_line_errors():
-            # checks the size before the values are read
+            # checks the type and the size before the values are read
+            read_npy_header(payload, (depth_pixels.dtype,))
             read_bounded(payload, max_pixels, depth_pixels)
             values = load_npy(payload, depth_pixels)[..., 0]
-        if values.dtype != np.float32:
-            raise ShardError(f"a depth map of {values.dtype} is not supported; convert it to float32")
     else:
-        stored = _decode_png(payload, max_pixels, "depth")
+        stored = _decode_png(payload, max_pixels, "depth", "a .npy or a PNG")
         if stored.dtype != np.uint16:
             raise ShardError("a depth map as PNG needs 16 bits, in millimetres")
         values = stored / _MILLIMETRES
     return np.where(np.isfinite(values) & (values > 0), values, 0).astype(np.float32)
 
 
-def _decode_png(payload: bytes, max_pixels: int, content: str) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Return the stored values or palette indices [height, width]."""
-    if (kind := find_format(payload)) != "PNG":
-        raise ShardError(f"{content} must be a PNG, this is a {kind} file")
+def _decode_png(
+    payload: bytes, max_pixels: int, content: str, formats: str
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+    """Return the stored values or palette indices [height, width]; ``content`` and ``formats`` are for messages."""
+    if not payload.startswith(_PNG):
+        raise ShardError(f"{content} must be {formats}" if payload else "the file is empty")
     decoded = load_pixels(payload, max_pixels)
     bits, color = payload[24], payload[25]
     with one_line_errors():

@@ -5,14 +5,16 @@ They are members of the archive of the images, or files of the same names in par
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.errors import ShardError, SourceUnreachable, printable
-from shards.format.label_maps import MAP_KINDS
+from shards.errors import ShardError, SourceUnreachable, explain_os_error, printable
+from shards.format.label_maps import MAP_KINDS, MapKind
 from shards.format.set_manifest import counted
+from shards.format.tally import is_hidden
 from shards.format.tar_members import MAP_EXTENSIONS, Member, find_maps, split_map, split_suffix
 from shards.packing.items import FileSpan, Inputs, Item, ItemMap, Location
 from shards.packing.summary import LEFT_OUT
@@ -85,27 +87,61 @@ def pair_folders(inputs: Inputs, src: str, folders: Mapping[str, Path]) -> Input
             raise ShardError(f"{option} is not a folder; give the folder of the {MAP_KINDS[kind].title}s")
         if folder.resolve().is_relative_to(Path(src).resolve()):
             raise ShardError(f"{option} is inside --src, so its files would be packed as images; move it")
-        items = tuple(_with_map(item, kind, folder) for item in inputs.items)
-        num_missing = sum(all(each.kind != kind for each in item.maps) for item in items)
-        if num_missing == len(items):
-            names = " or ".join(str(path) for _, path in _options(items[0], kind, folder))
-            raise ShardError(printable(f"no image of {src} has a file in {option}: {items[0].name} needs {names}"))
-        inputs.passed_over.add(f"images without a {MAP_KINDS[kind].title} in {folder}", num_missing)
-        inputs = replace(inputs, items=items)
+        paths, num_unused = find_map_files([item.name for item in inputs.items], folder, MAP_KINDS[kind])
+        num_missing = paths.count(None)
+        if num_missing == len(paths):
+            reason = f"no image of {src} has a file in {option}: {inputs.items[0].name} needs "
+            raise ShardError(printable(reason + describe_map_files(inputs.items[0].name, folder, MAP_KINDS[kind])))
+        title = MAP_KINDS[kind].title
+        inputs.passed_over.add(f"images without a {title} in {folder}", num_missing)
+        inputs.passed_over.add(f"{title}s without an image in {src}, passed over", num_unused)
+        items = list(inputs.items)
+        for number, path in enumerate(paths):
+            if path is not None:
+                found = ItemMap(kind, kind + path.suffix.lower(), FileSpan(path))
+                items[number] = replace(items[number], maps=(*items[number].maps, found))
+        inputs = replace(inputs, items=tuple(items))
     return inputs
 
 
-def _options(item: Item, kind: str, folder: Path) -> list[tuple[str, Path]]:
-    """Return the extensions and paths that the map of an image can have."""
-    suffixes = MAP_KINDS[kind].suffixes
-    return [(f"{kind}{suffix}", folder / Path(item.name).with_suffix(suffix)) for suffix in suffixes]
+def find_map_files(names: Sequence[str], folder: Path, kind: MapKind) -> tuple[list[Path | None], int]:
+    """Find the maps of images in a parallel folder; the case of their suffixes does not matter.
+
+    Args:
+        names: of the images, relative to their folder.
+
+    Returns:
+        The map of each image, None if it has none, and the number of maps in the same subfolders that no image has.
+
+    Raises:
+        ShardError: a folder cannot be read.
+    """
+    listed = {parent: _list_maps(folder / parent, kind) for parent in {Path(name).parent for name in names}}
+    paths = []
+    for name in map(Path, names):
+        options = (listed[name.parent].get(name.stem + suffix) for suffix in kind.suffixes)
+        paths.append(next((path for path in options if path is not None), None))
+    stems = {path.with_suffix("") for path in paths if path is not None}
+    unused = {path.with_suffix("") for found in listed.values() for path in found.values()} - stems
+    return paths, len(unused)
 
 
-def _with_map(item: Item, kind: str, folder: Path) -> Item:
-    for extension, path in _options(item, kind, folder):
-        if path.is_file():
-            return replace(item, maps=(*item.maps, ItemMap(kind, extension, FileSpan(path))))
-    return item
+def _list_maps(folder: Path, kind: MapKind) -> dict[str, Path]:
+    """Return the maps in a folder by name, with the suffix in lower case; empty if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            files = [folder / entry.name for entry in entries if entry.is_file() and not is_hidden(entry.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ShardError(f"cannot list {printable(folder)}: {explain_os_error(error)}") from error
+    # of names that differ in case only, the one in lower case comes last
+    return {path.stem + path.suffix.lower(): path for path in sorted(files) if path.suffix.lower() in kind.suffixes}
+
+
+def describe_map_files(name: str, folder: Path, kind: MapKind) -> str:
+    """Return the paths that the map of an image can have in a parallel folder, as text."""
+    return " or ".join(str(folder / Path(name).with_suffix(suffix)) for suffix in kind.suffixes)
 
 
 def check_maps(inputs: Inputs, options: PackOptions) -> None:

@@ -18,6 +18,7 @@ from shards.format.label_maps import Array as Array
 from shards.format.label_maps import MapKind
 from shards.format.pixels import PixelFormat
 from shards.packing.items import FileSpan
+from shards.packing.maps import describe_map_files, find_map_files
 from streamtrain.data.still_images import centre_crop, centre_spans, still_size
 from streamtrain.errors import StreamtrainError
 from streamtrain.evaluation.features import decode_crop
@@ -111,25 +112,18 @@ def open_mapped(
     if not path.is_dir():
         raise StreamtrainError(f"{path} is not a folder: give the folder of the images, beside --labels")
     images = open_source(str(path), WHITE, pixels)
-    found: list[int] = []
-    paths: list[Path] = []
-    missing: list[str] = []
-    for index in range(len(images)):
-        name = images.sample_key(index)
-        options = [maps / Path(name).with_suffix(suffix) for suffix in kind.suffixes]
-        existing = next((option for option in options if option.is_file()), None)
-        if existing is None:
-            missing.append(f"{path / name} needs {' or '.join(map(str, options))}")
-        else:
-            found.append(index)
-            paths.append(existing)
-    if not found:
-        raise StreamtrainError(printable(f"no image of {path} has a label file: {missing[0]}"))
-    if missing:
+    names = [images.sample_key(index) for index in range(len(images))]
+    files, _ = find_map_files(names, maps, kind)
+    found = [index for index, file in enumerate(files) if file is not None]
+    paths = [file for file in files if file is not None]
+    if num_missing := len(names) - len(found):
+        name = names[files.index(None)]
+        needed = printable(f"{path / name} needs {describe_map_files(name, maps, kind)}")
+        if not found:
+            raise StreamtrainError(f"no image of {printable(path)} has a label file: {needed}")
         logger.warning(
-            "%d of %d images of %s have no label file and are left out: %s",
-            len(missing), len(images), path, printable(missing[0]),
-        )  # fmt: skip
+            "%d of %d images of %s have no label file and are left out: %s", num_missing, len(names), path, needed
+        )
 
     def read(index: int) -> tuple[bytes, str]:
         return FileSpan(paths[index]).read(), str(paths[index])

@@ -68,7 +68,8 @@ def test_the_largest_value_is_unlabelled() -> None:
     ("payload", "words"),
     [
         (encoded(drawn_image(0), "PNG"), "picture in colour"),
-        (encoded(drawn_image(0).convert("L"), "JPEG"), "must be a PNG"),
+        (encoded(drawn_image(0).convert("L"), "JPEG"), "must be a PNG$"),
+        (b"ids", "must be a PNG$"),
         (png(np.array([[1024]], np.uint16)), "largest possible is 1023"),
         (png(IDS.astype(np.uint8))[:-20], "."),
         (b"", "empty"),
@@ -96,8 +97,9 @@ def test_depth_is_in_metres_and_0_where_unknown() -> None:
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
-        (npy(np.ones((2, 3))), "float64"),
-        (npy(np.ones((2, 3), np.uint16)), "float32"),
+        (npy(np.ones((2, 3))), "an array of float64 is not supported; convert it to float32$"),
+        (npy(np.ones((2, 3), np.uint16)), "convert it to float32$"),
+        (b"depth", "depth must be a .npy or a PNG$"),
         (npy(np.ones((2, 3, 4, 5), np.float32)), "shape"),
         (npy(np.array([[{}]]), allow_pickle=True), "object"),
         (npy(np.ones((2, 3), np.float32))[:-1], "promises"),

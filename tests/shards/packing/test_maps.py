@@ -55,16 +55,19 @@ def _maps(location: Path | str, kind: str) -> dict[str, bytes]:
 
 
 def test_each_image_gets_the_map_of_its_name_byte_for_byte(folder: Path) -> None:
-    (folder / "masks" / "a" / "3.png").unlink()
+    masks = folder / "masks" / "a"
+    (masks / "3.png").rename(masks / "extra.PNG")
+    (masks / "5.png").rename(masks / "5.PNG")
     Image.new("I;16", (10, 10), 500).save(folder / "depth" / "a" / "4.png")  # .npy is preferred
     report = pack(folder / "images", folder / "set", _options(folder))
     packed = _maps(folder / "set", "seg")
-    files = {f"{number:09d}_a_{number}": folder / "masks" / "a" / f"{number}.png" for number in range(9) if number != 3}
-    assert packed == {key: path.read_bytes() for key, path in files.items()}
+    files = {int(path.stem): path for path in masks.iterdir() if path.stem != "extra"}
+    assert packed == {f"{number:09d}_a_{number}": path.read_bytes() for number, path in files.items()}
     assert _maps(folder / "set", "depth")["000000004_a_4"] == (folder / "depth" / "a" / "4.npy").read_bytes()
     assert sum(report.manifest.maps["seg"]) == 8 and sum(report.manifest.maps["depth"]) == 9
     assert len(report.manifest.shards) > 2 and report.num_rejected == 0
     assert report.passed_over.reasons[f"images without a mask in {folder / 'masks'}"] == 1
+    assert report.passed_over.reasons[f"masks without an image in {folder / 'images'}, passed over"] == 1
     assert verify(folder / "set") == []
     # other readers find them as members of the sample
     with tarfile.open(folder / "set" / "shards" / "000000.tar") as tar:
@@ -247,6 +250,15 @@ def test_verify_finds_a_damaged_map_and_a_missing_index(folder: Path) -> None:
     assert "index/000000.depth.npy: index" in faults and "is missing" in faults
     # training does not need them
     assert len(all_payloads(ShardSet.open(folder / "set"))) == 9
+
+
+def test_verify_names_an_empty_map_of_an_indexed_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, payload in (("a.jpg", _IMAGE), ("a.seg.png", b"")):
+            add_to_tar(tar, name, payload)
+    index_tars([str(tmp_path / "x.tar")], tmp_path / "set")
+    (fault,) = verify(tmp_path / "set")
+    assert str(fault).endswith("its mask: the file is empty")
 
 
 def test_a_manifest_with_impossible_counts_is_refused(folder: Path) -> None:
