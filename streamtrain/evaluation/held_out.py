@@ -48,7 +48,7 @@ class HeldOut:
 
 
 def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
-    """Return the images that ``evaluation`` selects, or None and the reason.
+    """Return the images that ``evaluation`` selects, or None, and the reason why they or their labels are not used.
 
     Raises:
         ShardError, StreamtrainError: if a named set is missing or has no labels.
@@ -59,33 +59,34 @@ def held_out(config: Config, shard_set: AnySet) -> tuple[HeldOut | None, str]:
     if evaluation.train is not None:
         needs_labels = not _measures_maps(config, evaluation.train)
         train = _open(config, evaluation.train, needs_labels)
-        is_labelled = needs_labels or _is_labelled(train)
+        why_not = "" if needs_labels else _why_unlabelled(train, evaluation.train)
         if evaluation.test is not None:
-            test = _open(config, evaluation.test, is_labelled)
-            if is_labelled:
+            test = _open(config, evaluation.test, not why_not)
+            if not why_not:
                 test = match_classes(train, test)
             parts = sample_images(train, evaluation.images), sample_images(test, evaluation.images // TRAIN_PER_TEST)
         else:
             parts = split_images(sample_images(train, count))
-        return _held_out(parts, is_labelled), ""
+        return _held_out(parts, not why_not), why_not
     if isinstance(shard_set, JoinedSet) or shard_set.is_remote:
         return None, "data.shards is not one local set"
     images = images_of_set(shard_set, stratified_indices(shard_set.num_samples, count))
     images = replace(images, background=background)
     if len(images) <= TRAIN_PER_TEST:
         return None, "data.shards has too few images"
-    if not _is_labelled(images) and not _measures_maps(config, str(shard_set.path)):
-        if (images.labels < 0).all():
-            return None, "data.shards has no labels"
-        if (images.labels < 0).any():
-            return None, "some images of data.shards have no label"
-        return None, "all images of data.shards have the same label"
-    return _held_out(split_images(images), _is_labelled(images)), ""
+    why_not = _why_unlabelled(images, "data.shards")
+    if why_not and not _measures_maps(config, str(shard_set.path)):
+        return None, why_not
+    return _held_out(split_images(images), not why_not), why_not
 
 
-def _is_labelled(images: LabelledImages) -> bool:
-    """Return whether all images have a label, of at least two classes."""
-    return bool((images.labels >= 0).all()) and len(set(images.labels.tolist())) > 1
+def _why_unlabelled(images: LabelledImages, name: str) -> str:
+    """Return why images cannot be classified; empty if all have a label, of at least two classes."""
+    if (images.labels < 0).all():
+        return f"{name} has no labels"
+    if (images.labels < 0).any():
+        return f"some images of {name} have no label"
+    return "" if len(set(images.labels.tolist())) > 1 else f"all images of {name} have the same label"
 
 
 def _measures_maps(config: Config, path: str) -> bool:
@@ -139,7 +140,7 @@ def reference_images(config: Config) -> HeldOut | None:
         return None
     images = _open(config, evaluation.reference, needs_labels=False)
     images = sample_images(images, evaluation.images + evaluation.images // TRAIN_PER_TEST)
-    is_labelled = _is_labelled(images)
+    is_labelled = not _why_unlabelled(images, "evaluation.reference")
     if not is_labelled and evaluation.stop_if_below is not None:
         raise StreamtrainError(
             f"evaluation.stop_if_below needs labels, and evaluation.reference {evaluation.reference} has none, or only "

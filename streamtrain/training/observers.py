@@ -120,7 +120,8 @@ def build_observers(
     """
     images, why_not = held_out(config, shard_set) if config.evaluation.every else (None, "")
     if why_not:
-        logger.info("no evaluation of data.shards: %s; set evaluation.train to a labelled set", why_not)
+        kind = "of data.shards" if images is None else "by labels"
+        logger.info("no evaluation %s: %s; set evaluation.train to a labelled set", kind, why_not)
     student, teacher = networks.student, networks.teacher
     failure = SharedFailure(config.engine.collective_timeout_seconds)
     speed = SpeedMeter(config, runtime, teacher, loader, sink, plan.all_gather_bytes_per_step)

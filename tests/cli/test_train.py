@@ -30,6 +30,7 @@ LINES = [
     r"compiling the CPU kernels: once per machine, .*",
     r"warning: (KoLeo searches|the set has 24 images, which is too few|run\.steps \d+ ends before) .*",
     r"no evaluation of data.shards: .*",
+    r"no evaluation by labels: .*",
     r"plan: .*",
     r"resuming at step \d+ from \S+",
     r"step \d+/\d+: loss \d+\.\d{4}(, \d+\.\d images/s)?(, \d\d:\d\d left)?",

@@ -64,6 +64,7 @@ def start(run: Path) -> dict[str, float]:
 def test_a_set_with_maps_is_evaluated_without_labels(folder: Path) -> None:
     logged = records(folder / "run")
     assert set(start(folder / "run")) == DENSE
+    assert "no evaluation by labels: data.shards has no labels" in (folder / "run" / "messages.log").read_text()
     for step in (2, 4):
         assert {tag for tag in logged[step] if tag.startswith("eval/")} == DENSE | {"eval/seconds", "eval/time_share"}
         assert 0.2 < logged[step]["eval/segmentation_linear_miou"] <= 1 and 0 < logged[step]["eval/depth_rmse"] < 2.5
