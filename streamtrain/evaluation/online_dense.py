@@ -197,11 +197,21 @@ Maps = Mapping[str, Array]
 
 def measure(study: Study) -> dict[str, float]:
     """Return the metrics of the evaluators ``DENSE`` that are configured, of the images with maps. Collective."""
-    kinds = [kind for name, kind in DENSE.items() if name in study.config.evaluation.evaluators]
-    train = study.failure.run(_choose, study.images.train, kinds, TRAIN_IMAGES)
-    test = study.failure.run(_choose, study.images.test, kinds, TEST_IMAGES)
-    if not len(train) or not len(test):
-        return {}
+    kinds = {name: kind for name, kind in DENSE.items() if name in study.config.evaluation.evaluators}
+    train = study.failure.run(_choose, study.images.train, list(kinds.values()), TRAIN_IMAGES)
+    test = study.failure.run(_choose, study.images.test, list(kinds.values()), TEST_IMAGES)
+    results = _train_and_test(study, train, test, list(kinds.values())) if len(train) and len(test) else {}
+    for name, kind in kinds.items():
+        counts = train.count(kind), test.count(kind)
+        if any(counts) and not any(metric.startswith(name) for metric in results):
+            logger.warning(
+                "no %s of %s: %d train and %d test images have a %s; both need some, of two classes or known depth",
+                name, study.images.train.name, *counts, MAP_KINDS[kind].title,
+            )  # fmt: skip
+    return results
+
+
+def _train_and_test(study: Study, train: _Chosen, test: _Chosen, kinds: list[str]) -> dict[str, float]:
     size = study.config.square_side
     grid = _Grid(size, size // study.config.model.patch_size)
     per_image = max(_MAX_BYTES // (4 * study.config.model.dim * len(train)), 1)
@@ -210,13 +220,6 @@ def measure(study: Study) -> dict[str, float]:
         for kind, task in tasks.items():
             task.add_training(number, features, maps.get(kind))
     fitted = {kind: task for kind, task in tasks.items() if task.fit()}
-    for kind in kinds:
-        if kind not in fitted and train.has_map[kind].any():
-            logger.warning(
-                "the %s maps of %s are not evaluated: they have fewer than two classes, or no known depth",
-                kind,
-                train.images.name,
-            )
     for number, features, maps in _features(study, test):
         for kind in fitted.keys() & maps.keys():
             fitted[kind].add_test(number, features, maps[kind])
@@ -235,6 +238,9 @@ class _Chosen:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def count(self, kind: str) -> int:
+        return int(self.has_map[kind].sum()) if kind in self.has_map else 0
 
 
 def _choose(images: LabelledImages, kinds: list[str], count: int) -> _Chosen:

@@ -110,3 +110,11 @@ def test_a_damaged_map_costs_only_itself_and_evaluators_switch_it_off(folder: Pa
     printed = train(folder, "damaged-run", "run.steps=2", "evaluation.evaluators=[depth]", shards="damaged")
     assert "images left out of the evaluation: cannot use the depth map of image" in printed
     assert set(start(folder / "damaged-run")) == {"eval/depth_rmse", "eval/depth_delta1"}
+
+
+def test_maps_of_too_few_images_are_reported(folder: Path) -> None:
+    for path in list((folder / "masks" / "a").glob("*.png"))[1:]:
+        path.unlink()
+    pack(folder / "images", folder / "one", PackOptions(seg=folder / "masks"))
+    printed = train(folder, "one-run", "run.steps=1", "evaluation.every=1", shards="one")
+    assert "no segmentation of" in printed and "test images have a mask" in printed
