@@ -2,7 +2,7 @@
 """Write the generated parts of the documentation: docs/config.md, docs/cli.md, and tables of results.
 
 A page that contains `<!-- result: NAME -->` and `<!-- end of result -->` has the table of benchmarks/results/NAME.json
-between them. The file has `columns` (name, unit, decimals), `rows`, and `command`, `hardware` and `n`.
+between them. The file, or `result` in a file of tools/bench.py, has `columns` (name, unit, decimals), `rows` and `n`.
 
 python tools/generate_docs.py            write them
 python tools/generate_docs.py --check    exit with status 1 if a page is not current
@@ -68,7 +68,10 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 def render_result(name: str) -> str:
     """Return the table of a result file, and a line with the number of samples, the hardware and the file."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    document = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    result = document | document.get("result", {})
+    if isinstance(result["hardware"], dict):
+        result["hardware"] = f"{result['hardware']['cores']} CPU cores, {result['hardware']['cpu']}"
     columns = result["columns"]
     heads = [column["name"] + (f" ({column['unit']})" if "unit" in column else "") for column in columns]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(columns) + "|"]

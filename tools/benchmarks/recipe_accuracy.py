@@ -42,22 +42,29 @@ def run(recipe: str, images: Path, folder: Path, seeds: int, overrides: Sequence
             scores["untrained"] = _evaluate(untrained, sets)
         print(f"seed {seed}: {runs[-1]}, {cpu_hours[-1]:.2f} CPU hours", file=sys.stderr, flush=True)
     scores["trained"] = {task: [run[task] for run in runs] for task in TASKS}
-    result = {"recipe": recipe, "seeds": seeds, "cpu_hours": cpu_hours, "accuracies": scores}
-    print(make_table(result))
+    minutes = round(60 * statistics.mean(cpu_hours))
+    result: dict[str, Any] = {
+        "title": f"{recipe}: accuracy on test images",
+        "n": f"{seeds} seeds; {_count(images / 'train'):,} training and {_count(images / 'test'):,} test images",
+        "spread": "±: 95 % confidence interval of the mean over seeds (Student's t)",
+        "columns": [
+            {"name": "network"}, {"name": "kNN, k = 20", "unit": "%"}, {"name": "linear", "unit": "%"},
+            {"name": "CPU minutes", "decimals": 0},
+        ],
+        "rows": [
+            *([name, *(round(scores[name][task], 1) for task in TASKS), None] for name in ("pixels", "untrained")),
+            ["trained", *(_interval(scores["trained"][task]) for task in TASKS), minutes],
+        ],
+        "recipe": recipe, "cpu_hours": cpu_hours, "accuracies": scores,
+    }  # fmt: skip
+    print(" | ".join(column["name"] for column in result["columns"]))
+    for row in result["rows"]:
+        print(" | ".join("" if value is None else str(value) for value in row))
     return result
 
 
-def make_table(result: dict[str, Any]) -> str:
-    """Return the accuracies as a Markdown table."""
-    lines = ["| Network | kNN, k = 20 (%) | Linear (%) | CPU hours |", "|---|---|---|---|"]
-    for name in ("pixels", "untrained"):
-        knn, linear = (result["accuracies"][name][task] for task in TASKS)
-        lines.append(f"| {name} | {knn:.1f} | {linear:.1f} | |")
-    knn, linear = (_interval(result["accuracies"]["trained"][task]) for task in TASKS)
-    lines.append(
-        f"| trained, {result['seeds']} seeds | {knn} | {linear} | {statistics.mean(result['cpu_hours']):.2f} |"
-    )
-    return "\n".join(lines)
+def _count(folder: Path) -> int:
+    return sum(1 for path in folder.rglob("*") if path.is_file())
 
 
 def _interval(values: Sequence[float]) -> str:
