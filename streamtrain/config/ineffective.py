@@ -30,7 +30,7 @@ def ineffective_settings(config: Config, world_size: int, num_samples: int) -> I
         yield f"the set has {number}, which is too few to learn features from; use at least 1000"
     steps = config.run.steps
     if unreached := list(_unreached_peaks(config)):
-        yield f"run.steps {steps} ends before {', '.join(unreached)}; shorten these, or train longer"
+        yield f"run.steps {steps} is too short for {', '.join(unreached)}; lower these settings, or train longer"
     if (
         config.teacher.kind == "ema"
         and not any(_masked_counts(config))
@@ -48,9 +48,8 @@ def _unreached_peaks(config: Config) -> Iterator[str]:
         ramp = schedule.delay + schedule.warmup
         # a schedule that begins at its peak has none to reach
         if ramp + schedule.tail > steps and schedule.peak != (schedule.start or 0.0):
-            parts = {"delay": schedule.delay, "warm-up": schedule.warmup, "tail": schedule.tail if ramp <= steps else 0}
-            lengths = " and ".join(f"{name} {length}" for name, length in parts.items() if length)
-            yield f"{key} ({lengths})"
+            parts = {"delay": schedule.delay, "warmup": schedule.warmup, "tail": schedule.tail if ramp <= steps else 0}
+            yield from (f"{key}.{name} {length}" for name, length in parts.items() if length)
     # schedules.freeze_last_layer may be longer: some recipes freeze the prototypes for the whole run
     if config.init.freeze_backbone_steps >= steps:
         yield f"init.freeze_backbone_steps ({config.init.freeze_backbone_steps}), so the backbone never learns"

@@ -151,8 +151,8 @@ def judge_health(records: Records, config: Config | None) -> HealthFinding:
     if is_short:
         return HealthFinding(
             "open", "Too early to judge the run's health",
-            f"It has {facts.get('measured', 0):.0f} of the {MIN_MEASURED} measurements of the collapse metrics "
-            "that this needs (monitor.collapse.every).", "too early",
+            f"The collapse metrics were measured {facts.get('measured', 0):.0f} of the {MIN_MEASURED} times that a "
+            "verdict needs; monitor.collapse.every sets how often.", "too early",
         )  # fmt: skip
     known = "; ".join(f"{name} {facts[fact]:{form}}" for fact, name, form in _SHOWN if fact in facts)
     text = f"At the end: {known}." if known else "Few metrics were logged."

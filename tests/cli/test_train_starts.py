@@ -47,7 +47,7 @@ def test_a_short_try_out_starts_with_warnings(shards: Path, tmp_path: Path) -> N
     words = words_of(shards, tmp_path / "run", "run.steps=1", "run.checkpoint_every=9", "schedules.weight_decay=0.1")
     ended = run_command("train", *words)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "run.steps 1 ends before schedules.teacher_temperature (warm-up 3000)" in ended.stderr
+    assert "run.steps 1 is too short for schedules.teacher_temperature.warmup 3000" in ended.stderr
     assert "never due within run.steps 1: run.checkpoint_every 9 (only the last step is saved)" in ended.stderr
     assert "schedules.weight_decay: peak 0.1; the recipe's shape is kept (cosine, end 0.4)" in ended.stdout
     assert saved_steps(tmp_path / "run") == [1]

@@ -20,8 +20,8 @@ def test_recipes_have_no_such_setting(recipe: str) -> None:
 def test_a_short_run_is_one_line_for_all_schedules_and_one_for_all_intervals() -> None:
     schedules, intervals = lines("run.steps=5", "run.keep_every=10", "monitor.histogram_every=7")
     assert schedules == (
-        "run.steps 5 ends before schedules.lr (warm-up 1000), schedules.teacher_temperature (warm-up 3000); "
-        "shorten these, or train longer"
+        "run.steps 5 is too short for schedules.lr.warmup 1000, schedules.teacher_temperature.warmup 3000; "
+        "lower these settings, or train longer"
     )
     assert intervals == (
         "never due within run.steps 5: run.keep_every 10 with run.checkpoint_every 1000, monitor.histogram_every 7"
@@ -36,9 +36,12 @@ def test_a_shortened_recipe_does_not_warn_of_its_own_intervals(recipe: str) -> N
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["schedules.lr.delay=99999", "schedules.lr.warmup=2"], "schedules.lr (delay 99999 and warm-up 2)"),
-        (["schedules.lr.warmup=60000", "schedules.lr.tail=60000"], "schedules.lr (warm-up 60000 and tail 60000)"),
-        (["objective.gram.weight={peak: 2.0, delay: 200000}"], "objective.gram.weight (delay 200000)"),
+        (["schedules.lr.delay=99999", "schedules.lr.warmup=2"], "schedules.lr.delay 99999, schedules.lr.warmup 2"),
+        (
+            ["schedules.lr.warmup=60000", "schedules.lr.tail=60000"],
+            "lr.warmup 60000, schedules.lr.tail 60000",
+        ),
+        (["objective.gram.weight={peak: 2.0, delay: 200000}"], "objective.gram.weight.delay 200000"),
         (["init.freeze_backbone_steps=100000"], "so the backbone never learns"),
         (["monitor.profile.start=200000"], "monitor.profile.start 200000"),
         (["run.keep_every=1500", "run.steps=2900"], "run.keep_every 1500 with run.checkpoint_every 1000"),
