@@ -239,7 +239,9 @@ def _check_maps(shard_set: ShardSet, shard: int, kind: MapKind, samples: tuple[S
         return
     for number, (part, record, sample) in enumerate(zip(parts, records, samples, strict=False)):
         place = (0, 0) if part is None else (part.offset, part.length)
-        if (int(record["offset"]), int(record["length"])) != place:
+        if part is not None and not part.length and not record["length"]:
+            yield Fault(f"shards/{entry.name}", f"its {kind.title}: the file is empty", number, sample.key)
+        elif (int(record["offset"]), int(record["length"])) != place:
             yield Fault(name, f"has a wrong offset or length for the {kind.title}", number, sample.key)
         elif part is not None:
             try:
