@@ -10,6 +10,7 @@ errors (full, gone, read-only) are warnings; older checkpoints are kept until th
 from __future__ import annotations
 
 import json
+import os
 import queue
 import shutil
 import threading
@@ -274,13 +275,20 @@ class CheckpointWriter:
 
     def _begin(self, partial: Path, num_bytes: int) -> None:
         """Make the directory if the disk has room for its files."""
-        self._check_not_moved()
-        remove_tree(partial)
-        partial.parent.mkdir(exist_ok=True)
-        free = shutil.disk_usage(partial.parent).free
-        if num_bytes > free:
-            raise _SaveError(f"it needs {num_bytes / 1e6:.3g} MB, and the disk has {free / 1e6:.3g} MB left")
-        partial.mkdir()
+        # opened before the check: if the run directory is replaced after it, the folders are made in the moved one, and
+        # the first file that is opened by its path fails
+        run_dir = os.open(self._run_dir, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._check_not_moved()
+            remove_tree(partial)
+            with suppress(FileExistsError):
+                os.mkdir(partial.parent.name, dir_fd=run_dir)
+            free = shutil.disk_usage(partial.parent).free
+            if num_bytes > free:
+                raise _SaveError(f"it needs {num_bytes / 1e6:.3g} MB, and the disk has {free / 1e6:.3g} MB left")
+            os.mkdir(partial.relative_to(self._run_dir), dir_fd=run_dir)
+        finally:
+            os.close(run_dir)
         sync(self._run_dir)
 
     def _write_files(self, partial: Path, step: int, payload: CheckpointPayload) -> dict[str, FileChecksum]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -103,6 +104,40 @@ def save_without_new_threads(rank: int, run: Path) -> None:
         writer.save(step, payload_of(SlowShard(torch.full((NUMEL,), 1.0), threading.Event(), done)))
         writer.wait()
     assert saved_steps(run) == [1, 2] and writer.failure is None
+
+
+def replace_while_saving(rank: int, run: Path) -> None:
+    """The run directory is replaced by a copy of itself right after one of the checks."""
+    shutil.copytree(run, run / "copy")
+    done = threading.Event()
+    done.set()
+    for check in (1, 2):
+        checks = 0
+
+        def replace_it(check: int = check) -> bool:
+            nonlocal checks
+            checks += 1
+            if checks == check:
+                run.rename(run.with_name(f"moved_{check}"))
+                shutil.copytree(run.with_name(f"moved_{check}") / "copy", run)
+                shutil.copytree(run, run / "copy")
+            return checks > check
+
+        writer = CheckpointWriter(run, RunConfig(), has_moved=replace_it)
+        writer.save(1, payload_of(SlowShard(torch.full((NUMEL,), 1.0), threading.Event(), done)))
+        writer.wait()
+        assert writer.failure is not None and checks >= check
+        assert not list(run.rglob("*step*")), check
+        writer.close()
+
+
+@pytest.mark.parametrize("folders", [(), (CHECKPOINTS,)])
+def test_nothing_is_written_to_a_directory_that_replaced_the_run(folders: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for folder in folders:
+        (run / folder).mkdir()
+    run_on_ranks(replace_while_saving, tmp_path, run, ranks=1)
 
 
 def test_a_snapshot_newer_than_the_checkpoint_is_replaced(tmp_path: Path) -> None:
