@@ -20,7 +20,8 @@ def in_memory(state: Mapping[str, Tensor], path: str = "a file") -> BackboneFile
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the only backbone in ``state`` under streamtrain's names."""
+    """Return the only backbone in ``state`` under streamtrain's names, without the empty tensor of no registers."""
     (group,) = find_groups(state)
     parts = {name: [state[part] for part in sources] for name, sources in group.sources.items()}
-    return {name: combine(name, tensors, group.naming) for name, tensors in parts.items()}
+    combined = {name: combine(name, tensors, group.naming) for name, tensors in parts.items()}
+    return {name: tensor for name, tensor in combined.items() if tensor.numel()}

@@ -31,7 +31,7 @@ class PlainBackbone(nn.Module):
         tokens = grid.flatten(2).transpose(1, 2)
         if mask is not None:
             tokens = torch.where(mask[..., None], embedding.mask_token, tokens)
-        prefix = torch.cat([embedding.cls_token, embedding.register_tokens]).expand(len(pixels), -1, -1)
+        prefix = embedding.prefix().expand(len(pixels), -1, -1)
         tokens = torch.cat([prefix, tokens], dim=1)
         for block in self.net.blocks:
             tokens = tokens + block.scale1.gamma * self._attention(block, block.norm1(tokens), height, width)

@@ -134,8 +134,6 @@ class BackboneFile:
         shapes, sources = self.shapes(group, expected), group.sources
         biases = [name for name in expected if name.endswith(QKV_BIAS)]
         zeroed = [] if any(name in sources for name in biases) else biases
-        # a model without registers still has an empty tensor for them
-        zeroed += [name for name, shape in expected.items() if not shape.numel() and name not in sources]
         present = [name for name in expected if name in sources]
         matched = {name for name in present if shapes.get(name) == expected[name]}
         notes = []
@@ -156,7 +154,12 @@ class BackboneFile:
             reshaped=tuple(name for name in present if name not in matched),
             unexpected=(
                 *unmatched_names(group, self.groups, self.state.shapes),
-                *(name for name in sources if name not in expected),
+                # transformers has an empty tensor for no registers
+                *(
+                    name
+                    for name in sources
+                    if name not in expected and not (name in shapes and shapes[name].numel() == 0)
+                ),
             ),
             zeroed=tuple(zeroed),
             notes=tuple(notes),

@@ -151,7 +151,9 @@ NAMINGS = (HF, TIMM, DINOV3, OWN)
 
 def to_hf(state: Mapping[str, Tensor], channels: int = 3) -> dict[str, Tensor]:
     """Return a backbone's state under the names of a saved ``DINOv3ViTModel``, which has no norm for local crops."""
-    return _rename(state, HF, channels)
+    # only transformers has a tensor of zero registers
+    none = {"embedding.register_tokens": state["embedding.cls_token"][:0]}
+    return _rename(none | dict(state), HF, channels)
 
 
 def to_timm(state: Mapping[str, Tensor], channels: int = 3) -> dict[str, Tensor]:
@@ -185,9 +187,7 @@ def _rename(state: Mapping[str, Tensor], naming: Naming, channels: int) -> dict[
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in naming.fixed:
-            # only transformers keeps the empty tensor of zero registers
-            if value.numel() or naming is HF:
-                result[naming.fixed[name]] = _reshape(name, value, channels)
+            result[naming.fixed[name]] = _reshape(name, value, channels)
         elif block := re.match(r"blocks\.(\d+)\.(.+)", name):
             start, suffix = f"{naming.block}{block[1]}.", block[2]
             if suffix == QKV_BIAS:

@@ -70,8 +70,7 @@ class _Network(nn.Module):
         pieces = images.unflatten(3, (columns, patch)).unflatten(2, (rows, patch)).permute(0, 2, 4, 1, 3, 5)
         embedding = model.embedding
         patches = embedding.projection(pieces.flatten(3).flatten(1, 2))
-        prefix = torch.cat([embedding.cls_token, embedding.register_tokens])
-        tokens = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1)
+        tokens = torch.cat([embedding.prefix().expand(images.shape[0], -1, -1), patches], dim=1)
         head_dim = self.config.dim // self.config.num_heads
         centres = patch_centres((rows, columns), images.device)
         factors = rope_factors(centres, model.num_prefix, head_dim, self.config.rope_base)

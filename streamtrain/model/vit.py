@@ -37,14 +37,17 @@ class Embedding(nn.Module):
         # columns in the order (channel, y, x): reshaped to [dim, channels, p, p] it is the published convolution
         self.projection = Linear(config.channels * config.patch_size**2, config.dim)
         self.cls_token = nn.Parameter(torch.empty(1, config.dim))
-        self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.dim))
+        # None: DeepSpeed has no place for an empty parameter
+        self.register_tokens = (
+            nn.Parameter(torch.empty(config.num_registers, config.dim)) if config.num_registers else None
+        )
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
         """Embed and pack crops ``[images, channels, height, width]`` per size, with masks ``[images, num_patches]``."""
         patches = [self._unfold(images) for images in crops]
         embedded = self.projection(torch.cat([piece.flatten(0, 1) for piece in patches]))
-        prefix = torch.cat([self.cls_token, self.register_tokens])
+        prefix = self.prefix()
         pieces = embedded.split([piece.shape[0] * piece.shape[1] for piece in patches])
         tokens = []
         for piece, images, mask in zip(pieces, crops, masks, strict=True):
@@ -53,6 +56,11 @@ class Embedding(nn.Module):
                 piece = torch.where(mask[..., None], self.mask_token, piece)
             tokens.append(torch.cat([prefix.expand(images.shape[0], -1, -1), piece], dim=1).flatten(0, 1))
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+    def prefix(self) -> Tensor:
+        """Return the tokens before the patches, [1 + num_registers, dim]."""
+        registers = self.register_tokens
+        return self.cls_token if registers is None else torch.cat([self.cls_token, registers])
 
     def _unfold(self, images: Tensor) -> Tensor:
         """Reshape ``[images, channels, height, width]`` to ``[images, num_patches, channels * patch_size²]``."""

@@ -51,7 +51,7 @@ def backbone_shapes(model: ModelConfig) -> Shapes:
     dim = model.dim
     shapes: Shapes = {
         "embedding.cls_token": (1, dim),
-        "embedding.register_tokens": (model.num_registers, dim),
+        **({"embedding.register_tokens": (model.num_registers, dim)} if model.num_registers else {}),
         "embedding.mask_token": (1, dim),
         "embedding.projection.weight": (dim, model.channels * model.patch_size**2),
         "embedding.projection.bias": (dim,),

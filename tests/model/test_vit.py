@@ -67,7 +67,7 @@ def published(model: VisionTransformer, config: ModelConfig) -> DINOv3ViTModel:
         parameter.data.copy_(value.detach().reshape(parameter.shape))
 
     for token in ("cls_token", "register_tokens", "mask_token"):
-        put(f"embeddings.{token}", ours[f"embedding.{token}"])
+        put(f"embeddings.{token}", ours.get(f"embedding.{token}", torch.empty(0)))
     for kind in ("weight", "bias"):
         put(f"embeddings.patch_embeddings.{kind}", ours[f"embedding.projection.{kind}"])
         put(f"norm.{kind}", ours[f"norm.{kind}"])

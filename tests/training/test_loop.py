@@ -68,10 +68,10 @@ def expect_success(results: Sequence[tuple[int, str, str]]) -> None:
 
 
 def test_a_killed_run_resumes_bit_for_bit(shards: Path, tmp_path: Path) -> None:
-    """One rank, softmax centring; ``faults/test_runs.py`` covers two ranks and Sinkhorn."""
+    """One rank, softmax centring, no registers; ``faults/test_runs.py`` covers two ranks and Sinkhorn."""
     # 12 steps of 8 samples pass twice over the 40 samples; the kill falls between two checkpoints
     settings = ("run.steps=12", "run.checkpoint_every=2", "data.global_batch=8", "data.micro_batch=2",
-                "objective.centering=softmax", "objective.patch_loss.kind=cosine")  # fmt: skip
+                "objective.centering=softmax", "objective.patch_loss.kind=cosine", "model.num_registers=0")  # fmt: skip
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     expect_success(run_ranks(command(shards, straight, *settings), 1))
 

@@ -105,7 +105,7 @@ def backbone_features(backbone: Any, config: ModelConfig, images: Tensor, mask: 
     tokens = _linear(embedding.projection, F.unfold(images, config.patch_size, stride=config.patch_size).mT)
     if mask is not None:
         tokens = torch.where(mask[..., None], embedding.mask_token.to(tokens.dtype), tokens)
-    prefix = torch.cat([embedding.cls_token, embedding.register_tokens]).expand(len(images), -1, -1)
+    prefix = embedding.prefix().expand(len(images), -1, -1)
     tokens = torch.cat([prefix, tokens], dim=1)
     for block in backbone.blocks:
         branch = _attention(block.attention, config, _norm(block.norm1, config, tokens), cosine, sine)
