@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Write the generated parts of the documentation: docs/config.md, docs/cli.md, and tables of results.
+"""Write the generated parts of the documentation: docs/config.md, docs/cli.md, and tables and plots of results.
 
-A page that contains `<!-- result: NAME -->` and `<!-- end of result -->` has the table of benchmarks/results/NAME.json
-between them. The file, or `result` in a file of tools/bench.py, has `columns` (name, unit, decimals), `rows` and `n`.
+A page that contains `<!-- result: NAME -->` and `<!-- end of result -->` has the plots and the table of
+benchmarks/results/NAME.json between them. The file, or `result` in a file of tools/bench.py, has `columns` (name, unit,
+decimals), `rows` and `n`; optionally `plots` (tools/benchmarks/plots.py), and `table: false` for plots only.
 
 python tools/generate_docs.py            write them
 python tools/generate_docs.py --check    exit with status 1 if a page is not current
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import textwrap
@@ -19,11 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import line_plot
 from streamtrain.cli import main as command_line
 from streamtrain.config.reference import render_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 RESULT = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end of result -->)", re.DOTALL)
 
 CLI_HEADER = """\
@@ -63,25 +67,52 @@ def pages() -> Iterator[tuple[Path, str]]:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         if RESULT.search(text):
-            yield path, RESULT.sub(lambda match: f"{match[1]}\n{render_result(match[2])}\n{match[3]}", text)
+            images = os.path.relpath(IMAGES, path.parent)
+
+            def replace(match: re.Match[str], images: str = images) -> str:
+                return f"{match[1]}\n{render_result(match[2], images)}\n{match[3]}"
+
+            yield path, RESULT.sub(replace, text)
+    for path in sorted(RESULTS.glob("*.json")):
+        result = read_result(path.stem)
+        for plot, image in zip(result.get("plots", []), plot_names(path.stem, result), strict=True):
+            yield IMAGES / image, line_plot(result["columns"], result["rows"], plot)
 
 
-def render_result(name: str) -> str:
-    """Return the table of a result file, and a line with the number of samples, the hardware and the file."""
+def read_result(name: str) -> dict[str, Any]:
+    """Return a result file as one mapping."""
     document = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    result = document | document.get("result", {})
+    return {**document, **document.get("result", {})}
+
+
+def plot_names(name: str, result: dict[str, Any]) -> list[str]:
+    """Return the file names of a result's plots."""
+    return [f"{name}{f'_{number}' if number else ''}.svg" for number in range(len(result.get("plots", [])))]
+
+
+def render_result(name: str, images: str) -> str:
+    """Return plots and table of a result file, and a line with the number of samples, the hardware and the file.
+
+    ``images``: the folder of the plots as seen from the page.
+    """
+    result = read_result(name)
     if isinstance(result["hardware"], dict):
         result["hardware"] = f"{result['hardware']['cores']} CPU cores, {result['hardware']['cpu']}"
     columns = result["columns"]
     heads = [column["name"] + (f" ({column['unit']})" if "unit" in column else "") for column in columns]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(columns) + "|"]
-    for row in result["rows"]:
-        cells = [_number(value, column) for value, column in zip(row, columns, strict=True)]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = []
+    for plot, image in zip(result.get("plots", []), plot_names(name, result), strict=True):
+        lines += [f"![{plot['title']}]({images}/{image})", ""]
+    if result.get("table", True):
+        lines += ["| " + " | ".join(heads) + " |", "|---" * len(columns) + "|"]
+        for row in result["rows"]:
+            cells = [_number(value, column) for value, column in zip(row, columns, strict=True)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
     labels = {"n": "Samples", "hardware": "Hardware", "spread": "Uncertainty", "note": "Note"}
     facts = [f"{label}: {result[key]}." for key, label in labels.items() if result.get(key)]
     facts.append(f"Command and data: `benchmarks/results/{name}.json`.")
-    return "\n".join([*lines, "", textwrap.fill(f"*{' '.join(facts)}*", 118, break_on_hyphens=False), ""])
+    return "\n".join([*lines, textwrap.fill(f"*{' '.join(facts)}*", 118, break_on_hyphens=False), ""])
 
 
 def _number(value: Any, column: dict[str, Any]) -> str:
