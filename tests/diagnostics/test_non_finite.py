@@ -93,6 +93,7 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_rank(shards: P
     assert lines[3]["optim/gradient_norm"] is None and lines[3]["loss/total"] and lines[4]["loss/total"] is None
 
 
+@pytest.mark.slow
 def test_too_many_non_finite_steps_in_a_row_end_the_run(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(shards, run, "run.steps=9", "run.max_bad_steps=2", "optim.clip_per=module")

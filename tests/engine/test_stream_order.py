@@ -48,7 +48,7 @@ def check_steps(ranks: int, dtype: str, form: str) -> None:
     assert (found["gathered_blocks"] > 2) == (ranks > 1)
 
 
-@pytest.mark.parametrize("form", ["device", "host"])
+@pytest.mark.parametrize("form", ["device", pytest.param("host", marks=pytest.mark.slow)])
 def test_steps_have_no_race_two_host_waits_and_bounded_memory(form: str) -> None:
     check_steps(2, "bf16", form)
 

@@ -127,6 +127,7 @@ def test_the_report_judges_the_reference(value: float, change: float, kind: str)
     assert judge_drift([{"step": 5, "eval/knn_20": 0.5}], KnownBaselines()) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_its_start_stops_after_a_checkpoint_and_names_the_best(tmp_path: Path) -> None:
     shards, weights = packed_set(tmp_path, 40).path, tiny_weights(tmp_path / "weights")
     labelled, plain = class_folder(tmp_path / "labelled", ("c", "d"), each=60), tmp_path / "plain"

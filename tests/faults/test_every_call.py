@@ -42,7 +42,8 @@ def fail_calls(shim: Path, job: str, folder: Path, injections: int) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    ("job", "injections"), [("pack", 15), ("train", 2), pytest.param("cached", 1, marks=pytest.mark.slow)]
+    ("job", "injections"),
+    [("pack", 15), pytest.param("train", 2, marks=pytest.mark.slow), pytest.param("cached", 1, marks=pytest.mark.slow)],
 )
 def test_some_failing_calls(shim: Path, job: str, injections: int, tmp_path: Path) -> None:
     assert fail_calls(shim, job, tmp_path / "job", injections)["injections"] == injections

@@ -37,6 +37,7 @@ def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_gram_stage_killed_between_refreshes_resumes_bit_for_bit(stage_one: Path, tmp_path: Path) -> None:
     def words(run: str) -> list[str]:
         return [*command(stage_one / "set", tmp_path / run, *GRAM), "--resume", str(stage_one / "run")]
@@ -94,6 +95,7 @@ def test_a_gram_teacher_from_a_checkpoint_and_one_of_another_model(stage_one: Pa
     assert code == 2 and "set the model section" in errors.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_anchored_run_resumes_bit_for_bit_without_its_weights(stage_one: Path, tmp_path: Path) -> None:
     weights = tiny_weights(tmp_path / "weights")
 

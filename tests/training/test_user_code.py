@@ -105,6 +105,7 @@ def test_one_rank_resumes_bit_for_bit(folder: Path, trained: Path) -> None:
     assert resumed(folder, "one", *OWN) == straight and list(straight) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_bit_for_bit_and_see_the_same_images(folder: Path, trained: Path) -> None:
     straight = train(folder, "two", *OWN, ranks=2)
     assert resumed(folder, "two", *OWN, ranks=2) == straight
