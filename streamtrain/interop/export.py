@@ -11,8 +11,9 @@ from pathlib import Path
 
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import CONFIG_NAME, RECIPE_NAME, export_safetensors, parse_config, read_document
-from streamtrain.interop.hf import CARD_NAME, PREPROCESSOR_NAME, export_hf
+from streamtrain.interop.hf import PREPROCESSOR_NAME, export_hf
 from streamtrain.interop.load import Backbone
+from streamtrain.interop.model_card import CARD_NAME
 from streamtrain.interop.onnx_folder import ONNX_NAME, export_onnx
 from streamtrain.interop.state_file import INDEX_NAME, WEIGHTS_NAME
 from streamtrain.interop.timm_folder import export_timm, is_own_config

@@ -14,18 +14,18 @@ import torch
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import (
     CONFIG_NAME,
-    RECIPE_NAME,
     BackboneConfig,
     check_one_norm,
     own_preprocessing,
     parse_config,
     read_own_preprocessing,
 )
+from streamtrain.interop.model_card import CARD_NAME, hf_card
 from streamtrain.interop.naming import to_hf
 from streamtrain.model.vit import VisionTransformer
 
 MODEL_TYPE = "dinov3_vit"
-PREPROCESSOR_NAME, CARD_NAME = "preprocessor_config.json", "README.md"
+PREPROCESSOR_NAME = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's constant
 # works with and without torchvision, and from transformers 4.56 on
 IMAGE_PROCESSOR = "BitImageProcessor"
@@ -76,7 +76,7 @@ def export_hf(model: VisionTransformer, config: BackboneConfig, out: Path) -> No
     with _without_progress_bar():
         hf_model.save_pretrained(out)
     (out / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor_config(config), indent=2) + "\n")
-    (out / CARD_NAME).write_text(model_card(config), encoding="utf-8")
+    (out / CARD_NAME).write_text(hf_card(config), encoding="utf-8")
 
 
 @contextmanager
@@ -232,67 +232,3 @@ def _shorter_side(size: object) -> object:
         return size["shortest_edge"]
     sides = [side for side in (size.get("height"), size.get("width")) if isinstance(side, int)]
     return min(sides, default=None)
-
-
-def model_card(config: BackboneConfig) -> str:
-    """Return a model card: the model, its use and its provenance."""
-    model = config.model
-    origin = "\n".join(f"- {key}: {value}" for key, value in config.origin.items() if value is not None)
-    if "run" in config.origin:
-        origin += f"\n\nAll settings of the training are in `{RECIPE_NAME}`."
-    return f"""---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-tags: [dinov3, self-supervised, streamtrain]
----
-# Vision transformer, width {model.dim}, depth {model.depth}
-
-Trained without labels by streamtrain with the DINOv3 objective (arXiv:2508.10104):
-patches of {model.patch_size} px, {model.num_heads} heads, {model.num_registers} register tokens, {model.mlp} MLP,
-axial RoPE; input of {config.image_size} px.
-
-```python
-from transformers import AutoImageProcessor, AutoModel
-from transformers.image_utils import load_image
-
-folder = "."    # run this in the folder of this file, or name that folder
-processor = AutoImageProcessor.from_pretrained(folder)
-model = AutoModel.from_pretrained(folder)
-{_example_input(config)}
-output = model(**inputs)
-output.pooler_output                 # [1, {model.dim}], one vector per image
-output.last_hidden_state[:, {1 + model.num_registers}:]   # [1, patches, {model.dim}], row by row
-```
-
-{_describe_processor(config)}
-
-{origin}
-"""
-
-
-def _example_input(config: BackboneConfig) -> str:
-    shape = f"[1, {config.model.channels}, {config.image_size}, {config.image_size}]"
-    if config.pixels.is_rgb:
-        return f'inputs = processor(load_image("photo.jpg"), return_tensors="pt")    # {shape}'
-    return f"""image = ...    # array {config.dtype} [height, width, {config.model.channels}]
-inputs = processor(image, input_data_format="channels_last", return_tensors="pt")    # {shape}"""
-
-
-def _describe_processor(config: BackboneConfig) -> str:
-    if not config.pixels.is_rgb:
-        return (
-            f"The images of the training had {config.pixels}. The processor crops the central square of\n"
-            f"{config.image_size} pixels and normalises stored values. It does not resize."
-        )
-    return (
-        f"The processor resizes the shorter side to {config.resize} pixels (bicubic), crops the central square of\n"
-        f"{config.image_size} pixels and normalises with the mean and deviation of training. {_describe_alpha(config)}"
-    )
-
-
-def _describe_alpha(config: BackboneConfig) -> str:
-    """Return a sentence about transparent images."""
-    if config.background is None:
-        return "The alpha channel of transparent images is dropped, as in training."
-    colour = ", ".join(map(str, config.background))
-    return f"Composite transparent images on RGB ({colour}), as in training: the processor drops their alpha channel."

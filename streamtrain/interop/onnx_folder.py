@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from streamtrain.errors import StreamtrainError
 from streamtrain.interop.folder import CONFIG_NAME, BackboneConfig
 from streamtrain.interop.hf import PREPROCESSOR_NAME, preprocessor_config
+from streamtrain.interop.model_card import CARD_NAME, onnx_card
 from streamtrain.model.layers import Block, LayerNorm, SwiGlu
 from streamtrain.model.rope import patch_centres, rope_factors
 from streamtrain.model.vit import VisionTransformer
@@ -28,7 +29,7 @@ INPUT, OUTPUTS = "pixel_values", ("cls", "patches")
 
 
 def export_onnx(model: VisionTransformer, config: BackboneConfig, out: Path) -> None:
-    """Write ``out``/model.onnx with its weights, and the description and preprocessing of its images as JSON.
+    """Write ``out``/model.onnx with its weights, description and preprocessing as JSON, and a README with code.
 
     The graph maps ``pixel_values`` [batch, channels, height, width], fp32 and normalised, of any batch and any
     multiples of the patch size, to ``cls`` [batch, dim] and ``patches`` [batch, num_patches, dim], row by row.
@@ -54,6 +55,7 @@ def export_onnx(model: VisionTransformer, config: BackboneConfig, out: Path) -> 
         program.save(out / ONNX_NAME, external_data=True)
     (out / CONFIG_NAME).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (out / PREPROCESSOR_NAME).write_text(json.dumps(preprocessor_config(config), indent=1) + "\n", encoding="utf-8")
+    (out / CARD_NAME).write_text(onnx_card(config), encoding="utf-8")
 
 
 class _Network(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from commands import exit_status
-from tiny_backbone import tiny_backbone, tiny_weights
+from data.test_channels import PLAIN
+from drawn_images import drawn_image
+from tiny_backbone import CROPS, TINY, tiny_backbone, tiny_weights
 
+from streamtrain.config.load import build
 from streamtrain.interop.folder import BackboneConfig
-from streamtrain.interop.load import Backbone, load_weights
+from streamtrain.interop.load import Backbone, load_untrained, load_weights
 from streamtrain.interop.onnx_folder import OPSET, export_onnx
 
 # patches in a column and in a row
@@ -40,6 +44,18 @@ def largest_error(folder: Path, backbone: Backbone) -> float:
     return float(max(errors))
 
 
+def check_readme(folder: Path, backbone: Backbone, source: Any) -> None:
+    """Run the code of the folder's README, and compare its features with ours: one image, a path or an array."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code = code.replace('folder = "."', f"folder = {str(folder)!r}").replace('"photo.jpg"', repr(str(source)))
+    names: dict[str, Any] = {"given": source}
+    exec(code.replace("image = ...", "image = given"), names)
+    with torch.no_grad():
+        features = backbone.forward_features(backbone.preprocess(source))
+    np.testing.assert_allclose(names["cls"], features.cls, rtol=0, atol=0.05)
+    np.testing.assert_allclose(names["patches"], features.patches, rtol=0, atol=0.1)
+
+
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     onnx = pytest.importorskip("onnx")
     monkeypatch.chdir(tmp_path)
@@ -57,9 +73,20 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert BackboneConfig.model_validate_json(Path("out/config.json").read_text()) == backbone.config
     processor = json.loads(Path("out/preprocessor_config.json").read_text())
     assert processor["image_mean"] == list(backbone.config.mean)
+    drawn_image(0, 300, 200).save("photo.png")
+    check_readme(Path("out"), backbone, "photo.png")
     # of another format, over this one
     assert exit_status(["export", "--weights", "weights", "--to", "safetensors", "--out", "out"]) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_readme_for_other_channels(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    crops = {**CROPS, **PLAIN, "mean": [0.2, 0.1], "std": [0.3, 0.2]}
+    backbone = load_untrained(build({"model": TINY, "data": {"channels": 2, "dtype": "uint16"}, "crops": crops}))
+    export_onnx(backbone.model, backbone.config, tmp_path)
+    check_readme(tmp_path, backbone, np.random.default_rng(0).integers(0, 2000, (40, 32, 2), np.uint16))
 
 
 @pytest.mark.slow
