@@ -54,7 +54,7 @@ class DenseMeasurement:
 
 
 def evaluate(arguments: argparse.Namespace) -> Values:
-    """Measure the selected network; keys are described in docs/quickstart.md.
+    """Measure the selected network; keys are described in docs/evaluation.md.
 
     Raises:
         StreamtrainError: options, images or maps that cannot be used.
