@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="check the configuration and the data, write one panel of crops to the run directory, and exit",
+        help="check the configuration and the data, write a picture of crops to the run directory, and exit",
     )  # fmt: skip
     add_accept_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that override the YAML file")

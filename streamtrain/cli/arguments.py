@@ -79,7 +79,7 @@ def add_pixel_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --channels and --dtype, which ``pixel_format`` reads."""
     parser.add_argument(
         "--channels", type=positive_int, default=RGB.channels, metavar="N",
-        help="channels of all images (default: 3); 3 of uint8 are RGB, to which every image is converted",
+        help="channels of all images (default: 3). With 3 channels of uint8, all images are converted to RGB",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default=RGB.dtype, help="type of the values (default: %(default)s)")
 

@@ -17,11 +17,11 @@ BEST = "best"
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=local_path, help="run directory; its latest checkpoint unless --step is given")
-    parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or best")
+    parser.add_argument("--run", type=local_path, help="run directory; the latest checkpoint unless --step is given")
+    parser.add_argument("--step", type=parse_step, help="with --run: step of the checkpoint, or `best`")
     parser.add_argument("--student", action="store_true", help="with --run: the student instead of the teacher")
     parser.add_argument(
-        "--weights", type=local_path, help="exported folder (also of transformers or timm) or .safetensors file"
+        "--weights", type=local_path, help="folder of an export, of transformers or of timm, or a .safetensors file"
     )
     parser.add_argument(
         "--untrained", action="store_true", help="with --run or --config: the newly initialised network"
@@ -29,7 +29,7 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="with --untrained: a recipe, as for training")
     parser.add_argument(
         "--factory", metavar="MODULE:CLASS",
-        help="for each network that was trained with model.factory: the class to build it with, whose code is executed",
+        help="the class of the network, if it was trained with model.factory; its code is executed",
     )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ Rows are in the order of the images. Images that cannot be decoded are left out 
   parquet      part-*.parquet with the columns key, cls, mean, patches (needs pyarrow)
   tar          part-*.tar, WebDataset shards with KEY.cls.npy, KEY.mean.npy, KEY.patches.npy
 
-Run the same command again to resume: files are the same however often it was interrupted. With several GPUs or
-machines, run one command per GPU, each with its own --share; the last one to finish joins the parts.
+Run the same command again to resume. The files do not depend on interruptions. With several GPUs or machines, run
+one command per GPU, each with its own --share. The last command to finish joins the parts.
 """
 _EXAMPLES = """\
   streamtrain embed photos/ --run runs/photos --out features
@@ -46,7 +46,12 @@ def add_parser(subparsers: Any) -> None:
     add_backbone_arguments(parser)
     parser.add_argument("--out", type=local_path, required=True, help="folder to write: new, empty, or to resume")
     parser.add_argument(
-        "--features", nargs="+", choices=FEATURES, default=["cls"], metavar="F", help="of cls (default), mean, patches"
+        "--features",
+        nargs="+",
+        choices=FEATURES,
+        default=["cls"],
+        metavar="F",
+        help="features to write: cls (default), mean, patches",
     )
     parser.add_argument("--format", choices=FORMATS, default="npy", help="file format (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the files (default: %(default)s)")
@@ -54,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         "--compute", choices=COMPUTE, default="float32", help="dtype of the network (default: %(default)s)"
     )
     parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
-    parser.add_argument("--batch", type=positive_int, default=64, help="images per forward (default: %(default)s)")
+    parser.add_argument("--batch", type=positive_int, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument(
         "--share", type=parse_share, default=(0, 1), metavar="I/N", help="compute only part I of N, counted from 0"
     )

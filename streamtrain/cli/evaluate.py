@@ -26,25 +26,30 @@ _DETAILS = """\
   knn, linear, logistic   accuracy of kNN, a linear probe or logistic regression on the CLS token
   segmentation            mIoU of a linear probe and of kNN on patch tokens
   depth                   RMSE and delta1 of a linear head on patch tokens
-  correspondence          share of points of an image that patch tokens find in another (PCK), without training
+  correspondence          share of points of an image that patch tokens find in another image (PCK), without
+                          training
 
 SET is a shard set, or a folder with one subfolder per class. Without --test, a fixed fifth of --train is
-held out for testing; the split is the same for every network and every run. If the set is small enough, all
-five splits are tested as well, so that every image is tested once.
+held out for testing. The split is the same for every network and every run. If the set is small enough, all
+five splits are also tested, so that every image is tested once.
 
-Every accuracy is printed with its 95% interval (±), and with the difference to another network that is more
-than chance. --compare tests the difference itself, image by image, which needs fewer images.
+Every accuracy is printed with its 95% interval (±). The output also states how large a difference to another
+network must be to be more than chance. --compare tests the difference image by image, which needs fewer images.
 
-For segmentation and depth, SET is a shard set that was packed with maps (--seg, --depth), or a folder of images, at any
-depth, with --labels, a folder with a file of the same name for each: .png with class ids (grey of 8 or 16 bits, or a
-palette; 255 or 65535 is unlabelled), or depth as .npy (float32 [height, width]) or .png (16 bits, millimetres).
+For segmentation and depth, SET is a shard set that was packed with maps (--seg, --depth). It can also be a
+folder of images, searched recursively. Then --labels is a folder with a file of the same name for each image:
+  class ids  .png, grey of 8 or 16 bits or with a palette; 255 or 65535 means unlabelled
+  depth      .npy, float32 [height, width], or .png of 16 bits in millimetres
 
-For correspondence, --pairs is a file with a JSON object per line: image_a and image_b (paths relative to the file),
-points_a and points_b (lists of [x, y] in pixels), and box_b ([left, top, right, bottom]) if there is one. --size is
-the shorter side, by default twice that of training or more.
+For correspondence, --pairs is a file with one JSON object per line:
+  image_a, image_b    paths relative to the file
+  points_a, points_b  lists of [x, y] in pixels
+  box_b               [left, top, right, bottom] of the object in image_b; optional
 
-Features of whole images are kept in ~/.cache/streamtrain (XDG_CACHE_HOME; at most 4 GiB): another task on the same
-images with the same weights starts at once.
+--size is then the shorter side, by default at least twice the training size.
+
+Features of whole images are cached in ~/.cache/streamtrain (or XDG_CACHE_HOME), at most 4 GiB. Another task on
+the same images with the same weights reuses them.
 """
 _EXAMPLES = """\
   streamtrain evaluate knn --run runs/photos --train sets/train --test sets/test --json
@@ -62,25 +67,34 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "evaluate", _SUMMARY, _DETAILS, _EXAMPLES)
     parser.add_argument("task", choices=TASKS + DENSE_TASKS + PAIR_TASKS)
     add_backbone_arguments(parser)
-    parser.add_argument("--pixels", action="store_true", help="use the pixels themselves as features, no network")
+    parser.add_argument("--pixels", action="store_true", help="use the pixels as features, without a network")
     parser.add_argument("--train", type=local_path, metavar="SET", help="labelled images to learn from")
     parser.add_argument("--test", type=local_path, metavar="SET", help="labelled images to predict")
-    parser.add_argument("--labels", type=local_path, metavar="DIR", help="maps of --train, if it is a folder")
-    parser.add_argument("--test-labels", type=local_path, metavar="DIR", help="maps of --test (default: as --labels)")
+    parser.add_argument(
+        "--labels", type=local_path, metavar="DIR", help="segmentation, depth: maps of --train, if it is a folder"
+    )
+    parser.add_argument(
+        "--test-labels",
+        type=local_path,
+        metavar="DIR",
+        help="segmentation, depth: maps of --test (default: as --labels)",
+    )
     parser.add_argument(
         "--ignore", type=non_negative_int, nargs="+", metavar="ID", help="segmentation: ids that count as unlabelled"
     )
     parser.add_argument("--pairs", type=local_path, metavar="FILE", help="correspondence: pairs of images, as above")
     parser.add_argument(
         "--compare", type=parse_network, metavar="NETWORK",
-        help="test the difference to: pixels, untrained (of --run or --config), another run, or other weights",
+        help="also test the difference to another network: pixels, untrained, a run directory or weights",
     )  # fmt: skip
     parser.add_argument("--size", type=positive_int, help="side of the input in pixels (default: as in training)")
     parser.add_argument(
         "--resize", type=positive_int, help="shorter side before the centre crop (default: as in training)"
     )
-    parser.add_argument("--batch", type=positive_int, help="images per forward (default: 64, more if they are small)")
-    parser.add_argument("--no-cache", action="store_true", help="compute the features, and do not keep them")
+    parser.add_argument(
+        "--batch", type=positive_int, help="images per forward pass (default: 64, more if they are small)"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached features")
     add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one flat JSON object as the last line")
 

@@ -21,12 +21,14 @@ _DETAILS = """\
   hf           a folder for transformers' AutoModel.from_pretrained (needs transformers)
   timm         a folder for timm.create_model("local-dir:DIR", pretrained=True)
   safetensors  streamtrain's own names, with the model's config in the file and in a JSON file
-  onnx         model.onnx, for onnxruntime and others without PyTorch (needs onnxscript): pixel_values
-               [batch, channels, height, width] of any multiples of the patch size to cls and patches
+  onnx         model.onnx, for onnxruntime and other programs without PyTorch (needs onnxscript). Its input is
+               pixel_values [batch, channels, height, width], with any multiples of the patch size as height and
+               width. Its outputs are cls and patches.
 
-The settings of the run are copied to recipe.yaml in the same folder. The adapters of a run with model.lora
-are merged into its weights. With --adapters, only these adapters (and blocks that train whole) are written,
-to one safetensors file whose header has the settings of model.lora.
+The settings of the run are copied to recipe.yaml in the same folder.
+
+The adapters of a run with model.lora are merged into its weights. With --adapters, only the adapters and the
+blocks of model.lora.free_blocks are written, to one safetensors file. Its header has the settings of model.lora.
 """
 _EXAMPLES = """\
   streamtrain export --run runs/photos --to hf --out exported

@@ -20,10 +20,12 @@ from streamtrain.run.machine import available_cores
 _SUMMARY = "Make a shard set of existing WebDataset tars without copying them."
 _DETAILS = """\
 Writes an index of every image, DALI's index, and a manifest that points to the tars. Each tar is
-read once. The image of a sample is its first .jpg, .jpeg, .png, .webp, .tif or .tiff member, or
-with --channels or --dtype its .npy member; its label is the integer in the .cls member of the same
-name, up to the last dot, and its maps are the members NAME.seg.png (class ids) and NAME.depth.npy
-or .png (depth), which are not decoded. Members that are passed over are counted by kind.
+read once. A sample consists of these members, where NAME is the image's name up to its last dot:
+  image  the first .jpg, .jpeg, .png, .webp, .tif or .tiff member; with --channels or --dtype also .npy
+  label  the integer in NAME.cls
+  maps   NAME.seg.png (class ids) and NAME.depth.npy or NAME.depth.png (depth); they are not decoded
+
+Other members are counted by kind.
 """
 _EXAMPLES = """\
   streamtrain index --src /data/wds --out sets/wds

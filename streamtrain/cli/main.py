@@ -26,10 +26,16 @@ examples:
   streamtrain train --config vits16.yaml data.shards=sets/photos run.dir=runs/photos
   streamtrain export --run runs/photos --to hf --out exported
 
-exit status: 0 completed, 1 failed, 2 an error in the input or the settings (one line on stderr),
-75 stopped early after a checkpoint (run the same command again to resume), 130 interrupted.
+exit status:
+  0    completed
+  1    failed
+  2    an error in the input or the settings (one line on stderr)
+  3    stopped by evaluation.stop_if_below after a checkpoint
+  75   stopped on request after a checkpoint; run the same command again to resume
+  130  interrupted
 
-Shell completion, for ~/.bashrc or ~/.zshrc: eval "$(register-python-argcomplete streamtrain)"
+For shell completion, add this line to ~/.bashrc or ~/.zshrc:
+  eval "$(register-python-argcomplete streamtrain)"
 """
 
 

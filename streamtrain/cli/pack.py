@@ -46,41 +46,41 @@ from streamtrain.run.signals import EXIT_INTERRUPTED
 
 _SUMMARY = "Pack images into a shard set: WebDataset tars, an index of every image, and a manifest."
 _DETAILS = """\
-Every image is decoded in full first. Images that do not decode are left out and listed with
-the reason in SET/rejected.jsonl. Re-run the same command to resume an interrupted packing;
-on a finished set it changes nothing. The result does not depend on --workers.
+Every image is decoded in full before it is packed. Images that do not decode are left out and
+listed with the reason in SET/rejected.jsonl. Re-run the same command to resume an interrupted
+packing. On a finished set it changes nothing. The result does not depend on --workers.
 
-By default images are decoded as 8-bit RGB. With other --channels or --dtype the stored values are kept,
-from PNG, TIFF, .npy and other formats; images with another number of channels or type are left out, and
-mean, deviation and percentiles of each channel are added to the manifest. Needs the extra imagery;
-DICOM files (.dcm, one monochrome frame) need the extra dicom too.
-
---tiles cuts slides, scenes and scans into tiles, which are stored without loss; tiles of background are
-skipped and counted. Needs the extra imagery.
-
---seg and --depth pack a map of class ids or of depth with each image that has one, byte for byte, for
-streamtrain evaluate segmentation and depth and for evaluation while training; training itself ignores them. In a
-tar or zip, maps are members with the name of the image: a.seg.png, a.depth.npy, a.depth.png for a.jpg. Maps that
-cannot be used are listed in SET/rejected.jsonl, and their images packed without them.
-
-Before packing it prints the classes that it found, and afterwards the sizes, formats and channels of the
-images. --preview draws 48 of them, as training sees them, with their classes.
-
-The images and the set may be behind any URL that fsspec supports (s3://, gs://, hf://, and
-http(s):// for reading only). A set for a URL is packed in a local folder; each shard is removed
-from there once it is uploaded, and the manifest is uploaded last.
+Before packing, the command prints the classes that it found. At the end it prints the sizes, formats
+and channels of the images. --preview draws 48 images as training sees them, with their classes.
 
 --src is one of
-  a folder    searched recursively; class subfolders become labels (sorted by name, from 0), a flat
-              folder has no labels
-  a list      a text file with one path (relative to the file, or ~/...) or URL per line; an optional label
-              follows a tab: numbers (-1 for none) or names
-  an archive  .tar, .tar.gz, .tar.xz, .tar.bz2 or .zip; labels from .cls members (a.b.cls for a.b.jpg),
-              otherwise from class folders
-  parquet     a file, or a folder of parquet files without images: a column of bytes, or of structs with
-              bytes as Hugging Face writes them; labels from the column "label". Needs pyarrow.
-              --shuffle reorders row groups and mixes within each
-  a URL       of a folder, a tar (copied next to the set first) or a parquet file
+  a folder    searched recursively; class subfolders become labels, sorted by name, from 0. A flat folder
+              has no labels.
+  a list      a text file with one path or URL per line. Paths are relative to the file, or start with ~/.
+              An optional label follows a tab: a number (-1 for none) or a name.
+  an archive  .tar, .tar.gz, .tar.xz, .tar.bz2 or .zip. Labels come from .cls members (a.b.cls for
+              a.b.jpg), otherwise from class folders.
+  parquet     a file, or a folder of parquet files without images. Images are a column of bytes, or of
+              structs with bytes as Hugging Face writes them. Labels are the column "label". Needs
+              pyarrow. --shuffle reorders row groups and mixes within each.
+  a URL       of a folder, a tar (copied next to the set first) or a parquet file.
+
+Other channels: by default, images are decoded as 8-bit RGB. With other --channels or --dtype, the stored
+values are kept, from PNG, TIFF, .npy and other formats. Images with another number of channels or another
+type are left out. Mean, standard deviation and percentiles of each channel are added to the manifest.
+This needs the extra imagery. DICOM files (.dcm, one monochrome frame) also need the extra dicom.
+
+Tiles: --tiles cuts slides, scenes and scans into tiles, which are stored without loss. Tiles of background
+are skipped and counted. This needs the extra imagery.
+
+Maps: --seg and --depth pack a map of class ids or of depth with each image that has one, byte for byte.
+They are used by streamtrain evaluate and by evaluation while training. Training itself ignores them. In a
+tar or zip, maps are members with the name of the image: a.seg.png, a.depth.npy or a.depth.png for a.jpg.
+Unusable maps are listed in SET/rejected.jsonl, and their images are packed without them.
+
+URLs: the images and the set may be at any URL that fsspec supports (s3://, gs://, hf://, and http(s)://
+for reading only). A set for a URL is packed in a local folder. Each shard is removed from there after its
+upload. The manifest is uploaded last.
 """
 _EXAMPLES = """\
   streamtrain pack --src photos/ --out sets/photos --preview photos.png
@@ -103,17 +103,22 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("--src", type=path_or_url, required=True, metavar="DIR|LIST|TAR|ZIP|PARQUET|URL", help="the images")
     add("--out", type=path_or_url, required=True, metavar="SET", help="folder or URL of the set; new or empty")
-    add("--shard-size", type=byte_size, default="256MB", metavar="SIZE", help="largest tar (default: 256MB)")
+    add("--shard-size", type=byte_size, default="256MB", metavar="SIZE", help="maximum size of a tar (default: 256MB)")
     add(
         "--workers", type=positive_int, default=available_cores(), metavar="N",
         help="decoding processes (default: all cores)",
     )  # fmt: skip
     add("--max-side", type=max_side, metavar="PIXELS", help="shrink larger images to this side, stored as JPEG")
-    add("--quality", type=jpeg_quality, default=DEFAULT_QUALITY, help="of re-encoded JPEGs (default: %(default)s)")
+    add(
+        "--quality",
+        type=jpeg_quality,
+        default=DEFAULT_QUALITY,
+        help="quality of re-encoded JPEGs (default: %(default)s)",
+    )
     add_pixel_arguments(parser)
     add(
         "--tiles", type=positive_int, metavar="SIDE",
-        help="cut images into tiles of SIDE x SIDE pixels, each a sample; large TIFFs are read tile by tile",
+        help="cut images into tiles of SIDE x SIDE pixels; each tile is a sample",
     )  # fmt: skip
     add("--overlap", type=non_negative_int, metavar="PIXELS", help="pixels that neighbouring tiles share (default: 0)")
     add(
@@ -123,18 +128,20 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add(
         "--seg", type=local_path, metavar="DIR",
-        help="masks of class ids: for images/a/1.jpg of --src, DIR/a/1.png",
+        help="masks of class ids: DIR/a/1.png for the image a/1.jpg of --src",
     )  # fmt: skip
-    add("--depth", type=local_path, metavar="DIR", help="depth maps, likewise as .npy or .png")
+    add(
+        "--depth", type=local_path, metavar="DIR", help="depth maps: DIR/a/1.npy or .png for the image a/1.jpg of --src"
+    )
     add(
         "--max-pixels", type=max_pixels, default=DEFAULT_MAX_PIXELS,
         help="reject larger images (default: %(default)s)",
     )  # fmt: skip
     add(
         "--orientation", choices=("keep", "apply"), default="keep",
-        help="EXIF rotation: keep the bytes and let decoders rotate (default), or rotate now and store a new JPEG",
+        help="EXIF orientation: keep (default) stores the bytes, decoders rotate; apply stores a rotated new JPEG",
     )  # fmt: skip
-    add("--shuffle", type=int, metavar="SEED", help="pack in random order; for sources that are sorted by class")
+    add("--shuffle", type=int, metavar="SEED", help="pack in random order, for sources that are sorted by class")
     add("--image-column", metavar="NAME", help="image column of parquet files (default: the only one with images)")
     add(
         "--label-column", metavar="NAME",
@@ -144,7 +151,7 @@ def add_parser(subparsers: Any) -> None:
         "--scratch", type=local_path, metavar="DIR",
         help="local folder in which a set for a URL is packed (default: in ~/.cache/streamtrain)",
     )  # fmt: skip
-    add("--dedup", action="store_true", help="leave out images with the same bytes as an earlier one")
+    add("--dedup", action="store_true", help="leave out images whose bytes equal an earlier image's")
     add(
         "--preview", type=local_path, nargs="?", const=PREVIEW, metavar="P.png",
         help=f"draw images of the packed set with their classes (default file: {PREVIEW})",

@@ -32,16 +32,16 @@ CORES_PER_GPU = 14
 
 _SUMMARY = "Estimate the memory, the time and the disk space of a run, without starting it."
 _DETAILS = """\
-Prints whether the run fits, its peak memory, its time and its disk space; exit status 1 means that it
-does not fit, and the last lines then name changes with which it does. --verbose adds every buffer of a
+Prints whether the run fits, its peak memory, its time and its disk space. If it does not fit, the exit
+status is 1, and the last lines name changes that make it fit. --verbose also prints every buffer of a
 rank with its arithmetic. --fit searches for the fastest settings that fit and prints them as overrides.
 
-With --device cpu the ranks compute on CPUs like this machine's, and their processes are compared with
-the memory that this machine has available. Times on GPUs are predicted by operation (docs/performance.md),
-on CPUs from the printed FLOP/s; no prediction has been compared with a run of streamtrain on a GPU.
+With --device cpu, the plan is for CPUs like this machine's, and memory is compared with the available
+memory of this machine. Times on GPUs are predicted operation by operation (docs/performance.md). Times
+on CPUs follow from the printed FLOP/s. No prediction has been compared with a run on a GPU yet.
 
-Sizes are decimal: 80GB is 80 000 000 000 bytes, slightly less than a card of that name has; GiB is
-binary.
+Sizes such as 80GB are decimal: 80 000 000 000 bytes, slightly less than a GPU of that name has. Sizes
+such as 80GiB are binary.
 """
 _EXAMPLES = """\
   streamtrain plan --config vits16.yaml
@@ -62,12 +62,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--gpus", "--ranks", dest="ranks", type=positive_int, default=1, metavar="N",
-        help="number of ranks: one per GPU, or of processes with --device cpu (default: 1)",
+        help="number of ranks: GPUs, or processes with --device cpu (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--gpu", type=_gpu, metavar="NAME",
-        help=f"GPU, such as h100, h200, a100 or rtx4090, for the time and for --gpu-memory (default: "
-        f"{DEFAULT_GPU.option} for the time only)",
+        help=f"model of the GPU, such as h100, h200, a100 or rtx4090; sets the time and the default of "
+        f"--gpu-memory (default: {DEFAULT_GPU.option}, for the time only)",
     )  # fmt: skip
     parser.add_argument(
         "--network", type=_positive_float, metavar="GBIT",
@@ -75,25 +75,25 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--loader-rate", type=_positive_float, metavar="N",
-        help=f"images/s of one host's loader (measured by bench.py loader; default: {LOADER_RATE:.0f}, assumed)",
+        help=f"images/s of one host's loader, as measured by bench.py loader (default: {LOADER_RATE:.0f}, assumed)",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-memory", type=byte_size, metavar="SIZE",
-        help="memory of one GPU, such as 80GB (default: the capacity of --gpu; without --gpu, print which common sizes "
-        "are enough)",
+        help="memory of one GPU, such as 80GB (default: the capacity of --gpu; without --gpu, the plan lists the "
+        "common sizes that are enough)",
     )  # fmt: skip
     parser.add_argument(
         "--host-memory", type=byte_size, metavar="SIZE",
-        help="memory of one host (default: with --device cpu this machine's available memory, otherwise not checked)",
+        help="memory of one host (default with --device cpu: this machine's available memory; otherwise not checked)",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=_positive_float, metavar="X",
-        help="TFLOP/s that the matmuls of a rank attain, for the time; FP8 matmuls are faster by the ratio of their "
-        f"assumed rate to that of bf16 (default: for a GPU at most {100 * MATMUL_SHARE:.0f} %% of the peak, less for "
-        "small matmuls; for a CPU, a value for its instructions and cores)",
+        help="TFLOP/s of a rank in bf16 matmuls; FP8 matmuls are scaled by the ratio of the assumed rates. Default on "
+        f"a GPU: at most {100 * MATMUL_SHARE:.0f} %% of the peak, less for small matmuls. Default on a CPU: estimated "
+        "from its instructions and cores",
     )  # fmt: skip
     parser.add_argument(
-        "--micro-batch", type=positive_int, metavar="N", help="samples per micro-batch: data.micro_batch"
+        "--micro-batch", type=positive_int, metavar="N", help="images per micro-batch, as data.micro_batch"
     )
     parser.add_argument("--fit", action="store_true", help="search for the fastest settings that fit")
     parser.add_argument("--verbose", action="store_true", help="print every buffer with its arithmetic")

@@ -13,11 +13,11 @@ from streamtrain.cli.arguments import add_command, positive_int
 from streamtrain.run.command_line import path_or_url
 from streamtrain.run.machine import available_cores
 
-_SUMMARY = "Compute mean, deviation and percentiles of each channel of a set, and store them in its manifest."
+_SUMMARY = "Compute mean, standard deviation and percentiles of each channel of a set, and store them in its manifest."
 _DETAILS = """\
-Decodes every image once. The values are in stored units, such as 0 to 255. A recipe uses them with
-crops.mean=from_set and crops.std=from_set. For a set that cannot be written to, such as one at an
-http(s):// URL, the numbers are printed as settings of a recipe.
+Decodes every image once. The statistics are in stored units, such as 0 to 255. A recipe uses them with
+crops.mean=from_set and crops.std=from_set. If the set cannot be written to, such as a set at an
+http(s):// URL, mean and standard deviation are printed as settings of a recipe.
 """
 _EXAMPLES = """\
   streamtrain stats sets/photos

@@ -24,11 +24,13 @@ logger = logging.getLogger(__name__)
 _SUMMARY = "Train a self-supervised vision transformer from a stream of image shards."
 _DETAILS = """\
 Starts one rank for each GPU of this machine, or one rank on the CPU. Re-run the same command to resume
-from the latest checkpoint of the run directory. `touch RUN/STOP` or SIGTERM stops the run after
-a checkpoint with exit status 75; Ctrl-C does the same with 130, and a second Ctrl-C ends it at once.
+from the latest checkpoint of the run directory.
 
-A rank that another launcher has started (deepspeed, torchrun, srun; RANK is set) runs as that rank.
-For several machines read docs/clusters.md; examples/ has jobs for Slurm and Kubernetes.
+`touch RUN/STOP` or SIGTERM saves a checkpoint and stops the run with exit status 75. Ctrl-C does the same
+with exit status 130. A second Ctrl-C ends the run immediately, without a checkpoint.
+
+If another launcher (deepspeed, torchrun, srun) has set RANK, the command runs only that rank. For several
+machines, see docs/clusters.md. examples/ has jobs for Slurm and Kubernetes.
 """
 _EXAMPLES = """\
   streamtrain train --config vits16.yaml data.shards=sets/photos run.dir=runs/photos
@@ -43,22 +45,22 @@ def add_parser(subparsers: Any) -> None:
     add_arguments(parser)
     parser.add_argument(
         "--gpus", "--ranks", dest="ranks", type=positive_int, metavar="N",
-        help="number of ranks, one per GPU; on a machine without a GPU, processes on the CPU (default: all "
-        "visible GPUs, otherwise 1; with --hostfile: the number of GPUs to use on each host)",
+        help="number of ranks: GPUs, or processes on a machine without a GPU (default: all visible GPUs, otherwise 1). "
+        "With --hostfile: number of ranks on each host",
     )  # fmt: skip
     parser.add_argument(
         "--hostfile", type=local_path, metavar="F",
-        help="train on several machines: a file with lines such as `node1 slots=8`; needs passwordless ssh and the "
-        "same paths on each",
+        help="train on the machines in this file, with lines such as `node1 slots=8`; needs passwordless ssh, and the "
+        "same paths on all machines",
     )  # fmt: skip
 
     parser.add_argument(
         "--nodes", type=positive_int, metavar="N",
-        help="run this command on N machines, each with its --node-rank, the same --gpus, and the address and a free "
-        "port of the first in MASTER_ADDR and MASTER_PORT; for systems that start a process on each machine",
+        help="number of machines, for systems that start this command on each machine. All machines need the same "
+        "--gpus; MASTER_ADDR and MASTER_PORT are the address and a free port of the first machine",
     )  # fmt: skip
     parser.add_argument(
-        "--node-rank", type=int, metavar="K", help="number of this machine from 0 to N - 1, with --nodes"
+        "--node-rank", type=int, metavar="K", help="with --nodes: number of this machine, from 0 to N - 1"
     )
 
 

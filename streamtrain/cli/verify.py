@@ -14,8 +14,9 @@ from streamtrain.run.machine import available_cores
 
 _SUMMARY = "Check a shard set: every tar, both indexes, the manifest, every checksum, a decode of every image."
 _DETAILS = """\
-Prints one line for each fault. Exit status 0 means no faults, 1 faults, 2 no readable set. Each
-process downloads remote shards one by one to the folder for temporary files (TMPDIR).
+Prints one line for each fault. The exit status is 0 without faults, 1 with faults, and 2 if the set
+cannot be read. Each process downloads remote shards, one at a time, to the folder for temporary
+files (TMPDIR).
 """
 _EXAMPLES = """\
   streamtrain verify sets/photos
@@ -33,10 +34,12 @@ def add_parser(subparsers: Any) -> None:
         "--max-pixels",
         type=positive_int,
         default=DEFAULT_MAX_PIXELS,
-        help="report larger images (default: %(default)s)",
+        help="report images with more pixels (default: %(default)s)",
     )
     parser.add_argument(
-        "--windows", action="store_true", help="do not report larger TIFFs that crops.window can read; decode all parts"
+        "--windows",
+        action="store_true",
+        help="accept larger TIFFs that crops.window can read, and decode all their parts",
     )
 
 

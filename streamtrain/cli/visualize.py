@@ -24,11 +24,11 @@ CURVES = (
 )  # fmt: skip
 
 _SUMMARIES = {
-    "similarity": "Cosine similarity of a patch to all others, also of further images; in P.html of any clicked patch.",
-    "matches": "The most similar mutual nearest patches of two images, joined by lines; in P.html of a clicked patch.",
-    "pca": "The first three principal components of the patch features of all images as red, green and blue.",
-    "attention": "Attention of the CLS token in the last block, one map per head, each on its own scale.",
-    "crops": "Training crops and masks of an image; look at them before a long run.",
+    "similarity": "Cosine similarity of a patch to all patches of one or more images. In P.html, click on a patch.",
+    "matches": "The most similar mutual nearest patches of two images, joined by lines. In P.html, click on a patch.",
+    "pca": "The first three principal components of the patch features of all images, as red, green and blue.",
+    "attention": "Attention of the CLS token in the last block: one map per head, each with its own scale.",
+    "crops": "Training crops and masks of an image, to check before a long run.",
     "curves": "Losses, evaluations and speed of one or several runs, from their metrics.jsonl.",
 }
 _EXAMPLES = """\
@@ -59,20 +59,21 @@ def add_parser(subparsers: Any) -> None:
         add_backbone_arguments(of_kind[kind])
         if kind == "matches":
             add("--image", type=local_path, nargs=2, required=True, metavar=("A", "B"), help="two image files")
-            add("--count", type=positive_int, default=40, metavar="N", help="matches at most (default: 40)")
+            add("--count", type=positive_int, default=40, metavar="N", help="maximum number of matches (default: 40)")
         else:
             add("--image", type=local_path, nargs="+", required=True, metavar="X", help="image files")
         add(
             "--size",
             type=positive_int,
-            help="shorter side of the input in pixels (default: twice the training size or more)",
+            help="shorter side of the input in pixels (default: at least twice the training size)",
         )
         if kind != "matches":
             add("--smooth", action="store_true", help="interpolate the maps between patches")
         add_device_argument(of_kind[kind])
     of_kind["similarity"].add_argument(
         "--patch", type=parse_patch, nargs="+", metavar="ROW,COL",
-        help="patches of the first image: one row each, or a grid if there is one image (default: the middle patch)",
+        help="patches of the first image to compare; each gets a row of maps, or all share a grid if there is one "
+        "image (default: the middle patch)",
     )  # fmt: skip
     of_kind["matches"].add_argument("--foreground", action="store_true", help="match patches of the foreground only")
     of_kind["pca"].add_argument("--foreground", action="store_true", help="leave the background black")
@@ -80,10 +81,10 @@ def add_parser(subparsers: Any) -> None:
     add("--run", type=local_path, help="run directory whose recipe is used")
     add("--config", help="a recipe, as for training")
     add("--image", type=local_path, nargs="+", required=True, metavar="X", help="image files")
-    add("--draws", type=positive_int, default=4, help="draws of each image (default: 4)")
+    add("--draws", type=positive_int, default=4, help="random draws per image (default: 4)")
     add("overrides", nargs="*", metavar="a.b=value", help="settings, as for training")
     add = of_kind["curves"].add_argument
-    add("--run", type=local_path, nargs="+", required=True, help="run directories, one line each")
+    add("--run", type=local_path, nargs="+", required=True, help="run directories; one line in the plots for each")
     add("--tags", nargs="+", default=CURVES, help=f"tags to draw (default: {' '.join(CURVES)})")
     for kind, kind_parser in of_kind.items():
         has_html = kind in ("similarity", "matches")

@@ -62,8 +62,8 @@ def add_accept_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that accept changed settings."""
     parser.add_argument(
         "--accept", nargs="+", action="extend", default=[], metavar="KEY",
-        help="resume although these settings differ from the checkpoint's, such as --accept schedules.lr optim.clip; "
-        f"{MEMORY_KEY} and {DISK_KEY}: start although this machine has too little",
+        help="resume although these settings differ from the checkpoint, such as --accept schedules.lr optim.clip. "
+        f"With {MEMORY_KEY} or {DISK_KEY}: start although this machine has too little of it",
     )  # fmt: skip
     # deprecated: accepts every setting that is not fixed
     parser.add_argument("--accept-changes", action="store_true", help=argparse.SUPPRESS)

@@ -44,7 +44,7 @@ def test_the_examples_of_a_command_are_valid(name: str, capsys: pytest.CaptureFi
 def test_the_help_lists_every_command_and_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n    {name}" in text for name in COMMANDS) and "75 stopped early" in text
+    assert all(f"\n    {name}" in text for name in COMMANDS) and "75   stopped on request" in text
     assert exit_status(["--version"]) == 0
     assert capsys.readouterr().out == f"streamtrain {__version__}\n"
 
