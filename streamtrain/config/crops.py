@@ -140,8 +140,8 @@ class CropsConfig(Section):
     global_size: CropSize = accept(224, "Size of global crops in pixels: multiples of model.patch_size.")
     global_scale: Scale = accept((0.32, 1.0), "Range of a global crop's share of the image's area.")
     window: Positive | None = accept(
-        None, "Side of a window in pixels. All views of a larger image come from one random window of it; of a TIFF in "
-        "tiles or strips, only this part is read and decoded. null: views come from the whole image.",
+        None, "Side of a window in pixels. All views of a larger image come from one random window of it. In a TIFF in "
+        "tiles or strips, only the window is read and decoded. null: views come from the whole image.",
     )  # fmt: skip
     local_count: NonNegative = accept(8, "Local views per image.")
     local_size: CropSize = accept(96, "Size of local crops in pixels: multiples of model.patch_size.")
@@ -176,17 +176,16 @@ class CropsConfig(Section):
         ge=0.0, lt=1.0,
     )  # fmt: skip
     value_range: ChannelRanges = accept(
-        ((0.0, 255.0),), "Stored values that become 0 and 1: [low, high], or such a pair per channel. By default "
-        "[0, 65535] with data.dtype uint16 and [0, 1] with float32.",
+        ((0.0, 255.0),), "Stored values that become 0 and 1: [low, high], or one such pair per channel. The default is "
+        "[0, 65535] with data.dtype uint16, and [0, 1] with float32.",
     )  # fmt: skip
     mean: ChannelValues = accept(
-        (0.485, 0.456, 0.406), "Mean of each channel after value_range, which is subtracted: one number per channel, "
-        "or one for all. from_set: from the statistics of data.shards (streamtrain stats); several sets count by their "
-        "weights.",
+        (0.485, 0.456, 0.406), "Mean to subtract after value_range: one number per channel, or one for all. from_set: "
+        "the statistics of data.shards (streamtrain stats); several sets are averaged by their weights.",
     )  # fmt: skip
     std: ChannelValues = accept(
-        (0.229, 0.224, 0.225), "Standard deviation of each channel after value_range to divide by; from_set as for "
-        "mean.",
+        (0.229, 0.224, 0.225), "Standard deviation to divide by after value_range: one number per channel, or one for "
+        "all. from_set: as for mean.",
     )  # fmt: skip
 
     @model_validator(mode="after")

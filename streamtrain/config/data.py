@@ -94,15 +94,15 @@ class DataConfig(Section):
     """The images, their order and batches, and how they are read."""
 
     shards: ShardSets = accept(
-        "", "Shard set to train on, or several with weights. On resume the location may change freely; other images "
-        "(compared by the digest of the set) need --accept data.shards.",
+        "", "Shard set to train on, or several with weights. On resume, the location may change. Other images (another "
+        "digest of the set) need --accept data.shards.",
     )  # fmt: skip
     channels: Channels | None = fixed(
-        None, "Channels of the images; null: as the manifest of a local set says, otherwise 3. 3 channels of uint8 are "
-        "RGB, to which images are converted.",
+        None, "Channels of the images; null: from the manifest of a local set, otherwise 3. With 3 channels of uint8, "
+        "all images are converted to RGB.",
     )  # fmt: skip
     dtype: Literal["uint8", "uint16", "float32"] | None = fixed(
-        None, "Type of the stored values; null: as the manifest of a local set says, otherwise uint8."
+        None, "Type of the stored values; null: from the manifest of a local set, otherwise uint8."
     )
     micro_batch: Positive = free(16, "Images per forward and backward pass on one rank.")
     global_batch: Positive | None = accept(

@@ -22,9 +22,9 @@ class EvaluationConfig(Section):
 
     every: Steps = free(1000, "Steps between evaluations; 0: never.")
     evaluators: tuple[Literal["knn", "linear", "patches", "segmentation", "depth"], ...] = free(
-        ("knn", "segmentation", "depth"), "Classification by k-NN (knn) or a linear layer (linear), retrieval of the "
-        "patches of an enlarged, mirrored view (patches), and segmentation and depth of images that were packed with "
-        "maps; without maps these two measure nothing.",
+        ("knn", "segmentation", "depth"), "Tasks to measure. knn and linear: classification with k-NN or a linear "
+        "layer. patches: retrieval of the patches of an enlarged, mirrored view. segmentation and depth: only for "
+        "images that were packed with maps.",
     )  # fmt: skip
     train: PathText | None = free(
         None, "Labelled training images: a shard set or a folder of class subfolders; null: data.shards if labelled."
@@ -43,8 +43,9 @@ class EvaluationConfig(Section):
         "on them how far the network has moved from the start.",
     )  # fmt: skip
     stop_if_below: Probability | None = free(
-        None, "Stop a run from trained weights after a checkpoint, with exit code 3, if its kNN accuracy (knn_20, on "
-        "the reference if given) falls below this share of the start's; null: never.",
+        None, "For runs from trained weights: save a checkpoint and stop with exit code 3 if the kNN accuracy falls "
+        "below this share of the accuracy at the start. The accuracy is knn_20, on evaluation.reference if given. "
+        "null: never.",
     )  # fmt: skip
 
     @model_validator(mode="after")

@@ -16,18 +16,18 @@ class InitConfig(Section):
     """Initial weights. Ignored by a run that has a checkpoint or is started with ``--resume``."""
 
     weights: PathText | None = free(
-        None, "Pretrained backbone: a Hugging Face folder of a DINOv3 ViT, a timm folder, a streamtrain export, run or "
-        "checkpoint, or a .safetensors or torch file with the tensor names of one of them; null: random weights. Heads "
-        "always start with random weights.",
+        None, "Pretrained backbone of a DINOv3 ViT: a Hugging Face or timm folder, an export, run or checkpoint of "
+        "streamtrain, or a .safetensors or torch file with the tensor names of one of these. null: random weights. "
+        "Heads always start with random weights.",
     )  # fmt: skip
     minimum_matched: Probability = free(
         DEFAULT_MINIMUM, "Smallest share of the backbone's tensors that the weights must provide for the run to start."
     )
     channels: ChannelRule = free(
-        "refuse", "RGB weights for images of other channels, also in objective.gram.teacher: refuse them, or make the "
-        "patch embedding by a rule. mean: the kernel of every channel is the sum of the three, divided by the number "
-        "of channels. repeat: red, green, blue, red, ..., each divided by its number of copies. zero_extra: the first "
-        "three channels as red, green and blue, 0 for the others. repeat and zero_extra need at least 3 channels.",
+        "refuse", "How to use RGB weights for images of other channels, also in objective.gram.teacher. refuse: raise "
+        "an error. The other values set the kernels of the patch embedding. mean: the sum of the three kernels, "
+        "divided by the number of channels. repeat: red, green, blue, red, ..., each divided by its number of copies. "
+        "zero_extra: red, green, blue, then 0. repeat and zero_extra need at least 3 channels.",
     )  # fmt: skip
     freeze_backbone_steps: Steps = accept(
         0, "First steps of the run in which the backbone has learning rate 0, while the heads adapt."

@@ -44,9 +44,9 @@ def is_adapter(name: str) -> bool:
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021) of a frozen backbone, for continuing from released weights.
 
-    An adapted linear layer adds ``alpha / rank * B A x``. Outside the free blocks, everything else in the backbone
-    keeps the values of ``init.weights``, norms and LayerScale included, and is stored once for student, teacher and
-    anchor. Heads train whole.
+    An adapted linear layer adds ``alpha / rank * B A x``. Outside the free blocks, all other parameters of the
+    backbone, including norms and LayerScale, keep the values of ``init.weights``. Student, teacher and anchor share
+    them. Heads are trained in full.
     """
 
     rank: NonNegative = fixed(0, "Rank of the adapters; 0: no adapters, the whole backbone trains.")
