@@ -22,10 +22,18 @@ from streamtrain.main import add_arguments
 
 # programs of others
 PROGRAMS = {
-    "cat", "pip", "printf", "tensorboard", "source", "mkdocs", "sbatch", "for", "case", "sleep", "done",
+    "cat", "pip", "printf", "tensorboard", "source", "mkdocs", "hf", "sbatch", "for", "case", "sleep", "done",
     ".venv/bin/python",
 }  # fmt: skip
-REASONS = ("needs a GPU", "needs GPUs", "takes hours", "runs all tests", "changes the checkout", "tests/")
+REASONS = (
+    "needs a GPU",
+    "needs GPUs",
+    "needs an account",
+    "takes hours",
+    "runs all tests",
+    "changes the checkout",
+    "tests/",
+)
 SHELL = [block for block in BLOCKS if block.language == "bash"]
 COMMANDS = [(block, words) for block in SHELL for words in command_lines(block.text)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
