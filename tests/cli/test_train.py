@@ -222,6 +222,7 @@ def test_a_host_that_cannot_be_reached_is_one_line(
     assert ended.returncode == 2 and ended.stderr.startswith("error: other machines cannot reach 127.0.0.1; ")
 
 
+@pytest.mark.slow
 def test_a_host_that_starts_slowly_trains_and_saves_when_the_command_is_killed(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +257,7 @@ def test_a_machine_under_two_names_is_one_line(shards: Path, tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_with_a_rank_runs_as_that_rank(shards: Path, tmp_path: Path) -> None:
     """As in ``srun streamtrain train ...``, with RANK and the other variables set."""
     words = ["-m", "streamtrain.cli.main", "train", *train_words(shards, tmp_path / "run", "run.steps=1")]

@@ -371,6 +371,7 @@ def read_by_run(words: list[str], root: Path = ROOT, **environment: str) -> set[
     return set(json.loads(done.stdout.rpartition("READ")[2]))
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_settings_without_effect_on_results(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
 

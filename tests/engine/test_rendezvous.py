@@ -193,6 +193,7 @@ def test_a_reserved_port_is_given_to_no_other_program_and_rank_0_can_listen() ->
             other.bind(("", port))
 
 
+@pytest.mark.slow
 def test_a_second_run_beside_one_on_the_same_port_trains_or_is_one_line(used_port: int, tmp_path: Path) -> None:
     words = [sys.executable, *command(packed_set(tmp_path, 8).path, tmp_path / "run", "run.steps=1")]
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(used_port), "RANK": "0"}

@@ -123,6 +123,7 @@ def indexes(shard_set: ShardSet, tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "set" / "index").glob("*.npy"))
 
 
+@pytest.mark.slow
 def test_damaged_indexes_end_neither_a_run_nor_a_start_after_it(indexes: list[Path], tmp_path: Path) -> None:
     records = np.array(load_index(indexes[0]))
     records["width"][::9] ^= 1 << 15

@@ -150,6 +150,7 @@ def test_the_recipe_for_released_weights_names_what_it_needs(stage_one: Path, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_trains_a_smaller_student(stage_one: Path, tmp_path: Path) -> None:
     given = [
         "run.steps=3", "model.dim=16", "model.depth=1", "teacher.kind=frozen", f"teacher.weights={stage_one / 'run'}",
