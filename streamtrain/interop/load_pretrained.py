@@ -136,6 +136,8 @@ class BackboneFile:
         zeroed = [] if any(name in sources for name in biases) else biases
         present = [name for name in expected if name in sources]
         matched = {name for name in present if shapes.get(name) == expected[name]}
+        # transformers has an empty tensor for no registers
+        empty = {name for name, shape in shapes.items() if not shape.numel()}
         notes = []
         if PROJECTION in matched and self._is_adapted(group, PROJECTION, expected[PROJECTION]):
             assert self.adaptation is not None
@@ -154,12 +156,7 @@ class BackboneFile:
             reshaped=tuple(name for name in present if name not in matched),
             unexpected=(
                 *unmatched_names(group, self.groups, self.state.shapes),
-                # transformers has an empty tensor for no registers
-                *(
-                    name
-                    for name in sources
-                    if name not in expected and not (name in shapes and shapes[name].numel() == 0)
-                ),
+                *(name for name in sources if name not in expected and name not in empty),
             ),
             zeroed=tuple(zeroed),
             notes=tuple(notes),

@@ -40,14 +40,14 @@ def onnx_card(config: BackboneConfig) -> str:
     """Return the card of a folder for ONNX runtimes: the model, its use with onnxruntime and its provenance."""
     model = config.model
     shape = f"[1, {model.channels}, {config.image_size}, {config.image_size}]"
+    pillow = "\nfrom PIL import Image, ImageOps" if config.pixels.is_rgb else ""
     return f"""{_describe_model(config)}
 
 ```python
 import json
 
 import numpy as np
-import onnxruntime
-{"from PIL import Image, ImageOps" if config.pixels.is_rgb else ""}
+import onnxruntime{pillow}
 
 folder = "."    # run this in the folder of this file, or name that folder
 session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
@@ -113,13 +113,14 @@ def _describe_processor(config: BackboneConfig, who: str) -> str:
         )
     return (
         f"{who} resizes the shorter side to {config.resize} pixels (bicubic), crops the central square of\n"
-        f"{config.image_size} pixels and normalises with the mean and deviation of training. {_describe_alpha(config)}"
+        f"{config.image_size} pixels and normalises with the mean and deviation of training. "
+        f"{_describe_alpha(config, who)}"
     )
 
 
-def _describe_alpha(config: BackboneConfig) -> str:
+def _describe_alpha(config: BackboneConfig, who: str) -> str:
     """Return a sentence about transparent images."""
     if config.background is None:
         return "The alpha channel of transparent images is dropped, as in training."
     colour = ", ".join(map(str, config.background))
-    return f"Composite transparent images on RGB ({colour}), as in training: it drops their alpha channel."
+    return f"Composite transparent images on RGB ({colour}), as in training. {who} drops their alpha channel."
